@@ -81,12 +81,9 @@ class Measurement:
 def evaluate(
     paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds: rounds
 ) -> list[Measurement]:
-    """Measures the models that `paths` name. A second one is the dense model that the first is compared with.
+    """Measures a model, and the dense one if `paths` names a second. Collective.
 
-    Results of tasks and speed are on rank 0 only. Collective.
-
-    Raises:
-        UserError: an input is wrong. All ranks raise the same line, before anything long.
+    Results of tasks and speed are on rank 0 only.
     """
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
     dense = models[1].found.pretrained.shape.total_numel() if len(models) > 1 else None
@@ -174,11 +171,7 @@ def _mean_context(window: int, sliding_window: int | None) -> float:
 def _measure(
     prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Communicator, progress: Progress
 ) -> tuple[Measurement, PreTrainedModel | None]:
-    """Measures all but speed, which needs all models in memory, and returns the model for that.
-
-    Args:
-        dense: parameters of the dense model, if the user named one.
-    """
+    """Measures all but speed, which needs all models in memory, and returns the model for that."""
     found, shape = prepared.found, prepared.found.pretrained.shape
     perplexity = tasks = model = None
     if settings.sharded and prepared.batches:
@@ -216,7 +209,7 @@ def _losses_of(model: PreTrainedModel) -> Losses:
 
 
 def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Progress) -> Perplexity:
-    """Measures a model that ZeRO-3 shards at birth. No rank ever holds more than a whole layer or embedding."""
+    """Measures a model that ZeRO-3 shards while it is loaded."""
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": prepared.dtype == "bfloat16"},

@@ -100,11 +100,7 @@ class FoundModel:
 
 
 def find_model(path: str) -> FoundModel:
-    """Finds the model named `path`: a folder, `embedded` or a hub id, which is downloaded.
-
-    Raises:
-        UserError: there is nothing that can be evaluated. The line names the file at fault.
-    """
+    """Finds the model named `path`: a folder, `embedded` or a hub id, which is downloaded."""
     if Path(path).is_file():
         raise UserError(f"{path} is a file; a model is a folder or a hub id")
     try:
@@ -152,11 +148,7 @@ def _find_adapter(path: str, folder: Path) -> FoundModel:
 
 
 def load_model(found: FoundModel, dtype: str, device: torch.device) -> PreTrainedModel:
-    """Loads the whole model on `device`, in evaluation mode. An adapter is merged in fp32 and rounded once.
-
-    Raises:
-        UserError: the adapter does not fit its base model.
-    """
+    """Loads the whole model on `device`, in evaluation mode. An adapter is merged in fp32 and rounded once."""
     model_class = causal_lm_class(found.pretrained.shape.model_type)
     read_dtype = torch.float32 if found.adapter else DTYPES[dtype]
     attention = attn_implementation("sdpa", found.pretrained.shape.family)

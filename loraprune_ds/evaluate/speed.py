@@ -125,12 +125,7 @@ class Terminated(RunError):
 
 
 def serve(paths: list[str], settings: ServeSettings, precision: str) -> list[Served]:
-    """Measures the models in a server. llama.cpp gets GGUF files of `precision`.
-
-    Raises:
-        Terminated: SIGTERM came.
-        UserError: a model cannot be served.
-    """
+    """Measures the models in a server. llama.cpp gets GGUF files of `precision`. SIGTERM raises Terminated."""
 
     def terminate(*_: object) -> NoReturn:
         raise Terminated("ended by SIGTERM")

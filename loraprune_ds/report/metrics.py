@@ -33,11 +33,7 @@ class MetricsLog:
         self._replace("")
 
     def truncate_to(self, step: int) -> None:
-        """Drops the lines of later steps. A run that resumes from the checkpoint of `step` writes them again.
-
-        Raises:
-            UserError: a line of an earlier step is damaged.
-        """
+        """Drops the lines of later steps. A run that resumes from the checkpoint of `step` writes them again."""
         self._replace("".join(json.dumps(line) + "\n" for line in read_metrics(self.path, step)))
 
     def _replace(self, text: str) -> None:
@@ -90,7 +86,7 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
 
 
 def _complete_lines(path: Path) -> str:
-    """Reads the text up to its last newline. A killed process may have left half a line after it."""
+    """Reads the text up to its last newline, after which a killed process may have left half a line."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1]
 

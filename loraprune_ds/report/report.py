@@ -28,19 +28,12 @@ RESULTS = "tests/benchmarks/results"  # a benchmark writes them, they do not cha
 
 @dataclass(frozen=True)
 class Outcome:
-    """Describes the model after training.
-
-    Attributes:
-        pruned: the final shape.
-        kept_of_dense: per layer, the kept groups as indices into the dense model.
-        resumed_from: the steps at which the run was resumed.
-        target: `prune.target` and the size reached.
-    """
+    """Describes the model after training."""
 
     pruned: ModelShape
-    kept_of_dense: list[LayerKeep]
-    resumed_from: list[int]
-    target: dict[str, Any] | None = None
+    kept_of_dense: list[LayerKeep]  # per layer, the kept groups as indices into the dense model
+    resumed_from: list[int]  # the steps at which the run was resumed
+    target: dict[str, Any] | None = None  # `prune.target` and the size reached
 
 
 def make_report(
@@ -54,7 +47,6 @@ def make_report(
     """Makes the content of report.json.
 
     Args:
-        config: the settings, with the seed.
         peak_bytes: peak memory of each rank: (world_size,).
         accelerator: name of the device that the ranks ran on.
     """
@@ -88,7 +80,7 @@ def make_report(
 
 
 def _parameters(dense: ModelShape, pruned: ModelShape) -> dict[str, Any]:
-    """Counts parameters without LoRA, a tied tensor once. `prune.ratio` is a fraction of `linear_dense`."""
+    """Counts parameters without LoRA, a tied tensor once."""
     return {
         "dense": dense.total_numel(),
         "pruned": pruned.total_numel(),
@@ -158,11 +150,8 @@ def _version(package: str) -> str | None:
 
 
 def commit(checkout: Path) -> str | None:
-    """Returns the commit, with `-dirty` if files other than results have changed. None without git or a checkout.
-
-    The repository must begin right here, because an installed copy may lie inside another one.
-    """
-    if not (checkout / ".git").exists():
+    """Returns the commit, with `-dirty` if files other than results have changed. None without git or a checkout."""
+    if not (checkout / ".git").exists():  # an installed copy may lie inside another repository
         return None
     head = _git(checkout, "rev-parse", "HEAD")
     if head is None:

@@ -137,7 +137,7 @@ class ReportedRun(ModuleLog):
 
 
 def _failure(call: Callable[[], object]) -> str | None:
-    """Calls a service. Returns its error in one line, which may be one of a library below it, such as sqlite3."""
+    """Calls a service. Returns its error in one line, possibly one of a library below it, such as sqlite3."""
     try:
         call()
     except Exception as error:  # noqa: BLE001  # no list of their classes would be complete, and none may end a run
