@@ -53,9 +53,9 @@ from loraprune_ds.report.records import CutRecord, History, Sink, StepRecord
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.train.trainer import PruningSteps
+from loraprune_ds.zero.device import peak_bytes, resident_bytes
 from loraprune_ds.zero.ds_config import check_reshardable
-from loraprune_ds.zero.memory import peak_bytes, resident_bytes
-from loraprune_ds.zero.training_engine import (
+from loraprune_ds.zero.external_engine import (
     before_each_update,
     find_zero_optimizer,
     gradient_norm,

@@ -54,7 +54,7 @@ class Cut:
     target: float  # the fraction of the dense decoder-layer linear parameters that should be gone
     reached: float  # the fraction that is gone
     keep: list[LayerKeep]
-    bytes_sent: int  # by this rank
+    bytes_sent: int  # by all ranks together
     seconds: float
 
 
@@ -138,7 +138,7 @@ class Pruner:
         if average is None or (scored and self.average.updates_since_cut == 0):
             raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
         keep = self._rank(average, target)
-        agree(keep, self.model, step)
+        check_same_mask(keep, self.model, step)
         if self.model.shape.after(keep).layers == self.model.shape.layers:
             return None
         fail_point("cut.agreed")
@@ -174,17 +174,12 @@ class Pruner:
         return rank_global(scores, shape, self.limits, target)
 
 
-def agree(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:
-    """Compares a digest of the mask over all ranks. Raises RunError on every rank, naming one that differs."""
-    masks = [
-        torch.zeros(count, dtype=torch.uint8).index_fill_(0, kept[kind], 1)
-        for kept, layer in zip(keep, model.shape.layers, strict=True)
-        for kind, count in layer.items()
-    ]
-    digest = hashlib.sha256(torch.cat(masks).numpy().tobytes()).digest()
-    digests = model.gather_values(int.from_bytes(digest[:7], "big"))
-    if different := [rank for rank, value in enumerate(digests) if value != digests[0]]:
-        raise RunError(f"step {step}: rank {different[0]} computed another mask than rank 0")
+def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:
+    """Raises RunError on every rank if one is about to keep other groups than rank 0. Collective."""
+    kept = [groups.tolist() for layer in keep for groups in layer.values()]
+    rank = model.differing_rank(hashlib.sha256(str(kept).encode()).digest())
+    if rank is not None:
+        raise RunError(f"step {step}: rank {rank} computed another mask than rank 0")
 
 
 def all_groups(shape: ModelShape) -> list[LayerKeep]:

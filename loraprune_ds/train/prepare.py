@@ -52,11 +52,9 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     with comm.patient() as waiting:
         waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None)
         prepared = waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node))
-    digests = comm.gather_objects(prepared.samples.digest())
-    if different := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
-        raise UserError(
-            f"rank {different[0]} reads other training data than rank 0; data.path must be the same everywhere"
-        )
+    rank = comm.differing_rank(prepared.samples.digest())
+    if rank is not None:
+        raise UserError(f"rank {rank} reads other training data than rank 0; data.path must be the same everywhere")
     return prepared
 
 

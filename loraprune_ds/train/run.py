@@ -31,9 +31,8 @@ from loraprune_ds.train.prepare import Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import fast_half_products
+from loraprune_ds.zero.device import fast_half_products, peak_bytes
 from loraprune_ds.zero.engine import build_inference_engine
-from loraprune_ds.zero.memory import peak_bytes
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import write_model
 

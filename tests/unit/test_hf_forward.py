@@ -15,7 +15,7 @@ from loraprune_ds.hf.live import ForwardWatch
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.report.records import History
 from loraprune_ds.train.recorder import Recorder
-from loraprune_ds.zero.training_engine import before_each_update
+from loraprune_ds.zero.external_engine import before_each_update
 from tests.unit.test_hf_refusals import adapted
 
 IDS = torch.arange(8).view(2, 4)
