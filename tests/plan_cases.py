@@ -108,7 +108,7 @@ def build(request: Request) -> Trainer:
     config = request.config
     pretrained = open_for_pruning(Path(config.model.path), config)
     engine = build_training_engine(config, pretrained, request.ds_config, STEPS)
-    pruner = Pruner(engine.model, config.prune, request.schedule, request.limits, config.seed)
+    pruner = Pruner(engine.model, request.pruning, config.seed)
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
@@ -231,7 +231,7 @@ def _measured_step(step: int, request: Request, trainer: Trainer, baseline: int)
     comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
-    scores, own = step <= request.schedule.last_cut, comm.bytes_sent - before
+    scores, own = step <= request.pruning.schedule.last_cut, comm.bytes_sent - before
     planned = step_sent(request, shape, (scores, scores))
     pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
     lora_scored = scores and request.config.prune.criterion in ("lora", "gradient", "magnitude")

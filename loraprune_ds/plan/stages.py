@@ -148,7 +148,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
     if request.shape.int8:  # the export is not int8, and is evaluated when the run's own model is gone
         stock = changed(request, model={"frozen": None})
-        shape = stock.shape_at(stock.schedule.ratio)
+        shape = stock.shape_at(stock.pruning.schedule.ratio)
         weights = {"weights": stock.held_shards(stock.held(shape))}
         stages.append(Stage("exported", weights, {"evaluation": _evaluation(stock, shape)}, {}))
     return stages

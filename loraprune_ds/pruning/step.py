@@ -32,17 +32,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.compensate import Compensator
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
-from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
-from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.pruning.schedule import PruningPlan
 from loraprune_ds.pruning.taps import WeightGradients
 
 
@@ -71,13 +69,9 @@ class PrunerState:
 class Pruner:
     """Scores groups while the model trains, and removes the least important ones on a schedule."""
 
-    def __init__(
-        self, model: PrunableModel, config: PruneConfig, schedule: Schedule, limits: Limits, seed: int
-    ) -> None:
+    def __init__(self, model: PrunableModel, plan: PruningPlan, seed: int) -> None:
         self.model = model
-        self.config = config
-        self.schedule = schedule
-        self.limits = limits
+        self.config, self.limits, self.schedule = config, limits, schedule = plan.config, plan.limits, plan.schedule
         self.average = MovingAverage(config.moving_average)
         self.kept_of_dense = all_groups(limits.dense)
         compensates = config.compensate != "none"

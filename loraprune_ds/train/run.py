@@ -20,7 +20,7 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.files import staging_of
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.pruning.schedule import describe_target
+from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.records import EvaluationRecord
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint

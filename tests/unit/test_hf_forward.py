@@ -95,7 +95,7 @@ def attach(monkeypatch: pytest.MonkeyPatch, *, overflow: bool = False) -> tuple[
     training.pruner.reached.return_value, training.pruner.cut.return_value = 0.0, None
     watch, update = Mock(active=False, take_tokens=lambda: 5), Mock()
     monkeypatch.setattr("loraprune_ds.hf.pruning.ForwardWatch", lambda _: watch)
-    monkeypatch.setattr("loraprune_ds.train.trainer.gather_weight_bytes", lambda _: [1])
+    training.model.weight_bytes.return_value = [1]
     monkeypatch.setattr("loraprune_ds.hf.pruning.gradient_norm", lambda _: 1.0)
     monkeypatch.setattr("loraprune_ds.hf.pruning.before_each_update", update)
     training.let_go = [watch.close, update.return_value]
