@@ -28,7 +28,7 @@ def split_state(
     """
     size, e, bucket = request.world_size, request.element_size, request.zero["reduce_bucket_size"]
     r, held = request.config.lora.r, request.held(shape)
-    terms = state_terms(shape, r, world_size=size, element_size=e, bucket_numel=int(bucket), stepped=stepped)
+    terms = state_terms(shape, r, held, world_size=size, element_size=e, bucket_numel=int(bucket), stepped=stepped)
     if passed and (copies := request.second_copies(held)):
         terms["second_copy"] = copies
     away = ["weights", "lora", "second_copy"] if request.offloads("param") else []
@@ -91,15 +91,19 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
     """Returns the bytes of the largest layer and of the largest module gathered as one, with LoRA, and of a linear
     that is dequantised (0 without int8; one expert of a stack at a time).
     """
-    e, r, ends = request.element_size, request.config.lora.r, [math.prod(size) for size in shape.ends.values()]
+    e, r, ends = (
+        request.element_size,
+        request.config.lora.r,
+        [math.prod(size) for size in shape.outer_parameters.values()],
+    )
     one_of_each = list({layer: i for i, layer in enumerate(shape.layers)}.values())
     layer = max(held_bytes(request.held(shape, i)) + e * sum(shape.layer_lora_sizes(i, r)) for i in one_of_each)
     largest, dequantised = e * max(ends), 0
     for i, x in shape.linear_ids(one_of_each):
         size, lora = shape.linear_shape(i, x), sum(map(math.prod, shape.lora_shapes(i, x, r)))
-        largest = max(largest, held_bytes(shape.form(x).held(size, e).values()) + e * lora)
+        largest = max(largest, held_bytes(request.storage.format_of(shape, x).stored(size, e).values()) + e * lora)
         matrices = shape.layers[i][x.kind] if x.is_stack else 1
-        dequantised = max(dequantised, shape.int8 * e * math.prod(size) // matrices)
+        dequantised = max(dequantised, request.storage.int8 * e * math.prod(size) // matrices)
     return layer, max(layer, e * max(ends)) if shape.hidden_size <= WHOLE_LAYER else largest, dequantised
 
 
@@ -131,7 +135,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
     if request.config.train.distill_weight:
         dense.phases["dense model's pass"] = _recording(request)
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
-    if request.shape.int8:  # the export is not int8, and is evaluated when the run's own model is gone
+    if request.storage.int8:  # the export is not int8, and is evaluated when the run's own model is gone
         stock = changed(request, model={"frozen": None})
         shape = stock.shape_at(stock.schedule.ratio)
         weights = {"weights": stock.held_shards(stock.held(shape))}
@@ -287,5 +291,14 @@ def logits(shape: ModelShape, batch: PlannedBatch) -> int:
 def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
     """Returns the bytes that autograd keeps of a layer without checkpointing."""
     lora, size = request.config.lora, (batch.samples, batch.window)
-    options = {"lora_rank": lora.r, "dropout": lora.lora_dropout > 0, "eager": batch.eager}
-    return saved_by_layer(request.source, shape, index, size, DTYPES[request.config.model.dtype], **options)
+    return saved_by_layer(
+        request.source,
+        shape,
+        index,
+        size,
+        DTYPES[request.config.model.dtype],
+        storage=request.storage,
+        lora_rank=lora.r,
+        dropout=lora.lora_dropout > 0,
+        eager=batch.eager,
+    )

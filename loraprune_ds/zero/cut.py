@@ -13,8 +13,8 @@ from loraprune_ds.model.adapters import (
     set_runtime_counts,
 )
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.cuts import layer_cuts, lora_cuts
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.storage import FrozenStorage, lora_cuts
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range
 from loraprune_ds.zero.params import ReadFlat, full_shape, install_shard, overwrite_shard, pad
@@ -35,7 +35,7 @@ def parameter_cuts(
     """Lists the parameters of layer `index` that get smaller. `shape` is from before the cut."""
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
-    for name, kept, linear in layer_cuts(shape, index, keep):
+    for name, kept, linear in FrozenStorage.of(layer).layer_cuts(shape, index, keep):
         found = [(base_parameter(layer, name), kept)]
         if linear:
             module = lora_linear(layer, linear)

@@ -1,11 +1,12 @@
 """Counts the bytes that a rank holds, and predicts those of the training state."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.flat import partition_numel
@@ -46,13 +47,19 @@ def state_tensors(model: ShardedModel) -> Iterator[Tensor]:
 
 
 def state_terms(
-    shape: ModelShape, lora_rank: int, *, world_size: int, element_size: int, bucket_numel: int, stepped: bool
+    shape: ModelShape,
+    lora_rank: int,
+    stored: Collection[StoredTensor],
+    *,
+    world_size: int,
+    element_size: int,
+    bucket_numel: int,
+    stepped: bool,
 ) -> dict[str, int]:
     """Returns the bytes of `state_tensors` by part. Masters, moments, gradients and bucket are fp32 in every run."""
-    held = shape.held(None, element_size).values()
     lora = sum(partition_numel(numel, world_size) for numel in shape.lora_sizes(lora_rank))
     return {
-        "weights": sum(x.element_size * partition_numel(math.prod(x.shape), world_size) for x in held),
+        "weights": sum(x.element_size * partition_numel(math.prod(x.shape), world_size) for x in stored),
         "lora": lora * element_size,
         "lora_masters": lora * 4,
         "lora_moments": lora * 8 if stepped else 0,
