@@ -51,7 +51,7 @@ class TrainingCheckpoint:
     def frozen_weights(self) -> PretrainedModel:
         """Opens the model without LoRA, with the cuts of this checkpoint."""
         model = self.config.model
-        pretrained = open_for_pruning(self.shape_folder(), self.config.prune, frozen=model.frozen)
+        pretrained = open_for_pruning(self.shape_folder(), model, self.config.prune)
         if not self.state.shape.is_source:
             return pretrained
         return cut_to(pretrained, keep_from_lists(self.state.kept, pretrained.shape.kinds), model.dtype)

@@ -12,12 +12,13 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import ValidationError
 
-from loraprune_ds.config import Dtype, TrainConfig
+from loraprune_ds.config import Dtype, ModelConfig, TrainConfig
 from loraprune_ds.config_file import find_shipped
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.storage import FrozenStorage
 
 MAX_BUCKET = 50_000_000  # elements. Every rank allocates a full reduce bucket
 
@@ -90,8 +91,8 @@ def resolve_ds_config(
     path: str | Path,
     shape: ModelShape,
     world_size: int,
+    model: ModelConfig,
     train: TrainConfig,
-    dtype: Dtype,
     lora_rank: int,
     *,
     ranks_per_node: int | None = None,
@@ -107,10 +108,10 @@ def resolve_ds_config(
     """
     path = Path(path)
     raw = read_json(path, unique_keys=True)
-    held = shape.held(None, DTYPES[dtype].itemsize)
-    check_reshardable(str(path), raw, {tensor.element_size for tensor in held.values()})
+    stored = FrozenStorage.from_config(model).stored(shape, DTYPES[model.dtype].itemsize)
+    check_reshardable(str(path), raw, {tensor.element_size for tensor in stored.values()})
     _refuse(str(path), raw, OWNED)
-    owned = _owned_values(shape, world_size, train, dtype, lora_rank)
+    owned = _owned_values(shape, world_size, model.dtype, train, lora_rank)
     _check_known(path, raw, {keys[0] for keys in owned})
     resolved = copy.deepcopy(raw)
     for keys, value in owned.items():
@@ -130,7 +131,7 @@ def resolve_ds_config(
 
 
 def _owned_values(
-    shape: ModelShape, world_size: int, train: TrainConfig, dtype: Dtype, lora_rank: int
+    shape: ModelShape, world_size: int, dtype: Dtype, train: TrainConfig, lora_rank: int
 ) -> dict[tuple[str, ...], Any]:
     linear_sizes = [math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids()]
     return {

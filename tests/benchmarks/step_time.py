@@ -28,7 +28,7 @@ class Timed(Trainer):
 
     def __init__(self, prepared: Prepared) -> None:
         config, engine = prepared.config, build_engine(prepared, None)
-        pruner = Pruner(engine.model, config.prune, prepared.schedule, prepared.limits, config.seed)
+        pruner = Pruner(engine.model, prepared.pruning, config.seed)
         super().__init__(
             engine, pruner, prepared.samples, prepared.order, config.train, dtype=config.model.dtype, seed=config.seed
         )

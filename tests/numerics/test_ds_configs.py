@@ -14,19 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import RunConfig, TrainConfig
+from loraprune_ds.config import ModelConfig, RunConfig, TrainConfig
 from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.train import run
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import storage_bytes
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine
-from loraprune_ds.zero.memory import state_tensors, storage_bytes, weight_tensors
 from tests.integration.resuming import config_for, run_here, write_run
 from tests.numerics import cutting, quality_settings
 from tests.numerics.driver import Job, build, tiny_job
 from tests.ranks import RankPool
+from tests.zero_bytes import state_tensors, weight_shards
 
 ROOT = Path(__file__).parents[2]
 BASELINE = "zero3"
@@ -50,7 +51,7 @@ def run_all(job: Job) -> dict[str, Any]:
 def inference(job: Job) -> Tensor:
     pretrained = open_pretrained(job.folder)
     world_size, train = torch.distributed.get_world_size(), TrainConfig(steps=1)
-    resolved = resolve_ds_config(job.deepspeed, pretrained.shape, world_size, train, "bfloat16", 8)
+    resolved = resolve_ds_config(job.deepspeed, pretrained.shape, world_size, ModelConfig(), train, 8)
     engine = build_inference_engine(pretrained, "sdpa", job.dtype, resolved)
     with torch.no_grad():
         return engine(input_ids=job.batches[0][0], labels=job.batches[0][1])
@@ -151,7 +152,7 @@ def recording(module: Any, live: Callable[[], int], alive: list[int], shards: li
     def building(*args: Any) -> Any:
         alive.append(live())
         engine = build_engine(*args)
-        shards.append(storage_bytes(weight_tensors(engine)))
+        shards.append(storage_bytes(weight_shards(engine)))
         return engine
 
     return patch.object(module, "build_inference_engine", building)
