@@ -23,6 +23,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.checkpoints import find_checkpoint
+from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
@@ -96,10 +97,17 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
         status = json.loads((Path(config.output_dir) / "status.json").read_text())
         return STOP if stop_at is not None and status["step"] >= stop_at - 1 else NOTHING
 
-    between_steps = mock.Mock(side_effect=[STOP if place == between else NOTHING for place in (1, 2, 3)])
+    places = iter((1, 2, 3))
+
+    def stop_requested(context: RunContext) -> bool:
+        if next(places) != between:
+            return False
+        context.stop()
+        return True
+
     with (
         mock.patch.object(RequestListener, "current", current),
-        mock.patch.object(RequestListener, "agree", between_steps),
+        mock.patch.object(RunContext, "stop_requested", stop_requested),
     ):
         return run(OutputFolder(config.to_dict(), resume), Communicator())
 
