@@ -41,11 +41,14 @@ REFIT = (lambda prune: prune.compensate != "none", "prune.compensate: least_squa
 DISTILLATION = (lambda train: train.distill_weight > 0, "train.distill_weight")
 ANSWERS = (lambda data: not data.only_text, "data.format instruction or chat")
 # What a setting needs. Without it nothing reads the setting, and its user wanted an effect.
-NEEDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "prune": dict.fromkeys(("target_context", "target_weight_bits"), MEMORY)
-    | dict.fromkeys(("compensate_steps", "compensate_decay"), REFIT),
-    "train": dict.fromkeys(("distill_temperature", "distill_top_k"), DISTILLATION),
-    "data": {"packing": ANSWERS},
+NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "prune.target_context": MEMORY,
+    "prune.target_weight_bits": MEMORY,
+    "prune.compensate_steps": REFIT,
+    "prune.compensate_decay": REFIT,
+    "train.distill_temperature": DISTILLATION,
+    "train.distill_top_k": DISTILLATION,
+    "data.packing": ANSWERS,
 }
 
 
@@ -60,9 +63,10 @@ def check_settings(section: Any, name: str) -> None:
         (getattr(section, one) is None) != (getattr(section, other) is None),
         f"give exactly one of {name}.{one} and {name}.{other}; null takes one away",
     )
-    for key, (is_read, needed) in NEEDS[name].items():
-        if getattr(section, key) != getattr(type(section), key):
-            require(is_read(section), f"{name}.{key} has no effect without {needed}")
+    for setting, (is_read, needed) in NEEDS.items():
+        of, key = setting.split(".")
+        if of == name and getattr(section, key) != getattr(type(section), key):
+            require(is_read(section), f"{setting} has no effect without {needed}")
 
 
 def replace_default(given: Any, key: str, other: str) -> Any:
