@@ -17,7 +17,7 @@ from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.collect import replace_weights
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.cut import Item, cut_parameters, parameter_cuts, reshard, set_sizes
+from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards, storage_bytes
 from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds, layer_owner
 from loraprune_ds.zero.optimizer import OptimizerState, first_nonfinite, unscale
@@ -111,7 +111,7 @@ class ShardedModel:
         before = self.comm.bytes_sent
         self._empty_partition_cache()
         for i, layer_keep in enumerate(keep):
-            self._cut_layer(i, layer_keep)
+            cut_layer(self.layers[i], self.shape, i, layer_keep, self.optimizer_state, self.comm)
             empty_host_cache()  # offloaded weights would grow otherwise: no later shard has one of the old sizes
             fail_point("cut.layer")
         self.shape = self.shape.after(keep)
@@ -157,18 +157,6 @@ class ShardedModel:
         gathered = self.comm.all_gather(torch.cat(shards).to(self.device))  # (ranks, sum of shards)
         parts, shapes = gathered.split([len(shard) for shard in shards], dim=1), map(full_shape, parameters)
         return [part.reshape(-1)[: m * n].view(m, n) for part, (m, n) in zip(parts, shapes, strict=True)]
-
-    def _cut_layer(self, index: int, keep: LayerKeep) -> None:
-        layer, state = self.layers[index], self.optimizer_state
-        cuts = parameter_cuts(layer, self.shape, index, keep, self.comm)
-        if not cuts:
-            return
-        carried = [(p, plan, key) for p, plan in cuts if p.requires_grad for key in state.keys()]
-        state_shards = reshard([Item(state.shard(p, key).to(self.device), plan) for p, plan, key in carried], self.comm)
-        cut_parameters(cuts, self.comm)
-        set_sizes(layer, self.shape, index, keep)
-        for (parameter, _, key), shard in zip(carried, state_shards, strict=True):
-            state.shard(parameter, key).copy_(shard)
 
     def _refresh_zero(self) -> None:
         """Updates the rest of DeepSpeed's state that depends on sizes. Its record of the modules' order stays valid."""
