@@ -102,15 +102,14 @@ class Pruner:
         if not self.schedule.is_scored(step):
             return
         fail_point("scoring")
-        if self.config.criterion == "random":
-            self.average.update([x.select(keep) for x, keep in zip(self._random, self.kept_of_dense, strict=True)])
-            return
-        if self.masks is not None:
-            sums = self.masks.scores(step)
+        criterion = self.config.criterion
+        if criterion == "random":
+            scores = [drawn.select(keep) for drawn, keep in zip(self._random, self.kept_of_dense, strict=True)]
         else:
-            sums = score_groups(self.model, self.config.criterion, step, self.gradients)
-        self.average.update(sums.by_layer(self.config.normalization))
-        self._unchecked = sums
+            sums = self.masks.scores(step) if self.masks else score_groups(self.model, criterion, step, self.gradients)
+            scores = sums.by_layer(self.config.normalization)
+            self._unchecked = sums
+        self.average.update(scores)
 
     def cut(self, step: int, *, scored: bool = True) -> Cut | None:
         """Cuts the model, if the schedule says so. Call it after each update. Returns None if no width changed.
