@@ -18,7 +18,7 @@ from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shap
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
-from loraprune_ds.zero.ds_config import HPZ, FetchLimits, find_ds_config, resolve_ds_config
+from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
 from loraprune_ds.zero.flat import partition_numel
 
 GIB = 1 << 30
@@ -157,8 +157,9 @@ class Request:
         return 4 if self.config.model.dtype == "float16" else self.element_size
 
     @cached_property
-    def fetch_limits(self) -> FetchLimits:
-        return FetchLimits.from_ds_config(self.ds_config)
+    def fetch(self) -> DeepSpeedZeroConfig:
+        """DeepSpeed's settings for gathers, in elements. `zero_hpz_partition_size` ranks share a second copy."""
+        return zero_settings(self.ds_config)
 
     @property
     def measured_layers(self) -> Sequence[int]:
@@ -192,7 +193,7 @@ class Request:
 
     def second_copies(self, held: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's part of hpZ's second copy. 0 without hpZ."""
-        group = self.fetch_limits.copy_ranks
+        group = self.fetch.zero_hpz_partition_size
         return self.held_shards(held) * (self.world_size // group) if group > 1 else 0
 
     @property
@@ -284,7 +285,7 @@ def _read_ds_config(config: RunConfig, shape: ModelShape, cluster: Cluster) -> d
     """Reads DeepSpeed's JSON and replaces every "auto". Groups of hpZ must be whole nodes, or equal parts of one."""
     path, per_node = find_ds_config(config.deepspeed), cluster.gpus_per_node
     resolved = resolve_ds_config(path, config, shape, cluster.world_size, ranks_per_node=per_node)
-    size = FetchLimits.from_ds_config(resolved).copy_ranks
+    size = zero_settings(resolved).zero_hpz_partition_size
     bad = f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
     require(size % per_node == 0 or per_node % size == 0, bad)
     return resolved
