@@ -1,4 +1,4 @@
-"""`loraprune-ds COMMAND`, and what the commands share: ranks, arguments, errors and exits."""
+"""`loraprune-ds COMMAND`, and what the commands share: arguments, errors, exits and the environment of a rank."""
 
 import argparse
 import importlib
@@ -27,6 +27,14 @@ COMMANDS = {  # the modules of loraprune_ds/cli
     "compare": "compare results",
 }
 GRACE = 5.0  # seconds that the other ranks stay after an error
+# A long write to a slow disk is no reason to end a run. If a rank dies, the launcher ends it.
+MINUTES = 60
+MOST_MINUTES = 525_600
+SILENCE = 80.0  # seconds. With the grace that ranks have to end by themselves, a job ends within two minutes
+INTERFACES = Path("/sys/class/net")
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+HINT = "start deepspeed, torchrun or srun, or unset it"
 
 
 def main() -> NoReturn:
@@ -63,31 +71,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def adopt_srun_ranks() -> None:
-    """Sets the environment variables that a launcher would set, if srun starts every rank without one."""
-    if "RANK" not in os.environ:
-        os.environ |= srun_ranks(os.environ)
-
-
-def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from srun's variables. Outside a job step it is empty.
-
-    SLURM_NTASKS is not enough: a batch script has it too, and its commands without srun are one process.
-    """
-    if "SLURM_STEP_NUM_TASKS" not in environment:
-        return {}
-    nodes = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])  # gpu[01-04,7],login -> gpu[01-04,7]
-    first_node = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes[0])  # -> gpu01, which has task 0. scontrol may be missing
-    port = 20_000 + (int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 12_000
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "MASTER_ADDR": environment.get("MASTER_ADDR", first_node),
-        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
-    }
-
-
 def tell(error: UserError, *, agreed: bool = True) -> None:
     """Prints an error in one line: rank 0 for all ranks, or a rank that met it alone.
 
@@ -101,17 +84,6 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
             return
     sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
     sys.stderr.flush()
-
-
-def silence_libraries() -> None:
-    """Silences the libraries. Must run before they are imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else every rank tells of every retry
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    # DeepSpeed's logger prints to stdout, from its import on. It sets its own level.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def leave(code: int) -> NoReturn:
@@ -141,14 +113,15 @@ def leave_on_error() -> None:
     sys.excepthook = hook
 
 
-# A long write to a slow disk is no reason to end a run. If a rank dies, the launcher ends it.
-MINUTES = 60
-MOST_MINUTES = 525_600
-SILENCE = 80.0  # seconds. With the grace that ranks have to end by themselves, a job ends within two minutes
-INTERFACES = Path("/sys/class/net")
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
-NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
-HINT = "start deepspeed, torchrun or srun, or unset it"
+def silence_libraries() -> None:
+    """Silences the libraries. Must run before they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else every rank tells of every retry
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    # DeepSpeed's logger prints to stdout, from its import on. It sets its own level.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def launcher_command(module: str, ranks: int | None, environment: Mapping[str, str]) -> list[str]:
@@ -165,6 +138,31 @@ def launcher_command(module: str, ranks: int | None, environment: Mapping[str, s
     return [*command, "--module", module]
 
 
+def adopt_srun_ranks() -> None:
+    """Sets the environment variables that a launcher would set, if srun starts every rank without one."""
+    if "RANK" not in os.environ:
+        os.environ |= srun_ranks(os.environ)
+
+
+def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from srun's variables. Outside a job step it is empty.
+
+    SLURM_NTASKS is not enough: a batch script has it too, and its commands without srun are one process.
+    """
+    if "SLURM_STEP_NUM_TASKS" not in environment:
+        return {}
+    nodes = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])  # gpu[01-04,7],login -> gpu[01-04,7]
+    first_node = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes[0])  # -> gpu01, which has task 0. scontrol may be missing
+    port = 20_000 + (int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 12_000
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", first_node),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+    }
+
+
 def check_ranks(environment: Mapping[str, str]) -> None:
     """Checks the launcher's variables. Raises UserError if they describe no rank. Without RANK this is the only one."""
     if "RANK" not in environment:
@@ -178,6 +176,17 @@ def check_ranks(environment: Mapping[str, str]) -> None:
         require(value.isdecimal(), f"{name} must be a whole number; got {value!r}")
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     require(rank < size, f"RANK is {rank}, but WORLD_SIZE is {size}; ranks are counted from 0")
+
+
+def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
+    """Checks that this rank sees its own device, whose number is LOCAL_RANK by DeepSpeed's rule."""
+    rank, local_rank = environment["RANK"], environment["LOCAL_RANK"]
+    if int(local_rank) >= devices:
+        raise UserError(
+            f"rank {rank} has LOCAL_RANK {local_rank} and sees {devices} accelerator{'s' * (devices != 1)}; start no "
+            "more ranks on a node than it has, and let each see all of them (srun: --gpus-per-node and "
+            "--gpu-bind=none, not --gpus-per-task)"
+        )
 
 
 def collective_timeout(environment: Mapping[str, str]) -> timedelta:
@@ -201,11 +210,6 @@ def longest_silence(environment: Mapping[str, str]) -> float:
     return seconds
 
 
-def deterministic_kernels() -> dict[str, str]:
-    """Returns the variables that cuBLAS and flash-attn read when they start, for `train.deterministic`."""
-    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
-
-
 def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES) -> dict[str, str]:
     """Returns GLOO_SOCKET_IFNAME where only NCCL has been told its network. Empty if that names no interface.
 
@@ -219,12 +223,6 @@ def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES
     return {"GLOO_SOCKET_IFNAME": found[0]} if found else {}
 
 
-def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
-    """Checks that this rank sees its own device, whose number is LOCAL_RANK by DeepSpeed's rule."""
-    rank, local_rank = environment["RANK"], environment["LOCAL_RANK"]
-    if int(local_rank) >= devices:
-        raise UserError(
-            f"rank {rank} has LOCAL_RANK {local_rank} and sees {devices} accelerator{'s' * (devices != 1)}; start no "
-            "more ranks on a node than it has, and let each see all of them (srun: --gpus-per-node and "
-            "--gpu-bind=none, not --gpus-per-task)"
-        )
+def deterministic_kernels() -> dict[str, str]:
+    """Returns the variables that cuBLAS and flash-attn read when they start, for `train.deterministic`."""
+    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
