@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import base_parameter, lora_linear, lora_weights, set_features, set_runtime_counts
-from loraprune_ds.model.cuts import layer_cuts, lora_cuts
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.storage import FrozenStorage, lora_cuts
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
 from loraprune_ds.zero.optimizer import OptimizerState
@@ -45,7 +45,7 @@ def parameter_cuts(
     """Lists the parameters of layer `index` that get smaller. `shape` is from before the cut."""
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
-    for name, kept, linear in layer_cuts(shape, index, keep):
+    for name, kept, linear in FrozenStorage.of(layer).layer_cuts(shape, index, keep):
         same_cut = [(base_parameter(layer, name), kept)]
         if linear:
             module = lora_linear(layer, linear)

@@ -16,6 +16,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.storage import FrozenStorage
 
 MAX_BUCKET = 50_000_000  # elements. Every rank allocates a full reduce bucket
 
@@ -96,8 +97,8 @@ def resolve_ds_config(
             is not owned by it, or DeepSpeed does not know a key or value.
     """
     resolved = read_json(Path(path), unique_keys=True)
-    held = shape.held(None, DTYPES[config.model.dtype].itemsize)
-    check_reshardable(str(path), resolved, {tensor.element_size for tensor in held.values()})
+    stored = FrozenStorage.from_config(config.model).stored(shape, DTYPES[config.model.dtype].itemsize)
+    check_reshardable(str(path), resolved, {tensor.element_size for tensor in stored.values()})
     _refuse(str(path), resolved, OWNED)
     owned = _owned_values(config, shape, world_size)
     _check_known(path, resolved, {keys[0] for keys in owned})
