@@ -191,22 +191,21 @@ def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
 
 def collective_timeout(environment: Mapping[str, str]) -> timedelta:
     """Returns how long a rank waits for the others: DEEPSPEED_TIMEOUT, in minutes. DeepSpeed reads it when imported."""
-    given = environment.get("DEEPSPEED_TIMEOUT", str(MINUTES))
-    minutes = int(given) if given.isdecimal() else 0
-    if not 1 <= minutes <= MOST_MINUTES:
-        raise UserError(f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to {MOST_MINUTES}; got {given!r}")
+    text = environment.get("DEEPSPEED_TIMEOUT", str(MINUTES))
+    minutes = int(text) if text.isdecimal() else 0
+    in_range = 1 <= minutes <= MOST_MINUTES
+    require(in_range, f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to {MOST_MINUTES}; got {text!r}")
     return timedelta(minutes=minutes)
 
 
 def longest_silence(environment: Mapping[str, str]) -> float:
     """Returns the seconds after which a silent rank counts as lost: LORAPRUNE_SILENCE."""
-    given = environment.get("LORAPRUNE_SILENCE", str(SILENCE))
+    text = environment.get("LORAPRUNE_SILENCE", str(SILENCE))
     try:
-        seconds = float(given)
+        seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 1 <= seconds <= 86_400:
-        raise UserError(f"LORAPRUNE_SILENCE must be seconds from 1 to 86400; got {given!r}")
+    require(1 <= seconds <= 86_400, f"LORAPRUNE_SILENCE must be seconds from 1 to 86400; got {text!r}")
     return seconds
 
 
@@ -219,8 +218,8 @@ def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES
     names = environment.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
     if environment.get("GLOO_SOCKET_IFNAME") or names.startswith("^"):
         return {}
-    found = [name for name in names.split(",") if name and (interfaces / name).exists()]
-    return {"GLOO_SOCKET_IFNAME": found[0]} if found else {}
+    existing = [name for name in names.split(",") if name and (interfaces / name).exists()]
+    return {"GLOO_SOCKET_IFNAME": existing[0]} if existing else {}
 
 
 def deterministic_kernels() -> dict[str, str]:

@@ -13,8 +13,7 @@ from torch import Tensor
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import STATE_FILE, RunState, ShapeSource, read_state, state_text
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.files import begin_folder, publish_folder, remove_folder, remove_leftovers, staging_of
 from loraprune_ds.model.pretrained import STORED_INT8
 from loraprune_ds.model.storage import FrozenStorage

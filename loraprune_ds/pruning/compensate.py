@@ -109,7 +109,7 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
 
 
 def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LinearId]:
-    """Lists the linears of some layers, or of all, that lose inputs. Stacks do not: they lose whole experts."""
+    """Lists the linears of some layers, or of all, that lose inputs. Stacks do not: they lose experts."""
     return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.loses_inputs]
 
 

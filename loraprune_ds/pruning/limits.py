@@ -26,8 +26,8 @@ class Limits:
     def open_layers(self) -> list[int]:
         return [i for i, budget in enumerate(self.layer_budget) if budget > 0]
 
-    def blocks(self, layer: int, kind: Kind, count: int) -> list[int]:
-        """Returns the sizes of the blocks that lead from `count` groups down to the floor, by multiples."""
+    def chunks(self, layer: int, kind: Kind, count: int) -> list[int]:
+        """Returns the sizes of the chunks that lead from `count` groups down to the floor, by multiples."""
         multiple, floor = self.multiples[kind], self.floor[layer][kind]
         if count <= floor:
             return []
@@ -65,7 +65,7 @@ def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
     heads, most_heads = numel.pop("heads"), removable.pop("heads")
     others, most_others = sum(numel.values()), sum(removable.values())
     leaving, of_heads = ratio * dense.linear_numel(), head_ratio * heads
-    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: as near as whole heads come
+    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: only full heads go
     if of_heads > most_heads + half_a_step:
         raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
     if not of_heads <= leaving <= of_heads + most_others + half_a_step:
@@ -143,8 +143,8 @@ def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
     if config.ranking == "uniform":
         first = limits.open_layers[0]
         most = len(limits.open_layers) * max(limits.lost(first, shape) for shape in limits.narrowest(first))
-    else:  # scores choose between several ends of a capped layer, so the smallest loss counts
-        most = sum(min(_ends(limits, i)) for i in limits.open_layers)
+    else:  # scores choose where a capped layer ends, so the smallest loss counts
+        most = sum(min(_final_losses(limits, i)) for i in limits.open_layers)
     if config.head_ratio is None:
         return 0, most
     numel, removable = _open_numel(limits)
@@ -168,7 +168,7 @@ def check_reachable(config: PruneConfig, limits: Limits) -> None:
         raise UserError(f"prune.ratio {limits.ratio} is out of reach: {cause}")
 
 
-def _ends(limits: Limits, layer: int) -> Iterator[int]:
+def _final_losses(limits: Limits, layer: int) -> Iterator[int]:
     """Yields the losses at which a layer has no group left that may go."""
     floor, coarse = limits.floor[layer], limits.dense.kinds[:-1]
     for shape in limits.narrowest(layer):

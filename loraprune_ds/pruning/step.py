@@ -19,7 +19,7 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
     keep           the groups that stay in this cut, as indices into the current groups
     kept_of_dense  the groups that are left, as indices into the groups of the dense model
     shard          the part of a flat tensor that one rank owns. To reshard is to exchange shards after a cut
-    owner          the rank that holds the whole tensors of a layer, where there are any
+    owner          the rank that holds the full tensors of a layer, where there are any
     W              the frozen weight of a linear
 """
 
@@ -33,8 +33,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from loraprune_ds.errors import RunError
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import RunError, fail_point
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.compensate import Compensator
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups

@@ -64,11 +64,11 @@ def _size_of_uniform(config: PruneConfig, limits: Limits) -> float:
 def _size_of_global(config: PruneConfig, limits: Limits) -> float:
     """Returns the size once each kind has lost its share, from whichever layers."""
     dense, leaving = limits.dense, limits.ratio * limits.dense.linear_numel()
-    size = whole = measure(config, dense)
+    size = dense_size = measure(config, dense)
     for kind, share in limits.shares.items():
         *others, layer = sorted(dense.layers, key=lambda layer: layer[kind])  # some have no experts
         without_one = LayerShape({**layer, kind: layer[kind] - 1})
-        of_a_group = whole - measure(config, dense.with_layers((*others, without_one)))
+        of_a_group = dense_size - measure(config, dense.with_layers((*others, without_one)))
         size -= of_a_group * leaving * share / dense.group_numel(kind)
     return size
 

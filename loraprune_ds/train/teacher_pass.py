@@ -11,8 +11,7 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import source_digest
-from loraprune_ds.errors import UserError
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.model.adapters import adapters_off
 from loraprune_ds.model.dtypes import DTYPES, held_as
 from loraprune_ds.train.context import RunContext

@@ -78,10 +78,10 @@ NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 
 def find_ds_config(path: str) -> Path:
     """Finds a run config's `deepspeed`, or the shipped file of that name. Raises UserError if neither exists."""
-    found = find_shipped(path)
-    if not found.is_file():
-        raise UserError(f"deepspeed: {path} {'is not a file' if found.exists() else 'does not exist'}")
-    return found
+    file = find_shipped(path)
+    if not file.is_file():
+        raise UserError(f"deepspeed: {path} {'is not a file' if file.exists() else 'does not exist'}")
+    return file
 
 
 def resolve_ds_config(
@@ -204,12 +204,12 @@ def _fill(path: str | Path, resolved: dict[str, Any], keys: tuple[str, ...], val
         section = section.setdefault(key, {})
         if not isinstance(section, dict):
             raise UserError(f"{path}: {key} must be a section of keys, got {section!r}")
-    found = section.get(keys[-1], "auto")
+    in_json = section.get(keys[-1], "auto")
     tunable = keys[0] in ("zero_optimization", "timers")  # they change speed, not results: the JSON may set them
-    if found == "auto":
+    if in_json == "auto":
         section[keys[-1]] = value
-    elif found != value and not tunable:
-        raise UserError(f'{path}: {".".join(keys)} is {found}, but the run config makes it {value}; write "auto"')
+    elif in_json != value and not tunable:
+        raise UserError(f'{path}: {".".join(keys)} is {in_json}, but the run config makes it {value}; write "auto"')
 
 
 def _validate(path: str | Path, resolved: dict[str, Any]) -> None:
@@ -228,8 +228,8 @@ def _find_auto(value: Any, where: tuple[str, ...]) -> tuple[str, ...] | None:
         return where
     if isinstance(value, dict):
         for key, item in value.items():
-            if found := _find_auto(item, (*where, key)):
-                return found
+            if leftover := _find_auto(item, (*where, key)):
+                return leftover
     return None
 
 

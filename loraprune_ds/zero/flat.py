@@ -31,7 +31,7 @@ def owned_range(numel: int, world_size: int, rank: int) -> tuple[int, int]:
 
 
 def layer_owner(layer: int, world_size: int) -> int:
-    """Returns the rank that holds the whole tensors of a layer: moments, refits, files of a checkpoint."""
+    """Returns the rank that holds the full tensors of a layer: moments, refits, files of a checkpoint."""
     return layer % world_size
 
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import fail_point
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family_row import Linear
@@ -75,10 +76,11 @@ class ShardedModel:
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         base = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer)
         flat, start = owned_flat(base.weight, self.world_size, self.rank)
-        shape, form = cast(tuple[int, int], full_shape(base.weight)), storage_format(base)
-        if isinstance(form, Dense):
-            return OwnedShard(flat.to(self.device), start, shape)
-        return OwnedShard(flat.to(self.device), start, shape, decode_int8(form, base.weight_scale, shape, self.comm))
+        shape, stored_as = cast(tuple[int, int], full_shape(base.weight)), storage_format(base)
+        owned = OwnedShard(flat.to(self.device), start, shape)
+        if isinstance(stored_as, Dense):
+            return owned
+        return replace(owned, decode=decode_int8(stored_as, base.weight_scale, shape, self.comm))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.comm.all_reduce(values)
