@@ -107,7 +107,7 @@ def record_teacher(
     Returns:
         False if it was asked to stop before the end. The files written by then stay.
     """
-    comm, missing, writes = engine.model.comm, teacher.to_write, LocalWrites()
+    comm, missing, writes = engine.model.comm, teacher.to_write, LocalWrites(engine.model.comm, teacher.folder)
     comm.on_rank_0(teacher.begin)
     with adapters_off(engine.model.module):
         for first in range(0, len(missing), comm.world_size):
@@ -119,7 +119,7 @@ def record_teacher(
             if comm.rank < len(files):
                 writes.do(partial(teacher.write, file, fields))
             fail_point("teacher.file")
-            writes.agree(comm, teacher.folder)
+            writes.agree()
             is_last = first + comm.world_size >= len(missing)
             if max(comm.gather_objects(current_request())) == STOP and not is_last:
                 return False

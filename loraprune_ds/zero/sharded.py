@@ -57,7 +57,7 @@ class ShardedModel:
 
         ZeRO-3 has reduce-scattered the gradients at the accumulation boundary. fp16 ones are divided by the loss scale.
         """
-        parameters = self._lora_parameters()
+        parameters = self._all_lora_parameters()
         sizes = [2 * sum(math.prod(full_shape(p)) for p in layer) for layer in parameters]
         for layers in gather_rounds(sizes, GATHERED_NUMEL):
             of_round = [p for layer in layers for p in parameters[layer]]
@@ -140,8 +140,8 @@ class ShardedModel:
         """Returns the first layer with an inf or NaN in this rank's shards of averaged LoRA gradients."""
         if torch.isfinite(self.gradient_sum()):  # one pass in the usual case
             return None
-        parameters, gradient = self._lora_parameters(), self.optimizer_state.gradient
-        return first_nonfinite([torch.cat([gradient(p) for p in layer]) for layer in parameters])
+        gradient = self.optimizer_state.gradient
+        return first_nonfinite([torch.cat([gradient(p) for p in layer]) for layer in self._all_lora_parameters()])
 
     def nonfinite_weights(self) -> int | None:
         """Returns the first layer with an inf or NaN in this rank's shards of weights, frozen or LoRA."""
@@ -154,10 +154,16 @@ class ShardedModel:
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
 
-    def _lora_parameters(self) -> list[list[nn.Parameter]]:
-        """Lists A, B, A, B, ... of each layer's linears."""
-        linears = [[lora_linear(layer, x) for x in self.shape.linears(i)] for i, layer in enumerate(self.layers)]
-        return [[weight for module in layer for weight in lora_weights(module)] for layer in linears]
+    def lora_parameters(self, layer: int) -> dict[str, nn.Parameter]:
+        """Returns A and B of each linear of a layer, in this order, as "{linear}.lora_A"."""
+        parameters = {}
+        for linear in self.shape.linears(layer):
+            a, b = lora_weights(lora_linear(self.layers[layer], linear))
+            parameters |= {f"{linear.name}.lora_A": a, f"{linear.name}.lora_B": b}
+        return parameters
+
+    def _all_lora_parameters(self) -> list[list[nn.Parameter]]:
+        return [list(self.lora_parameters(layer).values()) for layer in range(len(self.layers))]
 
     def _gather(self, shards: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
         """Gathers the fp32 shards of several parameters into full tensors, coalesced into one all-gather."""
