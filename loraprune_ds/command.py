@@ -59,13 +59,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(
         self, description: str | None, parents: Sequence[argparse.ArgumentParser] = (), *, add_help: bool = True
     ) -> None:
-        super().__init__(
-            sys.argv[0],
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=parents,
-            add_help=add_help,
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(sys.argv[0], description=description, formatter_class=raw, parents=parents, add_help=add_help)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -181,12 +176,12 @@ def check_ranks(environment: Mapping[str, str]) -> None:
 def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
     """Checks that this rank sees its own device, whose number is LOCAL_RANK by DeepSpeed's rule."""
     rank, local_rank = environment["RANK"], environment["LOCAL_RANK"]
-    if int(local_rank) >= devices:
-        raise UserError(
-            f"rank {rank} has LOCAL_RANK {local_rank} and sees {devices} accelerator{'s' * (devices != 1)}; start no "
-            "more ranks on a node than it has, and let each see all of them (srun: --gpus-per-node and "
-            "--gpu-bind=none, not --gpus-per-task)"
-        )
+    require(
+        int(local_rank) < devices,
+        f"rank {rank} has LOCAL_RANK {local_rank} and sees {devices} accelerator{'s' * (devices != 1)}; start no more "
+        "ranks on a node than it has, and let each see all of them (srun: --gpus-per-node and --gpu-bind=none, not "
+        "--gpus-per-task)",
+    )
 
 
 def collective_timeout(environment: Mapping[str, str]) -> timedelta:

@@ -56,27 +56,6 @@ class Limits:
         return self.dense.numel_of(self.dense.layers[layer]) - self.dense.numel_of(counts)
 
 
-def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
-    """Sets the ratio, and the shares that follow from it. Raises UserError if it conflicts with `prune.head_ratio`."""
-    dense, head_ratio = limits.dense, config.head_ratio
-    if head_ratio is None:
-        return replace(limits, ratio=ratio)
-    numel, removable = _open_numel(limits)
-    heads, most_heads = numel.pop("heads"), removable.pop("heads")
-    others, most_others = sum(numel.values()), sum(removable.values())
-    leaving, of_heads = ratio * dense.linear_numel(), head_ratio * heads
-    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: only full heads go
-    if of_heads > most_heads + half_a_step:
-        raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
-    if not of_heads <= leaving <= of_heads + most_others + half_a_step:
-        raise UserError(
-            f"prune.head_ratio {head_ratio} with prune.ratio {ratio} would take {(leaving - of_heads) / others:.1%} of "
-            f"the {' and '.join(numel)}, of which {most_others / others:.1%} may go"
-        )
-    share = of_heads / leaving
-    return replace(limits, ratio=ratio, shares={"heads": share, dense.kinds[-1]: 1 - share})
-
-
 def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     """Makes the limits that do not depend on the ratio. All kinds lose the same part of their parameters."""
     count = len(dense.layers)
@@ -124,18 +103,25 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
     return {kind: multiples.get(kind, dense.parts_of(kind)) for kind in dense.kinds}
 
 
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:
-    """Counts the parameters of each kind in the open layers: all of them, and those above the floors."""
-    kinds = [(kind, limits.dense.group_numel(kind)) for kind in limits.dense.kinds]
-    dense, floor = (
-        {kind: numel * sum(layers[i][kind] for i in limits.open_layers) for kind, numel in kinds}
-        for layers in (limits.dense.layers, limits.floor)
-    )
-    return dense, {kind: dense[kind] - floor[kind] for kind in dense}
+def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
+    """Sets the ratio, and the shares that follow from it. Raises UserError if it conflicts with `prune.head_ratio`."""
+    dense, head_ratio = limits.dense, config.head_ratio
+    if head_ratio is None:
+        return replace(limits, ratio=ratio)
+    numel, removable = _open_numel(limits)
+    heads, most_heads = numel.pop("heads"), removable.pop("heads")
+    others, most_others = sum(numel.values()), sum(removable.values())
+    leaving, of_heads = ratio * dense.linear_numel(), head_ratio * heads
+    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: only full heads go
+    if of_heads > most_heads + half_a_step:
+        raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
+    if not of_heads <= leaving <= of_heads + most_others + half_a_step:
+        raise UserError(
+            f"prune.head_ratio {head_ratio} with prune.ratio {ratio} would take {(leaving - of_heads) / others:.1%} of "
+            f"the {' and '.join(numel)}, of which {most_others / others:.1%} may go"
+        )
+    share = of_heads / leaving
+    return replace(limits, ratio=ratio, shares={"heads": share, dense.kinds[-1]: 1 - share})
 
 
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
@@ -176,3 +162,17 @@ def _final_losses(limits: Limits, layer: int) -> Iterator[int]:
         spare = limits.layer_budget[layer] - lost
         if all(shape[kind] == floor[kind] or limits.step_numel(kind) > spare for kind in coarse):
             yield lost
+
+
+def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:
+    """Counts the parameters of each kind in the open layers: all of them, and those above the floors."""
+    kinds = [(kind, limits.dense.group_numel(kind)) for kind in limits.dense.kinds]
+    dense, floor = (
+        {kind: numel * sum(layers[i][kind] for i in limits.open_layers) for kind, numel in kinds}
+        for layers in (limits.dense.layers, limits.floor)
+    )
+    return dense, {kind: dense[kind] - floor[kind] for kind in dense}
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
