@@ -52,7 +52,7 @@ class Compensator:
         return self.moments.record_forward(attention_mask) if self._records else nullcontext()
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
-        """Makes up for the cut to `keep` before it happens. Collective."""
+        """Refits the weights that will lose inputs in the cut to `keep`, just before it. Collective."""
         shape = self._model.shape
         cut = ((i, linear) for i, layer in enumerate(keep) for linear in shape.cut_linears(i, layer))
         linear_ids = [LinearId(i, linear) for i, linear in cut if linear.loses_inputs]

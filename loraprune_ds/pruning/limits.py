@@ -27,7 +27,7 @@ class Limits:
         return [i for i, budget in enumerate(self.layer_budget) if budget > 0]
 
     def chunks(self, layer: int, kind: Kind, count: int) -> list[int]:
-        """Returns the sizes of the chunks that lead from `count` groups down to the floor, by multiples."""
+        """Returns how many groups leave in each chunk on the way from `count` down to the floor."""
         multiple, floor = self.multiples[kind], self.floor[layer][kind]
         if count <= floor:
             return []
@@ -35,9 +35,7 @@ class Limits:
         return [first] + [multiple] * ((count - first - floor) // multiple)
 
     def narrowest(self, layer: int) -> Iterator[LayerShape]:
-        """Yields the narrowest shapes within the layer's budget: the fewest groups of the finest kind for each count
-        of the others.
-        """
+        """Yields, for each count of heads, the shape with the fewest channels that the layer's budget allows."""
         dense, floor = self.dense.layers[layer], self.floor[layer]
         *coarse, fine = self.dense.kinds
         for counts in product(*(range(floor[kind], dense[kind] + 1, self.multiples[kind]) for kind in coarse)):

@@ -51,8 +51,8 @@ def counts_on_the_way(limits: Limits, goal: LayerShape, part: float) -> LayerSha
 def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
     """Returns the counts that every open layer keeps at the end, as near to `ratio` as possible.
 
-    Heads give their share as nearly as they can. They give another share if floors, the cap or too few channels would
-    otherwise miss the target by more than half a step of the channels.
+    Channels fill up what heads leave. Of all counts within half a step of the channels from the target, those win
+    that are closest to the share of the heads.
     """
     dense, first = limits.dense, limits.open_layers[0]
     layer, (*coarse, fine) = dense.layers[first], dense.kinds

@@ -58,7 +58,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class PrunerState:
-    """Holds what a pruner needs to go on later, apart from the input moments, which their owners write."""
+    """The pruner's part of a checkpoint. The input moments are apart: each rank writes those of its layers."""
 
     kept_of_dense: list[LayerKeep]
     scores: list[LayerScores] | None  # None: nothing was scored yet

@@ -58,7 +58,7 @@ def overlap(start_a: Tensor, end_a: Tensor, start_b: Tensor, end_b: Tensor) -> T
 
 @dataclass(frozen=True)
 class AxisCut:
-    """Names the rows (axis 0) or columns (axis 1) of a tensor that stay: `keep`, (kept,) int64, ascending."""
+    """A cut along one axis. `keep` lists the rows (axis 0) or columns (axis 1) that stay: (kept,) int64, ascending."""
 
     shape: tuple[int, ...]  # before the cut, one or two dimensions
     axis: int
