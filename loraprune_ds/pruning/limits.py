@@ -35,7 +35,7 @@ class Limits:
         return [first] + [multiple] * ((count - first - floor) // multiple)
 
     def narrowest(self, layer: int) -> Iterator[LayerShape]:
-        """Yields, for each count of heads, the shape with the fewest channels that the layer's budget allows."""
+        """Yields for each count of heads the shape with the fewest channels (or experts) within the layer's budget."""
         dense, floor = self.dense.layers[layer], self.floor[layer]
         *coarse, fine = self.dense.kinds
         for counts in product(*(range(floor[kind], dense[kind] + 1, self.multiples[kind]) for kind in coarse)):
