@@ -81,32 +81,42 @@ class PrunableModel(Protocol):
 
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         """Yields the LoRA of each layer's linears by name, between a step's last backward and its update."""
+        ...
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         """Returns the shard of the frozen weight that this rank owns. Collective only where the weights are int8."""
+        ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sums a small tensor over all ranks, in place."""
+        ...
 
     def differing_rank(self, value: object) -> int | None:
         """Returns the first rank whose value differs from rank 0's. None if all ranks have the same."""
+        ...
 
     def owner(self, layer: int) -> int:
         """Returns the rank that holds the full tensors of a layer. Not collective."""
+        ...
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
         """Sums over all ranks on rank `owner`; None elsewhere. Overwrites `values`."""
+        ...
 
     def reduce_scatter(self, values: Tensor) -> Tensor:
         """Sums flat tensors as long as a weight over all ranks. Returns the part that this rank owns of that weight."""
+        ...
 
     @property
     def loss_scale(self) -> float:
         """The factor on gradients during a backward: 1 unless fp16. Not collective."""
+        ...
 
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         """Replaces frozen weights. Each is computed on its layer's owner, all owners at the same time."""
+        ...
 
     def cut(self, keep: list[LayerKeep]) -> int:
         """Removes all other groups from weights, biases, LoRA, masters and Adam moments. Returns the bytes
         that all ranks sent together."""
+        ...

@@ -23,6 +23,9 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
     W              the frozen weight of a linear
 """
 
+# torch does not type every method:
+# pyright: reportUnknownMemberType=false
+
 import hashlib
 import time
 from collections.abc import Callable, Generator
