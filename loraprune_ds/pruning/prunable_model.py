@@ -117,6 +117,5 @@ class PrunableModel(Protocol):
         ...
 
     def cut(self, keep: list[LayerKeep]) -> int:
-        """Removes all other groups from weights, biases, LoRA, masters and Adam moments. Returns the bytes
-        that all ranks sent together."""
+        """Removes all other groups from weights, biases, LoRA, masters and moments. Returns the bytes sent in all."""
         ...
