@@ -13,8 +13,7 @@ from torch import Tensor
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import STATE_FILE, RunState, ShapeSource, read_state, state_text
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.files import begin_folder, publish_folder, remove_folder, remove_leftovers, staging_of
 from loraprune_ds.model.pretrained import STORED_INT8
 from loraprune_ds.model.storage import FrozenStorage
@@ -35,10 +34,10 @@ class Staging:
         self._mark = comm.draw_mark()
         self.target, self.folder = target, staging_of(target, self._mark)
         self._comm, self._kind = comm, kind
-        self._writes = LocalWrites()
+        self._writes = LocalWrites(comm, self.folder)
         self._sealed: dict[str, dict[str, Any]] = {}
         empty_cache()  # torch may have reserved the memory that NCCL needs for the gathers
-        self._writes.do_on_rank_0(comm, self.folder, lambda: begin_folder(target, self._mark))
+        self._writes.do_on_rank_0(lambda: begin_folder(target, self._mark))
 
     def __enter__(self) -> "Staging":
         return self
@@ -65,9 +64,9 @@ class Staging:
 
     def publish(self) -> None:
         """Writes the manifest and renames the folder. If a write failed on some rank, all ranks raise RunError."""
-        self._writes.agree(self._comm, self.folder)
+        self._writes.agree()
         sealed = {name: entry for part in self._comm.gather_objects(self._sealed) for name, entry in part.items()}
-        self._writes.do_on_rank_0(self._comm, self.folder, lambda: self._rename(sealed))
+        self._writes.do_on_rank_0(lambda: self._rename(sealed))
 
     def _rename(self, sealed: dict[str, dict[str, Any]]) -> None:
         layout.write_manifest(self.folder, sealed)

@@ -21,8 +21,7 @@ from loraprune_ds.checkpoint.load import keep_from_lists, keep_to_lists, read_mo
 from loraprune_ds.checkpoint.save import Staging, save_shape, write_moments, write_scores
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_file import forget_removed
-from loraprune_ds.errors import UserError, require
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import read_json, remove_leftovers
 from loraprune_ds.hf.live import PrunedTraining, base_config, find_peft_model, live_shape
 from loraprune_ds.model.exported_config import export_config

@@ -57,7 +57,7 @@ def notes(plan: Plan) -> list[str]:
         lines.append(f"the run counts epochs and its data is not here: its steps are assumed ({known})")
     if request.config.prune.ranking == "global":
         lines.append("prune.ranking global is planned as if it took from all layers alike")
-    if plan.step.communication > plan.step.compute and nodes > 1 and request.fetch_limits.copy_ranks == 1:
+    if plan.step.communication > plan.step.compute and nodes > 1 and request.fetch.zero_hpz_partition_size == 1:
         setting = "--set deepspeed=ds_configs/zero3_multinode_hpz.json"
         lines.append(f"sending takes longer than the arithmetic; with {setting} every node has a copy of the weights")
     lines.append("gathered weights and bytes sent are upper bounds; seconds are estimates, not measurements")

@@ -19,7 +19,7 @@ from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
-from loraprune_ds.zero.ds_config import HPZ, FetchLimits, find_ds_config, resolve_ds_config
+from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
 from loraprune_ds.zero.flat import partition_numel
 
 GIB = 1 << 30
@@ -162,8 +162,9 @@ class Request:
         return 4 if self.config.model.dtype == "float16" else self.element_size
 
     @cached_property
-    def fetch_limits(self) -> FetchLimits:
-        return FetchLimits.from_ds_config(self.ds_config)
+    def fetch(self) -> DeepSpeedZeroConfig:
+        """DeepSpeed's settings for gathers, in elements. `zero_hpz_partition_size` ranks share a second copy."""
+        return zero_settings(self.ds_config)
 
     @property
     def measured_layers(self) -> Sequence[int]:
@@ -197,7 +198,7 @@ class Request:
 
     def second_copies(self, held: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's part of hpZ's second copy. 0 without hpZ."""
-        group = self.fetch_limits.copy_ranks
+        group = self.fetch.zero_hpz_partition_size
         return self.held_shards(held) * (self.world_size // group) if group > 1 else 0
 
     @property
@@ -267,11 +268,9 @@ def build_request(
     if train.steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
     pruning = plan_pruning(config.prune, shape, steps)
-    path, per_node, lora_rank = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.lora.r
-    ds_config = resolve_ds_config(
-        path, shape, cluster.world_size, config.model, train, lora_rank, ranks_per_node=per_node
-    )
-    size = FetchLimits.from_ds_config(ds_config).copy_ranks
+    path, per_node, model = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.model
+    ds_config = resolve_ds_config(path, shape, cluster.world_size, train, model, config.lora.r, ranks_per_node=per_node)
+    size = zero_settings(ds_config).zero_hpz_partition_size
     bad = f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
     require(size % per_node == 0 or per_node % size == 0, bad)
     steps += train.recovery_steps

@@ -82,7 +82,7 @@ def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True
     (numel, whole), (layer, largest, linear) = _whole(request, shape), _largest(request, shape)
     if request.world_size == 1 and not request.offloads("param"):
         return linear  # a parameter's data is its only shard
-    limits = request.fetch_limits.max_live, request.fetch_limits.prefetch_bucket
+    limits = request.fetch.max_live_parameters, request.fetch.prefetch_bucket_size
     live, prefetched = (round(count * trains * whole / numel) for count in limits)
     if largest > live:  # DeepSpeed fetches nothing ahead of such a module
         live = prefetched = 0
@@ -92,7 +92,7 @@ def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True
 
 def passes_of_weights(request: Request, shape: ModelShape) -> int:
     """Returns how often a micro-batch gathers the model at most. A model that may stay is not gathered again."""
-    stays = _whole(request, shape)[0] <= min(request.fetch_limits.max_live, request.fetch_limits.max_reuse_distance)
+    stays = _whole(request, shape)[0] <= min(request.fetch.max_live_parameters, request.fetch.max_reuse_distance)
     again = request.config.train.gradient_checkpointing and shape.hidden_size > WHOLE_LAYER
     return (1 if stays else 2) + again  # a layer that is gathered whole is there when it is computed again
 

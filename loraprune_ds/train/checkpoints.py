@@ -132,7 +132,7 @@ class Checkpoints:
     def drop_old(self, comm: Communicator, step: int) -> None:
         """Removes the files that no later start needs, after `step-{step}` was published. Collective."""
         keep_last = self.config.checkpoint.keep_last
-        LocalWrites().do_on_rank_0(comm, self.root, lambda: drop_old(self.root, step, keep_last))
+        LocalWrites(comm, self.root).do_on_rank_0(lambda: drop_old(self.root, step, keep_last))
 
     @cached_property
     def _source(self) -> ShapeSource:

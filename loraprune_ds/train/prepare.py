@@ -81,7 +81,7 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     if model.adapter:
         check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
     path = find_ds_config(config.deepspeed)
-    ds_config = resolve_ds_config(path, shape, world_size, model, train, lora_rank, ranks_per_node=ranks_per_node)
+    ds_config = resolve_ds_config(path, shape, world_size, train, model, lora_rank, ranks_per_node=ranks_per_node)
     make_limits(config.prune, shape)  # its errors come before the data, which may take long to read
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)

@@ -22,7 +22,7 @@ from loraprune_ds.checkpoint.layout import (
 )
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import LoggingConfig
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report.metrics import MetricsLog, TensorBoardLog, read_metrics

@@ -11,11 +11,10 @@ import torch
 
 from loraprune_ds.checkpoint.layout import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
-from loraprune_ds.errors import RankError
+from loraprune_ds.errors import RankError, fail_point
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.export.model_card import ModelCard, card_of_run, write_model_card
-from loraprune_ds.faults import fail_point
 from loraprune_ds.files import staging_of
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import source_digest
-from loraprune_ds.errors import UserError
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.model.adapters import adapters_off
 from loraprune_ds.model.dtypes import DTYPES, held_as
 from loraprune_ds.train.context import RunContext
@@ -105,7 +104,7 @@ def record_teacher(
     Returns:
         False if it was asked to stop before the end. The files written by then stay.
     """
-    comm, missing, writes = engine.model.comm, teacher.to_write, LocalWrites()
+    comm, missing, writes = engine.model.comm, teacher.to_write, LocalWrites(engine.model.comm, teacher.folder)
     comm.on_rank_0(teacher.begin)
     with adapters_off(engine.model.module):
         for first in range(0, len(missing), comm.world_size):
@@ -117,7 +116,7 @@ def record_teacher(
             if comm.rank < len(files):
                 writes.do(partial(teacher.write, file, fields))
             fail_point("teacher.file")
-            writes.agree(comm, teacher.folder)
+            writes.agree()
             is_last = first + comm.world_size >= len(missing)
             if not is_last and agree(comm) == STOP:
                 return False

@@ -57,7 +57,7 @@ def build(model: Path, world_size: int, cut_step: int = CUT_STEP) -> Trainer:
     )
     pretrained = open_pretrained(model)
     ds_config = resolve_ds_config(
-        "ds_configs/zero3.json", pretrained.shape, world_size, config.model, config.train, config.lora.r
+        "ds_configs/zero3.json", pretrained.shape, world_size, config.train, config.model, config.lora.r
     )
     # No weight stays gathered from forward to backward, as in a model that does not fit. DeepSpeed's own limits are far
     # above these small widths.

@@ -87,7 +87,7 @@ def main() -> None:
     config, phases = make_config(folder, comm.world_size, int8=arguments.int8), Phases()
     pretrained = open_for_pruning(folder / "model", config.model, config.prune)
     ds_config = resolve_ds_config(
-        config.deepspeed, pretrained.shape, comm.world_size, config.model, config.train, config.lora.r
+        config.deepspeed, pretrained.shape, comm.world_size, config.train, config.model, config.lora.r
     )
     hoard = materialise(pretrained) if arguments.control and rank == comm.world_size - 1 else []
     generator = torch.Generator().manual_seed(1)

@@ -168,7 +168,7 @@ def build(job: Job) -> Trainer:
     )
     pretrained = open_for_pruning(job.folder, config.model, config.prune)
     ds_config = resolve_ds_config(
-        config.deepspeed, pretrained.shape, world_size, config.model, config.train, config.lora.r
+        config.deepspeed, pretrained.shape, world_size, config.train, config.model, config.lora.r
     )
     trainer = assemble(config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches))
     for module in trainer.engine.deepspeed.module.modules():

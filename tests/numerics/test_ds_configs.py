@@ -51,7 +51,7 @@ def run_all(job: Job) -> dict[str, Any]:
 def inference(job: Job) -> Tensor:
     pretrained = open_pretrained(job.folder)
     world_size, train = torch.distributed.get_world_size(), TrainConfig(steps=1)
-    resolved = resolve_ds_config(job.deepspeed, pretrained.shape, world_size, ModelConfig(), train, 8)
+    resolved = resolve_ds_config(job.deepspeed, pretrained.shape, world_size, train, ModelConfig(), 8)
     engine = build_inference_engine(pretrained, "sdpa", job.dtype, resolved)
     with torch.no_grad():
         return engine(input_ids=job.batches[0][0], labels=job.batches[0][1])

@@ -34,7 +34,7 @@ def resolve(
 
 
 def resolve_file(path: Path, config: RunConfig, world_size: int, shape: ModelShape = SHAPE) -> dict[str, Any]:
-    return resolve_ds_config(path, shape, world_size, config.model, config.train, config.lora.r)
+    return resolve_ds_config(path, shape, world_size, config.train, config.model, config.lora.r)
 
 
 def with_dtype(dtype: Dtype, frozen: Frozen | None = None) -> RunConfig:
