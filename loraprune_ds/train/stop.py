@@ -97,15 +97,15 @@ def drop_stale_requests(folder: Path) -> list[str]:
 
 def find_launchers() -> list[int]:
     """Returns the parent, if it is a launcher, and the `deepspeed` command above it, which no launcher watches."""
-    found: list[int] = []
+    pids: list[int] = []
     process: psutil.Process | None = psutil.Process()
     with contextlib.suppress(psutil.Error):  # a process that has just ended
         for known in (LAUNCHERS, RUNNERS):
             process = process.parent()
             if process is None or program_of(process.cmdline()) not in known:
                 break
-            found.append(process.pid)
-    return found
+            pids.append(process.pid)
+    return pids
 
 
 def is_alive(pid: int) -> bool:

@@ -59,12 +59,12 @@ class Watch(threading.Thread):
             self._heartbeat.close()
 
     def run(self) -> None:
-        asked = False
+        has_asked = False
         while not self._closed.wait(INTERVAL):
             if lost := self._lost_elsewhere():
                 self._leave(lost)
-            if not asked and not all(map(is_alive, self._launchers)):
-                asked = True
+            if not has_asked and not all(map(is_alive, self._launchers)):
+                has_asked = True
                 self._say("the launcher is gone, which is a request to stop")
                 os.kill(os.getpid(), signal.SIGTERM)
             if gone := [rank for rank, pid in self._others.items() if not is_alive(pid)]:

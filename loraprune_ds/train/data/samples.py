@@ -1,4 +1,4 @@
-"""Holds the tuning samples of a run in memory, and packs several into one window."""
+"""Holds the tuning samples of a run in memory, packs several into one window, and puts them in order."""
 
 import hashlib
 from bisect import bisect_left, insort
@@ -121,9 +121,7 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         return parts[0]
     names = [name for name in PADDING if any(name in part.columns for part in parts)]
     columns = {
-        name: torch.cat(
-            [part.columns[name] if name in part.columns else positions_of(part.lengths()) for part in parts]
-        )
+        name: torch.cat([p.columns[name] if name in p.columns else positions_of(p.lengths()) for p in parts])
         for name in names
     }
     starts = starts_of(torch.cat([part.lengths() for part in parts]))
@@ -201,21 +199,15 @@ class SampleOrder:
         numbers: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> None:
-        self.num_samples = num_samples
+        self.num_samples, self.global_batch_size, self.seed = num_samples, global_batch_size, seed
         self._numbers, self._lengths = numbers, lengths
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def batch(self, step: int) -> Tensor:
         """Returns the (global_batch_size,) int64 sample numbers of a step, counted from 0."""
         positions = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
-        epochs = positions // self.num_samples
-        parts = [
-            self._permutation_of(int(epoch))[positions[epochs == epoch] % self.num_samples]
-            for epoch in np.unique(epochs)
-        ]
+        epochs, places = np.divmod(positions, self.num_samples)
+        parts = [self._permutation_of(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         batch = torch.from_numpy(np.concatenate(parts))
         if self._numbers is not None:
             batch = self._numbers[batch]
@@ -235,10 +227,8 @@ def mix(counts: Sequence[int], weights: Sequence[float]) -> Tensor:
     """
     share = np.asarray(weights) / sum(weights)
     total = max(np.asarray(counts) / share)
-    firsts = np.cumsum([0, *counts[:-1]])
-    parts = [
-        first + np.arange(round(total * part)) % count for first, count, part in zip(firsts, counts, share, strict=True)
-    ]
+    sources = zip(np.cumsum([0, *counts[:-1]]), counts, share, strict=True)
+    parts = [first + np.arange(round(total * part)) % count for first, count, part in sources]
     return torch.from_numpy(np.concatenate(parts))
 
 
