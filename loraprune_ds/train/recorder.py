@@ -64,11 +64,8 @@ class Progress:
         every_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.steps = steps
-        self._stream = sys.stderr if stream is None else stream
-        self._every_seconds = every_seconds
-        self._clock = clock
-        self._started = clock()
+        self.steps, self._stream = steps, sys.stderr if stream is None else stream
+        self._every_seconds, self._clock, self._started = every_seconds, clock, clock()
         self._last_line = -math.inf  # when it was shown
         self._latest = deque[float](maxlen=LATEST)  # seconds of each step with its cut
         self._is_warm = False

@@ -23,18 +23,14 @@ class Samples:
     """Holds N samples of up to `window` tokens, end to end and without padding.
 
     The model needs no attention mask: padding follows a sample, where causal attention cannot see it.
-
-    Attributes:
-        columns: (total,) integers each, by the model's names. `labels` are the ids, or IGNORE_INDEX at prompts. Models
-            shift them. `position_ids` exist if samples hold several texts, and begin at 0 in each.
-        starts: (N + 1,) int64. Sample i is starts[i]:starts[i + 1] of each column.
-        left_out: rows without a sample, because nothing of their answer lies within the window.
     """
 
+    # (total,) integers each, by the model's names. `labels` are the ids, or IGNORE_INDEX at prompts. Models shift them.
+    # `position_ids` exist if samples hold several texts, and begin at 0 in each.
     columns: dict[str, Tensor]
-    starts: Tensor
+    starts: Tensor  # (N + 1,) int64; sample i is starts[i]:starts[i + 1] of each column
     window: int
-    left_out: int = 0
+    left_out: int = 0  # rows without a sample, because nothing of their answer lies within the window
 
     @classmethod
     def of_windows(cls, input_ids: Tensor, labels: Tensor | None = None) -> "Samples":
@@ -48,10 +44,7 @@ class Samples:
         return len(self.starts) - 1
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
-        """Returns the model's inputs: each (len(indices), width) int64, padded on the right.
-
-        The width is the longest sample's, rounded up to a multiple of 8 but never above `window`.
-        """
+        """Returns the model's inputs: each (len(indices), width) int64, padded on the right."""
         return {name: self._padded(name, indices) for name in self.columns}
 
     def attention_mask(self, indices: Tensor) -> Tensor | None:
@@ -88,6 +81,7 @@ class Samples:
         return digest.hexdigest()
 
     def _inside(self, indices: Tensor) -> Tensor:
+        """Returns which of (len(indices), width) places are tokens. The longest sample decides the width."""
         lengths = self.starts[indices + 1] - self.starts[indices]
         width = min(self.window, -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
         return torch.arange(width) < lengths[:, None]
@@ -100,15 +94,11 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class LoadedData:
-    """Holds the samples to tune on, and a text for perplexity that tuning never sees.
-
-    Attributes:
-        epoch: (n,) int64 sample numbers of an epoch, by the weights of a mixture. None: each sample once.
-    """
+    """Holds the samples to tune on, and a text for perplexity that tuning never sees."""
 
     samples: Samples
     held_out: str
-    epoch: Tensor | None = None
+    epoch: Tensor | None = None  # (n,) int64 sample numbers, by the weights of a mixture. None: each sample once
 
     @property
     def epoch_length(self) -> int:
