@@ -145,7 +145,7 @@ def reopened(pretrained: PretrainedModel) -> PreTrainedModel:
     model = build_on_meta(pretrained.config).eval()
     for name, size in pretrained.shape.parameters().items():
         path, _, last = name.rpartition(".")
-        weight = pretrained.read_flat(name, 0, math.prod(size), torch.float32)
+        weight = pretrained.weights.read_flat(name, 0, math.prod(size), torch.float32)
         setattr(model.get_submodule(path), last, nn.Parameter(weight.view(size)))
     model.tie_weights()
     return model

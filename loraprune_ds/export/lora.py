@@ -55,9 +55,8 @@ class UnmergedModel:
         self.checkpoint = checkpoint
         self.config = config_from_dict(forget_removed(checkpoint.state.config))
         self.dense = open_for_pruning(locate_model(self.config.model), self.config)
-        self.base = checkpoint.frozen_weights(self.config)
-        # The family is the dense model's, even where the smaller one had to be described as another.
-        self.shape = self.dense.shape.with_layers(self.base.shape.layers)
+        self.base = checkpoint.frozen_model(self.config, self.dense).weights
+        self.shape = self.base.shape
 
     @property
     def exported(self) -> ExportedConfig:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.model.adapters import base_parameter, set_runtime_counts
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.family import PRUNED, family_name
 from loraprune_ds.model.family_row import Family
@@ -101,6 +102,22 @@ def store_frozen(model: nn.Module, shape: ModelShape, storage: FrozenStorage) ->
                 stock.store_as(stored_as, stock.weight)
             else:
                 setattr(layers[i].get_submodule(path), name, Int8Linear(stock, stored_as))
+
+
+def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:
+    """Gives modules on the meta device the sizes of a smaller shape, as a cut does to a live model."""
+    for i, layer in enumerate(decoder_layers(model)):
+        prefix = f"model.layers.{i}."
+        sizes = {name.removeprefix(prefix): size for name, size in shape.layer_parameters(i).items()}
+        parameters = {name: base_parameter(layer, name) for name in sizes}
+        if all(parameter.shape == sizes[name] for name, parameter in parameters.items()):
+            continue
+        for name, parameter in parameters.items():
+            parameter.data = parameter.new_empty(sizes[name])
+        for linear in shape.linears(i):
+            module = cast(nn.Linear, layer.get_submodule(linear.name))
+            module.out_features, module.in_features = shape.linear_shape(i, linear)
+        set_runtime_counts(layer, shape, shape.layers[i])
 
 
 @contextmanager

@@ -12,8 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import add_lora
-from loraprune_ds.model.classes import build_on_meta, decoder_layers, store_frozen
-from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta, store_frozen
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
@@ -109,7 +108,10 @@ def saved_by_layer(
     depth = int(source["num_hidden_layers"])
     lists = {key: value for key, value in source.items() if isinstance(value, list) and len(value) == depth}
     alone = source | {key: [value[index]] for key, value in lists.items()} | {"num_hidden_layers": 1}
+    alone.pop("per_layer_config", None)
     one = shape.with_layers((shape.layers[index],))
+    if mixture := shape.family.mixture:
+        alone |= mixture.dense([] if one.layers[0]["experts"] else [0])
     return _saved(json.dumps(alone), one, tokens, dtype, storage, lora_rank, dropout, eager)
 
 
@@ -126,8 +128,8 @@ def _saved(
 ) -> int:
     """Counts the storages that the only layer saves, its input included, the shared rotary angles excluded."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
-    config = export_config(json.loads(source), shape, "bfloat16").config
-    causal_lm: Any = build_on_meta(config, "eager" if eager else FUSED)
+    causal_lm: Any = build_on_meta(json.loads(source), "eager" if eager else FUSED)
+    shrink_on_meta(causal_lm, shape)
     store_frozen(causal_lm, shape, storage)
     with torch.device("meta"):
         model = add_lora(causal_lm, shape, LoraConfig(r=rank, lora_dropout=0.5 if dropout else 0.0), seed=0)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import hf_hub_download
+from transformers import PreTrainedModel
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, first_line
@@ -94,7 +95,14 @@ def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
+    """As `read_model`, without the modules."""
+    return read_model(config, where)[0]
+
+
+def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrainedModel]:
     """Reads `config.json` of a supported model or of the text part of a multimodal one, with its `per_layer_config`.
+
+    Returns the shape, and the modules on the meta device that it was read from.
 
     Raises:
         UserError: the model type is not supported. A size is missing or impossible. Key-value heads do not divide query
@@ -121,7 +129,8 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     if min(num_layers, hidden, vocab_size, head_dim, *(n for queries, x in sizes for n in (queries, *x.values()))) < 1:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
-    parameters = _meta_parameters(config, where)
+    modules = _build(config, where)
+    parameters = {name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
     inside = [_inside(parameters, i) for i in range(num_layers)]
     shape = ModelShape(
         model_type=config["model_type"],
@@ -140,7 +149,7 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     first = {layer.kinds: i for i, layer in reversed([*enumerate(shape.layers)])}
     shape = replace(shape, layer_others={kinds: _others(shape, i, inside[i]) for kinds, i in first.items()})
     _check_explained(shape, parameters, where)
-    return shape
+    return shape, modules
 
 
 def check_family(config: RunConfig, family: Family, source: dict[str, Any], where: str) -> None:
@@ -164,14 +173,13 @@ def check_family(config: RunConfig, family: Family, source: dict[str, Any], wher
         raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
 
 
-def _meta_parameters(config: dict[str, Any], where: str) -> Sizes:
-    """Returns names and shapes of all parameters, each once, from modules without weights."""
+def _build(config: dict[str, Any], where: str) -> PreTrainedModel:
     with refused_in_one_line(where):
         model = build_on_meta(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head under both of its names
     if buffers := sorted(model.state_dict().keys() - parameters.keys()):  # nothing here reads or exports these
         raise UserError(f"{where}: weight files hold the buffer {buffers[0]}; such models are not supported")
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return model
 
 
 def _inside(parameters: Sizes, layer: int) -> Sizes:
