@@ -52,29 +52,29 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     return stock
 
 
-def attn_implementation(asked: str, family: Family) -> str:
-    """Returns the attention implementation that a model gets. `asked` is the value of `model.attn_implementation`.
+def attn_implementation(requested: str, family: Family) -> str:
+    """Returns the attention implementation that a model gets. `requested` is the value of `model.attn_implementation`.
 
     The default is sdpa. torch's kernels under it cannot cap attention scores or add sinks. Old versions of
     transformers drop a cap silently. New ones refuse the model. Families that need these get eager attention.
     """
-    return "eager" if asked == "sdpa" and family.eager_only is not None else asked
+    return "eager" if requested == "sdpa" and family.eager_only is not None else requested
 
 
-def describe_attention(asked: str, family: Family) -> str | None:
+def describe_attention(requested: str, family: Family) -> str | None:
     """Says in one line that another implementation is used than the config names. None if it is the same."""
-    used = attn_implementation(asked, family)
-    if used == asked:
+    used = attn_implementation(requested, family)
+    if used == requested:
         return None
-    return f"model.attn_implementation: {used} instead of {asked}, which lacks {family.eager_only}"
+    return f"model.attn_implementation: {used} instead of {requested}, which lacks {family.eager_only}"
 
 
 def check_flash_attention(config: ModelConfig) -> None:
-    """Raises UserError if flash attention is asked for without a GPU or in fp32. transformers checks its package."""
-    asked = f"model.attn_implementation {config.attn_implementation}"
+    """Raises UserError if flash attention is requested without a GPU or in fp32. transformers checks its package."""
+    setting = f"model.attn_implementation {config.attn_implementation}"
     if config.attn_implementation.startswith("flash_attention"):
-        require(config.dtype != "float32", f"{asked} needs model.dtype bfloat16 or float16; got {config.dtype}")
-        require(torch.cuda.is_available(), f"{asked} needs a GPU, and this rank sees none")
+        require(config.dtype != "float32", f"{setting} needs model.dtype bfloat16 or float16; got {config.dtype}")
+        require(torch.cuda.is_available(), f"{setting} needs a GPU, and this rank sees none")
 
 
 def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") -> PreTrainedModel:

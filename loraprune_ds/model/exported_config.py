@@ -128,8 +128,8 @@ def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
     # 4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. 5 prefers a rope_scaling that is not
     # null, and completes it with rope_theta. Otherwise it reads rope_parameters, where Gemma 3 and Olmo 3 have settings
     # for each kind of layer. 4 can scale only full attention.
-    given = source.get("rope_scaling") or source.get("rope_parameters") or {}
-    full = dict(given.get("full_attention", given))
+    settings = source.get("rope_scaling") or source.get("rope_parameters") or {}
+    full = dict(settings.get("full_attention", settings))
     if family not in DEFAULT_POSITIONS and (OLD_ROPE & source.keys() or "rope_theta" not in full):
         return {}  # both versions read the source's settings, and each family has its own defaults
     theta = full.pop("rope_theta", None) or source.get("rope_theta") or DEFAULT_ROPE_THETA
@@ -139,8 +139,8 @@ def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
     names = {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
     if "partial_rotary_factor" in full:
         names["partial_rotary_factor"] = full["partial_rotary_factor"]
-    if "sliding_attention" in given:
-        names["rope_local_base_freq"] = given["sliding_attention"]["rope_theta"]
+    if "sliding_attention" in settings:
+        names["rope_local_base_freq"] = settings["sliding_attention"]["rope_theta"]
     if family in DEFAULT_POSITIONS:
         names["rope_parameters"] = scaling | {"rope_theta": theta}
     return names

@@ -113,8 +113,8 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     family = _find_family(config, where)
     try:
         num_layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
-        given = cast(dict[str, dict[str, Any]], config.get("per_layer_config") or {})
-        config, per_layer = _old_names(config, family), {int(k): _old_names(v, family) for k, v in given.items()}
+        layers = cast(dict[str, dict[str, Any]], config.get("per_layer_config") or {})
+        config, per_layer = _old_names(config, family), {int(k): _old_names(v, family) for k, v in layers.items()}
         defaults = config_class(config["model_type"])
         sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])

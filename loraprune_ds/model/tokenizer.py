@@ -43,7 +43,7 @@ def window_start(tokenizer: PreTrainedTokenizerBase, family: Family) -> int | No
 
 
 def begin_with(windows: Tensor, start: int | None) -> Tensor:
-    """Returns windows (count, window) of token ids that begin with `start`, if it is given."""
+    """Returns windows (count, window) of token ids that begin with `start`, unless it is None."""
     if start is None:
         return windows
     windows = windows.clone()
@@ -76,8 +76,8 @@ def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
 def _load_llama(folder: Path) -> PreTrainedTokenizerBase:
     """Builds the tokenizer from tokenizer.model alone. AutoTokenizer would leave out the BOS that LLaMA needs."""
     path = folder / TOKENIZER_CONFIG
-    given = read_json(path) if path.is_file() else {}
-    settings: dict[str, Any] = {"add_bos_token": given.get("add_bos_token") is not False}
+    saved = read_json(path) if path.is_file() else {}
+    settings: dict[str, Any] = {"add_bos_token": saved.get("add_bos_token") is not False}
     # Early conversions of LLaMA have empty names, on which transformers recurses without end.
-    settings |= {key: token for key, token in LLAMA_SPECIAL_TOKENS.items() if given.get(key) == ""}
+    settings |= {key: token for key, token in LLAMA_SPECIAL_TOKENS.items() if saved.get(key) == ""}
     return LlamaTokenizer.from_pretrained(folder, **settings)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.dtypes import tf32_where_exact
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, LinearId, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
@@ -50,6 +49,20 @@ def _views(half: Tensor, n: int) -> Iterator[tuple[slice, slice, Tensor]]:
         height, width = rows.stop - rows.start, n - rows.start
         yield rows, columns, half[position : position + height * width].view(height, width)
         position += height * width
+
+
+@contextmanager
+def tf32_where_exact(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Allows TF32 for fp32 products of bf16 or fp16 numbers, whose 11 significant bits it keeps. Sums are fp32."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def half_of_product(x: Tensor) -> Tensor:

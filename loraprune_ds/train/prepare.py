@@ -13,7 +13,7 @@ from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.classes import check_flash_attention, describe_attention
 from loraprune_ds.model.distillation import check_top_k
-from loraprune_ds.model.dtypes import held_as
+from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.token_loss import build_for_losses
@@ -125,7 +125,7 @@ def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     dense, train, ratio = prepared.pretrained.shape, config.train, format_percent(prepared.schedule.ratio)
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
-        f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {held_as(config.model)}, "
+        f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {describe_dtype(config.model)}, "
         f"on {ranks} ({device_name()})",
         f"{prepared.steps} steps of {train.global_batch_size} x {config.data.window} tokens, "
         f"{len(prepared.schedule.cut_steps())} cuts to {ratio} of the decoder layers' "

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from loraprune_ds.config import ModelConfig, RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.family import LLAMA_LINEARS
-from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
+from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT, Int8
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.model.weight_files import as_on_disk, write_index, write_weight_file
