@@ -45,11 +45,7 @@ class ExportSource:
 
 
 class UnmergedModel:
-    """A verified checkpoint and its models: `dense`, which the run began with, and `base`, pruned and without LoRA.
-
-    Raises:
-        UserError: the dense model is gone or damaged.
-    """
+    """A verified checkpoint and its models: `dense`, which the run began with, and `base`, pruned and without LoRA."""
 
     def __init__(self, checkpoint: TrainingCheckpoint) -> None:
         self.checkpoint = checkpoint
@@ -81,11 +77,7 @@ def find_source(path: Path) -> ExportSource:
 
 
 def open_newest(checkpoints: list[Path]) -> tuple[UnmergedModel, list[str]]:
-    """Opens the first undamaged checkpoint. Returns remarks about it, and about those passed over, as well.
-
-    Raises:
-        UserError: all are damaged. The line is about the first one.
-    """
+    """Opens the first undamaged checkpoint. Also returns remarks about it and about those passed over."""
     remarks: list[str] = []
     for path in checkpoints:
         try:

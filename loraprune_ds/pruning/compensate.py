@@ -52,7 +52,7 @@ def _views(half: Tensor, n: int) -> Iterator[tuple[slice, slice, Tensor]]:
 
 
 @contextmanager
-def tf32_where_exact(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def tf32_where_exact(dtype: torch.dtype, device: torch.device) -> Generator[None]:
     """Allows TF32 for fp32 products of bf16 or fp16 numbers, whose 11 significant bits it keeps. Sums are fp32."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         yield
