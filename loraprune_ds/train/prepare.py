@@ -49,8 +49,10 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     ranks_per_node = comm.ranks_per_node()
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
-        waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None)
-        prepared = waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node))
+        first = waiting.all_or_raise(
+            lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None
+        )
+        prepared = waiting.all_or_raise(lambda: first or _prepare(config, comm.world_size, ranks_per_node))
     rank = comm.differing_rank(prepared.samples.digest())
     if rank is not None:
         raise UserError(f"rank {rank} reads other training data than rank 0; data.path must be the same everywhere")
