@@ -61,8 +61,11 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
         stock.append("mistral")
     for model_type in stock:
         config = _config_of(source, shape, dtype, model_type)
-        if not _is_refused(config):
-            return ExportedConfig(config, None, model_type != shape.model_type)
+        try:
+            config_object(config)
+        except StrictDataclassError:  # of the head count. Phi-3 computes the length of its long rotary factors from it
+            continue
+        return ExportedConfig(config, None, model_type != shape.model_type)
     config = name_our_code(_config_of(source, shape, dtype, PRUNED + family))
     return ExportedConfig(config, MODELLING_FILE, PRUNED + family != shape.model_type)
 
@@ -72,14 +75,6 @@ def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
     if not str(config["model_type"]).startswith(PRUNED):
         return {key: value for key, value in config.items() if key != AUTO_MAP}
     return config | {"architectures": ["PrunedForCausalLM"], AUTO_MAP: OUR_CLASSES}
-
-
-def _is_refused(config: dict[str, Any]) -> bool:
-    try:
-        config_object(config)
-    except StrictDataclassError:  # of the head count. Phi-3 computes the length of its long rotary factors from it
-        return True
-    return False
 
 
 def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Counts the arithmetic of LoRA training from sizes alone. A multiply-add is two operations."""
+"""Counts the operations of LoRA training (two per multiply-add) and the bytes that a layer saves, from sizes alone."""
 
 import json
 import math
@@ -17,6 +17,8 @@ from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 
+FUSED = "planned"  # our attention, by the name that transformers finds it under
+
 
 def active_numel(shape: ModelShape) -> int:
     """Counts the linear parameters that one token meets: its chosen experts, and all matrices that are never cut."""
@@ -33,10 +35,8 @@ def met_numel(shape: ModelShape) -> int:
 
 def active_lora(shape: ModelShape, lora_rank: int) -> int:
     """Counts the elements of LoRA that one token meets."""
-    factors = (
-        (i, linear, size) for i, linear in shape.linear_ids() for size in shape.lora_shapes(i, linear, lora_rank)
-    )
-    return sum(_met(shape, *factor) for factor in factors)
+    ids = shape.linear_ids()
+    return sum(_met(shape, i, linear, size) for i, linear in ids for size in shape.lora_shapes(i, linear, lora_rank))
 
 
 def _met(shape: ModelShape, layer: int, linear: Linear, size: tuple[int, int]) -> int:
@@ -81,9 +81,6 @@ def needed_flops_per_token(shape: ModelShape, window: float) -> float:
     """
     frozen = active_numel(shape) + shape.vocab_size * shape.hidden_size  # the head is one more linear
     return 4 * frozen + 6 * attention_product(shape, window) / 2
-
-
-FUSED = "planned"  # our attention, by the name that transformers finds it under
 
 
 def saved_by_layer(
@@ -161,12 +158,10 @@ def _saved(
 def _fused_attention(
     module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Saves what sdpa does. For a sliding window narrower than the text, that includes a mask in the dtype of the
-    queries, and separate keys and values for every query head.
-    """
+    """Saves what sdpa does."""
     sliding, window = settings.get("sliding_window"), queries.shape[-2]
     bias = None
-    if sliding is not None and sliding <= window:
+    if sliding is not None and sliding <= window:  # a mask like the queries, and keys and values of every query head
         keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (keys, values))
         bias = queries.new_empty(len(queries), 1, window, window)
     out: Any = _FusedAttention.apply(queries, keys, values, bias)
