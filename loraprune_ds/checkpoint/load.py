@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,21 +36,26 @@ class TrainingCheckpoint:
     folder: Path
     state: RunState
 
+    @cached_property
+    def config(self) -> RunConfig:
+        """The settings of the run that wrote it."""
+        return config_from_dict(forget_removed(self.state.config))
+
     def shape_folder(self) -> Path:
         """Returns the folder of its frozen weights. A source that has moved is found at `model.path`."""
         shape = self.state.shape
         if not shape.is_source:
             return self.folder.parent / shape.folder
         source = Path(shape.folder)
-        return source if source.is_dir() else locate_model(config_from_dict(forget_removed(self.state.config)).model)
+        return source if source.is_dir() else locate_model(self.config.model)
 
-    def frozen_model(self, config: RunConfig, dense: PretrainedModel) -> PretrainedModel:
+    def frozen_model(self, dense: PretrainedModel) -> PretrainedModel:
         """Returns the model without LoRA, with the cuts of this checkpoint. `dense` is the one at `model.path`."""
         folder, keep = self.shape_folder(), keep_from_lists(self.state.kept, dense.shape.kinds)
         if not self.state.shape.is_source:
             return replace(dense, weights=open_stored(folder, dense.shape.after(keep), dense.weights.storage))
         if folder.resolve() != dense.folder.resolve():
-            dense = open_for_pruning(folder, config)
+            dense = open_for_pruning(folder, self.config.prune, frozen=self.config.model.frozen)
         return replace(dense, weights=dense.weights.cut(keep))
 
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:

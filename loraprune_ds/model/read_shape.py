@@ -8,13 +8,13 @@ from typing import Any, cast
 from huggingface_hub import hf_hub_download
 from transformers import PreTrainedModel
 
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, config_object, refused_in_one_line
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.family import FAMILIES, find_family
-from loraprune_ds.model.family_row import Family
+from loraprune_ds.model.family_row import Family, Width
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.shapes import LayerShape, ModelShape, Sizes
 
@@ -116,7 +116,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         defaults = config_class(config["model_type"])
         sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])
-        widths = {width: _sum_of(fields, config, defaults) for width, fields in family.widths.items()}
+        widths: dict[Width, int] = {x: _sum_of(fields, config, defaults) for x, fields in family.widths.items()}
         head_dim = widths.get("head") or config.get("head_dim", getattr(defaults, "head_dim", None))
         head_dim = int(head_dim or hidden // int(config["num_attention_heads"]))
         of_experts = _expert_sizes(config, defaults, family)
@@ -154,14 +154,13 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     return shape, modules
 
 
-def check_family(config: RunConfig, family: Family, source: dict[str, Any], where: str) -> None:
+def check_family(family: Family, source: dict[str, Any], where: str, prune: PruneConfig, *, packing: bool) -> None:
     """Checks that this family can do what a run asks for. `source` is config.json.
 
     Raises:
         UserError: it cannot. The line names `where`, the folder or hub id.
     """
-    prune = config.prune
-    if config.data.packing and not family.packs:
+    if packing and not family.packs:
         raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
     if family.mixture is None:
         return
