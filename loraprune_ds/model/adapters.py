@@ -54,10 +54,10 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
 
 
 def leaf_modules(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:
-    """Lists the modules of a decoder layer that ZeRO-3 gathers as one: the layer itself, or each linear with its LoRA.
+    """Lists the modules of a decoder layer that ZeRO-3 gathers as one: the layer, or each linear with its LoRA.
 
-    One gather per layer costs the host less, but a rank briefly holds the layer twice. Cuts keep hidden_size and with
-    it the choice, because another one would change the order of a sum.
+    One gather per layer costs the host less, but a rank briefly holds the layer twice. A cut must not change the
+    choice, because the order of a sum depends on it.
     """
     if shape.hidden_size <= LEAF_LAYER_HIDDEN:
         return [layer]

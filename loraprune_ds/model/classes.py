@@ -53,16 +53,13 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
 
 
 def attn_implementation(requested: str, family: Family) -> str:
-    """Returns the attention implementation that a model gets. `requested` is the value of `model.attn_implementation`.
-
-    The default is sdpa. torch's kernels under it cannot cap attention scores or add sinks. Old versions of
-    transformers drop a cap silently. New ones refuse the model. Families that need these get eager attention.
-    """
+    """Returns the attention implementation for a value of `model.attn_implementation`."""
+    # torch's kernels under sdpa cannot cap scores or add sinks. transformers would drop a cap, or refuse the model.
     return "eager" if requested == "sdpa" and family.eager_only is not None else requested
 
 
 def describe_attention(requested: str, family: Family) -> str | None:
-    """Says in one line that another implementation is used than the config names. None if it is the same."""
+    """Says which implementation replaces the requested one. None if it is used."""
     used = attn_implementation(requested, family)
     if used == requested:
         return None

@@ -113,11 +113,9 @@ class Experts(nn.Module):
 
 
 def stack_experts(model: nn.Module) -> None:
-    """Replaces the experts of all decoder layers. A router's correction becomes a parameter, which a cut can shorten.
-
-    transformers has it as a buffer, because DeepSeek trains it by another rule.
-    """
+    """Replaces the experts of all layers. A router's correction becomes a parameter, so that a cut can shorten it."""
     for module in list(model.modules()):
+        # A buffer in transformers, because DeepSeek trains it by another rule.
         if (correction := module._buffers.pop(CORRECTION, None)) is not None:
             module.register_parameter(CORRECTION, nn.Parameter(correction, requires_grad=False))
         for name, child in list(module.named_children()):
@@ -189,10 +187,7 @@ def products(outputs: Tensor, inputs: Tensor, counts: list[int]) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Maps tokens by the rows of their experts. autograd saves the parameters, which ZeRO-3 frees and gathers.
-
-    Otherwise it would save a view of every expert, and with it the gathered weight.
-    """
+    """As `multiply`. autograd saves the parameters, not a view of every expert that would keep the gathered weight."""
 
     @staticmethod
     def forward(

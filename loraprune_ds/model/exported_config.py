@@ -48,9 +48,9 @@ class ExportedConfig:
 def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> ExportedConfig:
     """Describes a model of the source's family with the sizes of `shape`. Weights are stored as `dtype` ("bfloat16").
 
-    Only the counts differ from the source's fields. Uniform layers stay a stock model. Some stock configs of
-    transformers 5 refuse a head count that does not divide hidden_size. A Llama without biases then becomes a Mistral,
-    whose class has the same mathematics and no such check. The others get the shipped modelling file.
+    Uniform layers stay a stock model. Some stock configs of transformers 5 refuse a head count that does not divide
+    hidden_size. A Llama without biases then becomes a Mistral, whose class computes the same without such a check. The
+    others get the shipped modelling file.
 
     Args:
         source: config.json of the model that was pruned, possibly of a pruned export.
