@@ -156,7 +156,7 @@ def _chunks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def open_stored(folder: Path, shape: ModelShape, storage: FrozenStorage) -> ModelWeights:
-    """Opens weights of this shape that ranks have written as they store them. Raises UserError as `check_weights`."""
+    """Opens weights that ranks have written in their own storage. Raises UserError as `check_weights`."""
     headers = read_headers(folder)
     on_disk = storage if any(name.endswith(f".{SCALE}") for name in headers) else MODEL_DTYPE
     names = {name: name for name in headers}
