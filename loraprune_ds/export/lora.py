@@ -24,9 +24,9 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run, copy_model_card
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names, name_in_file
-from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.experts import as_in_peft, in_peft
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.shapes import ModelShape
@@ -51,9 +51,8 @@ class UnmergedModel:
         self.config = checkpoint.config
         model = self.config.model
         self.dense = open_for_pruning(locate_model(model), self.config.prune, frozen=model.frozen)
-        self.base = checkpoint.frozen_weights()
-        # The family is the dense model's, even where the smaller one had to be described as another.
-        self.shape = self.dense.shape.with_layers(self.base.shape.layers)
+        self.base = checkpoint.frozen_model(self.dense).weights
+        self.shape = self.base.shape
 
     @property
     def exported(self) -> ExportedConfig:

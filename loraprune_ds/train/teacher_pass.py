@@ -13,7 +13,7 @@ from loraprune_ds.checkpoint.layout import TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.model.adapters import adapters_off
-from loraprune_ds.model.dtypes import DTYPES, held_as
+from loraprune_ds.model.frozen import DTYPES, describe_dtype
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.output import wait_until_seen
@@ -58,7 +58,7 @@ def _possible_teachers(context: RunContext) -> list[Teacher]:
         weight=config.train.distill_weight,
         samples=prepared.samples.digest(),
         source=source_digest(prepared.pretrained),
-        dtype=held_as(config.model),
+        dtype=describe_dtype(config.model),
         seed=config.seed,
         folder=context.folder / TEACHER_FOLDER,
     )
