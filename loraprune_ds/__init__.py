@@ -1,3 +1,36 @@
-"""LoRA-guided structured pruning of decoder models on DeepSpeed ZeRO-3."""
+"""LoRA-guided structured pruning of decoder models on DeepSpeed ZeRO-3.
+
+from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names, open_result
+
+A name is imported when it is first used. The package itself imports neither torch nor DeepSpeed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers
+    from loraprune_ds.config import PruneConfig
+    from loraprune_ds.evaluate.models import open_result
+    from loraprune_ds.hf.callback import LoraPruneCallback
+    from loraprune_ds.hf.live import linear_names
+    from loraprune_ds.hf.pruning import Pruning
 
 __version__ = "0.1.0"
+__all__ = ["LoraPruneCallback", "PruneConfig", "Pruning", "linear_names", "open_result"]
+_MODULES = {
+    "LoraPruneCallback": "hf.callback",
+    "PruneConfig": "config",
+    "Pruning": "hf.pruning",
+    "linear_names": "hf.live",
+    "open_result": "evaluate.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from loraprune_ds.errors import RankError, UserError, require
+from loraprune_ds.errors import UserError, is_shared, require
 
 COMMANDS = {  # the modules of loraprune_ds/cli
     "run": "prune a model while it is tuned",
@@ -97,7 +97,7 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(GRACE)
-        if agreed and not isinstance(error, RankError):
+        if agreed and is_shared(error):
             return
     sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
     sys.stderr.flush()

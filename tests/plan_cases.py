@@ -38,10 +38,11 @@ from loraprune_ds.plan.stages import logits, saved_in_layer, split_state, traini
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.device import resident_bytes, storage_bytes
 from loraprune_ds.zero.engine import build_training_engine
-from loraprune_ds.zero.flat import AxisCut, moved_elements
-from loraprune_ds.zero.memory import resident_bytes, second_copies, state_tensors, storage_bytes
+from loraprune_ds.zero.flat import AxisCut
 from tests.benchmarks.memory import Peak
+from tests.zero_bytes import elements_sent, second_copies, state_tensors
 
 STEPS = 4  # the cut follows the second
 
@@ -107,7 +108,7 @@ def build(request: Request) -> Trainer:
     config = request.config
     pretrained = open_for_pruning(Path(config.model.path), config)
     engine = build_training_engine(config, pretrained, request.ds_config, STEPS)
-    pruner = Pruner(engine.model, config.prune, request.schedule, request.limits, config.seed)
+    pruner = Pruner(engine.model, request.pruning, config.seed)
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
@@ -174,12 +175,11 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         if record is None:
             continue
         after, sent = trainer.model.shape, trainer.model.comm.bytes_sent - sent_before
-        sent -= 3 * 8 * (world_size - 1)  # a digest and two sizes, by all-gather
         keep = trainer.pruner.kept_of_dense  # the first cut: indices into the dense model
         given = (request.config.lora.r, request.element_size)
         changed = [i for i, layer in enumerate(before.layers) if layer != after.layers[i]]
         cut_layers = [cut for i in changed for cut in layer_cuts(before, i, keep[i], *given)]
-        moved = sum(int(moved_elements(c, world_size)[rank]) * size for c, size in cut_layers) if world_size > 1 else 0
+        moved = sum(elements_sent(c, world_size, rank) * size for c, size in cut_layers)
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
         rows[-1] |= {
             "sent": {"most": cut_cost(request, before, after).sent["cut"], "moved": moved, "counted": sent},
@@ -231,7 +231,7 @@ def _measured_step(step: int, request: Request, trainer: Trainer, baseline: int)
     comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
-    scores, own = step <= request.schedule.last_cut, comm.bytes_sent - before
+    scores, own = step <= request.pruning.schedule.last_cut, comm.bytes_sent - before
     planned = step_sent(request, shape, (scores, scores))
     pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
     lora_scored = scores and request.config.prune.criterion in ("lora", "gradient", "magnitude")

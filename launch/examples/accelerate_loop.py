@@ -9,8 +9,7 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraprune_ds.config import PruneConfig
-from loraprune_ds.hf.pruning import Pruning
+from loraprune_ds import PruneConfig, Pruning
 
 name, data, out, ds_config = sys.argv[1:]
 accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config))

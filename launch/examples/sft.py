@@ -5,8 +5,7 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
-from loraprune_ds.config import PruneConfig
-from loraprune_ds.hf.callback import LoraPruneCallback
+from loraprune_ds import LoraPruneCallback, PruneConfig
 
 parser = HfArgumentParser((PruneConfig, SFTConfig))
 prune, args, (model, data) = parser.parse_args_into_dataclasses(return_remaining_strings=True)

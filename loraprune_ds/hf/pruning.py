@@ -45,17 +45,17 @@ from loraprune_ds.hf.live import (
 from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.weight_files import drop_auto_maps
-from loraprune_ds.pruning.limits import make_limits
-from loraprune_ds.pruning.schedule import describe_target, find_ratio, make_schedule
+from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.metrics import write_history
 from loraprune_ds.report.records import CutRecord, History, Sink, StepRecord
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.train.trainer import PruningSteps
+from loraprune_ds.zero.device import peak_bytes, resident_bytes
 from loraprune_ds.zero.ds_config import check_reshardable
-from loraprune_ds.zero.memory import peak_bytes, resident_bytes
-from loraprune_ds.zero.training_engine import (
+from loraprune_ds.zero.external_engine import (
     before_each_update,
     find_zero_optimizer,
     gradient_norm,
@@ -166,8 +166,7 @@ class Pruning:
         check_model(peft_model, base_shape(peft_model))
         shared = share_model(peft_model, zero, live_shape(peft_model))
         dense = checkpoint.dense if checkpoint else shared.shape
-        limits = make_limits(config, dense, find_ratio(config, dense))
-        pruner = Pruner(shared, config, make_schedule(config, steps, limits), limits, seed)
+        pruner = Pruner(shared, plan_pruning(config, dense, steps), seed)
         recorder = Recorder(History(), sinks if shared.rank == 0 else ())
         training = PrunedTraining(peft_model, shared, pruner, base_dtype(peft_model, dense), steps, seed, recorder)
         if checkpoint:

@@ -83,7 +83,7 @@ def teacher_cost(request: Request) -> Cost:
 
 def all_steps(request: Request, final: ModelShape) -> Total:
     """Adds up all steps. Between the dense and the final shape costs fall linearly with the parameters."""
-    prune, schedule, total = request.config.prune, request.schedule, Total(0, 0, 0)
+    prune, schedule, total = request.config.prune, request.pruning.schedule, Total(0, 0, 0)
     kinds: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
     known = {kind: [step_cost(request, x, kind).total for x in (request.shape, final)] for kind in kinds}
     for n in range(1, request.steps + 1):

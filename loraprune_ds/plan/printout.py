@@ -8,7 +8,7 @@ from loraprune_ds.model.dtypes import held_as
 from loraprune_ds.plan.plan import Plan
 from loraprune_ds.plan.request import GIB
 from loraprune_ds.plan.stages import teacher_pass
-from loraprune_ds.pruning.schedule import describe_target, on_a_server
+from loraprune_ds.pruning.target import describe_target, on_a_server
 
 COSTS = ("step", "last_step", "first_cut", "teacher")
 
@@ -31,8 +31,8 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         "in_all": plan.in_all._asdict(),
         "disk_bytes": {"teacher": teacher_pass(request)[-1], "checkpoint": plan.checkpoint_bytes},
         "steps": request.steps,
-        "cuts": len(request.schedule.cut_steps()),
-        "ratio": request.schedule.ratio,
+        "cuts": len(request.pruning.schedule.cut_steps()),
+        "ratio": request.pruning.schedule.ratio,
         "target": describe_target(request.config.prune, request.shape, plan.final),
         "serving": _serving(plan, server_gib),
         "notes": notes(plan),
@@ -76,7 +76,7 @@ def plan_table(plan: Plan, server_gib: float | None = None) -> str:
         f"a pass has {tokens:,} tokens, a step {request.micro_batches} of them",
     ]
     if (target := describe_target(prune, request.shape, plan.final)) and (amount := prune.target_amount):
-        reached = f"{amount.format(target['reached'])} reached by prune.ratio {request.schedule.ratio:.4f}"
+        reached = f"{amount.format(target['reached'])} reached by prune.ratio {request.pruning.schedule.ratio:.4f}"
         lines.append(f"prune.target {prune.target}: {reached}")
     lines += ["", *_memory_rows(plan), "", *_cost_rows(plan), "", verdict(plan)]
     lines += [f"note: {note}" for note in notes(plan)]
@@ -123,7 +123,7 @@ def _cost_rows(plan: Plan) -> list[str]:
         rows.append(_row(f"seconds {name}", (f"{getattr(cost.total, name):.2f}" for cost in costs.values())))
     hours = f"{plan.in_all.at_least / 3600:.1f} to {plan.in_all.at_most / 3600:.1f} hours"
     steps = f"{request.steps:,} {'' if request.steps_known else 'ASSUMED '}steps"
-    steps += f", {len(request.schedule.cut_steps())} cuts"
+    steps += f", {len(request.pruning.schedule.cut_steps())} cuts"
     rows.append(f"in all: {hours}, {plan.in_all.bytes_sent / 1e9:,.0f} GB sent per rank, for {steps}")
     disk = f"a checkpoint {plan.checkpoint_bytes / 1e9:.1f} GB, the dense model's outputs {recorded / 1e9:.1f} GB"
     return [*rows, f"on the shared disk: {disk}"]

@@ -13,8 +13,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
-from loraprune_ds.zero.flat import GATHERED_NUMEL, layer_owner
-from loraprune_ds.zero.memory import state_terms
+from loraprune_ds.zero.flat import GATHERED_NUMEL, layer_owner, partition_numel
 
 Terms = dict[str, int]  # bytes by name
 
@@ -46,6 +45,22 @@ def split_state(
     if measures and request.measured_layers:
         terms["input_moments"] = max(moment_bytes(shape, size, request.measured_layers))
     return terms, host
+
+
+def state_terms(
+    shape: ModelShape, lora_rank: int, *, world_size: int, element_size: int, bucket_numel: int, stepped: bool
+) -> Terms:
+    """Returns the bytes of what ZeRO-3 holds for training. Masters, moments, gradients and bucket are always fp32."""
+    held = shape.held(None, element_size).values()
+    lora = sum(partition_numel(numel, world_size) for numel in shape.lora_sizes(lora_rank))
+    return {
+        "weights": sum(x.element_size * partition_numel(math.prod(x.shape), world_size) for x in held),
+        "lora": lora * element_size,
+        "lora_masters": lora * 4,
+        "lora_moments": lora * 8 if stepped else 0,
+        "lora_gradients": lora * 4,
+        "reduce_bucket": bucket_numel * 4,
+    }
 
 
 def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int]) -> list[int]:
@@ -133,7 +148,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
     if request.shape.int8:  # the export is not int8, and is evaluated when the run's own model is gone
         stock = changed(request, model={"frozen": None})
-        shape = stock.shape_at(stock.schedule.ratio)
+        shape = stock.shape_at(stock.pruning.schedule.ratio)
         weights = {"weights": stock.held_shards(stock.held(shape))}
         stages.append(Stage("exported", weights, {"evaluation": _evaluation(stock, shape)}, {}))
     return stages

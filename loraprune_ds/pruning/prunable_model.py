@@ -91,8 +91,8 @@ class PrunableModel(Protocol):
         """Sums a small tensor over all ranks, in place."""
         ...
 
-    def gather_values(self, value: int) -> list[int]:
-        """Gathers one 63-bit integer of every rank, in rank order."""
+    def differing_rank(self, value: object) -> int | None:
+        """Returns the first rank whose value differs from rank 0's. None if all ranks have the same."""
         ...
 
     def owner(self, layer: int) -> int:
@@ -117,5 +117,6 @@ class PrunableModel(Protocol):
         ...
 
     def cut(self, keep: list[LayerKeep]) -> int:
-        """Removes all other groups from weights, biases, LoRA, masters and Adam moments. Returns the bytes sent."""
+        """Removes all other groups from weights, biases, LoRA, masters and Adam moments. Returns the bytes
+        that all ranks sent together."""
         ...

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Cut
 from loraprune_ds.units import format_bytes, format_duration, format_percent
 
@@ -51,17 +50,16 @@ class CutRecord:
 
 
 def cut_record(
-    cut: Cut, dense: ModelShape, model: PrunableModel, weight_bytes_before: list[int], weight_bytes_after: list[int]
+    cut: Cut, dense: ModelShape, shape: ModelShape, weight_bytes_before: list[int], weight_bytes_after: list[int]
 ) -> CutRecord:
-    """Describes a cut that was just made. Collective."""
-    shape = model.shape
+    """Describes a cut of the `dense` model to `shape`."""
     return CutRecord(
         step=cut.step,
         target=cut.target,
         reached=cut.reached,
         removed_fraction=1 - shape.total_numel() / dense.total_numel(),
         seconds=cut.seconds,
-        bytes_sent=sum(model.gather_values(cut.bytes_sent)),
+        bytes_sent=cut.bytes_sent,
         weight_bytes_before=weight_bytes_before,
         weight_bytes_after=weight_bytes_after,
         **{kind: [layer[kind] for layer in shape.layers] for kind in shape.kinds},

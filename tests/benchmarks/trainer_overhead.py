@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from loraprune_ds.config import PruneConfig
-from loraprune_ds.hf.callback import LoraPruneCallback
+from loraprune_ds import LoraPruneCallback, PruneConfig
 from tests.benchmarks.running import make_parser, record
 from tests.hf.trainers import arguments, fresh_accelerate, make_trainer
 from tests.numerics.driver import Job, build, tiny_job

@@ -19,12 +19,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.trainer.utils import use_adapter
 
-from loraprune_ds.config import PruneConfig
+from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.hf.callback import LoraPruneCallback
-from loraprune_ds.hf.live import linear_names
-from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 from tests.numerics.cutting import recorded_collectives

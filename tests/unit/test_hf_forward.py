@@ -15,7 +15,7 @@ from loraprune_ds.hf.live import ForwardWatch
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.report.records import History
 from loraprune_ds.train.recorder import Recorder
-from loraprune_ds.zero.training_engine import before_each_update
+from loraprune_ds.zero.external_engine import before_each_update
 from tests.unit.test_hf_refusals import adapted
 
 IDS = torch.arange(8).view(2, 4)
@@ -95,7 +95,7 @@ def attach(monkeypatch: pytest.MonkeyPatch, *, overflow: bool = False) -> tuple[
     training.pruner.reached.return_value, training.pruner.cut.return_value = 0.0, None
     watch, update = Mock(active=False, take_tokens=lambda: 5), Mock()
     monkeypatch.setattr("loraprune_ds.hf.pruning.ForwardWatch", lambda _: watch)
-    monkeypatch.setattr("loraprune_ds.train.trainer.gather_weight_bytes", lambda _: [1])
+    training.model.weight_bytes.return_value = [1]
     monkeypatch.setattr("loraprune_ds.hf.pruning.gradient_norm", lambda _: 1.0)
     monkeypatch.setattr("loraprune_ds.hf.pruning.before_each_update", update)
     training.let_go = [watch.close, update.return_value]

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import loraprune_ds
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = "loraprune_ds"
 MAX_LINES = 400
@@ -85,7 +87,8 @@ def test_every_file_keeps_to_its_layer_and_is_short(path: Path) -> None:
     assert part in LEVEL or not part, f"`{part}` has no place in LAYERS"
     assert not part or import_faults(part, source) == []
     assert len(source.splitlines()) <= MAX_LINES
-    assert path.name != "__init__.py" or not list(imported_modules(ast.parse(source))), "it must not re-export"
+    if part and path.name == "__init__.py":
+        assert not list(imported_modules(ast.parse(source))), "only the package itself names what others define"
 
 
 def test_no_file_imports_itself_through_others() -> None:
@@ -94,9 +97,25 @@ def test_no_file_imports_itself_through_others() -> None:
     TopologicalSorter(imports).prepare()  # raises a CycleError that names the files
 
 
-def test_pruning_runs_without_deepspeed() -> None:
-    code = "import loraprune_ds.pruning.step, sys; sys.exit('deepspeed' in sys.modules)"
+@pytest.mark.parametrize(
+    ("line", "unwanted"),
+    [
+        ("import loraprune_ds.pruning.step", ["deepspeed"]),
+        ("import loraprune_ds", ["torch", "deepspeed"]),
+        ("from loraprune_ds import PruneConfig", ["torch", "deepspeed"]),
+    ],
+)
+def test_an_import_does_not_wait_for_packages_it_does_not_need(line: str, unwanted: list[str]) -> None:
+    code = f"{line}; import sys; sys.exit(any(name in sys.modules for name in {unwanted}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_every_public_name_leads_to_its_definition() -> None:
+    assert set(loraprune_ds.__all__) == loraprune_ds._MODULES.keys() <= set(dir(loraprune_ds))
+    for name in set(loraprune_ds.__all__) - {"open_result"}:
+        assert getattr(loraprune_ds, name).__name__ == name
+    with pytest.raises(ImportError):
+        exec("from loraprune_ds import LoraPrune")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from loraprune_ds.config import PruneConfig
+from loraprune_ds import LoraPruneCallback, PruneConfig, linear_names
 from loraprune_ds.files import read_json
-from loraprune_ds.hf.callback import LoraPruneCallback
-from loraprune_ds.hf.live import linear_names
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from tests.benchmarks.running import record
 from tests.hf.results import check_results
