@@ -63,6 +63,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def check_needs(arguments: argparse.Namespace, needs: Mapping[str, str]) -> None:
+    """Refuses an option that has no effect without another. `needs`: option -> "--this or --that"."""
+    values = {f"--{name.replace('_', '-')}": value for name, value in vars(arguments).items()}
+    given = {option for option, value in values.items() if value or type(value) is int}  # 0 is given, False is not
+    for option, needed in needs.items():
+        missing = option in given and not given & set(needed.split(" or "))
+        require(not missing, f"{option} has no effect without {needed}")
+
+
 def adopt_srun_ranks() -> None:
     """Sets the environment variables that a launcher would set, if srun starts every rank without one."""
     if "RANK" not in os.environ:
