@@ -28,10 +28,10 @@ from loraprune_ds.config import (
     RunConfig,
     TrainConfig,
 )
-from loraprune_ds.model import cuts as tensors
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.storage import FrozenStorage, lora_cuts
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Cluster, Request, build_request
 from loraprune_ds.plan.stages import logits, saved_in_layer, split_state, training_stage
@@ -176,7 +176,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
             continue
         after, sent = trainer.model.shape, trainer.model.comm.bytes_sent - sent_before
         keep = trainer.pruner.kept_of_dense  # the first cut: indices into the dense model
-        given = (request.config.lora.r, request.element_size)
+        given = (request.storage, request.config.lora.r, request.element_size)
         changed = [i for i, layer in enumerate(before.layers) if layer != after.layers[i]]
         cut_layers = [cut for i in changed for cut in layer_cuts(before, i, keep[i], *given)]
         moved = sum(elements_sent(c, world_size, rank) * size for c, size in cut_layers)
@@ -189,19 +189,19 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
 
 
 def layer_cuts(
-    shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int, element_size: int
+    shape: ModelShape, index: int, keep: LayerKeep, storage: FrozenStorage, lora_rank: int, element_size: int
 ) -> list[tuple[AxisCut, int]]:
     """Lists (cut, bytes of an element) of every tensor that `ShardedModel` cuts in a layer.
 
     LoRA counts with its fp32 master and two moments.
     """
-    cuts, layer = list[tuple[AxisCut, int]](), shape.held(index, element_size)
-    for name, kept, linear in tensors.layer_cuts(shape, index, keep):
-        held = layer[f"model.layers.{index}.{name}"]
-        cuts.append((AxisCut(held.shape, *kept), held.element_size))
+    cuts, layer = list[tuple[AxisCut, int]](), storage.stored(shape, element_size, index)
+    for name, kept, linear in storage.layer_cuts(shape, index, keep):
+        stored = layer[f"model.layers.{index}.{name}"]
+        cuts.append((AxisCut(stored.shape, *kept), stored.element_size))
         if linear:
             factors = shape.lora_shapes(index, linear, lora_rank)
-            for which, stays in tensors.lora_cuts(linear, lora_rank, kept, keep):
+            for which, stays in lora_cuts(linear, lora_rank, kept, keep):
                 cuts.append((AxisCut(factors[which], *stays), element_size + 12))
     return cuts
 

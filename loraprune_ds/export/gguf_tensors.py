@@ -84,13 +84,13 @@ def plan_tensors(
     architecture: Architecture, config: Any, shape: ModelShape, precision: Precision, where: str
 ) -> list[GgufTensor]:
     """Plans all tensors in file order, under gguf-py's names. Matrices get `precision`. Norms and biases stay fp32."""
-    arch, stored = architecture.of(shape), shape.stored()
+    arch, pieces = architecture.of(shape), shape.pieces()
     names = get_tensor_name_map(arch, len(shape.layers))
     tensors = []
     for source, size in shape.parameters().items():
         for part in _parts(source, size, shape, architecture):
             if part.name == source:
-                part = part._replace(name=_on_disk(source, stored))
+                part = part._replace(name=_on_disk(source, pieces))
             name = names.get_name(part.name, try_suffixes=(".weight", ".bias"))
             if name is None:
                 arch_name = MODEL_ARCH_NAMES[arch]
@@ -192,9 +192,9 @@ def _fused_parts(layer: int, inside: str, size: tuple[int, ...], shape: ModelSha
                 start += math.prod(part_size)
 
 
-def _on_disk(source: str, stored: Mapping[str, Pieces]) -> str:
+def _on_disk(source: str, pieces: Mapping[str, Pieces]) -> str:
     """Returns the name in weight files, as gguf-py knows it: sinks are a weight, and a correction is a bias."""
-    name = stored[source].names[0] if source in stored else source
+    name = pieces[source].names[0] if source in pieces else source
     name = name.replace(CORRECTION, CORRECTION.replace("_bias", ".bias"))
     return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
 

@@ -30,7 +30,7 @@ from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.weight_files import as_stored, weight_file_count, write_index, write_weight_file
+from loraprune_ds.model.weight_files import as_on_disk, weight_file_count, write_index, write_weight_file
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 
 MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
@@ -138,15 +138,15 @@ def write_base_and_adapter(unmerged: UnmergedModel, folder: Path) -> None:
 def write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
     """Writes the Hugging Face model that the run would export now, or its base. One layer is in memory at a time."""
     config, shape, state = unmerged.config, unmerged.shape, unmerged.checkpoint.state
-    layers, stored, dtype = len(shape.layers), shape.stored(), DTYPES[config.model.dtype]
+    layers, pieces, dtype = len(shape.layers), shape.pieces(), DTYPES[config.model.dtype]
     count, entries = weight_file_count(layers), []
     for k in range(count):
         is_layer, prefix = k < layers, f"model.layers.{k}."  # the last file has all that belongs to no layer
         names = [n for n in shape.parameters() if (n.startswith(prefix) if is_layer else "model.layers." not in n)]
-        tensors = {name: unmerged.base.read_whole(name, dtype) for name in names}
+        tensors = {name: unmerged.base.read_full(name, dtype) for name in names}
         if merge and is_layer:
             _merge_layer(unmerged, k, tensors)
-        entries.append(write_weight_file(folder, k, count, as_stored(tensors, stored)))
+        entries.append(write_weight_file(folder, k, count, as_on_disk(tensors, pieces)))
     write_index(folder, entries)
     card = card_of_run(
         config,

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config, text_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.zero.ds_config import HPZ, FetchLimits, find_ds_config, resolve_ds_config
@@ -148,6 +149,10 @@ class Request:
         return self.config.train.gradient_accumulation_steps(self.world_size)
 
     @property
+    def storage(self) -> FrozenStorage:
+        return FrozenStorage.from_config(self.config.model)
+
+    @property
     def element_size(self) -> int:
         return DTYPES[self.config.model.dtype].itemsize
 
@@ -171,7 +176,7 @@ class Request:
 
     def held(self, shape: ModelShape, layer: int | None = None) -> list[StoredTensor]:
         """Lists what ZeRO-3 shards of the frozen weights of a layer, or of all."""
-        return list(shape.held(layer, self.element_size).values())
+        return list(self.storage.stored(shape, self.element_size, layer).values())
 
     def lora_shards(self, shape: ModelShape) -> int:
         return self.shards(shape.lora_sizes(self.config.lora.r))
@@ -253,7 +258,6 @@ def build_request(
     """Builds the request for a known shape. Raises UserError if the run config does not fit model or ranks."""
     train = config.train
     check_family(config, shape.family, text_config(source, name), name)
-    shape = replace(shape, int8=config.model.frozen == "int8")
     check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
     few = f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}"

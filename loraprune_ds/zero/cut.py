@@ -12,8 +12,8 @@ from loraprune_ds.model.adapters import (
     set_features,
     set_runtime_counts,
 )
-from loraprune_ds.model.cuts import layer_cuts, lora_cuts
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.storage import FrozenStorage, lora_cuts
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
 from loraprune_ds.zero.params import full_shape, install_shard
@@ -34,7 +34,7 @@ def parameter_cuts(
     """Lists the parameters of layer `index` that get smaller. `shape` is from before the cut."""
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
-    for name, kept, linear in layer_cuts(shape, index, keep):
+    for name, kept, linear in FrozenStorage.of(layer).layer_cuts(shape, index, keep):
         found = [(base_parameter(layer, name), kept)]
         if linear:
             module = lora_linear(layer, linear)

@@ -13,6 +13,7 @@ from torch import Tensor
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
+from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.plan.stages import state_terms
 from loraprune_ds.pruning.importance import LayerScores
@@ -243,11 +244,13 @@ def run_steps(trainer: Trainer, job: Job) -> Outcome:
 
 def expected_bytes(job: Job, model: ShardedModel) -> int:
     bucket = next(iter(model.zero_optimizer.ipg_buckets.values())).buffer.numel()
+    element_size = 4 if job.dtype == "float32" else 2
     terms = state_terms(
         model.shape,
         job.lora_r,
+        FrozenStorage.of(model.module).stored(model.shape, element_size).values(),
         world_size=model.world_size,
-        element_size=4 if job.dtype == "float32" else 2,
+        element_size=element_size,
         bucket_numel=bucket,
         stepped=True,
     )

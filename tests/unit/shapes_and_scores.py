@@ -36,7 +36,7 @@ def make_shape(
         layer_others={
             frozenset(KINDS): {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
         },
-        ends={
+        outer_parameters={
             "model.embed_tokens.weight": (50, hidden),
             "model.norm.weight": (hidden,),
             "lm_head.weight": (50, hidden),

@@ -190,10 +190,10 @@ def test_the_correction_stays_fp32(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     pretrained = open_pretrained(tmp_path)
     name = f"model.layers.1.mlp.gate.{CORRECTION}"
-    for found in pretrained.read_held(name, 0, 23, torch.bfloat16), pretrained.read_whole(name, torch.bfloat16):
+    for found in pretrained.read_stored(name, 0, 23, torch.bfloat16), pretrained.read_full(name, torch.bfloat16):
         assert torch.equal(found, model.get_buffer(name))
-    held = pretrained.shape.held(None, 2)
-    assert [x for x, tensor in held.items() if tensor.element_size == 4] == [name]
+    stored = pretrained.storage.stored(pretrained.shape, 2)
+    assert [x for x, tensor in stored.items() if tensor.element_size == 4] == [name]
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
