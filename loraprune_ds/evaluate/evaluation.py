@@ -11,10 +11,10 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.models import ModelSource, find_model, load_model
+from loraprune_ds.evaluate.models import ModelSource, find_model, load_model, merged
 from loraprune_ds.evaluate.perplexity import Batch, Losses, Perplexity, Progress, make_batches, measure_perplexity
 from loraprune_ds.evaluate.settings import EvaluationSettings
-from loraprune_ds.evaluate.speed import Served, Speed, measure_speed
+from loraprune_ds.evaluate.speed import Served, Speed, measure_speed, serve
 from loraprune_ds.evaluate.zeroshot import check_tasks, run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.dtypes import DTYPES
@@ -76,6 +76,16 @@ class Measurement:
     tasks: dict[str, Any] | None
     speed: Speed | None
     served: Served | None = None
+
+
+def evaluate_named(
+    names: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress, *, is_first_on_node: bool
+) -> list[Measurement]:
+    """As `evaluate`, with LoRA merged first where a name is of a checkpoint, and in a server too. Collective."""
+    with merged(names, comm, is_first_on_node=is_first_on_node) as paths:
+        measurements = evaluate(paths, settings, comm, progress)
+        served = serve(paths, settings.serve, settings.gguf) if settings.serve else [None] * len(paths)
+    return [replace(m, path=name, served=s) for m, name, s in zip(measurements, names, served, strict=True)]
 
 
 def evaluate(

@@ -145,6 +145,7 @@ class EvaluationSettings:
     tasks: TaskSettings | None = None
     speed: SpeedSettings | None = None
     serve: ServeSettings | None = None
+    gguf: Literal["f16", "q8_0"] = "f16"  # the file that llama.cpp serves
     sharded: bool = False  # ZeRO-3 spreads the weights over the ranks, for models that fit no single device
 
     def __post_init__(self) -> None:
