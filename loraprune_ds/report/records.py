@@ -121,8 +121,8 @@ class History:
         lists[type(record)].append(record)
 
     def perplexity(self, name: EvaluationName) -> float | None:
-        found = self.evaluation(name)
-        return None if found is None else found.perplexity
+        evaluation = self.evaluation(name)
+        return None if evaluation is None else evaluation.perplexity
 
     def evaluation(self, name: EvaluationName) -> EvaluationRecord | None:
         """Returns the latest measurement of that name."""

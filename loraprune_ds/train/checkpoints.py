@@ -23,7 +23,6 @@ from loraprune_ds.checkpoint.load import (
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
 from loraprune_ds.config_file import differences
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder
@@ -73,15 +72,13 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     config, model, frozen = prepared.config, prepared.config.model, prepared.pretrained
     if checkpoint is not None:
         model = replace(model, adapter=None)  # the checkpoint has its LoRA
-        frozen = checkpoint.frozen_weights()
+        frozen = checkpoint.frozen_model(frozen)
     engine = build_training_engine(
         frozen, prepared.ds_config, prepared.steps, model, config.lora, config.train, config.seed
     )
     if checkpoint is None:
         return engine
     state = checkpoint.state
-    # The dense model's family, even where the config of the smaller model names another.
-    engine.model.shape = prepared.pretrained.shape.with_layers(frozen.shape.layers)
     restore_lora_state(engine.model, checkpoint.read_flat, state.adam_step)
     restore_counters(engine, state.step, state.schedule, state.loss_scale)
     return engine
@@ -139,7 +136,5 @@ class Checkpoints:
             return self._source
         if self._published is not None and self._published.folder == f"shape-{cuts}":
             return self._published
-        dtype = self.config.model.dtype
-        described = export_config(self.prepared.pretrained.config, model.shape, dtype).config
-        self._published = save_shape(model, self.root, cuts, described, dtype)
+        self._published = save_shape(model, self.root, cuts, self.config.model.dtype)
         return self._published

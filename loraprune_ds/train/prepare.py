@@ -13,7 +13,7 @@ from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.classes import check_flash_attention, describe_attention
 from loraprune_ds.model.distillation import check_top_k
-from loraprune_ds.model.dtypes import held_as
+from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.token_loss import build_for_losses
@@ -50,8 +50,10 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     ranks_per_node = comm.ranks_per_node()
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
-        waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None)
-        prepared = waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node))
+        first = waiting.all_or_raise(
+            lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None
+        )
+        prepared = waiting.all_or_raise(lambda: first or _prepare(config, comm.world_size, ranks_per_node))
     rank = comm.differing_rank(prepared.samples.digest())
     if rank is not None:
         raise UserError(f"rank {rank} reads other training data than rank 0; data.path must be the same everywhere")
@@ -123,7 +125,7 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
     config, dense, pruning = prepared.config, prepared.pretrained.shape, prepared.pruning
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
-        f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {held_as(config.model)}, "
+        f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {describe_dtype(config.model)}, "
         f"on {ranks} ({device_name()})",
         f"{prepared.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens, "
         f"{len(pruning.schedule.cut_steps())} cuts to {format_percent(pruning.limits.ratio)} of the decoder layers' "

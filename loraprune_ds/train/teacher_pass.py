@@ -13,7 +13,7 @@ from loraprune_ds.checkpoint.layout import TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.model.adapters import adapters_off
-from loraprune_ds.model.dtypes import DTYPES, held_as
+from loraprune_ds.model.frozen import DTYPES, describe_dtype
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.output import wait_until_seen
@@ -50,7 +50,7 @@ def _possible_teachers(context: RunContext) -> list[Teacher]:
     origin = {
         "samples": prepared.samples.digest(),
         "source": source_digest(prepared.pretrained),
-        "dtype": held_as(config.model),
+        "dtype": describe_dtype(config.model),
         "seed": config.seed,
     }
     own = Teacher(context.folder / TEACHER_FOLDER, plan, config.train.distill_weight, origin)

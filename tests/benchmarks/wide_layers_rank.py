@@ -106,7 +106,7 @@ def main() -> None:
 def materialise(pretrained: PretrainedModel) -> list[Tensor]:
     """Materialises all weights whole, which no rank may do."""
     sizes = {name: torch.Size(shape).numel() for name, shape in pretrained.shape.parameters().items()}
-    return [pretrained.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
+    return [pretrained.weights.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
 
 
 def train_and_export(
@@ -124,7 +124,7 @@ def train_and_export(
     model = trainer.model
     losses = train(trainer, phases)
     described = export_config(pretrained.config, model.shape, "bfloat16").config
-    phases.measure("checkpoint", lambda: save_shape(model, folder / "saved", len(CUTS), described, "bfloat16"))
+    phases.measure("checkpoint", lambda: save_shape(model, folder / "saved", len(CUTS), "bfloat16"))
     exported = folder / "exported"
     if comm.rank == 0:
         exported.mkdir()
