@@ -87,8 +87,8 @@ class LoraPruneCallback(TrainerCallback):
         Raises:
             UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.
         """
-        found = self._output_dir if folder is None else folder
-        self._checkpoint = cut_to_checkpoint(model, Path(found), self.config, Communicator())
+        folder = self._output_dir if folder is None else folder
+        self._checkpoint = cut_to_checkpoint(model, Path(folder), self.config, Communicator())
         if self._checkpoint is None:
             return None
         self.config = self._checkpoint.config
@@ -109,8 +109,8 @@ class LoraPruneCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Checks what DeepSpeed would fail at without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
-        if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
-            check_reshardable("the DeepSpeed config", plugin.hf_ds_config.config)  # some fail in DeepSpeed's own start
+        if (ds_config := _ds_config(args)) is not None:
+            check_reshardable("the DeepSpeed config", ds_config)  # some fail in DeepSpeed's own start
         if isinstance(model := more.get("model"), nn.Module):
             check_one_dtype(model)
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
@@ -127,7 +127,6 @@ class LoraPruneCallback(TrainerCallback):
             self._guard.remove()
         if state.global_step != (checkpoint.state.step if checkpoint else 0):
             raise UserError(f"training goes on at step {state.global_step}, but pruning does not: {RESUME}")
-        plugin = getattr(args, "deepspeed_plugin", None)
         self._tokenizer = more.get("processing_class")
         sinks: list[Sink] = []
         if state.is_world_process_zero:
@@ -140,7 +139,7 @@ class LoraPruneCallback(TrainerCallback):
             self.steps or state.max_steps,
             seed=self.seed,
             checkpoint=checkpoint,
-            ds_config=None if plugin is None else plugin.hf_ds_config.config,
+            ds_config=_ds_config(args),
             sinks=sinks,
         )
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
@@ -160,7 +159,7 @@ class LoraPruneCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Adds the loss to the records. It is a mean over the steps since the last log."""
-        history = self.pruning.training.recorder.history
+        history = self.pruning.recorder.history
         loss = (more.get("logs") or {}).get("loss", math.nan)
         if history.steps and history.steps[-1].step == state.global_step and math.isfinite(loss):
             history.steps[-1] = replace(history.steps[-1], loss=float(loss))
@@ -184,6 +183,11 @@ class LoraPruneCallback(TrainerCallback):
         in_engine = all(hasattr(parameter, "ds_id") for parameter in module.parameters())
         if in_engine and self._checkpoint is None:
             raise UserError(f"a checkpoint is loaded, but pruning does not go on from it: {RESUME}")
+
+
+def _ds_config(args: TrainingArguments) -> dict[str, Any] | None:
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return None if plugin is None else plugin.hf_ds_config.config
 
 
 def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:

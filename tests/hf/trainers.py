@@ -119,8 +119,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._recording.close()
         gathered = sum(numel for name, numel in self._calls if name == "all_gather_into_tensor")
-        training = self.callback.pruning.training
-        kept, tokens = training.pruner.kept_of_dense, training.recorder.history.steps[-1].tokens
+        pruning = self.callback.pruning
+        kept, tokens = pruning.pruner.kept_of_dense, pruning.recorder.history.steps[-1].tokens
         self.rows.append({"kept": kept_groups(kept), "tokens": tokens, "gathered": gathered})
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
@@ -256,7 +256,7 @@ def train_with_callback(
         if setup.whole:
             callback.save_model(out / "model")
             callback.save_base(out / "base")
-        model = callback.pruning.training.model
+        model = callback.pruning.model
         return watch.rows, {name: gather_everywhere(model, p) for name, p in model.module.named_parameters()}
 
 

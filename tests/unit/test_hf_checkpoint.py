@@ -87,19 +87,18 @@ def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
     monkeypatch.setattr(checkpoint, "read_scores", lambda folder, kinds: None)
     monkeypatch.setattr(checkpoint, "read_metrics", lambda path: [])
     state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5, resumed_from=[2])
-    training = cast(Any, SimpleNamespace(pruner=Mock(), recorder=Mock()))
-    PruningCheckpoint(tmp_path, cast(Any, state), cast(Any, SimpleNamespace(kinds=()))).restore(training)
-    given = training.pruner.restore.call_args.args[0]
+    resumed = PruningCheckpoint(tmp_path, cast(Any, state), cast(Any, SimpleNamespace(kinds=())))
+    monkeypatch.setattr(pruning, "PruningSteps", Mock())
+    monkeypatch.setattr(pruning, "ForwardWatch", Mock())
+    made = Pruning(Mock(), Mock(), pruner := Mock(), "float32", Mock(), steps=9, seed=0, checkpoint=resumed)
+    given = pruner.restore.call_args.args[0]
     assert (given.updates_since_cut, given.moment_tokens) == (3, 7.0)
-    assert (training.step, training.resumed_from) == (5, [2, 5])
+    assert (made.step, made.resumed_from) == (5, [2, 5])
 
 
-def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(pruning, "write_export", Mock())
-    training = Mock(_model=Mock())
-    on_rank_0 = training._model.comm.on_rank_0 = Mock(side_effect=[{"r": 4}, UserError("no space")])
+def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(tmp_path: Path) -> None:
+    training = Mock()
+    on_rank_0 = training.model.comm.on_rank_0 = Mock(side_effect=[{"r": 4}, UserError("no space")])
     with pytest.raises(UserError, match="no space"):
         Pruning.save_base(training, tmp_path / "base", tmp_path)
     on_rank_0.call_args.args[0]()
