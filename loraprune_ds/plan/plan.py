@@ -1,10 +1,10 @@
 """The plan of a run: memory, bytes sent, seconds, and what to change."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
+from loraprune_ds.config_file import merge
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost, teacher_cost
@@ -86,18 +86,53 @@ def make_plan(request: Request) -> Plan:
 
 def suggestions(plan: Plan) -> list[dict[str, Any]]:
     """Plans each change that saves memory, then all together, then more GPUs."""
-    request, together, plans = plan.request, dict[str, dict[str, Any]](), list[tuple[str, str, Plan]]()
-    for name, setting, section, values in _changes(request):
-        plans.append((name, setting, make_plan(changed(request, None, **{section: values}))))
-        together.setdefault(section, {}).update(values)
-    if len(plans) > 1:
-        plans.append(("all of the above", "", make_plan(changed(request, None, **together))))
+    request, changes = plan.request, _changes(plan.request)
+    plans = [(change, setting, make_plan(changed(request, **values))) for change, setting, values in changes]
+    if len(changes) > 1:
+        together = reduce(merge, (values for *_, values in changes))
+        plans.append(("all of the above", "", make_plan(changed(request, **together))))
     smallest, reason = search(request, request.cluster, MOST_NODES)
     if not reason:
         where = smallest.request.cluster
         plans.append(("more GPUs", f"--nodes {where.nodes} --gpus-per-node {where.gpus_per_node}", smallest))
-    keys = ("change", "setting", "device_bytes", "host_bytes", "fits")
-    return [dict(zip(keys, (*x, plan.device_bytes, plan.host_bytes, plan.fits), strict=True)) for *x, plan in plans]
+    return [
+        {
+            "change": change,
+            "setting": setting,
+            "device_bytes": x.device_bytes,
+            "host_bytes": x.host_bytes,
+            "fits": x.fits,
+        }
+        for change, setting, x in plans
+    ]
+
+
+def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
+    """Lists the unused changes that save memory: (change, setting, keywords of `changed`)."""
+    train, layer = request.config.train, max(request.shape.layer_numel(i) for i in range(len(request.shape.layers)))
+    few = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
+    in_json = ", ".join(f"{key} {value}" for key, value in few.items()) + " in the DeepSpeed JSON"
+    int8, again, files = request.config.model.frozen, train.gradient_checkpointing, "deepspeed=ds_configs/zero3_offload"
+    optimizer, weights = {"offload_optimizer": PINNED}, {"offload_param": PINNED}
+    changes: list[tuple[bool, str, str, dict[str, Any]]] = [  # wanted, ...
+        (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", {"train": ONE}),
+        (not again, "activation checkpointing", "--set train.gradient_checkpointing=true", {"train": AGAIN}),
+        (int8 is None, "int8 weights", "--set model.frozen=int8", {"model": {"frozen": "int8"}}),
+        (request.fetch_limits.max_live > layer, "fewer gathered weights", in_json, {"deepspeed": few}),
+        (
+            not request.offloads("optimizer"),
+            "optimizer on the host",
+            f"--set {files}_optimizer.json",
+            {"deepspeed": optimizer},
+        ),
+        (
+            not request.offloads("param"),
+            "optimizer and weights on the host",
+            f"--set {files}.json",
+            {"deepspeed": optimizer | weights},
+        ),
+    ]
+    return [(change, setting, values) for wanted, change, setting, values in changes if wanted]
 
 
 def largest_micro_batch(plan: Plan) -> int | None:
@@ -108,45 +143,24 @@ def largest_micro_batch(plan: Plan) -> int | None:
 
 
 def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, str]:
-    """Returns the plan on the fewest GPUs; if none fits, on the most that were tried, and a line for the user."""
-    plan = None
-    for tried in _splittable(request, largest, most_nodes):
-        plan = make_plan(tried)
-        if plan.fits:
-            return plan, ""
-    gpus = f"{most_nodes} x {largest.gpus_per_node} GPUs of {largest.gpu_memory:g} GiB"
-    host, batch = f"{largest.host_memory:g} GiB of host memory per node", request.config.train.global_batch_size
-    reason = f"{request.model} fits on no cluster of up to {gpus} with {host} that splits the global batch of {batch}"
-    return plan or make_plan(request), reason
+    """Tries 1, 2, … GPUs of a node, then whole nodes, where they can split the global batch.
 
-
-def _splittable(request: Request, cluster: Cluster, most_nodes: int) -> Iterator[Request]:
-    """Yields the request on 1, 2, … GPUs of a node, then on whole nodes, where they can split the global batch."""
-    most, passes = cluster.gpus_per_node, request.micro_batches * request.world_size  # of all ranks in a step
+    Returns the plan on the fewest GPUs; if none fits, on the most that were tried, and a line for the user.
+    """
+    plan, most, passes = None, largest.gpus_per_node, request.micro_batches * request.world_size  # of a step
     sizes = [(1, gpus) for gpus in range(1, most + 1)]
     sizes += [(nodes, most) for nodes in range(2, min(most_nodes, MOST_GPUS // most) + 1)]
     for nodes, gpus in sizes:
-        if passes % (nodes * gpus) == 0:
-            try:
-                yield changed(request, replace(cluster, nodes=nodes, gpus_per_node=gpus))
-            except UserError:
-                continue  # hpZ has no such groups
-
-
-def _changes(request: Request) -> list[tuple[str, str, str, dict[str, Any]]]:
-    """Lists unused changes that save memory: (change, setting, section of the run config, its values)."""
-    train, optimizer, both = request.config.train, {"offload_optimizer": PINNED}, {"offload_param": PINNED}
-    layer = max(request.shape.layer_numel(i) for i in range(len(request.shape.layers)))
-    live = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
-    few = ", ".join(f"{key} {value}" for key, value in live.items()) + " in the DeepSpeed JSON"
-    again, int8 = "train.gradient_checkpointing", request.config.model.frozen
-    away, files = not request.offloads("param"), "--set deepspeed=ds_configs/zero3_offload"
-    changes: list[tuple[bool, str, str, str, dict[str, Any]]] = [
-        (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", "train", ONE),
-        (not train.gradient_checkpointing, "activation checkpointing", f"--set {again}=true", "train", AGAIN),
-        (int8 is None, "int8 weights", "--set model.frozen=int8", "model", {"frozen": "int8"}),
-        (request.fetch_limits.max_live > layer, "fewer gathered weights", few, "deepspeed", live),
-        (not request.offloads("optimizer"), "optimizer on the host", f"{files}_optimizer.json", "deepspeed", optimizer),
-        (away, "optimizer and weights on the host", f"{files}.json", "deepspeed", optimizer | both),
-    ]
-    return [(name, setting, section, values) for wanted, name, setting, section, values in changes if wanted]
+        if passes % (nodes * gpus) != 0:
+            continue
+        try:
+            smaller = changed(request, replace(largest, nodes=nodes, gpus_per_node=gpus))
+        except UserError:
+            continue  # hpZ has no such groups
+        plan = make_plan(smaller)
+        if plan.fits:
+            return plan, ""
+    gpus = f"{most_nodes} x {most} GPUs of {largest.gpu_memory:g} GiB"
+    host, batch = f"{largest.host_memory:g} GiB of host memory per node", request.config.train.global_batch_size
+    reason = f"{request.model} fits on no cluster of up to {gpus} with {host} that splits the global batch of {batch}"
+    return plan or make_plan(request), reason

@@ -331,4 +331,4 @@ def test_json_holds_what_the_table_shows() -> None:
     assert found["parameters"] == SMALL.total_numel()
     assert found["device_bytes"] == max(x["peak"] for x in found["stages"])
     assert json.loads(json.dumps(found, allow_nan=False))["fits"] is True
-    assert "small fits on 4 GPUs" in plan_table(plan, 1.0)
+    assert "small fits on 4 GPUs" in plan_table(plan, found)
