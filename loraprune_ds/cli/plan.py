@@ -72,9 +72,10 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
         overrides=arguments.set,
         samples=arguments.samples,
     )
-    planned, reason = make_plan(request), ""
     if arguments.smallest:
         planned, reason = search(request, cluster, getattr(arguments, "nodes", MOST_NODES))
+    else:
+        planned, reason = make_plan(request), ""
     facts = plan_json(planned, gib)
     print(json.dumps(facts, indent=2, allow_nan=False) if arguments.json else plan_table(planned, facts))
     if not planned.fits:

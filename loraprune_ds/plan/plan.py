@@ -95,16 +95,8 @@ def suggestions(plan: Plan) -> list[dict[str, Any]]:
     if not reason:
         where = smallest.request.cluster
         plans.append(("more GPUs", f"--nodes {where.nodes} --gpus-per-node {where.gpus_per_node}", smallest))
-    return [
-        {
-            "change": change,
-            "setting": setting,
-            "device_bytes": x.device_bytes,
-            "host_bytes": x.host_bytes,
-            "fits": x.fits,
-        }
-        for change, setting, x in plans
-    ]
+    keys = ("change", "setting", "device_bytes", "host_bytes", "fits")
+    return [dict(zip(keys, (*x, plan.device_bytes, plan.host_bytes, plan.fits), strict=True)) for *x, plan in plans]
 
 
 def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
@@ -112,25 +104,16 @@ def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
     train, layer = request.config.train, max(request.shape.layer_numel(i) for i in range(len(request.shape.layers)))
     few = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
     in_json = ", ".join(f"{key} {value}" for key, value in few.items()) + " in the DeepSpeed JSON"
-    int8, again, files = request.config.model.frozen, train.gradient_checkpointing, "deepspeed=ds_configs/zero3_offload"
-    optimizer, weights = {"offload_optimizer": PINNED}, {"offload_param": PINNED}
+    optimizer, files = {"offload_optimizer": PINNED}, "--set deepspeed=ds_configs/zero3_offload"
+    both, on_gpu = optimizer | {"offload_param": PINNED}, {x: not request.offloads(x) for x in ("optimizer", "param")}
+    int8, again = request.config.model.frozen, train.gradient_checkpointing
     changes: list[tuple[bool, str, str, dict[str, Any]]] = [  # wanted, ...
         (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", {"train": ONE}),
         (not again, "activation checkpointing", "--set train.gradient_checkpointing=true", {"train": AGAIN}),
         (int8 is None, "int8 weights", "--set model.frozen=int8", {"model": {"frozen": "int8"}}),
         (request.fetch_limits.max_live > layer, "fewer gathered weights", in_json, {"deepspeed": few}),
-        (
-            not request.offloads("optimizer"),
-            "optimizer on the host",
-            f"--set {files}_optimizer.json",
-            {"deepspeed": optimizer},
-        ),
-        (
-            not request.offloads("param"),
-            "optimizer and weights on the host",
-            f"--set {files}.json",
-            {"deepspeed": optimizer | weights},
-        ),
+        (on_gpu["optimizer"], "optimizer on the host", f"{files}_optimizer.json", {"deepspeed": optimizer}),
+        (on_gpu["param"], "optimizer and weights on the host", f"{files}.json", {"deepspeed": both}),
     ]
     return [(change, setting, values) for wanted, change, setting, values in changes if wanted]
 
