@@ -1,6 +1,7 @@
-"""What the commands share: ranks, arguments, errors and exits."""
+"""`loraprune-ds COMMAND`, and what the commands share: ranks, arguments, errors and exits."""
 
 import argparse
+import importlib
 import logging
 import os
 import re
@@ -16,9 +17,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
-from loraprune_ds.errors import RankError, UserError, require
+from loraprune_ds.errors import UserError, is_shared, require
 
+COMMANDS = {  # the modules of loraprune_ds/cli
+    "run": "prune a model while it is tuned",
+    "plan": "estimate what a run needs",
+    "evaluate": "measure a model, alone or next to the dense one",
+    "export": "convert a result for the tool that will read it",
+    "compare": "compare results",
+}
 GRACE = 5.0  # seconds that the other ranks stay after an error
+
+
+def main() -> NoReturn:
+    """Runs `loraprune-ds COMMAND` and exits with its code."""
+    leave_on_error()
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        commands = "\n".join(f"  {command:10}{about}" for command, about in COMMANDS.items())
+        sys.stdout.write(f"loraprune-ds COMMAND ...      (loraprune-ds COMMAND --help tells more)\n\n{commands}\n")
+        leave(0)
+    if name not in COMMANDS:
+        tell(UserError(f"there is no command {name}; there are {', '.join(COMMANDS)}"))
+        leave(UserError.exit_code)
+    sys.argv = [f"loraprune-ds {name}", *arguments]
+    module = importlib.import_module(f"loraprune_ds.cli.{name}")
+    leave(module.launch() if name == "run" else module.main())
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,7 +97,7 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(GRACE)
-        if agreed and not isinstance(error, RankError):
+        if agreed and is_shared(error):
             return
     sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
     sys.stderr.flush()

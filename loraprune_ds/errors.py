@@ -17,6 +17,11 @@ class RankError(RunError):
     """An error that only one rank met during a run. The others are waiting, so this rank must report it."""
 
 
+def is_shared(error: BaseException) -> bool:
+    """Whether all ranks raise this error, so that rank 0 alone reports it."""
+    return isinstance(error, UserError) and not isinstance(error, RankError)
+
+
 def require(ok: bool, message: str) -> None:
     """Raises UserError with `message` unless `ok`."""
     if not ok:

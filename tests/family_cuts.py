@@ -21,7 +21,7 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
-from loraprune_ds.model.weight_files import as_stored, write_index, write_weight_file
+from loraprune_ds.model.weight_files import as_on_disk, write_index, write_weight_file
 from tests.export_cases import model_card
 from tests.families import SIZES, layers_with, tiny_model
 from tests.plain_model import PlainModel
@@ -119,7 +119,7 @@ def cut_and_export(network: Network, folder: Path, *counts: tuple[int, int]) -> 
     before = network.shape
     network.cut(draw(before, *counts))
     merged: Any = network.model.merge_and_unload()
-    tensors = as_stored(dict(merged.named_parameters()), network.shape.stored())
+    tensors = as_on_disk(dict(merged.named_parameters()), network.shape.pieces())
     exported = export_config(network.config, network.shape, "float32")
     staging = begin(folder)
     write_index(staging, [write_weight_file(staging, 0, 1, tensors)])

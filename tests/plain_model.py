@@ -19,9 +19,9 @@ from loraprune_ds.model.adapters import (
     set_runtime_counts,
 )
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.cuts import Slice, layer_cuts, lora_cuts
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.storage import MODEL_DTYPE, Slice, lora_cuts
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, LinearId, LoraFactors, OwnedShard
 
 
@@ -55,8 +55,8 @@ class PlainModel:
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return values
 
-    def gather_values(self, value: int) -> list[int]:
-        return [value]
+    def differing_rank(self, value: object) -> None:
+        return None
 
     def owner(self, layer: int) -> int:
         return 0
@@ -79,7 +79,7 @@ class PlainModel:
     def cut(self, keep: list[LayerKeep]) -> int:
         after = self.shape.after(keep)
         for i, (layer, layer_keep) in enumerate(zip(self.layers, keep, strict=True)):
-            for name, kept, linear in layer_cuts(self.shape, i, layer_keep):
+            for name, kept, linear in MODEL_DTYPE.layer_cuts(self.shape, i, layer_keep):
                 self._select(base_parameter(layer, name), kept)
                 if linear:
                     module = lora_linear(layer, linear)

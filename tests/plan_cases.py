@@ -28,20 +28,21 @@ from loraprune_ds.config import (
     RunConfig,
     TrainConfig,
 )
-from loraprune_ds.model import cuts as tensors
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.storage import FrozenStorage, lora_cuts
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Cluster, Request, build_request
 from loraprune_ds.plan.stages import logits, saved_in_layer, split_state, training_stage
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.device import resident_bytes, storage_bytes
 from loraprune_ds.zero.engine import build_training_engine
-from loraprune_ds.zero.flat import AxisCut, moved_elements
-from loraprune_ds.zero.memory import resident_bytes, second_copies, state_tensors, storage_bytes
+from loraprune_ds.zero.flat import AxisCut
 from tests.benchmarks.memory import Peak
+from tests.zero_bytes import elements_sent, second_copies, state_tensors
 
 STEPS = 4  # the cut follows the second
 
@@ -107,7 +108,7 @@ def build(request: Request) -> Trainer:
     config = request.config
     pretrained = open_for_pruning(Path(config.model.path), config)
     engine = build_training_engine(config, pretrained, request.ds_config, STEPS)
-    pruner = Pruner(engine.model, config.prune, request.schedule, request.limits, config.seed)
+    pruner = Pruner(engine.model, request.pruning, config.seed)
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
@@ -174,12 +175,11 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         if record is None:
             continue
         after, sent = trainer.model.shape, trainer.model.comm.bytes_sent - sent_before
-        sent -= 3 * 8 * (world_size - 1)  # a digest and two sizes, by all-gather
         keep = trainer.pruner.kept_of_dense  # the first cut: indices into the dense model
-        given = (request.config.lora.r, request.element_size)
+        given = (request.storage, request.config.lora.r, request.element_size)
         changed = [i for i, layer in enumerate(before.layers) if layer != after.layers[i]]
         cut_layers = [cut for i in changed for cut in layer_cuts(before, i, keep[i], *given)]
-        moved = sum(int(moved_elements(c, world_size)[rank]) * size for c, size in cut_layers) if world_size > 1 else 0
+        moved = sum(elements_sent(c, world_size, rank) * size for c, size in cut_layers)
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
         rows[-1] |= {
             "sent": {"most": cut_cost(request, before, after).sent["cut"], "moved": moved, "counted": sent},
@@ -189,19 +189,19 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
 
 
 def layer_cuts(
-    shape: ModelShape, index: int, keep: LayerKeep, lora_rank: int, element_size: int
+    shape: ModelShape, index: int, keep: LayerKeep, storage: FrozenStorage, lora_rank: int, element_size: int
 ) -> list[tuple[AxisCut, int]]:
     """Lists (cut, bytes of an element) of every tensor that `ShardedModel` cuts in a layer.
 
     LoRA counts with its fp32 master and two moments.
     """
-    cuts, layer = list[tuple[AxisCut, int]](), shape.held(index, element_size)
-    for name, kept, linear in tensors.layer_cuts(shape, index, keep):
-        held = layer[f"model.layers.{index}.{name}"]
-        cuts.append((AxisCut(held.shape, *kept), held.element_size))
+    cuts, layer = list[tuple[AxisCut, int]](), storage.stored(shape, element_size, index)
+    for name, kept, linear in storage.layer_cuts(shape, index, keep):
+        stored = layer[f"model.layers.{index}.{name}"]
+        cuts.append((AxisCut(stored.shape, *kept), stored.element_size))
         if linear:
             factors = shape.lora_shapes(index, linear, lora_rank)
-            for which, stays in tensors.lora_cuts(linear, lora_rank, kept, keep):
+            for which, stays in lora_cuts(linear, lora_rank, kept, keep):
                 cuts.append((AxisCut(factors[which], *stays), element_size + 12))
     return cuts
 
@@ -231,7 +231,7 @@ def _measured_step(step: int, request: Request, trainer: Trainer, baseline: int)
     comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:
         trainer.step(step)
-    scores, own = step <= request.schedule.last_cut, comm.bytes_sent - before
+    scores, own = step <= request.pruning.schedule.last_cut, comm.bytes_sent - before
     planned = step_sent(request, shape, (scores, scores))
     pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
     lora_scored = scores and request.config.prune.criterion in ("lora", "gradient", "magnitude")

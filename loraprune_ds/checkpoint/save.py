@@ -17,6 +17,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.files import begin_folder, publish_folder, remove_folder, remove_leftovers, staging_of
 from loraprune_ds.model.pretrained import STORED_INT8
+from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.zero.comm import Communicator
@@ -78,10 +79,10 @@ class Staging:
 
 
 def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str, Any], dtype: Dtype) -> ShapeSource:
-    """Publishes the frozen weights as `shape-{cuts}`, in the form in which the ranks hold them. Collective."""
+    """Publishes the frozen weights as `shape-{cuts}`, as the ranks store them. Collective."""
     with Staging(model.comm, root / f"shape-{cuts}", "shape") as staging:
         if model.rank == 0:
-            stored = config_json | (STORED_INT8 if model.shape.int8 else {})
+            stored = config_json | (STORED_INT8 if FrozenStorage.of(model.module).int8 else {})
             staging.write("config.json", lambda path: path.write_text(json.dumps(stored, indent=2)))
         staging.seal(write_model(model, staging.folder, dtype, frozen_tensors))
         fail_point("save.shape_written")

@@ -47,10 +47,10 @@ from loraprune_ds.evaluate.settings import (
     ServeSettings,
     SpeedSettings,
     TaskSettings,
+    find_server,
     load_dataset_text,
     read_text,
 )
-from loraprune_ds.evaluate.speed import find_server
 from loraprune_ds.files import finite
 
 ROUND = fields(SpeedSettings)  # an option each
@@ -132,8 +132,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             os.environ.setdefault("TQDM_DISABLE", "1")
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
     from loraprune_ds.evaluate.evaluation import evaluate
-    from loraprune_ds.evaluate.models import merged, serve
+    from loraprune_ds.evaluate.models import merged
     from loraprune_ds.evaluate.result import make_result
+    from loraprune_ds.evaluate.speed import serve
     from loraprune_ds.report.report import hardware, versions
     from loraprune_ds.zero.device import device_name
     from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraprune_ds.checkpoint.layout import REPORT_FILE
 from loraprune_ds.command import (
     Parser,
     adopt_srun_ranks,
@@ -29,6 +30,7 @@ from loraprune_ds.command import (
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import UserError
+from loraprune_ds.files import read_json
 from loraprune_ds.train.output import inspect_output, resumed_config
 from loraprune_ds.train.stop import find_launchers
 
@@ -152,10 +154,9 @@ def prune(config: RunConfig, comm: "Communicator", start: "Start", launchers: li
 
 
 def print_summary(folder: Path) -> None:
-    from loraprune_ds.report.report import read_report
     from loraprune_ds.report.summary import summary_table
 
-    print(summary_table(read_report(folder), folder))
+    print(summary_table(read_json(folder / REPORT_FILE), folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results of several models side by side, in one table: folders of runs, or JSON of launch/evaluate.py."""
+"""Compares pruned models in a table and a picture. They are folders of runs, or JSON of launch/evaluate.py."""
 
 import math
 from collections.abc import Sequence
@@ -30,8 +30,12 @@ from loraprune_ds.units import aligned, format_perplexity
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-
 HEAD = ("result", "method", "parameters", "removed", "perplexity", "dense", "times", "accuracy", "dense")
+COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE)
+MARKERS = ("o", "s", "^", "D", "v", "P")
+GREY = "#777777"
+Label = tuple[str, tuple[float, float]]  # a text and its point
+Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,7 @@ class ComparedModel:
 
 
 def read_results(paths: Sequence[Path]) -> list[ComparedModel]:
-    """Reads all results and sorts them by text, then by size.
-
-    Raises:
-        UserError: a path is neither the folder of a finished run nor a result of launch/evaluate.py.
-    """
+    """Reads all results and sorts them by text, then by size."""
     models = [_read_run(path) if path.is_dir() else _read_evaluation(path) for path in paths]
     return sorted(models, key=lambda model: (model.measured_on or "", model.removed_fraction or 0.0, model.name))
 
@@ -155,13 +155,6 @@ def _row(model: ComparedModel) -> tuple[str, ...]:
     )
 
 
-COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE)
-MARKERS = ("o", "s", "^", "D", "v", "P")
-GREY = "#777777"
-Label = tuple[str, tuple[float, float]]  # a text and its point
-Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
-
-
 @dataclass(frozen=True)
 class _Panel:
     """Models whose quality is comparable."""
@@ -177,11 +170,7 @@ class _Panel:
 
 
 def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
-    """Draws a panel for each text that perplexity was measured on, and one for each set of tasks.
-
-    Raises:
-        UserError: no model has both a quality and a removed fraction, or the file cannot be written.
-    """
+    """Draws a panel for each text that perplexity was measured on, and one for each set of tasks."""
     panels = _panels([model for model in models if model.removed_fraction is not None])
     if not panels:
         raise UserError(
@@ -198,8 +187,8 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
         rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         labels = [_draw_panel(axes, panel, styles) for axes, panel in zip(rows, panels, strict=True)]
         figure.draw_without_rendering()  # settles where the points are
-        for axes, found in zip(rows, labels, strict=True):
-            for text, at in found:
+        for axes, of_panel in zip(rows, labels, strict=True):
+            for text, at in of_panel:
                 label_beside(axes, text, at, color=TEXT, fontsize=9)
         try:
             save_picture(figure, path)

@@ -44,7 +44,7 @@ def make_logarithmic(axes: "Axes") -> None:
 
 
 def label_beside(axes: "Axes", text: str, at: tuple[float, float], **options: Any) -> None:
-    """Writes `text` near the point `at`, at the nearest place without a curve or another label.
+    """Writes `text` at the place nearest to the point `at` that has no curve and no other label.
 
     The figure must be laid out (`draw_without_rendering`), with all its curves.
     """

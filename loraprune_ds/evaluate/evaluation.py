@@ -1,27 +1,42 @@
 """One evaluation: a model, or two side by side, on a text, on tasks, in seconds and in parameters."""
 
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from operator import mul
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from loraprune_ds.evaluate.models import PreparedModel, load_model, prepare_models
-from loraprune_ds.evaluate.perplexity import Losses, Perplexity, Progress, measure_perplexity
+from loraprune_ds.config import Dtype
+from loraprune_ds.errors import UserError
+from loraprune_ds.evaluate.models import FoundModel, find_model, load_model
+from loraprune_ds.evaluate.perplexity import Batch, Losses, Perplexity, Progress, make_batches, measure_perplexity
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Served, Speed, measure_speed
-from loraprune_ds.evaluate.zeroshot import run_tasks
+from loraprune_ds.evaluate.zeroshot import check_tasks, run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
 from loraprune_ds.model.logits import Head, logits_transform, output_head
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import token_losses
+from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import fast_half_products
+from loraprune_ds.zero.device import check_dtype, fast_half_products
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.training_engine import release
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model with the input of its measurements."""
+
+    found: FoundModel
+    dtype: Dtype
+    tokenizer: PreTrainedTokenizerBase
+    batches: list[Batch]
 
 
 @dataclass(frozen=True)
@@ -66,12 +81,9 @@ class Measurement:
 def evaluate(
     paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds: rounds
 ) -> list[Measurement]:
-    """Measures the models that `paths` name. A second one is the dense model that the first is compared with.
+    """Measures a model, and the dense one if `paths` names a second. Collective.
 
-    Results of tasks and speed are on rank 0 only. Collective.
-
-    Raises:
-        UserError: an input is wrong. All ranks raise the same line, before anything long.
+    Results of tasks and speed are on rank 0 only.
     """
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
     dense = models[1].found.pretrained.shape.total_numel() if len(models) > 1 else None
@@ -86,6 +98,49 @@ def evaluate(
         speeds = comm.on_rank_0(lambda: measure_speed(loaded, speed)) or [None] * len(models)
         measurements = [replace(one, speed=found) for one, found in zip(measurements, speeds, strict=True)]
     return measurements
+
+
+def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[PreparedModel]:
+    """Finds all models, checks the settings against them, and tokenises the text for each."""
+    if settings.tasks:
+        check_tasks(settings.tasks)
+    models = [_prepare(path, settings) for path in paths]
+    for other in models[1:]:
+        pairs = zip_longest(models[0].batches, other.batches)
+        if not all(a and b and torch.equal(a.input_ids, b.input_ids) for a, b in pairs):
+            both = f"{paths[0]} and {other.found.path}"
+            raise UserError(f"{both} read the text as different tokens: their perplexities do not compare")
+    return models
+
+
+def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
+    found = find_model(path)
+    dtype = choose_dtype(found, settings.dtype)
+    if settings.sharded:
+        check_dtype(dtype)
+        if found.adapter:
+            raise UserError(f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
+    most = found.pretrained.config.get("max_position_embeddings")
+    lengths = [settings.protocol.window] if settings.text else []
+    lengths += [plan.prompt + plan.generated for plan in (settings.speed, settings.serve) if plan]
+    for length in lengths:
+        if most and length > most:
+            raise UserError(f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
+    tokenizer = load_tokenizer(found.tokenizer_folder)
+    batches: list[Batch] = []
+    if settings.text:
+        start = window_start(tokenizer, found.pretrained.shape.family)
+        batches = make_batches(settings.text.text, tokenizer, settings.protocol, settings.actual_batch_size, start)
+    return PreparedModel(found, dtype, tokenizer, batches)
+
+
+def choose_dtype(found: FoundModel, dtype: str | None) -> Dtype:
+    """Returns `dtype`, or the one that the model's config.json declares, or float32."""
+    config = found.pretrained.config
+    chosen = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
+    if chosen not in DTYPES:
+        raise UserError(f"{found.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
+    return cast(Dtype, chosen)
 
 
 def count_cost(shape: ModelShape, config: dict[str, Any], window: int, element_size: int) -> ModelCost:
@@ -116,11 +171,7 @@ def _mean_context(window: int, sliding_window: int | None) -> float:
 def _measure(
     prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Communicator, progress: Progress
 ) -> tuple[Measurement, PreTrainedModel | None]:
-    """Measures all but speed, which needs all models in memory, and returns the model for that.
-
-    Args:
-        dense: parameters of the dense model, if the user named one.
-    """
+    """Measures all but speed, which needs all models in memory, and returns the model for that."""
     found, shape = prepared.found, prepared.found.pretrained.shape
     perplexity = tasks = model = None
     if settings.sharded and prepared.batches:
@@ -158,7 +209,7 @@ def _losses_of(model: PreTrainedModel) -> Losses:
 
 
 def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Progress) -> Perplexity:
-    """Measures a model that ZeRO-3 shards at birth. No rank ever holds more than a whole layer or embedding."""
+    """Measures a model that ZeRO-3 shards while it is loaded."""
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": prepared.dtype == "bfloat16"},

@@ -1,15 +1,13 @@
 """Models by the name a user gives: a Hugging Face folder, a hub id, a PEFT adapter or the folder of a run."""
 
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
@@ -17,33 +15,76 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.checkpoint.layout import (
+    KEPT_GROUPS_FILE,
     MODEL_FOLDER,
     REPORT_FILE,
     STATE_FILE,
     STATUS_FILE,
-    Status,
     describe_method,
     read_status,
 )
-from loraprune_ds.config import Dtype, ModelConfig
-from loraprune_ds.errors import RunError, UserError, one_line, require
-from loraprune_ds.evaluate.perplexity import Batch, make_batches
-from loraprune_ds.evaluate.settings import EvaluationSettings, ServeSettings
-from loraprune_ds.evaluate.speed import Served, ServedModel, measure_serving
-from loraprune_ds.evaluate.zeroshot import check_tasks
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.export.formats import NoRoom, export
-from loraprune_ds.export.huggingface import copy_model, has_tokenizer
+from loraprune_ds.export.huggingface import has_tokenizer
 from loraprune_ds.export.lora import find_source
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER
 from loraprune_ds.model.classes import attn_implementation, causal_lm_class
 from loraprune_ds.model.dtypes import DTYPES
-from loraprune_ds.model.family import PRUNED
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
-from loraprune_ds.model.tokenizer import load_tokenizer, window_start
-from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import check_dtype
+from loraprune_ds.model.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:  # a user who opens a result need not wait for DeepSpeed
+    from loraprune_ds.zero.comm import Communicator
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """A pruned model on disk, with the report of the run that made it. `open_result` makes it."""
+
+    pretrained: PretrainedModel = field(repr=False)
+    report: dict[str, Any] | None = field(repr=False)  # report.json. None for an export without its run
+    kept_groups: list[dict[str, Any]] | None = field(repr=False)  # kept_groups.json, a dictionary per layer
+
+    @property
+    def folder(self) -> Path:
+        return self.pretrained.folder
+
+    def load_model(self, **options: Any) -> PreTrainedModel:
+        """Loads the model in the dtype of its files. No code of its folder is run.
+
+        Args:
+            options: of transformers' `from_pretrained`, such as `device_map`.
+        """
+        model_class = causal_lm_class(self.pretrained.shape.model_type)
+        options.setdefault("dtype", "auto")
+        return model_class.from_pretrained(self.folder, **options)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.folder)
+
+
+def open_result(folder: str | Path) -> PruningResult:
+    """Opens the folder of a finished run, or of a model that it has exported.
+
+    Raises:
+        UserError: the folder holds neither. Or a file is missing or damaged: the message names it.
+    """
+    folder = Path(folder).expanduser()
+    is_model = (folder / "config.json").is_file()
+    run = folder.parent if is_model and folder.name == MODEL_FOLDER else folder
+    report, kept_groups, status = run / REPORT_FILE, run / KEPT_GROUPS_FILE, read_status(run)
+    if status and status.state != "finished":
+        raise UserError(f"{folder} holds an unfinished run ({status}), which has no {MODEL_FOLDER}/ yet")
+    if not (is_model or status or report.is_file()):
+        raise UserError(f"{folder} holds no finished run and no exported model")
+    return PruningResult(
+        open_pretrained(folder if is_model else folder / MODEL_FOLDER),
+        read_json(report) if status or report.is_file() else None,
+        read_json(kept_groups).get("layers") if kept_groups.is_file() else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -59,30 +100,16 @@ class FoundModel:
     method: str | None = None  # criterion and ranking of a run
 
 
-@dataclass(frozen=True)
-class PreparedModel:
-    """A model with the input of its measurements."""
-
-    found: FoundModel
-    dtype: Dtype
-    tokenizer: PreTrainedTokenizerBase
-    batches: list[Batch]
-
-
 def find_model(path: str) -> FoundModel:
-    """Finds the model named `path`: a folder, `embedded` or a hub id, which is downloaded.
-
-    Raises:
-        UserError: there is nothing that can be evaluated. The line names the file at fault.
-    """
+    """Finds the model named `path`: a folder, `embedded` or a hub id, which is downloaded."""
     if Path(path).is_file():
         raise UserError(f"{path} is a file; a model is a folder or a hub id")
     try:
         folder = locate_model(ModelConfig(path))
     except UserError as error:
         raise UserError(str(error).removeprefix("model.path: ")) from None
-    if status := read_status(folder):
-        return _find_run(path, folder, status)
+    if (folder / STATUS_FILE).exists():
+        return _find_run(path, folder)
     if not (folder / "config.json").is_file():
         for adapter in (folder, folder / ADAPTER_FOLDER):  # the second is made by launch/export.py --format adapter
             if (adapter / ADAPTER_FILE).is_file():
@@ -90,16 +117,14 @@ def find_model(path: str) -> FoundModel:
     return FoundModel(path, "checkpoint", open_pretrained(folder), folder)
 
 
-def _find_run(path: str, folder: Path, status: Status) -> FoundModel:
-    if status.state != "finished":
-        raise UserError(f"{path} holds an unfinished run ({status}), which has no {MODEL_FOLDER}/ to evaluate yet")
-    report_path, model = folder / REPORT_FILE, folder / MODEL_FOLDER
-    report = read_json(report_path)
+def _find_run(path: str, folder: Path) -> FoundModel:
+    result = open_result(folder)
     try:
+        report: Any = result.report
         dense, method = int(report["params"]["dense"]), describe_method(report)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{report_path} is damaged: {error!r}") from None
-    return FoundModel(path, "run", open_pretrained(model), model, dense_parameters=dense, method=method)
+        raise UserError(f"{folder / REPORT_FILE} is damaged: {error!r}") from None
+    return FoundModel(path, "run", result.pretrained, result.folder, dense_parameters=dense, method=method)
 
 
 def _find_adapter(path: str, folder: Path) -> FoundModel:
@@ -123,55 +148,8 @@ def _find_adapter(path: str, folder: Path) -> FoundModel:
     return replace(found, path=path, kind="adapter", adapter=folder, tokenizer_folder=tokenizer_folder)
 
 
-def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[PreparedModel]:
-    """Finds all models, checks the settings against them, and tokenises the text for each."""
-    if settings.tasks:
-        check_tasks(settings.tasks)
-    models = [_prepare(path, settings) for path in paths]
-    for other in models[1:]:
-        pairs = zip_longest(models[0].batches, other.batches)
-        if not all(a and b and torch.equal(a.input_ids, b.input_ids) for a, b in pairs):
-            both = f"{paths[0]} and {other.found.path}"
-            raise UserError(f"{both} read the text as different tokens: their perplexities do not compare")
-    return models
-
-
-def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
-    found = find_model(path)
-    dtype = choose_dtype(found, settings.dtype)
-    if settings.sharded:
-        check_dtype(dtype)
-        if found.adapter:
-            raise UserError(f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
-    most = found.pretrained.config.get("max_position_embeddings")
-    lengths = [settings.protocol.window] if settings.text else []
-    lengths += [plan.prompt + plan.generated for plan in (settings.speed, settings.serve) if plan]
-    for length in lengths:
-        if most and length > most:
-            raise UserError(f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
-    tokenizer = load_tokenizer(found.tokenizer_folder)
-    batches: list[Batch] = []
-    if settings.text:
-        start = window_start(tokenizer, found.pretrained.shape.family)
-        batches = make_batches(settings.text.text, tokenizer, settings.protocol, settings.actual_batch_size, start)
-    return PreparedModel(found, dtype, tokenizer, batches)
-
-
-def choose_dtype(found: FoundModel, dtype: str | None) -> Dtype:
-    """Returns `dtype`, or the one that the model's config.json declares, or float32."""
-    config = found.pretrained.config
-    chosen = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    if chosen not in DTYPES:
-        raise UserError(f"{found.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
-    return cast(Dtype, chosen)
-
-
 def load_model(found: FoundModel, dtype: str, device: torch.device) -> PreTrainedModel:
-    """Loads the whole model on `device`, in evaluation mode. An adapter is merged in fp32 and rounded once.
-
-    Raises:
-        UserError: the adapter does not fit its base model.
-    """
+    """Loads the whole model on `device`, in evaluation mode. An adapter is merged in fp32 and rounded once."""
     model_class = causal_lm_class(found.pretrained.shape.model_type)
     read_dtype = torch.float32 if found.adapter else DTYPES[dtype]
     attention = attn_implementation("sdpa", found.pretrained.shape.family)
@@ -193,14 +171,8 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     return wrapped.merge_and_unload()
 
 
-class Terminated(RunError):
-    """SIGTERM as an exception, so that files and servers are cleaned up."""
-
-    exit_code = 128 + signal.SIGTERM
-
-
 @contextmanager
-def merged(paths: list[str], comm: Communicator, *, is_first_on_node: bool) -> Iterator[list[str]]:
+def merged(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) -> Iterator[list[str]]:
     """Finds all models and merges the LoRA of checkpoints and unfinished runs. Yields the paths to load. Collective."""
     with ExitStack() as stack:
         scratch = None
@@ -228,37 +200,3 @@ def find_or_merge(path: str, out: Path) -> str:
             return str(out)
     find_model(path)
     return path
-
-
-def serve(paths: list[str], settings: ServeSettings, precision: str) -> list[Served]:
-    """Measures the models in a server. llama.cpp gets GGUF files of `precision`.
-
-    Raises:
-        Terminated: SIGTERM came.
-        UserError: a model cannot be served.
-    """
-
-    def terminate(*_: object) -> NoReturn:
-        raise Terminated("ended by SIGTERM")
-
-    signal.signal(signal.SIGTERM, terminate)
-    form = "hf" if settings.server == "vllm" else f"gguf-{precision}"
-    with TemporaryDirectory(prefix="serve-") as scratch:
-        models = [served_model(path, form, Path(scratch, str(i))) for i, path in enumerate(paths)]
-        return measure_serving(models, settings)
-
-
-def served_model(path: str, form: str, out: Path) -> ServedModel:
-    """Finds or writes the files that a server loads. The only modelling file that may run is this package's."""
-    found = find_model(path)
-    require(not found.adapter, f"{path}: --serve cannot merge an adapter; merge it into its base model first")
-    shape, folder = found.pretrained.shape, found.pretrained.folder
-    trust = form == "hf" and shape.model_type.startswith(PRUNED)
-    if form != "hf":
-        export(find_source(folder), form, out)
-        (folder,) = out.glob("*.gguf")
-    elif trust:
-        out.mkdir()
-        copy_model(found.pretrained, out, lambda file, link: link.symlink_to(file.resolve()))
-        folder = out
-    return ServedModel(folder, form, found.pretrained.config["vocab_size"], trust, shape.family.vllm)

@@ -120,8 +120,7 @@ def measure_perplexity(
 ) -> Perplexity:
     """Measures the batches, dealt out to the ranks in turn. The result is the same on any number of ranks. Collective.
 
-    All ranks call `losses` equally often, since a sharded model gathers its weights in it. A rank that has no batch
-    left repeats the first one and does not count it.
+    A sharded model gathers its weights in `losses`, so a rank without a batch left repeats the first one, uncounted.
     """
     total = torch.zeros(1, dtype=torch.float64, device=comm.device)
     for round_start in progress(range(0, len(batches), comm.world_size)):

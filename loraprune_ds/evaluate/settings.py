@@ -1,6 +1,9 @@
 """Settings of an evaluation. Importing them is fast, so wrong options are told before torch is imported."""
 
 import hashlib
+import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -75,6 +78,8 @@ def load_dataset_text(name: str, split: str) -> EvaluationText:
 
 Server = Literal["llama.cpp", "vllm"]
 SERVERS: tuple[Server, ...] = get_args(Server)
+MODULES = {"llama.cpp": "llama_cpp", "vllm": "vllm"}
+PYTHONS = {"llama.cpp": "LLAMA_CPP_PYTHON", "vllm": "VLLM_PYTHON"}  # variables that may name the Python
 TOKENS_PER_BATCH = 2048  # the default: enough work for one pass, and logits of some hundred megabytes
 
 
@@ -158,3 +163,25 @@ class EvaluationSettings:
 
 def _check_least(option: str, value: int | None, least: int) -> None:
     require(value is None or value >= least, f"{option} must be at least {least}; got {value}")
+
+
+def find_server(server: Server, python: str | None) -> str:
+    """Returns the Python that has a server. `python` defaults to the server's environment variable."""
+    named = python or os.environ.get(PYTHONS[server])
+    if named is None:
+        raise UserError(f"--serve {server} needs --serve-python, or {PYTHONS[server]}: a Python with {MODULES[server]}")
+    found = shutil.which(os.path.expanduser(named))
+    if found is None:
+        raise UserError(f"--serve-python: {named} is no program")
+    look = f"import importlib.util as u, sys; sys.exit(u.find_spec({MODULES[server]!r}) is None)"
+    there = (
+        subprocess.run([found, "-c", look], env=server_environment(), capture_output=True, check=False).returncode == 0
+    )
+    require(there, f"--serve {server}: {named} has no {MODULES[server]}")
+    return found
+
+
+def server_environment() -> dict[str, str]:
+    """Returns the environment without the variables of this process's packages and ranks."""
+    own = ("PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {key: value for key, value in os.environ.items() if key not in own}

@@ -1,4 +1,4 @@
-"""Speed of models at batch size 1: prefill and decode of one sequence.
+"""Speed of models at batch size 1: prefill and decode of one sequence, by torch or in the user's server.
 
 The models take turns within every round, so that other work on the machine slows all of them equally.
 """
@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -16,15 +15,20 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from loraprune_ds.errors import UserError, require
-from loraprune_ds.evaluate.settings import Server, ServeSettings, SpeedSettings
+from loraprune_ds.errors import RunError, UserError, require
+from loraprune_ds.evaluate.models import find_model
+from loraprune_ds.evaluate.settings import ServeSettings, SpeedSettings, server_environment
+from loraprune_ds.export.formats import export
+from loraprune_ds.export.huggingface import copy_model
+from loraprune_ds.export.lora import find_source
+from loraprune_ds.model.family import PRUNED
 from loraprune_ds.zero.device import accelerator, is_cpu
 
 # transformers renamed the argument between the versions that pyproject.toml allows.
@@ -88,8 +92,6 @@ def _medians(rounds: Sequence[_Round], settings: SpeedSettings) -> Speed:
     )
 
 
-MODULES = {"llama.cpp": "llama_cpp", "vllm": "vllm"}
-PYTHONS = {"llama.cpp": "LLAMA_CPP_PYTHON", "vllm": "VLLM_PYTHON"}  # variables that may name the Python
 WORKER = Path(__file__).with_name("serve_worker.py")
 
 
@@ -116,18 +118,39 @@ class Served:
     batch_tokens_per_second: float | None  # written by a batch, its prompts' time included. None in llama.cpp
 
 
-def find_server(server: Server, python: str | None) -> str:
-    """Returns the Python that has a server. `python` defaults to the server's environment variable."""
-    named = python or os.environ.get(PYTHONS[server])
-    if named is None:
-        raise UserError(f"--serve {server} needs --serve-python, or {PYTHONS[server]}: a Python with {MODULES[server]}")
-    found = shutil.which(os.path.expanduser(named))
-    if found is None:
-        raise UserError(f"--serve-python: {named} is no program")
-    look = f"import importlib.util as u, sys; sys.exit(u.find_spec({MODULES[server]!r}) is None)"
-    there = subprocess.run([found, "-c", look], env=_environment(), capture_output=True, check=False).returncode == 0
-    require(there, f"--serve {server}: {named} has no {MODULES[server]}")
-    return found
+class Terminated(RunError):
+    """SIGTERM as an exception, so that files and servers are cleaned up."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+def serve(paths: list[str], settings: ServeSettings, precision: str) -> list[Served]:
+    """Measures the models in a server. llama.cpp gets GGUF files of `precision`. SIGTERM raises Terminated."""
+
+    def terminate(*_: object) -> NoReturn:
+        raise Terminated("ended by SIGTERM")
+
+    signal.signal(signal.SIGTERM, terminate)
+    form = "hf" if settings.server == "vllm" else f"gguf-{precision}"
+    with TemporaryDirectory(prefix="serve-") as scratch:
+        models = [served_model(path, form, Path(scratch, str(i))) for i, path in enumerate(paths)]
+        return measure_serving(models, settings)
+
+
+def served_model(path: str, form: str, out: Path) -> ServedModel:
+    """Finds or writes the files that a server loads. The only modelling file that may run is this package's."""
+    found = find_model(path)
+    require(not found.adapter, f"{path}: --serve cannot merge an adapter; merge it into its base model first")
+    shape, folder = found.pretrained.shape, found.pretrained.folder
+    trust = form == "hf" and shape.model_type.startswith(PRUNED)
+    if form != "hf":
+        export(find_source(folder), form, out)
+        (folder,) = out.glob("*.gguf")
+    elif trust:
+        out.mkdir()
+        copy_model(found.pretrained, out, lambda file, link: link.symlink_to(file.resolve()))
+        folder = out
+    return ServedModel(folder, form, found.pretrained.config["vocab_size"], trust, shape.family.vllm)
 
 
 def measure_serving(models: Sequence[ServedModel], settings: ServeSettings) -> list[Served]:
@@ -166,7 +189,7 @@ class _Worker(AbstractContextManager["_Worker"]):
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=_environment(),
+            env=server_environment(),
             start_new_session=True,  # vLLM starts more processes, which end with it
         )
 
@@ -200,12 +223,6 @@ class _Worker(AbstractContextManager["_Worker"]):
         last = said[-1] if said else "it said nothing"
         why = next((line for line in reversed(said) if "Error" in line), last)
         raise UserError(f"{self._server} cannot serve {self._model.path}: {why}")
-
-
-def _environment() -> dict[str, str]:
-    """Returns the environment without the variables of this process's packages and ranks."""
-    own = ("PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {key: value for key, value in os.environ.items() if key not in own}
 
 
 def _served_medians(

@@ -47,14 +47,7 @@ class NoRoom(UserError):
 
 
 def export(source: ExportSource, name: str, out: Path) -> list[str]:
-    """Writes format `name` of `FORMATS` into the new folder `out`, which appears whole or not at all.
-
-    Returns:
-        Remarks for the user.
-
-    Raises:
-        UserError: `out` exists or cannot be written, or this format cannot hold the result.
-    """
+    """Writes format `name` of `FORMATS` into the new folder `out`, atomically. Returns remarks for the user."""
     try:
         staging = begin(out)
         try:

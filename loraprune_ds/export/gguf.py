@@ -21,13 +21,10 @@ FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0
 
 
 def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, name: str) -> list[str]:
-    """Converts a merged model, with one tensor in memory at a time. `name`: the model's name in the file.
+    """Converts a merged model, with one tensor in memory at a time. Returns remarks for the user.
 
-    Returns:
-        Remarks for the user.
-
-    Raises:
-        UserError: GGUF cannot hold something of the model or its tokenizer. The line names it.
+    Args:
+        name: the model's name in the file.
     """
     shape, folder = pretrained.shape, str(pretrained.folder)
     config: Any = config_object(pretrained.config)  # with the defaults that config.json leaves out
@@ -69,7 +66,7 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
 
 
 def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) -> list[str]:
-    """Writes the context length. A model's sliding window limits it where the architecture has no such window."""
+    """Writes the context length, limited by the sliding window where the architecture has none."""
     positions, window = config.max_position_embeddings, sliding_window(config)
     if architecture.window_period:
         writer.add_sliding_window(int(config.sliding_window))

@@ -34,18 +34,12 @@ EXPERT_PARTS = {"gate_up": ("mlp.experts.gate_proj", "mlp.experts.up_proj"), "do
 
 
 class Blocks(NamedTuple):
-    """Locates a tensor in a source that has one block after another, for each expert or head.
-
-    Attributes:
-        shape: of one block in the source.
-        take: the slice along each axis of a block.
-        transposed: the slice is transposed afterwards.
-    """
+    """Locates a tensor in a source that has one block after another, for each expert or head."""
 
     count: int
-    shape: tuple[int, ...]
-    take: tuple[slice, ...]
-    transposed: bool
+    shape: tuple[int, ...]  # of one block in the source
+    take: tuple[slice, ...]  # along each axis of a block
+    transposed: bool  # after it was taken
 
     def read(self, read_flat: Callable[[int, int], Tensor]) -> Tensor:
         """Returns (count, rows, ...). `read_flat`: (start, end) -> these elements of the source."""
@@ -66,20 +60,13 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file.
+    """One tensor of the file. Its values are (value + offset) · factor."""
 
-    Attributes:
-        source: name in the pretrained model.
-        part: where it is in the source, and its shape: (out_features, in_features), or with experts before, or (n,).
-        heads: query or key heads whose rows are stored in llama.cpp's order. 0 for all other tensors.
-        offset, factor: values are stored as (value + offset) · factor.
-    """
-
-    source: str
-    part: Part
+    source: str  # name in the pretrained model
+    part: Part  # of the source. Its shape is (out_features, in_features), or with experts before, or (n,)
     name: str
     type: GGMLQuantizationType
-    heads: int = 0
+    heads: int = 0  # query or key heads whose rows are stored in llama.cpp's order. 0 for all other tensors
     offset: float = 0.0
     factor: float = 1.0
 
@@ -96,18 +83,14 @@ class GgufTensor:
 def plan_tensors(
     architecture: Architecture, config: Any, shape: ModelShape, precision: Precision, where: str
 ) -> list[GgufTensor]:
-    """Plans all tensors in file order, under gguf-py's names. Matrices get `precision`. Norms and biases stay fp32.
-
-    Args:
-        config: an object of transformers, with all defaults.
-    """
-    arch, stored = architecture.of(shape), shape.stored()
+    """Plans all tensors in file order, under gguf-py's names. Matrices get `precision`. Norms and biases stay fp32."""
+    arch, pieces = architecture.of(shape), shape.pieces()
     names = get_tensor_name_map(arch, len(shape.layers))
     tensors = []
     for source, size in shape.parameters().items():
         for part in _parts(source, size, shape, architecture):
             if part.name == source:
-                part = part._replace(name=_on_disk(source, stored))
+                part = part._replace(name=_on_disk(source, pieces))
             name = names.get_name(part.name, try_suffixes=(".weight", ".bias"))
             if name is None:
                 arch_name = MODEL_ARCH_NAMES[arch]
@@ -166,7 +149,7 @@ def _parts(source: str, size: tuple[int, ...], shape: ModelShape, architecture: 
 
 
 def _expert_parts(layer: int, inside: str, size: tuple[int, ...], shape: ModelShape, in_turn: bool) -> Iterator[Part]:
-    """Splits a stack of experts, or its biases. `in_turn`: outputs of gate and up alternate, else gate's come first."""
+    """Splits a stack of experts, or its biases. If `in_turn`, outputs of gate and up alternate."""
     for stack in (linear for linear in shape.linears(layer) if linear.is_stack):
         experts = shape.layers[layer][stack.kind]
         if inside == f"{stack.name}.weight":
@@ -209,15 +192,15 @@ def _fused_parts(layer: int, inside: str, size: tuple[int, ...], shape: ModelSha
                 start += math.prod(part_size)
 
 
-def _on_disk(source: str, stored: Mapping[str, Pieces]) -> str:
-    """Returns the name in weight files, which gguf-py knows. Sinks are a weight there, and a correction is a bias."""
-    name = stored[source].names[0] if source in stored else source
+def _on_disk(source: str, pieces: Mapping[str, Pieces]) -> str:
+    """Returns the name in weight files, as gguf-py knows it: sinks are a weight, and a correction is a bias."""
+    name = pieces[source].names[0] if source in pieces else source
     name = name.replace(CORRECTION, CORRECTION.replace("_bias", ".bias"))
     return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
 
 
 def _type(name: str, size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
-    """Returns the type that stores a tensor. Routers and the biases of experts stay fp32, like all vectors."""
+    """Returns the type that stores a tensor: fp32 for vectors, routers and the biases of experts."""
     if len(size) == 1 or ROUTER in name or name.endswith(".bias"):
         return GGMLQuantizationType.F32
     wanted = MATRIX_TYPES[precision]

@@ -77,9 +77,6 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str
 
     Args:
         vocab_size: rows of the embedding. Ids without a token get an unused one.
-
-    Raises:
-        UserError: there is no tokenizer, or llama.cpp cannot do the same.
     """
     tokenizer = load_tokenizer(folder)
     vocabulary = read_vocabulary(folder)
@@ -115,7 +112,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 
 
 def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Puts in the added tokens. Both libraries look for these in a text before they do anything else."""
+    """Puts in the added tokens, which both libraries look for in a text before anything else."""
     for index, added in sorted(tokenizer.added_tokens_decoder.items()):
         vocabulary.fill(index + 1)
         if vocabulary.types[index] == TokenType.UNKNOWN:
@@ -136,7 +133,7 @@ def _add_special_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes whether BOS and EOS surround every text. A probe shows it, as its settings have too many forms."""
+    """Writes whether BOS and EOS surround every text. A probe shows it: the settings have too many forms."""
     plain = tokenizer(PROBE, add_special_tokens=False).input_ids
     whole = tokenizer(PROBE).input_ids
     start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
@@ -185,7 +182,7 @@ def _by_id(vocabulary: dict[str, int]) -> list[str]:
 
 
 def _merges(fast: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns the pairs that merge. Older files have `left right`, newer files two strings."""
+    """Returns the pairs that merge: `left right` in older files, two strings in newer ones."""
     pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in fast["model"]["merges"])
     return [(left, right) for left, right in pairs]
 

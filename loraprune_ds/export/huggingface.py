@@ -39,11 +39,7 @@ PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing e
 
 
 def begin(out: Path, mark: str = "") -> Path:
-    """Makes the empty staging folder of `out`. `mark` distinguishes those of several processes.
-
-    Raises:
-        UserError: `out` exists and is not an empty folder.
-    """
+    """Makes the empty staging folder of `out`. `mark` distinguishes those of several processes."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another place for the exported model")
     return begin_folder(out, mark)
@@ -95,11 +91,10 @@ def publish(out: Path, mark: str = "") -> None:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copies tokenizer, chat template and generation settings from folder `source` to folder `out`.
+    """Copies tokenizer, chat template and generation settings from folder `source` to folder `out`, without code.
 
-    A tokenizer's code stays behind, with the `auto_map` that names it. Names that only transformers 5 reads become
-    their older ones. From a sentencepiece file alone AutoTokenizer forgets a LLaMA's BOS and splits a Mistral's text
-    in another way than the run did, so the files made of it are written as well.
+    Names that only transformers 5 reads become their older ones. From a sentencepiece file alone AutoTokenizer would
+    make other tokens than the run did, so the files made of it are written as well.
     """
     copy_named(source, out, TOKENIZER_FILES)
     is_alone = (source / SENTENCEPIECE_FILE).is_file() and not (source / "tokenizer.json").is_file()
@@ -130,11 +125,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _pin_tokenizer(source: Path, out: Path) -> None:
-    """Makes the copy in `out` read the same tokens as `source`, though its config.json names another model type.
-
-    AutoTokenizer splits text after a special token differently under `llama` and `mistral`. The tokenizer built from
-    `source` is written whole, for a class that adds nothing to it.
-    """
+    """Makes the copy in `out` read the same tokens as `source`, though its config.json names another model type."""
+    # AutoTokenizer splits text after a special token differently under `llama` and `mistral`.
     tokenizer = load_tokenizer(source)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return

@@ -31,7 +31,7 @@ from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.weight_files import as_stored, weight_file_count, write_index, write_weight_file
+from loraprune_ds.model.weight_files import as_on_disk, weight_file_count, write_index, write_weight_file
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 
 
@@ -45,11 +45,7 @@ class ExportSource:
 
 
 class UnmergedModel:
-    """A verified checkpoint and its models: `dense`, which the run began with, and `base`, pruned and without LoRA.
-
-    Raises:
-        UserError: the dense model is gone or damaged.
-    """
+    """A verified checkpoint and its models: `dense`, which the run began with, and `base`, pruned and without LoRA."""
 
     def __init__(self, checkpoint: TrainingCheckpoint) -> None:
         self.checkpoint = checkpoint
@@ -82,11 +78,7 @@ def find_source(path: Path) -> ExportSource:
 
 
 def open_newest(checkpoints: list[Path]) -> tuple[UnmergedModel, list[str]]:
-    """Opens the first undamaged checkpoint. Returns remarks about it, and about those passed over, as well.
-
-    Raises:
-        UserError: all are damaged. The line is about the first one.
-    """
+    """Opens the first undamaged checkpoint. Also returns remarks about it and about those passed over."""
     remarks: list[str] = []
     for path in checkpoints:
         try:
@@ -157,15 +149,15 @@ def write_base_and_adapter(unmerged: UnmergedModel, folder: Path) -> None:
 def _write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
     """Writes the model layer by layer. No more than one layer is in memory."""
     config, shape, state = unmerged.config, unmerged.shape, unmerged.checkpoint.state
-    layers, stored, dtype = len(shape.layers), shape.stored(), DTYPES[config.model.dtype]
+    layers, pieces, dtype = len(shape.layers), shape.pieces(), DTYPES[config.model.dtype]
     count, entries = weight_file_count(layers), []
     for k in range(count):
         is_layer, prefix = k < layers, f"model.layers.{k}."  # the last file has all that belongs to no layer
         names = [n for n in shape.parameters() if (n.startswith(prefix) if is_layer else "model.layers." not in n)]
-        tensors = {name: unmerged.base.read_whole(name, dtype) for name in names}
+        tensors = {name: unmerged.base.read_full(name, dtype) for name in names}
         if merge and is_layer:
             _merge_layer(unmerged, k, tensors)
-        entries.append(write_weight_file(folder, k, count, as_stored(tensors, stored)))
+        entries.append(write_weight_file(folder, k, count, as_on_disk(tensors, pieces)))
     write_index(folder, entries)
     card = card_of_run(
         config,

@@ -139,10 +139,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
 
 
 def copy_model_card(source: Path, folder: Path, how_to_load: str) -> None:
-    """Writes into `folder` the model card of `source`, the same model in another format, with a new section on loading.
-
-    A card that is not ours is kept whole. A missing one is not made up.
-    """
+    """Copies the model card of `source`, if it has one, with a new section on loading in place of ours."""
     path = source / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     facts = text.partition(LOAD_HEADING)[0].rstrip()

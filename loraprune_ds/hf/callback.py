@@ -28,7 +28,7 @@ from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.ds_config import check_reshardable
-from loraprune_ds.zero.training_engine import find_zero_optimizer
+from loraprune_ds.zero.external_engine import find_zero_optimizer
 
 REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
 LIMIT = "_save_total_limit"  # where the Trainer's arguments keep the user's value while a training lasts

@@ -31,7 +31,7 @@ from loraprune_ds.pruning.step import Pruner, PrunerState
 from loraprune_ds.report.metrics import read_metrics, write_history
 from loraprune_ds.report.records import History, history_from
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.cut import cut_without_engine, overwrite_linears
+from loraprune_ds.zero.external_engine import cut_without_engine, overwrite_linears
 from loraprune_ds.zero.sharded import ShardedModel
 
 FOLDER = "pruning"

@@ -47,24 +47,24 @@ from loraprune_ds.hf.live import (
 from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.weight_files import drop_auto_maps
-from loraprune_ds.pruning.limits import make_limits
-from loraprune_ds.pruning.schedule import describe_target, find_ratio, make_schedule
+from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.metrics import write_history
 from loraprune_ds.report.records import CutRecord, History, Sink, StepRecord
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.train.trainer import PruningSteps
+from loraprune_ds.zero.device import peak_bytes, resident_bytes
 from loraprune_ds.zero.ds_config import check_reshardable
-from loraprune_ds.zero.memory import peak_bytes, resident_bytes
-from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.training_engine import (
+from loraprune_ds.zero.external_engine import (
     before_each_update,
     find_zero_optimizer,
     gradient_norm,
     reduced_dtypes,
     share_model,
 )
+from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
 
 log = logging.getLogger(__name__)
@@ -140,8 +140,7 @@ class Pruning:
         check_model(peft_model, base_shape(peft_model))
         sharded = share_model(peft_model, zero, live_shape(peft_model))
         dense = checkpoint.dense if checkpoint else sharded.shape
-        limits = make_limits(config, dense, find_ratio(config, dense))
-        pruner = Pruner(sharded, config, make_schedule(config, steps, limits), limits, seed)
+        pruner = Pruner(sharded, plan_pruning(config, dense, steps), seed)
         dtype, recorder = base_dtype(peft_model, dense), Recorder(History(), sinks if sharded.rank == 0 else ())
         if sharded.rank == 0:
             warn_of_rounded_gradients(reduced_dtypes(zero))

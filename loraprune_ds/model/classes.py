@@ -21,6 +21,7 @@ from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.frozen import Int8, Int8Linear
 from loraprune_ds.model.modeling_pruned import pruned_classes
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.storage import FrozenStorage
 
 
 @cache
@@ -89,17 +90,17 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
     return model
 
 
-def hold_frozen(model: nn.Module, shape: ModelShape) -> None:
-    """Makes the linears of all decoder layers hold their weights as `shape` says. Those in int8 have no values yet."""
+def store_frozen(model: nn.Module, shape: ModelShape, storage: FrozenStorage) -> None:
+    """Gives the linears of all decoder layers their storage. Those in int8 have no values yet."""
     layers = decoder_layers(model)
     for i, linear in shape.linear_ids():
-        if isinstance(form := shape.form(linear), Int8):
+        if isinstance(stored_as := storage.format_of(shape, linear), Int8):
             path, _, name = linear.name.rpartition(".")
             stock: Any = layers[i].get_submodule(linear.name)
             if isinstance(stock, ExpertStack):
-                stock.hold(form, stock.weight)
+                stock.store_as(stored_as, stock.weight)
             else:
-                setattr(layers[i].get_submodule(path), name, Int8Linear(stock, form))
+                setattr(layers[i].get_submodule(path), name, Int8Linear(stock, stored_as))
 
 
 @contextmanager

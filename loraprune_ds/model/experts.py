@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loraprune_ds.model.family_row import Linear
-from loraprune_ds.model.frozen import DENSE, FrozenLinear, StorageFormat, held_tensors, join
+from loraprune_ds.model.frozen import DENSE, FrozenLinear, StorageFormat, join, stored_tensors
 
 
 class ExpertStack(FrozenLinear):
@@ -44,7 +44,7 @@ class ExpertStack(FrozenLinear):
 
     def forward(self, input: Tensor, counts: list[int]) -> Tensor:
         """Maps tokens in the order of their experts. `counts`: tokens of each expert."""
-        return multiply(input, counts, self.transposed, self.form, *held_tensors(self))
+        return multiply(input, counts, self.transposed, self.stored_as, *stored_tensors(self))
 
 
 class ExpertLora(LoraLinear):
@@ -169,15 +169,15 @@ def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
     return cast(list[int], torch.bincount(chosen, minlength=experts).tolist())
 
 
-def multiply(x: Tensor, counts: list[int], transposed: bool, form: StorageFormat, *held: Tensor) -> Tensor:
+def multiply(x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, *stored: Tensor) -> Tensor:
     """Maps the tokens (tokens, inputs), in the order of their experts, each by its expert's block of rows.
 
     Args:
         counts: tokens of each expert.
         transposed: the stack is (experts * inputs, outputs), not (experts * outputs, inputs).
-        held: the tensors of `form`. A dense one may be trained.
+        stored: the tensors of `stored_as`. A dense one may be trained.
     """
-    return _Product.apply(x, counts, transposed, form, *held)  # type: ignore[return-value]
+    return _Product.apply(x, counts, transposed, stored_as, *stored)  # type: ignore[return-value]
 
 
 def products(outputs: Tensor, inputs: Tensor, counts: list[int]) -> Tensor:
@@ -195,32 +195,34 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: list[int], transposed: bool, form: StorageFormat, *held: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *held)
-        ctx.counts, ctx.transposed, ctx.form = counts, transposed, form
-        y = x.new_empty(len(x), held[0].shape[1] if transposed else len(held[0]) // len(counts))
-        return _multiply_into(y, x, counts, transposed, form, held)
+    def forward(
+        ctx: Any, x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, *stored: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, *stored)
+        ctx.counts, ctx.transposed, ctx.stored_as = counts, transposed, stored_as
+        y = x.new_empty(len(x), stored[0].shape[1] if transposed else len(stored[0]) // len(counts))
+        return _multiply_into(y, x, counts, transposed, stored_as, stored)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, *held = ctx.saved_tensors
+        x, *stored = ctx.saved_tensors
         of_x = of_stack = None
         if ctx.needs_input_grad[0]:
-            of_x = _multiply_into(torch.empty_like(x), gradient, ctx.counts, not ctx.transposed, ctx.form, held)
+            of_x = _multiply_into(torch.empty_like(x), gradient, ctx.counts, not ctx.transposed, ctx.stored_as, stored)
         if ctx.needs_input_grad[4]:
             of_stack = products(*((x, gradient) if ctx.transposed else (gradient, x)), ctx.counts)
-        return of_x, None, None, None, of_stack, *[None] * (len(held) - 1)
+        return of_x, None, None, None, of_stack, *[None] * (len(stored) - 1)
 
 
 def _multiply_into(
-    out: Tensor, x: Tensor, counts: list[int], transposed: bool, form: StorageFormat, held: Sequence[Tensor]
+    out: Tensor, x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, stored: Sequence[Tensor]
 ) -> Tensor:
     """Maps the tokens of each expert by its block (inputs, outputs) if transposed, or by (outputs, inputs)."""
-    blocks = (tensor.unflatten(0, (len(counts), -1)) for tensor in held)
+    blocks = (tensor.unflatten(0, (len(counts), -1)) for tensor in stored)
     for tokens, result, *block in zip(x.split(counts), out.split(counts), *blocks, strict=True):
         if len(tokens):
-            weight = join(form, block)
+            weight = join(stored_as, block)
             torch.mm(tokens, weight if transposed else weight.t(), out=result)
     return out
 

@@ -56,11 +56,11 @@ MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")
 def _stacks(
     experts: str, gate_up: tuple[str, ...], down: tuple[str, ...], *, transposed: bool = False
 ) -> tuple[Linear, ...]:
-    """Returns the two stacks of gated experts. `gate_up` and `down` are names on disk (`Linear.stored`)."""
+    """Returns the two stacks of gated experts. `gate_up` and `down` are names on disk (`Linear.on_disk`)."""
 
-    def stack(name: str, outputs: Width, inputs: Width, stored: tuple[str, ...]) -> Linear:
+    def stack(name: str, outputs: Width, inputs: Width, on_disk: tuple[str, ...]) -> Linear:
         rows, columns = (inputs, outputs) if transposed else (outputs, inputs)
-        return Linear(f"{experts}.{name}", 0, (Part("experts", rows),), columns, stored, transposed)
+        return Linear(f"{experts}.{name}", 0, (Part("experts", rows),), columns, on_disk, transposed)
 
     return stack("gate_up", "gate_up", "hidden", gate_up), stack("down", "hidden", "expert", down)
 
@@ -71,8 +71,8 @@ def _each(block: str, gate: str, up: str, down: str) -> tuple[tuple[str, ...], t
     return (gate, up), (down,)
 
 
-def _router(name: str, stored: str | None = None) -> Companion:
-    return Companion(f"{name}.weight", (EXPERTS,), "hidden", stored)
+def _router(name: str, on_disk: str | None = None) -> Companion:
+    return Companion(f"{name}.weight", (EXPERTS,), "hidden", on_disk)
 
 
 def _listed(dense: list[int]) -> dict[str, Any]:
@@ -95,14 +95,14 @@ QWEN_MOE = Family(
     (*ATTENTION, *EXPERT_STACKS),
     (_router("mlp.gate"),),
     mixture=Mixture("num_experts", "moe_intermediate_size", dense=_listed),
-    whole=DENSE_MLP,
+    uncut=DENSE_MLP,
 )
 GLM_MOE = Family(
     QWEN_MOE.linears,
-    (_router("mlp.gate"), Companion("mlp.gate.e_score_correction_bias", (EXPERTS,), exact=True)),
+    (_router("mlp.gate"), Companion("mlp.gate.e_score_correction_bias", (EXPERTS,), keep_fp32=True)),
     (Runtime("mlp.gate", "num_experts", "experts"),),
     mixture=Mixture("n_routed_experts", "moe_intermediate_size", dense=_first, grouped=True),
-    whole=(*DENSE_MLP, "mlp.shared_experts."),
+    uncut=(*DENSE_MLP, "mlp.shared_experts."),
 )
 # Queries and keys of a head are wider than its values. Latent queries, keys and values belong to no head.
 LATENT_ATTENTION = (
@@ -141,12 +141,12 @@ FAMILIES: dict[str, Family] = {
         mixture=LOCAL_EXPERTS,
     ),
     "qwen3_moe": QWEN_MOE,
-    "qwen2_moe": replace(QWEN_MOE, whole=(*DENSE_MLP, "mlp.shared_expert.", "mlp.shared_expert_gate.")),
+    "qwen2_moe": replace(QWEN_MOE, uncut=(*DENSE_MLP, "mlp.shared_expert.", "mlp.shared_expert_gate.")),
     "glm4_moe": GLM_MOE,
     "deepseek_v3": replace(
         GLM_MOE,
         linears=(*LATENT_ATTENTION, *EXPERT_STACKS),
-        whole=(*GLM_MOE.whole, "self_attn.q_a_proj.", "self_attn.kv_a_proj_with_mqa."),
+        uncut=(*GLM_MOE.uncut, "self_attn.q_a_proj.", "self_attn.kv_a_proj_with_mqa."),
         widths={
             "head": ("qk_rope_head_dim",),
             "query_rank": ("q_lora_rank",),
@@ -161,7 +161,7 @@ FAMILIES: dict[str, Family] = {
         QWEN_MOE,
         companions=(*QWEN_MOE.companions, *WIDE_NORMS),
         mixture=Mixture("num_experts", "intermediate_size"),
-        whole=(),
+        uncut=(),
         fixed=("heads",),
     ),
     "granitemoe": Family(

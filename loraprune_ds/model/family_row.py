@@ -38,7 +38,7 @@ class Linear:
     across: Width = "hidden"  # the width of the other axis
     # Only of a stack: the names on disk of one expert's tensors in order, with {} for its number. A name without {} is
     # one tensor of three dimensions, of all experts.
-    stored: tuple[str, ...] = ()
+    on_disk: tuple[str, ...] = ()
     transposed: bool = False  # of a stack: the rows of an expert are its inputs
     optional: bool = False  # some models of the family lack it
 
@@ -48,7 +48,7 @@ class Linear:
 
     @property
     def is_stack(self) -> bool:
-        return bool(self.stored)
+        return bool(self.on_disk)
 
     @property
     def loses_inputs(self) -> bool:
@@ -85,8 +85,8 @@ class Companion:
     name: str
     parts: tuple[Part, ...]
     across: Width | None = None  # the width of the second axis. None: it is a vector
-    stored: str | None = None  # its name on disk, if that differs
-    exact: bool = False  # it is fp32 in every model
+    on_disk: str | None = None  # its name on disk, if that differs
+    keep_fp32: bool = False  # it is fp32 in every model
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Family:
     packs: bool = True  # its class keeps packed samples apart by their positions
     windows_begin_with_bos: bool = False  # it predicts badly without BOS, also in the middle of a text
     mixture: Mixture | None = None  # its MLPs are mixtures of experts
-    whole: tuple[str, ...] = ()  # prefixes of the matrices that no cut makes smaller. They have no LoRA
+    uncut: tuple[str, ...] = ()  # prefixes of the matrices that no cut makes smaller. They have no LoRA
     fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
     # Sizes that config.json has fields for. A width is the sum of its fields.
     widths: Mapping[Width, tuple[str, ...]] = field(default_factory=dict[Width, tuple[str, ...]])

@@ -12,10 +12,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import add_lora
-from loraprune_ds.model.classes import build_on_meta, decoder_layers, hold_frozen
+from loraprune_ds.model.classes import build_on_meta, decoder_layers, store_frozen
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.storage import FrozenStorage
 
 
 def active_numel(shape: ModelShape) -> int:
@@ -93,9 +94,10 @@ def saved_by_layer(
     tokens: tuple[int, int],
     dtype: torch.dtype,
     *,
+    storage: FrozenStorage,
     lora_rank: int,
     dropout: bool,
-    eager: bool = False,
+    eager: bool,
 ) -> int:
     """Returns the bytes that one decoder layer saves without gradient checkpointing.
 
@@ -108,18 +110,25 @@ def saved_by_layer(
     lists = {key: value for key, value in source.items() if isinstance(value, list) and len(value) == depth}
     alone = source | {key: [value[index]] for key, value in lists.items()} | {"num_hidden_layers": 1}
     one = shape.with_layers((shape.layers[index],))
-    return _saved(json.dumps(alone), one, tokens, dtype, lora_rank, dropout, eager)
+    return _saved(json.dumps(alone), one, tokens, dtype, storage, lora_rank, dropout, eager)
 
 
 @cache
 def _saved(
-    source: str, shape: ModelShape, size: tuple[int, int], dtype: torch.dtype, rank: int, dropout: bool, eager: bool
+    source: str,
+    shape: ModelShape,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    storage: FrozenStorage,
+    rank: int,
+    dropout: bool,
+    eager: bool,
 ) -> int:
     """Counts the storages that the only layer saves, its input included, the shared rotary angles excluded."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
     config = export_config(json.loads(source), shape, "bfloat16").config
     causal_lm: Any = build_on_meta(config, "eager" if eager else FUSED)
-    hold_frozen(causal_lm, shape)
+    store_frozen(causal_lm, shape, storage)
     with torch.device("meta"):
         model = add_lora(causal_lm, shape, LoraConfig(r=rank, lora_dropout=0.5 if dropout else 0.0), seed=0)
     model.to(device="meta", dtype=dtype).train()

@@ -4,7 +4,7 @@ int8 has one scale for each block of BLOCK neighbours along the hidden axis, whi
 be short. Each expert of a stack has separate blocks. A row, column or expert that leaves takes whole blocks with it, so
 cutting and quantising commute bit by bit.
 
-A form names the tensors that store a weight and converts between them and the weight.
+A storage format names the tensors that store a weight and converts between them and the weight.
 """
 
 # torch does not type all of its methods.
@@ -44,7 +44,7 @@ class Dense:
 
     tensors: ClassVar[tuple[str, ...]] = (WEIGHT,)
 
-    def held(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
+    def stored(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
         """Returns the tensors that store a weight of `shape`. `element_size` is that of the model's dtype."""
         return {WEIGHT: StoredTensor(shape, element_size)}
 
@@ -104,7 +104,7 @@ class Int8:
             return shape[0], -(-shape[1] // BLOCK)
         return self._band_of(shape[0] - 1) + 1, shape[1]
 
-    def held(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
+    def stored(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
         return {WEIGHT: StoredTensor(shape, 1), SCALE: StoredTensor(self.scale_shape(shape), element_size)}
 
     @torch.no_grad()
@@ -189,9 +189,9 @@ StorageFormat = Dense | Int8
 DENSE = Dense()
 
 
-def join(form: StorageFormat, held: Sequence[Tensor]) -> Tensor:
-    """Computes the weight from the tensors that store it, in the order of `form.tensors`."""
-    return form.join(dict(zip(form.tensors, held, strict=True)))
+def join(stored_as: StorageFormat, stored: Sequence[Tensor]) -> Tensor:
+    """Computes the weight from the tensors that store it, in the order of `stored_as.tensors`."""
+    return stored_as.join(dict(zip(stored_as.tensors, stored, strict=True)))
 
 
 def dequantise(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
@@ -221,17 +221,17 @@ def _with_scales(matrix: Tensor, scale: Tensor, hidden: int) -> Iterator[tuple[T
 
 
 class FrozenLinear(nn.Linear):
-    """A linear whose frozen weight may be stored in another form. PEFT wraps it like any linear."""
+    """A linear whose frozen weight may have another storage format. PEFT wraps it like any linear."""
 
-    form: StorageFormat = DENSE
+    stored_as: StorageFormat = DENSE
 
-    def hold(self, form: Int8, like: Tensor) -> None:
-        """Replaces the weight by the parameters of a form, without values. `like` has the model's dtype and device."""
+    def store_as(self, stored_as: Int8, like: Tensor) -> None:
+        """Replaces the weight by the format's parameters, without values. `like` has the model's dtype and device."""
         shape = (self.out_features, self.in_features)
-        weight, scale = like.new_empty(shape, dtype=torch.int8), like.new_empty(form.scale_shape(shape))
+        weight, scale = like.new_empty(shape, dtype=torch.int8), like.new_empty(stored_as.scale_shape(shape))
         self.register_parameter(WEIGHT, nn.Parameter(weight, requires_grad=False))
         self.register_parameter(SCALE, nn.Parameter(scale, requires_grad=False))
-        self.form = form
+        self.stored_as = stored_as
 
 
 class Int8Linear(FrozenLinear):
@@ -239,19 +239,19 @@ class Int8Linear(FrozenLinear):
 
     weight_scale: nn.Parameter
 
-    def __init__(self, linear: nn.Linear, form: Int8) -> None:
+    def __init__(self, linear: nn.Linear, stored_as: Int8) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.hold(form, linear.weight)
+        self.store_as(stored_as, linear.weight)
         self.register_parameter("bias", linear.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, join(self.form, held_tensors(self)), self.bias)
+        return nn.functional.linear(input, join(self.stored_as, stored_tensors(self)), self.bias)
 
 
 def storage_format(linear: nn.Module) -> StorageFormat:
-    return linear.form if isinstance(linear, FrozenLinear) else DENSE
+    return linear.stored_as if isinstance(linear, FrozenLinear) else DENSE
 
 
-def held_tensors(linear: nn.Module) -> list[Tensor]:
+def stored_tensors(linear: nn.Module) -> list[Tensor]:
     return [getattr(linear, name) for name in storage_format(linear).tensors]

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.model.frozen import StorageFormat, held_tensors, join, storage_format
+from loraprune_ds.model.frozen import StorageFormat, join, storage_format, stored_tensors
 
 DRAW = 1 << 16  # dropout draws one of DRAW numbers per element
 
@@ -26,8 +26,8 @@ class FusedLoraLinear(LoraLinear):
         a, b = (cast(nn.Linear, factors[adapter]).weight for factors in (self.lora_A, self.lora_B))
         dropout = self.lora_dropout[adapter]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        held = held_tensors(base)
-        return _Product.apply(x, a, b, self.scaling[adapter], p, base.bias, storage_format(base), *held)  # type: ignore[return-value]
+        stored = stored_tensors(base)
+        return _Product.apply(x, a, b, self.scaling[adapter], p, base.bias, storage_format(base), *stored)  # type: ignore[return-value]
 
 
 class _Product(torch.autograd.Function):
@@ -45,15 +45,15 @@ class _Product(torch.autograd.Function):
         s: float,
         p: float,
         bias: Tensor | None,
-        form: StorageFormat,
-        *held: Tensor,
+        stored_as: StorageFormat,
+        *stored: Tensor,
     ) -> Tensor:
         mask, kept = draw_mask(x, p) if p else (None, 1.0)
         s /= kept  # not x, which is wider
         narrow = _masked(x, mask) @ a.t()
-        ctx.save_for_backward(x, mask, narrow, a, b, *held)
-        ctx.s, ctx.form = s, form
-        out = x @ join(form, held).t()
+        ctx.save_for_backward(x, mask, narrow, a, b, *stored)
+        ctx.s, ctx.stored_as = s, stored_as
+        out = x @ join(stored_as, stored).t()
         if bias is not None:
             out += bias
         return (narrow @ b.t()).mul_(s).add_(out)
@@ -61,17 +61,17 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, mask, narrow, a, b, *held = ctx.saved_tensors
+        x, mask, narrow, a, b, *stored = ctx.saved_tensors
         of_out = _rows(gradient)
         of_narrow = (of_out @ b).mul_(ctx.s)
         of_a = of_narrow.t() @ _rows(_masked(x, mask))
         of_b = (of_out.t() @ _rows(narrow)).mul_(ctx.s)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = of_out @ join(ctx.form, held)
+            of_x = of_out @ join(ctx.stored_as, stored)
             of_x = of_x.addmm(of_narrow, a) if mask is None else of_x.addcmul_(of_narrow @ a, _rows(mask))
             of_x = of_x.view(x.shape)
-        return of_x, of_a, of_b, *[None] * (4 + len(held))
+        return of_x, of_a, of_b, *[None] * (4 + len(stored))
 
 
 def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:

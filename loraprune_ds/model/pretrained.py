@@ -14,11 +14,11 @@ from torch import Tensor
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.cuts import Slice, layer_cuts
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.frozen import BLOCK, READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, StoredTensor
 from loraprune_ds.model.read_shape import check_family, shape_from_config, text_config, text_tensors
 from loraprune_ds.model.shapes import LayerKeep, ModelShape, Pieces
+from loraprune_ds.model.storage import MODEL_DTYPE, FrozenStorage, Slice
 from loraprune_ds.model.weight_files import Headers, read_headers
 
 HEAD = "lm_head.weight"
@@ -41,18 +41,20 @@ class PretrainedModel:
         config: config.json, or its text part, or the config of the model that `slices` leave.
         shape: the sizes it declares, checked against the tensors on disk.
         files: tensor name -> weight file.
-        stored: tensor name -> its name in the file, where that differs (`read_shape.py`).
+        names_on_disk: tensor name -> its name in the file, where that differs (`read_shape.py`).
         slices: tensor name -> the part of it that belongs to the model, after `cut_to`.
         pieces: name of a stack of experts -> the tensors on disk that form it, which are the keys of `files`.
+        storage: how the ranks store the weights. The files may store them in the model's dtype.
     """
 
     folder: Path
     config: dict[str, Any]
     shape: ModelShape
     files: dict[str, Path]
-    stored: Mapping[str, str] = field(default_factory=dict[str, str])
+    names_on_disk: Mapping[str, str] = field(default_factory=dict[str, str])
     slices: Mapping[str, Slice] = field(default_factory=dict)
     pieces: Mapping[str, Pieces] = field(default_factory=dict)
+    storage: FrozenStorage = MODEL_DTYPE
 
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Returns the elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
@@ -63,7 +65,7 @@ class PretrainedModel:
             return self._read_pieces(self.pieces[name], start, end, dtype)
         shard = torch.empty(end - start, dtype=dtype)
         with safe_open(self.files[name], framework="pt") as file:
-            view = file.get_slice(self.stored.get(name, name))
+            view = file.get_slice(self.names_on_disk.get(name, name))
             *on_disk, width = view.get_shape() if len(view.get_shape()) > 1 else (*view.get_shape(), 1)
             kept = self.slices.get(name, Slice(0, torch.arange(math.prod(on_disk))))
             columns = len(kept.keep) if kept.axis == 1 else width
@@ -86,45 +88,48 @@ class PretrainedModel:
             parts.append(self.read_flat(pieces.names[i], low, high, dtype))
         return torch.cat(parts)
 
-    def read_held(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        """As `read_flat`, for a tensor of `ModelShape.held`. int8 weights and fp32 parameters ignore `dtype`."""
+    def read_stored(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """As `read_flat`, for a tensor of `FrozenStorage.stored`. int8 weights and fp32 parameters ignore `dtype`."""
         path, _, tensor = name.rpartition(".")
         weight = f"{path}.{WEIGHT}"
         if weight not in self._int8 or tensor not in Int8.tensors:
-            return self.read_flat(name, start, end, torch.float32 if name in self._exact else dtype)
+            return self.read_flat(name, start, end, torch.float32 if name in self._keep_fp32 else dtype)
         if f"{path}.{SCALE}" in self.files:
             return self.read_flat(name, start, end, torch.int8 if tensor == WEIGHT else dtype)
-        form, shape = self._int8[weight]
+        stored_as, shape = self._int8[weight]
         try:
-            return form.read(tensor, shape, start, end, partial(self.read_flat, weight, dtype=torch.float32), dtype)
+            return stored_as.read(
+                tensor, shape, start, end, partial(self.read_flat, weight, dtype=torch.float32), dtype
+            )
         except NotFinite:
             names, size = self.pieces.get(weight, Pieces((weight,), shape))
             parts = ((x, self.read_flat(x, 0, math.prod(size), torch.float32)) for x in names)
             bad = next(x for x, values in parts if not torch.isfinite(values).all())
             raise UserError(f"{self.files[bad]}: {bad} has an inf or NaN, which int8 cannot hold") from None
 
-    def read_whole(self, name: str, dtype: torch.dtype) -> Tensor:
+    def read_full(self, name: str, dtype: torch.dtype) -> Tensor:
         """Returns one of `ModelShape.parameters`, dequantised."""
         shape = self.shape.parameters()[name]
         if name not in self._int8:
-            return self.read_held(name, 0, math.prod(shape), dtype).view(shape)
-        form, matrix = self._int8[name]
-        held = {tensor: (name.removesuffix(WEIGHT) + tensor, x.shape) for tensor, x in form.held(matrix, 1).items()}
-        return form.join(
-            {t: self.read_held(full, 0, math.prod(size), dtype).view(size) for t, (full, size) in held.items()}
-        )
+            return self.read_stored(name, 0, math.prod(shape), dtype).view(shape)
+        stored_as, matrix = self._int8[name]
+        tensors = dict[str, Tensor]()
+        for tensor, (size, _) in stored_as.stored(matrix, 1).items():
+            flat = self.read_stored(name.removesuffix(WEIGHT) + tensor, 0, math.prod(size), dtype)
+            tensors[tensor] = flat.view(size)
+        return stored_as.join(tensors)
 
     @cached_property
-    def _exact(self) -> frozenset[str]:
-        return self.shape.exact
+    def _keep_fp32(self) -> frozenset[str]:
+        return self.shape.keep_fp32
 
     @cached_property
     def _int8(self) -> dict[str, tuple[Int8, Matrix]]:
         shape = self.shape
         return {
-            f"model.layers.{i}.{linear.name}.{WEIGHT}": (form, shape.linear_shape(i, linear))
+            f"model.layers.{i}.{linear.name}.{WEIGHT}": (stored_as, shape.linear_shape(i, linear))
             for i, linear in shape.linear_ids()
-            if isinstance(form := shape.form(linear), Int8)
+            if isinstance(stored_as := self.storage.format_of(shape, linear), Int8)
         }
 
 
@@ -159,39 +164,39 @@ def open_pretrained(folder: Path, *, int8: bool = False) -> PretrainedModel:
     where = str(folder)
     given = read_json(folder / "config.json")
     config = text_config(given, where)
-    shape = replace(shape_from_config(config, where), int8=int8 and given.items() >= STORED_INT8.items())
+    shape, storage = shape_from_config(config, where), FrozenStorage(int8 and given.items() >= STORED_INT8.items())
     headers = read_headers(folder)
-    stored = text_tensors(headers, where) if config is not given else {name: name for name in headers}
-    on_disk = shape.stored()
-    renamed = {stack.names[0]: name for name, stack in on_disk.items() if len(stack.names) == 1}
-    stored = {renamed.get(name, name): in_file for name, in_file in stored.items()}
-    headers = {name: headers[in_file] for name, in_file in stored.items()}
+    on_disk = text_tensors(headers, where) if config is not given else {name: name for name in headers}
+    pieces = shape.pieces()
+    renamed = {stack.names[0]: name for name, stack in pieces.items() if len(stack.names) == 1}
+    on_disk = {renamed.get(name, name): in_file for name, in_file in on_disk.items()}
+    headers = {name: headers[in_file] for name, in_file in on_disk.items()}
     if config is not given and HEAD in headers and shape.tie_word_embeddings:
         config = config | {"tie_word_embeddings": False}  # as transformers decides
         shape = shape_from_config(config, where)
-    expected = shape.held(None, 2)
-    for name, (names, size) in on_disk.items():
+    expected = storage.stored(shape, 2)
+    for name, (names, size) in pieces.items():
         expected |= dict.fromkeys([renamed.get(each, each) for each in names], expected.pop(name)._replace(shape=size))
     extra = config.get("num_nextn_predict_layers") or 0  # layers after the last one, which the model does not use
     beyond = tuple(f"model.layers.{len(shape.layers) + i}." for i in range(extra))
     _check_tensors(folder, {name: x for name, x in headers.items() if not name.startswith(beyond)}, expected)
     files = {name: headers[name][2] for name in expected}
-    if shape.int8:  # transformers would not know the method
+    if storage.int8:  # transformers would not know the method
         config = {key: value for key, value in config.items() if key not in STORED_INT8}
-    pieces = {name: stack for name, stack in on_disk.items() if len(stack.names) > 1}
-    return PretrainedModel(folder, config, shape, files, stored, pieces=pieces)
+    pieces = {name: stack for name, stack in pieces.items() if len(stack.names) > 1}
+    return PretrainedModel(folder, config, shape, files, on_disk, pieces=pieces, storage=storage)
 
 
 def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, StoredTensor]) -> None:
     if packed := next((name for name in headers if name.endswith(MXFP4)), None):
         raise UserError(f"{headers[packed][2]}: {packed} is stored as MXFP4, which cannot be pruned; {DEQUANTISE}")
-    for name, held in expected.items():
+    for name, stored in expected.items():
         if name not in headers:
             raise UserError(f"{folder}: tensor {name} is missing")
         found, dtype, path = headers[name]
-        if found != held.shape:
-            raise UserError(f"{path}: {name} has shape {list(found)}; config.json says {list(held.shape)}")
-        if dtype not in (FLOAT_TYPES if held.element_size > 1 else ("I8",)):
+        if found != stored.shape:
+            raise UserError(f"{path}: {name} has shape {list(found)}; config.json says {list(stored.shape)}")
+        if dtype not in (FLOAT_TYPES if stored.element_size > 1 else ("I8",)):
             raise UserError(f"{path}: {name} is stored as {dtype}; quantized weights cannot be pruned")
     for name, (_, _, path) in headers.items():
         if name not in expected and not name.endswith(IGNORED):
@@ -200,10 +205,10 @@ def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, Stored
 
 def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
     """Opens the model of a run as `open_pretrained`, and checks that it has everything that the run needs."""
-    int8 = config.model.frozen == "int8"
-    pretrained = open_pretrained(folder, int8=int8)
+    storage = FrozenStorage.from_config(config.model)
+    pretrained = open_pretrained(folder, int8=storage.int8)
     check_family(config, pretrained.shape.family, pretrained.config, str(folder))
-    return replace(pretrained, shape=replace(pretrained.shape, int8=int8))
+    return replace(pretrained, storage=storage)
 
 
 def cut_to(pretrained: PretrainedModel, keep: Sequence[LayerKeep], dtype: str) -> PretrainedModel:
@@ -220,7 +225,7 @@ def cut_to(pretrained: PretrainedModel, keep: Sequence[LayerKeep], dtype: str) -
     slices = {
         f"model.layers.{i}.{name}": kept
         for i, layer_keep in enumerate(keep)
-        for name, kept, _ in layer_cuts(dense, i, layer_keep)
+        for name, kept, _ in pretrained.storage.layer_cuts(dense, i, layer_keep)
     }
     pieces = {
         name: stack.keep_rows(slices.pop(name).keep) if name in slices else stack

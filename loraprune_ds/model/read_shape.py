@@ -132,7 +132,7 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
         tie_word_embeddings="lm_head.weight" not in parameters,
         layers=_layers(where, [layer for _, layer in sizes], inside, family),
         biases=frozenset(x.name for x in family.linears if any(f"{x.name}.bias" in names for names in inside)),
-        ends={name: size for name, size in parameters.items() if not name.startswith("model.layers.")},
+        outer_parameters={name: size for name, size in parameters.items() if not name.startswith("model.layers.")},
         absent=frozenset(x.name for x in family.linears if x.optional and f"{x.name}.weight" not in inside[0]),
         widths=widths,
         **of_experts,
@@ -262,7 +262,7 @@ def _others(shape: ModelShape, layer: int, inside: Sizes) -> Sizes:
     return {
         name: size
         for name, size in inside.items()
-        if (len(size) < 2 or name.startswith(shape.family.whole)) and name not in cut
+        if (len(size) < 2 or name.startswith(shape.family.uncut)) and name not in cut
     }
 
 

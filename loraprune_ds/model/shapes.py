@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.family_row import Companion, Family, Kind, Linear, LinearId, Part, Width
-from loraprune_ds.model.frozen import DENSE, WEIGHT, Int8, Matrix, StorageFormat, StoredTensor
+from loraprune_ds.model.frozen import Matrix
 
 T = TypeVar("T")
 
@@ -81,14 +81,13 @@ class ModelShape:
     # The parameters that no cut makes smaller, such as norms, by name inside a layer with groups of these kinds.
     layer_others: Mapping[frozenset[Kind], Sizes] = field(default_factory=dict[frozenset[Kind], Sizes], hash=False)
     # The parameters outside the layers: embedding, final norm, untied head.
-    ends: Sizes = field(default_factory=dict[str, tuple[int, ...]], hash=False)
+    outer_parameters: Sizes = field(default_factory=dict[str, tuple[int, ...]], hash=False)
     expert_size: int = 0  # channels of one expert
     experts_per_token: int = 0
     least_experts: int = 0  # the router needs this many
     expert_groups: int = 1  # groups of experts, of equal size, that the router chooses from
     absent: frozenset[str] = frozenset()  # names of linears of the family that the model lacks
     widths: Mapping[Width, int] = field(default_factory=dict[Width, int], hash=False)  # of the family's `widths`
-    int8: bool = False  # the ranks hold the weights of the linears as int8 with scales (frozen.py). Files may not
 
     @property
     def family(self) -> Family:
@@ -162,10 +161,6 @@ class ModelShape:
         experts = self.layers[layer][linear.kind] if linear.is_stack else 1
         return (experts * lora_rank, in_features), (out_features, lora_rank)
 
-    def form(self, linear: Linear) -> StorageFormat:
-        """Returns the form in which a rank holds the weight of this linear."""
-        return DENSE if not self.int8 else Int8(1, self.hidden_size) if linear.rows_are_hidden else Int8(0)
-
     def lora_sizes(self, lora_rank: int) -> list[int]:
         return [numel for i in range(len(self.layers)) for numel in self.layer_lora_sizes(i, lora_rank)]
 
@@ -208,7 +203,7 @@ class ModelShape:
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Returns names and shapes of all parameters, as in the weight files. A tied head is the embedding."""
-        embedding, *rest = self.ends.items()
+        embedding, *rest = self.outer_parameters.items()
         shapes = dict([embedding])
         for layer in range(len(self.layers)):
             shapes |= self.layer_parameters(layer)
@@ -227,47 +222,29 @@ class ModelShape:
             shapes[f"{prefix}{companion.name}"] = (sum(self.part_sizes(layer, companion.parts)), *second)
         return shapes | {f"{prefix}{name}": size for name, size in self.others(layer).items()}
 
-    def stored(self) -> dict[str, Pieces]:
+    def pieces(self) -> dict[str, Pieces]:
         """Returns the tensors on disk of each parameter that is not stored under its own name and shape."""
-        stored: dict[str, Pieces] = {}
+        pieces: dict[str, Pieces] = {}
         for i, layer in enumerate(self.layers):
             prefix, shapes = f"model.layers.{i}.", self.layer_parameters(i)
             for linear in (x for x in self.linears(i) if x.is_stack):
                 name, experts = f"{prefix}{linear.name}.weight", layer[linear.kind]
                 rows, columns = shapes[name]
-                names, shape = tuple(prefix + x for x in linear.stored), (experts, rows // experts, columns)
+                names, shape = tuple(prefix + x for x in linear.on_disk), (experts, rows // experts, columns)
                 if "{}" in names[0]:
                     names = tuple(x.format(expert) for expert in range(experts) for x in names)
                     shape = (rows // len(names), columns)
-                stored[name] = Pieces(names, shape)
-            for companion in (x for x in self.companions(i) if x.stored):
+                pieces[name] = Pieces(names, shape)
+            for companion in (x for x in self.companions(i) if x.on_disk):
                 name = prefix + companion.name
-                stored[name] = Pieces((f"{prefix}{companion.stored}",), shapes[name])
-        return stored
-
-    def held(self, layer: int | None, element_size: int) -> dict[str, StoredTensor]:
-        """Returns the frozen tensors that ZeRO-3 shards, by name, of one layer or of all.
-
-        Args:
-            element_size: of the model's dtype.
-        """
-        layers = range(len(self.layers)) if layer is None else [layer]
-        forms = {f"model.layers.{i}.{x.name}.{WEIGHT}": self.form(x) for i in layers for x in self.linears(i)}
-        held, exact = dict[str, StoredTensor](), self.exact
-        for name, shape in (self.parameters() if layer is None else self.layer_parameters(layer)).items():
-            if form := forms.get(name):
-                rows, columns = shape
-                tensors = form.held((rows, columns), element_size)
-                held |= {f"{name.removesuffix(WEIGHT)}{tensor}": value for tensor, value in tensors.items()}
-            else:
-                held[name] = StoredTensor(shape, 4 if name in exact else element_size)
-        return held
+                pieces[name] = Pieces((f"{prefix}{companion.on_disk}",), shapes[name])
+        return pieces
 
     @property
-    def exact(self) -> frozenset[str]:
+    def keep_fp32(self) -> frozenset[str]:
         """Names of the parameters that are fp32 in every model."""
         layers = range(len(self.layers))
-        return frozenset(f"model.layers.{i}.{x.name}" for i in layers for x in self.companions(i) if x.exact)
+        return frozenset(f"model.layers.{i}.{x.name}" for i in layers for x in self.companions(i) if x.keep_fp32)
 
     def parts_of(self, kind: Kind) -> int:
         """Counts the equal ranges of a layer's groups that must lose the same number each."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from loraprune_ds.model.classes import attn_implementation, build_on_meta, hold_frozen, refused_in_one_line
+from loraprune_ds.model.classes import attn_implementation, build_on_meta, refused_in_one_line, store_frozen
 from loraprune_ds.model.distillation import (
     BUFFERS,
     Distillation,
@@ -189,5 +189,5 @@ def build_for_losses(pretrained: PretrainedModel, attention: str) -> PreTrainedM
     used = attn_implementation(attention, pretrained.shape.family)
     with refused_in_one_line(f"{pretrained.folder}, model.attn_implementation {attention}"):
         model = with_token_losses(build_on_meta(pretrained.config, used))
-    hold_frozen(model, pretrained.shape)
+    store_frozen(model, pretrained.shape, pretrained.storage)
     return model

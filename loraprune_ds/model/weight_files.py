@@ -126,11 +126,11 @@ def write_weight_file(folder: Path, index: int, count: int, tensors: Mapping[str
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
-def as_stored(tensors: Mapping[str, Tensor], stored: Mapping[str, Pieces]) -> dict[str, Tensor]:
-    """Splits or reshapes stacks of experts into the tensors of a weight file (`ModelShape.stored`)."""
+def as_on_disk(tensors: Mapping[str, Tensor], pieces: Mapping[str, Pieces]) -> dict[str, Tensor]:
+    """Splits or reshapes stacks of experts into the tensors of a weight file (`ModelShape.pieces`)."""
     on_disk: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        names, shape = stored.get(name, Pieces((name,), tensor.shape))
+        names, shape = pieces.get(name, Pieces((name,), tensor.shape))
         on_disk |= zip(names, tensor.reshape(len(names), *shape), strict=True)
     return on_disk
 

@@ -69,7 +69,9 @@ def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     lora = sum(request.shards(before.layer_lora_sizes(i, request.config.lora.r)) for i in cut)
     sent = sum(request.held_shards(request.held(before, i)) for i in cut) + (12 + request.element_size) * lora
     for i, x in measured_linears(before, request.measured_layers):  # to the owner and back
-        sent += 2 * held_bytes(before.form(x).held(before.linear_shape(i, x), request.element_size).values())
+        sent += 2 * held_bytes(
+            request.storage.format_of(before, x).stored(before.linear_shape(i, x), request.element_size).values()
+        )
     return _cost(request, {"cut": sent if request.world_size > 1 else 0}, 0)
 
 
@@ -83,7 +85,7 @@ def teacher_cost(request: Request) -> Cost:
 
 def all_steps(request: Request, final: ModelShape) -> Total:
     """Adds up all steps. Between the dense and the final shape costs fall linearly with the parameters."""
-    prune, schedule, total = request.config.prune, request.schedule, Total(0, 0, 0)
+    prune, schedule, total = request.config.prune, request.pruning.schedule, Total(0, 0, 0)
     kinds: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
     known = {kind: [step_cost(request, x, kind).total for x in (request.shape, final)] for kind in kinds}
     for n in range(1, request.steps + 1):

@@ -45,7 +45,7 @@ class Plan:
     @cached_property
     def in_all(self) -> Total:
         """The total of the run. Every cut counts as the first, which costs most."""
-        cuts, steps = len(self.request.schedule.cut_steps()), all_steps(self.request, self.final)
+        cuts, steps = len(self.request.pruning.schedule.cut_steps()), all_steps(self.request, self.final)
         parts = zip(steps, self.first_cut.total, self.teacher.total, strict=True)
         return Total(*(step + cuts * cut + recorded for step, cut, recorded in parts))
 
@@ -79,8 +79,8 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Plans the whole run."""
-    cuts = request.schedule.cut_steps()
-    after, final = (request.shape_at(request.schedule.target(step)) for step in (cuts[0], cuts[-1]))
+    cuts = request.pruning.schedule.cut_steps()
+    after, final = (request.shape_at(request.pruning.schedule.target(step)) for step in (cuts[0], cuts[-1]))
     return Plan(request, after, final, plan_stages(request, after, final))
 
 

@@ -8,7 +8,7 @@ from loraprune_ds.model.dtypes import held_as
 from loraprune_ds.plan.plan import Plan, largest_micro_batch, suggestions
 from loraprune_ds.plan.request import GIB
 from loraprune_ds.plan.stages import teacher_pass
-from loraprune_ds.pruning.schedule import describe_target, on_a_server
+from loraprune_ds.pruning.target import describe_target, on_a_server
 
 COSTS = ("step", "last_step", "first_cut", "teacher")
 
@@ -32,8 +32,8 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         "in_all": plan.in_all._asdict(),
         "disk_bytes": {"teacher": teacher_pass(request)[-1], "checkpoint": plan.checkpoint_bytes},
         "steps": request.steps,
-        "cuts": len(request.schedule.cut_steps()),
-        "ratio": request.schedule.ratio,
+        "cuts": len(request.pruning.schedule.cut_steps()),
+        "ratio": request.pruning.schedule.ratio,
         "target": describe_target(prune, request.shape, plan.final),
         "serving": [{"model": name} | on_a_server(prune, shape, (server_gib or 0) * GIB) for name, shape in served],
         "notes": notes(plan),

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,9 +16,9 @@ from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config, text_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.pruning.ranking import uniform_counts
-from loraprune_ds.pruning.schedule import Schedule, find_ratio, make_schedule, steps_for_epochs
+from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.zero.ds_config import HPZ, FetchLimits, find_ds_config, resolve_ds_config
 from loraprune_ds.zero.flat import partition_numel
 
@@ -132,8 +132,7 @@ class Request:
     config: RunConfig
     cluster: Cluster
     steps: int  # the recovery included
-    limits: Limits
-    schedule: Schedule
+    pruning: PruningPlan
     ds_config: dict[str, Any]  # with every "auto" replaced
     samples: int | None = None  # in the training data, if known
 
@@ -148,6 +147,10 @@ class Request:
     @property
     def micro_batches(self) -> int:
         return self.config.train.gradient_accumulation_steps(self.world_size)
+
+    @property
+    def storage(self) -> FrozenStorage:
+        return FrozenStorage.from_config(self.config.model)
 
     @property
     def element_size(self) -> int:
@@ -165,7 +168,7 @@ class Request:
     @property
     def measured_layers(self) -> Sequence[int]:
         """The layers whose inputs `prune.compensate` measures."""
-        return self.limits.open_layers if self.config.prune.compensate != "none" else ()
+        return self.pruning.limits.open_layers if self.config.prune.compensate != "none" else ()
 
     def batch(self, samples: int, window: int) -> PlannedBatch:
         eager = attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
@@ -173,7 +176,7 @@ class Request:
 
     def held(self, shape: ModelShape, layer: int | None = None) -> list[StoredTensor]:
         """Lists what ZeRO-3 shards of the frozen weights of a layer, or of all."""
-        return list(shape.held(layer, self.element_size).values())
+        return list(self.storage.stored(shape, self.element_size, layer).values())
 
     def lora_shards(self, shape: ModelShape) -> int:
         return self.shards(shape.lora_sizes(self.config.lora.r))
@@ -208,11 +211,11 @@ class Request:
 
     def shape_at(self, target: float) -> ModelShape:
         """Returns the shape once `target` of the linear parameters is gone. With `global` all layers lose the same."""
-        dense, open_layers, cut = self.shape, self.limits.open_layers, list(self.shape.layers)
+        dense, open_layers, cut = self.shape, self.pruning.limits.open_layers, list(self.shape.layers)
         if self.config.prune.ranking == "uniform":
-            cut = [uniform_counts(self.limits, target, self.limits.ratio)] * len(dense.layers)
+            cut = [uniform_counts(self.pruning.limits, target, self.pruning.limits.ratio)] * len(dense.layers)
         else:
-            for kind, share in self.limits.shares.items():
+            for kind, share in self.pruning.limits.shares.items():
                 numel = sum(cut[i][kind] * dense.group_numel(kind) for i in open_layers)
                 stays = 1 - target * dense.linear_numel() * share / numel
                 cut = [LayerShape({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in cut]
@@ -255,7 +258,6 @@ def build_request(
     """Builds the request for a known shape. Raises UserError if the run config does not fit model or ranks."""
     train = config.train
     check_family(config, shape.family, text_config(source, name), name)
-    shape = replace(shape, int8=config.model.frozen == "int8")
     check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
     few = f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}"
@@ -263,10 +265,9 @@ def build_request(
     steps = train.steps or ASSUMED_STEPS
     if train.steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    limits = make_limits(config.prune, shape, find_ratio(config.prune, shape))
-    schedule, ds_config = make_schedule(config.prune, steps, limits), _read_ds_config(config, shape, cluster)
+    pruning, ds_config = plan_pruning(config.prune, shape, steps), _read_ds_config(config, shape, cluster)
     steps, source = steps + train.recovery_steps, text_config(source, name)
-    return Request(name, source, shape, config, cluster, steps, limits, schedule, ds_config, samples)
+    return Request(name, source, shape, config, cluster, steps, pruning, ds_config, samples)
 
 
 def changed(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Request:

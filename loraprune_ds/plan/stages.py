@@ -1,7 +1,7 @@
 """Bytes of a rank over the whole run, term by term. README.md in this folder has the formulas."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from loraprune_ds.model.adapters import WHOLE_LAYER
@@ -13,8 +13,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
-from loraprune_ds.zero.flat import GATHERED_NUMEL, layer_owner
-from loraprune_ds.zero.memory import state_terms
+from loraprune_ds.zero.flat import GATHERED_NUMEL, layer_owner, partition_numel
 
 Terms = dict[str, int]  # bytes by name
 
@@ -28,7 +27,7 @@ def split_state(
     """
     size, e, bucket = request.world_size, request.element_size, request.zero["reduce_bucket_size"]
     r, held = request.config.lora.r, request.held(shape)
-    terms = state_terms(shape, r, world_size=size, element_size=e, bucket_numel=int(bucket), stepped=stepped)
+    terms = state_terms(shape, r, held, world_size=size, element_size=e, bucket_numel=int(bucket), stepped=stepped)
     if passed and (copies := request.second_copies(held)):
         terms["second_copy"] = copies
     away = ["weights", "lora", "second_copy"] if request.offloads("param") else []
@@ -46,6 +45,28 @@ def split_state(
     if measures and request.measured_layers:
         terms["input_moments"] = max(moment_bytes(shape, size, request.measured_layers))
     return terms, host
+
+
+def state_terms(
+    shape: ModelShape,
+    lora_rank: int,
+    stored: Collection[StoredTensor],
+    *,
+    world_size: int,
+    element_size: int,
+    bucket_numel: int,
+    stepped: bool,
+) -> Terms:
+    """Returns the bytes of what ZeRO-3 holds for training. Masters, moments, gradients and bucket are always fp32."""
+    lora = sum(partition_numel(numel, world_size) for numel in shape.lora_sizes(lora_rank))
+    return {
+        "weights": sum(x.element_size * partition_numel(math.prod(x.shape), world_size) for x in stored),
+        "lora": lora * element_size,
+        "lora_masters": lora * 4,
+        "lora_moments": lora * 8 if stepped else 0,
+        "lora_gradients": lora * 4,
+        "reduce_bucket": bucket_numel * 4,
+    }
 
 
 def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int]) -> list[int]:
@@ -91,15 +112,19 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
     """Returns the bytes of the largest layer and of the largest module gathered as one, with LoRA, and of a linear
     that is dequantised (0 without int8; one expert of a stack at a time).
     """
-    e, r, ends = request.element_size, request.config.lora.r, [math.prod(size) for size in shape.ends.values()]
+    e, r, ends = (
+        request.element_size,
+        request.config.lora.r,
+        [math.prod(size) for size in shape.outer_parameters.values()],
+    )
     one_of_each = list({layer: i for i, layer in enumerate(shape.layers)}.values())
     layer = max(held_bytes(request.held(shape, i)) + e * sum(shape.layer_lora_sizes(i, r)) for i in one_of_each)
     largest, dequantised = e * max(ends), 0
     for i, x in shape.linear_ids(one_of_each):
         size, lora = shape.linear_shape(i, x), sum(map(math.prod, shape.lora_shapes(i, x, r)))
-        largest = max(largest, held_bytes(shape.form(x).held(size, e).values()) + e * lora)
+        largest = max(largest, held_bytes(request.storage.format_of(shape, x).stored(size, e).values()) + e * lora)
         matrices = shape.layers[i][x.kind] if x.is_stack else 1
-        dequantised = max(dequantised, shape.int8 * e * math.prod(size) // matrices)
+        dequantised = max(dequantised, request.storage.int8 * e * math.prod(size) // matrices)
     return layer, max(layer, e * max(ends)) if shape.hidden_size <= WHOLE_LAYER else largest, dequantised
 
 
@@ -131,9 +156,9 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
     if request.config.train.distill_weight:
         dense.phases["dense model's pass"] = _recording(request)
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
-    if request.shape.int8:  # the export is not int8, and is evaluated when the run's own model is gone
+    if request.storage.int8:  # the export is not int8, and is evaluated when the run's own model is gone
         stock = changed(request, model={"frozen": None})
-        shape = stock.shape_at(stock.schedule.ratio)
+        shape = stock.shape_at(stock.pruning.schedule.ratio)
         weights = {"weights": stock.held_shards(stock.held(shape))}
         stages.append(Stage("exported", weights, {"evaluation": _evaluation(stock, shape)}, {}))
     return stages
@@ -287,5 +312,14 @@ def logits(shape: ModelShape, batch: PlannedBatch) -> int:
 def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
     """Returns the bytes that autograd keeps of a layer without checkpointing."""
     lora, size = request.config.lora, (batch.samples, batch.window)
-    options = {"lora_rank": lora.r, "dropout": lora.lora_dropout > 0, "eager": batch.eager}
-    return saved_by_layer(request.source, shape, index, size, DTYPES[request.config.model.dtype], **options)
+    return saved_by_layer(
+        request.source,
+        shape,
+        index,
+        size,
+        DTYPES[request.config.model.dtype],
+        storage=request.storage,
+        lora_rank=lora.r,
+        dropout=lora.lora_dropout > 0,
+        eager=batch.eager,
+    )

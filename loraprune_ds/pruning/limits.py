@@ -56,18 +56,6 @@ class Limits:
         return self.dense.numel_of(self.dense.layers[layer]) - self.dense.numel_of(counts)
 
 
-def make_limits(config: PruneConfig, dense: ModelShape, ratio: float | None = None) -> Limits:
-    """Makes the limits of a run, whose ratio comes from `target.find_ratio` or else is `prune.ratio`.
-
-    Raises UserError if settings conflict, or if the ratio is out of reach. The message then states the largest ratio.
-    """
-    ratio = config.ratio if ratio is None else ratio
-    assert ratio is not None
-    limits = with_ratio(config, limits_without_ratio(config, dense), ratio)
-    _check_reachable(config, limits)
-    return limits
-
-
 def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
     """Sets the ratio, and the shares that follow from it. Raises UserError if it conflicts with `prune.head_ratio`."""
     dense, head_ratio = limits.dense, config.head_ratio
@@ -164,7 +152,8 @@ def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
     return of_heads, min(most, of_heads + sum(removable.values()) - removable["heads"])
 
 
-def _check_reachable(config: PruneConfig, limits: Limits) -> None:
+def check_reachable(config: PruneConfig, limits: Limits) -> None:
+    """Raises UserError if the ratio is out of reach. The message names the largest one."""
     dense, (_, most) = limits.dense, reachable(config, limits)
     # A ratio that equals a cap may miss it: `global` by a group, `uniform` by half a multiple of channels per layer.
     if config.ranking == "global":

@@ -30,12 +30,12 @@ class LoraFactors:
     scaling: float  # lora_alpha / r
 
 
-# (some rows of a weight in the form that holds them, number of the first) -> a new tensor with these rows in fp32
+# (some rows of a weight as they are stored, number of the first) -> a new tensor with these rows in fp32
 Decode = Callable[[Tensor, int], Tensor]
 
 
 def in_fp32(rows: Tensor, first: int) -> Tensor:
-    """Decodes rows of a weight that is held in the model's dtype."""
+    """Decodes rows of a weight that is stored in the model's dtype."""
     return rows.to(torch.float32, copy=True)
 
 
@@ -51,19 +51,19 @@ class OwnedShard:
 
 @dataclass(frozen=True)
 class CollectedLinear:
-    """Holds a whole linear: its frozen weight, as the tensors `held` of `form`, its bias, and its LoRA in fp32."""
+    """Holds a whole linear: the tensors that store its frozen weight, its bias, and its LoRA in fp32."""
 
-    held: dict[str, Tensor]
+    stored: dict[str, Tensor]
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
-    form: StorageFormat = DENSE
+    stored_as: StorageFormat = DENSE
 
     @cached_property
     def weight(self) -> Tensor:
         """The weight that the linear computes with."""
-        return self.form.join(self.held)
+        return self.stored_as.join(self.stored)
 
 
 # Computes the new weight of a whole linear, in its shape and dtype. Raises UserError where it cannot.
@@ -91,8 +91,8 @@ class PrunableModel(Protocol):
         """Sums a small tensor over all ranks, in place."""
         ...
 
-    def gather_values(self, value: int) -> list[int]:
-        """Gathers one 63-bit integer of every rank, in rank order."""
+    def differing_rank(self, value: object) -> int | None:
+        """Returns the first rank whose value differs from rank 0's. None if all ranks have the same."""
         ...
 
     def owner(self, layer: int) -> int:
@@ -117,5 +117,6 @@ class PrunableModel(Protocol):
         ...
 
     def cut(self, keep: list[LayerKeep]) -> int:
-        """Removes all other groups from weights, biases, LoRA, masters and Adam moments. Returns the bytes sent."""
+        """Removes all other groups from weights, biases, LoRA, masters and Adam moments. Returns the bytes
+        that all ranks sent together."""
         ...

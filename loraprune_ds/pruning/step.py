@@ -28,21 +28,20 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.faults import fail_point
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.compensate import Compensator
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
-from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
-from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.pruning.schedule import PruningPlan
 from loraprune_ds.pruning.taps import WeightGradients
 
 
@@ -54,7 +53,7 @@ class Cut:
     target: float  # the fraction of the dense decoder-layer linear parameters that should be gone
     reached: float  # the fraction that is gone
     keep: list[LayerKeep]
-    bytes_sent: int  # by this rank
+    bytes_sent: int  # by all ranks together
     seconds: float
 
 
@@ -71,13 +70,9 @@ class PrunerState:
 class Pruner:
     """Scores groups while the model trains, and removes the least important ones on a schedule."""
 
-    def __init__(
-        self, model: PrunableModel, config: PruneConfig, schedule: Schedule, limits: Limits, seed: int
-    ) -> None:
+    def __init__(self, model: PrunableModel, plan: PruningPlan, seed: int) -> None:
         self.model = model
-        self.config = config
-        self.schedule = schedule
-        self.limits = limits
+        self.config, self.limits, self.schedule = config, limits, schedule = plan.config, plan.limits, plan.schedule
         self.average = MovingAverage(config.moving_average)
         self.kept_of_dense = all_groups(limits.dense)
         compensates = config.compensate != "none"
@@ -138,7 +133,7 @@ class Pruner:
         if average is None or (scored and self.average.updates_since_cut == 0):
             raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
         keep = self._rank(average, target)
-        agree(keep, self.model, step)
+        check_same_mask(keep, self.model, step)
         if self.model.shape.after(keep).layers == self.model.shape.layers:
             return None
         fail_point("cut.agreed")
@@ -174,17 +169,12 @@ class Pruner:
         return rank_global(scores, shape, self.limits, target)
 
 
-def agree(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:
-    """Compares a digest of the mask over all ranks. Raises RunError on every rank, naming one that differs."""
-    masks = [
-        torch.zeros(count, dtype=torch.uint8).index_fill_(0, kept[kind], 1)
-        for kept, layer in zip(keep, model.shape.layers, strict=True)
-        for kind, count in layer.items()
-    ]
-    digest = hashlib.sha256(torch.cat(masks).numpy().tobytes()).digest()
-    digests = model.gather_values(int.from_bytes(digest[:7], "big"))
-    if different := [rank for rank, value in enumerate(digests) if value != digests[0]]:
-        raise RunError(f"step {step}: rank {different[0]} computed another mask than rank 0")
+def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:
+    """Raises RunError on every rank if one is about to keep other groups than rank 0. Collective."""
+    kept = [cast(list[int], groups.tolist()) for layer in keep for groups in layer.values()]
+    rank = model.differing_rank(hashlib.sha256(str(kept).encode()).digest())
+    if rank is not None:
+        raise RunError(f"step {step}: rank {rank} computed another mask than rank 0")
 
 
 def all_groups(shape: ModelShape) -> list[LayerKeep]:

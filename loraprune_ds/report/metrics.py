@@ -25,8 +25,7 @@ class MetricsLog:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        line = {"kind": KIND_OF[type(record)], **asdict(record)}
-        self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+        self._file.write(_line(record))
         self._file.flush()
 
     def truncate(self) -> None:
@@ -34,11 +33,7 @@ class MetricsLog:
         self._replace("")
 
     def truncate_to(self, step: int) -> None:
-        """Drops the lines of later steps. A run that resumes from the checkpoint of `step` writes them again.
-
-        Raises:
-            UserError: a line of an earlier step is damaged.
-        """
+        """Drops the lines of later steps. A run that resumes from the checkpoint of `step` writes them again."""
         self._replace("".join(json.dumps(line) + "\n" for line in read_metrics(self.path, step)))
 
     def _replace(self, text: str) -> None:
@@ -54,11 +49,12 @@ class MetricsLog:
 
 
 def write_history(path: Path, history: History) -> None:
-    log = MetricsLog(path)
-    log.truncate()
-    for record in sorted((*history.steps, *history.cuts, *history.evaluations), key=lambda record: record.step):
-        log.write(record)
-    log.close()
+    records = sorted((*history.steps, *history.cuts, *history.evaluations), key=lambda record: record.step)
+    write_text(path, "".join(map(_line, records)))
+
+
+def _line(record: Record) -> str:
+    return json.dumps(finite({"kind": KIND_OF[type(record)], **asdict(record)}), allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -90,7 +86,7 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
 
 
 def _complete_lines(path: Path) -> str:
-    """Reads the text up to its last newline. A killed process may have left half a line after it."""
+    """Reads the text up to its last newline, after which a killed process may have left half a line."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Cut
 from loraprune_ds.units import format_bytes, format_duration, format_percent
 
@@ -16,72 +15,51 @@ EvaluationName = Literal["dense", "after_last_cut", "pruned", "step"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Describes one optimizer step. `step` counts from 1.
+    """Describes one optimizer step. The lists of bytes have an entry per rank."""
 
-    Attributes:
-        sparsity: fraction of the decoder-layer linear parameters that is gone during this step.
-        tokens: of this step's global batch, without padding.
-        seconds: wall time of this step, without a cut or an evaluation after it.
-        weight_bytes: of each rank's weights, frozen and LoRA: (world_size,).
-        resident_bytes: memory that each rank uses now, not its peak: (world_size,).
-        skipped: the fp16 gradients overflowed and the weights did not change.
-        reserved_bytes: memory that each rank's allocator holds: (world_size,). Empty on a CPU.
-        mfu: needed operations (model/flops.py) over the peak of the GPUs in these seconds. None if that is unknown.
-    """
-
-    step: int
+    step: int  # from 1
     loss: float
     learning_rate: float
     grad_norm: float | None
-    sparsity: float
-    tokens: int
-    seconds: float
+    sparsity: float  # fraction of the decoder-layer linear parameters that is gone during this step
+    tokens: int  # of the global batch, without padding
+    seconds: float  # wall time, without a cut or an evaluation after the step
     tokens_per_second: float
-    weight_bytes: list[int]
-    resident_bytes: list[int]
-    skipped: bool = False
-    reserved_bytes: list[int] = field(default_factory=list)
-    mfu: float | None = None
+    weight_bytes: list[int]  # frozen and LoRA
+    resident_bytes: list[int]  # memory in use now, not its peak
+    skipped: bool = False  # the fp16 gradients overflowed and the weights did not change
+    reserved_bytes: list[int] = field(default_factory=list)  # held by the allocator. Empty on a CPU
+    mfu: float | None = None  # needed operations (model/flops.py) over the GPUs' peak. None if that is unknown
 
 
 @dataclass(frozen=True)
 class CutRecord:
-    """Describes one cut, made right after the optimizer step of the same number.
-
-    Attributes:
-        target: fraction of the decoder-layer linear parameters that should be gone.
-        reached: fraction that is gone.
-        removed_fraction: of all parameters of the model.
-        bytes_sent: by all ranks together.
-        weight_bytes_before, weight_bytes_after: (world_size,).
-        heads, channels, experts: how many each layer keeps: (num_layers,). Empty for a kind that the family lacks.
-    """
+    """Describes one cut, made right after the optimizer step of the same number."""
 
     step: int
-    target: float
-    reached: float
-    removed_fraction: float
+    target: float  # fraction of the decoder-layer linear parameters that should be gone
+    reached: float  # fraction that is gone
+    removed_fraction: float  # of all parameters of the model
     seconds: float
-    bytes_sent: int
-    weight_bytes_before: list[int]
+    bytes_sent: int  # by all ranks together
+    weight_bytes_before: list[int]  # per rank
     weight_bytes_after: list[int]
-    heads: list[int] = field(default_factory=list)
+    heads: list[int] = field(default_factory=list)  # kept by each layer. Empty for a kind that the family lacks
     channels: list[int] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
 
 
 def cut_record(
-    cut: Cut, dense: ModelShape, model: PrunableModel, weight_bytes_before: list[int], weight_bytes_after: list[int]
+    cut: Cut, dense: ModelShape, shape: ModelShape, weight_bytes_before: list[int], weight_bytes_after: list[int]
 ) -> CutRecord:
-    """Describes a cut that was just made. Collective."""
-    shape = model.shape
+    """Describes a cut of the `dense` model to `shape`."""
     return CutRecord(
         step=cut.step,
         target=cut.target,
         reached=cut.reached,
         removed_fraction=1 - shape.total_numel() / dense.total_numel(),
         seconds=cut.seconds,
-        bytes_sent=sum(model.gather_values(cut.bytes_sent)),
+        bytes_sent=cut.bytes_sent,
         weight_bytes_before=weight_bytes_before,
         weight_bytes_after=weight_bytes_after,
         **{kind: [layer[kind] for layer in shape.layers] for kind in shape.kinds},
@@ -99,20 +77,14 @@ def cut_line(cut: CutRecord) -> str:
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Describes a measurement of held-out perplexity after `step` steps. Step 0 is before the training.
-
-    Attributes:
-        name: the measured model. "pruned" is the exported model, read back.
-        tokens: number of predictions.
-        expert_choices: how often each expert of every layer was chosen. Empty without experts.
-    """
+    """Describes a measurement of held-out perplexity after `step` steps. Step 0 is before the training."""
 
     step: int
-    name: EvaluationName
+    name: EvaluationName  # "pruned" is the exported model, read back
     perplexity: float
-    tokens: int
+    tokens: int  # number of predictions
     windows: int
-    expert_choices: list[list[int]] = field(default_factory=list)
+    expert_choices: list[list[int]] = field(default_factory=list)  # of each expert in every layer, where it has some
 
 
 Record = StepRecord | CutRecord | EvaluationRecord

@@ -1,4 +1,4 @@
-"""Writes report.json and kept_groups.json: the results of a run as data."""
+"""Writes report.json and kept_groups.json: the results of a run as data, with the versions and hardware behind them."""
 
 import json
 import math
@@ -14,14 +14,124 @@ from typing import Any
 
 import torch
 
-from loraprune_ds.checkpoint.layout import KEPT_GROUPS_FILE, REPORT_FILE
-from loraprune_ds.files import read_json, write_json, write_text
+from loraprune_ds.checkpoint.layout import KEPT_GROUPS_FILE
+from loraprune_ds.files import write_text
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.report.records import History, StepRecord
 
+KINDS = ("heads", "channels", "experts")  # which a cut record counts per layer
+QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
 CHECKOUT = Path(__file__).resolve().parents[2]  # if this is one
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "loraprune_ds")
 RESULTS = "tests/benchmarks/results"  # a benchmark writes them, they do not change it
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Describes the model after training."""
+
+    pruned: ModelShape
+    kept_of_dense: list[LayerKeep]  # per layer, the kept groups as indices into the dense model
+    resumed_from: list[int]  # the steps at which the run was resumed
+    target: dict[str, Any] | None = None  # `prune.target` and the size reached
+
+
+def make_report(
+    config: dict[str, Any],
+    history: History,
+    dense: ModelShape,
+    outcome: Outcome,
+    peak_bytes: list[int],
+    accelerator: str,
+) -> dict[str, Any]:
+    """Makes the content of report.json.
+
+    Args:
+        peak_bytes: peak memory of each rank: (world_size,).
+        accelerator: name of the device that the ranks ran on.
+    """
+    steps, cuts, resumed_from = history.steps, history.cuts, outcome.resumed_from
+    steps_before = [s for s in steps if not cuts or s.step <= cuts[0].step]
+    steps_after = [s for s in steps if cuts and s.step > cuts[-1].step]
+    before, after = next(reversed(steps_before), None), steps[-1] if steps and cuts else None
+    return {
+        "params": _parameters(dense, outcome.pruned),
+        "target": outcome.target,
+        "serving": _serving(outcome.pruned),
+        "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
+        "router_load": _router_load(history),
+        "world_size": len(peak_bytes),
+        "steps": steps[-1].step if steps else 0,
+        "prune_steps": [{k: v for k, v in asdict(cut).items() if k not in KINDS} for cut in cuts],
+        "seconds_per_step": {
+            "before": _seconds_per_step(steps_before, resumed_from),
+            "after": _seconds_per_step(steps_after, resumed_from),
+        },
+        "resident_bytes": {"before": before and before.resident_bytes, "after": after and after.resident_bytes},
+        "reserved_bytes": steps[-1].reserved_bytes if steps else [],
+        "mfu": {"before": before and before.mfu, "after": after and after.mfu},
+        "peak_memory_bytes": peak_bytes,
+        "seed": config["seed"],
+        "resumed_from": resumed_from,
+        "versions": versions(),
+        "hardware": hardware(accelerator),
+        "config": config,
+    }
+
+
+def _parameters(dense: ModelShape, pruned: ModelShape) -> dict[str, Any]:
+    """Counts parameters without LoRA, a tied tensor once."""
+    return {
+        "dense": dense.total_numel(),
+        "pruned": pruned.total_numel(),
+        "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
+        "linear_dense": dense.linear_numel(),
+        "linear_pruned": pruned.linear_numel(),
+    }
+
+
+def _serving(pruned: ModelShape) -> dict[str, list[int]]:
+    """Returns the tensor-parallel sizes and the quantisation groups that divide every layer."""
+    divided = [count for layer in pruned.layers for kind, count in layer.items() if kind != "experts"]
+    together = math.gcd(pruned.expert_size, *divided)  # an expert is split by its channels. 0 without experts
+    inputs = math.gcd(*(pruned.inputs(i, linear) for i, linear in pruned.linear_ids()))
+    return {
+        "tensor_parallel": [size for size in range(1, together + 1) if together % size == 0],
+        "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
+    }
+
+
+def _router_load(history: History) -> dict[str, Any] | None:
+    """Returns how the router spread the held-out text over the experts. None without experts."""
+    load: dict[str, Any] = {}
+    for name in ("dense", "after_last_cut"):
+        evaluation = history.evaluation(name)
+        if evaluation is not None and evaluation.expert_choices:
+            choices = evaluation.expert_choices
+            # The share of the most chosen expert times the number of experts: 1 if all are chosen equally.
+            shares = [max(layer, default=0) * len(layer) / max(1, sum(layer)) for layer in choices]
+            load[name] = {"choices": choices, "largest_share": shares}
+    return load or None
+
+
+def _seconds_per_step(steps: Sequence[StepRecord], resumed_from: Sequence[int]) -> float | None:
+    """Returns the median, without the first step of every process and skipped ones."""
+    warm_up = {1, *(step + 1 for step in resumed_from)}
+    times = [s.seconds for s in steps if s.step not in warm_up and not s.skipped]
+    return statistics.median(times) if times else None
+
+
+def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: ModelShape) -> None:
+    """Writes a line per layer: the kept groups as indices into the dense model, and how many that has.
+
+    `heads` are key-value heads, with all query heads that read them.
+    """
+    layers = [
+        {kind: groups.tolist() for kind, groups in keep.items()} | {f"{kind}_dense": n for kind, n in layer.items()}
+        for keep, layer in zip(kept_of_dense, dense.layers, strict=True)
+    ]
+    lines = ",\n".join(json.dumps(layer, sort_keys=True) for layer in layers)
+    write_text(folder / KEPT_GROUPS_FILE, f'{{"layers": [\n{lines}\n]}}\n')
 
 
 def versions() -> dict[str, str | None]:
@@ -40,11 +150,8 @@ def _version(package: str) -> str | None:
 
 
 def commit(checkout: Path) -> str | None:
-    """Returns the commit, with `-dirty` if files other than results have changed. None without git or a checkout.
-
-    The repository must begin right here, because an installed copy may lie inside another one.
-    """
-    if not (checkout / ".git").exists():
+    """Returns the commit, with `-dirty` if files other than results have changed. None without git or a checkout."""
+    if not (checkout / ".git").exists():  # an installed copy may lie inside another repository
         return None
     head = _git(checkout, "rev-parse", "HEAD")
     if head is None:
@@ -78,146 +185,3 @@ def _cpu_model() -> str:
         lines = []
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor() or platform.machine())
-
-
-KINDS = ("heads", "channels", "experts")  # which a cut record counts per layer
-QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Describes the model after training.
-
-    Attributes:
-        pruned: the final shape.
-        kept_of_dense: per layer, the kept groups as indices into the dense model.
-        resumed_from: the steps at which the run was resumed.
-        target: `prune.target` and the size reached.
-    """
-
-    pruned: ModelShape
-    kept_of_dense: list[LayerKeep]
-    resumed_from: list[int]
-    target: dict[str, Any] | None = None
-
-
-def make_report(
-    config: dict[str, Any],
-    history: History,
-    dense: ModelShape,
-    outcome: Outcome,
-    peak_bytes: list[int],
-    accelerator: str,
-) -> dict[str, Any]:
-    """Makes the content of report.json.
-
-    Args:
-        config: the settings, with the seed.
-        peak_bytes: peak memory of each rank: (world_size,).
-        accelerator: name of the device that the ranks ran on.
-    """
-    resumed_from = outcome.resumed_from
-    first_cut, last_cut = (history.cuts[0].step, history.cuts[-1].step) if history.cuts else (None, None)
-    before, after = _latest(history, first_cut), None if last_cut is None else _latest(history, None)
-    return {
-        "params": _parameters(dense, outcome.pruned),
-        "target": outcome.target,
-        "serving": _serving(outcome.pruned),
-        "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
-        "router_load": _router_load(history),
-        "world_size": len(peak_bytes),
-        "steps": history.steps[-1].step if history.steps else 0,
-        "prune_steps": [{k: v for k, v in asdict(cut).items() if k not in KINDS} for cut in history.cuts],
-        "seconds_per_step": {
-            "before": _seconds_per_step(history, resumed_from, last=first_cut),
-            "after": None if last_cut is None else _seconds_per_step(history, resumed_from, after=last_cut),
-        },
-        "resident_bytes": {"before": before and before.resident_bytes, "after": after and after.resident_bytes},
-        "reserved_bytes": history.steps[-1].reserved_bytes if history.steps else [],
-        "mfu": {"before": before and before.mfu, "after": after and after.mfu},
-        "peak_memory_bytes": peak_bytes,
-        "seed": config["seed"],
-        "resumed_from": resumed_from,
-        "versions": versions(),
-        "hardware": hardware(accelerator),
-        "config": config,
-    }
-
-
-def _parameters(dense: ModelShape, pruned: ModelShape) -> dict[str, Any]:
-    """Counts parameters without LoRA, a tied tensor once. `prune.ratio` is a fraction of `linear_dense`."""
-    return {
-        "dense": dense.total_numel(),
-        "pruned": pruned.total_numel(),
-        "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
-        "linear_dense": dense.linear_numel(),
-        "linear_pruned": pruned.linear_numel(),
-    }
-
-
-def _serving(pruned: ModelShape) -> dict[str, list[int]]:
-    """Returns the numbers of GPUs that divide the heads and channels of every layer, and the group sizes of
-    quantisation that divide the inputs of every linear. Experts are divided by their channels.
-    """
-    divided = [count for layer in pruned.layers for kind, count in layer.items() if kind != "experts"]
-    together = math.gcd(pruned.expert_size, *divided)  # 0 without experts, which every number divides
-    inputs = math.gcd(*(pruned.inputs(i, linear) for i, linear in pruned.linear_ids()))
-    return {
-        "tensor_parallel": [size for size in range(1, together + 1) if together % size == 0],
-        "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
-    }
-
-
-def _router_load(history: History) -> dict[str, Any] | None:
-    """Returns how the router spread the held-out text over the experts. None without experts.
-
-    `largest_share` is the share of a layer's most chosen expert times the number of experts: 1 if all are chosen
-    equally.
-    """
-    found: dict[str, Any] = {}
-    for name in ("dense", "after_last_cut"):
-        evaluation = history.evaluation(name)
-        if evaluation is not None and evaluation.expert_choices:
-            choices = evaluation.expert_choices
-            shares = [max(layer, default=0) * len(layer) / max(1, sum(layer)) for layer in choices]
-            found[name] = {"choices": choices, "largest_share": shares}
-    return found or None
-
-
-def _seconds_per_step(
-    history: History, resumed_from: Sequence[int], *, after: int = 0, last: int | None = None
-) -> float | None:
-    """Returns the median over the steps in (after, last], without the first step of every process and skipped ones."""
-    warm_up = {1, *(step + 1 for step in resumed_from)}
-    times = [
-        s.seconds
-        for s in history.steps
-        if s.step > after and (last is None or s.step <= last) and s.step not in warm_up and not s.skipped
-    ]
-    return statistics.median(times) if times else None
-
-
-def _latest(history: History, last: int | None) -> StepRecord | None:
-    return next((s for s in reversed(history.steps) if last is None or s.step <= last), None)
-
-
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    write_json(folder / REPORT_FILE, report)
-
-
-def read_report(folder: Path) -> dict[str, Any]:
-    """Reads report.json. Raises UserError if it is missing or damaged."""
-    return read_json(folder / REPORT_FILE)
-
-
-def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: ModelShape) -> None:
-    """Writes a line per layer: the kept groups as indices into the dense model, and how many that has.
-
-    `heads` are key-value heads, with all query heads that read them.
-    """
-    layers = [
-        {kind: groups.tolist() for kind, groups in keep.items()} | {f"{kind}_dense": n for kind, n in layer.items()}
-        for keep, layer in zip(kept_of_dense, dense.layers, strict=True)
-    ]
-    lines = ",\n".join(json.dumps(layer, sort_keys=True) for layer in layers)
-    write_text(folder / KEPT_GROUPS_FILE, f'{{"layers": [\n{lines}\n]}}\n')

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,70 +20,63 @@ STEP_AXIS = "train/global_step"  # as in transformers. A resumed run may go back
 Curves = Callable[[Record], dict[str, float]]
 
 
-@dataclass(frozen=True)
-class Service:
-    """Holds what differs between the services. Each function gets the imported module first.
+class Wandb:
+    """The calls of wandb's module. The other services differ in some of them."""
 
-    Attributes:
-        start: opens a run, by its folder and settings.
-        find_run: returns the open run or None.
-        log: takes values and their step.
-        picture: takes a file and a run, which may have ended already.
-        finish: closes the run.
-    """
+    def __init__(self, module: Any) -> None:
+        self.module = module
 
-    start: Callable[[Any, Path, dict[str, Any]], object]
-    find_run: Callable[[Any], Any]
-    log: Callable[[Any, dict[str, float], int], object]
-    picture: Callable[[Any, Path, Any], object]
-    finish: Callable[[Any], object]
+    def start(self, folder: Path, settings: dict[str, Any]) -> None:
+        project = os.environ.get("WANDB_PROJECT", PROJECT)
+        self.module.init(project=project, name=folder.name, dir=str(folder), config=settings)
+        self.module.define_metric("*", step_metric=STEP_AXIS)
 
+    def open_run(self) -> Any:
+        """Returns the open run. None where there is none, or where wandb is switched off."""
+        return getattr(self.module, "run", self.module)
 
-def _start_wandb(wandb: Any, folder: Path, settings: dict[str, Any]) -> None:
-    project = os.environ.get("WANDB_PROJECT", PROJECT)
-    wandb.init(project=project, name=folder.name, dir=str(folder), config=settings)
-    wandb.define_metric("*", step_metric=STEP_AXIS)
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.module.log(values | {STEP_AXIS: step})
 
+    def picture(self, path: Path, run: Any) -> None:
+        """Sends a picture to `run`, which may have ended already."""
+        self.module.log({path.stem: self.module.Image(str(path))})
 
-def _start_trackio(trackio: Any, folder: Path, settings: dict[str, Any]) -> None:
-    project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-    trackio.init(project=project, name=folder.name, config=settings, resume="allow", embed=False)
+    def finish(self) -> None:
+        self.module.finish()
 
 
-def _start_mlflow(mlflow: Any, folder: Path, settings: dict[str, Any]) -> None:
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take minutes, in which all ranks wait
-    if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
-        mlflow.set_experiment(PROJECT)
-    mlflow.start_run(run_name=folder.name)
-    mlflow.log_params(dict(_flat(settings)))
+class Trackio(Wandb):
+    def start(self, folder: Path, settings: dict[str, Any]) -> None:
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        self.module.init(project=project, name=folder.name, config=settings, resume="allow", embed=False)
+
+    def open_run(self) -> Any:
+        return self.module
 
 
-def _log(module: Any, values: dict[str, float], step: int) -> None:
-    module.log(values | {STEP_AXIS: step})
+class Mlflow(Wandb):
+    def start(self, folder: Path, settings: dict[str, Any]) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take minutes, in which all ranks wait
+        if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
+            self.module.set_experiment(PROJECT)
+        self.module.start_run(run_name=folder.name)
+        self.module.log_params(dict(_flat(settings)))
+
+    def open_run(self) -> Any:
+        return self.module.active_run()
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.module.log_metrics(values, step=step)
+
+    def picture(self, path: Path, run: Any) -> None:
+        self.module.log_artifact(str(path), run_id=run.info.run_id)
+
+    def finish(self) -> None:
+        self.module.end_run()
 
 
-def _picture(module: Any, path: Path, run: Any) -> None:
-    module.log({path.stem: module.Image(str(path))})
-
-
-WANDB = Service(
-    start=_start_wandb,
-    find_run=lambda wandb: getattr(wandb, "run", wandb),  # None where it is switched off
-    log=_log,
-    picture=_picture,
-    finish=lambda wandb: wandb.finish(),
-)
-SERVICES = {
-    "wandb": WANDB,
-    "trackio": replace(WANDB, start=_start_trackio, find_run=lambda trackio: trackio),
-    "mlflow": Service(
-        start=_start_mlflow,
-        find_run=lambda mlflow: mlflow.active_run(),
-        log=lambda mlflow, values, step: mlflow.log_metrics(values, step=step),
-        picture=lambda mlflow, path, run: mlflow.log_artifact(str(path), run_id=run.info.run_id),
-        finish=lambda mlflow: mlflow.end_run(),
-    ),
-}
+SERVICES = {"wandb": Wandb, "trackio": Trackio, "mlflow": Mlflow}
 
 
 def check_installed(report_to: Iterable[str]) -> None:
@@ -98,7 +90,7 @@ class ModuleLog:
     """Logs to a run that was opened elsewhere. An error ends the reports, not the run."""
 
     def __init__(self, name: str, warn: Callable[[str], None], curves: Curves = scalars) -> None:
-        self._name, self._service, self._warn, self._curves = name, SERVICES[name], warn, curves
+        self._name, self._warn, self._curves = name, warn, curves
         self._run: Any = None
         self._works = True
 
@@ -109,15 +101,17 @@ class ModuleLog:
     def picture(self, path: Path) -> None:
         """Sends a picture, possibly after the Trainer has ended the run."""
         if self._run is not None:
-            self._try(lambda: self._service.picture(sys.modules[self._name], path, self._run))
+            self._try(lambda: self._service().picture(path, self._run))
 
     def close(self) -> None: ...
 
+    def _service(self) -> Wandb:
+        return SERVICES[self._name](sys.modules[self._name])
+
     def _log(self, values: dict[str, float], step: int) -> None:
-        module: Any = sys.modules.get(self._name)  # whoever opened the run has imported it
-        if module is not None and (run := self._service.find_run(module)) is not None:
+        if self._name in sys.modules and (run := self._service().open_run()) is not None:
             self._run = run
-            self._service.log(module, values, step)
+            self._service().log(values, step)
 
     def _try(self, send: Callable[[], object]) -> None:
         if self._works and (failure := _failure(send)):
@@ -134,16 +128,16 @@ class ReportedRun(ModuleLog):
             raise RankError(f"logging.report_to {name}: {failure}")
 
     def close(self) -> None:
-        self._try(lambda: self._service.finish(sys.modules[self._name]))
+        self._try(lambda: self._service().finish())
 
     def _open(self, folder: Path, settings: dict[str, Any]) -> None:
-        module = importlib.import_module(self._name)
-        self._service.start(module, folder, settings)
-        self._run = self._service.find_run(module)
+        importlib.import_module(self._name)
+        self._service().start(folder, settings)
+        self._run = self._service().open_run()
 
 
 def _failure(call: Callable[[], object]) -> str | None:
-    """Calls a service. Returns its error in one line, which may be one of a library below it, such as sqlite3."""
+    """Calls a service. Returns its error in one line, possibly one of a library below it, such as sqlite3."""
     try:
         call()
     except Exception as error:  # noqa: BLE001  # no list of their classes would be complete, and none may end a run

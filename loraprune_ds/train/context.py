@@ -10,7 +10,7 @@ from typing import Literal
 from loraprune_ds.checkpoint.layout import State, Status, read_status, write_status
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import RankError, RunError, UserError, one_line
+from loraprune_ds.errors import RankError, RunError, UserError, is_shared, one_line
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import RunRecorder
 from loraprune_ds.train.stop import STOP, RequestListener
@@ -66,8 +66,7 @@ class RunStatus:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        agreed = isinstance(error, UserError) and not isinstance(error, RankError)  # all ranks raise it
-        if error is None or (self._rank > 0 and agreed):
+        if error is None or (self._rank > 0 and is_shared(error)):
             return
         found = self._found()
         if found is None or (found.mark == self.mark and found.state == "running"):  # else another rank was first

@@ -39,7 +39,7 @@ class TrainingLoop:
             self._teacher = find_teacher(context)
         self.engine = build_engine(config, prepared, checkpoint)
         self.model = self.engine.model
-        self.pruner = Pruner(self.model, config.prune, prepared.schedule, prepared.limits, config.seed)
+        self.pruner = Pruner(self.model, prepared.pruning, config.seed)
         if checkpoint:
             self.pruner.restore(checkpoint.pruner_state(self.model.shape.kinds), checkpoint.moments)
         self._trainer = Trainer(
@@ -95,7 +95,7 @@ class TrainingLoop:
         if cut := self._trainer.cut(step):
             self.recorder.write(cut)
         every = self.config.evaluate.every
-        if step == self.prepared.schedule.last_cut:
+        if step == self.prepared.pruning.schedule.last_cut:
             self._evaluate(step, "after_last_cut")
         elif every is not None and step % every == 0:
             self._evaluate(step, "step")

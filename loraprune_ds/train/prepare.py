@@ -18,8 +18,8 @@ from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
-from loraprune_ds.pruning.limits import Limits, make_limits
-from loraprune_ds.pruning.schedule import Schedule, find_ratio, make_schedule, steps_for_epochs
+from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
+from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import SampleOrder, Samples
@@ -39,8 +39,7 @@ class Prepared:
     order: SampleOrder
     windows: Tensor  # (windows, evaluate.window) token ids of the held-out text
     steps: int  # including the recovery
-    schedule: Schedule
-    limits: Limits
+    pruning: PruningPlan
     ds_config: dict[str, Any]  # with every "auto" replaced
 
 
@@ -52,11 +51,9 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     with comm.patient() as waiting:
         waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None)
         prepared = waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node))
-    digests = comm.gather_objects(prepared.samples.digest())
-    if different := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
-        raise UserError(
-            f"rank {different[0]} reads other training data than rank 0; data.path must be the same everywhere"
-        )
+    rank = comm.differing_rank(prepared.samples.digest())
+    if rank is not None:
+        raise UserError(f"rank {rank} reads other training data than rank 0; data.path must be the same everywhere")
     return prepared
 
 
@@ -83,7 +80,7 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
         check_adapter(adapter, config.lora, pretrained.shape)
     ds_path = find_ds_config(config.deepspeed)
     ds_config = resolve_ds_config(ds_path, config, pretrained.shape, world_size, ranks_per_node=ranks_per_node)
-    limits = make_limits(config.prune, pretrained.shape, find_ratio(config.prune, pretrained.shape))
+    make_limits(config.prune, pretrained.shape)  # its errors come before the data, which may take long to read
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
     start = window_start(tokenizer, pretrained.shape.family)
@@ -102,8 +99,7 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
         order=order,
         windows=split_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows, start),
         steps=steps,
-        schedule=make_schedule(config.prune, pruning_steps, limits),
-        limits=limits,
+        pruning=plan_pruning(config.prune, pretrained.shape, pruning_steps),
         ds_config=ds_config,
     )
 
@@ -122,13 +118,13 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 
 def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
     """Describes in two or three lines what a run prunes, on which ranks, and how far."""
-    dense, train, ratio = prepared.pretrained.shape, config.train, format_percent(prepared.schedule.ratio)
+    dense, train, ratio = prepared.pretrained.shape, config.train, format_percent(prepared.pruning.limits.ratio)
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
         f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {held_as(config.model)}, "
         f"on {ranks} ({device_name()})",
         f"{prepared.steps} steps of {train.global_batch_size} x {config.data.window} tokens, "
-        f"{len(prepared.schedule.cut_steps())} cuts to {ratio} of the decoder layers' "
+        f"{len(prepared.pruning.schedule.cut_steps())} cuts to {ratio} of the decoder layers' "
         f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
     ]
     if attention := describe_attention(config.model.attn_implementation, dense.family):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from loraprune_ds.checkpoint.layout import (
     KEPT_GROUPS_PICTURE,
     METRICS_FILE,
+    REPORT_FILE,
     ROUTER_PICTURE,
     TENSORBOARD_FOLDER,
     TRAINING_PICTURE,
@@ -22,7 +23,7 @@ from loraprune_ds.checkpoint.layout import (
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import RunConfig
 from loraprune_ds.faults import fail_point
-from loraprune_ds.files import write_text
+from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report.metrics import MetricsLog, TensorBoardLog, read_metrics
 from loraprune_ds.report.pictures import draw_kept_groups, draw_router_load, draw_training
@@ -37,7 +38,7 @@ from loraprune_ds.report.records import (
     cut_line,
     history_from,
 )
-from loraprune_ds.report.report import Outcome, make_report, write_kept_groups, write_report
+from loraprune_ds.report.report import Outcome, make_report, write_kept_groups
 from loraprune_ds.report.reporters import SERVICES, ReportedRun
 from loraprune_ds.units import format_bytes, format_clock, format_percent, format_perplexity
 from loraprune_ds.zero.device import device_name
@@ -185,7 +186,8 @@ class Recorder:
         """Writes report, kept groups and pictures, and sends the pictures to the sinks. On rank 0 only."""
         kept, pictures = outcome.kept_of_dense, [folder / TRAINING_PICTURE, folder / KEPT_GROUPS_PICTURE]
         write_kept_groups(folder, kept, dense)
-        write_report(folder, make_report(settings, self.history, dense, outcome, peak_bytes, device_name()))
+        report = make_report(settings, self.history, dense, outcome, peak_bytes, device_name())
+        write_json(folder / REPORT_FILE, report)
         fail_point("finish.reported")
         draw_training(pictures[0], self.history)
         draw_kept_groups(pictures[1], dense, kept)

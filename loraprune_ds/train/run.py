@@ -20,7 +20,7 @@ from loraprune_ds.faults import fail_point
 from loraprune_ds.files import staging_of
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.pruning.schedule import describe_target
+from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.records import EvaluationRecord
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint
@@ -31,9 +31,8 @@ from loraprune_ds.train.prepare import Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import fast_half_products
+from loraprune_ds.zero.device import fast_half_products, peak_bytes
 from loraprune_ds.zero.engine import build_inference_engine
-from loraprune_ds.zero.memory import peak_bytes
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import write_model
 

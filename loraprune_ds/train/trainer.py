@@ -17,8 +17,7 @@ from loraprune_ds.report.records import CutRecord, StepRecord, cut_record
 from loraprune_ds.train.data.samples import BatchOrder, Samples, rank_micro_batches, seed_dropout
 from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.train.teacher import Teacher
-from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, to_device
-from loraprune_ds.zero.memory import gather_weight_bytes, reserved_bytes, resident_bytes
+from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, reserved_bytes, resident_bytes, to_device
 from loraprune_ds.zero.optimizer import decide
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.training_engine import TrainingEngine
@@ -28,7 +27,7 @@ class PruningSteps:
     """Scores and cuts after each step, for our trainer and for the callback. `dtype` is of the frozen weights."""
 
     def __init__(self, model: ShardedModel, pruner: Pruner, dtype: Dtype) -> None:
-        self.weight_bytes = gather_weight_bytes(model)  # (world_size,)
+        self.weight_bytes = model.weight_bytes()  # (world_size,)
         self._model, self._pruner = model, pruner
         self._dtype: Dtype = dtype
         self._scored = False  # by the last step
@@ -46,8 +45,8 @@ class PruningSteps:
         cut = self._pruner.cut(step, scored=self._scored)
         if cut is None:
             return None
-        self.weight_bytes = gather_weight_bytes(self._model)
-        return cut_record(cut, self._pruner.limits.dense, self._model, before, self.weight_bytes)
+        self.weight_bytes = self._model.weight_bytes()
+        return cut_record(cut, self._pruner.limits.dense, self._model.shape, before, self.weight_bytes)
 
 
 class Trainer:
@@ -157,5 +156,5 @@ class Trainer:
             return [None] * len(rows)
         is_finite = math.isfinite(rows[self.model.rank][0])
         bad_layer = self.model.nonfinite_layer() if is_finite else self.model.nonfinite_weights()
-        layers = self.model.gather_values(-1 if bad_layer is None else bad_layer)
+        layers = self.model.comm.gather_objects(-1 if bad_layer is None else bad_layer)
         return [None if layer < 0 else layer for layer in layers]

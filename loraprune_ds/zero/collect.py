@@ -41,13 +41,15 @@ def collect_named(named: dict[str, nn.Parameter], owner: int, comm: Communicator
 def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> CollectedLinear | None:
     """Gathers one linear of a decoder layer on rank `owner`. Returns None elsewhere. Collective."""
     base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
-    form = storage_format(base)
-    held = collect_named({name: getattr(base, name) for name in form.tensors}, owner, comm)
+    stored_as = storage_format(base)
+    stored = collect_named({name: getattr(base, name) for name in stored_as.tensors}, owner, comm)
     bias = None if base.bias is None else collect_tensor(base.bias, owner, comm)
     masters = [collect_tensor(p, owner, comm, safe_get_local_fp32_param(p)) for p in (a, b)]
     if comm.rank != owner:
         return None
-    return CollectedLinear(held, bias, *cast(list[Tensor], masters), scaling=module.scaling[ADAPTER], form=form)
+    return CollectedLinear(
+        stored, bias, *cast(list[Tensor], masters), scaling=module.scaling[ADAPTER], stored_as=stored_as
+    )
 
 
 @torch.no_grad()
@@ -81,11 +83,11 @@ def replace_weights(
 
 
 def _install(base: nn.Linear, owner: int, weight: Tensor | None, comm: Communicator) -> None:
-    """Scatters a linear's new weight, which only `owner` has, in the form that holds it."""
-    form = storage_format(base)
-    tensors: dict[str, Tensor] = {} if weight is None else {**form.split(weight, weight.dtype)}
+    """Scatters a linear's new weight, which only `owner` has, in its storage format."""
+    stored_as = storage_format(base)
+    tensors: dict[str, Tensor] = {} if weight is None else {**stored_as.split(weight, weight.dtype)}
     del weight
-    for name in form.tensors:
+    for name in stored_as.tensors:
         parameter: Any = getattr(base, name)
         tensor = tensors.pop(name, None)
         shard = torch.empty_like(parameter.ds_tensor, device=comm.device)

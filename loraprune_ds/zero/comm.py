@@ -99,6 +99,11 @@ class Communicator:
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
+    def differing_rank(self, value: object) -> int | None:
+        """Returns the first rank whose value differs from rank 0's. None if all ranks have the same. Collective."""
+        values = self.gather_objects(value)
+        return next((rank for rank, other in enumerate(values) if other != values[0]), None)
+
     def draw_mark(self) -> str:
         """Returns eight random hexadecimal digits, the same on all ranks. Collective."""
         return self.gather_objects(uuid4().hex[:8])[0]

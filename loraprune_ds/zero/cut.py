@@ -12,12 +12,11 @@ from loraprune_ds.model.adapters import (
     set_features,
     set_runtime_counts,
 )
-from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.cuts import layer_cuts, lora_cuts
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.storage import FrozenStorage, lora_cuts
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range
-from loraprune_ds.zero.params import ReadFlat, full_shape, install_shard, overwrite_shard, pad
+from loraprune_ds.zero.flat import AxisCut, ReshardPlan
+from loraprune_ds.zero.params import full_shape, install_shard
 
 ParameterCut = tuple[nn.Parameter, ReshardPlan]
 
@@ -35,7 +34,7 @@ def parameter_cuts(
     """Lists the parameters of layer `index` that get smaller. `shape` is from before the cut."""
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
-    for name, kept, linear in layer_cuts(shape, index, keep):
+    for name, kept, linear in FrozenStorage.of(layer).layer_cuts(shape, index, keep):
         found = [(base_parameter(layer, name), kept)]
         if linear:
             module = lora_linear(layer, linear)
@@ -108,35 +107,3 @@ def _by_item(incoming: Tensor, plans: list[ReshardPlan]) -> list[Tensor]:
         torch.cat([*own, incoming.new_zeros(plan.new_partition - sum(plan.receive.values()))])
         for plan, own in zip(plans, parts, strict=True)
     ]
-
-
-@torch.no_grad()
-def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKeep]) -> None:
-    """Cuts a PEFT model before an engine has taken it. Its base may be sharded from birth. Collective."""
-    comm = Communicator()
-    for index, (layer, layer_keep) in enumerate(zip(decoder_layers(module), keep, strict=True)):
-        cuts = parameter_cuts(layer, shape, index, layer_keep, comm)
-        cut_parameters([(p, plan) for p, plan in cuts if hasattr(p, "ds_tensor")], comm)
-        for parameter, plan in cuts:
-            if not hasattr(parameter, "ds_tensor"):
-                parameter.data = parameter.data.index_select(plan.cut.axis, plan.cut.keep.to(parameter.device))
-        if cuts:
-            set_sizes(layer, shape, index, layer_keep)
-
-
-@torch.no_grad()
-def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat) -> None:
-    """Reads the frozen weights of all decoder layers' linears again, before an engine has taken the PEFT model."""
-    comm = Communicator()
-    for index, layer in enumerate(decoder_layers(module)):
-        for linear in shape.linears(index):
-            name = f"{linear.name}.weight"
-            parameter: Any = base_parameter(layer, name)
-            full_name = f"model.layers.{index}.{name}"
-            if hasattr(parameter, "ds_tensor"):
-                start, end = owned_range(parameter.ds_numel, comm.world_size, comm.rank)
-                flat = read_flat(full_name, start, end, parameter.dtype)
-                overwrite_shard(parameter, pad(flat, parameter.ds_numel, comm.world_size))
-            else:
-                flat = read_flat(full_name, 0, parameter.numel(), parameter.dtype)
-                parameter.copy_(flat.view_as(parameter))

@@ -1,6 +1,6 @@
-"""The device that this rank computes on."""
+"""The device that this rank computes on: what it is, its memory, and how a CPU multiplies in half precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -26,6 +26,9 @@ PEAK_TERAFLOPS = {
     "L40S": 362,
     "RTX 4090": 165,
 }
+HALF = (torch.bfloat16, torch.float16)
+LARGEST_COPY = 2**24  # elements of a weight in fp32 at once: 64 MiB
+aten = torch.ops.aten
 
 
 def accelerator() -> Any:
@@ -53,6 +56,20 @@ def peak_flops(device: str, dtype: Dtype) -> float | None:
     """
     known = next((teraflops for name, teraflops in PEAK_TERAFLOPS.items() if name in device), None)
     return None if known is None or dtype == "float32" else known * 1e12
+
+
+def check_dtype(dtype: str) -> None:
+    """Checks that this rank's device can train in `dtype`. Raises a UserError that names the device."""
+    supported = {"float16": accelerator().is_fp16_supported, "bfloat16": _computes_bf16}
+    if dtype in supported and not supported[dtype]():
+        raise UserError(f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device")
+
+
+def _computes_bf16() -> bool:
+    """Whether the device has instructions for bf16. A GPU older than Ampere emulates them, slower than fp32."""
+    if accelerator().device_name() == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return accelerator().is_bf16_supported()
 
 
 def to_device(tensor: Tensor) -> Tensor:
@@ -84,23 +101,31 @@ def empty_host_cache() -> None:
         torch._C._host_emptyCache()  # torch 2.7
 
 
-def check_dtype(dtype: str) -> None:
-    """Checks that this rank's device can train in `dtype`. Raises a UserError that names the device."""
-    supported = {"float16": accelerator().is_fp16_supported, "bfloat16": _computes_bf16}
-    if dtype in supported and not supported[dtype]():
-        raise UserError(f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device")
+def resident_bytes() -> int:
+    """Returns the device memory that is allocated now, or a CPU process's anonymous and shared pages."""
+    return _process_bytes("RssAnon", "RssShmem") if is_cpu() else int(accelerator().memory_allocated())
 
 
-def _computes_bf16() -> bool:
-    """Whether the device has instructions for bf16. A GPU older than Ampere emulates them, slower than fp32."""
-    if accelerator().device_name() == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return accelerator().is_bf16_supported()
+def reserved_bytes() -> int:
+    """Returns the device memory that torch's allocator holds, used or not. 0 on a CPU, where it keeps none."""
+    return 0 if is_cpu() else int(accelerator().memory_reserved())
 
 
-aten = torch.ops.aten
-HALF = (torch.bfloat16, torch.float16)
-LARGEST_COPY = 2**24  # elements of a weight in fp32 at once: 64 MiB
+def peak_bytes() -> int:
+    """Returns the most memory this rank has used: the device allocator's peak, or a CPU process's resident peak."""
+    return _process_bytes("VmHWM") if is_cpu() else int(accelerator().max_memory_allocated())
+
+
+def _process_bytes(*keys: str) -> int:
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return sum(int(fields[key].split()[0]) * 1024 for key in keys)
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Returns the bytes of the storages behind some tensors. Views and aliases count once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values())
 
 
 def fast_half_products(dtype: str) -> AbstractContextManager[Any]:

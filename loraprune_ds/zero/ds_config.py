@@ -18,6 +18,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.storage import FrozenStorage
 
 MAX_BUCKET = 50_000_000  # elements. Every rank allocates a full reduce bucket
 
@@ -100,8 +101,8 @@ def resolve_ds_config(
     """
     path = Path(path)
     raw = read_json(path, unique_keys=True)
-    held = shape.held(None, DTYPES[config.model.dtype].itemsize)
-    check_reshardable(str(path), raw, {tensor.element_size for tensor in held.values()})
+    stored = FrozenStorage.from_config(config.model).stored(shape, DTYPES[config.model.dtype].itemsize)
+    check_reshardable(str(path), raw, {tensor.element_size for tensor in stored.values()})
     _refuse(str(path), raw, OWNED)
     owned = _owned_values(config, shape, world_size)
     _check_known(path, raw, {keys[0] for keys in owned})

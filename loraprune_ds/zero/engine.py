@@ -155,5 +155,5 @@ def _sharded_base(
     comm = Communicator()
     model = build_for_losses(pretrained, attn_implementation)
     # A single rank may find a weight that int8 cannot hold.
-    comm.all_or_raise(lambda: shard_at_birth(model, pretrained.read_held, ds_config, DTYPES[dtype], comm))
+    comm.all_or_raise(lambda: shard_at_birth(model, pretrained.read_stored, ds_config, DTYPES[dtype], comm))
     return model

@@ -96,12 +96,6 @@ class AxisCut:
         return old, (ranks * partition_numel(new_numel, world_size)).clamp(max=new_numel)
 
 
-def moved_elements(cut: AxisCut, world_size: int) -> Tensor:
-    """Returns (world_size,): the kept elements of each rank that belong to another rank after the cut."""
-    old, new = cut.borders(world_size)
-    return old.diff() - overlap(old[:-1], old[1:], new[:-1], new[1:])
-
-
 class ReshardPlan:
     """Holds how many elements one rank sends to and receives from each rank in a cut, itself included, in rank order.
 

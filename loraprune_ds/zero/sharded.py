@@ -18,7 +18,7 @@ from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFac
 from loraprune_ds.zero.collect import replace_weights
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import Item, cut_parameters, parameter_cuts, reshard, set_sizes
-from loraprune_ds.zero.device import empty_host_cache, settle_shards
+from loraprune_ds.zero.device import empty_host_cache, settle_shards, storage_bytes
 from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds, layer_owner
 from loraprune_ds.zero.optimizer import OptimizerState, first_nonfinite, unscale
 from loraprune_ds.zero.params import decode_int8, full_shape, owned_flat
@@ -82,8 +82,13 @@ class ShardedModel:
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.comm.all_reduce(values)
 
-    def gather_values(self, value: int) -> list[int]:
-        return self.comm.all_gather(torch.tensor([value], dtype=torch.int64, device=self.device)).flatten().tolist()
+    def weight_bytes(self) -> list[int]:
+        """Gathers the bytes of the weights that each rank holds: (world_size,)."""
+        shards = (cast(Any, parameter).ds_tensor for parameter in self.module.parameters())
+        return self.comm.gather_objects(storage_bytes(shards))
+
+    def differing_rank(self, value: object) -> int | None:
+        return self.comm.differing_rank(value)
 
     def owner(self, layer: int) -> int:
         return layer_owner(layer, self.world_size)
@@ -115,7 +120,7 @@ class ShardedModel:
         self._refresh_zero()
         empty_host_cache()
         settle_shards()
-        return self.comm.bytes_sent - before
+        return sum(self.comm.gather_objects(self.comm.bytes_sent - before))
 
     def gradient_sum(self) -> Tensor:
         """Returns the sum of this rank's shards of averaged LoRA gradients. It is not finite if one of them is not."""

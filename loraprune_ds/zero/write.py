@@ -18,7 +18,7 @@ from loraprune_ds.model.adapters import lora_linear, plain_parameter
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.weight_files import (
     INDEX_FILE,
-    as_stored,
+    as_on_disk,
     weight_file_count,
     weight_file_name,
     write_index,
@@ -93,7 +93,7 @@ def _file_tensors(
     model: ShardedModel, k: int, dtype: torch.dtype, tensors_of: TensorsOf, trained: bool
 ) -> dict[str, Tensor]:
     """Gathers layer k on its owner. After the last layer come embedding, norm and head. Empty elsewhere. Collective."""
-    shape, owner, exact, tensors = model.shape, model.owner(k), model.shape.exact, dict[str, Tensor]()
+    shape, owner, keep_fp32, tensors = model.shape, model.owner(k), model.shape.keep_fp32, dict[str, Tensor]()
     if k < len(model.layers):
         parent, prefix = model.layers[k], f"model.layers.{k}."
         for linear in shape.linears(k):
@@ -103,13 +103,13 @@ def _file_tensors(
             del collected
         names = [*shape.others(k), *(companion.name for companion in shape.companions(k))]
     else:
-        parent, prefix, names = cast(Any, model.module).get_base_model(), "", list(shape.ends)
+        parent, prefix, names = cast(Any, model.module).get_base_model(), "", list(shape.outer_parameters)
     others = {prefix + name: plain_parameter(parent, name, trained=trained) for name in names}
     for name, tensor in collect_named(others, owner, model.comm).items():
-        tensors[name] = tensor if name in exact else tensor.to(dtype)
-    return as_stored(tensors, shape.stored())
+        tensors[name] = tensor if name in keep_fp32 else tensor.to(dtype)
+    return as_on_disk(tensors, shape.pieces())
 
 
 def frozen_tensors(linear: CollectedLinear) -> dict[str, Tensor]:
     """Returns the stored tensors of a linear, without LoRA."""
-    return linear.held | ({} if linear.bias is None else {"bias": linear.bias})
+    return linear.stored | ({} if linear.bias is None else {"bias": linear.bias})

@@ -27,7 +27,7 @@ class Timed(Trainer):
 
     def __init__(self, config: RunConfig, prepared: Prepared) -> None:
         engine = build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
-        pruner = Pruner(engine.model, config.prune, prepared.schedule, prepared.limits, config.seed)
+        pruner = Pruner(engine.model, prepared.pruning, config.seed)
         super().__init__(
             engine, pruner, prepared.samples, prepared.order, config.train, dtype=config.model.dtype, seed=config.seed
         )

@@ -19,7 +19,6 @@ script. The result goes to tests/benchmarks/results/wide_layers.json.
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.weight_files import write_index, write_weight_file
 from loraprune_ds.plan.request import Cluster, build_request
 from loraprune_ds.plan.stages import split_state
@@ -105,7 +105,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     """The run itself, on the checkpoint in `folder`."""
     shape = shape_from_config(config_json(name), name)
     int8 = name.endswith(INT8)
-    held = replace(shape, int8=int8).held(None, 2).values()
+    held = FrozenStorage(int8).stored(shape, 2).values()
     write_ds_config(folder / "ds.json", max(torch.Size(s).numel() for s in shape.parameters().values()))
     shard = sum(tensor.element_size * partition_numel(torch.Size(tensor.shape).numel(), RANKS) for tensor in held)
     layer = 2 * shape.layer_numel(0)

@@ -21,7 +21,7 @@ from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.step import Pruner, agree
+from loraprune_ds.pruning.step import Pruner, check_same_mask
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero import engine, sharded
 from loraprune_ds.zero.flat import GATHERED_NUMEL, owned_range
@@ -227,7 +227,7 @@ def disagree(job: Job) -> str:
     heads = [0, 1] if model.rank < model.world_size - 1 else [0, 2]
     keep = some_keep(trainer, heads, list(range(50)))
     try:
-        agree(keep, model, 7)
+        check_same_mask(keep, model, 7)
     except RunError as error:
         return str(error)
     return "agreed"

@@ -2,7 +2,7 @@
 
 import gc
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,24 @@ from torch import Tensor
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
+from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.token_loss import LossHead
+from loraprune_ds.plan.stages import state_terms
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.limits import make_limits
-from loraprune_ds.pruning.schedule import Schedule, make_schedule
+from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
+from loraprune_ds.zero.device import storage_bytes
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_training_engine
-from loraprune_ds.zero.memory import state_tensors, state_terms, storage_bytes
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.sharded import ShardedModel
 from tests.families import SIZES, tiny_model
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.zero_bytes import state_tensors
 
 Options = dict[str, Any]
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -179,9 +181,8 @@ def assemble(
 ) -> Trainer:  # fmt: skip
     """Puts a trainer together over a fresh engine."""
     engine = build_training_engine(config, pretrained, ds_config, steps)
-    limits = make_limits(config.prune, pretrained.shape)
-    schedule = schedule or make_schedule(config.prune, steps, limits)
-    pruner = Pruner(engine.model, config.prune, schedule, limits, config.seed)
+    plan = plan_pruning(config.prune, pretrained.shape, steps)
+    pruner = Pruner(engine.model, replace(plan, schedule=schedule or plan.schedule), config.seed)
     return Trainer(engine, pruner, samples, order, config.train, dtype=config.model.dtype, seed=config.seed)
 
 
@@ -243,11 +244,13 @@ def run_steps(trainer: Trainer, job: Job) -> Outcome:
 
 def expected_bytes(job: Job, model: ShardedModel) -> int:
     bucket = next(iter(model.zero_optimizer.ipg_buckets.values())).buffer.numel()
+    element_size = 4 if job.dtype == "float32" else 2
     terms = state_terms(
         model.shape,
         job.lora_r,
+        FrozenStorage.of(model.module).stored(model.shape, element_size).values(),
         world_size=model.world_size,
-        element_size=4 if job.dtype == "float32" else 2,
+        element_size=element_size,
         bucket_numel=bucket,
         stepped=True,
     )

@@ -13,7 +13,7 @@ from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
 from loraprune_ds.model.pretrained import PretrainedModel, cut_to, open_for_pruning
 from loraprune_ds.model.shapes import LayerKeep
-from loraprune_ds.model.weight_files import as_stored, write_index, write_weight_file
+from loraprune_ds.model.weight_files import as_on_disk, write_index, write_weight_file
 from loraprune_ds.pruning.step import all_groups
 from tests.numerics.cutting import whole_state
 from tests.numerics.driver import Job, Outcome, build
@@ -31,8 +31,8 @@ def write_dequantised(source: Path, folder: Path, dtype: str) -> Path:
     pretrained = open_int8(source)
     folder.mkdir()
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
-    tensors = {name: pretrained.read_whole(name, DTYPES[dtype]) for name in pretrained.shape.parameters()}
-    write_index(folder, [write_weight_file(folder, 0, 1, as_stored(tensors, pretrained.shape.stored()))])
+    tensors = {name: pretrained.read_full(name, DTYPES[dtype]) for name in pretrained.shape.parameters()}
+    write_index(folder, [write_weight_file(folder, 0, 1, as_on_disk(tensors, pretrained.shape.pieces()))])
     return folder
 
 
@@ -42,8 +42,8 @@ def read_left(job: Job, outcome: Outcome) -> dict[str, Tensor]:
     kinds = pretrained.shape.kinds
     keep = [LayerKeep(zip(kinds, map(torch.tensor, kept), strict=True)) for kept in outcome.kept[-1]]
     left, dtype = cut_to(pretrained, keep, job.dtype), DTYPES[job.dtype]
-    held = left.shape.held(None, dtype.itemsize)
-    return {n: left.read_held(n, 0, torch.Size(x.shape).numel(), dtype).view(x.shape) for n, x in held.items()}
+    held = left.storage.stored(left.shape, dtype.itemsize)
+    return {n: left.read_stored(n, 0, torch.Size(x.shape).numel(), dtype).view(x.shape) for n, x in held.items()}
 
 
 def refit_once(job: Job) -> dict[str, Tensor]:

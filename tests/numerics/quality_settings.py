@@ -19,7 +19,7 @@ from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
 from loraprune_ds.train.teacher_pass import record_teacher
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.memory import storage_bytes
+from loraprune_ds.zero.device import storage_bytes
 from tests.numerics.cutting import whole_state
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 

@@ -20,13 +20,14 @@ from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, P
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.train import run
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import storage_bytes
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine
-from loraprune_ds.zero.memory import state_tensors, storage_bytes, weight_tensors
 from tests.integration.resuming import config_for, run_here, write_run
 from tests.numerics import cutting, quality_settings
 from tests.numerics.driver import Job, build, tiny_job
 from tests.ranks import RankPool
+from tests.zero_bytes import state_tensors, weight_shards
 
 ROOT = Path(__file__).parents[2]
 BASELINE = "zero3"
@@ -151,7 +152,7 @@ def recording(module: Any, live: Callable[[], int], alive: list[int], shards: li
     def building(*args: Any) -> Any:
         alive.append(live())
         engine = build_engine(*args)
-        shards.append(storage_bytes(weight_tensors(engine)))
+        shards.append(storage_bytes(weight_shards(engine)))
         return engine
 
     return patch.object(module, "build_inference_engine", building)

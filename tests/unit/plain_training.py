@@ -16,8 +16,7 @@ from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.limits import make_limits
-from loraprune_ds.pruning.schedule import make_schedule
+from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Cut, Pruner
 from tests.plain_model import PlainModel
 
@@ -73,9 +72,8 @@ class PlainRun:
         self.optimizer = torch.optim.AdamW(self.trainable, lr=self.learning_rate, eps=self.epsilon, weight_decay=0.0)
         shape = open_pretrained(self.folder).shape
         self.prunable = PlainModel(self.model, shape, self.optimizer)
-        limits = make_limits(self.prune, shape)
-        schedule = make_schedule(self.prune, self.steps, limits)
-        self.pruner = Pruner(cast(Any, self.prunable), self.prune, schedule, limits, seed=0)
+        self.plan = plan_pruning(self.prune, shape, self.steps)
+        self.pruner = Pruner(cast(Any, self.prunable), self.plan, seed=0)
 
     def step(self, step: int, batch: Batch) -> None:
         with self.pruner.record_step(step):

@@ -14,7 +14,8 @@ from loraprune_ds.model.family import FAMILIES, LLAMA_LINEARS
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.limits import Limits
+from loraprune_ds.pruning.target import make_limits
 
 KINDS = FAMILIES["llama"].kinds
 BY_NAME: dict[str, Linear] = {linear.name: linear for linear in LLAMA_LINEARS}
@@ -35,7 +36,7 @@ def make_shape(
         layer_others={
             frozenset(KINDS): {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
         },
-        ends={
+        outer_parameters={
             "model.embed_tokens.weight": (50, hidden),
             "model.norm.weight": (hidden,),
             "lm_head.weight": (50, hidden),

@@ -2,7 +2,6 @@
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.config import Dtype, ModelConfig, RunConfig, TrainConfig
+from loraprune_ds.config import Dtype, Frozen, ModelConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.experts import CORRECTION
@@ -34,8 +33,8 @@ def resolve(
     return resolve_ds_config(path, config, shape, world_size)
 
 
-def with_dtype(dtype: Dtype) -> RunConfig:
-    return RunConfig("out", model=ModelConfig(dtype=dtype), train=CONFIG.train)
+def with_dtype(dtype: Dtype, frozen: Frozen | None = None) -> RunConfig:
+    return RunConfig("out", model=ModelConfig(dtype=dtype, frozen=frozen), train=CONFIG.train)
 
 
 def zero3(**settings: Any) -> dict[str, Any]:
@@ -174,11 +173,10 @@ def test_a_setting_that_is_off_or_works_is_accepted(tmp_path: Path, keys: tuple[
 @pytest.mark.parametrize("keys", ONE_DTYPE, ids=".".join)
 @pytest.mark.parametrize(("dtype", "sizes"), [("bfloat16", "1 and 2"), ("float32", "1 and 4")])
 def test_int8_is_not_fetched_by_all_reduce(tmp_path: Path, keys: tuple[str, ...], dtype: Dtype, sizes: str) -> None:
-    int8 = replace(SHAPE, int8=True)
     resolve(tmp_path, place(keys, True), with_dtype(dtype))
-    resolve(tmp_path, place(keys, False), with_dtype(dtype), shape=int8)
+    resolve(tmp_path, place(keys, False), with_dtype(dtype, "int8"))
     with pytest.raises(UserError, match=rf"{'.'.join(keys)}: .* elements of {sizes} bytes$"):
-        resolve(tmp_path, place(keys, True), with_dtype(dtype), shape=int8)
+        resolve(tmp_path, place(keys, True), with_dtype(dtype, "int8"))
 
 
 @pytest.mark.parametrize("family", MIXTURES)

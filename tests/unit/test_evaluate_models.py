@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.models import choose_dtype, find_model, load_model
+from loraprune_ds.evaluate.evaluation import choose_dtype
+from loraprune_ds.evaluate.models import find_model, load_model, open_result
 from tests.export_cases import CASES, VOCAB, dense_model, export, exported_config
 from tests.oracle.models import LINEARS, make_lora, make_tiny_llama, make_tokenizer
 
@@ -22,6 +25,7 @@ CPU = torch.device("cpu")
 GLOBAL = next(case for case in CASES if case.name == "layers_gqa_biases")
 TENSORS = "adapter_model.safetensors"
 REPORT = {"params": {"dense": 2_000_000}, "config": {"prune": {"criterion": "lora", "ranking": "uniform"}}}
+KEPT = {"layers": [{"heads": [0, 2], "heads_dense": 4}] * 3}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_adapter(root / "dense", root / "adapter")
     shutil.copytree(root / "pruned", root / "run" / "model")
     (root / "run" / "report.json").write_text(json.dumps(REPORT))
+    (root / "run" / "kept_groups.json").write_text(json.dumps(KEPT))
     write_status(root / "run", Status("finished", 8, 8))
     return root
 
@@ -106,6 +111,35 @@ def test_dtype_is_the_models_own_unless_named(made: Path) -> None:
     source.pretrained.config["dtype"] = "float8"
     with pytest.raises(UserError, match="is stored as float8; choose --dtype bfloat16, float16, float32"):
         choose_dtype(source, None)
+
+
+# Results
+
+
+def test_a_result_is_opened_from_its_run_or_its_model(made: Path) -> None:
+    run, bare = open_result(made / "run"), open_result(str(made / "pruned"))
+    assert (run.folder, bare.folder) == (made / "run" / "model", made / "pruned")
+    assert run.report == open_result(run.folder).report == REPORT
+    assert run.kept_groups == open_result(run.folder).kept_groups == KEPT["layers"]
+    assert bare.report is bare.kept_groups is None
+    assert run.load_tokenizer()("text")["input_ids"] == AutoTokenizer.from_pretrained(run.folder)("text")["input_ids"]
+    expected = AutoModelForCausalLM.from_pretrained(made / "pruned", dtype="auto", trust_remote_code=True)
+    (run.folder / "modeling_pruned.py").write_text("raise RuntimeError('code of the folder was run')")
+    found, token_ids = run.load_model(attn_implementation="sdpa"), torch.arange(20)[None]
+    assert torch.equal(found(input_ids=token_ids).logits, expected(input_ids=token_ids).logits)
+    half = run.load_model(dtype=torch.bfloat16)
+    assert (found.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_a_result_is_opened_without_deepspeed() -> None:
+    code = "import sys; from loraprune_ds.evaluate.models import open_result; assert 'deepspeed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "adapter", "nothing"])
+def test_a_folder_without_a_result_is_one_line(made: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"^{made / name}[^\n]*$"):
+        open_result(made / name)
 
 
 # Bad input

@@ -13,9 +13,8 @@ from typing import TypeVar
 import pytest
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.models import served_model
-from loraprune_ds.evaluate.settings import Server, ServeSettings
-from loraprune_ds.evaluate.speed import Served, ServedModel, find_server, measure_serving
+from loraprune_ds.evaluate.settings import Server, ServeSettings, find_server
+from loraprune_ds.evaluate.speed import Served, ServedModel, measure_serving, served_model
 from tests.families import tiny_model
 
 T = TypeVar("T")
@@ -79,8 +78,8 @@ EVALUATION = """
 import sys
 from loraprune_ds.command import leave, tell
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.models import serve
 from loraprune_ds.evaluate.settings import ServeSettings
+from loraprune_ds.evaluate.speed import serve
 try:
     serve([sys.argv[2]], ServeSettings(server="vllm", python=sys.argv[1], prompt=5, generated=2, rounds=1), "f16")
 except UserError as error:  # as main() has it

@@ -18,11 +18,11 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
+from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan, decode_rows
 from tests.families import tiny_model
@@ -190,10 +190,10 @@ def test_the_correction_stays_fp32(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     pretrained = open_pretrained(tmp_path)
     name = f"model.layers.1.mlp.gate.{CORRECTION}"
-    for found in pretrained.read_held(name, 0, 23, torch.bfloat16), pretrained.read_whole(name, torch.bfloat16):
+    for found in pretrained.read_stored(name, 0, 23, torch.bfloat16), pretrained.read_full(name, torch.bfloat16):
         assert torch.equal(found, model.get_buffer(name))
-    held = pretrained.shape.held(None, 2)
-    assert [x for x, tensor in held.items() if tensor.element_size == 4] == [name]
+    stored = pretrained.storage.stored(pretrained.shape, 2)
+    assert [x for x, tensor in stored.items() if tensor.element_size == 4] == [name]
 
 
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.flops import active_lora, active_numel, met_numel
 from loraprune_ds.model.pretrained import cut_to, open_for_pruning, open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.prunable_model import LoraFactors
+from loraprune_ds.pruning.target import make_limits
 from tests.families import tiny_model
 from tests.family_cuts import PROMPT, Network, dense, difference, draw, find_router, reopened, sparse_layers
 from tests.published import MIXTURES

@@ -54,7 +54,7 @@ def notes(name: str, family: Family) -> Iterator[str]:
         yield "whole [experts](experts.md) leave"
     elif family.companions:
         yield "its norms run over all heads, so a cut is not quite equal to a mask"
-    if whole := [words for part, words in WHOLE.items() if any(part in name for name in family.whole)]:
+    if whole := [words for part, words in WHOLE.items() if any(part in name for name in family.uncut)]:
         yield f"{' and '.join(whole)} stay whole, without LoRA"
     if family.fixed:
         yield f"its {' and '.join(family.fixed)} stay, as its class has no field for fewer"

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.models import served_model
+from loraprune_ds.evaluate.speed import served_model
 from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.export.huggingface import begin
 from loraprune_ds.export.lora import find_source

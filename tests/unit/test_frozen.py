@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.cuts import layer_cuts
 from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, FrozenLinear, Int8, Int8Linear, dequantise, storage_format
@@ -125,21 +124,23 @@ def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(fam
     tiny_model(family, seed=1).save_pretrained(tmp_path)
     dense = open_int8(tmp_path)
     keep = draw(dense.shape, FEW, MANY)
-    small, held = cut_to(dense, keep, "bfloat16"), dense.shape.held(None, 2)
-    left = dense.shape.after(keep).held(None, 2)
+    small, held = cut_to(dense, keep, "bfloat16"), dense.storage.stored(dense.shape, 2)
+    left = dense.storage.stored(dense.shape.after(keep), 2)
     cuts = {
         f"model.layers.{i}.{name}": kept
         for i, layer_keep in enumerate(keep)
-        for name, kept, _ in layer_cuts(dense.shape, i, layer_keep)
+        for name, kept, _ in dense.storage.layer_cuts(dense.shape, i, layer_keep)
     }
     assert {name.rpartition(".")[2] for name in cuts} >= {WEIGHT, SCALE}
     for name, cut in cuts.items():
         size = held[name].shape
-        expected = take(dense.read_held(name, 0, math.prod(size), torch.bfloat16).view(size), cut)
+        expected = take(dense.read_stored(name, 0, math.prod(size), torch.bfloat16).view(size), cut)
         assert expected.shape == left[name].shape
         for rank in range(3):
             start, end = owned_range(expected.numel(), 3, rank)
-            assert torch.equal(small.read_held(name, start, end, torch.bfloat16), expected.reshape(-1)[start:end]), name
+            assert torch.equal(small.read_stored(name, start, end, torch.bfloat16), expected.reshape(-1)[start:end]), (
+                name
+            )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -149,7 +150,7 @@ def test_a_source_that_is_not_finite_is_named(tmp_path: Path, bad: float) -> Non
     name = "model.layers.1.mlp.down_proj.weight"
     model.get_parameter(name).data[-1, 22] = bad
     model.save_pretrained(tmp_path)
-    read = partial(open_int8(tmp_path).read_held, name, dtype=torch.bfloat16)
+    read = partial(open_int8(tmp_path).read_stored, name, dtype=torch.bfloat16)
     read(0, BLOCK * 23)
     with pytest.raises(UserError, match=f"{name} has an inf or NaN"):
         read(BLOCK * 23, hidden * 23)
@@ -161,7 +162,7 @@ def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     expert = "model.layers.1.mlp.experts.7.down_proj.weight"
     with pytest.raises(UserError, match=f"{tmp_path}/model.safetensors: {expert} has an inf or NaN"):
-        open_int8(tmp_path).read_whole("model.layers.1.mlp.experts.down.weight", torch.bfloat16)
+        open_int8(tmp_path).read_full("model.layers.1.mlp.experts.down.weight", torch.bfloat16)
 
 
 @forms
@@ -193,7 +194,7 @@ def test_a_stack_makes_the_weight_of_one_expert_at_a_time(
     held = form.split(weight_of((experts * shape[0], shape[1])), torch.float32)
     whole = form.join(held).view(experts, *shape)
     stack = ExpertStack(torch.zeros(experts, *shape), transposed)
-    stack.hold(form, torch.empty(0))
+    stack.store_as(form, torch.empty(0))
     stack.weight.data, stack.weight_scale.data = held[WEIGHT], held[SCALE]  # type: ignore[assignment]
     made: list[tuple[int, ...]] = []
 
@@ -215,7 +216,10 @@ def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(family: str, tm
     pretrained = open_int8(tmp_path)
     model = build_for_losses(pretrained, "eager")
     found = {name: (tuple(p.shape), p.dtype == torch.int8) for name, p in model.named_parameters()}
-    expected = {name: (held.shape, held.element_size == 1) for name, held in pretrained.shape.held(None, 2).items()}
+    expected = {
+        name: (held.shape, held.element_size == 1)
+        for name, held in pretrained.storage.stored(pretrained.shape, 2).items()
+    }
     assert found == expected
     layers = decoder_layers(model)
     assert all(isinstance(layers[i].get_submodule(x.name), FrozenLinear) for i, x in pretrained.shape.linear_ids())

@@ -8,8 +8,9 @@ import torch
 from loraprune_ds.config import PruneConfig, Ranking, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.plan.request import Cluster, build_request
-from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global, uniform_counts, uniform_goal
+from loraprune_ds.pruning.target import make_limits
 from tests.unit.shapes_and_scores import make_shape, random_scores_of
 
 SHAPE = make_shape([(9, 1536)] * 10, hidden=576, head_dim=64)

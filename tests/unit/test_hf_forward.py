@@ -15,7 +15,7 @@ from loraprune_ds.hf.live import ForwardWatch
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.report.records import History
 from loraprune_ds.train.recorder import Recorder
-from loraprune_ds.zero.training_engine import before_each_update
+from loraprune_ds.zero.external_engine import before_each_update
 from tests.unit.test_hf_refusals import adapted
 
 IDS = torch.arange(8).view(2, 4)
@@ -88,11 +88,10 @@ def attach(monkeypatch: pytest.MonkeyPatch, *, overflow: bool = False) -> tuple[
     """Returns a `Pruning` over stand-ins, their parts, and what it does right before an update."""
     watch, update, pruner = Mock(active=False, take_tokens=lambda: 5), Mock(), Mock(schedule=Mock(last_cut=0))
     model = Mock(device="cpu", rank=0, zero_optimizer=Mock(optimizer=Mock(param_groups=[{"lr": 0.1}])))
-    model.nonfinite_layer.return_value = 0 if overflow else None
+    model.nonfinite_layer.return_value, model.weight_bytes.return_value = 0 if overflow else None, [1]
     model.comm.all_gather = lambda row: row[None]
     pruner.record_step, pruner.reached.return_value, pruner.cut.return_value = lambda _: nullcontext(), 0.0, None
     monkeypatch.setattr("loraprune_ds.hf.pruning.ForwardWatch", lambda *_: watch)
-    monkeypatch.setattr("loraprune_ds.train.trainer.gather_weight_bytes", lambda _: [1])
     monkeypatch.setattr("loraprune_ds.hf.pruning.gradient_norm", lambda _: 1.0)
     monkeypatch.setattr("loraprune_ds.hf.pruning.before_each_update", update)
     pruning = Pruning(Mock(), model, pruner, "float16", Recorder(History(), []), steps=9, seed=0)

@@ -19,7 +19,7 @@ from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, live_s
 from loraprune_ds.model.adapters import set_features
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.ds_config import check_reshardable
-from loraprune_ds.zero.training_engine import find_zero_optimizer, share_model
+from loraprune_ds.zero.external_engine import find_zero_optimizer, share_model
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
 ALL = [linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS]
@@ -177,7 +177,7 @@ def test_a_training_begins_with_all_checks(monkeypatch: pytest.MonkeyPatch) -> N
     assert "weights on NVMe" in refused_start(monkeypatch, adapted(), adam, deepspeed_plugin=nvme)
     assert "layer 0 self_attn.q_proj has no LoRA" in refused_start(monkeypatch, adapted(target_modules=ALL[1:]), adam)
     assert "the optimizer state of SGD" in refused_start(monkeypatch, adapted(), torch.optim.SGD(weights))
-    monkeypatch.setattr("loraprune_ds.zero.training_engine.dist.get_world_size", lambda group=None: 2 if group else 4)
+    monkeypatch.setattr("loraprune_ds.zero.external_engine.dist.get_world_size", lambda group=None: 2 if group else 4)
     assert "ZeRO-3 shards over 2 of 4 ranks" in refused_start(monkeypatch, adapted(), adam)
 
 

@@ -11,8 +11,9 @@ import torch
 from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
+from loraprune_ds.pruning.target import make_limits
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, random_scores_of, random_shape
 
 

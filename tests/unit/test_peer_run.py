@@ -30,8 +30,7 @@ from tests.unit.test_mask_gradients import tiny_run
 @pytest.mark.parametrize("name", METRICS)
 def test_scores_follow_the_formula_of_the_peer(tmp_path: Path, name: str) -> None:
     run, batch = tiny_run(tmp_path, "llama")
-    known = run.pruner
-    run.pruner = PeerPruner(name, cast(Any, run.prunable), known.config, known.schedule, known.limits, 0)
+    run.pruner = PeerPruner(name, cast(Any, run.prunable), run.plan, 0)
     seen: dict[tuple[int, str], list[Tensor]] = {}
 
     def see(key: tuple[int, str], module: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -19,7 +19,7 @@ from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.ranking import uniform_counts
-from loraprune_ds.pruning.step import agree, all_groups
+from loraprune_ds.pruning.step import all_groups, check_same_mask
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.formula import cut_gap
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
@@ -276,13 +276,13 @@ def test_scoring_stops_after_the_last_cut(gqa: Tiny, monkeypatch: pytest.MonkeyP
 def test_a_rank_with_another_mask_is_named(gqa: Tiny) -> None:
     model: Any = gqa.plain().prunable
     keep = [LayerKeep(heads=k["heads"][1:], channels=k["channels"][::2]) for k in all_groups(model.shape)]
-    digests: list[int] = []
-    model.gather_values = lambda value: digests.append(value) or [value, value]
-    agree(keep, model, 7)
+    digests: list[bytes] = []
+    model.differing_rank = lambda digest: digests.append(digest) or (None if digest == digests[0] else 2)
+    for _ in range(2):
+        check_same_mask(keep, model, 7)
     other = [LayerKeep(heads=keep[0]["heads"], channels=keep[0]["channels"][1:]), *keep[1:]]
-    model.gather_values = lambda value: [digests[0], digests[0], value]
     with pytest.raises(RunError, match=r"^step 7: rank 2 computed another mask than rank 0$"):
-        agree(other, model, 7)
+        check_same_mask(other, model, 7)
 
 
 def test_random_pruning_draws_once(gqa: Tiny) -> None:

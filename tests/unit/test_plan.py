@@ -276,7 +276,7 @@ def test_recovery_and_the_dense_models_pass_are_in_all() -> None:
     cases: list[dict[str, Any]] = [{}, settings, settings | {"recovery_steps": 30}]
     plain, distilled, longer = (make_plan(request(Cluster(1, 2), **x)) for x in cases)
     assert (distilled.request.steps, longer.request.steps) == (20, 50)
-    assert longer.request.schedule == distilled.request.schedule
+    assert longer.request.pruning.schedule == distilled.request.pruning.schedule
     disk = [teacher_pass(x.request)[-1] for x in (plain, distilled, longer)]
     assert disk == [0, 20 * 64 * 63 * 512 * 2, 50 * 64 * 63 * 512 * 2]
     assert distilled.in_all.at_most - plain.in_all.at_most == pytest.approx(distilled.teacher.total.at_most)

@@ -9,8 +9,9 @@ import torch
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.limits import Limits, make_limits
+from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_uniform, uniform_counts, uniform_goal
+from loraprune_ds.pruning.target import make_limits
 from tests.oracle.formula import keep_best
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape, random_limits, random_scores_of
 

@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from loraprune_ds.config import RunConfig
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.report.records import EvaluationRecord, History
 from loraprune_ds.report.report import (
     RESULTS,
     Outcome,
     commit,
     make_report,
-    read_report,
     write_kept_groups,
-    write_report,
 )
 from loraprune_ds.report.summary import summary_table
 from loraprune_ds.units import format_bytes, format_clock, format_count, format_duration, format_perplexity
@@ -32,8 +31,8 @@ def report_of(history: History, resumed_from: tuple[int, ...] = ()) -> dict[str,
 
 
 def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
-    write_report(tmp_path, report_of(small_run(), resumed_from=(5,)))
-    report = read_report(tmp_path)
+    write_json(tmp_path / "report.json", report_of(small_run(), resumed_from=(5,)))
+    report = read_json(tmp_path / "report.json")
     # By hand: embedding 100·64, norms 64·(2·3 + 1); a head 8·64·(2 + 1 + 1 + 2), a channel 3·64.
     dense = 6400 + 448 + 3 * (4 * 3072 + 96 * 192)
     pruned = dense - 3 * 3072 - (56 + 46) * 192
@@ -106,8 +105,10 @@ def test_seconds_per_step_are_medians(
 def test_the_later_evaluation_of_a_name_counts_and_infinity_is_valid_json(tmp_path: Path) -> None:
     """A run resumed at its end measures the exported model again."""
     found = [EvaluationRecord(10, "pruned", p, 1, 1) for p in (80.0, 74.0)]
-    write_report(tmp_path, report_of(History(evaluations=[EvaluationRecord(0, "dense", math.inf, 1, 1), *found])))
-    assert read_report(tmp_path)["perplexity"] == {"dense": None, "after_last_cut": None, "pruned": 74.0}
+    write_json(
+        tmp_path / "report.json", report_of(History(evaluations=[EvaluationRecord(0, "dense", math.inf, 1, 1), *found]))
+    )
+    assert read_json(tmp_path / "report.json")["perplexity"] == {"dense": None, "after_last_cut": None, "pruned": 74.0}
 
 
 def test_kept_groups_are_indices_into_the_dense_model_and_stable(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.pruning import schedule as schedules
-from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.pruning.target import make_limits
 from tests.oracle.formula import cubic_target
 from tests.unit.shapes_and_scores import LLAMA_7B, repository
 

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.cuts import layer_cuts
 from loraprune_ds.model.family import ATTENTION, FAMILIES, GATED, LLAMA_LINEARS
 from loraprune_ds.model.family_row import Family, Linear, Part
 from loraprune_ds.model.flops import needed_flops_per_token
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
+from loraprune_ds.model.storage import MODEL_DTYPE
 from loraprune_ds.pruning.importance import random_scores
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
@@ -153,7 +153,7 @@ def test_kinds_come_in_the_order_of_the_forward_and_counts_in_any_order(three: M
 
 def test_a_group_of_the_third_kind_leaves_with_its_rows(three: ModelShape) -> None:
     keep = LayerKeep(heads=torch.arange(4), experts=torch.tensor([0, 2]), channels=torch.arange(60))
-    cuts = {name: (kept.axis, kept.keep.tolist()) for name, kept, _ in layer_cuts(three, 0, keep)}
+    cuts = {name: (kept.axis, kept.keep.tolist()) for name, kept, _ in MODEL_DTYPE.layer_cuts(three, 0, keep)}
     rows = [0, 1, 2, 3, 8, 9, 10, 11]
     assert cuts == {"moe.up_proj.weight": (0, rows), "moe.down_proj.weight": (1, rows)}
     left = three.after([keep, *all_groups(three)[1:]])

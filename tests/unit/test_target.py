@@ -10,9 +10,9 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.limits import make_limits
+from loraprune_ds.pruning.limits import limits_without_ratio
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
-from loraprune_ds.pruning.schedule import describe_target, find_ratio, measure, server_memory
+from loraprune_ds.pruning.target import describe_target, make_limits, measure, server_memory
 from tests.families import MIXTURES, tiny_config
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of
 
@@ -23,7 +23,7 @@ LIMITS: list[dict[str, Any]] = [{}, {"channel_multiple": 1}, {"channel_multiple"
 def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
     """Returns the shape after a cut with random scores."""
     config = PruneConfig(**prune)
-    limits = make_limits(config, shape, find_ratio(config, shape))
+    limits = make_limits(config, shape)
     scores = random_scores_of(shape, torch.Generator().manual_seed(seed))
     if config.ranking == "uniform":
         return shape.after(rank_uniform(scores, shape, limits, limits.ratio, limits.ratio))
@@ -32,7 +32,7 @@ def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
 
 def uniform_step(shape: ModelShape, prune: dict[str, Any], of_weight: float = 1, of_a_head: float = 0) -> float:
     """Returns the size that leaves with one step of the channels in all open layers, plus that of a head."""
-    limits = make_limits(PruneConfig(**{**prune, "target": "1GiB"}), shape, 0.3)
+    limits = limits_without_ratio(PruneConfig(**{**prune, "target": "1GiB"}), shape)
     return len(limits.open_layers) * (limits.step_numel("channels") * of_weight + of_a_head)
 
 
@@ -99,7 +99,7 @@ def test_memory_is_weights_and_cache_by_hand() -> None:
 
 def test_the_report_tells_what_was_reached() -> None:
     plain = PruneConfig(ratio=0.3)
-    assert (find_ratio(plain, LLAMA_7B), describe_target(plain, LLAMA_7B, LLAMA_7B)) == (0.3, None)
+    assert (make_limits(plain, LLAMA_7B).ratio, describe_target(plain, LLAMA_7B, LLAMA_7B)) == (0.3, None)
     pruned = cut_to(LLAMA_7B, target="10GB", target_context=2048)
     entry = describe_target(PruneConfig(target="10GB", target_context=2048), LLAMA_7B, pruned)
     assert entry is not None
@@ -119,11 +119,11 @@ def test_the_report_tells_what_was_reached() -> None:
 )
 def test_a_target_that_cannot_be_reached_is_refused(prune: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        find_ratio(PruneConfig(**prune), LLAMA_7B)
+        make_limits(PruneConfig(**prune), LLAMA_7B)
 
 
 def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
     with pytest.raises(UserError, match=r"at least ([\d.]+) B stay") as caught:
-        find_ratio(PruneConfig(target="1B"), LLAMA_7B)
+        make_limits(PruneConfig(target="1B"), LLAMA_7B)
     smallest = float(re.search(r"least ([\d.]+)", str(caught.value)).group(1))  # type: ignore[union-attr]
-    assert find_ratio(PruneConfig(target=f"{smallest + 0.05}B"), LLAMA_7B)
+    assert make_limits(PruneConfig(target=f"{smallest + 0.05}B"), LLAMA_7B).ratio

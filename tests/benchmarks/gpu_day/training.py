@@ -15,9 +15,8 @@ from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.report.records import StepRecord
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.device import accelerator, is_cpu
+from loraprune_ds.zero.device import accelerator, is_cpu, peak_bytes
 from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
-from loraprune_ds.zero.memory import peak_bytes
 from tests.benchmarks.gpu_day.engine import Sizes, device_bytes, make_request, make_trainer, sizes
 from tests.benchmarks.gpu_day.found import Found
 

@@ -18,7 +18,7 @@ from loraprune_ds.export.lora import find_source
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.schedule import measure, server_memory
+from loraprune_ds.pruning.target import measure, server_memory
 from tests.export_cases import Case
 from tests.integration.heavy.results import MEMORY_FILE, ask, python_of, record
 from tests.integration.heavy.smollm2 import SIZES, write

@@ -1,0 +1,118 @@
+"""How much a run removes in all: `prune.ratio`, or the ratio that brings the model down to `prune.target`."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.flops import cached_numel
+from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.pruning.limits import Limits, check_reachable, limits_without_ratio, reachable, with_ratio
+from loraprune_ds.pruning.ranking import uniform_goal
+from loraprune_ds.units import Amount
+
+BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and biases
+
+
+def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
+    """Makes the limits of a run, whose ratio is `prune.ratio` or follows from `prune.target`.
+
+    Raises UserError if settings conflict, or if the ratio or target is out of reach. The message names the largest
+    ratio or the smallest size.
+    """
+    limits, amount = limits_without_ratio(config, dense), config.target_amount
+    ratio = config.ratio if amount is None else _find_ratio(config, limits, amount)
+    assert ratio is not None, "the config has a ratio or a target"
+    limits = with_ratio(config, limits, ratio)
+    check_reachable(config, limits)
+    return limits
+
+
+def _find_ratio(config: PruneConfig, limits: Limits, amount: Amount) -> float:
+    """Finds the ratio that reaches `prune.target`.
+
+    `uniform` ends at or below the target, within one step of its widths. `global` ends within one group of it.
+    """
+    size, numel = measure(config, limits.dense), limits.dense.linear_numel()
+    if size <= amount.value:
+        has = amount.format(size)
+        raise UserError(f"prune.target {config.target} takes nothing from the dense model, which has {has}")
+    least, most = (gone / numel for gone in reachable(config, limits))
+    size_at = _size_of_uniform if config.ranking == "uniform" else _size_of_global
+    narrowest = size_at(config, with_ratio(config, limits, most)) if most > 0 else size
+    if narrowest > amount.value:
+        keeps = f"protected layers, minimum widths and prune.max_layer_ratio at least {amount.format(narrowest)} stay"
+        raise UserError(f"prune.target {config.target} is out of reach: with the {keeps}")
+    low, high = least, most
+    while high - low > 0.5 / numel:  # `high` fits
+        middle = (low + high) / 2
+        too_large = size_at(config, with_ratio(config, limits, middle)) > amount.value
+        low, high = (middle, high) if too_large else (low, middle)
+    if config.head_ratio and high - least < 1 / numel:
+        raise UserError(f"prune.head_ratio {config.head_ratio} alone takes more than prune.target {config.target} asks")
+    return high
+
+
+def _size_of_uniform(config: PruneConfig, limits: Limits) -> float:
+    """Returns the size at the final widths of `uniform`."""
+    goal, open_layers = uniform_goal(limits, limits.ratio), set(limits.open_layers)
+    layers = tuple(goal if i in open_layers else layer for i, layer in enumerate(limits.dense.layers))
+    return measure(config, limits.dense.with_layers(layers))
+
+
+def _size_of_global(config: PruneConfig, limits: Limits) -> float:
+    """Returns the size once each kind has lost its share, from whichever layers."""
+    dense, leaving = limits.dense, limits.ratio * limits.dense.linear_numel()
+    size = whole = measure(config, dense)
+    for kind, share in limits.shares.items():
+        *others, layer = sorted(dense.layers, key=lambda layer: layer[kind])  # some have no experts
+        without_one = LayerShape({**layer, kind: layer[kind] - 1})
+        of_a_group = whole - measure(config, dense.with_layers((*others, without_one)))
+        size -= of_a_group * leaving * share / dense.group_numel(kind)
+    return size
+
+
+@dataclass(frozen=True)
+class ServerMemory:
+    """Holds the bytes on a server."""
+
+    weights: float
+    kv_cache: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.kv_cache
+
+
+def server_memory(config: PruneConfig, shape: ModelShape) -> ServerMemory:
+    """Counts the bytes of weights, and of a KV cache of `prune.target_context` tokens."""
+    linear = shape.linear_numel()
+    weights = linear * config.target_weight_bits / 8 + (shape.total_numel() - linear) * BYTES
+    return ServerMemory(weights, BYTES * cached_numel(shape) * config.target_context)
+
+
+def on_a_server(config: PruneConfig, shape: ModelShape, memory: float) -> dict[str, float]:
+    """Returns the bytes of weights, and the tokens of KV cache that fit into the rest of `memory` bytes."""
+    weights = server_memory(config, shape).weights
+    tokens = max(0, math.floor((memory - weights) / (BYTES * cached_numel(shape))))
+    return {"parameters": shape.total_numel(), "weights": weights, "tokens": tokens}
+
+
+def measure(config: PruneConfig, shape: ModelShape) -> float:
+    """Returns the size of a model in the unit of `prune.target`."""
+    in_bytes = config.target_amount is not None and config.target_amount.unit == "bytes"
+    return server_memory(config, shape).total if in_bytes else shape.total_numel()
+
+
+def describe_target(config: PruneConfig, dense: ModelShape, pruned: ModelShape) -> dict[str, Any] | None:
+    """Makes the report's entry about the target, or None without a target."""
+    amount = config.target_amount
+    if amount is None:
+        return None
+    entry = {"asked": config.target, "unit": amount.unit, "value": amount.value}
+    entry |= {"dense": measure(config, dense), "reached": measure(config, pruned)}
+    if amount.unit == "bytes":
+        memory = server_memory(config, pruned)
+        entry |= {"weights": memory.weights, "kv_cache": memory.kv_cache}
+    return entry

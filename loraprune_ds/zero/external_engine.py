@@ -1,0 +1,106 @@
+"""What the pruner needs of an engine that another trainer has built, and of its PEFT model before that."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import nn
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.adapters import base_parameter
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
+from loraprune_ds.zero.flat import owned_range
+from loraprune_ds.zero.params import ReadFlat, overwrite_shard, pad
+from loraprune_ds.zero.private import check_private_attributes
+from loraprune_ds.zero.sharded import ShardedModel
+
+ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # state with a shape: exp_avg and exp_avg_sq alone
+
+
+def find_zero_optimizer(optimizer: Any) -> DeepSpeedZeroOptimizer_Stage3:
+    """Finds DeepSpeed's stage-3 optimizer under the wrappers of accelerate. Raises UserError if there is none."""
+    found = optimizer
+    while found is not None and not isinstance(found, DeepSpeedZeroOptimizer_Stage3):
+        found = getattr(found, "optimizer", None)
+    if found is None:
+        raise UserError(
+            f"pruning needs DeepSpeed ZeRO-3 (zero_optimization.stage 3); the optimizer is {type(optimizer).__name__}"
+        )
+    return found
+
+
+def share_model(module: nn.Module, zero: DeepSpeedZeroOptimizer_Stage3, shape: ModelShape) -> ShardedModel:
+    """Makes the model that the pruner cuts while the other trainer's engine trains it.
+
+    Raises:
+        UserError: the engine's optimizer or group of ranks cannot be pruned, or this version of DeepSpeed.
+    """
+    check_private_attributes()
+    inner = zero.optimizer
+    if type(inner).__name__ not in ADAM or any(group.get("amsgrad") for group in inner.param_groups):
+        name = f"{type(inner).__name__}{' with amsgrad' if type(inner).__name__ in ADAM else ''}"
+        raise UserError(f"the optimizer state of {name} cannot be cut along with LoRA; use one of {', '.join(ADAM)}")
+    shards, ranks = dist.get_world_size(zero.dp_process_group), dist.get_world_size()
+    if shards != ranks:
+        raise UserError(f"ZeRO-3 shards over {shards} of {ranks} ranks; tensor and pipeline parallelism cannot be cut")
+    return ShardedModel(module, zero, shape, zero.empty_partition_cache)
+
+
+def reduced_dtypes(zero: DeepSpeedZeroOptimizer_Stage3) -> set[torch.dtype]:
+    """Returns the dtypes in which gradients travel between the ranks and add up over micro-batches."""
+    return {zero.communication_data_type, zero.gradient_accumulation_dtype}
+
+
+def gradient_norm(zero: DeepSpeedZeroOptimizer_Stage3) -> float:
+    """Returns the norm of all gradients at the last update, before clipping."""
+    return float(zero._global_grad_norm)
+
+
+def before_each_update(zero: DeepSpeedZeroOptimizer_Stage3, action: Callable[[], None]) -> Callable[[], None]:
+    """Runs `action` right before each update, where gradients are averaged and not yet clipped. Returns an undo."""
+    step = zero.step
+
+    def act_and_step(*args: Any, **kwargs: Any) -> Any:
+        action()
+        return step(*args, **kwargs)
+
+    zero.step = act_and_step
+    return partial(setattr, zero, "step", step)
+
+
+@torch.no_grad()
+def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKeep]) -> None:
+    """Cuts a PEFT model before an engine has taken it. Its base may be sharded from birth. Collective."""
+    comm = Communicator()
+    for index, (layer, layer_keep) in enumerate(zip(decoder_layers(module), keep, strict=True)):
+        cuts = parameter_cuts(layer, shape, index, layer_keep, comm)
+        cut_parameters([(p, plan) for p, plan in cuts if hasattr(p, "ds_tensor")], comm)
+        for parameter, plan in cuts:
+            if not hasattr(parameter, "ds_tensor"):
+                parameter.data = parameter.data.index_select(plan.cut.axis, plan.cut.keep.to(parameter.device))
+        if cuts:
+            set_sizes(layer, shape, index, layer_keep)
+
+
+@torch.no_grad()
+def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat) -> None:
+    """Reads the frozen weights of all decoder layers' linears again, before an engine has taken the PEFT model."""
+    comm = Communicator()
+    for index, layer in enumerate(decoder_layers(module)):
+        for linear in shape.linears(index):
+            name = f"{linear.name}.weight"
+            parameter: Any = base_parameter(layer, name)
+            full_name = f"model.layers.{index}.{name}"
+            if hasattr(parameter, "ds_tensor"):
+                start, end = owned_range(parameter.ds_numel, comm.world_size, comm.rank)
+                flat = read_flat(full_name, start, end, parameter.dtype)
+                overwrite_shard(parameter, pad(flat, parameter.ds_numel, comm.world_size))
+            else:
+                flat = read_flat(full_name, 0, parameter.numel(), parameter.dtype)
+                parameter.copy_(flat.view_as(parameter))
