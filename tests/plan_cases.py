@@ -32,8 +32,9 @@ from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import FrozenStorage, lora_cuts
+from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
-from loraprune_ds.plan.request import Cluster, Request, build_request
+from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import logits, saved_in_layer, split_state, training_stage
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
@@ -216,7 +217,8 @@ def run_with_second_copy(case: Case) -> dict[str, Any]:
 
 def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
     gc.collect()
-    terms, _ = split_state(request, trainer.model.shape, stepped=stepped, passed=False)
+    terms, _ = split_state(request, trainer.model.shape, stepped=stepped)
+    terms.pop("second_copy", None)  # no pass has gathered weights of this shape yet
     return {
         "at": name,
         "planned_storages": sum(terms.values()),

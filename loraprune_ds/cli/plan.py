@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loraprune_ds.command import Parser, silence_libraries, tell
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.plan.request import Cluster
+from loraprune_ds.plan.cluster import Cluster
 
 DOES_NOT_FIT_EXIT_CODE = 3
 FORMULAS = Path(__file__).parents[1] / "plan" / "README.md"
@@ -61,8 +61,7 @@ def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
     require(gib is None or 0 < gib < float("inf"), f"--server-memory must be a number above 0; got {gib}")
     silence_libraries()
     # Seconds of imports, after good arguments.
-    from loraprune_ds.plan.plan import MOST_NODES, make_plan, search
-    from loraprune_ds.plan.printout import plan_json, plan_table, verdict
+    from loraprune_ds.plan.plan import MOST_NODES, make_plan, plan_json, plan_table, search, verdict
     from loraprune_ds.plan.request import make_request
 
     request = make_request(

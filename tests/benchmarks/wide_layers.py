@@ -29,7 +29,8 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.weight_files import write_index, write_weight_file
-from loraprune_ds.plan.request import Cluster, build_request
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.request import build_request
 from loraprune_ds.plan.stages import split_state
 from loraprune_ds.zero.flat import partition_numel
 from tests.benchmarks.memory import Watched, told, watch

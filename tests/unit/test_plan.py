@@ -12,9 +12,18 @@ from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, search, suggestions
-from loraprune_ds.plan.printout import notes, plan_json, plan_table
-from loraprune_ds.plan.request import GIB, Cluster, Request, build_request, changed
+from loraprune_ds.plan.cluster import GIB, Cluster
+from loraprune_ds.plan.plan import (
+    Plan,
+    largest_micro_batch,
+    make_plan,
+    notes,
+    plan_json,
+    plan_table,
+    search,
+    suggestions,
+)
+from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights, logits, split_state, teacher_pass
 from tests.families import tiny_config
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from loraprune_ds.config import Criterion, DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import LLAMA, shape_from_config
-from loraprune_ds.plan.request import Cluster, Request, build_request
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator, current_device, is_cpu
