@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,20 +35,26 @@ class TrainingCheckpoint:
     folder: Path
     state: RunState
 
+    @cached_property
+    def config(self) -> RunConfig:
+        """The settings of the run that wrote it."""
+        return config_from_dict(forget_removed(self.state.config))
+
     def shape_folder(self) -> Path:
         """Returns the folder of its frozen weights. A source that has moved is found at `model.path`."""
         shape = self.state.shape
         if not shape.is_source:
             return self.folder.parent / shape.folder
         source = Path(shape.folder)
-        return source if source.is_dir() else locate_model(config_from_dict(forget_removed(self.state.config)).model)
+        return source if source.is_dir() else locate_model(self.config.model)
 
-    def frozen_weights(self, config: RunConfig) -> PretrainedModel:
+    def frozen_weights(self) -> PretrainedModel:
         """Opens the model without LoRA, with the cuts of this checkpoint."""
-        pretrained = open_for_pruning(self.shape_folder(), config)
+        model = self.config.model
+        pretrained = open_for_pruning(self.shape_folder(), self.config.prune, frozen=model.frozen)
         if not self.state.shape.is_source:
             return pretrained
-        return cut_to(pretrained, keep_from_lists(self.state.kept, pretrained.shape.kinds), config.model.dtype)
+        return cut_to(pretrained, keep_from_lists(self.state.kept, pretrained.shape.kinds), model.dtype)
 
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
         kept, scores = keep_from_lists(self.state.kept, kinds), read_scores(self.folder, kinds)

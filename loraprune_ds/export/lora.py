@@ -20,7 +20,6 @@ from loraprune_ds.checkpoint.layout import (
 )
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, check_training_checkpoint
 from loraprune_ds.config import Dtype, LoraConfig
-from loraprune_ds.config_file import config_from_dict, forget_removed
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run, copy_model_card
@@ -49,9 +48,10 @@ class UnmergedModel:
 
     def __init__(self, checkpoint: TrainingCheckpoint) -> None:
         self.checkpoint = checkpoint
-        self.config = config_from_dict(forget_removed(checkpoint.state.config))
-        self.dense = open_for_pruning(locate_model(self.config.model), self.config)
-        self.base = checkpoint.frozen_weights(self.config)
+        self.config = checkpoint.config
+        model = self.config.model
+        self.dense = open_for_pruning(locate_model(model), self.config.prune, frozen=model.frozen)
+        self.base = checkpoint.frozen_weights()
         # The family is the dense model's, even where the smaller one had to be described as another.
         self.shape = self.dense.shape.with_layers(self.base.shape.layers)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import Frozen, PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import export_config
@@ -203,11 +203,13 @@ def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, Stored
             raise UserError(f"{path}: {name} has no place in the model that config.json describes")
 
 
-def open_for_pruning(folder: Path, config: RunConfig) -> PretrainedModel:
+def open_for_pruning(
+    folder: Path, prune: PruneConfig, *, frozen: Frozen | None = None, packing: bool = False
+) -> PretrainedModel:
     """Opens the model of a run as `open_pretrained`, and checks that it has everything that the run needs."""
-    storage = FrozenStorage.from_config(config.model)
+    storage = FrozenStorage(int8=frozen == "int8")
     pretrained = open_pretrained(folder, int8=storage.int8)
-    check_family(config, pretrained.shape.family, pretrained.config, str(folder))
+    check_family(pretrained.shape.family, pretrained.config, str(folder), prune, packing=packing)
     return replace(pretrained, storage=storage)
 
 

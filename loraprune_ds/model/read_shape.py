@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from huggingface_hub import hf_hub_download
 
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, config_object, refused_in_one_line
@@ -143,14 +143,13 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     return shape
 
 
-def check_family(config: RunConfig, family: Family, source: dict[str, Any], where: str) -> None:
+def check_family(family: Family, source: dict[str, Any], where: str, prune: PruneConfig, *, packing: bool) -> None:
     """Checks that this family can do what a run asks for. `source` is config.json.
 
     Raises:
         UserError: it cannot. The line names `where`, the folder or hub id.
     """
-    prune = config.prune
-    if config.data.packing and not family.packs:
+    if packing and not family.packs:
         raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
     if family.mixture is None:
         return

@@ -150,14 +150,15 @@ class Request:
     def shape_at(self, target: float) -> ModelShape:
         """Returns the shape once `target` of the linear parameters is gone. With `global` all layers lose the same."""
         dense, limits, layers = self.shape, self.pruning.limits, list(self.shape.layers)
+        open_layers = limits.open_layers
         if self.config.prune.ranking == "uniform":
             layers = [uniform_counts(limits, target, limits.ratio)] * len(layers)
         else:
             for kind, share in limits.shares.items():
-                numel = sum(layers[i][kind] * dense.group_numel(kind) for i in limits.open_layers)
+                numel = sum(layers[i][kind] * dense.group_numel(kind) for i in open_layers)
                 stays = 1 - target * dense.linear_numel() * share / numel
                 layers = [LayerShape({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in layers]
-        return dense.with_layers(tuple(layers[i] if i in limits.open_layers else x for i, x in enumerate(dense.layers)))
+        return dense.with_layers(tuple(layers[i] if i in open_layers else x for i, x in enumerate(dense.layers)))
 
 
 def make_request(
@@ -195,7 +196,8 @@ def build_request(
 ) -> Request:
     """Builds the request for a known shape. Raises UserError if the run config does not fit model or ranks."""
     train = config.train
-    check_family(config, shape.family, text_config(source, name), name)
+    source = text_config(source, name)
+    check_family(shape.family, source, name, config.prune, packing=config.data.packing)
     check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
     few = f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}"
@@ -203,8 +205,13 @@ def build_request(
     steps = train.steps or ASSUMED_STEPS
     if train.steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    pruning, ds_config = plan_pruning(config.prune, shape, steps), _read_ds_config(config, shape, cluster)
-    steps, source = steps + train.recovery_steps, text_config(source, name)
+    pruning = plan_pruning(config.prune, shape, steps)
+    path, per_node, model = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.model
+    ds_config = resolve_ds_config(path, shape, cluster.world_size, train, model, config.lora.r, ranks_per_node=per_node)
+    size = FetchLimits.from_ds_config(ds_config).copy_ranks
+    bad = f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
+    require(size % per_node == 0 or per_node % size == 0, bad)
+    steps += train.recovery_steps
     return Request(name, source, shape, config, cluster, steps, pruning, ds_config, samples)
 
 
@@ -218,13 +225,3 @@ def changed(request: Request, cluster: Cluster | None = None, **sections: dict[s
     new = build_request(request.model, request.source, request.shape, config, where, samples=request.samples)
     new.zero.update({key: value for key, value in request.zero.items() if key != HPZ} | zero)
     return new
-
-
-def _read_ds_config(config: RunConfig, shape: ModelShape, cluster: Cluster) -> dict[str, Any]:
-    """Reads DeepSpeed's JSON and replaces every "auto". Groups of hpZ must be whole nodes, or equal parts of one."""
-    path, per_node = find_ds_config(config.deepspeed), cluster.gpus_per_node
-    resolved = resolve_ds_config(path, config, shape, cluster.world_size, ranks_per_node=per_node)
-    size = FetchLimits.from_ds_config(resolved).copy_ranks
-    bad = f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
-    require(size % per_node == 0 or per_node % size == 0, bad)
-    return resolved

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import ValidationError
 
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import Dtype, ModelConfig, TrainConfig
 from loraprune_ds.config_file import find_shipped
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
@@ -88,7 +88,14 @@ def find_ds_config(path: str) -> Path:
 
 
 def resolve_ds_config(
-    path: str | Path, config: RunConfig, shape: ModelShape, world_size: int, *, ranks_per_node: int | None = None
+    path: str | Path,
+    shape: ModelShape,
+    world_size: int,
+    train: TrainConfig,
+    model: ModelConfig,
+    lora_rank: int,
+    *,
+    ranks_per_node: int | None = None,
 ) -> dict[str, Any]:
     """Reads a DeepSpeed JSON and replaces every "auto".
 
@@ -101,10 +108,10 @@ def resolve_ds_config(
     """
     path = Path(path)
     raw = read_json(path, unique_keys=True)
-    stored = FrozenStorage.from_config(config.model).stored(shape, DTYPES[config.model.dtype].itemsize)
+    stored = FrozenStorage.from_config(model).stored(shape, DTYPES[model.dtype].itemsize)
     check_reshardable(str(path), raw, {tensor.element_size for tensor in stored.values()})
     _refuse(str(path), raw, OWNED)
-    owned = _owned_values(config, shape, world_size)
+    owned = _owned_values(shape, world_size, train, model.dtype, lora_rank)
     _check_known(path, raw, {keys[0] for keys in owned})
     resolved = copy.deepcopy(raw)
     for keys, value in owned.items():
@@ -123,16 +130,17 @@ def resolve_ds_config(
     return resolved
 
 
-def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict[tuple[str, ...], Any]:
-    train = config.train
+def _owned_values(
+    shape: ModelShape, world_size: int, train: TrainConfig, dtype: Dtype, lora_rank: int
+) -> dict[tuple[str, ...], Any]:
     linear_sizes = [math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids()]
     return {
         ("train_batch_size",): train.global_batch_size,
         ("train_micro_batch_size_per_gpu",): train.micro_batch_size,
         ("gradient_accumulation_steps",): train.gradient_accumulation_steps(world_size),
         ("gradient_clipping",): train.max_grad_norm,
-        ("bf16", "enabled"): config.model.dtype == "bfloat16",
-        ("fp16", "enabled"): config.model.dtype == "float16",
+        ("bf16", "enabled"): dtype == "bfloat16",
+        ("fp16", "enabled"): dtype == "float16",
         # With sums of LoRA gradients in bf16, scores would depend on the number of micro-batches and ranks.
         ("data_types", "grad_accum_dtype"): "fp32",
         ("communication_data_type",): "fp32",
@@ -141,7 +149,7 @@ def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict
         ("zero_allow_untested_optimizer",): True,  # torch's AdamW is one
         ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW also when the optimizer is offloaded
         # Any LoRA gradient fits a bucket of one layer's LoRA. A larger bucket means fewer reduce-scatters.
-        ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, config.lora.r),
+        ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, lora_rank),
         # Two of the largest linears: the next weights arrive while the current ones are used.
         ("zero_optimization", "stage3_prefetch_bucket_size"): 2 * max(linear_sizes),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import ModelConfig, RunConfig
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.family import LLAMA_LINEARS
@@ -23,7 +23,7 @@ CUT_LAYERS = (1, 2)
 
 def open_int8(folder: Path) -> PretrainedModel:
     """Opens a model whose linears are to be held as int8."""
-    return open_for_pruning(folder, RunConfig(output_dir="unused", model=ModelConfig(frozen="int8")))
+    return open_for_pruning(folder, PruneConfig(), frozen="int8")
 
 
 def write_dequantised(source: Path, folder: Path, dtype: str) -> Path:

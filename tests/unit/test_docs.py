@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import REMOVED
+from loraprune_ds.zero.flat import AxisCut, ReshardPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "loraprune_ds"
@@ -19,6 +21,7 @@ FIRST = ROOT / "README.md"
 SETTINGS = ROOT / "launch" / "configs" / "README.md"
 READMES = [FIRST, *sorted(path for folder in FOLDERS for path in folder.rglob("*.md"))]
 MOST_LINES, MOST_WORDS = 150, 1200  # of the first README
+MOST_FILES, MOST_CODE = 7, 1100  # files and lines of its tour
 CODE_FILES = (".py", ".sh", ".sbatch")
 MADE_BY_RUNS = {"runs"}  # not in the repository, though it may lie in a checkout
 
@@ -156,10 +159,25 @@ def test_the_first_readme_is_short_and_shows_settings_and_files() -> None:
     text = FIRST.read_text()
     assert len(text.splitlines()) <= MOST_LINES
     assert len(text.split()) <= MOST_WORDS
-    assert WALK.findall(text)  # or wrong_names has nothing to check
+    files = {ROOT / link for link, _ in WALK.findall(text)}
+    assert 0 < len(files) <= MOST_FILES
+    assert sum(len(path.read_text().splitlines()) for path in files) <= MOST_CODE
     rows = dict(ROW.findall(text))
     assert rows
     assert rows.items() <= settings().items()
+
+
+def test_the_picture_of_a_cut_is_what_flat_py_computes() -> None:
+    keep, ranks, lines = torch.tensor([0, 2, 3, 5]), range(3), FIRST.read_text().splitlines()
+    for name, shape, axis, sent in (("up_proj", (6, 4), 0, [2, 0]), ("down_proj", (4, 6), 1, [1, 1])):
+        plans = [ReshardPlan(AxisCut(shape, axis, keep), len(ranks), rank) for rank in ranks]
+        stays = torch.zeros(shape).index_fill_(axis, keep, 1).flatten()
+        old = ["".join("█" if x else "░" for x in stays[slice(*plan.owned)]) for plan in plans]
+        new = [("█" * sum(plan.receive.values())).ljust(plan.new_partition, "·") for plan in plans]
+        shown = [re.findall("[█░·]+", line.partition("   a ")[0])[:3] for line in lines if line.startswith(name)]
+        assert shown == [old, new]
+        assert [plan.send.get(rank, 0) for rank, plan in enumerate(plans[1:])] == sent
+    assert any("2+1" in line and "0+1" in line for line in lines)
 
 
 def test_every_setting_has_one_row_with_its_default() -> None:

@@ -170,7 +170,8 @@ def test_a_run_that_a_mixture_cannot_do_is_refused(
 ) -> None:
     saved(family, tmp_path, **changes)
     with pytest.raises(UserError, match=reason) if reason else nullcontext():
-        open_for_pruning(tmp_path, RunConfig("unused", **settings))
+        config = RunConfig("unused", **settings)
+        open_for_pruning(tmp_path, config.prune, packing=config.data.packing)
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -20,7 +20,7 @@ from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 
 README = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
 HEADER = ("families", "equal layers are stored as", "GGUF", "vLLM", "note")
-LLAMA_STAND_IN = "llama if its heads divide hidden_size, else mistral, or with biases the modelling file"
+LLAMA_STAND_IN = "llama if its heads divide hidden_size, otherwise mistral, or with biases the modelling file"
 IN_VLLM = {"auto": "equal layers", "transformers": 'equal layers, with `model_impl="transformers"`'}
 
 
@@ -40,7 +40,7 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
     if name == "llama":
         stored = LLAMA_STAND_IN
     elif heads_divide_hidden(name):
-        stored = "a stock model if its heads divide hidden_size, else with the modelling file"
+        stored = "a stock model if its heads divide hidden_size, otherwise with the modelling file"
     else:
         stored = "a stock model"
     found = ARCHITECTURES.get(name)
@@ -51,15 +51,15 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
 
 def notes(name: str, family: Family) -> Iterator[str]:
     if family.mixture:
-        yield "whole [experts](experts.md) leave"
+        yield "[experts](experts.md) leave"
     elif family.companions:
         yield "its norms run over all heads, so a cut is not quite equal to a mask"
     if whole := [words for part, words in WHOLE.items() if any(part in name for name in family.uncut)]:
-        yield f"{' and '.join(whole)} stay whole, without LoRA"
+        yield f"{' and '.join(whole)} are not pruned and have no LoRA"
     if family.fixed:
-        yield f"its {' and '.join(family.fixed)} stay, as its class has no field for fewer"
+        yield f"its {' and '.join(family.fixed)} stay, because its class has no field for fewer"
     if family.eager_only:
-        yield f"eager attention, as sdpa lacks {family.eager_only}"
+        yield f"eager attention, because sdpa lacks {family.eager_only}"
     if family.windows_begin_with_bos:
         yield "perplexity windows begin with BOS"
     if name == "phi3":
