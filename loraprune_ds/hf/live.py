@@ -113,9 +113,9 @@ class ForwardWatch:
             decoder.register_forward_hook(self._end, always_call=True),
         ]
 
-    def take_tokens(self) -> int:
-        """Returns this rank's tokens since the last call, without padding."""
-        tokens = int(self._tokens)
+    def take_tokens(self) -> Tensor:
+        """Returns this rank's tokens since the last call, without padding: one fp64 number on the device."""
+        tokens = self._tokens.double()
         self._tokens.zero_()
         return tokens
 

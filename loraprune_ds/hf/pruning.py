@@ -16,11 +16,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel
 from torch import nn
 
@@ -55,7 +54,7 @@ from loraprune_ds.report.records import CutRecord, History, Sink, StepRecord
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.train.trainer import PruningSteps
-from loraprune_ds.zero.device import peak_bytes, resident_bytes
+from loraprune_ds.zero.device import peak_bytes
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import (
     before_each_update,
@@ -103,7 +102,7 @@ class Pruning:
         self._forward = ForwardWatch(peft_model, model, pruner)
         self._recording = ExitStack()
         self._began = 0.0
-        self._record: StepRecord | None = None  # of the open step, once the optimizer makes its update
+        self._update: tuple[float, list[list[float]]] | None = None  # of the open step: learning rate, rows of ranks
         self._detach = before_each_update(model.zero_optimizer, self._score)
 
     @classmethod
@@ -159,7 +158,7 @@ class Pruning:
         """Begins an optimizer step, before its first forward pass. Raises UserError inside a step."""
         step = self.step + 1
         require(not self._forward.active, f"begin_step was called twice in step {step}, without end_step between")
-        self._forward.active, self._record, self._began = True, None, time.perf_counter()
+        self._forward.active, self._update, self._began = True, None, time.perf_counter()
         self._recording.enter_context(self.pruner.record_step(step))
 
     def end_step(self, loss: float = math.nan) -> CutRecord | None:
@@ -169,16 +168,29 @@ class Pruning:
             UserError: the optimizer made no update since `begin_step`.
             RunError: as `Pruner.cut`.
         """
-        step, record = self.step + 1, self._record
-        if record is None:
+        step, seconds = self.step + 1, time.perf_counter() - self._began
+        if self._update is None:
             raise UserError(f"end_step was called in step {step}, but the optimizer has made no update")
+        learning_rate, rows = self._update
+        tokens, skipped = sum(int(row[0]) for row in rows), not self._scorer.scored
         self._recording.close()
-        self._forward.active, self._record = False, None
+        self._forward.active, self._update = False, None
         self.step = step
-        seconds = time.perf_counter() - self._began
-        norm = None if record.skipped else gradient_norm(self.model.zero_optimizer)
-        took = {"seconds": seconds, "tokens_per_second": record.tokens / seconds}
-        self.recorder.write(replace(record, loss=loss, grad_norm=norm, **took))
+        self.recorder.write(
+            StepRecord(
+                step=step,
+                loss=loss,
+                learning_rate=learning_rate,
+                grad_norm=None if skipped else gradient_norm(self.model.zero_optimizer),
+                sparsity=self.reached,
+                tokens=tokens,
+                seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                weight_bytes=self._scorer.weight_bytes,
+                resident_bytes=[int(row[2]) for row in rows],
+                skipped=skipped,
+            )
+        )
         if cut := self._scorer.cut(step):
             self.recorder.write(cut)
         return cut
@@ -256,24 +268,10 @@ class Pruning:
         """Scores the averaged gradients, unless they overflowed in fp16 on some rank. Collective."""
         step = self.step + 1
         require(self._forward.active, f"step {step}: the optimizer made an update, but begin_step was not called")
-        require(self._record is None, f"step {step}: the optimizer made two updates between begin_step and end_step")
-        bad_layer = self.model.nonfinite_layer()
-        mine = [-1 if bad_layer is None else bad_layer, self._forward.take_tokens(), resident_bytes()]
-        rows = self.model.comm.all_gather(torch.tensor(mine, dtype=torch.int64, device=self.model.device)).tolist()
-        scored = self._scorer.score(step, [None if row[0] < 0 else row[0] for row in rows])
-        self._record = StepRecord(
-            step=step,
-            loss=math.nan,
-            learning_rate=float(self.model.zero_optimizer.optimizer.param_groups[0]["lr"]),
-            grad_norm=None,
-            sparsity=self.reached,
-            tokens=sum(row[1] for row in rows),
-            seconds=math.nan,
-            tokens_per_second=math.nan,
-            weight_bytes=self._scorer.weight_bytes,
-            resident_bytes=[row[2] for row in rows],
-            skipped=not scored,
-        )
+        require(self._update is None, f"step {step}: the optimizer made two updates between begin_step and end_step")
+        rows = self._scorer.exchange(self._forward.take_tokens())
+        self._scorer.score(step, rows)
+        self._update = float(self.model.zero_optimizer.optimizer.param_groups[0]["lr"]), rows
 
     def _export(self, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:
         """Writes a Hugging Face model of the tensors that `tensors_of` makes of each linear. Collective."""

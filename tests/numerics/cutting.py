@@ -250,18 +250,18 @@ def poisoned(job: Job, where: str) -> str:
         if trainer.model.rank == 0:
             trainer.model.owned_weight(2, LLAMA_LINEARS[-1]).flat[0] = float("nan")
     elif where == "gradient":
-        exchange = trainer._exchange
+        exchange = trainer.pruning_steps.exchange
 
-        def poison_then_exchange(loss: Tensor) -> Any:
+        def poison_then_exchange(*own: Any) -> Any:
             if trainer.model.rank == trainer.model.world_size - 1:
                 weight = _lora_in_order(trainer)[2 * 14 + 1]  # layer 2, q_proj, B
                 zero = trainer.model.zero_optimizer
                 zero.get_local_fp32_grad_for_param(weight)
                 slot = zero._get_fp32_grad_state_partition(weight, release_swap_buffers=True)[0]
                 slot[0] = float("inf")
-            return exchange(loss)
+            return exchange(*own)
 
-        trainer._exchange = poison_then_exchange  # type: ignore[method-assign]
+        trainer.pruning_steps.exchange = poison_then_exchange  # type: ignore[method-assign]
     else:
         trainer.pruner.model = cast(PrunableModel, _PoisonedScores(trainer.model))
     try:

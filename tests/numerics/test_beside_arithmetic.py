@@ -145,7 +145,7 @@ READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
 METHODS = ("tolist", "cpu", "numpy")
 OTHERS = ("deepspeed/", "transformers/")
 
-ONCE = "train/trainer.py:_exchange"
+ONCE = "train/trainer.py:exchange"
 SETTLES = "zero/device.py:settle_shards"
 SETTLED = ("zero/training_engine.py:update", "pruning/importance.py:check")  # the norm, and whether scores are finite
 THEIRS = {

@@ -86,9 +86,11 @@ def test_an_update_comes_after_the_scores_and_alone_when_pruning_has_let_go() ->
 
 def attach(monkeypatch: pytest.MonkeyPatch, *, overflow: bool = False) -> tuple[Pruning, Mock, Callable[[], None]]:
     """Returns a `Pruning` over stand-ins, their parts, and what it does right before an update."""
-    watch, update, pruner = Mock(active=False, take_tokens=lambda: 5), Mock(), Mock(schedule=Mock(last_cut=0))
+    tokens, overflowed = torch.tensor(5.0), torch.tensor(float("inf") if overflow else 1.0)
+    watch, update, pruner = Mock(active=False, take_tokens=lambda: tokens), Mock(), Mock(schedule=Mock(last_cut=0))
     model = Mock(device="cpu", rank=0, zero_optimizer=Mock(optimizer=Mock(param_groups=[{"lr": 0.1}])))
-    model.nonfinite_layer.return_value, model.weight_bytes.return_value = 0 if overflow else None, [1]
+    model.gradient_sum.return_value, model.nonfinite_layer.return_value = overflowed, 0
+    model.weight_bytes.return_value, model.comm.gather_objects = [1], lambda layer: [layer]
     model.comm.all_gather = lambda row: row[None]
     pruner.record_step, pruner.reached.return_value, pruner.cut.return_value = lambda _: nullcontext(), 0.0, None
     monkeypatch.setattr("loraprune_ds.hf.pruning.ForwardWatch", lambda *_: watch)
