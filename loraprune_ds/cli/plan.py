@@ -3,7 +3,7 @@
 %(prog)s llama-65b --nodes 4 --gpus-per-node 8 --gpu-memory 80
 %(prog)s path/to/model --config my.yaml --set train.micro_batch_size=4 --nodes 1 --gpus-per-node 8 --json
 %(prog)s llama-65b --gpu-memory 40 --smallest                  on up to --nodes machines, if given
-%(prog)s llama-7b --server-memory 24                           tokens of KV cache beside the dense, and the pruned
+%(prog)s llama-7b --server-memory 24                           tokens of KV cache next to the dense and the pruned
 %(prog)s path/to/model --set prune.target=12GiB --set prune.target_context=8192      which ratio that takes
 
 MODEL is a folder, a hub id (only its config.json is fetched) or llama-7b, llama-13b, llama-30b, llama-65b, which bring

@@ -125,13 +125,11 @@ class LoraPruneCallback(TrainerCallback):
         check_arguments(args, model)
         if self._guard is not None:
             self._guard.remove()
-        if state.global_step != (checkpoint.state.step if checkpoint else 0):
+        resumed_from = checkpoint.state.step if checkpoint else None
+        if state.global_step != (resumed_from or 0):
             raise UserError(f"training goes on at step {state.global_step}, but pruning does not: {RESUME}")
         self._tokenizer = more.get("processing_class")
-        sinks: list[Sink] = []
-        if state.is_world_process_zero:
-            resumed_from = checkpoint.state.step if checkpoint else None
-            sinks = find_reporters(args.report_to or (), str(args.output_dir), resumed_from)
+        report_to, is_first = args.report_to or (), state.is_world_process_zero
         self._pruning = Pruning.attach(
             model,
             more["optimizer"],
@@ -140,7 +138,7 @@ class LoraPruneCallback(TrainerCallback):
             seed=self.seed,
             checkpoint=checkpoint,
             ds_config=_ds_config(args),
-            sinks=sinks,
+            sinks=find_reporters(report_to, str(args.output_dir), resumed_from) if is_first else (),
         )
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
         self._save_total_limit = args.__dict__.pop(LIMIT, args.save_total_limit)  # kept there by a training that failed

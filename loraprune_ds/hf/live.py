@@ -132,20 +132,15 @@ class ForwardWatch:
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self.active and decoder.training and torch.is_grad_enabled()):
             return
-        samples, window, mask = padding_mask(args, kwargs)
-        self._tokens += samples * window if mask is None else mask.sum()
+        inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+        mask, size = kwargs.get("attention_mask"), inputs.shape[:2]
+        if isinstance(mask, Tensor) and mask.shape == size:  # (samples, window), False at padding
+            mask = mask.bool()
+            self._tokens += mask.sum()
+        else:  # no padding, or packed samples
+            mask = None
+            self._tokens += size.numel()
         self._recording.enter_context(self._pruner.record_forward(mask))
 
     def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
         self._recording.close()
-
-
-def padding_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, Tensor | None]:
-    """Reads the call of a decoder. Returns samples, window and a mask (samples, window) that is False at padding.
-
-    The mask is None where the call has no such mask, as with packed samples.
-    """
-    inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
-    mask, size = kwargs.get("attention_mask"), tuple(inputs.shape[:2])
-    is_padding = isinstance(mask, Tensor) and tuple(mask.shape) == size
-    return size[0], size[1], cast(Tensor, mask).bool() if is_padding else None

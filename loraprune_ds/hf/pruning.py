@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,41 +69,27 @@ from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
 log = logging.getLogger(__name__)
 
 
+@dataclass
 class Pruning:
-    """Scores and cuts a model in an external training, and writes what becomes of it.
+    """Scores and cuts a model in an external training, and writes what becomes of it. `attach` makes one."""
 
-    Attributes:
-        model: the sharded weights of `peft_model`.
-        dtype: of the frozen weights.
-        steps: of the whole training. `step` is the last one that was made.
-    """
+    peft_model: PeftModel
+    model: ShardedModel  # its sharded weights
+    pruner: Pruner
+    dtype: Dtype  # of the frozen weights
+    recorder: Recorder
+    steps: int  # of the whole training
+    seed: int
+    step: int = 0  # the last one that was made
+    resumed_from: list[int] = field(default_factory=list)
 
-    def __init__(
-        self,
-        peft_model: PeftModel,
-        model: ShardedModel,
-        pruner: Pruner,
-        dtype: Dtype,
-        recorder: Recorder,
-        *,
-        steps: int,
-        seed: int,
-        checkpoint: PruningCheckpoint | None = None,
-    ) -> None:
-        self.peft_model, self.model, self.pruner, self.recorder = peft_model, model, pruner, recorder
-        self.dtype: Dtype = dtype
-        self.steps, self.seed = steps, seed
-        self.step, self.resumed_from = 0, list[int]()
-        if checkpoint:
-            recorder.history = checkpoint.restore(pruner)
-            self.step = checkpoint.state.step
-            self.resumed_from = [*checkpoint.state.resumed_from, self.step]
-        self._scorer = PruningSteps(model, pruner, dtype)
-        self._forward = ForwardWatch(peft_model, model, pruner)
+    def __post_init__(self) -> None:
+        self._scorer = PruningSteps(self.model, self.pruner, self.dtype)
+        self._forward = ForwardWatch(self.peft_model, self.model, self.pruner)
         self._recording = ExitStack()
         self._began = 0.0
         self._update: tuple[float, list[list[float]]] | None = None  # of the open step: learning rate, rows of ranks
-        self._detach = before_each_update(model.zero_optimizer, self._score)
+        self._detach = before_each_update(self.model.zero_optimizer, self._score)
 
     @classmethod
     def attach(
@@ -133,17 +119,21 @@ class Pruning:
         if checkpoint:
             checkpoint.check(steps, seed)
         zero, peft_model = find_zero_optimizer(optimizer), find_peft_model(model)
-        raw = ds_config or getattr(model, "config", None)
-        if isinstance(raw, dict):
-            check_reshardable("the DeepSpeed config", raw, {p.element_size() for p in peft_model.parameters()})
+        ds_config = ds_config or getattr(model, "config", None)
+        if isinstance(ds_config, dict):
+            check_reshardable("the DeepSpeed config", ds_config, {p.element_size() for p in peft_model.parameters()})
         check_model(peft_model, base_shape(peft_model))
         sharded = share_model(peft_model, zero, live_shape(peft_model))
         dense = checkpoint.dense if checkpoint else sharded.shape
         pruner = Pruner(sharded, plan_pruning(config, dense, steps), seed)
-        dtype, recorder = base_dtype(peft_model, dense), Recorder(History(), sinks if sharded.rank == 0 else ())
+        dtype, history, step, resumed_from = base_dtype(peft_model, dense), History(), 0, list[int]()
+        if checkpoint:
+            history, step = checkpoint.restore(pruner), checkpoint.state.step
+            resumed_from = [*checkpoint.state.resumed_from, step]
         if sharded.rank == 0:
             warn_of_rounded_gradients(reduced_dtypes(zero))
-        return cls(peft_model, sharded, pruner, dtype, recorder, steps=steps, seed=seed, checkpoint=checkpoint)
+        recorder = Recorder(history, sinks if sharded.rank == 0 else ())
+        return cls(peft_model, sharded, pruner, dtype, recorder, steps, seed, step, resumed_from)
 
     @property
     def cuts(self) -> list[CutRecord]:
@@ -246,13 +236,10 @@ class Pruning:
         config = {"seed": self.seed, "steps": self.steps, "model": model, "prune": asdict(pruner.config)}
         target = describe_target(pruner.config, dense, pruned)
         outcome = Outcome(pruned, pruner.kept_of_dense, self.resumed_from, target)
-        peaks = self.model.comm.gather_objects(peak_bytes())
-
-        def write() -> None:
-            write_history(folder / METRICS_FILE, self.recorder.history)
-            self.recorder.write_results(folder, config | (settings or {}), dense, outcome, peaks)
-
-        self.model.comm.on_rank_0(write)
+        comm, history = self.model.comm, self.recorder.history
+        peaks = comm.gather_objects(peak_bytes())
+        comm.on_rank_0(lambda: write_history(folder / METRICS_FILE, history))
+        comm.on_rank_0(lambda: self.recorder.write_results(folder, config | (settings or {}), dense, outcome, peaks))
 
     def close(self) -> None:
         """Detaches from the model and its optimizer. Warns if not all cuts were made."""

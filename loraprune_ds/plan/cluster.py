@@ -44,8 +44,8 @@ class Cluster:
             require(good, f"--{name.replace('_', '-')} must be a number above 0; got {value}")
         gpus = f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node}"
         require(self.world_size <= MOST_GPUS, f"{gpus} is more than {MOST_GPUS} GPUs")
-        held = f"--reserve {self.reserve}" + (f" and --nccl {self.nccl_bytes / GIB:.1f}" if self.nccl_bytes else "")
-        require(self.gpu_bytes > 0, f"--gpu-memory {self.gpu_memory} leaves nothing beside {held}")
+        taken = f"--reserve {self.reserve}" + (f" and --nccl {self.nccl_bytes / GIB:.1f}" if self.nccl_bytes else "")
+        require(self.gpu_bytes > 0, f"--gpu-memory {self.gpu_memory} leaves nothing beside {taken}")
 
     @property
     def world_size(self) -> int:
