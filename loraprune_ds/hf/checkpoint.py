@@ -21,12 +21,12 @@ from loraprune_ds.checkpoint.load import keep_from_lists, read_moments, read_sco
 from loraprune_ds.checkpoint.save import Staging, write_moments, write_scores
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_file import forget_removed
-from loraprune_ds.errors import UserError, require
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.live import find_peft_model, live_shape
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.storage import MODEL_DTYPE
+from loraprune_ds.model.weights import open_stored
 from loraprune_ds.pruning.step import Pruner, PrunerState
 from loraprune_ds.report.metrics import read_metrics, write_history
 from loraprune_ds.report.records import History, history_from
@@ -117,10 +117,12 @@ def cut_to_checkpoint(
     peft_model = find_peft_model(model)
     dense = live_shape(peft_model)
     require(group_counts(dense) == state.dense, f"{checkpoint} was made of another model: its layers have other sizes")
-    cut_without_engine(peft_model, dense, keep_from_lists(state.kept, dense.kinds))
+    keep = keep_from_lists(state.kept, dense.kinds)
+    cut_without_engine(peft_model, dense, keep)
     if state.shape is not None:
-        refitted = comm.all_or_raise(lambda: open_pretrained(checkpoint / str(state.shape)))
-        overwrite_linears(peft_model, live_shape(peft_model), refitted.read_flat)
+        folder, shape = checkpoint / state.shape, dense.after(keep)
+        refitted = comm.all_or_raise(lambda: open_stored(folder, shape, MODEL_DTYPE))
+        overwrite_linears(peft_model, shape, refitted.read_flat)
     return PruningCheckpoint(checkpoint, state, dense)
 
 

@@ -191,8 +191,7 @@ class Pruning:
         if model.rank == 0:
             remove_leftovers(folder)
         if self.cuts and pruner.config.compensate != "none":  # otherwise they are slices of the dense model
-            described = export_config(base_config(self.peft_model), model.shape, self.dtype).config
-            shape = save_shape(model, folder, len(self.cuts), described, self.dtype).folder
+            shape = save_shape(model, folder, len(self.cuts), self.dtype).folder
         saved, dense = pruner.state(), pruner.limits.dense
         state = PruningState(
             step=self.step,

@@ -7,7 +7,7 @@ from typing import Any
 
 from loraprune_ds.config_file import merge
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.dtypes import held_as
+from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.cluster import GIB, MOST_GPUS, Cluster
 from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost, teacher_cost
@@ -116,7 +116,7 @@ def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
         (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", {"train": ONE}),
         (not again, "activation checkpointing", "--set train.gradient_checkpointing=true", {"train": AGAIN}),
         (int8 is None, "int8 weights", "--set model.frozen=int8", {"model": {"frozen": "int8"}}),
-        (request.fetch_limits.max_live > layer, "fewer gathered weights", in_json, {"deepspeed": few}),
+        (request.fetch.max_live_parameters > layer, "fewer gathered weights", in_json, {"deepspeed": few}),
         (on_gpu["optimizer"], "optimizer on the host", f"{files}_optimizer.json", {"deepspeed": optimizer}),
         (on_gpu["param"], "optimizer and weights on the host", f"{files}.json", {"deepspeed": both}),
     ]
@@ -193,7 +193,7 @@ def notes(plan: Plan) -> list[str]:
         lines.append(f"the run counts epochs and its data is not here: its steps are assumed ({known})")
     if request.config.prune.ranking == "global":
         lines.append("prune.ranking global is planned as if it took from all layers alike")
-    if plan.step.communication > plan.step.compute and nodes > 1 and request.fetch_limits.copy_ranks == 1:
+    if plan.step.communication > plan.step.compute and nodes > 1 and request.fetch.zero_hpz_partition_size == 1:
         setting = "--set deepspeed=ds_configs/zero3_multinode_hpz.json"
         lines.append(f"sending takes longer than the arithmetic; with {setting} every node has a copy of the weights")
     lines.append("gathered weights and bytes sent are upper bounds; seconds are estimates, not measurements")
@@ -215,7 +215,7 @@ def plan_table(plan: Plan, facts: dict[str, Any]) -> str:
     lines = [
         f"{request.model}: {facts['parameters']:,} parameters, {facts['parameters_after']:,} after the last cut",
         f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, less {cluster.reserve:g} for "
-        f"CUDA and gaps and {_gib(cluster.nccl_bytes)} for NCCL; {held_as(request.config.model)}, "
+        f"CUDA and gaps and {_gib(cluster.nccl_bytes)} for NCCL; {describe_dtype(request.config.model)}, "
         f"activation checkpointing {'on' if train.gradient_checkpointing else 'off'}",
         f"a pass has {train.micro_batch_size * request.config.data.window:,} tokens, a step {request.micro_batches} "
         "of them",

@@ -11,9 +11,8 @@ from loraprune_ds.config_file import SHIPPED, apply_override, config_from_dict, 
 from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.distillation import check_top_k
-from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.family_row import Linear, LinearId
-from loraprune_ds.model.frozen import StoredTensor
+from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config, text_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.storage import FrozenStorage
@@ -21,7 +20,7 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
-from loraprune_ds.zero.ds_config import HPZ, FetchLimits, find_ds_config, resolve_ds_config
+from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
 from loraprune_ds.zero.flat import partition_numel
 
 ASSUMED_STEPS = 1000  # where a run counts epochs of data that are not here
@@ -94,8 +93,9 @@ class Request:
         return 4 if self.config.model.dtype == "float16" else self.element_size
 
     @cached_property
-    def fetch_limits(self) -> FetchLimits:
-        return FetchLimits.from_ds_config(self.ds_config)
+    def fetch(self) -> DeepSpeedZeroConfig:
+        """DeepSpeed's settings for gathers, in elements. `zero_hpz_partition_size` ranks share a second copy."""
+        return zero_settings(self.ds_config)
 
     def measured(self, shape: ModelShape) -> list[LinearId]:
         """Lists the linears whose inputs `prune.compensate` measures."""
@@ -135,7 +135,7 @@ class Request:
 
     def second_copies(self, tensors: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's part of hpZ's second copy. 0 without hpZ."""
-        group = self.fetch_limits.copy_ranks
+        group = self.fetch.zero_hpz_partition_size
         return self.shard_bytes(tensors) * (self.world_size // group) if group > 1 else 0
 
     @property
@@ -208,7 +208,7 @@ def build_request(
     pruning = plan_pruning(config.prune, shape, steps)
     path, per_node, model = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.model
     ds_config = resolve_ds_config(path, shape, cluster.world_size, train, model, config.lora.r, ranks_per_node=per_node)
-    size = FetchLimits.from_ds_config(ds_config).copy_ranks
+    size = zero_settings(ds_config).zero_hpz_partition_size
     bad = f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
     require(size % per_node == 0 or per_node % size == 0, bad)
     steps += train.recovery_steps

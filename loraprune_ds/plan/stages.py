@@ -4,12 +4,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from loraprune_ds.model.adapters import WHOLE_LAYER
+from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
 from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
-from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.family_row import LinearId
 from loraprune_ds.model.flops import mlp_width, saved_by_layer
-from loraprune_ds.model.frozen import StoredTensor
+from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent
@@ -127,19 +126,19 @@ def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True
     if request.world_size == 1 and not request.offloads("param"):
         return linear  # a parameter's data is its only shard
     numel, model = _model_size(request, shape)
-    limits = request.fetch_limits.max_live, request.fetch_limits.prefetch_bucket
+    limits = request.fetch.max_live_parameters, request.fetch.prefetch_bucket_size
     live, prefetched = (round(count * trains * model / numel) for count in limits)
     if module > live:  # DeepSpeed fetches nothing ahead of such a module
         live = prefetched = 0
-    stays = layer if trains and shape.hidden_size > WHOLE_LAYER else 0
+    stays = layer if trains and shape.hidden_size > LEAF_LAYER_HIDDEN else 0
     return min(max(live, stays) + module + max(module, prefetched, linear), model + max(prefetched, linear))
 
 
 def passes_of_weights(request: Request, shape: ModelShape) -> int:
     """Returns how often a micro-batch gathers the model at most. A model that may stay is not gathered again."""
     numel, _ = _model_size(request, shape)
-    stays = numel <= min(request.fetch_limits.max_live, request.fetch_limits.max_reuse_distance)
-    again = request.config.train.gradient_checkpointing and shape.hidden_size > WHOLE_LAYER
+    stays = numel <= min(request.fetch.max_live_parameters, request.fetch.max_reuse_distance)
+    again = request.config.train.gradient_checkpointing and shape.hidden_size > LEAF_LAYER_HIDDEN
     return (1 if stays else 2) + again  # a layer that is gathered whole is there when it is computed again
 
 
@@ -162,7 +161,7 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
     one_of_each = list({layer: i for i, layer in enumerate(shape.layers)}.values())
     layer = max(full_bytes(request.stored(shape, i)) + e * sum(shape.layer_lora_sizes(i, r)) for i in one_of_each)
     module, dequantised = e * max(map(math.prod, shape.outer_parameters.values())), 0
-    if shape.hidden_size <= WHOLE_LAYER:
+    if shape.hidden_size <= LEAF_LAYER_HIDDEN:
         module = max(module, layer)
     for i, x in shape.linear_ids(one_of_each):
         lora = sum(map(math.prod, shape.lora_shapes(i, x, r)))
