@@ -50,13 +50,14 @@ def main() -> int:
         if arguments.explain:
             print(FORMULAS.read_text(), end="")
             return 0
-        return plan(arguments, Cluster(**{key: value for key, value in vars(arguments).items() if key in CLUSTER}))
+        return plan(arguments)
     except UserError as error:
         tell(error)
         return error.exit_code
 
 
-def plan(arguments: argparse.Namespace, cluster: Cluster) -> int:
+def plan(arguments: argparse.Namespace) -> int:
+    cluster = Cluster(**{key: value for key, value in vars(arguments).items() if key in CLUSTER})
     gib = arguments.server_memory
     require(gib is None or 0 < gib < float("inf"), f"--server-memory must be a number above 0; got {gib}")
     silence_libraries()

@@ -103,12 +103,7 @@ def cut_to_checkpoint(
 ) -> PruningCheckpoint | None:
     """Cuts a dense PEFT model to a checkpoint, before DeepSpeed takes it. None without a checkpoint. Collective.
 
-    Args:
-        model: dense, with LoRA. Its weights may be sharded already.
-        folder: a checkpoint, or the folder with a trainer's checkpoints, of which the newest complete one counts.
-
-    Raises:
-        UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.
+    Arguments and errors are those of `LoraPruneCallback.resume`. The weights may be sharded already.
     """
     checkpoint = comm.all_or_raise(lambda: _find(folder))
     if checkpoint is None:

@@ -74,11 +74,7 @@ def check_one_dtype(model: nn.Module) -> None:
 def check_model(model: PeftModel, shape: ModelShape) -> None:
     """Checks that the LoRA of a live model serves the criterion and that a cut fits the rest of the model.
 
-    Args:
-        shape: as the model's config declares it.
-
-    Raises:
-        UserError: the line names the layer and linear, or PEFT's setting.
+    The config declares `shape`. UserError names the layer and linear, or PEFT's setting.
     """
     refuse_mixture(shape.family, shape.model_type)
     optimized: Any = torch._dynamo.OptimizedModule
@@ -86,11 +82,8 @@ def check_model(model: PeftModel, shape: ModelShape) -> None:
     require(not compiled, "a model that torch.compile has taken keeps the sizes from before a cut")
     base = cast(Any, model.get_base_model())
     quantised = getattr(base.config, "quantization_config", None) or getattr(base, "is_quantized", False)
-    require(
-        not quantised,
-        "a quantised base has no flat shards to cut; load it in bfloat16, float16 or float32. "
-        "Only launch/run.py holds int8 weights (model.frozen)",
-    )
+    unquantised = "load it in bfloat16, float16 or float32. Only launch/run.py holds int8 weights (model.frozen)"
+    require(not quantised, f"a quantised base has no flat shards to cut; {unquantised}")
     require(ADAPTER in model.peft_config, f"the adapter that trains must be called {ADAPTER!r}, PEFT's own name")
     for name, peft_config in model.peft_config.items():
         bias = getattr(peft_config, "bias", "none")
