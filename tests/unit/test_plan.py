@@ -340,4 +340,9 @@ def test_json_holds_what_the_table_shows() -> None:
     assert found["parameters"] == SMALL.total_numel()
     assert found["device_bytes"] == max(x["peak"] for x in found["stages"])
     assert json.loads(json.dumps(found, allow_nan=False))["fits"] is True
-    assert "small fits on 4 GPUs" in plan_table(plan, found)
+    table = plan_table(plan, found)
+    assert "small fits on 4 GPUs" in table
+    for name, key in (("peak", "peak"), ("  while", "peak_phase")):
+        (row,) = (line.removeprefix(name) for line in table.splitlines() if line.startswith(f"{name} "))
+        cells = [x[key] if key == "peak_phase" else f"{x[key] / GIB:.2f}" for x in found["stages"]]
+        assert row.split() == " ".join(cells).split()
