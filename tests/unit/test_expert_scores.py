@@ -65,7 +65,7 @@ def test_shards_of_a_stack_score_as_the_experts_do() -> None:
 def test_shards_of_int8_weights_score_as_the_weights_they_stand_for(form: Int8, world_size: int) -> None:
     shape, lora = (5 * 70, 7), factors(5, 70, 7, 3)
     held = form.split(torch.randn(shape, generator=torch.Generator().manual_seed(3)), torch.bfloat16)
-    of_weight = form.join(held).flatten()
+    of_weight = form.join(held.values()).flatten()
     for rank in range(world_size):
         start, end = owned_range(shape[0] * shape[1], world_size, rank)
         low, high = ScalePlan(form, shape, world_size).needed[rank].tolist()
