@@ -66,6 +66,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def check_needs(arguments: argparse.Namespace, needs: Mapping[str, str]) -> None:
+    """Refuses an option that has no effect without another. `needs`: option -> "--this or --that"."""
+    values = {f"--{name.replace('_', '-')}": value for name, value in vars(arguments).items()}
+    given = {option for option, value in values.items() if value or type(value) is int}  # 0 is given, False is not
+    for option, needed in needs.items():
+        missing = option in given and not given & set(needed.split(" or "))
+        require(not missing, f"{option} has no effect without {needed}")
+
+
 def tell(error: UserError, *, agreed: bool = True) -> None:
     """Prints an error in one line: rank 0 for all ranks, or a rank that met it alone.
 

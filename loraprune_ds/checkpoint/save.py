@@ -1,6 +1,5 @@
 """Writes a checkpoint: the LoRA state layer by layer from all ranks, and the frozen weights if they changed."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,8 +14,6 @@ from loraprune_ds.checkpoint.layout import STATE_FILE, RunState, ShapeSource, re
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.files import begin_folder, publish_folder, remove_folder, remove_leftovers, staging_of
-from loraprune_ds.model.pretrained import STORED_INT8
-from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.zero.comm import Communicator
@@ -77,12 +74,9 @@ class Staging:
         fail_point(f"save.{self._kind}_after_rename")
 
 
-def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str, Any], dtype: Dtype) -> ShapeSource:
+def save_shape(model: ShardedModel, root: Path, cuts: int, dtype: Dtype) -> ShapeSource:
     """Publishes the frozen weights as `shape-{cuts}`, as the ranks store them. Collective."""
     with Staging(model.comm, root / f"shape-{cuts}", "shape") as staging:
-        if model.rank == 0:
-            stored = config_json | (STORED_INT8 if FrozenStorage.of(model.module).int8 else {})
-            staging.write("config.json", lambda path: path.write_text(json.dumps(stored, indent=2)))
         staging.seal(write_model(model, staging.folder, dtype, frozen_tensors))
         fail_point("save.shape_written")
         staging.publish()

@@ -22,13 +22,14 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
 from loraprune_ds.command import (
     Parser,
     adopt_srun_ranks,
+    check_needs,
     check_ranks,
     collective_timeout,
     leave,
@@ -55,6 +56,11 @@ from loraprune_ds.files import finite
 
 ROUND = fields(SpeedSettings)  # an option each
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
+NEEDS = {
+    **dict.fromkeys(("--include-path", "--num-fewshot", "--limit"), "--tasks"),
+    **{f"--{field.name}": "--speed or --serve" for field in ROUND},
+    "--serve-python": "--serve",
+}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -131,10 +137,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
-    from loraprune_ds.evaluate.evaluation import evaluate
-    from loraprune_ds.evaluate.models import merged
+    from loraprune_ds.evaluate.evaluation import evaluate_named
     from loraprune_ds.evaluate.result import make_result
-    from loraprune_ds.evaluate.speed import serve
     from loraprune_ds.report.report import hardware, versions
     from loraprune_ds.zero.device import device_name
     from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
@@ -144,16 +148,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     comm = start_ranks()
     # One rank per node downloads, converts or merges. The others then find the result in the node's cache.
     is_first = os.environ["LOCAL_RANK"] == "0"
-    given = [arguments.model, *([arguments.dense] if arguments.dense else [])]
-    with merged(given, comm, is_first_on_node=is_first) as paths:
-        with comm.patient() as waiting:
-            waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-        settings = comm.all_or_raise(lambda: make_settings(arguments, *speeds))
-        measurements = evaluate(paths, settings, comm, show_progress)
-        served = serve(paths, settings.serve, arguments.gguf or "f16") if settings.serve else [None] * len(paths)
-    named = [replace(m, path=path, served=s) for m, path, s in zip(measurements, given, served, strict=True)]
+    with comm.patient() as waiting:
+        waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
+    settings = comm.all_or_raise(lambda: make_settings(arguments, *speeds))
+    names = [arguments.model, *([arguments.dense] if arguments.dense else [])]
+    measurements = evaluate_named(names, settings, comm, show_progress, is_first_on_node=is_first)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
-    result = make_result(named, settings, comm.world_size, provenance)
+    result = make_result(measurements, settings, comm.world_size, provenance)
     stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
     return result
 
@@ -171,19 +172,18 @@ def make_settings(
         tasks=tasks if names else None,
         speed=speed,
         serve=serving,
+        gguf=arguments.gguf or "f16",
         sharded=arguments.sharded,
     )
 
 
 def speed_settings(arguments: argparse.Namespace) -> tuple[SpeedSettings | None, ServeSettings | None]:
     """Checks the options of speed, here and in a server, before anything that takes long."""
+    check_needs(arguments, NEEDS)
     rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
-    wanted = arguments.speed or arguments.serve is not None
-    require(wanted or not rounds, "--prompt, --generated and --rounds have no effect without --speed or --serve")
     require(arguments.gguf is None or arguments.serve == "llama.cpp", "--gguf has no effect without --serve llama.cpp")
     speed = SpeedSettings(**rounds) if arguments.speed else None
     if arguments.serve is None:
-        require(arguments.serve_python is None, "--serve-python has no effect without --serve")
         return speed, None
     measured = arguments.speed or arguments.tasks or arguments.text or arguments.dataset
     require(measured or arguments.dtype is None, "--dtype has no effect on --serve; a server takes the model's own")

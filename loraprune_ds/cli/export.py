@@ -14,8 +14,10 @@ import argparse
 import os
 from pathlib import Path
 
-from loraprune_ds.command import Parser, tell
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.command import Parser, check_needs, tell
+from loraprune_ds.errors import UserError
+
+NEEDS = {"--public": "--push-to-hub", "--results": "--push-to-hub"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,8 +64,7 @@ def convert(arguments: argparse.Namespace) -> None:
     from loraprune_ds.export.lora import find_source
 
     repo: str | None = arguments.push_to_hub
-    require(repo is not None or not arguments.public, "--public has no effect without --push-to-hub")
-    require(repo is not None or not arguments.results, "--results has no effect without --push-to-hub")
+    check_needs(arguments, NEEDS)
     if repo is not None:
         check_push(repo, arguments.results)
     for remark in export(find_source(source), arguments.format, out):

@@ -200,12 +200,12 @@ def _panels(models: Sequence[ComparedModel]) -> list[_Panel]:
     panels = []
     for measured_on in dict.fromkeys(model.measured_on for model in models):
         same = [m for m in models if m.measured_on == measured_on]
-        found = [(m, m.perplexity, m.dense_perplexity) for m in same if m.perplexity is not None]
-        panels.append(_Panel("perplexity", f"Perplexity on {measured_on}", found))
+        measured = [(m, m.perplexity, m.dense_perplexity) for m in same if m.perplexity is not None]
+        panels.append(_Panel("perplexity", f"Perplexity on {measured_on}", measured))
     for tasks in dict.fromkeys(model.tasks for model in models):
         same = [m for m in models if m.tasks == tasks]
-        found = [(m, m.accuracy, m.dense_accuracy) for m in same if m.accuracy is not None]
-        panels.append(_Panel("accuracy", f"Mean accuracy, zero-shot: {', '.join(tasks)}", found))
+        measured = [(m, m.accuracy, m.dense_accuracy) for m in same if m.accuracy is not None]
+        panels.append(_Panel("accuracy", f"Mean accuracy, zero-shot: {', '.join(tasks)}", measured))
     return [panel for panel in panels if panel.models]
 
 

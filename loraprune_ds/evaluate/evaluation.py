@@ -11,14 +11,14 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.models import FoundModel, find_model, load_model
+from loraprune_ds.evaluate.models import ModelSource, find_model, load_model, merged
 from loraprune_ds.evaluate.perplexity import Batch, Losses, Perplexity, Progress, make_batches, measure_perplexity
 from loraprune_ds.evaluate.settings import EvaluationSettings
-from loraprune_ds.evaluate.speed import Served, Speed, measure_speed
+from loraprune_ds.evaluate.speed import Served, Speed, measure_speed, serve
 from loraprune_ds.evaluate.zeroshot import check_tasks, run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
-from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.logits import Head, logits_transform, output_head
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import token_losses
@@ -33,7 +33,7 @@ from loraprune_ds.zero.training_engine import release
 class PreparedModel:
     """A model with the input of its measurements."""
 
-    found: FoundModel
+    source: ModelSource
     dtype: Dtype
     tokenizer: PreTrainedTokenizerBase
     batches: list[Batch]
@@ -78,6 +78,16 @@ class Measurement:
     served: Served | None = None
 
 
+def evaluate_named(
+    names: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress, *, is_first_on_node: bool
+) -> list[Measurement]:
+    """As `evaluate`, with LoRA merged first where a name is of a checkpoint, and in a server too. Collective."""
+    with merged(names, comm, is_first_on_node=is_first_on_node) as paths:
+        measurements = evaluate(paths, settings, comm, progress)
+        served = serve(paths, settings.serve, settings.gguf) if settings.serve else [None] * len(paths)
+    return [replace(m, path=name, served=s) for m, name, s in zip(measurements, names, served, strict=True)]
+
+
 def evaluate(
     paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds: rounds
 ) -> list[Measurement]:
@@ -86,7 +96,7 @@ def evaluate(
     Results of tasks and speed are on rank 0 only.
     """
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
-    dense = models[1].found.pretrained.shape.total_numel() if len(models) > 1 else None
+    dense = models[1].source.pretrained.shape.total_numel() if len(models) > 1 else None
     measurements: list[Measurement] = []
     loaded: list[PreTrainedModel] = []
     for prepared in models:
@@ -96,7 +106,7 @@ def evaluate(
         loaded += [model] if model else []
     if speed := settings.speed:
         speeds = comm.on_rank_0(lambda: measure_speed(loaded, speed)) or [None] * len(models)
-        measurements = [replace(one, speed=found) for one, found in zip(measurements, speeds, strict=True)]
+        measurements = [replace(one, speed=speed) for one, speed in zip(measurements, speeds, strict=True)]
     return measurements
 
 
@@ -108,38 +118,38 @@ def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[Prepa
     for other in models[1:]:
         pairs = zip_longest(models[0].batches, other.batches)
         if not all(a and b and torch.equal(a.input_ids, b.input_ids) for a, b in pairs):
-            both = f"{paths[0]} and {other.found.path}"
+            both = f"{paths[0]} and {other.source.path}"
             raise UserError(f"{both} read the text as different tokens: their perplexities do not compare")
     return models
 
 
 def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
-    found = find_model(path)
-    dtype = choose_dtype(found, settings.dtype)
+    source = find_model(path)
+    dtype = choose_dtype(source, settings.dtype)
     if settings.sharded:
         check_dtype(dtype)
-        if found.adapter:
+        if source.adapter:
             raise UserError(f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
-    most = found.pretrained.config.get("max_position_embeddings")
+    most = source.pretrained.config.get("max_position_embeddings")
     lengths = [settings.protocol.window] if settings.text else []
     lengths += [plan.prompt + plan.generated for plan in (settings.speed, settings.serve) if plan]
     for length in lengths:
         if most and length > most:
             raise UserError(f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
-    tokenizer = load_tokenizer(found.tokenizer_folder)
+    tokenizer = load_tokenizer(source.tokenizer_folder)
     batches: list[Batch] = []
     if settings.text:
-        start = window_start(tokenizer, found.pretrained.shape.family)
+        start = window_start(tokenizer, source.pretrained.shape.family)
         batches = make_batches(settings.text.text, tokenizer, settings.protocol, settings.actual_batch_size, start)
-    return PreparedModel(found, dtype, tokenizer, batches)
+    return PreparedModel(source, dtype, tokenizer, batches)
 
 
-def choose_dtype(found: FoundModel, dtype: str | None) -> Dtype:
+def choose_dtype(source: ModelSource, dtype: str | None) -> Dtype:
     """Returns `dtype`, or the one that the model's config.json declares, or float32."""
-    config = found.pretrained.config
+    config = source.pretrained.config
     chosen = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
     if chosen not in DTYPES:
-        raise UserError(f"{found.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
+        raise UserError(f"{source.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
     return cast(Dtype, chosen)
 
 
@@ -172,26 +182,26 @@ def _measure(
     prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Communicator, progress: Progress
 ) -> tuple[Measurement, PreTrainedModel | None]:
     """Measures all but speed, which needs all models in memory, and returns the model for that."""
-    found, shape = prepared.found, prepared.found.pretrained.shape
+    source, shape = prepared.source, prepared.source.pretrained.shape
     perplexity = tasks = model = None
     if settings.sharded and prepared.batches:
         perplexity = _measure_sharded(prepared, comm, progress)
     elif prepared.batches or settings.tasks or settings.speed:
-        model = comm.all_or_raise(lambda: load_model(found, prepared.dtype, comm.device))
+        model = comm.all_or_raise(lambda: load_model(source, prepared.dtype, comm.device))
         if prepared.batches:
             perplexity = measure_perplexity(_losses_of(model), prepared.batches, comm, progress)
         if settings.tasks:
             tasks = run_tasks(settings.tasks, model, prepared.tokenizer, settings.actual_batch_size, comm)
-    dense = dense or found.dense_parameters
+    dense = dense or source.dense_parameters
     element_size = DTYPES[prepared.dtype].itemsize
     measurement = Measurement(
-        path=found.path,
-        kind=found.kind,
-        method=found.method,
+        path=source.path,
+        kind=source.kind,
+        method=source.method,
         model_type=shape.model_type,
         dtype=prepared.dtype,
         removed_fraction=None if dense is None else 1 - shape.total_numel() / dense,
-        cost=count_cost(shape, found.pretrained.config, settings.protocol.window, element_size),
+        cost=count_cost(shape, source.pretrained.config, settings.protocol.window, element_size),
         perplexity=perplexity,
         tasks=tasks,
         speed=None,
@@ -216,7 +226,7 @@ def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Prog
         "fp16": {"enabled": prepared.dtype == "float16"},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
-    engine = build_inference_engine(prepared.found.pretrained, "sdpa", prepared.dtype, ds_config)
+    engine = build_inference_engine(prepared.source.pretrained, "sdpa", prepared.dtype, ds_config)
 
     def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
         return engine(input_ids=input_ids, labels=labels)

@@ -31,7 +31,7 @@ from loraprune_ds.export.lora import find_source
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER
 from loraprune_ds.model.classes import attn_implementation, causal_lm_class
-from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
 from loraprune_ds.model.tokenizer import load_tokenizer
@@ -88,7 +88,7 @@ def open_result(folder: str | Path) -> PruningResult:
 
 
 @dataclass(frozen=True)
-class FoundModel:
+class ModelSource:
     """A model whose files exist and fit together. No weight is read yet."""
 
     path: str  # as the user named it
@@ -100,7 +100,7 @@ class FoundModel:
     method: str | None = None  # criterion and ranking of a run
 
 
-def find_model(path: str) -> FoundModel:
+def find_model(path: str) -> ModelSource:
     """Finds the model named `path`: a folder, `embedded` or a hub id, which is downloaded."""
     if Path(path).is_file():
         raise UserError(f"{path} is a file; a model is a folder or a hub id")
@@ -114,20 +114,20 @@ def find_model(path: str) -> FoundModel:
         for adapter in (folder, folder / ADAPTER_FOLDER):  # the second is made by launch/export.py --format adapter
             if (adapter / ADAPTER_FILE).is_file():
                 return _find_adapter(path, adapter)
-    return FoundModel(path, "checkpoint", open_pretrained(folder), folder)
+    return ModelSource(path, "checkpoint", open_pretrained(folder), folder)
 
 
-def _find_run(path: str, folder: Path) -> FoundModel:
+def _find_run(path: str, folder: Path) -> ModelSource:
     result = open_result(folder)
     try:
         report: Any = result.report
         dense, method = int(report["params"]["dense"]), describe_method(report)
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / REPORT_FILE} is damaged: {error!r}") from None
-    return FoundModel(path, "run", result.pretrained, result.folder, dense_parameters=dense, method=method)
+    return ModelSource(path, "run", result.pretrained, result.folder, dense_parameters=dense, method=method)
 
 
-def _find_adapter(path: str, folder: Path) -> FoundModel:
+def _find_adapter(path: str, folder: Path) -> ModelSource:
     """Finds a LoRA adapter and its base model: in a folder relative to the adapter, or by its name."""
     config = read_json(folder / ADAPTER_FILE)
     base = config.get("base_model_name_or_path")
@@ -139,23 +139,23 @@ def _find_adapter(path: str, folder: Path) -> FoundModel:
         raise UserError(f"{folder / 'adapter_model.safetensors'} does not exist")
     relative = folder / base
     try:
-        found = find_model(str(relative) if relative.is_dir() else base)
+        base_model = find_model(str(relative) if relative.is_dir() else base)
     except UserError as error:
         raise UserError(f"base model of adapter {path}: {error}") from None
-    if found.adapter:
+    if base_model.adapter:
         raise UserError(f"base model of adapter {path}: {base} is an adapter itself")
-    tokenizer_folder = folder if has_tokenizer(folder) else found.tokenizer_folder
-    return replace(found, path=path, kind="adapter", adapter=folder, tokenizer_folder=tokenizer_folder)
+    tokenizer_folder = folder if has_tokenizer(folder) else base_model.tokenizer_folder
+    return replace(base_model, path=path, kind="adapter", adapter=folder, tokenizer_folder=tokenizer_folder)
 
 
-def load_model(found: FoundModel, dtype: str, device: torch.device) -> PreTrainedModel:
+def load_model(source: ModelSource, dtype: str, device: torch.device) -> PreTrainedModel:
     """Loads the whole model on `device`, in evaluation mode. An adapter is merged in fp32 and rounded once."""
-    model_class = causal_lm_class(found.pretrained.shape.model_type)
-    read_dtype = torch.float32 if found.adapter else DTYPES[dtype]
-    attention = attn_implementation("sdpa", found.pretrained.shape.family)
-    model = model_class.from_pretrained(found.pretrained.folder, dtype=read_dtype, attn_implementation=attention)
-    if found.adapter:
-        model = _merge(model, found.adapter)
+    model_class = causal_lm_class(source.pretrained.shape.model_type)
+    read_dtype = torch.float32 if source.adapter else DTYPES[dtype]
+    attention = attn_implementation("sdpa", source.pretrained.shape.family)
+    model = model_class.from_pretrained(source.pretrained.folder, dtype=read_dtype, attn_implementation=attention)
+    if source.adapter:
+        model = _merge(model, source.adapter)
         for parameter in model.parameters():  # model.to() would round the rotary frequencies, too
             parameter.data = parameter.data.to(DTYPES[dtype])
     return model.to(device).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`
@@ -179,11 +179,11 @@ def merged(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) ->
         if is_first_on_node:
             scratch = Path(stack.enter_context(TemporaryDirectory(prefix="evaluate-")))
         with comm.patient() as waiting:
-            found = waiting.all_or_raise(
+            paths_here = waiting.all_or_raise(
                 lambda: [find_or_merge(path, scratch / str(i)) for i, path in enumerate(paths)] if scratch else None
             )
         # The ranks of a node follow its first one.
-        yield next(names for names in reversed(comm.gather_objects(found)[: comm.rank + 1]) if names)
+        yield next(names for names in reversed(comm.gather_objects(paths_here)[: comm.rank + 1]) if names)
 
 
 def find_or_merge(path: str, out: Path) -> str:

@@ -1,4 +1,4 @@
-"""Perplexity of a text, which is tokenised once as a whole, on fixed or sliding windows.
+"""Perplexity of a text, which is tokenised once, on fixed or sliding windows.
 
 The tokenizer adds its special tokens once, at the start of the text. A Gemma predicts badly without BOS, so BOS
 replaces the first token of each of its windows, which no window predicts. llama.cpp measures the same way. Negative
@@ -129,9 +129,9 @@ def measure_perplexity(
         input_ids = batch.input_ids.to(comm.device)
         labels = input_ids.clone()
         labels[:, : -batch.predicted] = IGNORE_INDEX
-        found = losses(input_ids, labels).double().sum()
+        loss = losses(input_ids, labels).double().sum()
         if mine < len(batches):
-            total += found
+            total += loss
     tokens = sum(len(batch.input_ids) * batch.predicted for batch in batches)
     mean = comm.all_reduce(total).item() / tokens
     perplexity = math.inf if mean > 700 else math.exp(mean)  # a float holds no more. NaN stays NaN

@@ -76,7 +76,7 @@ def _size_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
     context = f"MACs per token at {macs[-1]['mean_context']:g} of context, M"
     for name, values, form in (
         ("  in the layers' linears", [cost["linear_parameters"] for cost in costs], ","),
-        (context, [found["total"] / 1e6 for found in macs], ",.1f"),
+        (context, [each["total"] / 1e6 for each in macs], ",.1f"),
         ("weights, MB", [cost["weight_bytes"] / 1e6 for cost in costs], ",.1f"),
         ("key-value cache per token, kB", [cost["kv_bytes_per_token"] / 1e3 for cost in costs], ",.1f"),
     ):

@@ -82,22 +82,22 @@ def load_vllm(job: dict[str, Any]) -> tuple[str, Round]:
 LOADERS = {"llama.cpp": load_llama_cpp, "vllm": load_vllm}
 
 
-def pass_on(asked: SimpleQueue[bytes]) -> None:
+def pass_on(requests: SimpleQueue[bytes]) -> None:
     while byte := os.read(0, 1):
-        asked.put(byte)
+        requests.put(byte)
     os.killpg(0, signal.SIGKILL)
 
 
 def main() -> None:
-    asked: SimpleQueue[bytes] = SimpleQueue()
-    Thread(target=pass_on, args=(asked,), daemon=True).start()
+    requests: SimpleQueue[bytes] = SimpleQueue()
+    Thread(target=pass_on, args=(requests,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the server prints, also from C, goes to stderr
     job = json.loads(sys.argv[1])
     version, play = LOADERS[job["server"]](job)
     answers.write(json.dumps({"version": version}) + "\n")
     answers.flush()
-    while asked.get():
+    while requests.get():
         answers.write(json.dumps(play()) + "\n")
         answers.flush()
 

@@ -110,9 +110,6 @@ class TaskSettings:
     def __post_init__(self) -> None:
         _check_least("--num-fewshot", self.fewshot, 0)
         _check_least("--limit", self.limit, 1)
-        given = {"--num-fewshot": self.fewshot, "--limit": self.limit, "--include-path": self.include_path}
-        for option, value in given.items():
-            require(value is None or bool(self.names), f"{option} has no effect without --tasks")
 
 
 @dataclass(frozen=True)
@@ -148,6 +145,7 @@ class EvaluationSettings:
     tasks: TaskSettings | None = None
     speed: SpeedSettings | None = None
     serve: ServeSettings | None = None
+    gguf: Literal["f16", "q8_0"] = "f16"  # the file that llama.cpp serves
     sharded: bool = False  # ZeRO-3 spreads the weights over the ranks, for models that fit no single device
 
     def __post_init__(self) -> None:
@@ -170,15 +168,13 @@ def find_server(server: Server, python: str | None) -> str:
     named = python or os.environ.get(PYTHONS[server])
     if named is None:
         raise UserError(f"--serve {server} needs --serve-python, or {PYTHONS[server]}: a Python with {MODULES[server]}")
-    found = shutil.which(os.path.expanduser(named))
-    if found is None:
+    program = shutil.which(os.path.expanduser(named))
+    if program is None:
         raise UserError(f"--serve-python: {named} is no program")
     look = f"import importlib.util as u, sys; sys.exit(u.find_spec({MODULES[server]!r}) is None)"
-    there = (
-        subprocess.run([found, "-c", look], env=server_environment(), capture_output=True, check=False).returncode == 0
-    )
-    require(there, f"--serve {server}: {named} has no {MODULES[server]}")
-    return found
+    answer = subprocess.run([program, "-c", look], env=server_environment(), capture_output=True, check=False)
+    require(answer.returncode == 0, f"--serve {server}: {named} has no {MODULES[server]}")
+    return program
 
 
 def server_environment() -> dict[str, str]:

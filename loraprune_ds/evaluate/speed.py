@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ from loraprune_ds.zero.device import accelerator, is_cpu
 
 # transformers renamed the argument between the versions that pyproject.toml allows.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+WORKER = Path(__file__).with_name("serve_worker.py")
+Round = tuple[float, float, int | None]  # seconds of prefill and of decode, and the peak in bytes
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,6 @@ class Speed:
     peak_bytes: int | None  # largest device memory beyond the weights. None on a CPU
 
 
-class _Round(NamedTuple):
-    prefill: float  # seconds
-    decode: float
-    peak_bytes: int | None
-
-
 def measure_speed(models: Sequence[PreTrainedModel], settings: SpeedSettings) -> list[Speed]:
     """Returns one result per model."""
     vocabulary = min(int(model.config.vocab_size) for model in models)
@@ -59,7 +55,7 @@ def measure_speed(models: Sequence[PreTrainedModel], settings: SpeedSettings) ->
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> _Round:
+def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> Round:
     """Runs one round: reads `prompt` (1, tokens) and writes `generated` tokens."""
     token_ids = prompt.to(model.device)
     before = None
@@ -74,7 +70,7 @@ def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> _Round:
         logits = model(input_ids=logits.argmax(-1), **cache).logits  # (1, 1, vocabulary)
     times.append(_now())
     peak = None if before is None else accelerator().max_memory_allocated() - before
-    return _Round(times[1] - times[0], times[2] - times[1], peak)
+    return times[1] - times[0], times[2] - times[1], peak
 
 
 def _now() -> float:
@@ -83,16 +79,13 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _medians(rounds: Sequence[_Round], settings: SpeedSettings) -> Speed:
-    peaks = [turn.peak_bytes for turn in rounds if turn.peak_bytes is not None]
+def _medians(rounds: Sequence[Round], settings: SpeedSettings) -> Speed:
+    prefill, decode, peaks = zip(*rounds, strict=True)
     return Speed(
-        settings.prompt / statistics.median(turn.prefill for turn in rounds),
-        settings.generated / statistics.median(turn.decode for turn in rounds),
-        max(peaks, default=None),
+        settings.prompt / statistics.median(prefill),
+        settings.generated / statistics.median(decode),
+        max((peak for peak in peaks if peak is not None), default=None),
     )
-
-
-WORKER = Path(__file__).with_name("serve_worker.py")
 
 
 @dataclass(frozen=True)
@@ -139,18 +132,18 @@ def serve(paths: list[str], settings: ServeSettings, precision: str) -> list[Ser
 
 def served_model(path: str, form: str, out: Path) -> ServedModel:
     """Finds or writes the files that a server loads. The only modelling file that may run is this package's."""
-    found = find_model(path)
-    require(not found.adapter, f"{path}: --serve cannot merge an adapter; merge it into its base model first")
-    shape, folder = found.pretrained.shape, found.pretrained.folder
+    source = find_model(path)
+    require(not source.adapter, f"{path}: --serve cannot merge an adapter; merge it into its base model first")
+    shape, folder = source.pretrained.shape, source.pretrained.folder
     trust = form == "hf" and shape.model_type.startswith(PRUNED)
     if form != "hf":
         export(find_source(folder), form, out)
         (folder,) = out.glob("*.gguf")
     elif trust:
         out.mkdir()
-        copy_model(found.pretrained, out, lambda file, link: link.symlink_to(file.resolve()))
+        copy_model(source.pretrained, out, lambda file, link: link.symlink_to(file.resolve()))
         folder = out
-    return ServedModel(folder, form, found.pretrained.config["vocab_size"], trust, shape.family.vllm)
+    return ServedModel(folder, form, source.pretrained.config["vocab_size"], trust, shape.family.vllm)
 
 
 def measure_serving(models: Sequence[ServedModel], settings: ServeSettings) -> list[Served]:

@@ -52,7 +52,7 @@ def run_tasks(
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        found = _lm_eval("").simple_evaluate(
+        answer = _lm_eval("").simple_evaluate(
             _model_on_ranks(model, tokenizer, batch_size, comm),
             tasks=list(_expand(settings.names)),
             task_manager=_task_manager(settings.include_path),
@@ -66,15 +66,15 @@ def run_tasks(
     if comm.rank != 0:
         return None
     reported = {
-        "lm_eval": found["lm_eval_version"],
-        "fewshot": found["n-shot"],
-        "versions": found["versions"],
-        "documents": found["n-samples"],
-        "max_length": found["max_length"],
-        "chat_template": found.get("chat_template"),
-        **{key: found["config"].get(key) for key in SEEDS},
+        "lm_eval": answer["lm_eval_version"],
+        "fewshot": answer["n-shot"],
+        "versions": answer["versions"],
+        "documents": answer["n-samples"],
+        "max_length": answer["max_length"],
+        "chat_template": answer.get("chat_template"),
+        **{key: answer["config"].get(key) for key in SEEDS},
     }
-    return {"results": found["results"], "settings": reported}
+    return {"results": answer["results"], "settings": reported}
 
 
 def mean_accuracy(tasks: dict[str, Any]) -> float | None:

@@ -12,10 +12,10 @@ from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, copy_model, publish
-from loraprune_ds.export.lora import ExportSource, open_newest, write_base_and_adapter, write_merged
+from loraprune_ds.export.lora import ExportSource, open_newest, write_base_and_adapter, write_model
 from loraprune_ds.export.model_card import copy_model_card
 from loraprune_ds.model.adapters import BASE_FOLDER
-from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.units import format_bytes
 
@@ -67,7 +67,7 @@ def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
         if needed > (free := shutil.disk_usage(folder).free):
             sizes = f"{format_bytes(needed)} in {folder.parent}, where {format_bytes(free)} are free"
             raise NoRoom(f"the merged model needs {sizes}")
-        write_merged(unmerged, folder)
+        write_model(unmerged, folder, merge=True)
         return remarks
     copy_model(open_pretrained(source.model), folder)
     return []

@@ -50,9 +50,9 @@ class Architecture:
 
     def of(self, shape: ModelShape) -> MODEL_ARCH:
         """Returns the architecture for layers of these sizes. `architecture_of` has checked that it exists."""
-        found = self.uniform if shape.is_uniform else self.unequal
-        assert found is not None
-        return found
+        arch = self.uniform if shape.is_uniform else self.unequal
+        assert arch is not None
+        return arch
 
     def attention_factor(self, config: Any, shape: ModelShape) -> float:
         """Returns the factor on queries that gives transformers' attention scale where llama.cpp has its own."""
@@ -156,42 +156,42 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def architecture_name(shape: ModelShape) -> str | None:
     """Returns llama.cpp's name of the architecture that holds layers of these sizes. None if none does."""
-    found = ARCHITECTURES.get(family_name(shape.model_type))
-    arch = found and (found.uniform if shape.is_uniform else found.unequal)
+    architecture = ARCHITECTURES.get(family_name(shape.model_type))
+    arch = architecture and (architecture.uniform if shape.is_uniform else architecture.unequal)
     return MODEL_ARCH_NAMES[arch] if arch else None
 
 
 def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:
     """Returns the architecture of a model. `config`: an object of transformers, with all defaults."""
-    found = ARCHITECTURES.get(family_name(shape.model_type))
-    if found is None:
+    architecture = ARCHITECTURES.get(family_name(shape.model_type))
+    if architecture is None:
         checked = f"{', '.join(ARCHITECTURES)}, not for {shape.model_type}"
         raise UserError(f"{where}: GGUF is checked in llama.cpp for {checked}; {FORMATS_LEFT}")
-    name = MODEL_ARCH_NAMES[found.uniform]
-    if not shape.is_uniform and found.unequal is None:
+    name = MODEL_ARCH_NAMES[architecture.uniform]
+    if not shape.is_uniform and architecture.unequal is None:
         raise UserError(f"{where}: all layers of llama.cpp's {name} have one size, and these differ; {FORMATS_LEFT}")
-    if missing := _missing(found, config, shape):
+    if missing := _missing(architecture, config, shape):
         raise UserError(f"{where}: GGUF cannot hold {missing[0]} in llama.cpp's {name}; {FORMATS_LEFT}")
-    return found
+    return architecture
 
 
-def _missing(found: Architecture, config: Any, shape: ModelShape) -> list[str]:
+def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> list[str]:
     """Lists the features of a model that the architecture lacks."""
     layers, missing = len(shape.layers), []
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation != found.activation:
+    if activation != architecture.activation:
         missing.append(f"hidden_act {activation!r}")
     split = {part for name in shape.biases for part in PARTS.get(name, (name,))}
-    missing += [f"the bias of {name}" for name in sorted(split - found.biases)]
-    outputs = {x.name: shape.linear_shape(0, x)[0] for x in shape.linears(0) if x.name in found.square}
+    missing += [f"the bias of {name}" for name in sorted(split - architecture.biases)]
+    outputs = {x.name: shape.linear_shape(0, x)[0] for x in shape.linears(0) if x.name in architecture.square}
     missing += [f"{name} with {rows} outputs" for name, rows in outputs.items() if rows != shape.hidden_size]
-    given = {key: getattr(config, key, value) for key, value in found.only.items()}
-    missing += [f"{key} {value!r}" for key, value in given.items() if value != found.only[key]]
-    if found.lite and (config.q_lora_rank is None or layers in found.lite):
+    values = {key: getattr(config, key, value) for key, value in architecture.only.items()}
+    missing += [f"{key} {value!r}" for key, value in values.items() if value != architecture.only[key]]
+    if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):
         missing.append(f"{layers} layers with q_lora_rank {config.q_lora_rank}")
     for period, key, usual, special in (
-        (found.window_period, "layer_types", "sliding_attention", "full_attention"),
-        (found.rope_period, "no_rope_layers", 1, 0),
+        (architecture.window_period, "layer_types", "sliding_attention", "full_attention"),
+        (architecture.rope_period, "no_rope_layers", 1, 0),
     ):
         if period and getattr(config, key) != [usual if (i + 1) % period else special for i in range(layers)]:
             missing.append(f"this order of {key}")

@@ -135,9 +135,9 @@ def _add_special_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) 
 def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes whether BOS and EOS surround every text. A probe shows it: the settings have too many forms."""
     plain = tokenizer(PROBE, add_special_tokens=False).input_ids
-    whole = tokenizer(PROBE).input_ids
-    start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-    before, after = whole[:start], whole[start + len(plain) :]
+    complete = tokenizer(PROBE).input_ids
+    start = next(i for i in range(len(complete)) if complete[i : i + len(plain)] == plain)
+    before, after = complete[:start], complete[start + len(plain) :]
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
         raise UserError(f"{folder}: its tokenizer puts more than one BOS and EOS around a text; {FORMATS_LEFT}")
     writer.add_add_bos_token(bool(before))

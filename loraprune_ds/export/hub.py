@@ -61,9 +61,9 @@ def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[P
     card = ModelCard.load(card_file)
     index = [
         entry
-        for model, found in ((name, pruned), (f"{name}, dense", dense))
-        if found
-        for entry in eval_results_to_model_index(model, found)
+        for model, measured in ((name, pruned), (f"{name}, dense", dense))
+        if measured
+        for entry in eval_results_to_model_index(model, measured)
     ]
     card.data["model-index"] = index or None
     card.save(card_file)
@@ -73,8 +73,8 @@ def _run_results(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
     value, config = report["perplexity"][which], report["config"]
     data = config.get("data", {})
     if value is not None:
-        found = data.get("held_out") or data.get("path", "held-out text")
-        paths = [found] if isinstance(found, str) else [entry["path"] for entry in found]  # of a mixture
+        source = data.get("held_out") or data.get("path", "held-out text")
+        paths = [source] if isinstance(source, str) else [entry["path"] for entry in source]  # of a mixture
         text = " + ".join(Path(path).name for path in paths)
         yield _perplexity(value, text, config.get("evaluate", {}).get("window"))
 
@@ -94,12 +94,5 @@ def _perplexity(value: float, text: str, window: int | None) -> EvalResult:
     return _result(text, "perplexity", round(value, 4), f"perplexity{how}")
 
 
-def _result(dataset: str, metric: str, value: float, metric_name: str) -> EvalResult:
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=dataset,
-        dataset_name=dataset,
-        metric_type=metric,
-        metric_value=value,
-        metric_name=metric_name,
-    )
+def _result(dataset: str, metric: str, value: float, name: str) -> EvalResult:
+    return EvalResult("text-generation", dataset, dataset, metric, value, metric_name=name)

@@ -69,9 +69,9 @@ def copy_model(model: PretrainedModel, out: Path, place: Callable[[Path, Path], 
         place(model.folder / name, out / name)
     copy_named(model.folder, out, ("config.json", INDEX_FILE, *PROCESSOR_FILES, *DOCUMENTS))
     copy_tokenizer(model.folder, out)
-    given = read_json(out / "config.json")
-    if (config := name_our_code(given)) != given:
-        write_json(out / "config.json", config)
+    config = read_json(out / "config.json")
+    if (renamed := name_our_code(config)) != config:
+        write_json(out / "config.json", renamed)
     if model.shape.model_type.startswith(PRUNED):
         _write_modelling_file(out, model.shape.model_type)
 

@@ -1,6 +1,5 @@
-"""Writes the LoRA of a checkpoint: merged into W, or next to the pruned base as PEFT's adapter."""
+"""Finds the weights that an export starts from, and writes a checkpoint's LoRA: merged into W, or as PEFT's adapter."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from loraprune_ds.checkpoint.layout import (
     CHECKPOINTS_FOLDER,
     MODEL_FOLDER,
     STATE_FILE,
-    Status,
     layer_file,
     numbered,
     read_status,
@@ -23,15 +21,18 @@ from loraprune_ds.config import Dtype, LoraConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run, copy_model_card
+from loraprune_ds.files import write_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names, name_in_file
-from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.experts import as_in_peft, in_peft
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import as_on_disk, weight_file_count, write_index, write_weight_file
 from loraprune_ds.pruning.prunable_model import CollectedLinear
+
+MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,24 @@ class ExportSource:
     checkpoints: list[Path]
 
 
+def find_source(path: Path) -> ExportSource:
+    """Looks at the folder of a run, of one of its checkpoints, or of a merged model."""
+    name, root = path.resolve().name, path / CHECKPOINTS_FOLDER
+    if status := read_status(path):
+        steps = sorted(numbered(root, "step"), reverse=True)
+        checkpoints = [step_folder(root, step) for step in steps]
+        if status.state == "finished":
+            return ExportSource(name, path / MODEL_FOLDER, checkpoints[:1] if steps[:1] == [status.step] else [])
+        if not checkpoints:
+            raise UserError(f"{path} holds an unfinished run ({status}) without a checkpoint: nothing to export yet")
+        return ExportSource(name, None, checkpoints)
+    if (path / STATE_FILE).is_file():
+        return ExportSource(name, None, [path])
+    if (path / "config.json").is_file():
+        return ExportSource(name, path, [])
+    raise UserError(f"{path} {'holds no run, checkpoint or model' if path.is_dir() else 'is no folder'}")
+
+
 class UnmergedModel:
     """A verified checkpoint and its models: `dense`, which the run began with, and `base`, pruned and without LoRA."""
 
@@ -50,10 +69,9 @@ class UnmergedModel:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         model = self.config.model
-        self.dense = open_for_pruning(locate_model(model), self.config.prune, frozen=model.frozen)
-        self.base = checkpoint.frozen_weights()
-        # The family is the dense model's, even where the smaller one had to be described as another.
-        self.shape = self.dense.shape.with_layers(self.base.shape.layers)
+        self.dense = open_for_pruning(locate_model(model), model, self.config.prune)
+        self.base = checkpoint.frozen_model(self.dense).weights
+        self.shape = self.base.shape
 
     @property
     def exported(self) -> ExportedConfig:
@@ -63,18 +81,6 @@ class UnmergedModel:
         """Reads a layer's fp32 masters: "{linear}.lora_A" (r, in_features), "{linear}.lora_B" (out_features, r)."""
         tensors = load_file(self.checkpoint.folder / layer_file(layer))
         return {name.removesuffix(".master"): t for name, t in tensors.items() if name.endswith(".master")}
-
-
-def find_source(path: Path) -> ExportSource:
-    """Looks at the folder of a run, of one of its checkpoints, or of a merged model."""
-    name = path.resolve().name
-    if status := read_status(path):
-        return _find_run(path, name, status)
-    if (path / STATE_FILE).is_file():
-        return ExportSource(name, None, [path])
-    if (path / "config.json").is_file():
-        return ExportSource(name, path, [])
-    raise UserError(f"{path} {'holds no run, checkpoint or model' if path.is_dir() else 'is no folder'}")
 
 
 def open_newest(checkpoints: list[Path]) -> tuple[UnmergedModel, list[str]]:
@@ -88,19 +94,6 @@ def open_newest(checkpoints: list[Path]) -> tuple[UnmergedModel, list[str]]:
             continue
         return unmerged, [*remarks, f"taken from {path.name}"]
     raise UserError(remarks[0])
-
-
-def _find_run(path: Path, name: str, status: Status) -> ExportSource:
-    steps = sorted(numbered(path / CHECKPOINTS_FOLDER, "step"), reverse=True)
-    checkpoints = [step_folder(path / CHECKPOINTS_FOLDER, step) for step in steps]
-    if status.state == "finished":
-        return ExportSource(name, path / MODEL_FOLDER, checkpoints[:1] if steps[:1] == [status.step] else [])
-    if not checkpoints:
-        raise UserError(f"{path} holds an unfinished run ({status}) without a checkpoint: nothing to export yet")
-    return ExportSource(name, None, checkpoints)
-
-
-MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
 
 
 def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -125,29 +118,24 @@ def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, d
 
 
 def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
-    """Merges a linear that was collected from the ranks. `zero.write.write_model` writes the result."""
+    """Merges a linear that was collected from the ranks."""
     target = DTYPES[dtype]
     weight = merge_lora(linear.weight, linear.lora_A, linear.lora_B, linear.scaling, target)
     return {"weight": weight} | ({} if linear.bias is None else {"bias": linear.bias.to(target)})
-
-
-def write_merged(unmerged: UnmergedModel, folder: Path) -> None:
-    """Writes the Hugging Face model that the run would export now."""
-    _write_model(unmerged, folder, merge=True)
 
 
 def write_base_and_adapter(unmerged: UnmergedModel, folder: Path) -> None:
     """Writes `base/`, a Hugging Face model without LoRA, and `adapter/`, the fp32 LoRA for PEFT."""
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     base.mkdir()
-    _write_model(unmerged, base, merge=False)
+    write_model(unmerged, base, merge=False)
     copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
     adapter.mkdir()
     _write_adapter(unmerged, adapter)
 
 
-def _write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
-    """Writes the model layer by layer. No more than one layer is in memory."""
+def write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
+    """Writes the Hugging Face model that the run would export now, or its base. One layer is in memory at a time."""
     config, shape, state = unmerged.config, unmerged.shape, unmerged.checkpoint.state
     layers, pieces, dtype = len(shape.layers), shape.pieces(), DTYPES[config.model.dtype]
     count, entries = weight_file_count(layers), []
@@ -186,8 +174,7 @@ def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
         for name, tensor in as_in_peft(unmerged.lora(layer), unmerged.shape.linears(layer)).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = json.dumps(_adapter_config(unmerged.config.lora, unmerged.shape), indent=2)
-    (folder / ADAPTER_FILE).write_text(config + "\n")
+    write_json(folder / ADAPTER_FILE, _adapter_config(unmerged.config.lora, unmerged.shape))
 
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:

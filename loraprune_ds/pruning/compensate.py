@@ -22,7 +22,6 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.dtypes import tf32_where_exact
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, LinearId, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
@@ -111,6 +110,20 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
 def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LinearId]:
     """Lists the linears of some layers, or of all, that lose inputs. Stacks do not: they lose experts."""
     return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.loses_inputs]
+
+
+@contextmanager
+def tf32_where_exact(dtype: torch.dtype, device: torch.device) -> Generator[None]:
+    """Allows TF32 for fp32 products of bf16 or fp16 numbers, whose 11 significant bits it keeps. Sums are fp32."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class InputMoments:

@@ -1,4 +1,4 @@
-"""Writes records to disk: metrics.jsonl for programs, TensorBoard for people."""
+"""Writes and reads metrics.jsonl, which has a line for every record of a run."""
 
 import json
 import os
@@ -8,9 +8,8 @@ from typing import Any, TextIO
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import finite, write_text
-from loraprune_ds.report.records import RECORD_KINDS, CutRecord, EvaluationRecord, History, Record, StepRecord
+from loraprune_ds.report.records import RECORD_KINDS, History, Record
 
-MOST_CURVES = 8  # ranks that have a curve each
 KIND_OF = {record: kind for kind, record in RECORD_KINDS.items()}
 
 
@@ -104,62 +103,3 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
     if missing := required - value.keys():
         raise UserError(f"{where} is damaged: {', '.join(sorted(missing))} missing")
     return value
-
-
-def scalars(record: Record) -> dict[str, float]:
-    """Returns the record's value for each of its curves."""
-    match record:
-        case StepRecord():
-            scalars: dict[str, float] = {
-                "train/loss": record.loss,
-                "train/learning_rate": record.learning_rate,
-                "train/sparsity": record.sparsity,
-                "speed/tokens_per_second": record.tokens_per_second,
-                "speed/tokens_per_second_per_rank": record.tokens_per_second / len(record.weight_bytes),
-                "speed/seconds_per_step": record.seconds,
-            }
-            if record.mfu is not None:
-                scalars["speed/mfu"] = record.mfu
-            if record.grad_norm is not None:
-                scalars["train/grad_norm"] = record.grad_norm
-            for name in ("weight_bytes", "resident_bytes", "reserved_bytes"):
-                scalars |= _by_rank(name, getattr(record, name))
-            return scalars
-        case CutRecord():
-            curves = ("target", "reached", "removed_fraction", "seconds", "bytes_sent")
-            return {f"cut/{name}": getattr(record, name) for name in curves}
-        case EvaluationRecord():
-            return {f"perplexity/{record.name}": record.perplexity}
-
-
-def _by_rank(name: str, values: list[int]) -> dict[str, float]:
-    """Returns a value for every rank, or for many ranks only the smallest and the largest one."""
-    if len(values) > MOST_CURVES:
-        return {f"{name}/min": min(values), f"{name}/max": max(values)}
-    return {f"{name}/rank_{rank}": value for rank, value in enumerate(values)}
-
-
-class TensorBoardLog:
-    """Writes the same records as TensorBoard scalars."""
-
-    curves = staticmethod(scalars)
-
-    def __init__(self, folder: Path, resumed_from: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes half a second, which runs without it save
-
-        purge_step = None if resumed_from is None else resumed_from + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
-
-    def write(self, record: Record) -> None:
-        for tag, value in self.curves(record).items():
-            self._writer.add_scalar(tag, value, record.step)
-        if not isinstance(record, StepRecord):
-            self._writer.flush()  # rare and worth seeing immediately
-
-    def picture(self, path: Path) -> None:
-        from matplotlib.image import imread
-
-        self._writer.add_image(path.stem, imread(path), dataformats="HWC")
-
-    def close(self) -> None:
-        self._writer.close()

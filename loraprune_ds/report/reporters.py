@@ -1,6 +1,7 @@
-"""Sends records to wandb, trackio and mlflow: to a new run, or to the one that a Trainer has opened.
+"""Shows records as curves: in TensorBoard, wandb, trackio and mlflow.
 
-The services are optional packages with their own settings, such as `WANDB_MODE=offline` or `MLFLOW_TRACKING_URI`.
+The last three are optional packages with their own settings, such as `WANDB_MODE=offline` or `MLFLOW_TRACKING_URI`.
+Records go to a new run, or to the one that a Trainer has opened.
 """
 
 import importlib
@@ -12,12 +13,71 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.errors import RankError, first_line, require
-from loraprune_ds.report.metrics import scalars
-from loraprune_ds.report.records import Record
+from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, StepRecord
 
 PROJECT = "loraprune_ds"
 STEP_AXIS = "train/global_step"  # as in transformers. A resumed run may go back on it
+MOST_CURVES = 8  # ranks that have a curve each
 Curves = Callable[[Record], dict[str, float]]
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """Returns the record's value for each of its curves."""
+    match record:
+        case StepRecord():
+            scalars: dict[str, float] = {
+                "train/loss": record.loss,
+                "train/learning_rate": record.learning_rate,
+                "train/sparsity": record.sparsity,
+                "speed/tokens_per_second": record.tokens_per_second,
+                "speed/tokens_per_second_per_rank": record.tokens_per_second / len(record.weight_bytes),
+                "speed/seconds_per_step": record.seconds,
+            }
+            if record.mfu is not None:
+                scalars["speed/mfu"] = record.mfu
+            if record.grad_norm is not None:
+                scalars["train/grad_norm"] = record.grad_norm
+            for name in ("weight_bytes", "resident_bytes", "reserved_bytes"):
+                scalars |= _by_rank(name, getattr(record, name))
+            return scalars
+        case CutRecord():
+            curves = ("target", "reached", "removed_fraction", "seconds", "bytes_sent")
+            return {f"cut/{name}": getattr(record, name) for name in curves}
+        case EvaluationRecord():
+            return {f"perplexity/{record.name}": record.perplexity}
+
+
+def _by_rank(name: str, values: list[int]) -> dict[str, float]:
+    """Returns a value for every rank, or for many ranks only the smallest and the largest one."""
+    if len(values) > MOST_CURVES:
+        return {f"{name}/min": min(values), f"{name}/max": max(values)}
+    return {f"{name}/rank_{rank}": value for rank, value in enumerate(values)}
+
+
+class TensorBoardLog:
+    """Writes the same records as TensorBoard scalars."""
+
+    curves = staticmethod(scalars)
+
+    def __init__(self, folder: Path, resumed_from: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes half a second, which runs without it save
+
+        purge_step = None if resumed_from is None else resumed_from + 1
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+
+    def write(self, record: Record) -> None:
+        for tag, value in self.curves(record).items():
+            self._writer.add_scalar(tag, value, record.step)
+        if not isinstance(record, StepRecord):
+            self._writer.flush()  # rare and worth seeing immediately
+
+    def picture(self, path: Path) -> None:
+        from matplotlib.image import imread
+
+        self._writer.add_image(path.stem, imread(path), dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Wandb:

@@ -55,11 +55,11 @@ def _parameter_rows(report: dict[str, Any]) -> list[SummaryRow]:
     params, cuts = report["params"], report["prune_steps"]
     target = f" (target {format_percent(cuts[-1]['target'])})" if cuts else ""
     linear_removed = 1 - params["linear_pruned"] / params["linear_dense"]
-    whole, linear = (
+    total, linear = (
         [format_count(params[f"{prefix}{name}"]) for name in ("dense", "pruned")] for prefix in ("", "linear_")
     )
     return [
-        ("parameters, whole model", *whole, f"{format_percent(params['removed_fraction'])} removed"),
+        ("parameters, whole model", *total, f"{format_percent(params['removed_fraction'])} removed"),
         ("  linear layers of the decoder", *linear, f"{format_percent(linear_removed)} removed{target}"),
     ]
 

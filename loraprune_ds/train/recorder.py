@@ -25,7 +25,7 @@ from loraprune_ds.config import LoggingConfig
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.report.metrics import MetricsLog, TensorBoardLog, read_metrics
+from loraprune_ds.report.metrics import MetricsLog, read_metrics
 from loraprune_ds.report.pictures import draw_kept_groups, draw_router_load, draw_training
 from loraprune_ds.report.records import (
     CutRecord,
@@ -39,7 +39,7 @@ from loraprune_ds.report.records import (
     history_from,
 )
 from loraprune_ds.report.report import Outcome, make_report, write_kept_groups
-from loraprune_ds.report.reporters import SERVICES, ReportedRun
+from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog
 from loraprune_ds.units import format_bytes, format_clock, format_percent, format_perplexity
 from loraprune_ds.zero.device import device_name
 
@@ -170,13 +170,7 @@ class Recorder:
         self.history, self.sinks = history, list(sinks)
 
     def write(self, record: Record) -> None:
-        match record:
-            case StepRecord():
-                self.history.steps.append(record)
-            case CutRecord():
-                self.history.cuts.append(record)
-            case EvaluationRecord():
-                self.history.evaluations.append(record)
+        self.history.add(record)
         for sink in self.sinks:
             sink.write(record)
 

@@ -14,7 +14,7 @@ from loraprune_ds.config import Dtype, ModelConfig, TrainConfig
 from loraprune_ds.config_file import find_shipped
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 

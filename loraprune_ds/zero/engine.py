@@ -21,9 +21,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from loraprune_ds.command import check_local_rank, check_ranks, collective_timeout, gloo_interface
 from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, TrainConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.adapters import add_lora, differentiate_input, gathered_whole, load_adapter
+from loraprune_ds.model.adapters import add_lora, differentiate_input, leaf_modules, load_adapter
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.comm import Communicator
@@ -125,7 +125,7 @@ def build_training_engine(
         if train.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         layers = decoder_layers(peft_model)
-        for module in chain.from_iterable(gathered_whole(layer, pretrained.shape) for layer in layers):
+        for module in chain.from_iterable(leaf_modules(layer, pretrained.shape) for layer in layers):
             set_z3_leaf_module(module, True)  # ZeRO-3's hooks run once for it, not at every module inside
         differentiate_input(layers[0])
         optimizer = AdamW(
@@ -160,5 +160,5 @@ def _sharded_base(
     comm = Communicator()
     model = build_for_losses(pretrained, attn_implementation)
     # A single rank may find a weight that int8 cannot hold.
-    comm.all_or_raise(lambda: shard_at_birth(model, pretrained.read_stored, ds_config, DTYPES[dtype], comm))
+    comm.all_or_raise(lambda: shard_at_birth(model, pretrained.weights.read_stored, ds_config, DTYPES[dtype], comm))
     return model

@@ -15,7 +15,7 @@ from torch import Tensor
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import RunError, one_line
 from loraprune_ds.model.adapters import lora_linear, plain_parameter
-from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.weight_files import (
     INDEX_FILE,
     as_on_disk,

@@ -85,7 +85,7 @@ def main() -> None:
     quiet_deepspeed()
     comm = start_ranks()
     config, phases = make_config(folder, comm.world_size, int8=arguments.int8), Phases()
-    pretrained = open_for_pruning(folder / "model", config.prune, frozen=config.model.frozen)
+    pretrained = open_for_pruning(folder / "model", config.model, config.prune)
     ds_config = resolve_ds_config(
         config.deepspeed, pretrained.shape, comm.world_size, config.train, config.model, config.lora.r
     )
@@ -106,7 +106,7 @@ def main() -> None:
 def materialise(pretrained: PretrainedModel) -> list[Tensor]:
     """Materialises all weights whole, which no rank may do."""
     sizes = {name: torch.Size(shape).numel() for name, shape in pretrained.shape.parameters().items()}
-    return [pretrained.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
+    return [pretrained.weights.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
 
 
 def train_and_export(
@@ -124,7 +124,7 @@ def train_and_export(
     model = trainer.model
     losses = train(trainer, phases)
     described = export_config(pretrained.config, model.shape, "bfloat16").config
-    phases.measure("checkpoint", lambda: save_shape(model, folder / "saved", len(CUTS), described, "bfloat16"))
+    phases.measure("checkpoint", lambda: save_shape(model, folder / "saved", len(CUTS), "bfloat16"))
     exported = folder / "exported"
     if comm.rank == 0:
         exported.mkdir()

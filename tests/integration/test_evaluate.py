@@ -246,7 +246,7 @@ BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
     (f"{DENSE} {TEXT} --split train", "--split is a part of --dataset; --text is read whole", None),
     (f"{DENSE} {TEXT} --window 1024", f"{DENSE} reads at most 512 tokens (max_position_embeddings), not 1024", None),
     (f"{DENSE} --serve-python python3", "--serve-python has no effect without", None),
-    (f"{DENSE} --rounds 2", "--prompt, --generated and --rounds have no effect", None),
+    (f"{DENSE} --rounds 2", "--rounds has no effect without --speed or --serve", None),
     (f"{DENSE} --serve vllm --gguf f16", "--gguf has no effect without --serve llama.cpp", None),
     (f"{DENSE} --serve vllm --dtype float32", "--dtype has no effect on --serve", None),
     ("{made}/apart/adapter " + TEXT + " --sharded", "{made}/apart/adapter: --sharded cannot merge an adapter", None),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraprune_ds.config import Dtype, ModelConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.models import FoundModel, load_model
+from loraprune_ds.evaluate.models import ModelSource, load_model
 from loraprune_ds.model.classes import attn_implementation, causal_lm_class, check_flash_attention, describe_attention
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import open_pretrained
@@ -57,6 +57,6 @@ def test_a_capped_model_is_built_and_loaded_with_its_cap(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     pretrained = open_pretrained(tmp_path)
     assert build_for_losses(pretrained, "sdpa").config._attn_implementation == "eager"
-    loaded = load_model(FoundModel("gemma2", "checkpoint", pretrained, tmp_path), "float32", torch.device("cpu"))
+    loaded = load_model(ModelSource("gemma2", "checkpoint", pretrained, tmp_path), "float32", torch.device("cpu"))
     assert torch.equal(logits(loaded), logits(model))
     assert (logits(tiny_model("gemma2", attn_logit_softcapping=None)) - logits(model)).abs().max() > 0.1

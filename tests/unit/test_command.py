@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from loraprune_ds.command import tell
+from loraprune_ds.command import check_needs, tell
 from loraprune_ds.errors import RankError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +20,16 @@ torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore()
 threading.Thread(target=time.sleep, args=(60,)).start()  # Python waits for it before it ends
 raise RuntimeError("out of memory")
 """
+
+
+def test_an_option_without_the_one_it_needs_is_named() -> None:
+    needs = {"--num-fewshot": "--tasks", "--public": "--speed or --serve"}
+    check_needs(Namespace(num_fewshot=None, tasks=[], public=False, speed=False, serve=None), needs)
+    check_needs(Namespace(num_fewshot=0, tasks=["piqa"], public=True, speed=False, serve="vllm"), needs)
+    with pytest.raises(UserError, match=r"^--num-fewshot has no effect without --tasks$"):
+        check_needs(Namespace(num_fewshot=0, tasks=[], public=False), needs)
+    with pytest.raises(UserError, match=r"^--public has no effect without --speed or --serve$"):
+        check_needs(Namespace(public=True, speed=False, serve=None), needs)
 
 
 @pytest.mark.parametrize(

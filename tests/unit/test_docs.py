@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import loraprune_ds
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import REMOVED
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
@@ -98,6 +99,13 @@ def is_module(name: str) -> bool:
         return False
 
 
+def wrong_imports(readme: Path, text: str) -> Iterator[str]:
+    """Finds names that pages import and users should not, or cannot."""
+    for module, names in re.findall(r"\bfrom (loraprune_ds[\w.]*) import ([\w, ]+)", text):
+        public = loraprune_ds.__all__ if module == PACKAGE.name else ()
+        yield from (f"no public name {name} in {module}" for name in names.split(", ") if name.strip() not in public)
+
+
 def defined_names(path: Path) -> set[str]:
     """Lists classes and functions of a file. Methods count with and without their class."""
     names: set[str] = set()
@@ -146,7 +154,7 @@ def unknown_settings(readme: Path, text: str) -> Iterator[str]:
                 yield f"no setting {key}"
 
 
-CHECKS = (broken_links, wrong_paths, wrong_commands, wrong_names, unknown_settings)
+CHECKS = (broken_links, wrong_paths, wrong_commands, wrong_imports, wrong_names, unknown_settings)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -196,6 +204,8 @@ def test_every_setting_has_one_row_with_its_default() -> None:
         (wrong_paths, "see `gone.py`"),
         (wrong_paths, "```bash\npython launch/run.py --config launch/configs/gone.yaml\n```"),
         (wrong_commands, "run `python -m tests.benchmarks.gone`"),
+        (wrong_imports, "```python\nfrom loraprune_ds import PruneConfig, Gone\n```"),
+        (wrong_imports, "```python\nfrom loraprune_ds.config import PruneConfig\n```"),
         (wrong_names, "1. [`x`](loraprune_ds/pruning/step.py): `Pruner.gone` does it."),
         (unknown_settings, "```bash\npython launch/run.py --set train.gone=1\n```"),
     ],

@@ -149,8 +149,6 @@ def test_mean_accuracy_is_over_the_tasks_that_have_one() -> None:
         (lambda: PerplexityProtocol(max_windows=0), "--max-windows must be at least 1; got 0"),
         (lambda: SpeedSettings(generated=0), "--generated must be at least 1; got 0"),
         (lambda: TaskSettings(("piqa",), fewshot=-1), "--num-fewshot must be at least 0; got -1"),
-        (lambda: TaskSettings((), limit=2), "--limit has no effect without --tasks"),
-        (lambda: TaskSettings((), include_path=Path("x")), "--include-path has no effect without --tasks"),
         (lambda: EvaluationSettings(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
         (
             lambda: EvaluationSettings(PerplexityProtocol(), tasks=TaskSettings(("piqa",)), sharded=True),

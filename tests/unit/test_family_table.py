@@ -14,7 +14,8 @@ from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.read_shape import read_model
+from loraprune_ds.model.weights import ModelWeights
 from tests.families import heads_divide_hidden, tiny_config
 from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 
@@ -73,7 +74,8 @@ def test_the_readme_has_the_table() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - ARCHITECTURES.keys()))
 def test_no_gguf_of_other_families(family: str, tmp_path: Path) -> None:
     config = tiny_config(family).to_dict()
-    pretrained = PretrainedModel(tmp_path, config, shape_from_config(config, family), {})
+    shape, modules = read_model(config, family)
+    pretrained = PretrainedModel(tmp_path, config, modules, ModelWeights(shape, {}, {}, {}))
     with pytest.raises(UserError, match=f"not for {family}"):
         write_gguf(pretrained, tmp_path / "model.gguf", "f16", family)
     assert not list(tmp_path.iterdir())
