@@ -83,9 +83,9 @@ def test_a_nan_ends_the_run_on_all_ranks_and_is_told(material: Path, tmp_path: P
 
 def read_fault() -> None:
     """Reads the variable again, which the server that forks the ranks did not have."""
-    from loraprune_ds import faults
+    from loraprune_ds import errors
 
-    faults.FAULT = os.environ["LORAPRUNE_FAULT"]
+    errors.FAULT = os.environ["LORAPRUNE_FAULT"]
 
 
 def run_out_of_memory() -> None:

@@ -129,7 +129,7 @@ def gradient_scores(job: Job, *, widen: bool = False) -> dict[str, Any]:
         The raw scores of the first step, what a rank held and sent for them, and LoRA after both.
     """
     trainer = build(job)
-    model, gradients = trainer.model, trainer.pruner.gradients
+    model, gradients = trainer.model, trainer.pruner.recorder
     assert gradients is not None
     score, reduce_scatter = trainer.pruner.score, model.reduce_scatter
     shards: list[int] = []
