@@ -137,10 +137,10 @@ class DataConfig:
         check_settings(self, "data")
         entries = [] if isinstance(self.path, str) else self.path
         for i, entry in enumerate(entries):
-            given = "a weight" if entry.weight is None else "no weight"
+            first = "a weight" if entry.weight is None else "no weight"
             require(
                 (entry.weight is None) == (entries[0].weight is None),
-                f"data.path[{i}].weight: data.path[0] has {given}; give all entries one, or none",
+                f"data.path[{i}].weight: data.path[0] has {first}; give all entries one, or none",
             )
 
     @property

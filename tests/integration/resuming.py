@@ -163,7 +163,9 @@ class Found:
 def find_here(config: RunConfig, resume: str) -> Found:
     warnings: list[str] = []
     try:
-        saved = find_checkpoint(OutputFolder(config.to_dict(), resume), Communicator(), warnings)
+        output = OutputFolder(config.to_dict(), resume)
+        assert output.start == "resume"
+        saved = find_checkpoint(output, Communicator(), warnings)
     except UserError as error:
         return Found(None, warnings, str(error), error.exit_code)
     return Found(saved.state.step if saved else None, warnings)

@@ -209,7 +209,7 @@ def record_outputs(
     model, samples = trainer.model, trainer.samples
     train = replace(trainer.config, distill_weight=0.5, distill_temperature=temperature, distill_top_k=top_k)
     hidden_size = model.shape.hidden_size
-    plan = plan_teacher(train, samples, trainer.order, len(job.batches), hidden_size=hidden_size, element_size=4)
+    plan = plan_teacher(train, samples, trainer.order, len(job.batches), hidden_size, 4)
     plan = replace(plan, per_file=FILE_SAMPLES)
     out = folder / f"{trainer.model.world_size}-{top_k}"
     teacher = Teacher(out, plan, 0.5, {"dtype": job.dtype, "seed": job.seed})

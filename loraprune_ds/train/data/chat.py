@@ -39,13 +39,13 @@ class Chat:
 def chat_fields(known: Iterable[str], source: DataSource) -> list[str]:
     """Returns the fields that conversations are read from. Raises UserError if there are none."""
     present = set(known)
-    found = next((fields for fields in CHAT_FIELDS if present.issuperset(fields)), None)
-    if found is None:
+    fields = next((names for names in CHAT_FIELDS if present.issuperset(names)), None)
+    if fields is None:
         raise UserError(
             f"{source.section}.format chat: {source.path} has no field messages, nor conversations, nor prompt and "
             f"completion; it has {', '.join(sorted(present))}"
         )
-    return [*found, *present.intersection([TOOLS])]
+    return [*fields, *present.intersection([TOOLS])]
 
 
 def read_chat(row: Mapping[str, Any]) -> Chat:

@@ -1,11 +1,10 @@
-"""Reads `data.path`, holds a part of it out, and makes samples of the rest."""
+"""Reads `data.path`, holds a part of it out, and makes samples of the rest, which the disk keeps for the next start."""
 
-import dataclasses
 import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,56 +37,9 @@ from loraprune_ds.train.data.tokens import (
     tokenize_instructions,
 )
 
-SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"
-
-
-def cached(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None, make: Callable[[], LoadedData]
-) -> LoadedData:
-    """Returns what `make` returns, from the disk if it was made before with these settings."""
-    cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
-    folder = Path(cache).expanduser() / "loraprune_ds" / _digest(config, tokenizer, start)
-    try:
-        if not folder.exists():
-            make_once(folder, lambda made: _write(make(), made))
-        return _read(folder)
-    except (OSError, SafetensorError) as error:  # the second, too, where the disk is full
-        raise UserError(f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}") from None
-
-
-def _digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None) -> str:
-    sources = [source_identity(source) for source in config.sources]
-    held_out = Path(config.held_out or "").expanduser()
-    parts = dataclasses.asdict(config), sources, held_out.is_file() and file_identity(held_out), start
-    digest = hashlib.sha256(repr(parts).encode())
-    with TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
-        for path in sorted([*Path(scratch).rglob("*.*"), *Path(__file__).parent.glob("*.py")]):
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:32]
-
-
-def _write(data: LoadedData, folder: Path) -> None:
-    samples = data.samples
-    tensors = samples.columns | {"starts": samples.starts} | ({} if data.epoch is None else {"epoch": data.epoch})
-    if tensors["labels"] is tensors["input_ids"]:
-        del tensors["labels"]
-    save_file(tensors, folder / SAMPLES_FILE, {"window": str(samples.window), "left_out": str(samples.left_out)})
-    (folder / HELD_OUT_FILE).write_bytes(data.held_out.encode())
-
-
-def _read(folder: Path) -> LoadedData:
-    with safe_open(folder / SAMPLES_FILE, framework="pt") as file:
-        columns = {name: file.get_tensor(name) for name in file.keys()}  # they map the file
-        numbers = {name: int(value) for name, value in file.metadata().items()}
-    epoch, starts = columns.pop("epoch", None), columns.pop("starts")
-    columns.setdefault("labels", columns["input_ids"])
-    held_out = (folder / HELD_OUT_FILE).read_bytes().decode()
-    return LoadedData(Samples(columns, starts, **numbers), held_out, epoch)
-
-
 LONGEST_EPOCH = 1_000_000_000  # samples of a mixture, of 8 bytes each
 LINE_END_WITHIN = 1000  # characters before the middle of a document where the end of a line may lie
+SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"  # in the cache
 
 
 def load_samples(
@@ -172,8 +124,8 @@ def _check_samples(loaded: LoadedData, config: DataConfig, minimum: int, vocab_s
             + ("" if config.max_samples is None else f"; data.max_samples is {config.max_samples}")
             + (f"; {samples.left_out} more have no answer within data.window" if samples.left_out else "")
         )
-    if (largest := int(samples.columns["input_ids"].max())) >= vocab_size:
-        raise UserError(f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
+    largest = int(samples.columns["input_ids"].max())
+    require(largest < vocab_size, f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
 
 
 def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -253,3 +205,48 @@ def _text_of(row: TextRow, field: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"field {field!r} must be text; a row has {value!r:.80}")
     return value
+
+
+def cached(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None, make: Callable[[], LoadedData]
+) -> LoadedData:
+    """Returns what `make` returns, from the disk if it was made before with these settings."""
+    cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
+    folder = Path(cache).expanduser() / "loraprune_ds" / _digest(config, tokenizer, start)
+    try:
+        if not folder.exists():
+            make_once(folder, lambda made: _write(make(), made))
+        return _read(folder)
+    except (OSError, SafetensorError) as error:  # the second, too, where the disk is full
+        raise UserError(f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}") from None
+
+
+def _digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None) -> str:
+    sources = [source_identity(source) for source in config.sources]
+    held_out = Path(config.held_out or "").expanduser()
+    parts = asdict(config), sources, held_out.is_file() and file_identity(held_out), start
+    digest = hashlib.sha256(repr(parts).encode())
+    with TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        for path in sorted([*Path(scratch).rglob("*.*"), *Path(__file__).parent.glob("*.py")]):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _write(data: LoadedData, folder: Path) -> None:
+    samples = data.samples
+    tensors = samples.columns | {"starts": samples.starts} | ({} if data.epoch is None else {"epoch": data.epoch})
+    if tensors["labels"] is tensors["input_ids"]:
+        del tensors["labels"]
+    save_file(tensors, folder / SAMPLES_FILE, {"window": str(samples.window), "left_out": str(samples.left_out)})
+    (folder / HELD_OUT_FILE).write_bytes(data.held_out.encode())
+
+
+def _read(folder: Path) -> LoadedData:
+    with safe_open(folder / SAMPLES_FILE, framework="pt") as file:
+        columns = {name: file.get_tensor(name) for name in file.keys()}  # they map the file
+        numbers = {name: int(value) for name, value in file.metadata().items()}
+    epoch, starts = columns.pop("epoch", None), columns.pop("starts")
+    columns.setdefault("labels", columns["input_ids"])
+    held_out = (folder / HELD_OUT_FILE).read_bytes().decode()
+    return LoadedData(Samples(columns, starts, **numbers), held_out, epoch)

@@ -1,4 +1,4 @@
-"""Holds the tuning samples of a run in memory, and packs several into one window."""
+"""Holds the tuning samples of a run in memory, packs several into one window, and puts them in order."""
 
 import hashlib
 from bisect import bisect_left, insort
@@ -23,18 +23,14 @@ class Samples:
     """Holds N samples of up to `window` tokens, end to end and without padding.
 
     The model needs no attention mask: padding follows a sample, where causal attention cannot see it.
-
-    Attributes:
-        columns: (total,) integers each, by the model's names. `labels` are the ids, or IGNORE_INDEX at prompts. Models
-            shift them. `position_ids` exist if samples hold several texts, and begin at 0 in each.
-        starts: (N + 1,) int64. Sample i is starts[i]:starts[i + 1] of each column.
-        left_out: rows without a sample, because nothing of their answer lies within the window.
     """
 
+    # (total,) integers each, by the model's names. `labels` are the ids, or IGNORE_INDEX at prompts. Models shift them.
+    # `position_ids` exist if samples hold several texts, and begin at 0 in each.
     columns: dict[str, Tensor]
-    starts: Tensor
+    starts: Tensor  # (N + 1,) int64; sample i is starts[i]:starts[i + 1] of each column
     window: int
-    left_out: int = 0
+    left_out: int = 0  # rows without a sample, because nothing of their answer lies within the window
 
     @classmethod
     def of_windows(cls, input_ids: Tensor, labels: Tensor | None = None) -> "Samples":
@@ -48,10 +44,7 @@ class Samples:
         return len(self.starts) - 1
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
-        """Returns the model's inputs: each (len(indices), width) int64, padded on the right.
-
-        The width is the longest sample's, rounded up to a multiple of 8 but never above `window`.
-        """
+        """Returns the model's inputs: each (len(indices), width) int64, padded on the right."""
         return {name: self._padded(name, indices) for name in self.columns}
 
     def attention_mask(self, indices: Tensor) -> Tensor | None:
@@ -88,6 +81,7 @@ class Samples:
         return digest.hexdigest()
 
     def _inside(self, indices: Tensor) -> Tensor:
+        """Returns which of (len(indices), width) places are tokens. The longest sample decides the width."""
         lengths = self.starts[indices + 1] - self.starts[indices]
         width = min(self.window, -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
         return torch.arange(width) < lengths[:, None]
@@ -100,15 +94,11 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class LoadedData:
-    """Holds the samples to tune on, and a text for perplexity that tuning never sees.
-
-    Attributes:
-        epoch: (n,) int64 sample numbers of an epoch, by the weights of a mixture. None: each sample once.
-    """
+    """Holds the samples to tune on, and a text for perplexity that tuning never sees."""
 
     samples: Samples
     held_out: str
-    epoch: Tensor | None = None
+    epoch: Tensor | None = None  # (n,) int64 sample numbers, by the weights of a mixture. None: each sample once
 
     @property
     def epoch_length(self) -> int:
@@ -121,9 +111,7 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         return parts[0]
     names = [name for name in PADDING if any(name in part.columns for part in parts)]
     columns = {
-        name: torch.cat(
-            [part.columns[name] if name in part.columns else positions_of(part.lengths()) for part in parts]
-        )
+        name: torch.cat([p.columns[name] if name in p.columns else positions_of(p.lengths()) for p in parts])
         for name in names
     }
     starts = starts_of(torch.cat([part.lengths() for part in parts]))
@@ -201,21 +189,15 @@ class SampleOrder:
         numbers: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> None:
-        self.num_samples = num_samples
+        self.num_samples, self.global_batch_size, self.seed = num_samples, global_batch_size, seed
         self._numbers, self._lengths = numbers, lengths
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        self._epoch = -1
-        self._permutation = np.empty(0, dtype=np.int64)
+        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
 
     def batch(self, step: int) -> Tensor:
         """Returns the (global_batch_size,) int64 sample numbers of a step, counted from 0."""
         positions = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
-        epochs = positions // self.num_samples
-        parts = [
-            self._permutation_of(int(epoch))[positions[epochs == epoch] % self.num_samples]
-            for epoch in np.unique(epochs)
-        ]
+        epochs, places = np.divmod(positions, self.num_samples)
+        parts = [self._permutation_of(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         batch = torch.from_numpy(np.concatenate(parts))
         if self._numbers is not None:
             batch = self._numbers[batch]
@@ -235,10 +217,8 @@ def mix(counts: Sequence[int], weights: Sequence[float]) -> Tensor:
     """
     share = np.asarray(weights) / sum(weights)
     total = max(np.asarray(counts) / share)
-    firsts = np.cumsum([0, *counts[:-1]])
-    parts = [
-        first + np.arange(round(total * part)) % count for first, count, part in zip(firsts, counts, share, strict=True)
-    ]
+    sources = zip(np.cumsum([0, *counts[:-1]]), counts, share, strict=True)
+    parts = [first + np.arange(round(total * part)) % count for first, count, part in sources]
     return torch.from_numpy(np.concatenate(parts))
 
 

@@ -72,14 +72,14 @@ def files_of(source: DataSource) -> list[Path] | None:
         require(local.suffix in SUFFIXES, f"{key}: {path} must be one of {', '.join(SUFFIXES)}")
         return [local]
     if local.is_dir():
-        where, found = f"folder {path}", local.rglob("*")
+        where, candidates = f"folder {path}", local.rglob("*")
     elif any(wildcard in path for wildcard in "*?["):
-        where, found = path, map(Path, glob(str(local), recursive=True))
+        where, candidates = path, map(Path, glob(str(local), recursive=True))
     else:
         is_path = local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~"))
         require(not is_path, f"{key}: {path} does not exist")
         return None
-    files = sorted(file for file in found if file.suffix in SUFFIXES and file.is_file())
+    files = sorted(file for file in candidates if file.suffix in SUFFIXES and file.is_file())
     require(bool(files), f"{key}: {where} matches no {', '.join(SUFFIXES)} file")
     return files
 
