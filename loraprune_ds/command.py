@@ -1,4 +1,4 @@
-"""`loraprune-ds COMMAND`, and what the commands share: ranks, arguments, errors and exits."""
+"""`loraprune-ds COMMAND`, and what the commands share: arguments, errors, exits and the environment of a rank."""
 
 import argparse
 import importlib
@@ -27,6 +27,14 @@ COMMANDS = {  # the modules of loraprune_ds/cli
     "compare": "compare results",
 }
 GRACE = 5.0  # seconds that the other ranks stay after an error
+# A long write to a slow disk is no reason to end a run. If a rank dies, the launcher ends it.
+MINUTES = 60
+MOST_MINUTES = 525_600
+SILENCE = 80.0  # seconds. With the grace that ranks have to end by themselves, a job ends within two minutes
+INTERFACES = Path("/sys/class/net")
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
+NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+HINT = "start deepspeed, torchrun or srun, or unset it"
 
 
 def main() -> NoReturn:
@@ -51,13 +59,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(
         self, description: str | None, parents: Sequence[argparse.ArgumentParser] = (), *, add_help: bool = True
     ) -> None:
-        super().__init__(
-            sys.argv[0],
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            parents=parents,
-            add_help=add_help,
-        )
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(sys.argv[0], description=description, formatter_class=raw, parents=parents, add_help=add_help)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -70,31 +73,6 @@ def check_needs(arguments: argparse.Namespace, needs: Mapping[str, str]) -> None
     for option, needed in needs.items():
         missing = option in given and not given & set(needed.split(" or "))
         require(not missing, f"{option} has no effect without {needed}")
-
-
-def adopt_srun_ranks() -> None:
-    """Sets the environment variables that a launcher would set, if srun starts every rank without one."""
-    if "RANK" not in os.environ:
-        os.environ |= srun_ranks(os.environ)
-
-
-def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from srun's variables. Outside a job step it is empty.
-
-    SLURM_NTASKS is not enough: a batch script has it too, and its commands without srun are one process.
-    """
-    if "SLURM_STEP_NUM_TASKS" not in environment:
-        return {}
-    nodes = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])  # gpu[01-04,7],login -> gpu[01-04,7]
-    first_node = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes[0])  # -> gpu01, which has task 0. scontrol may be missing
-    port = 20_000 + (int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 12_000
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
-        "MASTER_ADDR": environment.get("MASTER_ADDR", first_node),
-        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
-    }
 
 
 def tell(error: UserError, *, agreed: bool = True) -> None:
@@ -110,17 +88,6 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
             return
     sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
     sys.stderr.flush()
-
-
-def silence_libraries() -> None:
-    """Silences the libraries. Must run before they are imported."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else every rank tells of every retry
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    # DeepSpeed's logger prints to stdout, from its import on. It sets its own level.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def leave(code: int) -> NoReturn:
@@ -150,14 +117,15 @@ def leave_on_error() -> None:
     sys.excepthook = hook
 
 
-# A long write to a slow disk is no reason to end a run. If a rank dies, the launcher ends it.
-MINUTES = 60
-MOST_MINUTES = 525_600
-SILENCE = 80.0  # seconds. With the grace that ranks have to end by themselves, a job ends within two minutes
-INTERFACES = Path("/sys/class/net")
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
-NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
-HINT = "start deepspeed, torchrun or srun, or unset it"
+def silence_libraries() -> None:
+    """Silences the libraries. Must run before they are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else every rank tells of every retry
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    # DeepSpeed's logger prints to stdout, from its import on. It sets its own level.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def launcher_command(module: str, ranks: int | None, environment: Mapping[str, str]) -> list[str]:
@@ -172,6 +140,31 @@ def launcher_command(module: str, ranks: int | None, environment: Mapping[str, s
         require(not chosen, f"--ranks and CUDA_VISIBLE_DEVICES={chosen} both choose the GPUs; give one of them")
         command += ["--num_accelerators", str(ranks)]
     return [*command, "--module", module]
+
+
+def adopt_srun_ranks() -> None:
+    """Sets the environment variables that a launcher would set, if srun starts every rank without one."""
+    if "RANK" not in os.environ:
+        os.environ |= srun_ranks(os.environ)
+
+
+def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from srun's variables. Outside a job step it is empty.
+
+    SLURM_NTASKS is not enough: a batch script has it too, and its commands without srun are one process.
+    """
+    if "SLURM_STEP_NUM_TASKS" not in environment:
+        return {}
+    nodes = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])  # gpu[01-04,7],login -> gpu[01-04,7]
+    first_node = re.sub(r"\[(\w+)[^\]]*\]", r"\1", nodes[0])  # -> gpu01, which has task 0. scontrol may be missing
+    port = 20_000 + (int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])) % 12_000
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", first_node),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(port)),
+    }
 
 
 def check_ranks(environment: Mapping[str, str]) -> None:
@@ -189,30 +182,35 @@ def check_ranks(environment: Mapping[str, str]) -> None:
     require(rank < size, f"RANK is {rank}, but WORLD_SIZE is {size}; ranks are counted from 0")
 
 
+def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
+    """Checks that this rank sees its own device, whose number is LOCAL_RANK by DeepSpeed's rule."""
+    rank, local_rank = environment["RANK"], environment["LOCAL_RANK"]
+    require(
+        int(local_rank) < devices,
+        f"rank {rank} has LOCAL_RANK {local_rank} and sees {devices} accelerator{'s' * (devices != 1)}; start no more "
+        "ranks on a node than it has, and let each see all of them (srun: --gpus-per-node and --gpu-bind=none, not "
+        "--gpus-per-task)",
+    )
+
+
 def collective_timeout(environment: Mapping[str, str]) -> timedelta:
     """Returns how long a rank waits for the others: DEEPSPEED_TIMEOUT, in minutes. DeepSpeed reads it when imported."""
-    given = environment.get("DEEPSPEED_TIMEOUT", str(MINUTES))
-    minutes = int(given) if given.isdecimal() else 0
-    if not 1 <= minutes <= MOST_MINUTES:
-        raise UserError(f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to {MOST_MINUTES}; got {given!r}")
+    text = environment.get("DEEPSPEED_TIMEOUT", str(MINUTES))
+    minutes = int(text) if text.isdecimal() else 0
+    in_range = 1 <= minutes <= MOST_MINUTES
+    require(in_range, f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to {MOST_MINUTES}; got {text!r}")
     return timedelta(minutes=minutes)
 
 
 def longest_silence(environment: Mapping[str, str]) -> float:
     """Returns the seconds after which a silent rank counts as lost: LORAPRUNE_SILENCE."""
-    given = environment.get("LORAPRUNE_SILENCE", str(SILENCE))
+    text = environment.get("LORAPRUNE_SILENCE", str(SILENCE))
     try:
-        seconds = float(given)
+        seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 1 <= seconds <= 86_400:
-        raise UserError(f"LORAPRUNE_SILENCE must be seconds from 1 to 86400; got {given!r}")
+    require(1 <= seconds <= 86_400, f"LORAPRUNE_SILENCE must be seconds from 1 to 86400; got {text!r}")
     return seconds
-
-
-def deterministic_kernels() -> dict[str, str]:
-    """Returns the variables that cuBLAS and flash-attn read when they start, for `train.deterministic`."""
-    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 
 
 def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES) -> dict[str, str]:
@@ -224,16 +222,10 @@ def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES
     names = environment.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
     if environment.get("GLOO_SOCKET_IFNAME") or names.startswith("^"):
         return {}
-    found = [name for name in names.split(",") if name and (interfaces / name).exists()]
-    return {"GLOO_SOCKET_IFNAME": found[0]} if found else {}
+    existing = [name for name in names.split(",") if name and (interfaces / name).exists()]
+    return {"GLOO_SOCKET_IFNAME": existing[0]} if existing else {}
 
 
-def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
-    """Checks that this rank sees its own device, whose number is LOCAL_RANK by DeepSpeed's rule."""
-    rank, local_rank = environment["RANK"], environment["LOCAL_RANK"]
-    if int(local_rank) >= devices:
-        raise UserError(
-            f"rank {rank} has LOCAL_RANK {local_rank} and sees {devices} accelerator{'s' * (devices != 1)}; start no "
-            "more ranks on a node than it has, and let each see all of them (srun: --gpus-per-node and "
-            "--gpu-bind=none, not --gpus-per-task)"
-        )
+def deterministic_kernels() -> dict[str, str]:
+    """Returns the variables that cuBLAS and flash-attn read when they start, for `train.deterministic`."""
+    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}

@@ -1,4 +1,11 @@
-"""Exceptions that a user sees as one line, without a traceback."""
+"""Exceptions that a user sees as one line, without a traceback, and fail-points, where a test can kill a rank."""
+
+import os
+import sys
+from collections import Counter
+
+FAULT = os.environ.get("LORAPRUNE_FAULT")
+_passed: Counter[str] = Counter()
 
 
 class UserError(Exception):
@@ -36,3 +43,21 @@ def one_line(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message. From the hub and `datasets` the rest is advice to programmers."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def fail_point(phase: str) -> None:
+    """Sends the signal of `LORAPRUNE_FAULT=phase@n:rank:signal` when that rank passes the phase for the n-th time.
+
+    An example is `save.before_rename@2:0:9`. With `raise` in place of a signal it raises an error.
+    """
+    if FAULT is None:
+        return
+    _passed[phase] += 1
+    where, rank, how = FAULT.split(":")
+    if where != f"{phase}@{_passed[phase]}" or rank != os.environ.get("RANK", "0"):
+        return
+    if how == "raise":
+        raise RuntimeError(f"fail-point {where}: raised")
+    sys.stderr.write(f"fail-point {where}: signal {how} to rank {rank}\n")
+    sys.stderr.flush()
+    os.kill(os.getpid(), int(how))

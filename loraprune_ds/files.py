@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import UserError, fail_point, one_line
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without locks, as Lustre can be
 
@@ -143,11 +142,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
-    return found
+    keys = [key for key, _ in pairs]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{repeated[0]} is given twice")
+    return dict(pairs)
 
 
 def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:

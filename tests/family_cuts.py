@@ -1,5 +1,6 @@
 """Tiny models of every family under LoRA, their cuts by the package, and exports."""
 
+import copy
 import json
 import math
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
-from loraprune_ds.model.classes import build_on_meta, decoder_layers
+from loraprune_ds.model.classes import decoder_layers, shrink_on_meta
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.family import FAMILIES
@@ -141,11 +142,12 @@ def logits(model: PreTrainedModel, prompt: Tensor = PROMPT) -> Tensor:
 
 
 def reopened(pretrained: PretrainedModel) -> PreTrainedModel:
-    """Builds the model as a next run does: the package's class, and weights that are read in parts."""
-    model = build_on_meta(pretrained.config).eval()
+    """Builds the model as a next or resumed run does: small modules, filled with weights that are read in parts."""
+    model = copy.deepcopy(pretrained.modules).eval()
+    shrink_on_meta(model, pretrained.shape)
     for name, size in pretrained.shape.parameters().items():
         path, _, last = name.rpartition(".")
-        weight = pretrained.read_flat(name, 0, math.prod(size), torch.float32)
+        weight = pretrained.weights.read_flat(name, 0, math.prod(size), torch.float32)
         setattr(model.get_submodule(path), last, nn.Parameter(weight.view(size)))
     model.tie_weights()
     return model

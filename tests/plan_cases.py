@@ -106,8 +106,10 @@ class InOrder:
 def build(request: Request) -> Trainer:
     """Builds the package's trainer on random tokens."""
     config = request.config
-    pretrained = open_for_pruning(Path(config.model.path), config)
-    engine = build_training_engine(config, pretrained, request.ds_config, STEPS)
+    pretrained = open_for_pruning(Path(config.model.path), config.prune, frozen=config.model.frozen)
+    engine = build_training_engine(
+        pretrained, request.ds_config, STEPS, config.model, config.lora, config.train, config.seed
+    )
     pruner = Pruner(engine.model, request.pruning, config.seed)
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,9 @@ from loraprune_ds.config_file import config_from_dict, forget_removed
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.hub import locate_model
-from loraprune_ds.model.pretrained import PretrainedModel, cut_to, open_for_pruning, open_pretrained
+from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.model.shapes import LayerKeep
+from loraprune_ds.model.weights import open_stored
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.step import PrunerState
 
@@ -34,20 +36,27 @@ class TrainingCheckpoint:
     folder: Path
     state: RunState
 
+    @cached_property
+    def config(self) -> RunConfig:
+        """The settings of the run that wrote it."""
+        return config_from_dict(forget_removed(self.state.config))
+
     def shape_folder(self) -> Path:
         """Returns the folder of its frozen weights. A source that has moved is found at `model.path`."""
         shape = self.state.shape
         if not shape.is_source:
             return self.folder.parent / shape.folder
         source = Path(shape.folder)
-        return source if source.is_dir() else locate_model(config_from_dict(forget_removed(self.state.config)).model)
+        return source if source.is_dir() else locate_model(self.config.model)
 
-    def frozen_weights(self, config: RunConfig) -> PretrainedModel:
-        """Opens the model without LoRA, with the cuts of this checkpoint."""
-        pretrained = open_for_pruning(self.shape_folder(), config)
+    def frozen_model(self, dense: PretrainedModel) -> PretrainedModel:
+        """Returns the model without LoRA, with the cuts of this checkpoint. `dense` is the one at `model.path`."""
+        folder, keep = self.shape_folder(), keep_from_lists(self.state.kept, dense.shape.kinds)
         if not self.state.shape.is_source:
-            return pretrained
-        return cut_to(pretrained, keep_from_lists(self.state.kept, pretrained.shape.kinds), config.model.dtype)
+            return replace(dense, weights=open_stored(folder, dense.shape.after(keep), dense.weights.storage))
+        if folder.resolve() != dense.folder.resolve():
+            dense = open_for_pruning(folder, self.config.prune, frozen=self.config.model.frozen)
+        return replace(dense, weights=dense.weights.cut(keep))
 
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
         kept, scores = keep_from_lists(self.state.kept, kinds), read_scores(self.folder, kinds)
@@ -121,7 +130,7 @@ def _check_source(checkpoint: TrainingCheckpoint) -> None:
 def source_digest(pretrained: PretrainedModel) -> str:
     """Identifies a source model by its config and its files' names, sizes and first MiB with the tensors' names."""
     digest = hashlib.sha256((pretrained.folder / "config.json").read_bytes())
-    for path in sorted(set(pretrained.files.values())):
+    for path in sorted(set(pretrained.weights.files.values())):
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
             digest.update(file.read(1 << 20))

@@ -1,6 +1,5 @@
 """Writes a checkpoint: the LoRA state layer by layer from all ranks, and the frozen weights if they changed."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,11 +12,8 @@ from torch import Tensor
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import STATE_FILE, RunState, ShapeSource, read_state, state_text
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.files import begin_folder, publish_folder, remove_folder, remove_leftovers, staging_of
-from loraprune_ds.model.pretrained import STORED_INT8
-from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.zero.comm import Communicator
@@ -35,10 +31,10 @@ class Staging:
         self._mark = comm.draw_mark()
         self.target, self.folder = target, staging_of(target, self._mark)
         self._comm, self._kind = comm, kind
-        self._writes = LocalWrites()
+        self._writes = LocalWrites(comm, self.folder)
         self._sealed: dict[str, dict[str, Any]] = {}
         empty_cache()  # torch may have reserved the memory that NCCL needs for the gathers
-        self._writes.do_on_rank_0(comm, self.folder, lambda: begin_folder(target, self._mark))
+        self._writes.do_on_rank_0(lambda: begin_folder(target, self._mark))
 
     def __enter__(self) -> "Staging":
         return self
@@ -65,9 +61,9 @@ class Staging:
 
     def publish(self) -> None:
         """Writes the manifest and renames the folder. If a write failed on some rank, all ranks raise RunError."""
-        self._writes.agree(self._comm, self.folder)
+        self._writes.agree()
         sealed = {name: entry for part in self._comm.gather_objects(self._sealed) for name, entry in part.items()}
-        self._writes.do_on_rank_0(self._comm, self.folder, lambda: self._rename(sealed))
+        self._writes.do_on_rank_0(lambda: self._rename(sealed))
 
     def _rename(self, sealed: dict[str, dict[str, Any]]) -> None:
         layout.write_manifest(self.folder, sealed)
@@ -78,12 +74,9 @@ class Staging:
         fail_point(f"save.{self._kind}_after_rename")
 
 
-def save_shape(model: ShardedModel, root: Path, cuts: int, config_json: dict[str, Any], dtype: Dtype) -> ShapeSource:
+def save_shape(model: ShardedModel, root: Path, cuts: int, dtype: Dtype) -> ShapeSource:
     """Publishes the frozen weights as `shape-{cuts}`, as the ranks store them. Collective."""
     with Staging(model.comm, root / f"shape-{cuts}", "shape") as staging:
-        if model.rank == 0:
-            stored = config_json | (STORED_INT8 if FrozenStorage.of(model.module).int8 else {})
-            staging.write("config.json", lambda path: path.write_text(json.dumps(stored, indent=2)))
         staging.seal(write_model(model, staging.folder, dtype, frozen_tensors))
         fail_point("save.shape_written")
         staging.publish()

@@ -17,8 +17,8 @@ from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Served, Speed, measure_speed, serve
 from loraprune_ds.evaluate.zeroshot import check_tasks, run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
-from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.logits import Head, logits_transform, output_head
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import token_losses

@@ -15,7 +15,7 @@ from loraprune_ds.export.huggingface import begin, copy_model, publish
 from loraprune_ds.export.lora import ExportSource, open_newest, write_base_and_adapter, write_model
 from loraprune_ds.export.model_card import copy_model_card
 from loraprune_ds.model.adapters import BASE_FOLDER
-from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.units import format_bytes
 

@@ -115,7 +115,7 @@ def plan_tensors(
 
 def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
     """Reads a tensor in the layout of the GGUF file. Q8_0 gives bytes."""
-    read, start = partial(pretrained.read_flat, tensor.source, dtype=torch.float32), tensor.part.start
+    read, start = partial(pretrained.weights.read_flat, tensor.source, dtype=torch.float32), tensor.part.start
     blocks = tensor.part.blocks
     flat = blocks.read(read) if blocks else read(start, start + math.prod(tensor.shape))
     values = flat.view(tensor.shape).numpy()
@@ -124,7 +124,7 @@ def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
     if (tensor.offset, tensor.factor) != (0.0, 1.0):
         values = (values + np.float32(tensor.offset)) * np.float32(tensor.factor)
     if tensor.type is GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
-        where = f"{pretrained.files[tensor.source]}: {tensor.source}"
+        where = f"{pretrained.weights.files[tensor.source]}: {tensor.source}"
         raise UserError(f"{where} has values beyond 65504, the largest of f16; {FORMATS_LEFT}")
     return quants.quantize(values, tensor.type)
 

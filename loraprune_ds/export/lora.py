@@ -18,15 +18,14 @@ from loraprune_ds.checkpoint.layout import (
 )
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, check_training_checkpoint
 from loraprune_ds.config import Dtype, LoraConfig
-from loraprune_ds.config_file import config_from_dict, forget_removed
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run, copy_model_card
 from loraprune_ds.files import write_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names, name_in_file
-from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.experts import as_in_peft, in_peft
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.shapes import ModelShape
@@ -68,11 +67,11 @@ class UnmergedModel:
 
     def __init__(self, checkpoint: TrainingCheckpoint) -> None:
         self.checkpoint = checkpoint
-        self.config = config_from_dict(forget_removed(checkpoint.state.config))
-        self.dense = open_for_pruning(locate_model(self.config.model), self.config)
-        self.base = checkpoint.frozen_weights(self.config)
-        # The family is the dense model's, even where the smaller one had to be described as another.
-        self.shape = self.dense.shape.with_layers(self.base.shape.layers)
+        self.config = checkpoint.config
+        model = self.config.model
+        self.dense = open_for_pruning(locate_model(model), self.config.prune, frozen=model.frozen)
+        self.base = checkpoint.frozen_model(self.dense).weights
+        self.shape = self.base.shape
 
     @property
     def exported(self) -> ExportedConfig:

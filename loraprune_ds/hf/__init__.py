@@ -1,1 +1,1 @@
-"""Pruning inside training loops of other people: transformers' Trainer, TRL, accelerate."""
+"""The callback that prunes inside transformers' Trainer, TRL or an accelerate loop."""

@@ -21,13 +21,12 @@ from loraprune_ds.checkpoint.load import keep_from_lists, keep_to_lists, read_mo
 from loraprune_ds.checkpoint.save import Staging, save_shape, write_moments, write_scores
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_file import forget_removed
-from loraprune_ds.errors import UserError, require
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import read_json, remove_leftovers
-from loraprune_ds.hf.live import PrunedTraining, base_config, find_peft_model, live_shape
-from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.hf.live import PrunedTraining, find_peft_model, live_shape
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.storage import MODEL_DTYPE
+from loraprune_ds.model.weights import open_stored
 from loraprune_ds.pruning.step import PrunerState
 from loraprune_ds.report.metrics import read_metrics, write_history
 from loraprune_ds.report.records import history_from
@@ -92,8 +91,7 @@ def save_pruning(training: PrunedTraining, folder: Path) -> None:
         remove_leftovers(folder)
     shape, cuts, kinds = None, len(history.cuts), model.shape.kinds
     if cuts and pruner.config.compensate != "none":
-        described = export_config(base_config(training.peft_model), model.shape, training.dtype).config
-        shape = save_shape(model, folder, cuts, described, training.dtype).folder
+        shape = save_shape(model, folder, cuts, training.dtype).folder
     of_pruner = pruner.state()
     state = PruningState(
         step=training.step,
@@ -140,10 +138,12 @@ def cut_to_checkpoint(
     dense = live_shape(peft_model)
     if [[layer[kind] for kind in dense.kinds] for layer in dense.layers] != state.dense:
         raise UserError(f"{found} was made of another model: its layers have other sizes")
-    cut_without_engine(peft_model, dense, keep_from_lists(state.kept, dense.kinds))
+    keep = keep_from_lists(state.kept, dense.kinds)
+    cut_without_engine(peft_model, dense, keep)
     if state.shape is not None:
-        pretrained = comm.all_or_raise(lambda: open_pretrained(found / str(state.shape)))
-        overwrite_linears(peft_model, live_shape(peft_model), pretrained.read_flat)
+        shape_folder, shape = found / state.shape, dense.after(keep)
+        weights = comm.all_or_raise(lambda: open_stored(shape_folder, shape, MODEL_DTYPE))
+        overwrite_linears(peft_model, shape, weights.read_flat)
     return PruningCheckpoint(found, state, dense)
 
 

@@ -16,9 +16,9 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.hf.checks import refuse_mixture
 from loraprune_ds.model.adapters import base_parameter, last_names
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.family_row import Kind
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.step import Pruner

@@ -1,0 +1,1 @@
+"""The network: shapes, families, files on disk, LoRA, int8."""

@@ -31,7 +31,7 @@ ADAPTER_FILE = "adapter_config.json"
 VARIANTS = ("use_dora", "use_rslora", "alora_invocation_tokens")  # each computes something else
 PATTERNS = ("rank_pattern", "alpha_pattern")
 STARTS_THAT_CHANGE_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
-WHOLE_LAYER = 4096  # the largest hidden_size of which whole layers are gathered: 0.4 GB in bf16 for LLaMA-7B
+LEAF_LAYER_HIDDEN = 4096  # up to this hidden_size a layer is gathered at once: 0.4 GB in bf16 for LLaMA-7B
 
 
 def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed: int) -> PeftModel:
@@ -53,13 +53,13 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
     return cast(PeftModel, wrapped)
 
 
-def gathered_whole(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:
-    """Lists the modules of a decoder layer that ZeRO-3 gathers as one: the layer itself, or each linear with its LoRA.
+def leaf_modules(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:
+    """Lists the modules of a decoder layer that ZeRO-3 gathers as one: the layer, or each linear with its LoRA.
 
-    One gather per layer costs the host less, but a rank briefly holds the layer twice. Cuts keep hidden_size and with
-    it the choice, because another one would change the order of a sum.
+    One gather per layer costs the host less, but a rank briefly holds the layer twice. A cut must not change the
+    choice, because the order of a sum depends on it.
     """
-    if shape.hidden_size <= WHOLE_LAYER:
+    if shape.hidden_size <= LEAF_LAYER_HIDDEN:
         return [layer]
     return [module for module in layer.modules() if isinstance(module, LoraLinear)]
 
@@ -83,22 +83,22 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     Raises:
         UserError: a file is missing or damaged, or something does not fit. The line names it.
     """
-    found = read_json(folder / ADAPTER_FILE)
-    start = str(found.get("init_lora_weights"))
-    targets = found.get("target_modules") or []
-    named = last_names([*targets, *(found.get("target_parameters") or [])])
+    settings = read_json(folder / ADAPTER_FILE)
+    start = str(settings.get("init_lora_weights"))
+    targets = settings.get("target_modules") or []
+    named = last_names([*targets, *(settings.get("target_parameters") or [])])
     needed = last_names(in_peft(x).tensor if x.is_stack else x.name for _, x in shape.linear_ids())
     missing = sorted(set(needed) - set(named))
     refusals = {
-        "is not a plain LoRA adapter": found.get("peft_type") != "LORA" or any(map(found.get, VARIANTS)),
-        "trains biases, which is not supported": found.get("bias", "none") != "none",
-        "has ranks or alphas per module, which is not supported": any(map(found.get, PATTERNS)),
-        "trains more than LoRA (modules_to_save), which is not supported": found.get("modules_to_save"),
+        "is not a plain LoRA adapter": settings.get("peft_type") != "LORA" or any(map(settings.get, VARIANTS)),
+        "trains biases, which is not supported": settings.get("bias", "none") != "none",
+        "has ranks or alphas per module, which is not supported": any(map(settings.get, PATTERNS)),
+        "trains more than LoRA (modules_to_save), which is not supported": settings.get("modules_to_save"),
         f"began with init_lora_weights {start}, which changes the base weights; save it with PEFT's "
         "path_initial_model_for_weight_conversion, or merge it": start.startswith(STARTS_THAT_CHANGE_W),
-        f"has r {found.get('r')}; the run config says lora.r {config.r}": found.get("r") != config.r,
-        f"has lora_alpha {found.get('lora_alpha')}; the run config says lora.lora_alpha {config.lora_alpha}": (
-            found.get("lora_alpha") != config.lora_alpha
+        f"has r {settings.get('r')}; the run config says lora.r {config.r}": settings.get("r") != config.r,
+        f"has lora_alpha {settings.get('lora_alpha')}; the run config says lora.lora_alpha {config.lora_alpha}": (
+            settings.get("lora_alpha") != config.lora_alpha
         ),
         f"has no LoRA on {', '.join(missing)}; the criterion needs it on all linears of a decoder layer": (
             missing and not isinstance(targets, str)  # a pattern, whose tensors are checked below
@@ -115,7 +115,7 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
         raise UserError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:  # also checks the length of the file
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            on_disk = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
     expected = {
@@ -123,10 +123,10 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
         for layer in range(len(shape.layers))
         for name, factor in _factors_in_peft(shape, layer, r).items()
     }
-    if different := sorted(expected.keys() ^ found.keys()):
+    if different := sorted(expected.keys() ^ on_disk.keys()):
         verb = "lacks" if different[0] in expected else "has"
         raise UserError(f"{path} does not fit the model: it {verb} {different[0]}")
-    for name, sizes in found.items():
+    for name, sizes in on_disk.items():
         if sizes != expected[name]:
             raise UserError(f"{path} does not fit the model: {name} has shape {[*sizes]}, not {[*expected[name]]}")
 
@@ -198,10 +198,10 @@ def base_parameter(layer: nn.Module, name: str) -> nn.Parameter:
 def plain_parameter(module: nn.Module, name: str, *, trained: bool) -> nn.Parameter:
     """Returns a parameter without LoRA. For a module in `modules_to_save`, `trained` selects its trained copy."""
     path, _, attribute = name.rpartition(".")
-    found = module.get_submodule(path)
-    if isinstance(found, ModulesToSaveWrapper):
-        found = found.modules_to_save[ADAPTER] if trained else found.original_module
-    return cast(nn.Parameter, getattr(found, attribute))
+    owner = module.get_submodule(path)
+    if isinstance(owner, ModulesToSaveWrapper):
+        owner = owner.modules_to_save[ADAPTER] if trained else owner.original_module
+    return cast(nn.Parameter, getattr(owner, attribute))
 
 
 def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) -> None:

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.model.adapters import base_parameter, set_runtime_counts
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.family import PRUNED, family_name
 from loraprune_ds.model.family_row import Family
@@ -51,29 +52,26 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     return stock
 
 
-def attn_implementation(asked: str, family: Family) -> str:
-    """Returns the attention implementation that a model gets. `asked` is the value of `model.attn_implementation`.
-
-    The default is sdpa. torch's kernels under it cannot cap attention scores or add sinks. Old versions of
-    transformers drop a cap silently. New ones refuse the model. Families that need these get eager attention.
-    """
-    return "eager" if asked == "sdpa" and family.eager_only is not None else asked
+def attn_implementation(requested: str, family: Family) -> str:
+    """Returns the attention implementation for a value of `model.attn_implementation`."""
+    # torch's kernels under sdpa cannot cap scores or add sinks. transformers would drop a cap, or refuse the model.
+    return "eager" if requested == "sdpa" and family.eager_only is not None else requested
 
 
-def describe_attention(asked: str, family: Family) -> str | None:
-    """Says in one line that another implementation is used than the config names. None if it is the same."""
-    used = attn_implementation(asked, family)
-    if used == asked:
+def describe_attention(requested: str, family: Family) -> str | None:
+    """Says which implementation replaces the requested one. None if it is used."""
+    used = attn_implementation(requested, family)
+    if used == requested:
         return None
-    return f"model.attn_implementation: {used} instead of {asked}, which lacks {family.eager_only}"
+    return f"model.attn_implementation: {used} instead of {requested}, which lacks {family.eager_only}"
 
 
 def check_flash_attention(config: ModelConfig) -> None:
-    """Raises UserError if flash attention is asked for without a GPU or in fp32. transformers checks its package."""
-    asked = f"model.attn_implementation {config.attn_implementation}"
+    """Raises UserError if flash attention is requested without a GPU or in fp32. transformers checks its package."""
+    setting = f"model.attn_implementation {config.attn_implementation}"
     if config.attn_implementation.startswith("flash_attention"):
-        require(config.dtype != "float32", f"{asked} needs model.dtype bfloat16 or float16; got {config.dtype}")
-        require(torch.cuda.is_available(), f"{asked} needs a GPU, and this rank sees none")
+        require(config.dtype != "float32", f"{setting} needs model.dtype bfloat16 or float16; got {config.dtype}")
+        require(torch.cuda.is_available(), f"{setting} needs a GPU, and this rank sees none")
 
 
 def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") -> PreTrainedModel:
@@ -101,6 +99,22 @@ def store_frozen(model: nn.Module, shape: ModelShape, storage: FrozenStorage) ->
                 stock.store_as(stored_as, stock.weight)
             else:
                 setattr(layers[i].get_submodule(path), name, Int8Linear(stock, stored_as))
+
+
+def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:
+    """Gives modules on the meta device the sizes of a smaller shape, as a cut does to a live model."""
+    for i, layer in enumerate(decoder_layers(model)):
+        prefix = f"model.layers.{i}."
+        sizes = {name.removeprefix(prefix): size for name, size in shape.layer_parameters(i).items()}
+        parameters = {name: base_parameter(layer, name) for name in sizes}
+        if all(parameter.shape == sizes[name] for name, parameter in parameters.items()):
+            continue
+        for name, parameter in parameters.items():
+            parameter.data = parameter.new_empty(sizes[name])
+        for linear in shape.linears(i):
+            module = cast(nn.Linear, layer.get_submodule(linear.name))
+            module.out_features, module.in_features = shape.linear_shape(i, linear)
+        set_runtime_counts(layer, shape, shape.layers[i])
 
 
 @contextmanager

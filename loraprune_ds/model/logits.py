@@ -55,8 +55,8 @@ def logits_transform(config: Any) -> LogitsTransform:
     family = FAMILIES[family_name(config.model_type)]
 
     def value(field: str | None, nothing: float | None) -> float | None:
-        found = None if field is None else getattr(config, field)
-        return None if found is None or found == nothing else float(found)
+        setting = None if field is None else getattr(config, field)
+        return None if setting is None or setting == nothing else float(setting)
 
     return LogitsTransform(value(family.logit_scale, 1), value(family.logit_divisor, 1), value(family.softcap, None))
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from huggingface_hub import hf_hub_download
+from transformers import PreTrainedModel
 
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, config_object, refused_in_one_line
@@ -29,34 +30,6 @@ LAYOUTS = (
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
 TEXT_SIZES += ("num_attention_heads", "num_key_value_heads")
 SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")  # outside the text config
-
-
-def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns the config of a multimodal model's text part, and the config of any other model unchanged."""
-    if config.get("model_type") not in MULTIMODAL or not isinstance(text := config.get("text_config"), dict):
-        return config
-    defaults = config_class(text["model_type"]) if text.get("model_type") in FAMILIES else None
-    sizes = {name: getattr(defaults, name) for name in TEXT_SIZES if hasattr(defaults, name)}
-    shared = {name: config[name] for name in SHARED if name in config}
-    with refused_in_one_line(where):
-        tied = bool(config_object(config).tie_word_embeddings)  # by the outer config and the rules of its class
-    return sizes | shared | text | {"tie_word_embeddings": tied}
-
-
-def text_tensors(stored: Collection[str], where: str) -> dict[str, str]:
-    """Maps the names of the text class to the names `stored` in the weight files of a multimodal model."""
-    for decoder, head in LAYOUTS:
-        if f"{decoder}embed_tokens.weight" in stored:
-            prefixes = {decoder: "model.", head: "lm_head."}
-            return {
-                text + name.removeprefix(prefix): name
-                for name in stored
-                for prefix, text in prefixes.items()
-                if name.startswith(prefix)
-            }
-    raise UserError(f"{where}: its weight files hold no text part under {' or '.join(x for x, _ in LAYOUTS)}")
-
-
 EXPERT_FIELDS = {family.mixture.count for family in FAMILIES.values() if family.mixture}
 REFUSED = ("kv_lora_rank", "linear_num_key_heads")
 # LLaMA (arXiv 2302.13971, table 2). Heads have 128 dimensions, and there are 32,000 tokens.
@@ -93,8 +66,41 @@ def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
         raise UserError(f"model {model} is no folder and not available from the hub ({reason}); give {known}") from None
 
 
+def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns the config of a multimodal model's text part, and the config of any other model unchanged."""
+    if config.get("model_type") not in MULTIMODAL or not isinstance(text := config.get("text_config"), dict):
+        return config
+    defaults = config_class(text["model_type"]) if text.get("model_type") in FAMILIES else None
+    sizes = {name: getattr(defaults, name) for name in TEXT_SIZES if hasattr(defaults, name)}
+    shared = {name: config[name] for name in SHARED if name in config}
+    with refused_in_one_line(where):
+        tied = bool(config_object(config).tie_word_embeddings)  # by the outer config and the rules of its class
+    return sizes | shared | text | {"tie_word_embeddings": tied}
+
+
+def text_tensors(stored: Collection[str], where: str) -> dict[str, str]:
+    """Maps the names of the text class to the names `stored` in the weight files of a multimodal model."""
+    for decoder, head in LAYOUTS:
+        if f"{decoder}embed_tokens.weight" in stored:
+            prefixes = {decoder: "model.", head: "lm_head."}
+            return {
+                text + name.removeprefix(prefix): name
+                for name in stored
+                for prefix, text in prefixes.items()
+                if name.startswith(prefix)
+            }
+    raise UserError(f"{where}: its weight files hold no text part under {' or '.join(x for x, _ in LAYOUTS)}")
+
+
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
+    """As `read_model`, without the modules."""
+    return read_model(config, where)[0]
+
+
+def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrainedModel]:
     """Reads `config.json` of a supported model or of the text part of a multimodal one, with its `per_layer_config`.
+
+    Returns the shape, and the modules on the meta device that it was read from.
 
     Raises:
         UserError: the model type is not supported. A size is missing or impossible. Key-value heads do not divide query
@@ -105,12 +111,12 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     family = _find_family(config, where)
     try:
         num_layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
-        given = cast(dict[str, dict[str, Any]], config.get("per_layer_config") or {})
-        config, per_layer = _old_names(config, family), {int(k): _old_names(v, family) for k, v in given.items()}
+        overrides = cast(dict[str, dict[str, Any]], config.get("per_layer_config") or {})
+        config, per_layer = _old_names(config, family), {int(k): _old_names(v, family) for k, v in overrides.items()}
         defaults = config_class(config["model_type"])
         sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])
-        widths = _widths(config, defaults, family)
+        widths: dict[Width, int] = {x: _sum_of(fields, config, defaults) for x, fields in family.widths.items()}
         head_dim = widths.get("head") or config.get("head_dim", getattr(defaults, "head_dim", None))
         head_dim = int(head_dim or hidden // int(config["num_attention_heads"]))
         of_experts = _expert_sizes(config, defaults, family)
@@ -121,7 +127,8 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     if min(num_layers, hidden, vocab_size, head_dim, *(n for queries, x in sizes for n in (queries, *x.values()))) < 1:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
-    parameters = _meta_parameters(config, where)
+    modules = _build(config, where)
+    parameters: Sizes = {name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
     inside = [_inside(parameters, i) for i in range(num_layers)]
     shape = ModelShape(
         model_type=config["model_type"],
@@ -139,18 +146,21 @@ def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
     )
     first = {layer.kinds: i for i, layer in reversed([*enumerate(shape.layers)])}
     shape = replace(shape, layer_others={kinds: _others(shape, i, inside[i]) for kinds, i in first.items()})
-    _check_explained(shape, parameters, where)
-    return shape
+    expected = shape.parameters()
+    for name in sorted(expected.keys() | parameters.keys()):
+        if parameters.get(name) != expected.get(name):
+            actual, explained = (list(some[name]) if name in some else "nothing" for some in (parameters, expected))
+            raise UserError(f"{where}: {name} has shape {actual}, where a {shape.model_type} layer has {explained}")
+    return shape, modules
 
 
-def check_family(config: RunConfig, family: Family, source: dict[str, Any], where: str) -> None:
+def check_family(family: Family, source: dict[str, Any], where: str, prune: PruneConfig, *, packing: bool) -> None:
     """Checks that this family can do what a run asks for. `source` is config.json.
 
     Raises:
         UserError: it cannot. The line names `where`, the folder or hub id.
     """
-    prune = config.prune
-    if config.data.packing and not family.packs:
+    if packing and not family.packs:
         raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
     if family.mixture is None:
         return
@@ -164,14 +174,13 @@ def check_family(config: RunConfig, family: Family, source: dict[str, Any], wher
         raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
 
 
-def _meta_parameters(config: dict[str, Any], where: str) -> Sizes:
-    """Returns names and shapes of all parameters, each once, from modules without weights."""
+def _build(config: dict[str, Any], where: str) -> PreTrainedModel:
     with refused_in_one_line(where):
         model = build_on_meta(config)
     parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head under both of its names
     if buffers := sorted(model.state_dict().keys() - parameters.keys()):  # nothing here reads or exports these
         raise UserError(f"{where}: weight files hold the buffer {buffers[0]}; such models are not supported")
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return model
 
 
 def _inside(parameters: Sizes, layer: int) -> Sizes:
@@ -230,12 +239,9 @@ def _old_names(config: dict[str, Any], family: Family) -> dict[str, Any]:
     return config | {mixture.count: config[mixture.new_count]}
 
 
-def _widths(config: dict[str, Any], defaults: Any, family: Family) -> dict[Width, int]:
-    """Returns the family's own widths. A null field counts as 0."""
-    return {
-        width: sum(int(config.get(field, getattr(defaults, field)) or 0) for field in fields)
-        for width, fields in family.widths.items()
-    }
+def _sum_of(fields: tuple[str, ...], config: dict[str, Any], defaults: Any) -> int:
+    """Adds up fields of the config. A null field counts as 0."""
+    return sum(int(config.get(field, getattr(defaults, field)) or 0) for field in fields)
 
 
 def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict[str, Any]:
@@ -264,12 +270,3 @@ def _others(shape: ModelShape, layer: int, inside: Sizes) -> Sizes:
         for name, size in inside.items()
         if (len(size) < 2 or name.startswith(shape.family.uncut)) and name not in cut
     }
-
-
-def _check_explained(shape: ModelShape, parameters: Sizes, where: str) -> None:
-    """Refuses tensors that the family's table does not explain, and layers that differ in their tensors."""
-    expected = shape.parameters()
-    for name in sorted(expected.keys() | parameters.keys()):
-        if parameters.get(name) != expected.get(name):
-            sizes = [list(some[name]) if name in some else "nothing" for some in (parameters, expected)]
-            raise UserError(f"{where}: {name} has shape {sizes[0]}, where a {shape.model_type} layer has {sizes[1]}")

@@ -199,7 +199,7 @@ class ModelShape:
         return self.inputs(layer, linear) * (self.experts_per_token if linear.is_stack else 1)
 
     def total_numel(self) -> int:
-        return sum(math.prod(shape) for shape in self.parameters().values())
+        return sum(map(math.prod, self.parameters().values()))
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Returns names and shapes of all parameters, as in the weight files. A tied head is the embedding."""

@@ -31,9 +31,9 @@ class FrozenStorage:
         return cls(config.frozen == "int8")
 
     @classmethod
-    def of(cls, modules: nn.Module) -> Self:
-        """Returns the storage of a model or decoder layer in memory."""
-        return cls(any(isinstance(storage_format(module), Int8) for module in modules.modules()))
+    def of(cls, model: nn.Module) -> Self:
+        """Returns the storage of a model, or of one decoder layer, in memory."""
+        return cls(any(isinstance(storage_format(module), Int8) for module in model.modules()))
 
     def format_of(self, shape: ModelShape, linear: Linear) -> StorageFormat:
         if not self.int8:
@@ -63,7 +63,7 @@ class FrozenStorage:
         that stays, and for a weight its linear.
 
         Parameters that lose the same rows, such as k_proj and v_proj, share the tensor of indices. The linears that
-        lose inputs, such as o_proj and down_proj, keep their whole bias.
+        lose inputs, such as o_proj and down_proj, keep their full bias.
         """
 
         @cache

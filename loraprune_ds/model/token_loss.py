@@ -5,6 +5,7 @@ logits of a chunk exist, the forward pass also computes the gradient of each los
 pass only scales it. Logits are computed once, and the frozen head is gathered once.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from loraprune_ds.model.classes import attn_implementation, build_on_meta, refused_in_one_line, store_frozen
+from loraprune_ds.model.classes import attn_implementation, refused_in_one_line, shrink_on_meta, store_frozen
 from loraprune_ds.model.distillation import (
     BUFFERS,
     Distillation,
@@ -181,13 +182,15 @@ def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -
 
 
 def build_for_losses(pretrained: PretrainedModel, attention: str) -> PreTrainedModel:
-    """Builds a pretrained model's modules without weights (classes.build_on_meta), with token losses.
+    """Copies a pretrained model's modules without weights, as small as its shape, with token losses.
 
     Raises:
         UserError: transformers refuses config.json or `model.attn_implementation`, or the head has a bias.
     """
-    used = attn_implementation(attention, pretrained.shape.family)
+    shape, model = pretrained.shape, copy.deepcopy(pretrained.modules)
     with refused_in_one_line(f"{pretrained.folder}, model.attn_implementation {attention}"):
-        model = with_token_losses(build_on_meta(pretrained.config, used))
-    store_frozen(model, pretrained.shape, pretrained.storage)
+        model.set_attn_implementation(attn_implementation(attention, shape.family))
+        model = with_token_losses(model)
+    shrink_on_meta(model, shape)
+    store_frozen(model, shape, pretrained.weights.storage)
     return model

@@ -21,8 +21,6 @@ LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local folder, which may be LLaMA's sentencepiece file alone."""
     sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
-    if sentencepiece_only:
-        _check_sentencepiece(folder / SENTENCEPIECE_FILE)
     try:
         tokenizer = _load_llama(folder) if sentencepiece_only else _load_auto(folder)
     except UserError:
@@ -43,20 +41,12 @@ def window_start(tokenizer: PreTrainedTokenizerBase, family: Family) -> int | No
 
 
 def begin_with(windows: Tensor, start: int | None) -> Tensor:
-    """Returns windows (count, window) of token ids that begin with `start`, if it is given."""
+    """Returns windows (count, window) of token ids that begin with `start`, unless it is None."""
     if start is None:
         return windows
     windows = windows.clone()
     windows[:, 0] = start
     return windows
-
-
-def _check_sentencepiece(path: Path) -> None:
-    """Refuses a damaged file, which transformers would take for a tiktoken file."""
-    try:
-        SentencePieceProcessor(model_file=str(path))
-    except RuntimeError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
@@ -75,9 +65,13 @@ def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
 
 def _load_llama(folder: Path) -> PreTrainedTokenizerBase:
     """Builds the tokenizer from tokenizer.model alone. AutoTokenizer would leave out the BOS that LLaMA needs."""
+    try:  # transformers would take a damaged file for a tiktoken file
+        SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
+    except RuntimeError as error:
+        raise UserError(f"{folder / SENTENCEPIECE_FILE} is damaged: {error}") from None
     path = folder / TOKENIZER_CONFIG
-    given = read_json(path) if path.is_file() else {}
-    settings: dict[str, Any] = {"add_bos_token": given.get("add_bos_token") is not False}
+    saved = read_json(path) if path.is_file() else {}
+    settings: dict[str, Any] = {"add_bos_token": saved.get("add_bos_token") is not False}
     # Early conversions of LLaMA have empty names, on which transformers recurses without end.
-    settings |= {key: token for key, token in LLAMA_SPECIAL_TOKENS.items() if given.get(key) == ""}
+    settings |= {key: token for key, token in LLAMA_SPECIAL_TOKENS.items() if saved.get(key) == ""}
     return LlamaTokenizer.from_pretrained(folder, **settings)

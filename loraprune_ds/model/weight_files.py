@@ -1,4 +1,4 @@
-"""A folder's safetensors files: read by their headers, and written by different ranks with an index."""
+"""The files of a model's folder: safetensors with their headers and index, tokenizer, processors and documents."""
 
 import json
 import os
@@ -14,6 +14,10 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.shapes import Pieces
 
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_FILES = "model-*-of-*.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,31 +37,6 @@ LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 DOCUMENTS = ("README.md", *(f"{name}{end}" for name in LEGAL for end in ("", ".md", ".txt")))
 AUTO_MAP = "auto_map"  # the key by which a JSON file names classes in the folder's code
-
-
-def named_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """Yields the files with these names, links included: the hub's cache has only links."""
-    for pattern in patterns:
-        yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
-
-
-def copy_named(source: Path, out: Path, patterns: Sequence[str]) -> None:
-    for path in named_files(source, patterns):
-        shutil.copyfile(path, out / path.name)
-
-
-def drop_auto_maps(folder: Path) -> None:
-    """Removes `auto_map` from the settings of tokenizer and processors, because their code is not copied."""
-    for path in named_files(folder, (TOKENIZER_CONFIG, *PROCESSOR_FILES)):
-        settings = read_json(path)
-        if settings.pop(AUTO_MAP, None) is not None:
-            write_json(path, settings)
-
-
-INDEX_FILE = "model.safetensors.index.json"
-WEIGHT_FILES = "model-*-of-*.safetensors"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
 
 
 def read_headers(folder: Path) -> Headers:
@@ -110,7 +89,7 @@ def check_no_surplus(folder: Path, pattern: str, names: Collection[str], index: 
 
 
 def weight_file_count(num_layers: int) -> int:
-    """Returns the number of files of a model: one for each layer, and one for embedding, final norm and head."""
+    """Counts the files of a model: one for each layer, and one for embedding, final norm and head."""
     return num_layers + 1
 
 
@@ -144,3 +123,22 @@ def write_index(folder: Path, entries: list[dict[str, int]]) -> None:
     total_size = sum(sum(entry.values()) for entry in entries)
     content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def named_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """Yields the files with these names, links included: the hub's cache has only links."""
+    for pattern in patterns:
+        yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
+
+
+def copy_named(source: Path, out: Path, patterns: Sequence[str]) -> None:
+    for path in named_files(source, patterns):
+        shutil.copyfile(path, out / path.name)
+
+
+def drop_auto_maps(folder: Path) -> None:
+    """Removes `auto_map` from the settings of tokenizer and processors, because their code is not copied."""
+    for path in named_files(folder, (TOKENIZER_CONFIG, *PROCESSOR_FILES)):
+        settings = read_json(path)
+        if settings.pop(AUTO_MAP, None) is not None:
+            write_json(path, settings)

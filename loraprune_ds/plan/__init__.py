@@ -1,0 +1,1 @@
+"""What a run needs in memory, traffic and time, before it runs."""

@@ -98,7 +98,7 @@ def all_steps(request: Request, final: ModelShape) -> Total:
 
 def _gathers(request: Request, shape: ModelShape, passes: int, *, lora: bool = True) -> dict[str, int]:
     """Returns the bytes of passes that gather all weights. hpZ copies LoRA again in every step."""
-    others, group = request.world_size - 1, request.fetch_limits.copy_ranks
+    others, group = request.world_size - 1, request.fetch.zero_hpz_partition_size
     factors = lora * request.element_size * request.lora_shards(shape)
     shards = request.held_shards(request.held(shape)) + factors
     if group == 1:
@@ -108,7 +108,7 @@ def _gathers(request: Request, shape: ModelShape, passes: int, *, lora: bool = T
 
 
 def _cost(request: Request, sent: dict[str, int], operations: float) -> Cost:
-    cluster, size, group = request.cluster, request.world_size, request.fetch_limits.copy_ranks
+    cluster, size, group = request.cluster, request.world_size, request.fetch.zero_hpz_partition_size
     in_group = sent.get(IN_GROUP, 0)
     to_all = sum(sent.values()) - in_group
     shards = sent.get("weights", 0) / max(1, size - 1) + in_group / max(1, group - 1)

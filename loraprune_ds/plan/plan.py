@@ -145,7 +145,7 @@ def _changes(request: Request) -> list[tuple[str, str, str, dict[str, Any]]]:
         (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", "train", ONE),
         (not train.gradient_checkpointing, "activation checkpointing", f"--set {again}=true", "train", AGAIN),
         (int8 is None, "int8 weights", "--set model.frozen=int8", "model", {"frozen": "int8"}),
-        (request.fetch_limits.max_live > layer, "fewer gathered weights", few, "deepspeed", live),
+        (request.fetch.max_live_parameters > layer, "fewer gathered weights", few, "deepspeed", live),
         (not request.offloads("optimizer"), "optimizer on the host", f"{files}_optimizer.json", "deepspeed", optimizer),
         (away, "optimizer and weights on the host", f"{files}.json", "deepspeed", optimizer | both),
     ]

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from loraprune_ds.model.dtypes import held_as
+from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.plan.plan import Plan
 from loraprune_ds.plan.request import GIB
 from loraprune_ds.plan.stages import teacher_pass
@@ -57,7 +57,7 @@ def notes(plan: Plan) -> list[str]:
         lines.append(f"the run counts epochs and its data is not here: its steps are assumed ({known})")
     if request.config.prune.ranking == "global":
         lines.append("prune.ranking global is planned as if it took from all layers alike")
-    if plan.step.communication > plan.step.compute and nodes > 1 and request.fetch_limits.copy_ranks == 1:
+    if plan.step.communication > plan.step.compute and nodes > 1 and request.fetch.zero_hpz_partition_size == 1:
         setting = "--set deepspeed=ds_configs/zero3_multinode_hpz.json"
         lines.append(f"sending takes longer than the arithmetic; with {setting} every node has a copy of the weights")
     lines.append("gathered weights and bytes sent are upper bounds; seconds are estimates, not measurements")
@@ -71,7 +71,7 @@ def plan_table(plan: Plan, server_gib: float | None = None) -> str:
     lines = [
         f"{request.model}: {request.shape.total_numel():,} parameters, {plan.final.total_numel():,} after the last cut",
         f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, less {cluster.reserve:g} for "
-        f"CUDA and gaps and {_gib(cluster.nccl_bytes)} for NCCL; {held_as(request.config.model)}, "
+        f"CUDA and gaps and {_gib(cluster.nccl_bytes)} for NCCL; {describe_dtype(request.config.model)}, "
         f"activation checkpointing {'on' if train.gradient_checkpointing else 'off'}",
         f"a pass has {tokens:,} tokens, a step {request.micro_batches} of them",
     ]

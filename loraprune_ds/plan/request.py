@@ -12,14 +12,13 @@ from loraprune_ds.config_file import SHIPPED, apply_override, config_from_dict, 
 from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.distillation import check_top_k
-from loraprune_ds.model.dtypes import DTYPES
-from loraprune_ds.model.frozen import StoredTensor
+from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config, text_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
-from loraprune_ds.zero.ds_config import HPZ, FetchLimits, find_ds_config, resolve_ds_config
+from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
 from loraprune_ds.zero.flat import partition_numel
 
 GIB = 1 << 30
@@ -162,8 +161,9 @@ class Request:
         return 4 if self.config.model.dtype == "float16" else self.element_size
 
     @cached_property
-    def fetch_limits(self) -> FetchLimits:
-        return FetchLimits.from_ds_config(self.ds_config)
+    def fetch(self) -> DeepSpeedZeroConfig:
+        """DeepSpeed's settings for gathers, in elements. `zero_hpz_partition_size` ranks share a second copy."""
+        return zero_settings(self.ds_config)
 
     @property
     def measured_layers(self) -> Sequence[int]:
@@ -197,7 +197,7 @@ class Request:
 
     def second_copies(self, held: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's part of hpZ's second copy. 0 without hpZ."""
-        group = self.fetch_limits.copy_ranks
+        group = self.fetch.zero_hpz_partition_size
         return self.held_shards(held) * (self.world_size // group) if group > 1 else 0
 
     @property
@@ -257,7 +257,8 @@ def build_request(
 ) -> Request:
     """Builds the request for a known shape. Raises UserError if the run config does not fit model or ranks."""
     train = config.train
-    check_family(config, shape.family, text_config(source, name), name)
+    source = text_config(source, name)
+    check_family(shape.family, source, name, config.prune, packing=config.data.packing)
     check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
     few = f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}"
@@ -265,8 +266,13 @@ def build_request(
     steps = train.steps or ASSUMED_STEPS
     if train.steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    pruning, ds_config = plan_pruning(config.prune, shape, steps), _read_ds_config(config, shape, cluster)
-    steps, source = steps + train.recovery_steps, text_config(source, name)
+    pruning = plan_pruning(config.prune, shape, steps)
+    path, per_node, model = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.model
+    ds_config = resolve_ds_config(path, shape, cluster.world_size, train, model, config.lora.r, ranks_per_node=per_node)
+    size = zero_settings(ds_config).zero_hpz_partition_size
+    bad = f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
+    require(size % per_node == 0 or per_node % size == 0, bad)
+    steps += train.recovery_steps
     return Request(name, source, shape, config, cluster, steps, pruning, ds_config, samples)
 
 
@@ -282,13 +288,3 @@ def changed(request: Request, cluster: Cluster | None = None, **sections: dict[s
     again = build_request(request.model, request.source, request.shape, config, where, samples=samples)
     again.zero.update({key: value for key, value in request.zero.items() if key != HPZ} | zero)
     return again
-
-
-def _read_ds_config(config: RunConfig, shape: ModelShape, cluster: Cluster) -> dict[str, Any]:
-    """Reads DeepSpeed's JSON and replaces every "auto". Groups of hpZ must be whole nodes, or equal parts of one."""
-    path, per_node = find_ds_config(config.deepspeed), cluster.gpus_per_node
-    resolved = resolve_ds_config(path, config, shape, cluster.world_size, ranks_per_node=per_node)
-    size = FetchLimits.from_ds_config(resolved).copy_ranks
-    bad = f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
-    require(size % per_node == 0 or per_node % size == 0, bad)
-    return resolved

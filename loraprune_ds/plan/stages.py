@@ -4,11 +4,10 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from loraprune_ds.model.adapters import WHOLE_LAYER
+from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
 from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
-from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.flops import mlp_width, saved_by_layer
-from loraprune_ds.model.frozen import StoredTensor
+from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent
@@ -82,18 +81,18 @@ def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True
     (numel, whole), (layer, largest, linear) = _whole(request, shape), _largest(request, shape)
     if request.world_size == 1 and not request.offloads("param"):
         return linear  # a parameter's data is its only shard
-    limits = request.fetch_limits.max_live, request.fetch_limits.prefetch_bucket
+    limits = request.fetch.max_live_parameters, request.fetch.prefetch_bucket_size
     live, prefetched = (round(count * trains * whole / numel) for count in limits)
     if largest > live:  # DeepSpeed fetches nothing ahead of such a module
         live = prefetched = 0
-    stays = layer if trains and shape.hidden_size > WHOLE_LAYER else 0
+    stays = layer if trains and shape.hidden_size > LEAF_LAYER_HIDDEN else 0
     return min(max(live, stays) + largest + max(largest, prefetched, linear), whole + max(prefetched, linear))
 
 
 def passes_of_weights(request: Request, shape: ModelShape) -> int:
     """Returns how often a micro-batch gathers the model at most. A model that may stay is not gathered again."""
-    stays = _whole(request, shape)[0] <= min(request.fetch_limits.max_live, request.fetch_limits.max_reuse_distance)
-    again = request.config.train.gradient_checkpointing and shape.hidden_size > WHOLE_LAYER
+    stays = _whole(request, shape)[0] <= min(request.fetch.max_live_parameters, request.fetch.max_reuse_distance)
+    again = request.config.train.gradient_checkpointing and shape.hidden_size > LEAF_LAYER_HIDDEN
     return (1 if stays else 2) + again  # a layer that is gathered whole is there when it is computed again
 
 
@@ -125,7 +124,7 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
         largest = max(largest, held_bytes(request.storage.format_of(shape, x).stored(size, e).values()) + e * lora)
         matrices = shape.layers[i][x.kind] if x.is_stack else 1
         dequantised = max(dequantised, request.storage.int8 * e * math.prod(size) // matrices)
-    return layer, max(layer, e * max(ends)) if shape.hidden_size <= WHOLE_LAYER else largest, dequantised
+    return layer, max(layer, e * max(ends)) if shape.hidden_size <= LEAF_LAYER_HIDDEN else largest, dequantised
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The method, on tensors. It knows no DeepSpeed. Read step.py first."""

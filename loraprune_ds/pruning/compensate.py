@@ -6,8 +6,11 @@ they can predict of the removed ones: W[:, K] += ΔW, with the ridge solution
 
 The solution makes no output worse on the recorded tokens, because ΔW = 0 is a candidate. Rounding to 16 bits could,
 where inputs share a large common part, so an output that would get worse keeps its weights.
+
+C is symmetric, so ranks compute and send only half of it: tiles on and right of the diagonal, one after the other.
 """
 
+# torch does not type every method:
 # pyright: reportUnknownMemberType=false
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -19,59 +22,115 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.dtypes import tf32_where_exact
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, LinearId, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.taps import hook_inputs
 
-BLOCK = 1024  # rows of a second moment that are computed at once
+RIDGE = 0.05  # measured with 0.01 too: tests/benchmarks/README.md
+TILE_ROWS = 1024  # of a second moment that are computed at a time
+
+
+class Compensator:
+    """Records the inputs before each cut and makes up for the inputs that it removes."""
+
+    def __init__(
+        self, model: PrunableModel, config: PruneConfig, schedule: Schedule, open_layers: Sequence[int]
+    ) -> None:
+        self._model, self._config, self._schedule = model, config, schedule
+        self.moments = InputMoments(model, open_layers, config.compensate_decay)
+        self._records = False
+
+    def record_step(self, step: int) -> AbstractContextManager[None]:
+        """Records the inputs of this step if a cut follows within `prune.compensate_steps`."""
+        self._records = self._schedule.precedes_cut(step, self._config.compensate_steps)
+        return self.moments.record_step() if self._records else nullcontext()
+
+    def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
+        """Records one micro-batch; `attention_mask` (batch, window) is False at padding."""
+        return self.moments.record_forward(attention_mask) if self._records else nullcontext()
+
+    def compensate(self, keep: list[LayerKeep], step: int) -> None:
+        """Refits the weights that will lose inputs in the cut to `keep`, just before it. Collective."""
+        shape = self._model.shape
+        cut = ((i, linear) for i, layer in enumerate(keep) for linear in shape.cut_linears(i, layer))
+        linear_ids = [LinearId(i, linear) for i, linear in cut if linear.loses_inputs]
+
+        def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
+            moment = self.moments.sums[linear_id]
+            kept = shape.kept_indices(linear_id.layer, linear_id.linear.parts, keep[linear_id.layer]).to(moment.device)
+            try:
+                return refit(linear, moment, kept)
+            except RunError as error:
+                raise RunError(f"step {step}: layer {linear_id.layer} {linear_id.linear.name}: {error}") from None
+
+        self._model.replace_weights(linear_ids, compute)
+        if step == self._schedule.last_cut:
+            self.moments.clear()
+        else:
+            self.moments.cut(keep)
+
+
+def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
+    """Adds ΔW to the kept columns of the weight: (out_features, in_features), in its own dtype.
+
+    `moment` is C or any multiple of it, `ridge` is λ. Raises RunError if C is zero or holds an inf or NaN.
+
+    Solves in float64. With n inputs, k of them kept, and m outputs, its peak is the largest of these bytes: system and
+    factor 4kn + 20k², right-hand side 8k² + 4kn + 12(n − k)(k + m) + 8km, solution 8k² + 24km, check 12k² + 4kn + 16km.
+    """
+    leaves = torch.ones(len(moment), dtype=torch.bool, device=kept.device).index_fill_(0, kept, False)
+    removed = leaves.nonzero().flatten()
+    system = moment.index_select(0, kept).index_select(1, kept).double()
+    system.diagonal().add_(ridge * moment.diagonal().double().mean())
+    factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(system))
+    del system
+    effective = linear.weight.index_select(1, removed).float()
+    effective.addmm_(linear.lora_B, linear.lora_A.index_select(1, removed), alpha=linear.scaling)  # W'[:, R]
+    right = moment.index_select(0, kept).index_select(1, removed).double() @ effective.double().T  # (k, m)
+    del effective
+    delta = torch.cholesky_solve(right, factor).T
+    if info.item() != 0 or not torch.isfinite(delta).all():
+        raise RunError("the second moment of its inputs cannot be inverted")
+    del factor
+    old = linear.weight.index_select(1, kept)
+    new = (old.double() + delta).to(old.dtype)
+    del delta
+    # The change of each output's mean squared error: diag(D·C[K, K]·Dᵀ − 2·D·right), with the rounded step D.
+    step = new.double() - old.double()
+    change = step @ moment.index_select(0, kept).index_select(1, kept).double()
+    worse = change.sub_(right.T, alpha=2).mul_(step).sum(1) > 0
+    del step, change
+    new[worse] = old[worse]
+    weight = linear.weight.clone()
+    weight[:, kept] = new
+    return weight
 
 
 def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LinearId]:
-    """Lists the linears of some layers, or of all, that lose inputs. Stacks do not: they lose whole experts."""
+    """Lists the linears of some layers, or of all, that lose inputs. Stacks do not: they lose experts."""
     return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.loses_inputs]
 
 
-def blocks(n: int) -> Iterator[tuple[slice, slice]]:
-    """Yields (rows, columns) of the blocks of an (n, n) matrix: each band of rows from its diagonal on."""
-    return ((slice(i, min(i + BLOCK, n)), slice(i, n)) for i in range(0, n, BLOCK))
-
-
-def numel_sent(n: int) -> int:
-    """Counts the elements of these blocks: about n² / 2."""
-    return sum((rows.stop - rows.start) * (n - rows.start) for rows, _ in blocks(n))
-
-
-def _views(half: Tensor, n: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yields the rows, columns and values of each block of a flat half."""
-    position = 0
-    for rows, columns in blocks(n):
-        height, width = rows.stop - rows.start, n - rows.start
-        yield rows, columns, half[position : position + height * width].view(height, width)
-        position += height * width
-
-
-def half_of_product(x: Tensor) -> Tensor:
-    """Returns the blocks of xᵀ·x one after the other, flat. x is (tokens, n)."""
-    half = x.new_empty(numel_sent(x.shape[1]))
-    for rows, columns, block in _views(half, x.shape[1]):
-        torch.mm(x[:, rows].T, x[:, columns], out=block)
-    return half
-
-
-def add_half(total: Tensor, half: Tensor, weight: float) -> None:
-    """Adds weight · (the symmetric matrix with these blocks) to `total`, (n, n)."""
-    for rows, columns, block in _views(half, len(total)):
-        total[rows, columns].add_(block, alpha=weight)
-        total[rows.stop :, rows].add_(block[:, len(block) :].T, alpha=weight)
+@contextmanager
+def tf32_where_exact(dtype: torch.dtype, device: torch.device) -> Generator[None]:
+    """Allows TF32 for fp32 products of bf16 or fp16 numbers, whose 11 significant bits it keeps. Sums are fp32."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class InputMoments:
     """Keeps moving sums of x xᵀ over steps, (n, n) fp32, of the `layers` that may be cut.
 
     `tokens` moves in the same way, so sums / tokens is the mean. The last step weighs most. Only the owner of a layer
-    holds its sums: every rank forms its part for one linear at a time in the forward pass, and the owner adds it
+    holds its sums: in the forward pass every rank forms its part for one linear at a time, which the owner adds
     immediately. A rank holds at most 4·n²·(ceil(layers / world_size) + 1/2) bytes for n = intermediate_size, and the
     sums of o_proj.
     """
@@ -128,10 +187,10 @@ class InputMoments:
         self.tokens = tokens
         for layer in range(len(self._model.layers)):
             if self._model.owner(layer) == self._model.rank:
-                found = read(layer)
+                sums = read(layer)
                 for linear in self._model.shape.linears(layer):
-                    if linear.name in found:
-                        self.sums[LinearId(layer, linear)] = found[linear.name].to(self._model.device)
+                    if linear.name in sums:
+                        self.sums[LinearId(layer, linear)] = sums[linear.name].to(self._model.device)
 
     def clear(self) -> None:
         self.sums.clear()
@@ -154,83 +213,35 @@ class InputMoments:
             add_half(self.sums[linear_id], total, self._weight)
 
 
-# torch does not type every method:
+def _tiles(n: int) -> Iterator[tuple[slice, slice]]:
+    """Yields (rows, columns) of the tiles of an (n, n) matrix: each band of rows from its diagonal on."""
+    return ((slice(i, min(i + TILE_ROWS, n)), slice(i, n)) for i in range(0, n, TILE_ROWS))
 
 
-RIDGE = 0.05  # measured with 0.01 too: tests/benchmarks/README.md
+def numel_sent(n: int) -> int:
+    """Counts the elements of half a second moment of n inputs: about n² / 2."""
+    return sum((rows.stop - rows.start) * (n - rows.start) for rows, _ in _tiles(n))
 
 
-def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Adds ΔW to the kept columns of the weight: (out_features, in_features), in its own dtype.
-
-    `moment` is C or any multiple of it, `ridge` is λ. Raises RunError if C is zero or holds an inf or NaN.
-
-    Solves in float64. With n inputs, k of them kept, and m outputs, its peak is the largest of these bytes: system and
-    factor 4kn + 20k², right-hand side 8k² + 4kn + 12(n − k)(k + m) + 8km, solution 8k² + 24km, check 12k² + 4kn + 16km.
-    """
-    leaves = torch.ones(len(moment), dtype=torch.bool, device=kept.device).index_fill_(0, kept, False)
-    removed = leaves.nonzero().flatten()
-    system = moment.index_select(0, kept).index_select(1, kept).double()
-    system.diagonal().add_(ridge * moment.diagonal().double().mean())
-    factor, info = cast(tuple[Tensor, Tensor], torch.linalg.cholesky_ex(system))
-    del system
-    effective = linear.weight.index_select(1, removed).float()
-    effective.addmm_(linear.lora_B, linear.lora_A.index_select(1, removed), alpha=linear.scaling)  # W'[:, R]
-    right = moment.index_select(0, kept).index_select(1, removed).double() @ effective.double().T  # (k, m)
-    del effective
-    delta = torch.cholesky_solve(right, factor).T
-    if info.item() != 0 or not torch.isfinite(delta).all():
-        raise RunError("the second moment of its inputs cannot be inverted")
-    del factor
-    old = linear.weight.index_select(1, kept)
-    new = (old.double() + delta).to(old.dtype)
-    del delta
-    # The change of each output's mean squared error: diag(D·C[K, K]·Dᵀ − 2·D·right), with the rounded step D.
-    step = new.double() - old.double()
-    change = step @ moment.index_select(0, kept).index_select(1, kept).double()
-    worse = change.sub_(right.T, alpha=2).mul_(step).sum(1) > 0
-    del step, change
-    new[worse] = old[worse]
-    weight = linear.weight.clone()
-    weight[:, kept] = new
-    return weight
+def _views(half: Tensor, n: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yields the rows, columns and values of each tile of a flat half."""
+    position = 0
+    for rows, columns in _tiles(n):
+        height, width = rows.stop - rows.start, n - rows.start
+        yield rows, columns, half[position : position + height * width].view(height, width)
+        position += height * width
 
 
-class Compensator:
-    """Records the inputs before each cut and makes up for the inputs that it removes."""
+def half_of_product(x: Tensor) -> Tensor:
+    """Returns half of xᵀ·x, flat. x is (tokens, n)."""
+    half = x.new_empty(numel_sent(x.shape[1]))
+    for rows, columns, tile in _views(half, x.shape[1]):
+        torch.mm(x[:, rows].T, x[:, columns], out=tile)
+    return half
 
-    def __init__(
-        self, model: PrunableModel, config: PruneConfig, schedule: Schedule, open_layers: Sequence[int]
-    ) -> None:
-        self._model, self._config, self._schedule = model, config, schedule
-        self.moments = InputMoments(model, open_layers, config.compensate_decay)
-        self._records = False
 
-    def record_step(self, step: int) -> AbstractContextManager[None]:
-        """Records the inputs of this step if a cut follows within `prune.compensate_steps`."""
-        self._records = self._schedule.precedes_cut(step, self._config.compensate_steps)
-        return self.moments.record_step() if self._records else nullcontext()
-
-    def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
-        """Records one micro-batch; `attention_mask` (batch, window) is False at padding."""
-        return self.moments.record_forward(attention_mask) if self._records else nullcontext()
-
-    def compensate(self, keep: list[LayerKeep], step: int) -> None:
-        """Makes up for the cut to `keep` before it happens. Collective."""
-        shape = self._model.shape
-        cut = ((i, linear) for i, layer in enumerate(keep) for linear in shape.cut_linears(i, layer))
-        linear_ids = [LinearId(i, linear) for i, linear in cut if linear.loses_inputs]
-
-        def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
-            moment = self.moments.sums[linear_id]
-            kept = shape.kept_indices(linear_id.layer, linear_id.linear.parts, keep[linear_id.layer]).to(moment.device)
-            try:
-                return refit(linear, moment, kept)
-            except RunError as error:
-                raise RunError(f"step {step}: layer {linear_id.layer} {linear_id.linear.name}: {error}") from None
-
-        self._model.replace_weights(linear_ids, compute)
-        if step == self._schedule.last_cut:
-            self.moments.clear()
-        else:
-            self.moments.cut(keep)
+def add_half(total: Tensor, half: Tensor, weight: float) -> None:
+    """Adds weight · (the symmetric matrix with this half) to `total`, (n, n)."""
+    for rows, columns, tile in _views(half, len(total)):
+        total[rows, columns].add_(tile, alpha=weight)
+        total[rows.stop :, rows].add_(tile[:, len(tile) :].T, alpha=weight)

@@ -68,7 +68,7 @@ def score_shard(
     axis: int,
     weight_gradient: Tensor | None = None,
 ) -> Tensor:
-    """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the whole weight.
+    """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the full weight.
 
     Blocks of rows are scored in fp32 and added up in float64: (out_features,) or (in_features,). In the first and last
     row only the owned elements count, so the sums of the ranks add up to the sums of the weight. `weight_gradient` of
@@ -88,10 +88,9 @@ def score_shard(
         owned = [shard.flat] if weight_gradient is None else [shard.flat, weight_gradient]
         parts = (flat[low - start : high - start] for flat in owned)
         # Zeros stand for what the first and the last row lack.
-        held, *given = ((pad(x, (head, tail)) if head or tail else x).view(-1, columns) for x in parts)
-        weight = shard.decode(held, row)
-        of_rows = replace(factors, B=factors.B[row:stop], grad_B=factors.grad_B[row:stop])
-        importance = criterion(weight, of_rows, *given)
+        stored, *gradient = ((pad(x, (head, tail)) if head or tail else x).view(-1, columns) for x in parts)
+        factors_of_rows = replace(factors, B=factors.B[row:stop], grad_B=factors.grad_B[row:stop])
+        importance = criterion(shard.decode(stored, row), factors_of_rows, *gradient)
         if head or tail:
             flat = importance.view(-1)
             flat[:head] = 0
@@ -116,10 +115,10 @@ def split_experts(
         low = min(max(origin, 0), rows * columns)
         high = max(low, min(origin + len(shard.flat), rows * columns))
         own = slice(low - origin, high - origin)
-        given = None if weight_gradient is None else weight_gradient[own]
+        gradient = None if weight_gradient is None else weight_gradient[own]
         owned = OwnedShard(shard.flat[own], low, (rows, columns), partial(_decode_below, shard.decode, i * rows))
-        yield owned, LoraFactors(*of_expert, scaling=factors.scaling), given
+        yield owned, LoraFactors(*of_expert, scaling=factors.scaling), gradient
 
 
-def _decode_below(decode: Decode, above: int, held: Tensor, first: int) -> Tensor:
-    return decode(held, above + first)
+def _decode_below(decode: Decode, above: int, stored: Tensor, first: int) -> Tensor:
+    return decode(stored, above + first)

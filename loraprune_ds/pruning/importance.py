@@ -25,7 +25,7 @@ class LayerScores(LayerTensors):
 
 @dataclass(frozen=True)
 class GroupSums:
-    """Holds the scores of all parts of linears, summed over the ranks, on the device."""
+    """The scores of every part of the linears, summed over the ranks. They stay on the device."""
 
     shape: ModelShape
     linear_ids: Sequence[LinearId]
@@ -80,7 +80,7 @@ def score_groups(
             gradient = None if gradients is None else gradients.owned(layer, linear)
             experts = split_experts(model.owned_weight(layer, linear), factors[linear.name], gradient)
             element, axis = ELEMENT_CRITERIA[criterion], linear.axis
-            sums = torch.cat([score_shard(shard, lora, element, axis, given) for shard, lora, given in experts])
+            sums = torch.cat([score_shard(shard, lora, element, axis, grad) for shard, lora, grad in experts])
             of_parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
             for part, rows in zip(linear.parts, of_parts, strict=True):
                 partial.append(rows.view(-1, shape.width(part.width)).sum(1))  # (groups,)

@@ -26,8 +26,8 @@ class Limits:
     def open_layers(self) -> list[int]:
         return [i for i, budget in enumerate(self.layer_budget) if budget > 0]
 
-    def blocks(self, layer: int, kind: Kind, count: int) -> list[int]:
-        """Returns the sizes of the blocks that lead from `count` groups down to the floor, by multiples."""
+    def chunks(self, layer: int, kind: Kind, count: int) -> list[int]:
+        """Returns how many groups leave in each chunk on the way from `count` down to the floor."""
         multiple, floor = self.multiples[kind], self.floor[layer][kind]
         if count <= floor:
             return []
@@ -35,9 +35,7 @@ class Limits:
         return [first] + [multiple] * ((count - first - floor) // multiple)
 
     def narrowest(self, layer: int) -> Iterator[LayerShape]:
-        """Yields the narrowest shapes within the layer's budget: the fewest groups of the finest kind for each count
-        of the others.
-        """
+        """Yields for each count of heads the shape with the fewest channels (or experts) within the layer's budget."""
         dense, floor = self.dense.layers[layer], self.floor[layer]
         *coarse, fine = self.dense.kinds
         for counts in product(*(range(floor[kind], dense[kind] + 1, self.multiples[kind]) for kind in coarse)):
@@ -54,27 +52,6 @@ class Limits:
     def lost(self, layer: int, counts: Mapping[Kind, int]) -> int:
         """Counts the linear parameters that a layer with these counts has lost."""
         return self.dense.numel_of(self.dense.layers[layer]) - self.dense.numel_of(counts)
-
-
-def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
-    """Sets the ratio, and the shares that follow from it. Raises UserError if it conflicts with `prune.head_ratio`."""
-    dense, head_ratio = limits.dense, config.head_ratio
-    if head_ratio is None:
-        return replace(limits, ratio=ratio)
-    numel, removable = _open_numel(limits)
-    heads, most_heads = numel.pop("heads"), removable.pop("heads")
-    others, most_others = sum(numel.values()), sum(removable.values())
-    leaving, of_heads = ratio * dense.linear_numel(), head_ratio * heads
-    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: as near as whole heads come
-    if of_heads > most_heads + half_a_step:
-        raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
-    if not of_heads <= leaving <= of_heads + most_others + half_a_step:
-        raise UserError(
-            f"prune.head_ratio {head_ratio} with prune.ratio {ratio} would take {(leaving - of_heads) / others:.1%} of "
-            f"the {' and '.join(numel)}, of which {most_others / others:.1%} may go"
-        )
-    share = of_heads / leaving
-    return replace(limits, ratio=ratio, shares={"heads": share, dense.kinds[-1]: 1 - share})
 
 
 def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
@@ -124,18 +101,25 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
     return {kind: multiples.get(kind, dense.parts_of(kind)) for kind in dense.kinds}
 
 
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:
-    """Counts the parameters of each kind in the open layers: all of them, and those above the floors."""
-    kinds = [(kind, limits.dense.group_numel(kind)) for kind in limits.dense.kinds]
-    dense, floor = (
-        {kind: numel * sum(layers[i][kind] for i in limits.open_layers) for kind, numel in kinds}
-        for layers in (limits.dense.layers, limits.floor)
-    )
-    return dense, {kind: dense[kind] - floor[kind] for kind in dense}
+def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
+    """Sets the ratio, and the shares that follow from it. Raises UserError if it conflicts with `prune.head_ratio`."""
+    dense, head_ratio = limits.dense, config.head_ratio
+    if head_ratio is None:
+        return replace(limits, ratio=ratio)
+    numel, removable = _open_numel(limits)
+    heads, most_heads = numel.pop("heads"), removable.pop("heads")
+    others, most_others = sum(numel.values()), sum(removable.values())
+    leaving, of_heads = ratio * dense.linear_numel(), head_ratio * heads
+    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: only full heads go
+    if of_heads > most_heads + half_a_step:
+        raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
+    if not of_heads <= leaving <= of_heads + most_others + half_a_step:
+        raise UserError(
+            f"prune.head_ratio {head_ratio} with prune.ratio {ratio} would take {(leaving - of_heads) / others:.1%} of "
+            f"the {' and '.join(numel)}, of which {most_others / others:.1%} may go"
+        )
+    share = of_heads / leaving
+    return replace(limits, ratio=ratio, shares={"heads": share, dense.kinds[-1]: 1 - share})
 
 
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
@@ -143,8 +127,8 @@ def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
     if config.ranking == "uniform":
         first = limits.open_layers[0]
         most = len(limits.open_layers) * max(limits.lost(first, shape) for shape in limits.narrowest(first))
-    else:  # scores choose between several ends of a capped layer, so the smallest loss counts
-        most = sum(min(_ends(limits, i)) for i in limits.open_layers)
+    else:  # scores choose where a capped layer ends, so the smallest loss counts
+        most = sum(min(_final_losses(limits, i)) for i in limits.open_layers)
     if config.head_ratio is None:
         return 0, most
     numel, removable = _open_numel(limits)
@@ -168,7 +152,7 @@ def check_reachable(config: PruneConfig, limits: Limits) -> None:
         raise UserError(f"prune.ratio {limits.ratio} is out of reach: {cause}")
 
 
-def _ends(limits: Limits, layer: int) -> Iterator[int]:
+def _final_losses(limits: Limits, layer: int) -> Iterator[int]:
     """Yields the losses at which a layer has no group left that may go."""
     floor, coarse = limits.floor[layer], limits.dense.kinds[:-1]
     for shape in limits.narrowest(layer):
@@ -176,3 +160,17 @@ def _ends(limits: Limits, layer: int) -> Iterator[int]:
         spare = limits.layer_budget[layer] - lost
         if all(shape[kind] == floor[kind] or limits.step_numel(kind) > spare for kind in coarse):
             yield lost
+
+
+def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:
+    """Counts the parameters of each kind in the open layers: all of them, and those above the floors."""
+    kinds = [(kind, limits.dense.group_numel(kind)) for kind in limits.dense.kinds]
+    dense, floor = (
+        {kind: numel * sum(layers[i][kind] for i in limits.open_layers) for kind, numel in kinds}
+        for layers in (limits.dense.layers, limits.floor)
+    )
+    return dense, {kind: dense[kind] - floor[kind] for kind in dense}
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -51,7 +51,7 @@ class OwnedShard:
 
 @dataclass(frozen=True)
 class CollectedLinear:
-    """Holds a whole linear: the tensors that store its frozen weight, its bias, and its LoRA in fp32."""
+    """Holds a full linear: the tensors that store its frozen weight, its bias, and its LoRA in fp32."""
 
     stored: dict[str, Tensor]
     bias: Tensor | None
@@ -66,7 +66,7 @@ class CollectedLinear:
         return self.stored_as.join(self.stored)
 
 
-# Computes the new weight of a whole linear, in its shape and dtype. Raises UserError where it cannot.
+# Computes the new weight of a full linear, in its shape and dtype. Raises UserError where it cannot.
 ComputeWeight = Callable[[LinearId, CollectedLinear], Tensor]
 
 
@@ -96,7 +96,7 @@ class PrunableModel(Protocol):
         ...
 
     def owner(self, layer: int) -> int:
-        """Returns the rank that holds the whole tensors of a layer. Not collective."""
+        """Returns the rank that holds the full tensors of a layer. Not collective."""
         ...
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
@@ -113,10 +113,9 @@ class PrunableModel(Protocol):
         ...
 
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
-        """Replaces whole frozen weights. Each is computed on its layer's owner, all owners at the same time."""
+        """Replaces frozen weights. Each is computed on its layer's owner, all owners at the same time."""
         ...
 
     def cut(self, keep: list[LayerKeep]) -> int:
-        """Removes all other groups from weights, biases, LoRA, masters and Adam moments. Returns the bytes
-        that all ranks sent together."""
+        """Removes all other groups from weights, biases, LoRA, masters and moments. Returns the bytes sent in all."""
         ...

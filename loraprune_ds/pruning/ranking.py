@@ -25,7 +25,7 @@ def rank_uniform(
     """Keeps equal counts in every open layer, the best groups of each by its own scores (the paper's ranking).
 
     The counts come nearest to `target`, the fraction of the dense linear parameters that should be gone after this cut,
-    and in the end to `final`. Channels make up for what whole heads cannot. On the way all kinds are cut in proportion,
+    and in the end to `final`. Channels make up for what heads cannot reach. On the way all kinds are cut in proportion,
     so no count has to grow again. `scores` and the result belong to the current groups.
     """
     counts = uniform_counts(limits, target, final)
@@ -49,10 +49,10 @@ def counts_on_the_way(limits: Limits, goal: LayerShape, part: float) -> LayerSha
 
 
 def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
-    """Returns the counts that every open layer keeps at the end, as near to `ratio` as whole groups get.
+    """Returns the counts that every open layer keeps at the end, as near to `ratio` as possible.
 
-    Heads give their share as nearly as they can. They give another share if floors, the cap or too few channels would
-    otherwise miss the target by more than half a step of the channels.
+    Channels fill up what heads leave. Of all counts within half a step of the channels from the target, those win
+    that are closest to the share of the heads.
     """
     dense, first = limits.dense, limits.open_layers[0]
     layer, (*coarse, fine) = dense.layers[first], dense.kinds
@@ -61,13 +61,14 @@ def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
 
     def option(narrowest: LayerShape) -> tuple[float, float, LayerShape]:
         """Fills the counts up with channels: (distance to the target, distance to the shares, counts)."""
-        exact = layer[fine] - (wanted - limits.lost(first, {**narrowest, fine: layer[fine]})) / dense.group_numel(fine)
-        channels = _nearest_multiple(exact, narrowest[fine], layer[fine], limits.multiples[fine])
+        missing = wanted - limits.lost(first, {**narrowest, fine: layer[fine]})
+        count = layer[fine] - missing / dense.group_numel(fine)
+        channels = _nearest_multiple(count, narrowest[fine], layer[fine], limits.multiples[fine])
         counts = LayerShape({**narrowest, fine: channels})
         distance = max(abs(limits.lost(first, counts) - wanted), limits.step_numel(fine) / 2)
         return distance, sum(abs(counts[kind] - share[kind]) for kind in coarse), counts
 
-    return min(map(option, limits.narrowest(first)), key=lambda found: found[:2])[-1]
+    return min(map(option, limits.narrowest(first)), key=lambda distances: distances[:2])[-1]
 
 
 def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) -> int:
@@ -113,7 +114,7 @@ def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, 
 
 
 class _Removal:
-    """Takes blocks of groups one by one, least important first, within the limits. It only keeps counts."""
+    """Takes chunks of groups one by one, least important first, within the limits. It only keeps counts."""
 
     def __init__(self, scores: list[LayerScores], current: ModelShape, limits: Limits) -> None:
         self.scores, self.current, self.limits = scores, current, limits
@@ -139,22 +140,22 @@ class _Removal:
                 gone += size
 
     def _candidates(self, kind: Kind) -> list[tuple[int, int]]:
-        """Lists (layer, groups) of all blocks of a kind by ascending mean score, in a tie the last layer first."""
+        """Lists (layer, groups) of all chunks of a kind by ascending mean score, in a tie the last layer first."""
         candidates, means = list[tuple[int, int]](), list[Tensor]()
         for layer in reversed(self.limits.open_layers):
             left, values = self.left[layer][kind], self.scores[layer][kind]
-            blocks = self.limits.blocks(layer, kind, left)
-            candidates.extend((layer, groups) for groups in blocks)
+            chunks = self.limits.chunks(layer, kind, left)
+            candidates.extend((layer, groups) for groups in chunks)
             best = best_first(values, self.current.parts_of(kind))[:left]
-            means.append(_block_means(values[best].flip(0), blocks))
+            means.append(_chunk_means(values[best].flip(0), chunks))
         order = cast(list[int], torch.cat(means).argsort(stable=True).tolist())
         return [candidates[position] for position in order]
 
 
-def _block_means(scores: Tensor, blocks: list[int]) -> Tensor:
-    """Returns (blocks,): the mean of each block of ascending scores. All blocks but the first have one size."""
-    if not blocks:
+def _chunk_means(scores: Tensor, chunks: list[int]) -> Tensor:
+    """Returns (chunks,): the mean of each chunk of ascending scores. All chunks but the first have one size."""
+    if not chunks:
         return scores[:0]
-    first, rest = scores[: blocks[0]], scores[blocks[0] : sum(blocks)]
-    means = torch.cat([first.mean()[None], rest.view(-1, blocks[-1]).mean(1)])
-    return means.cummax(0).values  # rounding must not let a block leave before the one below it
+    first, rest = scores[: chunks[0]], scores[chunks[0] : sum(chunks)]
+    means = torch.cat([first.mean()[None], rest.view(-1, chunks[-1]).mean(1)])
+    return means.cummax(0).values  # rounding must not let a chunk leave before the one below it

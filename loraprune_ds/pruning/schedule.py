@@ -78,11 +78,11 @@ def _without_a_change(schedule: Schedule, config: PruneConfig, limits: Limits) -
     if config.ranking == "global" and limits.multiples[fine] == 1:
         return frozenset()
     goal = uniform_goal(limits, schedule.ratio) if config.ranking == "uniform" else None
-    block = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
+    chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
     unchanged, before = list[int](), None
     for step in (0, *schedule.cut_steps()):
         target = schedule.target(step)
-        now = round(target / block) if goal is None else counts_on_the_way(limits, goal, target / schedule.ratio)
+        now = round(target / chunk) if goal is None else counts_on_the_way(limits, goal, target / schedule.ratio)
         if now == before:
             unchanged.append(step)
         before = now

@@ -19,22 +19,24 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
     keep           the groups that stay in this cut, as indices into the current groups
     kept_of_dense  the groups that are left, as indices into the groups of the dense model
     shard          the part of a flat tensor that one rank owns. To reshard is to exchange shards after a cut
-    owner          the rank that holds the whole tensors of a layer, where there are any
+    owner          the rank that holds the full tensors of a layer, where there are any
     W              the frozen weight of a linear
 """
+
+# torch does not type every method:
+# pyright: reportUnknownMemberType=false
 
 import hashlib
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.errors import RunError
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import RunError, fail_point
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.compensate import Compensator
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
@@ -59,7 +61,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class PrunerState:
-    """Holds what a pruner needs to go on later, apart from the input moments, which their owners write."""
+    """The pruner's part of a checkpoint. The input moments are apart: each rank writes those of its layers."""
 
     kept_of_dense: list[LayerKeep]
     scores: list[LayerScores] | None  # None: nothing was scored yet
@@ -102,15 +104,14 @@ class Pruner:
         if not self.schedule.is_scored(step):
             return
         fail_point("scoring")
-        if self.config.criterion == "random":
-            self.average.update([x.select(keep) for x, keep in zip(self._random, self.kept_of_dense, strict=True)])
-            return
-        if self.masks is not None:
-            sums = self.masks.scores(step)
+        criterion = self.config.criterion
+        if criterion == "random":
+            scores = [drawn.select(keep) for drawn, keep in zip(self._random, self.kept_of_dense, strict=True)]
         else:
-            sums = score_groups(self.model, self.config.criterion, step, self.gradients)
-        self.average.update(sums.by_layer(self.config.normalization))
-        self._unchecked = sums
+            sums = self.masks.scores(step) if self.masks else score_groups(self.model, criterion, step, self.gradients)
+            scores = sums.by_layer(self.config.normalization)
+            self._unchecked = sums
+        self.average.update(scores)
 
     def cut(self, step: int, *, scored: bool = True) -> Cut | None:
         """Cuts the model, if the schedule says so. Call it after each update. Returns None if no width changed.
@@ -171,7 +172,7 @@ class Pruner:
 
 def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:
     """Raises RunError on every rank if one is about to keep other groups than rank 0. Collective."""
-    kept = [cast(list[int], groups.tolist()) for layer in keep for groups in layer.values()]
+    kept = [cast(Any, groups).tolist() for layer in keep for groups in layer.values()]
     rank = model.differing_rank(hashlib.sha256(str(kept).encode()).digest())
     if rank is not None:
         raise RunError(f"step {step}: rank {rank} computed another mask than rank 0")

@@ -96,7 +96,7 @@ class WeightGradients(StepRecorder):
 
     The backward of a linear forms gᵀ·x in the model's dtype (fp32 for fp16) and reduce-scatters it in that dtype, as
     DeepSpeed does by default. In bf16 this rounds once per rank. Shards are added up in fp32: during a step a rank
-    holds 4 bytes for each element that it owns, one linear's whole gradient, and its padded copy. A stack has a
+    holds 4 bytes for each element that it owns, one linear's full gradient, and its padded copy. A stack has a
     gradient for each expert, from the tokens that chose it.
     """
 
@@ -113,7 +113,7 @@ class WeightGradients(StepRecorder):
 
     def _tap(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         x, *counts = inputs
-        # The output of the whole LoRA layer has the same gradient as the part from W. Unlike that part it needs a
+        # The output of the LoRA layer has the same gradient as the part from W. Unlike that part it needs a
         # gradient in the first layer too.
         receive = partial(self._receive, linear_id, *counts or [None])
         return cast(Tensor, OutputTap.apply(output, x, receive)) if self._active else None
@@ -124,5 +124,5 @@ class WeightGradients(StepRecorder):
         rows, columns = (x.flatten(0, -2) for x in (gradient, inputs))
         if linear_id.linear.transposed:
             rows, columns = columns, rows
-        whole = products(rows, columns, counts or [len(rows)])  # in the shape of W
-        self._add(linear_id, self._model.reduce_scatter(whole.reshape(-1)).float())
+        full = products(rows, columns, counts or [len(rows)])  # in the shape of W
+        self._add(linear_id, self._model.reduce_scatter(full.reshape(-1)).float())

@@ -1,7 +1,6 @@
 """How much a run removes in all: `prune.ratio`, or the ratio that brings the model down to `prune.target`."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from loraprune_ds.config import PruneConfig
@@ -64,37 +63,25 @@ def _size_of_uniform(config: PruneConfig, limits: Limits) -> float:
 def _size_of_global(config: PruneConfig, limits: Limits) -> float:
     """Returns the size once each kind has lost its share, from whichever layers."""
     dense, leaving = limits.dense, limits.ratio * limits.dense.linear_numel()
-    size = whole = measure(config, dense)
+    size = dense_size = measure(config, dense)
     for kind, share in limits.shares.items():
         *others, layer = sorted(dense.layers, key=lambda layer: layer[kind])  # some have no experts
         without_one = LayerShape({**layer, kind: layer[kind] - 1})
-        of_a_group = whole - measure(config, dense.with_layers((*others, without_one)))
+        of_a_group = dense_size - measure(config, dense.with_layers((*others, without_one)))
         size -= of_a_group * leaving * share / dense.group_numel(kind)
     return size
 
 
-@dataclass(frozen=True)
-class ServerMemory:
-    """Holds the bytes on a server."""
-
-    weights: float
-    kv_cache: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.kv_cache
-
-
-def server_memory(config: PruneConfig, shape: ModelShape) -> ServerMemory:
-    """Counts the bytes of weights, and of a KV cache of `prune.target_context` tokens."""
+def server_memory(config: PruneConfig, shape: ModelShape) -> dict[str, float]:
+    """Counts the bytes on a server: of the weights, and of a KV cache of `prune.target_context` tokens."""
     linear = shape.linear_numel()
     weights = linear * config.target_weight_bits / 8 + (shape.total_numel() - linear) * BYTES
-    return ServerMemory(weights, BYTES * cached_numel(shape) * config.target_context)
+    return {"weights": weights, "kv_cache": BYTES * cached_numel(shape) * config.target_context}
 
 
 def on_a_server(config: PruneConfig, shape: ModelShape, memory: float) -> dict[str, float]:
     """Returns the bytes of weights, and the tokens of KV cache that fit into the rest of `memory` bytes."""
-    weights = server_memory(config, shape).weights
+    weights = server_memory(config, shape)["weights"]
     tokens = max(0, math.floor((memory - weights) / (BYTES * cached_numel(shape))))
     return {"parameters": shape.total_numel(), "weights": weights, "tokens": tokens}
 
@@ -102,7 +89,7 @@ def on_a_server(config: PruneConfig, shape: ModelShape, memory: float) -> dict[s
 def measure(config: PruneConfig, shape: ModelShape) -> float:
     """Returns the size of a model in the unit of `prune.target`."""
     in_bytes = config.target_amount is not None and config.target_amount.unit == "bytes"
-    return server_memory(config, shape).total if in_bytes else shape.total_numel()
+    return sum(server_memory(config, shape).values()) if in_bytes else shape.total_numel()
 
 
 def describe_target(config: PruneConfig, dense: ModelShape, pruned: ModelShape) -> dict[str, Any] | None:
@@ -112,7 +99,4 @@ def describe_target(config: PruneConfig, dense: ModelShape, pruned: ModelShape) 
         return None
     entry = {"asked": config.target, "unit": amount.unit, "value": amount.value}
     entry |= {"dense": measure(config, dense), "reached": measure(config, pruned)}
-    if amount.unit == "bytes":
-        memory = server_memory(config, pruned)
-        entry |= {"weights": memory.weights, "kv_cache": memory.kv_cache}
-    return entry
+    return entry | (server_memory(config, pruned) if amount.unit == "bytes" else {})

@@ -1,0 +1,1 @@
+"""Records of a run, pictures, report.json and reporters such as TensorBoard."""

@@ -1,0 +1,1 @@
+"""The training: preparation, loop, distillation, checkpoints in time, output folder."""

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from loraprune_ds.checkpoint.layout import (
     CHECKPOINTS_FOLDER,
@@ -22,7 +23,6 @@ from loraprune_ds.checkpoint.load import (
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.output import MAY_DIFFER, Start, differences
@@ -46,12 +46,13 @@ def find_checkpoint(
     """
     if start.kind != "resume":
         return None
+    settings = config.to_dict()
     if start.path is not None and _is_step(start.path):
         checkpoint = open_training_checkpoint(start.path, comm)
     else:
         root = _root(Path(config.output_dir) if start.path is None else start.path)
         # Before anything is read in full, and before another run's checkpoints are called damaged.
-        comm.all_or_raise(lambda: _check_settings(newest_state(root), root, config))
+        comm.all_or_raise(lambda: _check_settings(newest_state(root), root, settings))
         checkpoint = find_newest(root, comm, warnings.append)
         if checkpoint is None and start.path is not None:
             because = f" ({warnings[-1]})" if warnings else ""
@@ -59,7 +60,7 @@ def find_checkpoint(
     if checkpoint is None:
         warnings.append("no usable checkpoint: starting at step 0")
         return None
-    _check_settings(checkpoint.state, checkpoint.folder, config)
+    _check_settings(checkpoint.state, checkpoint.folder, settings)
     return checkpoint
 
 
@@ -72,21 +73,23 @@ def _root(path: Path) -> Path:
     return path if path.resolve().name == CHECKPOINTS_FOLDER else path / CHECKPOINTS_FOLDER
 
 
-def _check_settings(state: RunState | None, folder: Path, config: RunConfig) -> None:
-    if state is not None and (different := differences(state.config, config.to_dict(), MAY_DIFFER)):
+def _check_settings(state: RunState | None, folder: Path, settings: dict[str, Any]) -> None:
+    if state is not None and (different := differences(state.config, settings, MAY_DIFFER)):
         raise UserError(f"{folder} belongs to a run with other settings: {', '.join(different)}")
 
 
-def build_engine(config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> TrainingEngine:
+def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> TrainingEngine:
     """Builds the sharded training model, fresh or from a checkpoint. Collective."""
+    config, model, frozen = prepared.config, prepared.config.model, prepared.pretrained
+    if checkpoint is not None:
+        model = replace(model, adapter=None)  # the checkpoint has its LoRA
+        frozen = checkpoint.frozen_model(frozen)
+    engine = build_training_engine(
+        frozen, prepared.ds_config, prepared.steps, model, config.lora, config.train, config.seed
+    )
     if checkpoint is None:
-        return build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
+        return engine
     state = checkpoint.state
-    without_adapter = replace(config, model=replace(config.model, adapter=None))  # its LoRA comes from the checkpoint
-    frozen = checkpoint.frozen_weights(config)
-    engine = build_training_engine(without_adapter, frozen, prepared.ds_config, prepared.steps)
-    # The dense model's family, even where the config of the smaller model names another.
-    engine.model.shape = prepared.pretrained.shape.with_layers(frozen.shape.layers)
     restore_lora_state(engine.model, checkpoint.read_flat, state.adam_step)
     restore_counters(engine, state.step, state.schedule, state.loss_scale)
     return engine
@@ -128,7 +131,7 @@ class Checkpoints:
     def drop_old(self, comm: Communicator, step: int) -> None:
         """Removes the files that no later start needs, after `step-{step}` was published. Collective."""
         keep_last = self.config.checkpoint.keep_last
-        LocalWrites().do_on_rank_0(comm, self.root, lambda: drop_old(self.root, step, keep_last))
+        LocalWrites(comm, self.root).do_on_rank_0(lambda: drop_old(self.root, step, keep_last))
 
     @cached_property
     def _source(self) -> ShapeSource:
@@ -144,7 +147,5 @@ class Checkpoints:
             return self._source
         if self._published is not None and self._published.folder == f"shape-{cuts}":
             return self._published
-        dtype = self.config.model.dtype
-        described = export_config(self.prepared.pretrained.config, model.shape, dtype).config
-        self._published = save_shape(model, self.root, cuts, described, dtype)
+        self._published = save_shape(model, self.root, cuts, self.config.model.dtype)
         return self._published

@@ -96,13 +96,16 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class RunContext:
-    config: RunConfig
     prepared: Prepared
     checkpoint: TrainingCheckpoint | None  # that the run resumes from
     comm: Communicator
     requests: RequestListener
     recorder: RunRecorder
     status: RunStatus
+
+    @property
+    def config(self) -> RunConfig:
+        return self.prepared.config
 
     @property
     def folder(self) -> Path:

@@ -1,6 +1,6 @@
 """Goes through the steps of a run: train, cut, evaluate, save, and stop when asked."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import RunTotals
-from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate.perplexity import fixed_batches, measure_perplexity
 from loraprune_ds.files import finite
 from loraprune_ds.model.experts import RouterLoad
@@ -37,7 +36,7 @@ class TrainingLoop:
         self._teacher = None
         if config.train.distill_weight and self.status.step < prepared.steps:  # otherwise its files may be gone
             self._teacher = find_teacher(context)
-        self.engine = build_engine(config, prepared, checkpoint)
+        self.engine = build_engine(prepared, checkpoint)
         self.model = self.engine.model
         self.pruner = Pruner(self.model, prepared.pruning, config.seed)
         if checkpoint:
@@ -88,7 +87,8 @@ class TrainingLoop:
         return False
 
     def _step(self, step: int) -> None:
-        with profiled(self.config, step, self.model.rank):
+        traces = self.config.logging.profile_steps if self.model.rank == 0 else None
+        with profiled(self._context.folder / PROFILE_FOLDER, step, traces or ()):
             record = self._trainer.step(step)
         self.recorder.write(record)
         self._totals = replace(self._totals, tokens=self._totals.tokens + record.tokens, perplexity=None)
@@ -136,13 +136,12 @@ def measure_held_out(
 
 
 @contextmanager
-def profiled(config: RunConfig, step: int, rank: int) -> Iterator[None]:
-    """Profiles this step if `logging.profile_steps` names it. Writes `profile/step-N.json` on rank 0."""
-    if rank != 0 or step not in (config.logging.profile_steps or []):
+def profiled(folder: Path, step: int, steps: Sequence[int]) -> Iterator[None]:
+    """Profiles this step if it is among `steps`, and writes its trace into the folder."""
+    if step not in steps:
         yield
         return
     with torch.profiler.profile() as profiler:
         yield
-    folder = Path(config.output_dir) / PROFILE_FOLDER
     folder.mkdir(exist_ok=True)
     profiler.export_chrome_trace(str(folder / f"step-{step}.json"))

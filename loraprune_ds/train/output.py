@@ -92,11 +92,11 @@ def inspect_output(config: RunConfig, resume: str | None) -> Start:
             raise UserError(f"--resume {resume}: no such folder")
         status = _read_status(folder, resume)
         if status is not None and status.state == "finished":
-            _check_same_run(folder, config, NOT_THE_RUN)
+            _check_same_run(folder, config.to_dict(), NOT_THE_RUN)
             return Start("finished")
         _check_access(folder, os.W_OK, "writable")
         if resume is not None:
-            _check_resume(folder, config, path)
+            _check_resume(folder, config.to_dict(), path)
             return Start("resume", path)
         if status is not None:
             raise UserError(
@@ -140,7 +140,7 @@ def _refuse_foreign(folder: Path) -> None:
         raise UserError(f"output_dir {folder} is not empty and holds no run; choose another output_dir")
 
 
-def _check_resume(folder: Path, config: RunConfig, path: Path | None) -> None:
+def _check_resume(folder: Path, settings: dict[str, Any], path: Path | None) -> None:
     holds_run = any((folder / name).exists() for name in (CONFIG_FILE, STATUS_FILE, CHECKPOINTS_FOLDER))
     if not holds_run:
         _refuse_foreign(folder)
@@ -151,14 +151,14 @@ def _check_resume(folder: Path, config: RunConfig, path: Path | None) -> None:
         )
     newest_state(folder / CHECKPOINTS_FOLDER)  # another format has its own error line
     if _read_run_config(folder):  # otherwise a crash of the machine has lost it, and every checkpoint holds it too
-        _check_same_run(folder, config, MAY_DIFFER)
+        _check_same_run(folder, settings, MAY_DIFFER)
 
 
-def _check_same_run(folder: Path, config: RunConfig, ignored: Sequence[str]) -> None:
+def _check_same_run(folder: Path, settings: dict[str, Any], ignored: Sequence[str]) -> None:
     raw = _read_run_config(folder)
     if raw is None:
         raise UserError(f"{folder / CONFIG_FILE} is missing or damaged; remove {folder} or choose another output_dir")
-    if different := differences(raw, config.to_dict(), ignored):
+    if different := differences(raw, settings, ignored):
         raise UserError(
             f"output_dir {folder} holds another run ({', '.join(different)} differs); choose another output_dir"
         )

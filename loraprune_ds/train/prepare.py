@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import LoggingConfig, RunConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.classes import check_flash_attention, describe_attention
 from loraprune_ds.model.distillation import check_top_k
-from loraprune_ds.model.dtypes import held_as
+from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.token_loss import build_for_losses
@@ -34,6 +34,7 @@ from loraprune_ds.zero.private import check_private_attributes
 class Prepared:
     """Holds the checked input of a run."""
 
+    config: RunConfig
     pretrained: PretrainedModel
     samples: Samples
     order: SampleOrder
@@ -49,8 +50,10 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     ranks_per_node = comm.ranks_per_node()
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
-        waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None)
-        prepared = waiting.all_or_raise(lambda: _prepare(config, comm.world_size, ranks_per_node))
+        first = waiting.all_or_raise(
+            lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None
+        )
+        prepared = waiting.all_or_raise(lambda: first or _prepare(config, comm.world_size, ranks_per_node))
     rank = comm.differing_rank(prepared.samples.digest())
     if rank is not None:
         raise UserError(f"rank {rank} reads other training data than rank 0; data.path must be the same everywhere")
@@ -65,35 +68,36 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     config.train.gradient_accumulation_steps(world_size)
     check_installed(config.logging.report_to or ())
     if config.train.steps is not None:
-        _check_profile_steps(config, config.train.steps + config.train.recovery_steps)
+        _check_profile_steps(config.logging, config.train.steps + config.train.recovery_steps)
 
 
-def _check_profile_steps(config: RunConfig, steps: int) -> None:
-    last = max(config.logging.profile_steps or [0])
+def _check_profile_steps(logging: LoggingConfig, steps: int) -> None:
+    last = max(logging.profile_steps or [0])
     require(last <= steps, f"logging.profile_steps names step {last}, but the run ends at step {steps}")
 
 
 def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepared:
-    pretrained = open_for_pruning(locate_model(config.model), config)
-    if config.model.adapter:
-        adapter = Path(config.model.adapter).expanduser()
-        check_adapter(adapter, config.lora, pretrained.shape)
-    ds_path = find_ds_config(config.deepspeed)
-    ds_config = resolve_ds_config(ds_path, config, pretrained.shape, world_size, ranks_per_node=ranks_per_node)
-    make_limits(config.prune, pretrained.shape)  # its errors come before the data, which may take long to read
+    model, train, packing = config.model, config.train, config.data.packing
+    pretrained = open_for_pruning(locate_model(model), config.prune, frozen=model.frozen, packing=packing)
+    shape = pretrained.shape
+    if model.adapter:
+        check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
+    ds_path, rank = find_ds_config(config.deepspeed), config.lora.r
+    ds_config = resolve_ds_config(ds_path, shape, world_size, train, model, rank, ranks_per_node=ranks_per_node)
+    make_limits(config.prune, shape)  # its errors come before the data, which may take long to read
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
-    start = window_start(tokenizer, pretrained.shape.family)
-    global_batch_size, vocab_size = config.train.global_batch_size, pretrained.shape.vocab_size
+    start = window_start(tokenizer, shape.family)
+    global_batch_size, vocab_size = train.global_batch_size, shape.vocab_size
     loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, start=start)
-    lengths = loaded.samples.lengths() if config.train.group_by_length else None
+    lengths = loaded.samples.lengths() if train.group_by_length else None
     order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
-    epochs = config.train.epochs or 1
-    pruning_steps = config.train.steps or steps_for_epochs(epochs, loaded.epoch_length, global_batch_size)
-    config.train.check_warmup(pruning_steps)
-    steps = pruning_steps + config.train.recovery_steps
-    _check_profile_steps(config, steps)
+    pruning_steps = train.steps or steps_for_epochs(train.epochs or 1, loaded.epoch_length, global_batch_size)
+    train.check_warmup(pruning_steps)
+    steps = pruning_steps + train.recovery_steps
+    _check_profile_steps(config.logging, steps)
     return Prepared(
+        config=config,
         pretrained=pretrained,
         samples=loaded.samples,
         order=order,
@@ -116,15 +120,16 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
         require(fits, f"{key} {window} is longer than the model's {positions} positions")
 
 
-def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
+def describe_run(prepared: Prepared, world_size: int) -> str:
     """Describes in two or three lines what a run prunes, on which ranks, and how far."""
-    dense, train, ratio = prepared.pretrained.shape, config.train, format_percent(prepared.pruning.limits.ratio)
+    config, dense, pruning = prepared.config, prepared.pretrained.shape, prepared.pruning
+    ratio = format_percent(pruning.limits.ratio)
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
-        f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {held_as(config.model)}, "
+        f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {describe_dtype(config.model)}, "
         f"on {ranks} ({device_name()})",
-        f"{prepared.steps} steps of {train.global_batch_size} x {config.data.window} tokens, "
-        f"{len(prepared.pruning.schedule.cut_steps())} cuts to {ratio} of the decoder layers' "
+        f"{prepared.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens, "
+        f"{len(pruning.schedule.cut_steps())} cuts to {ratio} of the decoder layers' "
         f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
     ]
     if attention := describe_attention(config.model.attn_implementation, dense.family):
@@ -133,7 +138,7 @@ def describe_run(config: RunConfig, prepared: Prepared, world_size: int) -> str:
         lines.append(
             f"prune.compensate: {config.prune.compensate} refits o_proj. Nothing makes up for experts that leave"
         )
-    if train.distill_weight and config.model.adapter:
+    if config.train.distill_weight and config.model.adapter:
         lines.append("the teacher is model.path without model.adapter; merge the adapter first to keep it")
     if left_out := prepared.samples.left_out:
         lines.append(f"{left_out:,} rows have no answer within data.window {config.data.window}: left out")

@@ -21,8 +21,8 @@ from loraprune_ds.checkpoint.layout import (
     TRAINING_PICTURE,
 )
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
-from loraprune_ds.config import RunConfig
-from loraprune_ds.faults import fail_point
+from loraprune_ds.config import LoggingConfig
+from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report.metrics import MetricsLog, read_metrics
@@ -210,7 +210,14 @@ class RunRecorder(Recorder):
     """Records a run of our own trainer: also in metrics.jsonl and on the progress display."""
 
     def __init__(
-        self, config: RunConfig, folder: Path, steps: int, checkpoint: TrainingCheckpoint | None, *, active: bool
+        self,
+        folder: Path,
+        steps: int,
+        checkpoint: TrainingCheckpoint | None,
+        logging: LoggingConfig,
+        settings: dict[str, Any],
+        *,
+        active: bool,
     ) -> None:
         super().__init__(History(), [])
         self._progress: Progress | None = None
@@ -225,14 +232,13 @@ class RunRecorder(Recorder):
             metrics.truncate_to(first)  # the steps after a killed run's last checkpoint are made again
             self.history = history_from(read_metrics(folder / METRICS_FILE))
         self.sinks.append(metrics)
-        given = config.logging.report_to
-        report_to = ["tensorboard"] if given is None else given
+        report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
         if "tensorboard" in report_to:
             self.sinks.append(TensorBoardLog(folder / TENSORBOARD_FOLDER, first if checkpoint else None))
         self._progress = Progress(steps, first=first)
         self.sinks.append(self._progress)
         for name in (name for name in SERVICES if name in report_to):
-            self.sinks.append(ReportedRun(name, folder, config.to_dict(), self.show))
+            self.sinks.append(ReportedRun(name, folder, settings, self.show))
 
     def show(self, line: str) -> None:
         """Shows a line next to the progress."""

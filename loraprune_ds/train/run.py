@@ -12,11 +12,10 @@ import torch
 from loraprune_ds.checkpoint.layout import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import RankError
+from loraprune_ds.errors import RankError, fail_point
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.export.model_card import ModelCard, card_of_run, write_model_card
-from loraprune_ds.faults import fail_point
 from loraprune_ds.files import staging_of
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
@@ -50,10 +49,10 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     checkpoint = find_checkpoint(start, config, comm, warnings)
     comm.on_rank_0(lambda: _open_output(config, start, checkpoint, warnings))
     check_shared(Path(config.output_dir), comm)
-    with _open_context(config, prepared, checkpoint, comm) as context:
+    with _open_context(prepared, checkpoint, comm) as context:
         for line in warnings:
             context.recorder.show(line)
-        context.recorder.show(describe_run(config, prepared, comm.world_size))
+        context.recorder.show(describe_run(prepared, comm.world_size))
         outcome = _train(context)
         finished = outcome is not None and _finish(context, outcome)
         context.check_owner()
@@ -71,19 +70,20 @@ def _open_output(config: RunConfig, start: Start, checkpoint: TrainingCheckpoint
 
 @contextmanager
 def _open_context(
-    config: RunConfig, prepared: Prepared, checkpoint: TrainingCheckpoint | None, comm: Communicator
+    prepared: Prepared, checkpoint: TrainingCheckpoint | None, comm: Communicator
 ) -> Iterator[RunContext]:
-    folder, steps, is_rank_0 = Path(config.output_dir), prepared.steps, comm.rank == 0
+    config, steps, is_rank_0 = prepared.config, prepared.steps, comm.rank == 0
+    folder = Path(config.output_dir)
     mark = comm.draw_mark()
     first = checkpoint.state.step if checkpoint else 0
     with (
         fast_half_products(config.model.dtype),
         RunStatus(folder, steps, first=first, mark=mark, rank=comm.rank, ranks=comm.world_size) as status,
-        closing(RunRecorder(config, folder, steps, checkpoint, active=is_rank_0)) as recorder,
+        closing(RunRecorder(folder, steps, checkpoint, config.logging, config.to_dict(), active=is_rank_0)) as recorder,
         closing(RequestListener(folder, watches_files=is_rank_0)) as requests,
         _full_disk_in_one_line(folder),
     ):
-        yield RunContext(config, prepared, checkpoint, comm, requests, recorder, status)
+        yield RunContext(prepared, checkpoint, comm, requests, recorder, status)
 
 
 @contextmanager

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import source_digest
-from loraprune_ds.errors import UserError
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.model.adapters import adapters_off
-from loraprune_ds.model.dtypes import DTYPES, held_as
+from loraprune_ds.model.frozen import DTYPES, describe_dtype
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.output import wait_until_seen
@@ -59,7 +58,7 @@ def _possible_teachers(context: RunContext) -> list[Teacher]:
         weight=config.train.distill_weight,
         samples=prepared.samples.digest(),
         source=source_digest(prepared.pretrained),
-        dtype=held_as(config.model),
+        dtype=describe_dtype(config.model),
         seed=config.seed,
         folder=context.folder / TEACHER_FOLDER,
     )
@@ -108,7 +107,7 @@ def record_teacher(
     Returns:
         False if it was asked to stop before the end. The files written by then stay.
     """
-    comm, missing, writes = engine.model.comm, teacher.to_write, LocalWrites()
+    comm, missing, writes = engine.model.comm, teacher.to_write, LocalWrites(engine.model.comm, teacher.folder)
     comm.on_rank_0(teacher.begin)
     with adapters_off(engine.model.module):
         for first in range(0, len(missing), comm.world_size):
@@ -120,7 +119,7 @@ def record_teacher(
             if comm.rank < len(files):
                 writes.do(partial(teacher.write, file, fields))
             fail_point("teacher.file")
-            writes.agree(comm, teacher.folder)
+            writes.agree()
             is_last = first + comm.world_size >= len(missing)
             if max(comm.gather_objects(current_request())) == STOP and not is_last:
                 return False

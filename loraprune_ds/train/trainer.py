@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import Dtype, TrainConfig
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import fail_point
 from loraprune_ds.model.flops import needed_flops_per_token
 from loraprune_ds.model.token_loss import supervised_positions
 from loraprune_ds.pruning.step import Pruner

@@ -1,0 +1,1 @@
+"""The live model on ZeRO-3. The only package that knows DeepSpeed."""

@@ -1,4 +1,4 @@
-"""Gathers whole linears and tensors on the rank that owns their layer, and replaces frozen weights there."""
+"""Gathers full linears and tensors on the rank that owns their layer, and replaces frozen weights there."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -19,7 +19,7 @@ from loraprune_ds.zero.params import full_shape, overwrite_shard
 
 @torch.no_grad()
 def collect_tensor(parameter: Tensor, owner: int, comm: Communicator, shard: Tensor | None = None) -> Tensor | None:
-    """Gathers a whole parameter on rank `owner`. Returns None elsewhere. Collective.
+    """Gathers a full parameter on rank `owner`. Returns None elsewhere. Collective.
 
     Args:
         shard: this rank's shard of the parameter's fp32 state, to gather instead.

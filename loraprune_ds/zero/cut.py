@@ -1,31 +1,42 @@
-"""Cuts the parameters of a decoder layer in place: frozen weights, biases and LoRA. Shards travel by all-to-all."""
+"""Cuts a decoder layer in place: frozen weights, biases, LoRA and its optimizer state. Shards travel by all-to-all.
 
-from typing import Any, NamedTuple, cast
+Nothing is gathered. Every rank computes from the mask which of its elements go to which rank (flat.py).
+"""
+
+from collections import Counter
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.adapters import (
-    base_parameter,
-    lora_linear,
-    lora_weights,
-    set_features,
-    set_runtime_counts,
-)
+from loraprune_ds.model.adapters import base_parameter, lora_linear, lora_weights, set_features, set_runtime_counts
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import FrozenStorage, lora_cuts
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
+from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, install_shard
 
 ParameterCut = tuple[nn.Parameter, ReshardPlan]
+ShardCut = tuple[Tensor, ReshardPlan]  # a flat shard of that tensor, padding allowed
 
 
-class Item(NamedTuple):
-    """A flat shard (padding allowed) and the plan of its tensor."""
+def cut_layer(
+    layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep, state: OptimizerState, comm: Communicator
+) -> None:
+    """Keeps the groups in `keep` of layer `index`. `shape` is from before the cut. Collective.
 
-    shard: Tensor
-    plan: ReshardPlan
+    New shards of the optimizer state are written into the old slots. `OptimizerState.rebuild` shortens these later.
+    """
+    cuts = parameter_cuts(layer, shape, index, keep, comm)
+    if not cuts:
+        return
+    carried = [(p, plan, key) for p, plan in cuts if p.requires_grad for key in state.keys()]
+    state_shards = reshard([(state.shard(p, key).to(comm.device), plan) for p, plan, key in carried], comm)
+    cut_parameters(cuts, comm)
+    set_sizes(layer, shape, index, keep)
+    for (parameter, _, key), shard in zip(carried, state_shards, strict=True):
+        state.shard(parameter, key).copy_(shard)
 
 
 def parameter_cuts(
@@ -35,19 +46,26 @@ def parameter_cuts(
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
     for name, kept, linear in FrozenStorage.of(layer).layer_cuts(shape, index, keep):
-        found = [(base_parameter(layer, name), kept)]
+        same_cut = [(base_parameter(layer, name), kept)]
         if linear:
             module = lora_linear(layer, linear)
             for adapter in module.lora_A:  # the reference model of DPO or GRPO may be a second adapter
                 factors = lora_weights(module, adapter)
-                cut = lora_cuts(linear, module.r[adapter], kept, keep)
-                found += [(factors[which], stays) for which, stays in cut]
-        for parameter, stays in found:
+                for which, factor_kept in lora_cuts(linear, module.r[adapter], kept, keep):
+                    same_cut.append((factors[which], factor_kept))
+        for parameter, stays in same_cut:
             key = (full_shape(parameter), stays.axis, id(stays.keep))
             if key not in plans:
                 plans[key] = ReshardPlan(AxisCut(full_shape(parameter), *stays), comm.world_size, comm.rank)
             cuts.append((parameter, plans[key]))
     return cuts
+
+
+def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
+    """Makes the parameters smaller in place. Collective: one all-to-all per dtype."""
+    shards = [(cast(Any, parameter).ds_tensor.detach().to(comm.device), plan) for parameter, plan in cuts]
+    for (parameter, plan), shard in zip(cuts, reshard(shards, comm), strict=True):
+        install_shard(parameter, shard, plan.cut.new_shape)
 
 
 def set_sizes(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) -> None:
@@ -58,46 +76,43 @@ def set_sizes(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) 
     set_runtime_counts(layer, shape, keep.shape)
 
 
-def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
-    """Makes the parameters smaller in place. Collective: one all-to-all per dtype."""
-    items = [Item(cast(Any, p).ds_tensor.detach().to(comm.device), plan) for p, plan in cuts]
-    for (parameter, plan), shard in zip(cuts, reshard(items, comm), strict=True):
-        install_shard(parameter, shard, plan.cut.new_shape)
-
-
 @torch.no_grad()
-def reshard(items: list[Item], comm: Communicator) -> list[Tensor]:
-    """Exchanges shards for new, padded ones, in the order of `items`. Collective: one all-to-all per dtype.
+def reshard(cuts: list[ShardCut], comm: Communicator) -> list[Tensor]:
+    """Exchanges shards for new, padded ones, in the same order. Collective: one all-to-all per dtype.
 
     Peak memory is at most four times the old shards: old, outgoing, incoming and new ones.
     """
     new: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(item.shard.dtype for item in items):  # LoRA may be fp32 on a bf16 base
-        same = [i for i, item in enumerate(items) if item.shard.dtype == dtype]
-        outgoing, plans = _by_destination([items[i] for i in same]), [items[i].plan for i in same]
-        send, receive = [0] * comm.world_size, [0] * comm.world_size
-        for plan in plans:
-            for counts, total in ((plan.send, send), (plan.receive, receive)):
-                for rank, count in counts.items():
-                    total[rank] += count
-        incoming = comm.all_to_all(outgoing, send, receive)
+    for dtype in dict.fromkeys(shard.dtype for shard, _ in cuts):  # LoRA may be fp32 on a bf16 base
+        same = [i for i, (shard, _) in enumerate(cuts) if shard.dtype == dtype]
+        outgoing, plans = _by_destination([cuts[i] for i in same]), [cuts[i][1] for i in same]
+        send = _by_rank([plan.send for plan in plans], comm.world_size)
+        incoming = comm.all_to_all(outgoing, send, _by_rank([plan.receive for plan in plans], comm.world_size))
         del outgoing
-        new |= zip(same, _by_item(incoming, plans), strict=True)
+        new |= zip(same, _by_tensor(incoming, plans), strict=True)
         del incoming
-    return [new[i] for i in range(len(items))]
+    return [new[i] for i in range(len(cuts))]
 
 
-def _by_destination(items: list[Item]) -> Tensor:
-    """Orders the kept elements by destination rank, then by item, in one buffer."""
+def _by_rank(counts: list[dict[int, int]], world_size: int) -> list[int]:
+    """Adds up the elements of several plans for each rank."""
+    totals = Counter[int]()
+    for count in counts:
+        totals.update(count)
+    return [totals[rank] for rank in range(world_size)]
+
+
+def _by_destination(cuts: list[ShardCut]) -> Tensor:
+    """Orders the kept elements by destination rank, then by tensor, in one buffer."""
     parts: list[tuple[int, Tensor]] = []
-    for shard, plan in items:
+    for shard, plan in cuts:
         parts += zip(plan.send, plan.take(shard).split(list(plan.send.values())), strict=True)
-    parts.sort(key=lambda part: part[0])  # stable: the items of a rank stay in order
-    return torch.cat([items[0].shard[:0], *(part for _, part in parts)])
+    parts.sort(key=lambda part: part[0])  # stable: the tensors of a rank stay in order
+    return torch.cat([cuts[0][0][:0], *(part for _, part in parts)])
 
 
-def _by_item(incoming: Tensor, plans: list[ReshardPlan]) -> list[Tensor]:
-    """Makes the padded new shards from a buffer ordered by source rank, then by item."""
+def _by_tensor(incoming: Tensor, plans: list[ReshardPlan]) -> list[Tensor]:
+    """Makes the padded new shards from a buffer ordered by source rank, then by tensor."""
     order = sorted((source, i) for i, plan in enumerate(plans) for source in plan.receive)
     arrived = incoming.split([plans[i].receive[source] for source, i in order])
     parts: list[list[Tensor]] = [[] for _ in plans]

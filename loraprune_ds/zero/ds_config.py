@@ -1,9 +1,7 @@
 """DeepSpeed's JSON. The run config owns some settings, which are "auto" in the JSON and filled in here."""
 
-import copy
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,11 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import ValidationError
 
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import Dtype, ModelConfig, TrainConfig
 from loraprune_ds.config_file import find_shipped
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 
@@ -68,7 +66,6 @@ ONE_DTYPE = (
 )
 HPZ = "zero_hpz_partition_size"
 FLAGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc")
-COUNTS = ("steps_per_print",)
 SECTIONS = {
     "zero_optimization": DeepSpeedZeroConfig,
     "bf16": DeepSpeedBF16Config,
@@ -81,14 +78,21 @@ NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 
 def find_ds_config(path: str) -> Path:
     """Finds a run config's `deepspeed`, or the shipped file of that name. Raises UserError if neither exists."""
-    found = find_shipped(path)
-    if not found.is_file():
-        raise UserError(f"deepspeed: {path} {'is not a file' if found.exists() else 'does not exist'}")
-    return found
+    file = find_shipped(path)
+    if not file.is_file():
+        raise UserError(f"deepspeed: {path} {'is not a file' if file.exists() else 'does not exist'}")
+    return file
 
 
 def resolve_ds_config(
-    path: str | Path, config: RunConfig, shape: ModelShape, world_size: int, *, ranks_per_node: int | None = None
+    path: str | Path,
+    shape: ModelShape,
+    world_size: int,
+    train: TrainConfig,
+    model: ModelConfig,
+    lora_rank: int,
+    *,
+    ranks_per_node: int | None = None,
 ) -> dict[str, Any]:
     """Reads a DeepSpeed JSON and replaces every "auto".
 
@@ -99,14 +103,12 @@ def resolve_ds_config(
         UserError: it is not ZeRO-3, a setting does not work with a cut, a value contradicts the run config, an "auto"
             is not owned by it, or DeepSpeed does not know a key or value.
     """
-    path = Path(path)
-    raw = read_json(path, unique_keys=True)
-    stored = FrozenStorage.from_config(config.model).stored(shape, DTYPES[config.model.dtype].itemsize)
-    check_reshardable(str(path), raw, {tensor.element_size for tensor in stored.values()})
-    _refuse(str(path), raw, OWNED)
-    owned = _owned_values(config, shape, world_size)
-    _check_known(path, raw, {keys[0] for keys in owned})
-    resolved = copy.deepcopy(raw)
+    resolved = read_json(Path(path), unique_keys=True)
+    stored = FrozenStorage.from_config(model).stored(shape, DTYPES[model.dtype].itemsize)
+    check_reshardable(str(path), resolved, {tensor.element_size for tensor in stored.values()})
+    _refuse(str(path), resolved, OWNED)
+    owned = _owned_values(shape, world_size, train, model.dtype, lora_rank)
+    _check_known(path, resolved, {keys[0] for keys in owned})
     for keys, value in owned.items():
         _fill(path, resolved, keys, value)
     zero = resolved["zero_optimization"]
@@ -116,23 +118,24 @@ def resolve_ds_config(
     if leftover:
         raise UserError(f'{path}: {".".join(leftover)} is "auto" but the run config does not own it; give a value')
     _validate(path, resolved)
-    size = DeepSpeedZeroConfig(**zero).zero_hpz_partition_size
+    size = zero_settings(resolved).zero_hpz_partition_size
     if size < 1 or world_size % size:
         where = f"{path}: zero_optimization.{HPZ} is {size}"
         raise UserError(f"{where}, which does not divide {world_size} ranks; give the number of ranks per node")
     return resolved
 
 
-def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict[tuple[str, ...], Any]:
-    train = config.train
+def _owned_values(
+    shape: ModelShape, world_size: int, train: TrainConfig, dtype: Dtype, lora_rank: int
+) -> dict[tuple[str, ...], Any]:
     linear_sizes = [math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids()]
     return {
         ("train_batch_size",): train.global_batch_size,
         ("train_micro_batch_size_per_gpu",): train.micro_batch_size,
         ("gradient_accumulation_steps",): train.gradient_accumulation_steps(world_size),
         ("gradient_clipping",): train.max_grad_norm,
-        ("bf16", "enabled"): config.model.dtype == "bfloat16",
-        ("fp16", "enabled"): config.model.dtype == "float16",
+        ("bf16", "enabled"): dtype == "bfloat16",
+        ("fp16", "enabled"): dtype == "float16",
         # With sums of LoRA gradients in bf16, scores would depend on the number of micro-batches and ranks.
         ("data_types", "grad_accum_dtype"): "fp32",
         ("communication_data_type",): "fp32",
@@ -141,7 +144,7 @@ def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict
         ("zero_allow_untested_optimizer",): True,  # torch's AdamW is one
         ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW also when the optimizer is offloaded
         # Any LoRA gradient fits a bucket of one layer's LoRA. A larger bucket means fewer reduce-scatters.
-        ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, config.lora.r),
+        ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, lora_rank),
         # Two of the largest linears: the next weights arrive while the current ones are used.
         ("zero_optimization", "stage3_prefetch_bucket_size"): 2 * max(linear_sizes),
     }
@@ -191,33 +194,33 @@ def _refuse(where: str, raw: dict[str, Any], refused: dict[tuple[str, ...], str]
             raise UserError(f"{where}: {'.'.join(keys)}: {reason}")
 
 
-def _check_known(path: Path, raw: dict[str, Any], owned: set[str]) -> None:
+def _check_known(path: str | Path, raw: dict[str, Any], owned: set[str]) -> None:
     """Refuses unknown keys, which DeepSpeed ignores, and bad values, on which it fails after loading."""
-    known = {*owned, *FLAGS, *COUNTS}
+    known = {*owned, *FLAGS, "steps_per_print"}
     for key, value in raw.items():
         if key not in known and (key,) not in REFUSED | OWNED:
             raise UserError(f"{path}: {key} is not a setting that a run takes; it takes {', '.join(sorted(known))}")
         if key in FLAGS and not isinstance(value, bool):
             raise UserError(f"{path}: {key} must be true or false, got {value!r}")
-        if key in COUNTS and value != "auto" and (type(value) is not int or value < 1):
+        if key == "steps_per_print" and value != "auto" and (type(value) is not int or value < 1):
             raise UserError(f"{path}: {key} must be a whole number above 0, got {value!r}")
 
 
-def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+def _fill(path: str | Path, resolved: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
     section = resolved
     for key in keys[:-1]:
         section = section.setdefault(key, {})
         if not isinstance(section, dict):
             raise UserError(f"{path}: {key} must be a section of keys, got {section!r}")
-    found = section.get(keys[-1], "auto")
+    in_json = section.get(keys[-1], "auto")
     tunable = keys[0] in ("zero_optimization", "timers")  # they change speed, not results: the JSON may set them
-    if found == "auto":
+    if in_json == "auto":
         section[keys[-1]] = value
-    elif found != value and not tunable:
-        raise UserError(f'{path}: {".".join(keys)} is {found}, but the run config makes it {value}; write "auto"')
+    elif in_json != value and not tunable:
+        raise UserError(f'{path}: {".".join(keys)} is {in_json}, but the run config makes it {value}; write "auto"')
 
 
-def _validate(path: Path, resolved: dict[str, Any]) -> None:
+def _validate(path: str | Path, resolved: dict[str, Any]) -> None:
     """Makes DeepSpeed check its sections before the model is loaded."""
     for name, section in SECTIONS.items():
         try:
@@ -233,27 +236,11 @@ def _find_auto(value: Any, where: tuple[str, ...]) -> tuple[str, ...] | None:
         return where
     if isinstance(value, dict):
         for key, item in value.items():
-            if found := _find_auto(item, (*where, key)):
-                return found
+            if leftover := _find_auto(item, (*where, key)):
+                return leftover
     return None
 
 
-@dataclass(frozen=True)
-class FetchLimits:
-    """Holds DeepSpeed's settings for gathers, in elements. `copy_ranks` share a second copy of the weights (hpZ)."""
-
-    prefetch_bucket: int
-    max_live: int
-    max_reuse_distance: int
-    copy_ranks: int
-
-    @classmethod
-    def from_ds_config(cls, ds_config: dict[str, Any]) -> "FetchLimits":
-        """Reads a resolved DeepSpeed config, with DeepSpeed's defaults."""
-        settings = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
-        return cls(
-            prefetch_bucket=int(settings.prefetch_bucket_size),
-            max_live=int(settings.max_live_parameters),
-            max_reuse_distance=int(settings.max_reuse_distance),
-            copy_ranks=settings.zero_hpz_partition_size,
-        )
+def zero_settings(ds_config: dict[str, Any]) -> DeepSpeedZeroConfig:
+    """Reads the ZeRO section of a resolved config, with DeepSpeed's defaults."""
+    return DeepSpeedZeroConfig(**ds_config["zero_optimization"])

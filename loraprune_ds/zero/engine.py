@@ -19,11 +19,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.command import check_local_rank, check_ranks, collective_timeout, gloo_interface
-from loraprune_ds.config import Dtype, RunConfig, TrainConfig
+from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, TrainConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.adapters import add_lora, differentiate_input, gathered_whole, load_adapter
+from loraprune_ds.model.adapters import add_lora, differentiate_input, leaf_modules, load_adapter
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.comm import Communicator
@@ -108,19 +108,24 @@ def learning_rate_factor(config: TrainConfig, steps: int, step: int) -> float:
 
 
 def build_training_engine(
-    config: RunConfig, pretrained: PretrainedModel, ds_config: dict[str, Any], steps: int
+    pretrained: PretrainedModel,
+    ds_config: dict[str, Any],
+    steps: int,
+    model: ModelConfig,
+    lora: LoraConfig,
+    train: TrainConfig,
+    seed: int,
 ) -> TrainingEngine:
     """Builds the sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
-    train = config.train
     with quiet_stdout():
-        model = _sharded_base(pretrained, config.model.attn_implementation, config.model.dtype, ds_config)
-        peft_model = add_lora(model, pretrained.shape, config.lora, config.seed)
-        if config.model.adapter:
-            load_adapter(peft_model, Path(config.model.adapter).expanduser(), pretrained.shape, config.lora.r)
+        base = _sharded_base(pretrained, model.attn_implementation, model.dtype, ds_config)
+        peft_model = add_lora(base, pretrained.shape, lora, seed)
+        if model.adapter:
+            load_adapter(peft_model, Path(model.adapter).expanduser(), pretrained.shape, lora.r)
         if train.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         layers = decoder_layers(peft_model)
-        for module in chain.from_iterable(gathered_whole(layer, pretrained.shape) for layer in layers):
+        for module in chain.from_iterable(leaf_modules(layer, pretrained.shape) for layer in layers):
             set_z3_leaf_module(module, True)  # ZeRO-3's hooks run once for it, not at every module inside
         differentiate_input(layers[0])
         optimizer = AdamW(
@@ -155,5 +160,5 @@ def _sharded_base(
     comm = Communicator()
     model = build_for_losses(pretrained, attn_implementation)
     # A single rank may find a weight that int8 cannot hold.
-    comm.all_or_raise(lambda: shard_at_birth(model, pretrained.read_stored, ds_config, DTYPES[dtype], comm))
+    comm.all_or_raise(lambda: shard_at_birth(model, pretrained.weights.read_stored, ds_config, DTYPES[dtype], comm))
     return model

@@ -25,14 +25,14 @@ ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # state with a shape:
 
 def find_zero_optimizer(optimizer: Any) -> DeepSpeedZeroOptimizer_Stage3:
     """Finds DeepSpeed's stage-3 optimizer under the wrappers of accelerate. Raises UserError if there is none."""
-    found = optimizer
-    while found is not None and not isinstance(found, DeepSpeedZeroOptimizer_Stage3):
-        found = getattr(found, "optimizer", None)
-    if found is None:
+    zero = optimizer
+    while zero is not None and not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        zero = getattr(zero, "optimizer", None)
+    if zero is None:
         raise UserError(
             f"pruning needs DeepSpeed ZeRO-3 (zero_optimization.stage 3); the optimizer is {type(optimizer).__name__}"
         )
-    return found
+    return zero
 
 
 def share_model(module: nn.Module, zero: DeepSpeedZeroOptimizer_Stage3, shape: ModelShape) -> ShardedModel:

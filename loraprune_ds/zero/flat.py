@@ -31,7 +31,7 @@ def owned_range(numel: int, world_size: int, rank: int) -> tuple[int, int]:
 
 
 def layer_owner(layer: int, world_size: int) -> int:
-    """Returns the rank that holds the whole tensors of a layer: moments, refits, files of a checkpoint."""
+    """Returns the rank that holds the full tensors of a layer: moments, refits, files of a checkpoint."""
     return layer % world_size
 
 
@@ -58,7 +58,7 @@ def overlap(start_a: Tensor, end_a: Tensor, start_b: Tensor, end_b: Tensor) -> T
 
 @dataclass(frozen=True)
 class AxisCut:
-    """Names the rows (axis 0) or columns (axis 1) of a tensor that stay: `keep`, (kept,) int64, ascending."""
+    """A cut along one axis. `keep` lists the rows (axis 0) or columns (axis 1) that stay: (kept,) int64, ascending."""
 
     shape: tuple[int, ...]  # before the cut, one or two dimensions
     axis: int

@@ -106,9 +106,9 @@ def decide(bad_layers: list[int | None], losses: list[float], *, dtype: Dtype, s
         weights = [layer for rank in lost if (layer := bad_layers[rank]) is not None]
         where = f"; the weights of layer {min(weights)} are not finite" if weights else ""
         raise RunError(f"step {step}: the loss is {losses[lost[0]]} on rank {lost[0]}{where}")
-    found = [layer for layer in bad_layers if layer is not None]
-    if not found:
+    overflowed = [layer for layer in bad_layers if layer is not None]
+    if not overflowed:
         return "update"
     if dtype == "float16":
         return "skip"
-    raise RunError(f"step {step}: the LoRA gradient of layer {min(found)} is not finite")
+    raise RunError(f"step {step}: the LoRA gradient of layer {min(overflowed)} is not finite")

@@ -1,4 +1,4 @@
-"""The exact list of DeepSpeed internals that a cut relies on. A start checks it.
+"""The list of DeepSpeed internals that a cut relies on. A start checks it.
 
 DeepSpeed has no public call that changes the shape of a sharded parameter. All code of this package that touches
 private state uses only these names. A DeepSpeed that lacks one is refused before any work starts.

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.faults import fail_point
+from loraprune_ds.errors import fail_point
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family_row import Linear
@@ -17,7 +17,7 @@ from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.collect import replace_weights
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.cut import Item, cut_parameters, parameter_cuts, reshard, set_sizes
+from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards, storage_bytes
 from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds, layer_owner
 from loraprune_ds.zero.optimizer import OptimizerState, first_nonfinite, unscale
@@ -49,43 +49,50 @@ class ShardedModel:
         self._releases = decide_releases(zero_optimizer.parameter_offload.get_param_coordinator())
         self._empty_partition_cache = empty_partition_cache
 
+    # Scoring
+
     @torch.no_grad()
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         """Gathers masters and averaged gradients of A and B on every rank, several layers by one all-gather.
 
         ZeRO-3 has reduce-scattered the gradients at the accumulation boundary. fp16 ones are divided by the loss scale.
         """
-        modules = self._lora_linears()
-        parameters = [[weight for module in layer for weight in lora_weights(module)] for layer in modules]
+        parameters = self._all_lora_parameters()
         sizes = [2 * sum(math.prod(full_shape(p)) for p in layer) for layer in parameters]
         for layers in gather_rounds(sizes, GATHERED_NUMEL):
             of_round = [p for layer in layers for p in parameters[layer]]
             masters = [self.optimizer_state.shard(p, "master") for p in of_round]
             gradients = [unscale(self.optimizer_state.gradient(p), self.loss_scale) for p in of_round]
             gathered = self._gather(masters + gradients, of_round + of_round)
-            weights, weight_gradients = iter(gathered[: len(of_round)]), iter(gathered[len(of_round) :])
+            weight, gradient = iter(gathered[: len(of_round)]), iter(gathered[len(of_round) :])
             for layer in layers:
                 factors = {}
-                for linear, module in zip(self.shape.linears(layer), modules[layer], strict=True):
-                    a_and_b = (next(weights), next(weights), next(weight_gradients), next(weight_gradients))
-                    factors[linear.name] = LoraFactors(*a_and_b, scaling=module.scaling[ADAPTER])
+                for linear in self.shape.linears(layer):
+                    scaling = lora_linear(self.layers[layer], linear).scaling[ADAPTER]
+                    a_and_b = (next(weight), next(weight), next(gradient), next(gradient))
+                    factors[linear.name] = LoraFactors(*a_and_b, scaling=scaling)
                 yield factors
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
         base = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer)
         flat, start = owned_flat(base.weight, self.world_size, self.rank)
-        shape, form = cast(tuple[int, int], full_shape(base.weight)), storage_format(base)
-        if isinstance(form, Dense):
-            return OwnedShard(flat.to(self.device), start, shape)
-        return OwnedShard(flat.to(self.device), start, shape, decode_int8(form, base.weight_scale, shape, self.comm))
+        shape, stored_as = cast(tuple[int, int], full_shape(base.weight)), storage_format(base)
+        owned = OwnedShard(flat.to(self.device), start, shape)
+        if isinstance(stored_as, Dense):
+            return owned
+        return replace(owned, decode=decode_int8(stored_as, base.weight_scale, shape, self.comm))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.comm.all_reduce(values)
 
-    def weight_bytes(self) -> list[int]:
-        """Gathers the bytes of the weights that each rank holds: (world_size,)."""
-        shards = (cast(Any, parameter).ds_tensor for parameter in self.module.parameters())
-        return self.comm.gather_objects(storage_bytes(shards))
+    def reduce_scatter(self, values: Tensor) -> Tensor:
+        return self.comm.reduce_scatter(values)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.zero_optimizer.loss_scale)
+
+    # A cut
 
     def differing_rank(self, value: object) -> int | None:
         return self.comm.differing_rank(value)
@@ -95,9 +102,6 @@ class ShardedModel:
 
     def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
         return self.comm.reduce_to(owner, values)
-
-    def reduce_scatter(self, values: Tensor) -> Tensor:
-        return self.comm.reduce_scatter(values)
 
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         self._empty_partition_cache()
@@ -111,7 +115,7 @@ class ShardedModel:
         before = self.comm.bytes_sent
         self._empty_partition_cache()
         for i, layer_keep in enumerate(keep):
-            self._cut_layer(i, layer_keep)
+            cut_layer(self.layers[i], self.shape, i, layer_keep, self.optimizer_state, self.comm)
             empty_host_cache()  # offloaded weights would grow otherwise: no later shard has one of the old sizes
             fail_point("cut.layer")
         self.shape = self.shape.after(keep)
@@ -122,6 +126,12 @@ class ShardedModel:
         settle_shards()
         return sum(self.comm.gather_objects(self.comm.bytes_sent - before))
 
+    def weight_bytes(self) -> list[int]:
+        """Gathers the bytes of the weights that each rank holds: (world_size,)."""
+        return self.comm.gather_objects(storage_bytes(cast(Any, p).ds_tensor for p in self.module.parameters()))
+
+    # Training
+
     def gradient_sum(self) -> Tensor:
         """Returns the sum of this rank's shards of averaged LoRA gradients. It is not finite if one of them is not."""
         return self.zero_optimizer.grad_partitions_flat_buffer.sum()
@@ -130,18 +140,13 @@ class ShardedModel:
         """Returns the first layer with an inf or NaN in this rank's shards of averaged LoRA gradients."""
         if torch.isfinite(self.gradient_sum()):  # one pass in the usual case
             return None
-        weights = [[w for module in layer for w in lora_weights(module)] for layer in self._lora_linears()]
-        return first_nonfinite([torch.cat([self.optimizer_state.gradient(w) for w in layer]) for layer in weights])
+        gradient = self.optimizer_state.gradient
+        return first_nonfinite([torch.cat([gradient(p) for p in layer]) for layer in self._all_lora_parameters()])
 
     def nonfinite_weights(self) -> int | None:
         """Returns the first layer with an inf or NaN in this rank's shards of weights, frozen or LoRA."""
         shards = (((i, cast(Any, p).ds_tensor) for p in layer.parameters()) for i, layer in enumerate(self.layers))
         return next((i for layer in shards for i, shard in layer if not torch.isfinite(shard).all()), None)
-
-    @property
-    def loss_scale(self) -> float:
-        """The factor on the gradients: 1 unless fp16."""
-        return float(self.zero_optimizer.loss_scale)
 
     def forget_trace(self) -> None:
         """Makes ZeRO-3 record the order of the modules again, which it prefetches by."""
@@ -149,31 +154,27 @@ class ShardedModel:
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
 
-    def _lora_linears(self) -> list[list[LoraLinear]]:
-        return [[lora_linear(layer, x) for x in self.shape.linears(i)] for i, layer in enumerate(self.layers)]
+    def lora_parameters(self, layer: int) -> dict[str, nn.Parameter]:
+        """Returns A and B of each linear of a layer, in this order, as "{linear}.lora_A"."""
+        parameters = {}
+        for linear in self.shape.linears(layer):
+            a, b = lora_weights(lora_linear(self.layers[layer], linear))
+            parameters |= {f"{linear.name}.lora_A": a, f"{linear.name}.lora_B": b}
+        return parameters
+
+    def _all_lora_parameters(self) -> list[list[nn.Parameter]]:
+        return [list(self.lora_parameters(layer).values()) for layer in range(len(self.layers))]
 
     def _gather(self, shards: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
-        """Gathers the fp32 shards of several parameters into whole tensors, coalesced into one all-gather."""
+        """Gathers the fp32 shards of several parameters into full tensors, coalesced into one all-gather."""
         gathered = self.comm.all_gather(torch.cat(shards).to(self.device))  # (ranks, sum of shards)
         parts, shapes = gathered.split([len(shard) for shard in shards], dim=1), map(full_shape, parameters)
         return [part.reshape(-1)[: m * n].view(m, n) for part, (m, n) in zip(parts, shapes, strict=True)]
 
-    def _cut_layer(self, index: int, keep: LayerKeep) -> None:
-        layer, state = self.layers[index], self.optimizer_state
-        cuts = parameter_cuts(layer, self.shape, index, keep, self.comm)
-        if not cuts:
-            return
-        carried = [(p, plan, key) for p, plan in cuts if p.requires_grad for key in state.keys()]
-        state_shards = reshard([Item(state.shard(p, key).to(self.device), plan) for p, plan, key in carried], self.comm)
-        cut_parameters(cuts, self.comm)
-        set_sizes(layer, self.shape, index, keep)
-        for (parameter, _, key), shard in zip(carried, state_shards, strict=True):
-            state.shard(parameter, key).copy_(shard)
-
     def _refresh_zero(self) -> None:
         """Updates the rest of DeepSpeed's state that depends on sizes. Its record of the modules' order stays valid."""
         offload = self.zero_optimizer.parameter_offload
-        for parameter in self.module.parameters():
+        for parameter in self.module.parameters():  # weights that a cut made small may take the place of others
             cast(Any, parameter).ds_persist = False
         persistent = offload.mark_persistent_parameters(
             offload.param_numel_persistence_threshold, offload.model_persistence_threshold

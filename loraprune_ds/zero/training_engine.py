@@ -4,9 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from loraprune_ds.model.adapters import lora_linear, lora_weights
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.device import accelerator, empty_host_cache, settle_shards
@@ -98,7 +97,7 @@ def collect_lora_state(model: ShardedModel, layer: int, owner: int) -> dict[str,
     """Gathers a layer's state on rank `owner`, as "{linear}.lora_A.master". Returns None elsewhere. Collective."""
     state = model.optimizer_state
     tensors = {}
-    for name, parameter in _lora_parameters(model, layer):
+    for name, parameter in model.lora_parameters(layer).items():
         for key in state.keys():
             tensor = collect_tensor(parameter, owner, model.comm, state.shard(parameter, key))
             if tensor is not None:
@@ -113,7 +112,7 @@ def restore_lora_state(model: ShardedModel, read: ReadState, adam_step: int) -> 
     if adam_step:
         state.create_moments({"step": torch.tensor(float(adam_step))})
     for layer in range(len(model.layers)):
-        for name, parameter in _lora_parameters(model, layer):
+        for name, parameter in model.lora_parameters(layer).items():
             numel: int = parameter.ds_numel  # type: ignore[attr-defined]
             start, end = owned_range(numel, model.world_size, model.rank)
             for key in state.keys():
@@ -147,11 +146,3 @@ def restore_counters(engine: TrainingEngine, step: int, schedule: dict[str, Any]
     deepspeed.global_steps = step
     deepspeed.micro_steps = step * deepspeed.gradient_accumulation_steps()
     deepspeed.global_samples = step * deepspeed.train_batch_size()
-
-
-def _lora_parameters(model: ShardedModel, layer: int) -> list[tuple[str, nn.Parameter]]:
-    named = []
-    for linear in model.shape.linears(layer):
-        a, b = lora_weights(lora_linear(model.layers[layer], linear))
-        named += [(f"{linear.name}.lora_A", a), (f"{linear.name}.lora_B", b)]
-    return named

@@ -15,7 +15,7 @@ from torch import Tensor
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import RunError, one_line
 from loraprune_ds.model.adapters import lora_linear, plain_parameter
-from loraprune_ds.model.dtypes import DTYPES
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.weight_files import (
     INDEX_FILE,
     as_on_disk,
@@ -34,9 +34,10 @@ TensorsOf = Callable[[CollectedLinear], dict[str, Tensor]]  # -> the tensors to 
 
 
 class LocalWrites:
-    """Makes the writes of one rank between collectives. After a failure it stops writing, until `agree` raises."""
+    """Makes this rank's writes into `folder` between collectives. After a failure it stops, until `agree` raises."""
 
-    def __init__(self) -> None:
+    def __init__(self, comm: Communicator, folder: Path) -> None:
+        self._comm, self._folder = comm, folder
         self._error: Exception | None = None
 
     def do(self, write: Callable[[], object]) -> None:
@@ -47,20 +48,19 @@ class LocalWrites:
         except (OSError, SafetensorError) as error:
             self._error = error
 
-    def do_on_rank_0(self, comm: Communicator, folder: Path, write: Callable[[], object]) -> None:
+    def do_on_rank_0(self, write: Callable[[], object]) -> None:
         """Makes a write on rank 0 alone. Then raises as `agree`. Collective."""
-        if comm.rank == 0:
+        if self._comm.rank == 0:
             self.do(write)
-        self.agree(comm, folder)
+        self.agree()
 
-    def agree(self, comm: Communicator, folder: Path) -> None:
+    def agree(self) -> None:
         """Raises the same RunError on all ranks if a write failed on one of them. Collective."""
+        self._comm.all_or_raise(self._raise_own_error)
 
-        def raise_own_error() -> None:
-            if self._error is not None:
-                raise RunError(f"{folder} cannot be written: {one_line(self._error)}")
-
-        comm.all_or_raise(raise_own_error)
+    def _raise_own_error(self) -> None:
+        if self._error is not None:
+            raise RunError(f"{self._folder} cannot be written: {one_line(self._error)}")
 
 
 def write_model(
@@ -73,19 +73,19 @@ def write_model(
     """
     count = weight_file_count(len(model.layers))
     mine: dict[int, dict[str, int]] = {}
-    writes = LocalWrites()
+    writes = LocalWrites(model.comm, folder)
     for indices in owner_rounds(count, model.world_size):
         collected = {k: _file_tensors(model, k, DTYPES[dtype], tensors_of, trained) for k in indices}
         for k, tensors in collected.items():
             if tensors:  # this rank's. The other owners write theirs at the same time
                 writes.do(lambda k=k, tensors=tensors: mine.update({k: write_weight_file(folder, k, count, tensors)}))
         del collected, tensors
-    writes.agree(model.comm, folder)
+    writes.agree()
     entries: dict[int, dict[str, int]] = {}
     for part in model.comm.gather_objects(mine):
         entries |= part
     names = [weight_file_name(k, count) for k in mine]
-    writes.do_on_rank_0(model.comm, folder, lambda: write_index(folder, [entries[k] for k in range(count)]))
+    writes.do_on_rank_0(lambda: write_index(folder, [entries[k] for k in range(count)]))
     return [*names, INDEX_FILE] if model.rank == 0 else names
 
 

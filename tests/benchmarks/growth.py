@@ -56,7 +56,9 @@ def build(model: Path, world_size: int, cut_step: int = CUT_STEP) -> Trainer:
         train=TrainConfig(steps=cut_step, global_batch_size=BATCH, micro_batch_size=BATCH // world_size),
     )
     pretrained = open_pretrained(model)
-    ds_config = resolve_ds_config("ds_configs/zero3.json", config, pretrained.shape, world_size)
+    ds_config = resolve_ds_config(
+        "ds_configs/zero3.json", pretrained.shape, world_size, config.train, config.model, config.lora.r
+    )
     # No weight stays gathered from forward to backward, as in a model that does not fit. DeepSpeed's own limits are far
     # above these small widths.
     ds_config["zero_optimization"]["stage3_max_reuse_distance"] = 0

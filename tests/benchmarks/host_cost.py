@@ -33,7 +33,7 @@ from loraprune_ds.config import LoraConfig as Settings
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.cut import Item, reshard
+from loraprune_ds.zero.cut import reshard
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, partition_numel
 from tests.benchmarks.gpu_day.engine import SameBatch
 from tests.benchmarks.growth import BATCH, WIDTHS, WINDOW, build
@@ -148,7 +148,7 @@ def exchange(world_size: int, device: str) -> float:
             shard = torch.empty(numel, dtype=torch.float32 if is_state else torch.bfloat16, device=device)
             if (shape, axis) not in plans:
                 plans[shape, axis] = ReshardPlan(AxisCut(shape, axis, keep), world_size, 1)
-            (states if is_state else weights).append(Item(shard, plans[shape, axis]))
+            (states if is_state else weights).append((shard, plans[shape, axis]))
         reshard(states, comm)
         reshard(weights, comm)
 

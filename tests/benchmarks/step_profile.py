@@ -123,7 +123,7 @@ def main() -> None:
     quiet_deepspeed()
     name_parts()
     comm = start_ranks()
-    trainer = Timed(config, prepare(config, comm, is_first_on_node=comm.rank == 0))
+    trainer = Timed(prepare(config, comm, is_first_on_node=comm.rank == 0))
     plain = [trainer.timed_step(scoring=True) for _ in range(WARM_UP + 2)][WARM_UP:]
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profiler, torch.profiler.record_function(STEP):

@@ -15,18 +15,19 @@ from dataclasses import replace
 from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.train.checkpoints import build_engine
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import device_name
-from loraprune_ds.zero.engine import build_training_engine, quiet_deepspeed, start_ranks, stop_ranks
+from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 from tests.benchmarks.running import make_parser, record
 
 
 class Timed(Trainer):
     """A trainer whose steps can leave the scoring out."""
 
-    def __init__(self, config: RunConfig, prepared: Prepared) -> None:
-        engine = build_training_engine(config, prepared.pretrained, prepared.ds_config, prepared.steps)
+    def __init__(self, prepared: Prepared) -> None:
+        config, engine = prepared.config, build_engine(prepared, None)
         pruner = Pruner(engine.model, prepared.pruning, config.seed)
         super().__init__(
             engine, pruner, prepared.samples, prepared.order, config.train, dtype=config.model.dtype, seed=config.seed
@@ -78,9 +79,9 @@ def main() -> None:
     quiet_deepspeed()
     comm = start_ranks()
     prepared = prepare(config, comm, is_first_on_node=comm.rank == 0)
-    dense, small = Timed(config, prepared), Timed(config, prepared)
+    dense, small = Timed(prepared), Timed(prepared)
     config_int8 = replace(config, model=replace(config.model, frozen="int8"))
-    int8 = Timed(config_int8, prepare(config_int8, comm, is_first_on_node=comm.rank == 0))
+    int8 = Timed(prepare(config_int8, comm, is_first_on_node=comm.rank == 0))
     small.timed_step(scoring=True)
     small.pruner.schedule = replace(small.pruner.schedule, start=0, end=1)  # all of it in one cut: the largest there is
     cut_record = small.cut(1)

@@ -85,8 +85,10 @@ def main() -> None:
     quiet_deepspeed()
     comm = start_ranks()
     config, phases = make_config(folder, comm.world_size, int8=arguments.int8), Phases()
-    pretrained = open_for_pruning(folder / "model", config)
-    ds_config = resolve_ds_config(config.deepspeed, config, pretrained.shape, comm.world_size)
+    pretrained = open_for_pruning(folder / "model", config.prune, frozen=config.model.frozen)
+    ds_config = resolve_ds_config(
+        config.deepspeed, pretrained.shape, comm.world_size, config.train, config.model, config.lora.r
+    )
     hoard = materialise(pretrained) if arguments.control and rank == comm.world_size - 1 else []
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(pretrained.shape.vocab_size, (STEPS * comm.world_size, WINDOW), generator=generator)
@@ -104,7 +106,7 @@ def main() -> None:
 def materialise(pretrained: PretrainedModel) -> list[Tensor]:
     """Materialises all weights whole, which no rank may do."""
     sizes = {name: torch.Size(shape).numel() for name, shape in pretrained.shape.parameters().items()}
-    return [pretrained.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
+    return [pretrained.weights.read_flat(name, 0, numel, torch.bfloat16) for name, numel in sizes.items()]
 
 
 def train_and_export(
@@ -122,7 +124,7 @@ def train_and_export(
     model = trainer.model
     losses = train(trainer, phases)
     described = export_config(pretrained.config, model.shape, "bfloat16").config
-    phases.measure("checkpoint", lambda: save_shape(model, folder / "saved", len(CUTS), described, "bfloat16"))
+    phases.measure("checkpoint", lambda: save_shape(model, folder / "saved", len(CUTS), "bfloat16"))
     exported = folder / "exported"
     if comm.rank == 0:
         exported.mkdir()

@@ -22,6 +22,8 @@ from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
+from loraprune_ds.model import read_shape
+from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.output import inspect_output
 from loraprune_ds.train.run import run
@@ -102,6 +104,13 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
         mock.patch.object(RequestListener, "agree", between_steps),
     ):
         return run(config, Communicator(), inspect_output(config, resume))
+
+
+def builds_of_a_start(config: RunConfig, resume: str | None = None) -> int:
+    """Counts how often a run, or the rest of one, builds its modules until the first step."""
+    with mock.patch.object(read_shape, "build_on_meta", wraps=build_on_meta) as build:
+        assert not run_here(config, resume, between=1)
+    return build.call_count
 
 
 def state_on_return(config: RunConfig, resume: str, stop_at: int) -> str:

@@ -24,6 +24,7 @@ from tests.integration.resuming import (
     Found,
     assert_bitwise,
     assert_same_run,
+    builds_of_a_start,
     config_for,
     contents,
     find_here,
@@ -280,6 +281,14 @@ def test_from_another_folder_with_its_frozen_weights(again: Again, refitted: Pat
     again.run(again.config(NO_SAVES, REFIT), str(refitted / "checkpoints/step-18"))
     assert_bitwise(contents(again.out, STEPS), contents(refitted, STEPS))
     assert (again.out / "checkpoints/shape-3/manifest.json").exists()
+
+
+def test_a_start_builds_the_modules_once(again: Again, straight: Path, refitted: Path) -> None:
+    """To check that the source of a checkpoint without frozen weights is unchanged, it is opened a second time."""
+    for name, resume, builds in (("new", None, 1), ("sliced", straight, 2), ("refitted", refitted, 1)):
+        config = again.config(NO_SAVES, REFIT if resume == refitted else NO_SAVES, out=again.out / name)
+        step = resume and str(resume / "checkpoints/step-18")
+        assert again.ranks.run(2, builds_of_a_start, config, step) == [builds, builds]
 
 
 def test_killed_between_model_and_report(again: Again) -> None:

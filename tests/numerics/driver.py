@@ -166,8 +166,10 @@ def build(job: Job) -> Trainer:
             gradient_checkpointing=job.gradient_checkpointing,
         ),
     )
-    pretrained = open_for_pruning(job.folder, config)
-    ds_config = resolve_ds_config(config.deepspeed, config, pretrained.shape, world_size)
+    pretrained = open_for_pruning(job.folder, config.prune)
+    ds_config = resolve_ds_config(
+        config.deepspeed, pretrained.shape, world_size, config.train, config.model, config.lora.r
+    )
     trainer = assemble(config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches))
     for module in trainer.engine.deepspeed.module.modules():
         if isinstance(module, LossHead):
@@ -180,7 +182,7 @@ def assemble(
     schedule: Schedule | None = None,
 ) -> Trainer:  # fmt: skip
     """Puts a trainer together over a fresh engine."""
-    engine = build_training_engine(config, pretrained, ds_config, steps)
+    engine = build_training_engine(pretrained, ds_config, steps, config.model, config.lora, config.train, config.seed)
     plan = plan_pruning(config.prune, pretrained.shape, steps)
     pruner = Pruner(engine.model, replace(plan, schedule=schedule or plan.schedule), config.seed)
     return Trainer(engine, pruner, samples, order, config.train, dtype=config.model.dtype, seed=config.seed)

@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import ModelConfig, RunConfig
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.dtypes import DTYPES
 from loraprune_ds.model.family import LLAMA_LINEARS
-from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
-from loraprune_ds.model.pretrained import PretrainedModel, cut_to, open_for_pruning
+from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT, Int8
+from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.model.weight_files import as_on_disk, write_index, write_weight_file
 from loraprune_ds.pruning.step import all_groups
@@ -23,7 +22,7 @@ CUT_LAYERS = (1, 2)
 
 def open_int8(folder: Path) -> PretrainedModel:
     """Opens a model whose linears are to be held as int8."""
-    return open_for_pruning(folder, RunConfig(output_dir="unused", model=ModelConfig(frozen="int8")))
+    return open_for_pruning(folder, PruneConfig(), frozen="int8")
 
 
 def write_dequantised(source: Path, folder: Path, dtype: str) -> Path:
@@ -31,7 +30,7 @@ def write_dequantised(source: Path, folder: Path, dtype: str) -> Path:
     pretrained = open_int8(source)
     folder.mkdir()
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
-    tensors = {name: pretrained.read_full(name, DTYPES[dtype]) for name in pretrained.shape.parameters()}
+    tensors = {name: pretrained.weights.read_full(name, DTYPES[dtype]) for name in pretrained.shape.parameters()}
     write_index(folder, [write_weight_file(folder, 0, 1, as_on_disk(tensors, pretrained.shape.pieces()))])
     return folder
 
@@ -41,7 +40,7 @@ def read_left(job: Job, outcome: Outcome) -> dict[str, Tensor]:
     pretrained = open_int8(job.folder)
     kinds = pretrained.shape.kinds
     keep = [LayerKeep(zip(kinds, map(torch.tensor, kept), strict=True)) for kept in outcome.kept[-1]]
-    left, dtype = cut_to(pretrained, keep, job.dtype), DTYPES[job.dtype]
+    left, dtype = pretrained.weights.cut(keep), DTYPES[job.dtype]
     held = left.storage.stored(left.shape, dtype.itemsize)
     return {n: left.read_stored(n, 0, torch.Size(x.shape).numel(), dtype).view(x.shape) for n, x in held.items()}
 

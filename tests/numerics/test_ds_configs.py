@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import ModelConfig, RunConfig, TrainConfig
 from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol
 from loraprune_ds.model.pretrained import open_pretrained
@@ -50,8 +50,8 @@ def run_all(job: Job) -> dict[str, Any]:
 
 def inference(job: Job) -> Tensor:
     pretrained = open_pretrained(job.folder)
-    config = RunConfig("unused")
-    resolved = resolve_ds_config(job.deepspeed, config, pretrained.shape, torch.distributed.get_world_size())
+    world_size, train = torch.distributed.get_world_size(), TrainConfig(steps=1)
+    resolved = resolve_ds_config(job.deepspeed, pretrained.shape, world_size, train, ModelConfig(), 8)
     engine = build_inference_engine(pretrained, "sdpa", job.dtype, resolved)
     with torch.no_grad():
         return engine(input_ids=job.batches[0][0], labels=job.batches[0][1])

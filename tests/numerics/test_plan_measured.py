@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.model.adapters import WHOLE_LAYER
+from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
 from loraprune_ds.plan.costs import IN_GROUP
 from tests.families import TINY, families, tiny_model
 from tests.oracle.models import make_tiny_llama
@@ -73,7 +73,7 @@ def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool,
 
 def test_linears_of_a_wide_model_are_gathered_one_by_one(ranks: RankPool, tmp_path: Path) -> None:
     sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 24, "layers": 3, "vocab": 97, "seed": 1}
-    folder = make_tiny_llama(tmp_path, hidden=WHOLE_LAYER + 8, dtype="bfloat16", **sizes)  # type: ignore[arg-type]
+    folder = make_tiny_llama(tmp_path, hidden=LEAF_LAYER_HIDDEN + 8, dtype="bfloat16", **sizes)  # type: ignore[arg-type]
     check_ranks(ranks, 2, Case(folder, checkpointing=True))
 
 

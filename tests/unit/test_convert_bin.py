@@ -72,7 +72,7 @@ def test_the_same_tensors(folder: Path, tensors: dict[str, Tensor], monkeypatch:
     monkeypatch.setattr(hub, "write_weight_file", write)
     found = locate_model(ModelConfig(str(folder)))
     assert mapped == list(FILES)  # one at a time
-    assert set(open_pretrained(found).files) == set(tensors)
+    assert set(open_pretrained(found).weights.files) == set(tensors)
     assert_same(written(found), tensors)
     assert (found / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert not any((found / name).exists() for name in (BIN_INDEX, "secrets.json"))  # only known files are copied

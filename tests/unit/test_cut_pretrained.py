@@ -1,6 +1,7 @@
 """A cut model is read from the dense one's files as slices, bit by bit as if it had been written."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraprune_ds.model import pretrained as reading
+from loraprune_ds.model import weights as reading
 from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
-from loraprune_ds.model.pretrained import cut_to, open_pretrained
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import build_for_losses
 from tests.oracle.models import make_tiny_llama
 from tests.unit.shapes_and_scores import keep_of
@@ -48,11 +49,14 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kept", [UNEVEN, EVEN], ids=["uneven", "even"])
 def test_every_part_is_the_slice(folder: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "READ_CHUNK", chunk)
-    cut = cut_to(open_pretrained(folder), keep_of(kept), "float32")
+    dense = open_pretrained(folder)
+    cut = dense.weights.cut(keep_of(kept))
     expected = cut_by_hand(load_file(folder / "model.safetensors"), kept)
     sizes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     assert cut.shape.parameters() == sizes
-    assert {n: tuple(p.shape) for n, p in build_for_losses(cut, "sdpa").named_parameters()} == sizes
+    assert {
+        n: tuple(p.shape) for n, p in build_for_losses(replace(dense, weights=cut), "sdpa").named_parameters()
+    } == sizes
     for name, tensor in expected.items():
         flat, numel = tensor.reshape(-1), tensor.numel()
         for start, end in itertools.pairwise(sorted([0, 0, 1, numel // 3, numel // 2, numel, numel])):
@@ -60,5 +64,5 @@ def test_every_part_is_the_slice(folder: Path, kept: Kept, chunk: int, monkeypat
 
 
 def test_with_nothing_cut_it_is_the_model_on_disk(folder: Path) -> None:
-    dense = open_pretrained(folder)
-    assert cut_to(dense, keep_of([([0, 1, 2, 3], [*range(37)])] * 3), "float32") is dense
+    dense = open_pretrained(folder).weights
+    assert dense.cut(keep_of([([0, 1, 2, 3], [*range(37)])] * 3)) is dense

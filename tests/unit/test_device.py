@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.dtypes import tf32_where_exact
 from loraprune_ds.pruning import compensate, taps
 from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.zero import device, params
@@ -42,7 +41,7 @@ def test_pinned_memory_is_freed_by_the_name_that_torch_has(monkeypatch: pytest.M
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
 def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name: str) -> None:
     matmul = torch.backends.cuda.matmul
-    with tf32_where_exact(dtype, torch.device(name)):
+    with compensate.tf32_where_exact(dtype, torch.device(name)):
         assert matmul.allow_tf32 == (name == "cuda" and dtype != torch.float32)
     assert not matmul.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"

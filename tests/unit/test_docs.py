@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+import loraprune_ds
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import REMOVED
+from loraprune_ds.zero.flat import AxisCut, ReshardPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "loraprune_ds"
@@ -19,6 +22,7 @@ FIRST = ROOT / "README.md"
 SETTINGS = ROOT / "launch" / "configs" / "README.md"
 READMES = [FIRST, *sorted(path for folder in FOLDERS for path in folder.rglob("*.md"))]
 MOST_LINES, MOST_WORDS = 150, 1200  # of the first README
+MOST_FILES, MOST_CODE = 7, 1100  # files and lines of its tour
 CODE_FILES = (".py", ".sh", ".sbatch")
 MADE_BY_RUNS = {"runs"}  # not in the repository, though it may lie in a checkout
 
@@ -95,6 +99,13 @@ def is_module(name: str) -> bool:
         return False
 
 
+def wrong_imports(readme: Path, text: str) -> Iterator[str]:
+    """Finds names that pages import and users should not, or cannot."""
+    for module, names in re.findall(r"\bfrom (loraprune_ds[\w.]*) import ([\w, ]+)", text):
+        public = loraprune_ds.__all__ if module == PACKAGE.name else ()
+        yield from (f"no public name {name} in {module}" for name in names.split(", ") if name.strip() not in public)
+
+
 def defined_names(path: Path) -> set[str]:
     """Lists classes and functions of a file. Methods count with and without their class."""
     names: set[str] = set()
@@ -143,7 +154,7 @@ def unknown_settings(readme: Path, text: str) -> Iterator[str]:
                 yield f"no setting {key}"
 
 
-CHECKS = (broken_links, wrong_paths, wrong_commands, wrong_names, unknown_settings)
+CHECKS = (broken_links, wrong_paths, wrong_commands, wrong_imports, wrong_names, unknown_settings)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -156,10 +167,25 @@ def test_the_first_readme_is_short_and_shows_settings_and_files() -> None:
     text = FIRST.read_text()
     assert len(text.splitlines()) <= MOST_LINES
     assert len(text.split()) <= MOST_WORDS
-    assert WALK.findall(text)  # or wrong_names has nothing to check
+    files = {ROOT / link for link, _ in WALK.findall(text)}
+    assert 0 < len(files) <= MOST_FILES
+    assert sum(len(path.read_text().splitlines()) for path in files) <= MOST_CODE
     rows = dict(ROW.findall(text))
     assert rows
     assert rows.items() <= settings().items()
+
+
+def test_the_picture_of_a_cut_is_what_flat_py_computes() -> None:
+    keep, ranks, lines = torch.tensor([0, 2, 3, 5]), range(3), FIRST.read_text().splitlines()
+    for name, shape, axis, sent in (("up_proj", (6, 4), 0, [2, 0]), ("down_proj", (4, 6), 1, [1, 1])):
+        plans = [ReshardPlan(AxisCut(shape, axis, keep), len(ranks), rank) for rank in ranks]
+        stays = torch.zeros(shape).index_fill_(axis, keep, 1).flatten()
+        old = ["".join("█" if x else "░" for x in stays[slice(*plan.owned)]) for plan in plans]
+        new = [("█" * sum(plan.receive.values())).ljust(plan.new_partition, "·") for plan in plans]
+        shown = [re.findall("[█░·]+", line.partition("   a ")[0])[:3] for line in lines if line.startswith(name)]
+        assert shown == [old, new]
+        assert [plan.send.get(rank, 0) for rank, plan in enumerate(plans[1:])] == sent
+    assert any("2+1" in line and "0+1" in line for line in lines)
 
 
 def test_every_setting_has_one_row_with_its_default() -> None:
@@ -178,6 +204,8 @@ def test_every_setting_has_one_row_with_its_default() -> None:
         (wrong_paths, "see `gone.py`"),
         (wrong_paths, "```bash\npython launch/run.py --config launch/configs/gone.yaml\n```"),
         (wrong_commands, "run `python -m tests.benchmarks.gone`"),
+        (wrong_imports, "```python\nfrom loraprune_ds import PruneConfig, Gone\n```"),
+        (wrong_imports, "```python\nfrom loraprune_ds.config import PruneConfig\n```"),
         (wrong_names, "1. [`x`](loraprune_ds/pruning/step.py): `Pruner.gone` does it."),
         (unknown_settings, "```bash\npython launch/run.py --set train.gone=1\n```"),
     ],

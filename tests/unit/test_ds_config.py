@@ -30,7 +30,11 @@ def resolve(
 ) -> dict[str, Any]:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(raw))
-    return resolve_ds_config(path, config, shape, world_size)
+    return resolve_file(path, config, world_size, shape)
+
+
+def resolve_file(path: Path, config: RunConfig, world_size: int, shape: ModelShape = SHAPE) -> dict[str, Any]:
+    return resolve_ds_config(path, shape, world_size, config.train, config.model, config.lora.r)
 
 
 def with_dtype(dtype: Dtype, frozen: Frozen | None = None) -> RunConfig:
@@ -63,7 +67,7 @@ def values(tree: Any) -> list[Any]:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_resolve(path: Path) -> None:
     for shape in (SMOLLM2, LLAMA_7B):
-        resolved = resolve_ds_config(path, CONFIG, shape, 2)
+        resolved = resolve_file(path, CONFIG, 2, shape)
         assert "auto" not in values(resolved)
         assert resolved["zero_optimization"]["stage"] == 3
 
@@ -71,7 +75,7 @@ def test_shipped_configs_resolve(path: Path) -> None:
 def test_shipped_runs_resolve_on_eight_ranks() -> None:
     for path in (repository() / "launch" / "configs").glob("llama-*.yaml"):
         config = load_config(path)
-        assert resolve_ds_config(repository() / config.deepspeed, config, LLAMA_7B, 8)["bf16"]["enabled"] is True
+        assert resolve_file(repository() / config.deepspeed, config, 8, LLAMA_7B)["bf16"]["enabled"] is True
 
 
 @pytest.mark.parametrize("given", ["auto", None], ids=["auto", "absent"])
@@ -201,7 +205,7 @@ TWICE = '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 3}, "bf16": 
 def test_a_file_that_is_not_a_json_object(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:
         (tmp_path / "ds.json").write_text(text)
-    assert message in refused(resolve_ds_config, tmp_path / "ds.json", CONFIG, SHAPE, 1)
+    assert message in refused(resolve_file, tmp_path / "ds.json", CONFIG, 1)
 
 
 def test_the_gradient_bucket_holds_all_of_lora_or_one_layer() -> None:

@@ -188,11 +188,11 @@ def test_the_correction_stays_fp32(tmp_path: Path) -> None:
     """Its values lie so close together that bf16 would choose other experts."""
     model = tiny_model("glm4_moe")
     model.save_pretrained(tmp_path)
-    pretrained = open_pretrained(tmp_path)
+    weights = open_pretrained(tmp_path).weights
     name = f"model.layers.1.mlp.gate.{CORRECTION}"
-    for found in pretrained.read_stored(name, 0, 23, torch.bfloat16), pretrained.read_full(name, torch.bfloat16):
+    for found in weights.read_stored(name, 0, 23, torch.bfloat16), weights.read_full(name, torch.bfloat16):
         assert torch.equal(found, model.get_buffer(name))
-    stored = pretrained.storage.stored(pretrained.shape, 2)
+    stored = weights.storage.stored(weights.shape, 2)
     assert [x for x, tensor in stored.items() if tensor.element_size == 4] == [name]
 
 

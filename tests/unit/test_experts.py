@@ -22,7 +22,7 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import RouterLoad, as_in_peft
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.flops import active_lora, active_numel, met_numel
-from loraprune_ds.model.pretrained import cut_to, open_for_pruning, open_pretrained
+from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.pruning.prunable_model import LoraFactors
 from loraprune_ds.pruning.target import make_limits
@@ -86,7 +86,9 @@ def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: 
     """Each expert has its own matrices there. Any flat part of a stack comes from several of them."""
     stock, pretrained = saved(family, tmp_path), open_pretrained(tmp_path)
     in_one, sparse = family in IN_ONE, len(sparse_layers(pretrained.shape))
-    assert sum(".experts." in name for name in pretrained.files) == sparse * (IN_ONE[family] if in_one else 23 * 3)
+    assert sum(".experts." in name for name in pretrained.weights.files) == sparse * (
+        IN_ONE[family] if in_one else 23 * 3
+    )
     with torch.no_grad():
         found = reopened(pretrained)(input_ids=PROMPT, use_cache=False).logits
         assert difference(found, stock(input_ids=PROMPT, use_cache=False).logits) < TOLERANCE
@@ -96,7 +98,7 @@ def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: 
     for world_size in (1, 2, 3, 7, 64):
         step = -(-len(whole) // world_size)
         parts = [
-            pretrained.read_flat(name, min(s, len(whole)), min(s + step, len(whole)), torch.float32)
+            pretrained.weights.read_flat(name, min(s, len(whole)), min(s + step, len(whole)), torch.float32)
             for s in range(0, world_size * step, step)
         ]
         assert torch.equal(torch.cat(parts), whole)
@@ -109,7 +111,7 @@ def test_a_cut_model_is_read_from_the_dense_files(family: str, tmp_path: Path) -
     network = dense(family)
     keep = draw(network.shape, (3, 13), (4, 14))
     network.cut(keep)
-    left = cut_to(open_pretrained(tmp_path), keep, "float32")
+    left = open_pretrained(tmp_path).weights.cut(keep)
     live = dict(network.model.get_base_model().named_parameters())
     for name, size in left.shape.parameters().items():
         found = left.read_flat(name, 0, torch.Size(size).numel(), torch.float32).view(size)
@@ -170,7 +172,8 @@ def test_a_run_that_a_mixture_cannot_do_is_refused(
 ) -> None:
     saved(family, tmp_path, **changes)
     with pytest.raises(UserError, match=reason) if reason else nullcontext():
-        open_for_pruning(tmp_path, RunConfig("unused", **settings))
+        config = RunConfig("unused", **settings)
+        open_for_pruning(tmp_path, config.prune, packing=config.data.packing)
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -17,13 +17,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from loraprune_ds.model.adapters import adapters_off
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.family_row import Family, Kind
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
-from tests.families import heads_divide_hidden
+from tests.families import heads_divide_hidden, tiny_model
 from tests.family_cuts import (
     FEW,
     MANY,
@@ -193,6 +194,18 @@ def test_export_of_layers_that_differ(family: str, tmp_path: Path) -> None:
     assert difference(logits(reopened(pretrained)), made.logits) < TOLERANCE
     again, masked = (with_lora(reopened(pretrained), pretrained.config, family) for _ in range(2))
     assert_masked_equals_cut(family, again, masked, [NARROW, FEW])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_small_modules_with_slices_of_the_source_are_the_live_cut(family: str, tmp_path: Path) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    source = open_pretrained(tmp_path)
+    live = with_lora(reopened(source), source.config, family)
+    keep = draw(source.shape, FEW, MANY)
+    live.cut(keep)
+    with adapters_off(live.model):
+        expected = live.logits()
+    assert torch.equal(logits(reopened(replace(source, weights=source.weights.cut(keep)))), expected)
 
 
 def test_an_export_of_layers_that_differ_trains_with_gradient_checkpointing(tmp_path: Path) -> None:

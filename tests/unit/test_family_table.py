@@ -14,13 +14,14 @@ from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.read_shape import read_model
+from loraprune_ds.model.weights import ModelWeights
 from tests.families import heads_divide_hidden, tiny_config
 from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 
 README = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
 HEADER = ("families", "equal layers are stored as", "GGUF", "vLLM", "note")
-LLAMA_STAND_IN = "llama if its heads divide hidden_size, else mistral, or with biases the modelling file"
+LLAMA_STAND_IN = "llama if its heads divide hidden_size, otherwise mistral, or with biases the modelling file"
 IN_VLLM = {"auto": "equal layers", "transformers": 'equal layers, with `model_impl="transformers"`'}
 
 
@@ -40,7 +41,7 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
     if name == "llama":
         stored = LLAMA_STAND_IN
     elif heads_divide_hidden(name):
-        stored = "a stock model if its heads divide hidden_size, else with the modelling file"
+        stored = "a stock model if its heads divide hidden_size, otherwise with the modelling file"
     else:
         stored = "a stock model"
     found = ARCHITECTURES.get(name)
@@ -51,15 +52,15 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
 
 def notes(name: str, family: Family) -> Iterator[str]:
     if family.mixture:
-        yield "whole [experts](experts.md) leave"
+        yield "[experts](experts.md) leave"
     elif family.companions:
         yield "its norms run over all heads, so a cut is not quite equal to a mask"
     if whole := [words for part, words in WHOLE.items() if any(part in name for name in family.uncut)]:
-        yield f"{' and '.join(whole)} stay whole, without LoRA"
+        yield f"{' and '.join(whole)} are not pruned and have no LoRA"
     if family.fixed:
-        yield f"its {' and '.join(family.fixed)} stay, as its class has no field for fewer"
+        yield f"its {' and '.join(family.fixed)} stay, because its class has no field for fewer"
     if family.eager_only:
-        yield f"eager attention, as sdpa lacks {family.eager_only}"
+        yield f"eager attention, because sdpa lacks {family.eager_only}"
     if family.windows_begin_with_bos:
         yield "perplexity windows begin with BOS"
     if name == "phi3":
@@ -73,7 +74,8 @@ def test_the_readme_has_the_table() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - ARCHITECTURES.keys()))
 def test_no_gguf_of_other_families(family: str, tmp_path: Path) -> None:
     config = tiny_config(family).to_dict()
-    pretrained = PretrainedModel(tmp_path, config, shape_from_config(config, family), {})
+    shape, modules = read_model(config, family)
+    pretrained = PretrainedModel(tmp_path, config, modules, ModelWeights(shape, {}, {}, {}))
     with pytest.raises(UserError, match=f"not for {family}"):
         write_gguf(pretrained, tmp_path / "model.gguf", "f16", family)
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.zero.cut import Item, reshard
+from loraprune_ds.zero.cut import reshard
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range, partition_numel
 from tests.zero_bytes import elements_sent
 
@@ -120,10 +120,10 @@ class OneRank:
 def test_each_dtype_travels_separately_and_returns_in_order() -> None:
     comm: Any = OneRank()
     dtypes = [torch.bfloat16, torch.float32, torch.bfloat16, torch.float16]
-    items = [
-        Item(torch.arange(rows * 3).to(dtype), ReshardPlan(AxisCut((rows, 3), 0, torch.arange(1, rows)), 1, 0))
+    cuts = [
+        (torch.arange(rows * 3).to(dtype), ReshardPlan(AxisCut((rows, 3), 0, torch.arange(1, rows)), 1, 0))
         for rows, dtype in enumerate(dtypes, start=3)
     ]
-    for shard, given in zip(reshard(items, comm), items, strict=True):
-        assert shard.dtype == given.shard.dtype
-        assert torch.equal(shard, given.shard[3:])
+    for new, (old, _) in zip(reshard(cuts, comm), cuts, strict=True):
+        assert new.dtype == old.dtype
+        assert torch.equal(new, old[3:])

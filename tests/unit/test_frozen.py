@@ -14,7 +14,6 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, FrozenLinear, Int8, Int8Linear, dequantise, storage_format
-from loraprune_ds.model.pretrained import cut_to
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan
@@ -122,9 +121,9 @@ def test_zeros_and_the_smallest_numbers_have_a_scale() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(family: str, tmp_path: Path) -> None:
     tiny_model(family, seed=1).save_pretrained(tmp_path)
-    dense = open_int8(tmp_path)
+    dense = open_int8(tmp_path).weights
     keep = draw(dense.shape, FEW, MANY)
-    small, held = cut_to(dense, keep, "bfloat16"), dense.storage.stored(dense.shape, 2)
+    small, held = dense.cut(keep), dense.storage.stored(dense.shape, 2)
     left = dense.storage.stored(dense.shape.after(keep), 2)
     cuts = {
         f"model.layers.{i}.{name}": kept
@@ -150,7 +149,7 @@ def test_a_source_that_is_not_finite_is_named(tmp_path: Path, bad: float) -> Non
     name = "model.layers.1.mlp.down_proj.weight"
     model.get_parameter(name).data[-1, 22] = bad
     model.save_pretrained(tmp_path)
-    read = partial(open_int8(tmp_path).read_stored, name, dtype=torch.bfloat16)
+    read = partial(open_int8(tmp_path).weights.read_stored, name, dtype=torch.bfloat16)
     read(0, BLOCK * 23)
     with pytest.raises(UserError, match=f"{name} has an inf or NaN"):
         read(BLOCK * 23, hidden * 23)
@@ -162,7 +161,7 @@ def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     expert = "model.layers.1.mlp.experts.7.down_proj.weight"
     with pytest.raises(UserError, match=f"{tmp_path}/model.safetensors: {expert} has an inf or NaN"):
-        open_int8(tmp_path).read_full("model.layers.1.mlp.experts.down.weight", torch.bfloat16)
+        open_int8(tmp_path).weights.read_full("model.layers.1.mlp.experts.down.weight", torch.bfloat16)
 
 
 @forms
@@ -214,11 +213,10 @@ def test_a_stack_makes_the_weight_of_one_expert_at_a_time(
 def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(family: str, tmp_path: Path) -> None:
     tiny_model(family, seed=1).save_pretrained(tmp_path)
     pretrained = open_int8(tmp_path)
-    model = build_for_losses(pretrained, "eager")
+    model, weights = build_for_losses(pretrained, "eager"), pretrained.weights
     found = {name: (tuple(p.shape), p.dtype == torch.int8) for name, p in model.named_parameters()}
     expected = {
-        name: (held.shape, held.element_size == 1)
-        for name, held in pretrained.storage.stored(pretrained.shape, 2).items()
+        name: (held.shape, held.element_size == 1) for name, held in weights.storage.stored(weights.shape, 2).items()
     }
     assert found == expected
     layers = decoder_layers(model)

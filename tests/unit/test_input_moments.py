@@ -15,7 +15,7 @@ def integers(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize(("n", "sent"), [(1, 1), (4, 16), (10, 40 + 24 + 4), (12, 48 + 32 + 16)])
 def test_the_blocks_are_those_of_the_whole_product(monkeypatch: pytest.MonkeyPatch, n: int, sent: int) -> None:
-    monkeypatch.setattr(compensate, "BLOCK", 4)
+    monkeypatch.setattr(compensate, "TILE_ROWS", 4)
     x, before = integers(20, n, seed=1), integers(n, n, seed=2)
     half, total = half_of_product(x), before.clone()
     assert (len(half), numel_sent(n)) == (sent, sent)

@@ -16,7 +16,7 @@ PACKAGE = "loraprune_ds"
 MAX_LINES = 400
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
-    ("errors", "faults"),
+    ("errors",),
     ("files", "units"),
     ("config_data", "command"),
     ("config",),

@@ -146,10 +146,10 @@ def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) ->
 def test_hpz_means_nothing_on_one_node_and_follows_whole_nodes(tmp_path: Path) -> None:
     one = with_hpz(tmp_path, "auto", Cluster(1, 4))
     assert make_plan(one).step == make_plan(request(Cluster(1, 4))).step
-    assert changed(one, Cluster(2, 2)).fetch_limits.copy_ranks == 2
-    assert changed(one, Cluster(2, 8)).fetch_limits.copy_ranks == 8
+    assert changed(one, Cluster(2, 2)).fetch.zero_hpz_partition_size == 2
+    assert changed(one, Cluster(2, 8)).fetch.zero_hpz_partition_size == 8
 
-    assert with_hpz(tmp_path, 8, Cluster(4, 4)).fetch_limits.copy_ranks == 8  # two whole nodes
+    assert with_hpz(tmp_path, 8, Cluster(4, 4)).fetch.zero_hpz_partition_size == 8  # two whole nodes
     with pytest.raises(UserError, match=r"zero_hpz_partition_size is 4, whose groups take parts of nodes of 6 GPUs"):
         with_hpz(tmp_path, 4, Cluster(2, 6), global_batch_size=24)
 

@@ -49,7 +49,7 @@ def test_a_mixture_fits_on_a_node_and_gathers_a_layer_at_a_time(name: str) -> No
     shape, size = plan.request.shape, plan.request.element_size
     layers = [plan.request.storage.stored(shape, size, i).values() for i in range(len(shape.layers))]
     layer = max(sum(x.element_size * math.prod(x.shape) for x in held) for held in layers)
-    fetched, head = size * plan.request.fetch_limits.max_live, size * shape.vocab_size * shape.hidden_size
+    fetched, head = size * plan.request.fetch.max_live_parameters, size * shape.vocab_size * shape.hidden_size
     gathered = max(phase.get("gathered_weights", 0) for stage in plan.stages for phase in stage.phases.values())
     assert gathered <= (2.1 * layer if layer > fetched else 2 * layer + fetched + head)
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch import preflight
-from launch.preflight import (
+from loraprune_ds.zero import preflight
+from loraprune_ds.zero.preflight import (
     Rendezvous,
     Unfit,
     check_accelerators,
@@ -25,8 +25,6 @@ from launch.preflight import (
     check_visible,
     probe_file,
 )
-from loraprune_ds.zero import device, probe
-from loraprune_ds.zero.probe import Probe, probe_node
 from tests.integration.launching import ROOT, clean_environment, free_port
 
 NODES = ["localhost", "gpu2", "gpu3"]  # all meet at the first one
@@ -143,19 +141,19 @@ class FakeRanks:
 
 
 def test_wrong_numbers_are_seen_and_the_speed_is_the_slowest_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "distributed", FakeRanks())
-    assert probe._exchange(0, 2, "cpu") == 0.25
+    monkeypatch.setattr(preflight, "distributed", FakeRanks())
+    assert preflight._exchange(0, 2, "cpu") == 0.25
     for wrong, told in (("sum", "a sum over all ranks is 5"), ("part", "an all-to-all brought wrong numbers")):
-        monkeypatch.setattr(probe, "distributed", FakeRanks(wrong))
+        monkeypatch.setattr(preflight, "distributed", FakeRanks(wrong))
         with pytest.raises(ValueError, match=told):
-            probe._exchange(0, 2, "cpu")
+            preflight._exchange(0, 2, "cpu")
 
 
 def test_every_gpu_that_a_rank_will_use_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     gpus = SimpleNamespace(device_count=lambda: 8, device_name=lambda index: used.append(index) or "cpu")
-    monkeypatch.setattr(device, "accelerator", lambda: gpus)
-    monkeypatch.setattr(device, "is_cpu", lambda: False)
+    monkeypatch.setattr(preflight, "accelerator", lambda: gpus)
+    monkeypatch.setattr(preflight, "is_cpu", lambda: False)
     check_accelerators(4)
     assert used == [0, 1, 2, 3]
     with pytest.raises(Unfit, match=r"^8 accelerators for 9 ranks$"):
@@ -181,12 +179,13 @@ def test_each_check_is_made_and_the_first_that_fails_ends_them(monkeypatch: pyte
 
 def test_a_rank_that_cannot_take_part_is_named() -> None:
     """The backend of GPUs on a machine without one."""
-    with pytest.raises(RuntimeError, match=r"^rank 1: .+$"):
-        probe_node(Probe("localhost", free_port(), "nccl", 1, 2, 1, 20.0))
+    rendezvous = cast(Any, SimpleNamespace(nodes=NODES[:1] * 2, port=free_port(), index=1, timeout=20.0))
+    with pytest.raises(Unfit, match=r"^rank 1: .+$"):
+        check_ranks(rendezvous, 1, "nccl")
 
 
 def test_a_rank_that_dies_or_hangs_gives_no_answer() -> None:
     ours, theirs = Pipe(duplex=False)
-    assert probe._answer(ours, time.monotonic()) == "no answer"
+    assert preflight._answer(ours, time.monotonic()) == "no answer"
     theirs.close()
-    assert probe._answer(ours, time.monotonic() + 20) == "no answer"
+    assert preflight._answer(ours, time.monotonic() + 20) == "no answer"

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model import pretrained
+from loraprune_ds.model import weights
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.oracle.models import make_tiny_llama
 
@@ -78,7 +78,7 @@ def test_names_and_shapes_are_those_of_the_stock_model(tmp_path: Path, settings:
         del stock["lm_head.weight"]
     found = open_pretrained(folder)
     assert found.shape.parameters() == {name: tuple(tensor.shape) for name, tensor in stock.items()}
-    assert set(found.files) == set(stock)
+    assert set(found.weights.files) == set(stock)
 
 
 @pytest.mark.parametrize("in_two", [False, True])
@@ -86,7 +86,7 @@ def test_names_and_shapes_are_those_of_the_stock_model(tmp_path: Path, settings:
 def test_read_flat_is_a_slice_of_the_flat_tensor(
     folder: Path, monkeypatch: pytest.MonkeyPatch, in_two: bool, chunk: int
 ) -> None:
-    monkeypatch.setattr(pretrained, "READ_CHUNK", chunk)
+    monkeypatch.setattr(weights, "READ_CHUNK", chunk)
     types = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     expected = {name: tensor.to(types[i % 4]) for i, (name, tensor) in enumerate(tensors_of(folder).items())}
     save(folder, expected)
@@ -98,7 +98,7 @@ def test_read_flat_is_a_slice_of_the_flat_tensor(
         numel = expected[name].numel()
         start, end = sorted((draw.randint(0, numel), draw.randint(0, numel)))
         dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
-        shard = opened.read_flat(name, start, end, dtype)
+        shard = opened.weights.read_flat(name, start, end, dtype)
         assert shard.dtype == dtype
         assert torch.equal(shard, expected[name].reshape(-1)[start:end].to(dtype)), (name, start, end)
 
@@ -106,7 +106,7 @@ def test_read_flat_is_a_slice_of_the_flat_tensor(
 def test_tensors_and_files_that_the_model_does_not_need_are_ignored(folder: Path) -> None:
     save(folder, tensors_of(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
     save(folder, {"base_model.model.x": torch.ones(2)}, "adapter_model.safetensors")
-    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in open_pretrained(folder).files
+    assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in open_pretrained(folder).weights.files
 
 
 # Damage

@@ -93,8 +93,8 @@ def test_memory_is_weights_and_cache_by_hand() -> None:
     linear = 5 * (2 * 8 + 2 * 4) * 16 + 60 * 3 * 16  # q, o and k, v of 5 groups; gate, up, down of 60 channels
     others = 2 * 50 * 16 + 16 + 4 * 16  # embedding and head, the last norm, two norms of two layers
     memory = server_memory(config, shape)
-    assert memory.weights == linear / 2 + others * 2
-    assert memory.kv_cache == 2 * 5 * 4 * 300 * 2
+    assert memory["weights"] == linear / 2 + others * 2
+    assert memory["kv_cache"] == 2 * 5 * 4 * 300 * 2
 
 
 def test_the_report_tells_what_was_reached() -> None:

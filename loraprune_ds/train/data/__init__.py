@@ -1,0 +1,1 @@
+"""Text to samples: sources, mixtures, tokens, packing, batches."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.read_shape import LLAMA, shape_from_config
+from loraprune_ds.model.read_shape import LLAMA, read_model, shape_from_config
+from loraprune_ds.model.weights import ModelWeights
 from loraprune_ds.plan.request import Cluster, Request, build_request
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
@@ -63,7 +64,7 @@ def sizes(name: str) -> Sizes:
 
 
 @dataclass(frozen=True)
-class RandomModel(PretrainedModel):
+class RandomWeights(ModelWeights):
     """Makes its weights up where they are needed, on the device."""
 
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -107,7 +108,8 @@ def make_request(
 def make_trainer(size: Sizes, request: Request) -> Trainer:
     """Builds an engine with a trainer. The ranks have been started."""
     config = request.config
-    model = RandomModel(Path("random"), size.config_json(), request.shape, {})
+    shape, modules = read_model(size.config_json(), "random")
+    model = PretrainedModel(Path("random"), size.config_json(), modules, RandomWeights(shape, {}, {}, {}))
     batch = config.train.global_batch_size
     ids = torch.randint(3, size.vocab, (batch, size.window), generator=torch.Generator().manual_seed(0))
     samples = Samples.of_windows(ids)
