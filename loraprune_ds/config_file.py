@@ -1,9 +1,10 @@
 """Reads YAML and `--set` overrides into the frozen dataclasses of `config.py`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -13,39 +14,39 @@ from loraprune_ds.errors import UserError, one_line, require
 
 SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_configs/, in a checkout and in a wheel
 SEE = "(tests/benchmarks/README.md)"
-REMOVED = {  # keys and values of earlier versions, and why
-    "prune.joint_budget": f"it measured no better than separate budgets {SEE}",
-    "prune.channel_share": f"channels of all experts cost more perplexity than as many whole ones {SEE}",
-    "prune.compensate=bias": f"prune.compensate: least_squares measured better on every text {SEE}",
-    "prune.criterion=reap": f"prune.criterion: lora measured better with the same steps {SEE}",
-    "prune.gradient_every": "its name is prune.score_every",
-    "prune.min_heads": "prune.max_layer_ratio is the limit of what a layer may lose",
-    "prune.min_channels": "prune.max_layer_ratio is the limit of what a layer may lose",
-    "prune.compensate_ridge": f"0.05 was right wherever it was measured {SEE}",
-    "prune.target_batch": "prune.target_context counts the tokens of all sequences",
-    "prune.target_embedding_bits": "embedding, head, norms and biases count 16 bits",
-    "prune.target_kv_bits": "a value in the KV cache counts 16 bits",
-    "train.recovery_learning_rate": "the recovery starts at train.learning_rate",
-    "train.weight_decay": "LoRA trains without weight decay",
-    "train.adam_beta1": "it is 0.9",
-    "train.adam_beta2": "it is 0.999",
-    "train.loss_chunk_tokens": "256 MiB of logits are held at once",
-    "checkpoint.copy_source": "loraprune-ds export makes a folder that needs no other",
-    "logging.progress": "a terminal gets a live line, a file plain lines",
-    "logging.tensorboard": "logging.report_to names all that get the records; [] is none",
-    "logging.verbose": "DeepSpeed and transformers tell errors only",
+NO_DEFAULT: Any = object()  # of a removed setting without which any run is another one
+
+
+class Removed(NamedTuple):
+    """A setting of an earlier version. A run with the old default is the same run without the setting."""
+
+    reason: str
+    default: Any = NO_DEFAULT
+    has_effect: bool = True  # on the result. Otherwise a recorded run may have had any value
+
+
+REMOVED = {  # settings, and values of settings
+    "prune.joint_budget": Removed(f"it measured no better than separate budgets {SEE}"),
+    "prune.channel_share": Removed(f"channels of all experts cost more perplexity than as many whole ones {SEE}"),
+    "prune.compensate=bias": Removed(f"prune.compensate: least_squares measured better on every text {SEE}"),
+    "prune.criterion=reap": Removed(f"prune.criterion: lora measured better with the same steps {SEE}"),
+    "prune.gradient_every": Removed("its name is prune.score_every"),
+    "prune.min_heads": Removed("prune.max_layer_ratio is the limit of what a layer may lose", 1),
+    "prune.min_channels": Removed("prune.max_layer_ratio is the limit of what a layer may lose", 1),
+    "prune.compensate_ridge": Removed(f"0.05 was right wherever it was measured {SEE}", 0.05),
+    "prune.target_batch": Removed("prune.target_context counts the tokens of all sequences", 1),
+    "prune.target_embedding_bits": Removed("embedding, head, norms and biases count 16 bits", 16.0),
+    "prune.target_kv_bits": Removed("a value in the KV cache counts 16 bits", 16.0),
+    "train.recovery_learning_rate": Removed("the recovery starts at train.learning_rate", None),
+    "train.weight_decay": Removed("LoRA trains without weight decay", 0.0),
+    "train.adam_beta1": Removed("it is 0.9", 0.9),
+    "train.adam_beta2": Removed("it is 0.999", 0.999),
+    "train.loss_chunk_tokens": Removed("256 MiB of logits are held at once", None, has_effect=False),
+    "checkpoint.copy_source": Removed("an export needs no other folder", False, has_effect=False),
+    "logging.progress": Removed("a terminal gets a live line, a file plain lines", True, has_effect=False),
+    "logging.tensorboard": Removed("logging.report_to names all that get the records; [] is none"),
+    "logging.verbose": Removed("DeepSpeed and transformers tell errors only", False, has_effect=False),
 }
-# The former defaults of removed settings. A run with these is the same run without.
-DEFAULTS_OF_REMOVED: dict[str, dict[str, Any]] = {
-    "prune": {"min_heads": 1, "min_channels": 1, "compensate_ridge": 0.05}
-    | {"target_batch": 1, "target_embedding_bits": 16.0, "target_kv_bits": 16.0},
-    "train": {"recovery_learning_rate": None, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999}
-    | {"loss_chunk_tokens": None},
-    "checkpoint": {"copy_source": False},
-    "logging": {"progress": True, "verbose": False},
-}
-# Whatever a recorded run had for these, its result is the same without.
-NO_EFFECT_ON_RESULT = ("train.loss_chunk_tokens", "checkpoint.copy_source", "logging.progress", "logging.verbose")
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -115,28 +116,47 @@ def forget_removed(saved: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: one of them had a value that made it another run.
     """
-    kept = _without_removed(saved, NO_EFFECT_ON_RESULT)
-    for section, defaults in DEFAULTS_OF_REMOVED.items():
-        values = kept.get(section) or {}
-        for key in (key for key in defaults if key in values):
-            name = f"{section}.{key}"
-            raise UserError(f"this run has {name} {values[key]!r}, which is gone: {REMOVED[name]}")
+    kept = _without_removed(saved, recorded=True)
+    for name, value in _dotted(kept):
+        if name in REMOVED and REMOVED[name].default is not NO_DEFAULT:
+            raise UserError(f"this run has {name} {value!r}, which is gone: {REMOVED[name].reason}")
     return kept
 
 
-def _without_removed(raw: dict[str, Any], with_any_value: Sequence[str] = ()) -> dict[str, Any]:
-    """Leaves out the removed settings that have their old default, or any value where they are named."""
+def _without_removed(raw: dict[str, Any], *, recorded: bool = False) -> dict[str, Any]:
+    """Leaves out the removed settings that have their old default, or that had no effect where they are `recorded`."""
 
-    def is_dropped(section: str, key: str, value: Any) -> bool:
-        defaults = DEFAULTS_OF_REMOVED.get(section, {})
-        return key in defaults and (value == defaults[key] or f"{section}.{key}" in with_any_value)
+    def stays(name: str, value: Any) -> bool:
+        removed = REMOVED.get(name)
+        return removed is None or (value != removed.default and (removed.has_effect or not recorded))
 
     return {
-        section: {key: value for key, value in values.items() if not is_dropped(section, key, value)}
+        section: {key: value for key, value in values.items() if stays(f"{section}.{key}", value)}
         if isinstance(values, dict)
         else values
         for section, values in raw.items()
     }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str]) -> list[str]:
+    """Finds the dotted keys whose values differ. Sections and keys in `ignored` do not count.
+
+    Keys that the config of an earlier version lacks have their defaults there. Raises UserError as `forget_removed`.
+    """
+    old = forget_removed(old)
+    with suppress(UserError):  # a key that no version knows is a difference like others
+        old = config_from_dict(old).to_dict()
+    before, after = dict(_dotted(old)), dict(_dotted(new))
+    keys = (key for key in (after | before) if before.get(key) != after.get(key))
+    return [key for key in keys if key not in ignored and key.partition(".")[0] not in ignored]
+
+
+def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +214,7 @@ def _describe(error: ValidationError, cls: type, prefix: str) -> str:
     problems = error.errors()
     named = {f"{prefix}{p['loc'][0]}{value}" for p in problems for value in ("", f"={p['input']}")}
     if gone := next((name for name in REMOVED if name in named), None):
-        return f"{gone} is gone: {REMOVED[gone]}"
+        return f"{gone} is gone: {REMOVED[gone].reason}"
     first = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
     key = f"{prefix}{first['loc'][0]}"
     match first["type"]:

@@ -106,7 +106,7 @@ class InOrder:
 def build(request: Request) -> Trainer:
     """Builds the package's trainer on random tokens."""
     config = request.config
-    pretrained = open_for_pruning(Path(config.model.path), config.prune, frozen=config.model.frozen)
+    pretrained = open_for_pruning(Path(config.model.path), config.model, config.prune)
     engine = build_training_engine(
         pretrained, request.ds_config, STEPS, config.model, config.lora, config.train, config.seed
     )

@@ -1,4 +1,4 @@
-"""The names of a checkpoint's folders and files, and the manifest with the files' checksums."""
+"""The files of a run's folder: their names, and the contents of status.json, state.json and manifest.json."""
 
 import hashlib
 import json
@@ -14,8 +14,25 @@ from loraprune_ds.files import flush, read_json, write_json
 
 # Of everything that a run or a callback resumes from. Every later version reads this format.
 FORMAT = 5
+
+STATUS_FILE = "status.json"
+REPORT_FILE = "report.json"
+METRICS_FILE = "metrics.jsonl"
+KEPT_GROUPS_FILE = "kept_groups.json"
+KEPT_GROUPS_PICTURE = "kept_groups.png"
+TRAINING_PICTURE = "training.png"
+ROUTER_PICTURE = "router_load.png"
+MODEL_FOLDER = "model"
+CHECKPOINTS_FOLDER = "checkpoints"
+TENSORBOARD_FOLDER = "tensorboard"
+TEACHER_FOLDER = "teacher"
+# In a checkpoint.
+STATE_FILE = "state.json"
 MANIFEST = "manifest.json"
 SCORES_FILE = "scores.safetensors"
+
+State = Literal["running", "stopped", "finished", "failed"]
+STATUS_TYPES = {"step": int, "steps": int, "error": str | None, "updated": str, "mark": str, "job": str | None}
 
 
 class CheckpointMismatch(UserError):
@@ -43,60 +60,9 @@ def moments_file(layer: int) -> str:
 
 
 def numbered(root: Path, kind: str) -> list[int]:
+    """Returns the numbers of the folders `{kind}-{number}`, ascending."""
     numbers = [path.name.removeprefix(f"{kind}-") for path in root.glob(f"{kind}-*") if path.is_dir()]
     return sorted(int(number) for number in numbers if number.isdigit())
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def seal(path: Path) -> dict[str, Any]:
-    """Flushes a file to the disk and returns its entry for the manifest."""
-    flush(path)
-    return {"sha256": sha256(path), "bytes": path.stat().st_size}
-
-
-def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    path = folder / MANIFEST
-    path.write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n")
-    flush(path)
-
-
-def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
-    """Checks every `parts`-th file of a folder against its manifest, so that ranks can share the reading."""
-    for i, (name, entry) in enumerate(sorted(_read_manifest(folder).items())):
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing")
-        if i % parts == part and (path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]):
-            raise UserError(f"{path} is damaged: its checksum differs from {MANIFEST}")
-
-
-def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / MANIFEST
-    try:
-        files = json.loads(path.read_text())["files"]
-        return {name: {"sha256": str(e["sha256"]), "bytes": int(e["bytes"])} for name, e in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is missing or damaged") from None
-
-
-STATUS_FILE = "status.json"
-REPORT_FILE = "report.json"
-MODEL_FOLDER = "model"
-CHECKPOINTS_FOLDER = "checkpoints"
-KEPT_GROUPS_FILE = "kept_groups.json"
-KEPT_GROUPS_PICTURE = "kept_groups.png"
-TRAINING_PICTURE = "training.png"
-ROUTER_PICTURE = "router_load.png"
-METRICS_FILE = "metrics.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
-TEACHER_FOLDER = "teacher"
-
-State = Literal["running", "stopped", "finished", "failed"]
-KINDS = {"step": int, "steps": int, "error": str | None, "updated": str, "mark": str, "job": str | None}
 
 
 @dataclass(frozen=True)
@@ -133,10 +99,10 @@ def read_status(folder: Path) -> Status | None:
     if raw.get("state") not in get_args(State):
         raise UserError(f"{path} is damaged: state is {raw.get('state')!r}, not one of {', '.join(get_args(State))}")
     check_format(raw.get("format", "4 or older"), path)
-    for key, kind in KINDS.items():
+    for key, kind in STATUS_TYPES.items():
         if not isinstance(raw.get(key), kind):
             raise UserError(f"{path} is damaged: {key} is {raw.get(key)!r}")
-    values: dict[str, Any] = {key: raw.get(key) for key in ("state", *KINDS)}
+    values: dict[str, Any] = {key: raw.get(key) for key in ("state", *STATUS_TYPES)}
     return Status(**values)
 
 
@@ -144,9 +110,6 @@ def describe_method(report: dict[str, Any]) -> str:
     """Names criterion and ranking of the run that wrote this report.json."""
     prune = report["config"]["prune"]
     return f"{prune['criterion']}, {prune['ranking']}"
-
-
-STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -216,3 +179,39 @@ def newest_state(root: Path) -> RunState | None:
         except UserError:
             continue
     return None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(path: Path) -> dict[str, Any]:
+    """Flushes a file to the disk and returns its entry for the manifest."""
+    flush(path)
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    path = folder / MANIFEST
+    path.write_text(json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n")
+    flush(path)
+
+
+def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
+    """Checks every `parts`-th file of a folder against its manifest, so that ranks can share the reading."""
+    for i, (name, entry) in enumerate(sorted(_read_manifest(folder).items())):
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing")
+        if i % parts == part and (path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]):
+            raise UserError(f"{path} is damaged: its checksum differs from {MANIFEST}")
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / MANIFEST
+    try:
+        files = json.loads(path.read_text())["files"]
+        return {name: {"sha256": str(e["sha256"]), "bytes": int(e["bytes"])} for name, e in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is missing or damaged") from None

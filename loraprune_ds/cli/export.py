@@ -17,7 +17,7 @@ from pathlib import Path
 from loraprune_ds.command import Parser, check_needs, tell
 from loraprune_ds.errors import UserError
 
-NEEDS = dict.fromkeys(("--public", "--results"), "--push-to-hub")
+NEEDS = {"--public": "--push-to-hub", "--results": "--push-to-hub"}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -9,7 +9,6 @@ import argparse
 import gc
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,18 +26,16 @@ from loraprune_ds.command import (
     silence_libraries,
     tell,
 )
-from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.train.output import inspect_output, resumed_config
+from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.stop import find_launchers
 
 STOPPED_EXIT_CODE = 85  # asked to stop, and saved
 INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped immediately
 
 if TYPE_CHECKING:
-    from loraprune_ds.train.output import Start
     from loraprune_ds.zero.comm import Communicator
 
 
@@ -72,24 +69,21 @@ def main() -> int:
     joined = False
     try:
         arguments = parse_arguments()
-        given = read_config(arguments.config, arguments.set)
-        config = resumed_config(given, arguments.resume)
-        config = replace(config, output_dir=os.path.expanduser(config.output_dir))
+        output = OutputFolder(read_config(arguments.config, arguments.set), arguments.resume)
         if arguments.show is not None:
-            print(config_value(config, arguments.show))
+            print(config_value(output.config, arguments.show))
             return 0
-        start = inspect_output(config, arguments.resume)
-        if start.kind != "finished":
-            if config.train.deterministic:
+        if output.start != "finished":
+            if output.config.train.deterministic:
                 os.environ |= deterministic_kernels()
             comm = join_ranks()
             joined = True
-            if not prune(config, comm, start, launchers):
+            if not prune(output, comm, launchers):
                 return STOPPED_EXIT_CODE
         if os.environ.get("RANK", "0") == "0":
-            if start.kind == "finished":
-                print(f"{config.output_dir} holds this run, finished:")
-            print_summary(Path(config.output_dir))
+            if output.start == "finished":
+                print(f"{output.path} holds this run, finished:")
+            print_summary(output.path)
     except UserError as error:
         tell(error, agreed=joined)
         return error.exit_code
@@ -106,7 +100,7 @@ def launch() -> int:
         chosen, arguments = own.parse_known_args()
         given = parse_arguments(own)
         command = launcher_command(__name__, chosen.ranks, os.environ)
-        resumed_config(read_config(given.config, given.set), given.resume)  # before launchers and ranks speak
+        OutputFolder(read_config(given.config, given.set), given.resume)  # before launchers and ranks speak
     except UserError as error:
         tell(error)
         return error.exit_code
@@ -137,7 +131,7 @@ def join_ranks() -> "Communicator":
     return start_ranks()
 
 
-def prune(config: RunConfig, comm: "Communicator", start: "Start", launchers: list[int]) -> bool:
+def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> bool:
     """Runs on all ranks. Returns False if it was asked to stop. Collective."""
     from loraprune_ds.train.run import run
     from loraprune_ds.train.watch import Watch
@@ -146,7 +140,7 @@ def prune(config: RunConfig, comm: "Communicator", start: "Start", launchers: li
     gc.freeze()  # the imports left no garbage, and DeepSpeed collects twice per cut over all objects
     watch = Watch(comm, longest_silence(os.environ), launchers)
     try:
-        finished = run(config, comm, start)
+        finished = run(output, comm)
     finally:
         watch.close()
     stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one

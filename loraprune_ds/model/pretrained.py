@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from loraprune_ds.config import Frozen, PruneConfig
+from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.files import read_json
 from loraprune_ds.model.read_shape import check_family, read_model, text_config, text_tensors
 from loraprune_ds.model.shapes import ModelShape
@@ -59,10 +59,8 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     return PretrainedModel(folder, config, modules, check_weights(folder, headers, names, shape, "config.json"))
 
 
-def open_for_pruning(
-    folder: Path, prune: PruneConfig, *, frozen: Frozen | None = None, packing: bool = False
-) -> PretrainedModel:
+def open_for_pruning(folder: Path, model: ModelConfig, prune: PruneConfig, *, packing: bool = False) -> PretrainedModel:
     """Opens the model of a run as `open_pretrained`, and checks that it has everything that the run needs."""
     pretrained = open_pretrained(folder)
     check_family(pretrained.shape.family, pretrained.config, str(folder), prune, packing=packing)
-    return replace(pretrained, weights=replace(pretrained.weights, storage=FrozenStorage(int8=frozen == "int8")))
+    return replace(pretrained, weights=replace(pretrained.weights, storage=FrozenStorage.from_config(model)))

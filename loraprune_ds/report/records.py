@@ -112,6 +112,14 @@ class History:
     cuts: list[CutRecord] = field(default_factory=list)
     evaluations: list[EvaluationRecord] = field(default_factory=list)
 
+    def add(self, record: Record) -> None:
+        lists: dict[type[Record], list[Any]] = {
+            StepRecord: self.steps,
+            CutRecord: self.cuts,
+            EvaluationRecord: self.evaluations,
+        }
+        lists[type(record)].append(record)
+
     def perplexity(self, name: EvaluationName) -> float | None:
         evaluation = self.evaluation(name)
         return None if evaluation is None else evaluation.perplexity
@@ -124,10 +132,9 @@ class History:
 def history_from(metrics: Iterable[dict[str, Any]]) -> History:
     """Makes records from the lines of metrics.jsonl (`metrics.read_metrics`). Null numbers become NaN."""
     history = History()
-    lists: dict[str, list[Any]] = {"step": history.steps, "cut": history.cuts, "evaluation": history.evaluations}
     for line in metrics:
         record = RECORD_KINDS[line["kind"]]
         values: dict[str, Any] = {f.name: line[f.name] for f in fields(record) if f.name in line}
         lost: dict[str, Any] = {f.name: math.nan for f in fields(record) if f.type is float and values[f.name] is None}
-        lists[line["kind"]].append(record(**values | lost))
+        history.add(record(**values | lost))
     return history

@@ -21,11 +21,11 @@ from loraprune_ds.checkpoint.load import (
     source_of,
 )
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config_file import differences
 from loraprune_ds.errors import UserError
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.context import RunContext
-from loraprune_ds.train.output import MAY_DIFFER, Start, differences
+from loraprune_ds.train.output import MAY_DIFFER, OutputFolder
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import build_training_engine
@@ -34,9 +34,7 @@ from loraprune_ds.zero.training_engine import TrainingEngine, adam_step, counter
 from loraprune_ds.zero.write import LocalWrites
 
 
-def find_checkpoint(
-    start: Start, config: RunConfig, comm: Communicator, warnings: list[str]
-) -> TrainingCheckpoint | None:
+def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str]) -> TrainingCheckpoint | None:
     """Finds the checkpoint to resume from. None to start at step 0. Collective.
 
     `warnings` gets a line for each checkpoint that cannot be used.
@@ -44,19 +42,19 @@ def find_checkpoint(
     Raises:
         UserError: the given path has no good checkpoint, or the checkpoint belongs to another run.
     """
-    if start.kind != "resume":
+    if output.start != "resume":
         return None
-    settings = config.to_dict()
-    if start.path is not None and _is_step(start.path):
-        checkpoint = open_training_checkpoint(start.path, comm)
+    settings, path = output.config.to_dict(), output.resume_path
+    if path is not None and _is_step(path):
+        checkpoint = open_training_checkpoint(path, comm)
     else:
-        root = _root(Path(config.output_dir) if start.path is None else start.path)
+        root = _root(path or output.path)
         # Before anything is read in full, and before another run's checkpoints are called damaged.
         comm.all_or_raise(lambda: _check_settings(newest_state(root), root, settings))
         checkpoint = find_newest(root, comm, warnings.append)
-        if checkpoint is None and start.path is not None:
+        if checkpoint is None and path is not None:
             because = f" ({warnings[-1]})" if warnings else ""
-            raise UserError(f"--resume {start.path}: no usable checkpoint there{because}")
+            raise UserError(f"--resume {path}: no usable checkpoint there{because}")
     if checkpoint is None:
         warnings.append("no usable checkpoint: starting at step 0")
         return None

@@ -80,8 +80,8 @@ class TrainingLoop:
             return True
         if self._teacher.to_write:
             self.recorder.show(describe_pass(self._teacher))
-        batch_size, request = self.config.recorded_at_once, self._requests.current
-        if record_teacher(self.engine, self._teacher, self.prepared.samples, batch_size, current_request=request):
+        batch_size, agree = self.config.recorded_at_once, self._requests.agree
+        if record_teacher(self.engine, self._teacher, self.prepared.samples, batch_size, agree):
             return True
         self._context.stop()
         return False

@@ -77,13 +77,13 @@ def _check_profile_steps(logging: LoggingConfig, steps: int) -> None:
 
 
 def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepared:
-    model, train, packing = config.model, config.train, config.data.packing
-    pretrained = open_for_pruning(locate_model(model), config.prune, frozen=model.frozen, packing=packing)
+    model, train, lora_rank = config.model, config.train, config.lora.r
+    pretrained = open_for_pruning(locate_model(model), model, config.prune, packing=config.data.packing)
     shape = pretrained.shape
     if model.adapter:
         check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
-    ds_path, rank = find_ds_config(config.deepspeed), config.lora.r
-    ds_config = resolve_ds_config(ds_path, shape, world_size, train, model, rank, ranks_per_node=ranks_per_node)
+    path = find_ds_config(config.deepspeed)
+    ds_config = resolve_ds_config(path, shape, world_size, train, model, lora_rank, ranks_per_node=ranks_per_node)
     make_limits(config.prune, shape)  # its errors come before the data, which may take long to read
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
@@ -123,13 +123,12 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 def describe_run(prepared: Prepared, world_size: int) -> str:
     """Describes in two or three lines what a run prunes, on which ranks, and how far."""
     config, dense, pruning = prepared.config, prepared.pretrained.shape, prepared.pruning
-    ratio = format_percent(pruning.limits.ratio)
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
         f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {describe_dtype(config.model)}, "
         f"on {ranks} ({device_name()})",
         f"{prepared.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens, "
-        f"{len(pruning.schedule.cut_steps())} cuts to {ratio} of the decoder layers' "
+        f"{len(pruning.schedule.cut_steps())} cuts to {format_percent(pruning.limits.ratio)} of the decoder layers' "
         f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
     ]
     if attention := describe_attention(config.model.attn_implementation, dense.family):

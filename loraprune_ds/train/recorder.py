@@ -170,13 +170,7 @@ class Recorder:
         self.history, self.sinks = history, list(sinks)
 
     def write(self, record: Record) -> None:
-        match record:
-            case StepRecord():
-                self.history.steps.append(record)
-            case CutRecord():
-                self.history.cuts.append(record)
-            case EvaluationRecord():
-                self.history.evaluations.append(record)
+        self.history.add(record)
         for sink in self.sinks:
             sink.write(record)
 

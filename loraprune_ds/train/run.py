@@ -11,7 +11,6 @@ import torch
 
 from loraprune_ds.checkpoint.layout import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
-from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RankError, fail_point
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
@@ -25,7 +24,7 @@ from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.context import RunContext, RunStatus
 from loraprune_ds.train.loop import TrainingLoop, measure_held_out
-from loraprune_ds.train.output import Start, check_shared, create_output
+from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.prepare import Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
@@ -36,19 +35,20 @@ from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import write_model
 
 
-def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
+def run(output: OutputFolder, comm: Communicator) -> bool:
     """Carries out a run, or the rest of one. False if it was asked to stop, after a checkpoint. Collective.
 
     Raises:
         UserError: the input cannot be used. Nothing was written yet.
         RunError: the run went wrong. status.json names the reason.
     """
+    config = output.config
     torch.use_deterministic_algorithms(config.train.deterministic)
     prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
     warnings: list[str] = []
-    checkpoint = find_checkpoint(start, config, comm, warnings)
-    comm.on_rank_0(lambda: _open_output(config, start, checkpoint, warnings))
-    check_shared(Path(config.output_dir), comm)
+    checkpoint = find_checkpoint(output, comm, warnings)
+    comm.on_rank_0(lambda: _open_output(output, checkpoint, warnings))
+    output.check_shared(comm)
     with _open_context(prepared, checkpoint, comm) as context:
         for line in warnings:
             context.recorder.show(line)
@@ -61,11 +61,11 @@ def run(config: RunConfig, comm: Communicator, start: Start) -> bool:
     return finished
 
 
-def _open_output(config: RunConfig, start: Start, checkpoint: TrainingCheckpoint | None, warnings: list[str]) -> None:
-    folder = create_output(config, is_new=start.kind == "fresh")
-    warnings += drop_stale_requests(folder)
+def _open_output(output: OutputFolder, checkpoint: TrainingCheckpoint | None, warnings: list[str]) -> None:
+    output.create()
+    warnings += drop_stale_requests(output.path)
     if checkpoint:
-        take_over_metrics(checkpoint, folder)
+        take_over_metrics(checkpoint, output.path)
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""Receives requests to stop or save, by files and signals. The next step carries them to all ranks."""
+"""Requests to stop or save, by files and signals, and the launchers, whose end is a request to stop.
+
+The next step carries a request to all ranks.
+"""
 
 import contextlib
 import os
@@ -12,10 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a start looks for its launchers before the slow imports
     from loraprune_ds.zero.comm import Communicator
 
-
+NOTHING, SAVE, STOP = 0, 1, 2
+STOP_FILE = "STOP"
+SAVE_FILE = "SAVE"
+# The files that a request removes once its checkpoint is there.
+REQUEST_FILES = {NOTHING: (), SAVE: (SAVE_FILE,), STOP: (STOP_FILE, SAVE_FILE)}
 LAUNCHERS = {
     "deepspeed.launcher.launch",
     "torchrun",
@@ -27,51 +34,6 @@ LAUNCHERS = {
     "slurmstepd",  # starts what srun asks for
 }
 RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}  # the last one by `loraprune-ds run`
-
-
-def find_launchers() -> list[int]:
-    """Returns the parent, if it is a launcher, and the `deepspeed` command above it, which no launcher watches."""
-    found: list[int] = []
-    process: psutil.Process | None = psutil.Process()
-    with contextlib.suppress(psutil.Error):  # a process that has just ended
-        for known in (LAUNCHERS, RUNNERS):
-            process = process.parent()
-            if process is None or program_of(process.cmdline()) not in known:
-                break
-            found.append(process.pid)
-    return found
-
-
-def is_alive(pid: int) -> bool:
-    """Returns False for a process that has ended, also if its parent has not waited for it yet."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def program_of(words: Iterable[str]) -> str:
-    """Names what a command line runs: the program, or the script or module that Python runs."""
-    rest = iter(words)
-    program = Path(next(rest, "").partition(":")[0]).name  # slurmstepd: [7001.0]
-    if not program.startswith("python"):
-        return program
-    for word in rest:
-        if word in ("-X", "-W"):
-            next(rest, None)
-        elif re.fullmatch(r"-[A-Za-z]*m", word):
-            return next(rest, "")
-        elif not word.startswith("-"):
-            return Path(word).name
-    return ""
-
-
-STOP_FILE = "STOP"
-SAVE_FILE = "SAVE"
-
-NOTHING, SAVE, STOP = 0, 1, 2
-# The files that a request removes once its checkpoint is there.
-REQUEST_FILES = {NOTHING: (), SAVE: (SAVE_FILE,), STOP: (STOP_FILE, SAVE_FILE)}
 
 
 class RequestListener:
@@ -120,14 +82,51 @@ class RequestListener:
         self._interrupted_at = self._interrupted_at or now
 
 
-def drop_stale_requests(folder: Path) -> list[str]:
-    """Removes the files of requests to an earlier process. Returns a line about each. On rank 0 only."""
-    stale = [name for name in (STOP_FILE, SAVE_FILE) if (folder / name).exists()]
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
-    return [f"{folder / name} was there before this start: removed" for name in stale]
-
-
 def _started_by_srun() -> bool:
     """Whether srun started this rank itself. A launcher in between dies of SIGUSR1 and takes its ranks with it."""
     return "SLURM_PROCID" in os.environ and not {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+
+
+def drop_stale_requests(folder: Path) -> list[str]:
+    """Removes the files of requests to an earlier process. Returns a line about each. On rank 0 only."""
+    stale = [folder / name for name in (STOP_FILE, SAVE_FILE) if (folder / name).exists()]
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return [f"{path} was there before this start: removed" for path in stale]
+
+
+def find_launchers() -> list[int]:
+    """Returns the parent, if it is a launcher, and the `deepspeed` command above it, which no launcher watches."""
+    found: list[int] = []
+    process: psutil.Process | None = psutil.Process()
+    with contextlib.suppress(psutil.Error):  # a process that has just ended
+        for known in (LAUNCHERS, RUNNERS):
+            process = process.parent()
+            if process is None or program_of(process.cmdline()) not in known:
+                break
+            found.append(process.pid)
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Returns False for a process that has ended, also if its parent has not waited for it yet."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def program_of(words: Iterable[str]) -> str:
+    """Names what a command line runs: the program, or the script or module that Python runs."""
+    rest = iter(words)
+    program = Path(next(rest, "").partition(":")[0]).name  # slurmstepd: [7001.0]
+    if not program.startswith("python"):
+        return program
+    for word in rest:
+        if word in ("-X", "-W"):
+            next(rest, None)
+        elif re.fullmatch(r"-[A-Za-z]*m", word):
+            return next(rest, "")
+        elif not word.startswith("-"):
+            return Path(word).name
+    return ""

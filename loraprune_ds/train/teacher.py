@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -90,8 +89,21 @@ class Teacher:
     folder: Path
     plan: TeacherPlan
     weight: float  # of the distillation in the loss
-    identity: dict[str, Any]  # the content of teacher.json
+    # Digests of the tuning samples and the dense model, its dtype, and the seed, which decides the samples of a step.
+    origin: dict[str, object]
     to_write: Sequence[int] = ()  # files that were missing when the teacher was found
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """The content of teacher.json."""
+        plan = self.plan
+        return self.origin | {
+            "top_k": plan.recording.top_k,
+            "needed": len(plan.samples),
+            "tokens": int(plan.offsets[-1]),
+            "per_file": plan.per_file,
+            "temperature": plan.recording.temperature,
+        }
 
     def path(self, file: int) -> Path:
         return self.folder / f"targets-{file:05d}.safetensors"
@@ -104,7 +116,7 @@ class Teacher:
             write_json(self.folder / IDENTITY_FILE, self.identity)
 
     def belongs(self) -> bool:
-        """Whether the folder holds files of this very teacher, all or some."""
+        """Whether the files in the folder are this teacher's."""
         try:
             return json.loads((self.folder / IDENTITY_FILE).read_text()) == self.identity
         except (OSError, ValueError):
@@ -144,24 +156,3 @@ class Teacher:
                 return {name: opened.get_slice(name)[first : first + rows] for name in opened.keys()}
         except (OSError, SafetensorError) as error:
             raise RankError(f"{self.path(file)} cannot be read: {one_line(error)}") from None
-
-
-def make_teacher(
-    plan: TeacherPlan, *, weight: float, samples: str, source: str, dtype: str, seed: int, folder: Path
-) -> Teacher:
-    """Describes the teacher of a run. `samples` and `source` are digests of the tuning samples and the dense model.
-
-    The seed decides the samples that the run uses.
-    """
-    identity = {
-        "samples": samples,
-        "source": source,
-        "dtype": dtype,
-        "top_k": plan.recording.top_k,
-        "seed": seed,
-        "needed": len(plan.samples),
-        "tokens": int(plan.offsets[-1]),
-        "per_file": plan.per_file,
-        "temperature": plan.recording.temperature,
-    }
-    return Teacher(folder, plan, weight, identity)

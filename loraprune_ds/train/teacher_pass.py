@@ -17,8 +17,8 @@ from loraprune_ds.model.frozen import DTYPES, describe_dtype
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.output import wait_until_seen
-from loraprune_ds.train.stop import NOTHING, STOP
-from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
+from loraprune_ds.train.stop import STOP
+from loraprune_ds.train.teacher import Teacher, plan_teacher
 from loraprune_ds.units import format_bytes
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.training_engine import TrainingEngine
@@ -53,15 +53,13 @@ def _possible_teachers(context: RunContext) -> list[Teacher]:
         hidden_size=prepared.pretrained.shape.hidden_size,
         element_size=DTYPES[config.model.dtype].itemsize,
     )
-    own = make_teacher(
-        plan,
-        weight=config.train.distill_weight,
-        samples=prepared.samples.digest(),
-        source=source_digest(prepared.pretrained),
-        dtype=describe_dtype(config.model),
-        seed=config.seed,
-        folder=context.folder / TEACHER_FOLDER,
-    )
+    origin = {
+        "samples": prepared.samples.digest(),
+        "source": source_digest(prepared.pretrained),
+        "dtype": describe_dtype(config.model),
+        "seed": config.seed,
+    }
+    own = Teacher(context.folder / TEACHER_FOLDER, plan, config.train.distill_weight, origin)
     earlier = own if checkpoint is None else replace(own, folder=checkpoint.folder.parents[1] / TEACHER_FOLDER)
     return [own] if earlier.folder.resolve() == own.folder.resolve() else [own, earlier]
 
@@ -95,14 +93,13 @@ def record_teacher(
     teacher: Teacher,
     samples: Samples,
     batch_size: int,
-    *,
-    current_request: Callable[[], int] = lambda: NOTHING,
+    agree: Callable[[Communicator], int],
 ) -> bool:
     """Writes the files that were missing when the teacher was found, `world_size` at a time. Collective.
 
     Args:
         batch_size: samples of one forward pass.
-        current_request: returns this rank's request (stop.py).
+        agree: returns the largest request of all ranks (stop.py).
 
     Returns:
         False if it was asked to stop before the end. The files written by then stay.
@@ -121,7 +118,7 @@ def record_teacher(
             fail_point("teacher.file")
             writes.agree()
             is_last = first + comm.world_size >= len(missing)
-            if max(comm.gather_objects(current_request())) == STOP and not is_last:
+            if not is_last and agree(comm) == STOP:
                 return False
     comm.all_or_raise(lambda: _wait_for_files(teacher, comm))
     return True

@@ -85,7 +85,7 @@ def main() -> None:
     quiet_deepspeed()
     comm = start_ranks()
     config, phases = make_config(folder, comm.world_size, int8=arguments.int8), Phases()
-    pretrained = open_for_pruning(folder / "model", config.prune, frozen=config.model.frozen)
+    pretrained = open_for_pruning(folder / "model", config.model, config.prune)
     ds_config = resolve_ds_config(
         config.deepspeed, pretrained.shape, comm.world_size, config.train, config.model, config.lora.r
     )

@@ -25,7 +25,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model import read_shape
 from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.train.checkpoints import find_checkpoint
-from loraprune_ds.train.output import inspect_output
+from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.zero.comm import Communicator
@@ -98,12 +99,19 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
         status = json.loads((Path(config.output_dir) / "status.json").read_text())
         return STOP if stop_at is not None and status["step"] >= stop_at - 1 else NOTHING
 
-    between_steps = mock.Mock(side_effect=[STOP if place == between else NOTHING for place in (1, 2, 3)])
+    places = iter((1, 2, 3))
+
+    def stop_requested(context: RunContext) -> bool:
+        if next(places) != between:
+            return False
+        context.stop()
+        return True
+
     with (
         mock.patch.object(RequestListener, "current", current),
-        mock.patch.object(RequestListener, "agree", between_steps),
+        mock.patch.object(RunContext, "stop_requested", stop_requested),
     ):
-        return run(config, Communicator(), inspect_output(config, resume))
+        return run(OutputFolder(config.to_dict(), resume), Communicator())
 
 
 def builds_of_a_start(config: RunConfig, resume: str | None = None) -> int:
@@ -155,7 +163,7 @@ class Found:
 def find_here(config: RunConfig, resume: str) -> Found:
     warnings: list[str] = []
     try:
-        saved = find_checkpoint(inspect_output(config, resume), config, Communicator(), warnings)
+        saved = find_checkpoint(OutputFolder(config.to_dict(), resume), Communicator(), warnings)
     except UserError as error:
         return Found(None, warnings, str(error), error.exit_code)
     return Found(saved.state.step if saved else None, warnings)

@@ -166,7 +166,7 @@ def build(job: Job) -> Trainer:
             gradient_checkpointing=job.gradient_checkpointing,
         ),
     )
-    pretrained = open_for_pruning(job.folder, config.prune)
+    pretrained = open_for_pruning(job.folder, config.model, config.prune)
     ds_config = resolve_ds_config(
         config.deepspeed, pretrained.shape, world_size, config.train, config.model, config.lora.r
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import PruneConfig
+from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT, Int8
@@ -22,7 +22,7 @@ CUT_LAYERS = (1, 2)
 
 def open_int8(folder: Path) -> PretrainedModel:
     """Opens a model whose linears are to be held as int8."""
-    return open_for_pruning(folder, PruneConfig(), frozen="int8")
+    return open_for_pruning(folder, ModelConfig(frozen="int8"), PruneConfig())
 
 
 def write_dequantised(source: Path, folder: Path, dtype: str) -> Path:

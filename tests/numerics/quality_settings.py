@@ -16,7 +16,7 @@ from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import PADDING_ID
 from loraprune_ds.train.stop import NOTHING, STOP
-from loraprune_ds.train.teacher import Teacher, make_teacher, plan_teacher
+from loraprune_ds.train.teacher import Teacher, plan_teacher
 from loraprune_ds.train.teacher_pass import record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import storage_bytes
@@ -212,16 +212,14 @@ def record_outputs(
     plan = plan_teacher(train, samples, trainer.order, len(job.batches), hidden_size=hidden_size, element_size=4)
     plan = replace(plan, per_file=FILE_SAMPLES)
     out = folder / f"{trainer.model.world_size}-{top_k}"
-    teacher = make_teacher(plan, weight=0.5, samples="", source="", dtype=job.dtype, seed=job.seed, folder=out)
+    teacher = Teacher(out, plan, 0.5, {"dtype": job.dtype, "seed": job.seed})
     batch_size = max(train.micro_batch_size, 3)  # a file takes two forward passes, the last of them not full
     asked = iter([STOP])
     passes: list[bool] = []
     for _ in range(2):
         model.comm.barrier()  # the other ranks' files are there
         to_do = replace(teacher, to_write=teacher.missing())
-        passes.append(
-            record_teacher(trainer.engine, to_do, samples, batch_size, current_request=lambda: next(asked, NOTHING))
-        )
+        passes.append(record_teacher(trainer.engine, to_do, samples, batch_size, lambda comm: next(asked, NOTHING)))
     return teacher, passes
 
 

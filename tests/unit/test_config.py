@@ -231,4 +231,4 @@ def test_what_is_gone_is_refused_with_the_reason(tmp_path: Path, gone: str) -> N
     dotted, _, value = gone.partition("=")
     section, key = dotted.split(".")
     message = refused(load, tmp_path, f"output_dir: out\n{section}: {{another: 7, {key}: {value or 7}}}\n")
-    assert message == f"{gone} is gone: {REMOVED[gone]}"
+    assert message == f"{gone} is gone: {REMOVED[gone].reason}"

@@ -4,15 +4,17 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from loraprune_ds.cli import run as command
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import load_config
+from loraprune_ds.config_file import read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.train import run
+from loraprune_ds.train.output import OutputFolder
 from tests.integration.launching import write_config
 
 NAMES = ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
@@ -53,9 +55,8 @@ def test_torch_has_it_before_the_model_is_read(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(run, "prepare", prepare)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    given: Any = None
     try:
         with pytest.raises(Reached, match=str(config[1])):
-            run.run(load_config(config[0]), given, given)
+            run.run(OutputFolder(read_config(config[0])), Mock())
     finally:
         torch.use_deterministic_algorithms(False)

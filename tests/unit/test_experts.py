@@ -173,7 +173,7 @@ def test_a_run_that_a_mixture_cannot_do_is_refused(
     saved(family, tmp_path, **changes)
     with pytest.raises(UserError, match=reason) if reason else nullcontext():
         config = RunConfig("unused", **settings)
-        open_for_pruning(tmp_path, config.prune, packing=config.data.packing)
+        open_for_pruning(tmp_path, config.model, config.prune, packing=config.data.packing)
 
 
 @pytest.mark.parametrize("family", KINDS)

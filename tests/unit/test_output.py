@@ -26,12 +26,22 @@ from loraprune_ds.config import LoggingConfig, PruneConfig, RunConfig, TrainConf
 from loraprune_ds.errors import RankError, RunError, UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.train.context import RunStatus
-from loraprune_ds.train.output import Start, create_output, inspect_output, resumed_config
+from loraprune_ds.train.output import OutputFolder
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RunConfig:
     return RunConfig(output_dir=str(tmp_path / "out"))
+
+
+def start_with(config: RunConfig, resume: str | None = None) -> OutputFolder:
+    return OutputFolder(config.to_dict(), resume)
+
+
+def create(config: RunConfig) -> Path:
+    output = start_with(config, "auto")
+    output.create()
+    return output.path
 
 
 def empty(config: RunConfig) -> None:
@@ -40,7 +50,7 @@ def empty(config: RunConfig) -> None:
 
 def leave(config: RunConfig, state: State = "stopped") -> None:
     """Leaves a run as one in that state does."""
-    create_output(config)
+    create(config)
     write_status(Path(config.output_dir), Status(state, 3, 10))
 
 
@@ -63,14 +73,14 @@ Make = Callable[[RunConfig], object]
 CASES: list[tuple[Make, str | None, str]] = [
     (lambda config: None, None, "fresh"),
     (empty, None, "fresh"),
-    (create_output, None, "is not empty and holds no run"),
+    (create, None, "is not empty and holds no run"),
     (foreign, None, "is not empty and holds no run"),
     (partial(leave, state="running"), None, "holds an unfinished run (running at step 3 of 10)"),
     (partial(leave, state="failed"), None, "holds an unfinished run (failed at step 3 of 10)"),
     (partial(leave, state="finished"), None, "finished"),
     (lambda config: None, "auto", "resume"),
     (empty, "auto", "resume"),
-    (create_output, "auto", "resume"),
+    (create, "auto", "resume"),
     (foreign, "auto", "is not empty and holds no run"),
     (leave, "auto", "resume"),
     (partial(leave, state="finished"), "auto", "finished"),
@@ -85,10 +95,10 @@ def test_start(config: RunConfig, make: Make, resume: str | None, expected: str,
     make(config)
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     if expected in ("fresh", "resume", "finished"):
-        assert inspect_output(config, resume) == Start(expected)  # type: ignore[arg-type]
+        assert start_with(config, resume).start == expected
     else:
         with pytest.raises(UserError) as caught:
-            inspect_output(config, resume)
+            _ = start_with(config, resume).start
         assert expected in str(caught.value)
         assert "\n" not in str(caught.value)
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
@@ -98,9 +108,9 @@ def test_another_split_of_the_batch_and_another_way_of_saving_are_the_same_run(c
     leave(config)
     train, every = TrainConfig(steps=100, micro_batch_size=8), dataclasses.replace(config.checkpoint, every=7)
     other = dataclasses.replace(config, train=train, checkpoint=every, logging=LoggingConfig(report_to=[]))
-    assert inspect_output(other, "auto") == Start("resume")
+    assert start_with(other, "auto").start == "resume"
     with pytest.raises(UserError, match=r"train\.learning_rate"):
-        inspect_output(dataclasses.replace(config, train=TrainConfig(steps=100, learning_rate=1.0)), "auto")
+        _ = start_with(dataclasses.replace(config, train=TrainConfig(steps=100, learning_rate=1.0)), "auto").start
 
 
 FORMAT_5 = {
@@ -125,9 +135,9 @@ def written_before(config: RunConfig, **sections: dict[str, Any]) -> None:
 
 def test_a_run_with_settings_that_are_gone_goes_on(config: RunConfig) -> None:
     written_before(config, prune={"ratio": 0.25})
-    resumed = resumed_config({"output_dir": config.output_dir}, "auto")
-    assert resumed == dataclasses.replace(config, prune=PruneConfig(ratio=0.25))
-    assert inspect_output(resumed, "auto") == Start("resume")
+    resumed = OutputFolder({"output_dir": config.output_dir}, "auto")
+    assert resumed.config == dataclasses.replace(config, prune=PruneConfig(ratio=0.25))
+    assert resumed.start == "resume"
 
 
 @pytest.mark.parametrize(
@@ -140,26 +150,27 @@ def test_a_run_with_settings_that_are_gone_goes_on(config: RunConfig) -> None:
 def test_a_setting_that_made_another_run_is_told(config: RunConfig, section: dict[str, Any], words: str) -> None:
     written_before(config, train=section)
     with pytest.raises(UserError, match=words):
-        inspect_output(resumed_config({"output_dir": config.output_dir}, "auto"), "auto")
+        _ = OutputFolder({"output_dir": config.output_dir}, "auto").start
 
 
 def test_what_is_not_given_comes_from_the_run_that_goes_on(config: RunConfig, tmp_path: Path) -> None:
     saved = dataclasses.replace(config, prune=PruneConfig(ratio=0.3, channel_multiple=1), train=TrainConfig(steps=7))
-    folder, given = create_output(saved), {"output_dir": config.output_dir}
-    assert resumed_config(given, "auto") == resumed_config(given, None) == saved
-    more = resumed_config(given | {"prune": {"ratio": 0.4}, "train": None}, "auto")
-    assert (more.prune.ratio, more.prune.channel_multiple, more.train) == (0.4, 1, saved.train)
+    folder, given = create(saved), {"output_dir": config.output_dir}
+    assert OutputFolder(given, "auto").config == OutputFolder(given).config == saved
+    more = OutputFolder(given | {"prune": {"ratio": 0.4}, "train": None}, "auto")
+    prune = more.config.prune
+    assert (prune.ratio, prune.channel_multiple, more.config.train) == (0.4, 1, saved.train)
     with pytest.raises(UserError, match=r"another run \(prune\.ratio differs\)"):
-        inspect_output(more, "auto")
-    other = resumed_config(given | {"train": {"epochs": 2}}, "auto")  # steps and epochs contradict each other
+        _ = more.start
+    other = OutputFolder(given | {"train": {"epochs": 2}}, "auto")  # steps and epochs contradict each other
     with pytest.raises(UserError, match=r"another run \(.*train\.steps, train\.epochs.* differs\)"):
-        inspect_output(other, "auto")
+        _ = other.start
 
     step = folder / "checkpoints" / "step-3"
     elsewhere = {"output_dir": str(tmp_path / "new")}
     for path in (step, step.parent, folder):
-        assert resumed_config(elsewhere, str(path)) == dataclasses.replace(saved, **elsewhere)
-    assert resumed_config(elsewhere, None).prune == PruneConfig()
+        assert OutputFolder(elsewhere, str(path)).config == dataclasses.replace(saved, **elsewhere)
+    assert OutputFolder(elsewhere).config.prune == PruneConfig()
 
 
 def save_state(folder: Path, **changes: Any) -> None:
@@ -173,7 +184,7 @@ def test_a_config_that_a_crash_has_lost_is_in_the_checkpoint(config: RunConfig) 
     saved = dataclasses.replace(config, prune=PruneConfig(ratio=0.3))
     hit_by_a_power_cut(saved)
     save_state(Path(config.output_dir), config=saved.to_dict())
-    assert resumed_config({"output_dir": config.output_dir}, "auto") == saved
+    assert OutputFolder({"output_dir": config.output_dir}, "auto").config == saved
 
 
 @pytest.mark.parametrize("resume", [None, "auto"])
@@ -187,11 +198,8 @@ def test_a_run_of_another_format_is_refused_as_such(config: RunConfig, name: str
     (folder / "status.json").write_text(json.dumps(status))
     (folder / "config.yaml").write_text("" if name == "config.yaml" else yaml.safe_dump({"seed": 1, "gone": 2}))
 
-    def start() -> None:
-        inspect_output(resumed_config({"output_dir": config.output_dir}, resume), resume)
-
     with pytest.raises(CheckpointMismatch, match=f"has format {FORMAT - 1}; this version of loraprune_ds reads format"):
-        start()
+        _ = OutputFolder({"output_dir": config.output_dir}, resume).start
 
 
 def test_a_path_may_lie_in_the_run_or_lead_to_another_for_a_new_folder(
@@ -201,27 +209,31 @@ def test_a_path_may_lie_in_the_run_or_lead_to_another_for_a_new_folder(
     other = tmp_path / "other" / "step-3"
     other.mkdir(parents=True)
     (tmp_path / "latest").symlink_to(other)
-    assert inspect_output(config, str(tmp_path / "latest")) == Start("resume", other)
+    assert start_with(config, str(tmp_path / "latest")).resume_path == other
     monkeypatch.chdir(other.parent)
-    assert inspect_output(config, "step-3") == Start("resume", other)
+    named = start_with(config, "step-3")
+    assert (named.start, named.resume_path) == ("resume", other)
     leave(config)
     inside = Path(config.output_dir) / "checkpoints"
     inside.mkdir()
-    assert inspect_output(config, str(inside)) == Start("resume", inside)
+    assert start_with(config, str(inside)).start == "resume"
     with pytest.raises(UserError, match="holds a run already, so it cannot take up --resume"):
-        inspect_output(config, str(other))
+        _ = start_with(config, str(other)).start
     with pytest.raises(UserError, match="no such folder"):
-        inspect_output(config, str(tmp_path / "nowhere"))
+        _ = start_with(config, str(tmp_path / "nowhere")).start
 
 
 def test_one_fresh_start_gets_the_folder_and_the_next_removes_what_a_killed_process_left(config: RunConfig) -> None:
-    folder = create_output(config, is_new=True)
+    first, second = start_with(config), start_with(config)
+    assert (first.start, second.start) == ("fresh", "fresh")
+    first.create()
+    folder = first.path
     with pytest.raises(UserError, match="another start has just taken it"):
-        create_output(config, is_new=True)
+        second.create()
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config.to_dict()
     (folder / ".status.json.1234.tmp").write_text("{")
     (folder / "checkpoints" / ".step-4.1234.partial").mkdir(parents=True)
-    create_output(config)
+    create(config)
     assert sorted(path.name for path in folder.rglob("*")) == ["checkpoints", "config.yaml"]
 
 

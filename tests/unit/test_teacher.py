@@ -12,7 +12,7 @@ from loraprune_ds.errors import RunError
 from loraprune_ds.model.distillation import HiddenTeacher
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.train.data.samples import SampleOrder, Samples, starts_of
-from loraprune_ds.train.teacher import Teacher, TeacherPlan, make_teacher, plan_teacher
+from loraprune_ds.train.teacher import Teacher, TeacherPlan, plan_teacher
 
 HIDDEN = 3
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def planned(steps: int = 10, **settings: Any) -> TeacherPlan:
 
 def made(folder: Path, **settings: Any) -> Teacher:
     plan = replace(planned(**settings), per_file=2)
-    return make_teacher(plan, weight=0.5, samples="a", source="b", dtype="float32", seed=0, folder=folder)
+    return Teacher(folder, plan, 0.5, {"samples": "a", "source": "b", "dtype": "float32", "seed": 0})
 
 
 @pytest.fixture
