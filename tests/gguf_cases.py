@@ -42,10 +42,7 @@ PRE_TOKENIZERS = {
 
 
 def byte_level_tokenizer(folder: Path, vocab: int, pre: str = "gpt-2", *, bos: bool = False) -> Path:
-    """Makes a folder with a byte-level BPE tokenizer.
-
-    It has fewer than `vocab` tokens. Some of them are added, and one of these is not special.
-    """
+    """Makes a byte-level BPE tokenizer of fewer than `vocab` tokens. Some are added, one of them not special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     if pre == "qwen2":

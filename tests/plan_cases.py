@@ -1,7 +1,4 @@
-"""Compares real ranks with their plan: the bytes that they hold and send, and those that autograd keeps.
-
-State is planned to the byte, and so are activations. What a pass gathers and sends is planned as a bound.
-"""
+"""Compares bytes that real ranks hold, send and keep for autograd with their plan. Traffic is a bound."""
 
 import gc
 from collections import defaultdict
@@ -121,10 +118,7 @@ def build(request: Request) -> Trainer:
 
 @contextmanager
 def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
-    """Counts the bytes that this rank sends by collective, below DeepSpeed's own front, whoever calls it.
-
-    All-gathers of a part of the ranks are counted apart, as `IN_GROUP`.
-    """
+    """Counts bytes that this rank sends by collective. All-gathers of a part of the ranks are `IN_GROUP`."""
     backend: Any = ds_comm.comm.cdb
     sent: dict[str, int] = defaultdict(int)
     others = world_size - 1
@@ -193,10 +187,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
 def layer_cuts(
     shape: ModelShape, index: int, keep: LayerKeep, storage: FrozenStorage, lora_rank: int, element_size: int
 ) -> list[tuple[AxisCut, int]]:
-    """Lists (cut, bytes of an element) of every tensor that `ShardedModel` cuts in a layer.
-
-    LoRA counts with its fp32 master and two moments.
-    """
+    """Lists (cut, bytes of an element) of every tensor that is cut in a layer, LoRA's master and moments too."""
     cuts, layer = list[tuple[AxisCut, int]](), storage.stored(shape, element_size, index)
     for name, kept, linear in storage.layer_cuts(shape, index, keep):
         stored = layer[f"model.layers.{index}.{name}"]

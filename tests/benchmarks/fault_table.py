@@ -81,11 +81,7 @@ Strike = Callable[[Job], None]
 
 @dataclass(frozen=True)
 class Fault:
-    """Describes one fault.
-
-    `point` is a fail-point (faults.py in the package). Without one, `strike` acts on the running job. `suite` is the
-    run that is struck: `plain`, `levers` or `callback`.
-    """
+    """Describes one fault: a fail-point of loraprune_ds/faults.py, or else a strike on the running job."""
 
     name: str
     point: str | None = None
@@ -98,11 +94,7 @@ class Fault:
 
 
 def run_to_end(folder: Path, out: Path, *more: str) -> None:
-    """Makes the same run, undisturbed.
-
-    Raises:
-        UserError: it ends with another code than 0.
-    """
+    """Makes the same run, undisturbed."""
     arguments = ["--config", str(folder.parent / "config.yaml"), "--set", f"output_dir={out}", *more]
     ended = fork_ranks(arguments, folder, ranks=RANKS, timeout=DEADLINE)
     if any(rank.code for rank in ended):

@@ -66,10 +66,7 @@ def main() -> None:
 
 
 def basis_of(setting: Setting | None, texts: dict[str, Path]) -> dict[str, Any]:
-    """Returns all that a result depends on, except its seed. Another basis means another result.
-
-    Without a setting it is the dense model's basis.
-    """
+    """Returns all that a result depends on, except its seed. Without a setting it is the dense model's."""
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
     if setting is None:
         return {"texts": digests, "windows": WINDOWS}
@@ -226,11 +223,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
     """Draws few settings: perplexity on both texts against the tokens, and against the removed fraction.
 
-    A point is the mean over the seeds, its bar the spread with the mean in the middle. A setting that was measured at
-    one place only has no line.
-
-    Args:
-        dense: of the dense model, by text: the dashed lines.
+    A point is the mean over the seeds, its bar the spread. Dashed lines are the dense model.
     """
     from matplotlib.figure import Figure
     from matplotlib.style import context

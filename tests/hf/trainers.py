@@ -64,8 +64,7 @@ class Setup:
     """Describes a user's Trainer apart from the callback.
 
     Attributes:
-        reference: a second adapter `ref`. Each loss is preceded by its forward pass without a
-            gradient, as in DPO and GRPO.
+        reference: a second adapter `ref`, whose forward pass without a gradient precedes each loss, as in DPO.
         reentrant: how activation checkpointing recomputes. None: there is none.
         fp32_lora: LoRA is in fp32 on a base of less, PEFT's default.
         whole: modules that also train, whole, by PEFT's `modules_to_save`.
@@ -200,8 +199,8 @@ def train_alone(job: Job, follows: list[dict[str, Any]] | None = None) -> list[d
     """Trains with the package's own trainer.
 
     Args:
-        follows: rows of another training. Each cut keeps its groups, and the row lists where our own choice differs:
-            layer, kind, number of groups, and by how much our scores of the two choices differ, relative to the line.
+        follows: rows of another training whose groups each cut keeps. The row lists where our own choice differs:
+            layer, kind, number of groups, and by how much our scores of the two differ, relative to the line.
     """
     trainer = build(job)
     pruner, rows = trainer.pruner, list[dict[str, Any]]()

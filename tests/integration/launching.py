@@ -92,11 +92,7 @@ def launch(
 def run_to_end(
     command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 300
 ) -> Ended:
-    """Runs a command in its own session. Kills all that it started at the deadline.
-
-    Raises:
-        AssertionError: it did not end in `timeout` seconds.
-    """
+    """Runs a command in its own session. Fails at the deadline, and kills all that it started."""
     environment = clean_environment() | dict(environment or {})
     began = time.monotonic()
     process = subprocess.Popen(
@@ -136,17 +132,10 @@ def fork_ranks(
     before: Callable[[], None] | None = None,
     timeout: float = 60,
 ) -> list[Ended]:
-    """Runs a script on `ranks` ranks. A server that has the imports forks each: a second, not ten.
-
-    No launcher watches them. Every rank has to end by itself.
+    """Runs a script on `ranks` ranks that end by themselves. A server that has the imports forks each in a second.
 
     Args:
-        folder: for their output.
-        environment: more variables, by rank.
         before: called first in every rank; a top-level function.
-
-    Raises:
-        AssertionError: a rank did not end in `timeout` seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

@@ -1,7 +1,4 @@
-"""Checks input that cannot be used. Every rank exits with code 2, no rank hangs, and nothing is written.
-
-Standard error has one clear line. Most starts are forked after the imports. No launcher ends a rank that hangs.
-"""
+"""Checks that unusable input ends every rank with code 2 and one clear line, before anything is written."""
 
 import os
 import sys
@@ -34,10 +31,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Wrong:
-    """Holds overrides, with blanks between, that make a good run unusable, and the words of the error line.
-
-    "{here}" is the test's own folder.
-    """
+    """Holds overrides that spoil a good run, and words of the error. "{here}" is the test's own folder."""
 
     name: str
     overrides: str
@@ -167,10 +161,7 @@ def test_a_device_without_float16(material: Path, tmp_path: Path) -> None:
 
 
 def be_nobody() -> None:
-    """Gives up the rights of root, which may write everywhere.
-
-    Access is checked for the real user. Files are opened as the effective user.
-    """
+    """Gives up root's rights. Access is checked for the real user, and files are opened as the effective one."""
     if os.geteuid() == 0:
         os.setreuid(65534, -1)
 

@@ -89,11 +89,7 @@ def read_fault() -> None:
 
 
 def run_out_of_memory() -> None:
-    """Runs out of memory at the first step.
-
-    Leaving the process group waits, as with NCCL while another rank waits in a collective. The code of the interpreter
-    after that does not matter here: a forked rank has its own.
-    """
+    """Runs out of memory at the first step. Leaving the process group then waits, as NCCL does for other ranks."""
     from loraprune_ds.train.trainer import Trainer
 
     mock.patch.object(Trainer, "step", side_effect=torch.OutOfMemoryError("of the device")).start()

@@ -171,10 +171,7 @@ def test_attention_implementation_reaches_every_layer(exported: Exported) -> Non
 
 
 def test_tokens_equal_those_of_the_run(exported: Exported) -> None:
-    """Compares with our loader, which the unit tests compare with sentencepiece.
-
-    AutoTokenizer alone splits a Mistral's texts in another way.
-    """
+    """Compares with our loader, since AutoTokenizer alone splits a Mistral's texts in another way."""
     tokenizer = load_tokenizer(exported.source)
     assert not (exported.source / "tokenizer.json").exists()
     for i, text in enumerate(TEXTS):

@@ -1,7 +1,4 @@
-"""Checks hierarchical partitioning (hpZ): a cut reaches the second copy of the weights.
-
-Each node, a group of ranks, has such a copy.
-"""
+"""Checks hierarchical partitioning (hpZ): a cut reaches the second copy of the weights on each node."""
 
 import json
 import sys

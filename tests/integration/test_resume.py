@@ -1,8 +1,6 @@
-"""Compares a run that was stopped and resumed with the run that never stopped.
+"""Compares a run that was stopped and resumed with the run that never stopped, bit by bit at the same world size.
 
-At the same world size every number is computed by the same operations in the same order. Everything is compared bit
-by bit. On another number of ranks sums have another order. Then the tolerance is 1e-5, as
-tests/numerics/test_sharded_equals_dense.py explains. Dropout is on, but where micro-batches get another size.
+On another number of ranks sums have another order, so the tolerance is that of test_sharded_equals_dense.py.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""Stops and resumes a run with refit, true gradient, distillation and recovery.
-
-Stops it inside the teacher's pass and between two cuts. It ends bit by bit as the run that never stopped.
-"""
+"""Stops a run with refit, true gradient, distillation and recovery twice. Resumed, it ends with the same bits."""
 
 import json
 import shutil
@@ -95,10 +92,7 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
 def test_a_kill_after_the_teacher_is_gone_leaves_a_run_that_can_be_finished(
     ranks: RankPool, straight: Path, tmp_path: Path
 ) -> None:
-    """Kills the run after the teacher's files go, a moment before status.json says that it has finished.
-
-    The files go once the model is published.
-    """
+    """Kills it after the teacher's files went with the published model, before status.json says "finished"."""
     out = tmp_path / "out"
     shutil.copytree(straight, out)
     status = json.loads((out / "status.json").read_text())

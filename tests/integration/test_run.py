@@ -88,10 +88,7 @@ def test_parameters_are_those_of_the_files(run: Run) -> None:
 
 
 def test_kept_groups_are_the_rows_of_the_source_that_the_model_has(run: Run) -> None:
-    """Matches rows of the exported model with rows of the source.
-
-    Random rows are far apart, and a few steps of LoRA move them little. Each row tells its origin.
-    """
+    """Random rows are far apart and LoRA moves them little, so the nearest row of the source is the origin."""
     layers = read_json(run.folder / "kept_groups.json")["layers"]
     assert len(layers) == LAYERS
     for i, layer in enumerate(layers):

@@ -151,10 +151,7 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
 
 
 def cut_once_with_fp32_lora(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
-    """Makes one cut of a model with fp32 LoRA on a base of half precision, PEFT's default.
-
-    The linears compute as PEFT's, which cast their inputs. Such a model is live in other trainers.
-    """
+    """Makes one cut of a live model with fp32 LoRA on a half-precision base, PEFT's default."""
 
     def add_fp32_lora(*given: Any) -> Any:
         model = add_lora(*given)

@@ -1,7 +1,4 @@
-"""Every shipped DeepSpeed config gives the same bits on two ranks. An engine leaves no memory behind.
-
-On a CPU all configs compute the same things in the same order on the same memory.
-"""
+"""Every shipped DeepSpeed config gives the same bits on two CPU ranks. An engine leaves no memory behind."""
 
 import gc
 from collections.abc import Callable

@@ -30,11 +30,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def dense_scores(job: Job, *, distilled: bool = False) -> list[Tensor]:
-    """Returns heads, then channels, layer by layer.
-
-    Args:
-        distilled: half of the loss is the divergence from the model without its adapter.
-    """
+    """Returns heads, then channels, layer by layer. `distilled`: half of the loss is the base's divergence."""
     oracle, (ids, labels) = dense_twin(job, dtype=torch.float64), first_batch(job)
     wanted = labels[:, 1:] != -100
     with torch.no_grad(), oracle.model.disable_adapter():  # type: ignore[operator]

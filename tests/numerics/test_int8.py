@@ -1,7 +1,4 @@
-"""Int8 weights against the same model with the weights that they stand for, on 1, 2 and 3 real ZeRO-3 ranks.
-
-Nothing has a tolerance. Both make the same operations on the same numbers.
-"""
+"""Int8 weights give the bits of the same model with the weights that they stand for, on 1 to 3 ZeRO-3 ranks."""
 
 import math
 from dataclasses import fields, replace

@@ -23,10 +23,9 @@ RUN: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Row:
-    """Holds one line of the table.
+    """Holds one line of the table. `state` and `restarts` are Slurm's words on the job at its end.
 
-    `state` and `restarts` are Slurm's words on the job at its end. `steps_lost` are the steps that the first restart
-    did again. `same_groups`: kept_groups.json is the straight run's, byte for byte.
+    `steps_lost` were done again. `same_groups`: kept_groups.json is the straight run's, byte for byte.
     """
 
     event: str

@@ -1,7 +1,4 @@
-"""Reads GGUF files of families other than LLaMA back: names, values, numbers and refusals.
-
-`bash tests/run_heavy.sh` shows that llama.cpp computes the same from them.
-"""
+"""Reads GGUF files of other families back. tests/run_heavy.sh shows that llama.cpp computes the same."""
 
 from typing import Any
 

@@ -1,8 +1,7 @@
 """Compares GGUF exports in llama.cpp with transformers that rounds alike. See tests/run_heavy.sh.
 
-llama.cpp rounds the weights. On CPUs it also rounds what they are multiplied with. With f16 weights it rounds to f16,
-with q8_0 weights to 8 bits per block of 32. The reference does both. Three causes of differences are left: the order
-of sums, f16 tables inside llama.cpp, and values near the middle of two steps. Such a value may round the other way.
+On CPUs llama.cpp rounds both factors: to f16, or with q8_0 weights to 8 bits per block of 32. So does the reference.
+Left are the order of sums, f16 tables inside llama.cpp, and values near the middle of two steps.
 """
 
 import itertools
@@ -186,10 +185,7 @@ def convert(
 
 
 def reference(item: Compared) -> PreTrainedModel:
-    """Returns the merged model in fp32. Rounds matrices, and what they are multiplied with, as llama.cpp does.
-
-    Routers and the gate of a shared expert stay fp32.
-    """
+    """Returns the merged fp32 model, which rounds as llama.cpp does. Routers and a shared expert's gate stay fp32."""
     model = AutoModelForCausalLM.from_pretrained(item.merged, dtype=torch.float32, trust_remote_code=True).eval()
     stack_experts(model)
     for module in model.modules():
@@ -213,10 +209,7 @@ def rounded(values: Tensor, precision: str) -> Tensor:
 
 @torch.no_grad()
 def expected(item: Compared) -> tuple[np.ndarray, list[int], list[float]]:
-    """Returns (logits (tokens, vocab), greedy continuation, its margins).
-
-    A margin tells by how much a token was ahead of the next.
-    """
+    """Returns logits (tokens, vocab), the greedy continuation, and by how much each token was ahead."""
     model = reference(item)
     result = model(torch.tensor([item.prompt]), use_cache=True)
     logits, greedy, margins = result.logits[0].numpy(), [], []
@@ -229,10 +222,7 @@ def expected(item: Compared) -> tuple[np.ndarray, list[int], list[float]]:
 
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, item: Compared) -> list[int]:
-    """Returns tokens by transformers.
-
-    Before a space transformers 5 leaves out a token that sentencepiece itself, and llama.cpp, put there.
-    """
+    """Returns tokens by transformers, and the one before a space that transformers 5 leaves out."""
     if text.startswith(" ") and item.tokenizer in ("sentencepiece", "merges"):
         folder = item.merged.parent / ("spm" if item.tokenizer == "merges" else "tokenizer")
         processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
