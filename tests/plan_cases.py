@@ -32,13 +32,12 @@ from loraprune_ds.model.storage import FrozenStorage, lora_cuts
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Cluster, Request, build_request
 from loraprune_ds.plan.stages import logits, saved_in_layer, split_state, training_stage
-from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import resident_bytes, storage_bytes
-from loraprune_ds.zero.engine import build_training_engine
 from loraprune_ds.zero.flat import AxisCut
 from tests.benchmarks.memory import Peak
+from tests.numerics.driver import Consecutive, assemble
 from tests.zero_bytes import elements_sent, second_copies, state_tensors
 
 STEPS = 4  # the cut follows the second
@@ -92,28 +91,14 @@ class Case:
         return build_request(name, source, shape_from_config(source, name), config, where)
 
 
-@dataclass(frozen=True)
-class InOrder:
-    size: int
-
-    def batch(self, step: int) -> Tensor:
-        return torch.arange(step * self.size, (step + 1) * self.size)
-
-
 def build(request: Request) -> Trainer:
     """Builds the package's trainer on random tokens."""
     config = request.config
     pretrained = open_for_pruning(Path(config.model.path), config.model, config.prune)
-    engine = build_training_engine(
-        pretrained, request.ds_config, STEPS, config.model, config.lora, config.train, config.seed
-    )
-    pruner = Pruner(engine.model, request.pruning, config.seed)
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
-    return Trainer(
-        engine, pruner, Samples.of_windows(ids), InOrder(size), config.train, dtype=config.model.dtype, seed=config.seed
-    )
+    return assemble(config, pretrained, request.ds_config, Samples.of_windows(ids), Consecutive(size), STEPS)
 
 
 @contextmanager

@@ -190,5 +190,4 @@ def test_a_deepspeed_config_that_cannot_work_is_one_line(
 def test_a_resume_that_forgets_the_callback_is_refused(ranks: RankPool, job: Job, plain: Run, tmp_path: Path) -> None:
     for step in (2, 4):  # before and after the first cut
         error = ranks.run(2, resume_without_the_callback, job, tmp_path, str(plain.out / f"checkpoint-{step}"))[0]
-        assert error.startswith("UserError: "), error
         assert "pruning.resume(trainer.model)" in error

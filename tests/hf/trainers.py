@@ -20,12 +20,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.trainer.utils import use_adapter
 
 from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names
-from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, gather_everywhere
+from tests.refusals import refused
 from tests.unit.shapes_and_scores import repository
 
 KINDS = ("heads", "channels")
@@ -265,11 +265,7 @@ def refusal(job: Job, out: Path, setup: Setup, section: str, settings: dict[str,
     config[section] = config[section] | settings
     with fresh_accelerate():
         callback = LoraPruneCallback(PruneConfig(**job.prune))
-        try:
-            make_trainer(job, arguments(job, out, deepspeed=config), callback, setup=setup).train()
-        except UserError as error:
-            return str(error)
-        return "no error"
+        return refused(make_trainer(job, arguments(job, out, deepspeed=config), callback, setup=setup).train)
 
 
 def cut_a_save_short(job: Job, out: Path, more: dict[str, Any], step: int) -> None:
@@ -289,8 +285,4 @@ def resume_without_the_callback(job: Job, out: Path, checkpoint: str) -> str:
     """Goes on from a checkpoint without `resume`. Returns the error."""
     with fresh_accelerate():
         trainer = make_trainer(job, arguments(job, out), LoraPruneCallback(PruneConfig(**job.prune)))
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except (UserError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"
-        return "no error"
+        return refused(trainer.train, resume_from_checkpoint=checkpoint)

@@ -12,13 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.integration.bad_input import STEPS, arguments, assert_refused, copy_of_model, make_material, poison
+from tests.integration.bad_input import STEPS, arguments, assert_refused, copy_of_model, poison
 from tests.integration.launching import ROOT, fork_ranks, launch, read_json, write_config, write_text
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture

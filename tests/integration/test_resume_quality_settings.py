@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import UserError
 from tests.integration.resuming import (
     assert_same_run,
     config_for,
@@ -21,6 +20,7 @@ from tests.integration.resuming import (
     write_run,
 )
 from tests.ranks import RankPool
+from tests.refusals import refused
 
 STEPS, RECOVERY, CUTS, STOP_AT = 8, 2, [4, 6, 8], 5
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -49,13 +49,6 @@ def run_levers(config: RunConfig, resume: str | None = None, stop_at: int | None
         return run_here(config, resume, stop_at)
 
 
-def refusal(config: RunConfig) -> str:
-    """Returns the error that refuses a start."""
-    with pytest.raises(UserError) as caught:
-        run_levers(config, "auto")
-    return str(caught.value)
-
-
 @pytest.fixture(scope="module")
 def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("levers")
@@ -77,7 +70,7 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
     lost, elsewhere = teacher / "targets-00003.safetensors", tmp_path / "lost"
     lost.rename(elsewhere)
     message = f"{lost} is missing or damaged, and the model that would write it again is cut already"
-    assert ranks.run(2, refusal, config) == [message, message]
+    assert ranks.run(2, refused, run_levers, config, "auto") == [message, message]
     elsewhere.rename(lost)
     assert all(ranks.run(2, run_levers, config, "auto"))
 

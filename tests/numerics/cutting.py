@@ -14,7 +14,6 @@ from deepspeed.utils import safe_set_local_grad
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
-from loraprune_ds.errors import RunError
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.lora_product import FusedLoraLinear
@@ -28,6 +27,7 @@ from loraprune_ds.zero.flat import GATHERED_NUMEL, owned_range
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
+from tests.refusals import refused
 
 COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_to_all_single")
 COLLECTIVES += ("gather", "all_gather")
@@ -222,22 +222,12 @@ def disagree(job: Job) -> str:
     trainer = build(job)
     model = trainer.model
     heads = [0, 1] if model.rank < model.world_size - 1 else [0, 2]
-    keep = some_keep(trainer, heads, list(range(50)))
-    try:
-        check_same_mask(keep, model, 7)
-    except RunError as error:
-        return str(error)
-    return "agreed"
+    return refused(check_same_mask, some_keep(trainer, heads, list(range(50))), model, 7)
 
 
 def cut_without_scores(job: Job) -> str:
-    trainer = build(job)
-    pruner: Pruner = trainer.pruner
-    try:
-        pruner.cut(pruner.schedule.cut_steps()[0])
-    except RunError as error:
-        return str(error)
-    return "cut"
+    pruner: Pruner = build(job).pruner
+    return refused(pruner.cut, pruner.schedule.cut_steps()[0])
 
 
 def poisoned(job: Job, where: str) -> str:
@@ -261,12 +251,7 @@ def poisoned(job: Job, where: str) -> str:
         trainer._exchange = poison_then_exchange  # type: ignore[method-assign]
     else:
         trainer.pruner.model = cast(PrunableModel, _PoisonedScores(trainer.model))
-    try:
-        trainer.step(1)
-        trainer.cut(1)
-    except RunError as error:
-        return str(error)
-    return "no error"
+    return refused(lambda: (trainer.step(1), trainer.cut(1)))
 
 
 class _PoisonedScores:  # stands in for a PrunableModel

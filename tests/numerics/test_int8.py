@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.families import MIXED, MIXTURES, TINY, families
 from tests.numerics import int8
-from tests.numerics.driver import Job, assert_same_outcome, family_job, tiny_job, train
+from tests.numerics.driver import Job, assert_same_outcome, build, family_job, tiny_job, train
 from tests.ranks import RankPool
+from tests.refusals import refused
 
 STEPS = 6
 # A hidden axis of 72 has a short last block. 173 channels divide by no number of ranks.
@@ -104,6 +105,6 @@ def test_a_weight_that_is_not_finite_is_named_on_every_rank(job: Job, tmp_path: 
     tensors[name][71, 172] = math.inf
     save_file(tensors, tmp_path / path.name)
     pool = RankPool()  # its own: one rank stops earlier, and DeepSpeed compares how many parameters both made
-    errors = pool.run(2, int8.refusal, replace(job, folder=tmp_path))
+    errors = pool.run(2, refused, build, replace(job, folder=tmp_path))
     pool.close()
     assert errors == [f"rank 1: {tmp_path / path.name}: {name} has an inf or NaN, which int8 cannot hold"] * 2

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.launching import clean_environment, read_json
+from tests.integration.launching import clean_environment, step_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "cluster.sh"
@@ -113,12 +113,6 @@ class Job:
     def wait_for_step(self, out: Path, step: int, timeout: float) -> None:
         """Until the run in `out` has done `step` optimizer steps."""
         self.wait_until(lambda: step_of(out) >= step, f"at step {step}", timeout)
-
-
-def step_of(out: Path) -> int:
-    """Returns the optimizer steps done, by status.json, or -1 before there is one."""
-    path = out / "status.json"
-    return read_json(path)["step"] if path.exists() else -1
 
 
 @contextmanager
