@@ -53,10 +53,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "the optimizer's update": [(DeepSpeedZeroOptimizer_Stage3, "step")],
     "logits and loss": [(LossHead, "forward")],
     "norms": [(modeling_llama.LlamaRMSNorm, "forward")],
-    "rotary positions": [
-        (modeling_llama, "apply_rotary_pos_emb"),
-        (modeling_llama.LlamaRotaryEmbedding, "forward"),
-    ],
+    "rotary positions": [(modeling_llama, "apply_rotary_pos_emb"), (modeling_llama.LlamaRotaryEmbedding, "forward")],
     "attention": [(torch.nn.functional, "scaled_dot_product_attention")],
     "scoring": [(Pruner, "score")],
 }

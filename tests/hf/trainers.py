@@ -181,17 +181,12 @@ def make_trainer(job: Job, args: TrainingArguments, *callbacks: TrainerCallback,
 def stop_early(job: Job, out: Path) -> list[str]:
     """Makes fewer steps than the schedule is made for, with gradients in the model's dtype. Returns the warnings."""
     messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("loraprune_ds.hf")
-    logger.addHandler(handler)
-    try:
-        with fresh_accelerate():
-            callback = LoraPruneCallback(PruneConfig(**job.prune), steps=20)
-            args = arguments(job, out, max_steps=2, deepspeed=deepspeed_config(fp32_gradients=False))
-            make_trainer(job, args, callback).train()
-    finally:
-        logger.removeHandler(handler)
+    told = patch.object(logger, "callHandlers", lambda record: messages.append(record.getMessage()))
+    with fresh_accelerate(), told:
+        callback = LoraPruneCallback(PruneConfig(**job.prune), steps=20)
+        args = arguments(job, out, max_steps=2, deepspeed=deepspeed_config(fp32_gradients=False))
+        make_trainer(job, args, callback).train()
     return messages
 
 

@@ -5,6 +5,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -165,19 +166,14 @@ NAMES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_t
 
 def log_collectives() -> None:
     """Makes torch.distributed write down its calls, in order."""
-    for name in (*NAMES, "all_gather_object"):
-        _log_calls(name)
 
-
-def _log_calls(name: str) -> None:
-    original = getattr(torch.distributed, name)
-
-    def logged(*args: Any, **kwargs: Any) -> Any:
+    def logged(name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with open(os.environ[LOG], "a") as log:
             log.write(name + "\n")
         return original(*args, **kwargs)
 
-    setattr(torch.distributed, name, logged)
+    for name in (*NAMES, "all_gather_object"):
+        setattr(torch.distributed, name, partial(logged, name, getattr(torch.distributed, name)))
 
 
 def test_all_kinds_of_collectives_run_before_the_input_is_looked_at(tmp_path: Path) -> None:

@@ -33,12 +33,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "score_every": 3,
         "compensate": "least_squares",
     },
-    "train": {
-        "steps": STEPS,
-        "recovery_steps": RECOVERY,
-        "distill_weight": 0.5,
-        "distill_temperature": 2,
-    },
+    "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5, "distill_temperature": 2},
     "checkpoint": {"every": None},
 }
 

@@ -62,13 +62,7 @@ def assert_equal(result: dict[str, Any], expected: list[Tensor]) -> None:
     ],
 )
 def test_scores_are_those_of_an_explicit_mask(
-    ranks: RankPool,
-    job: Job,
-    world_size: int,
-    micro: int,
-    checkpointing: bool,
-    lengths: list[int] | None,
-    offload: str,
+    ranks: RankPool, job: Job, world_size: int, micro: int, checkpointing: bool, lengths: list[int] | None, offload: str
 ) -> None:
     changes = {"micro_batch_size": micro, "gradient_checkpointing": checkpointing, "lengths": lengths}
     changed = replace(job, **changes, deepspeed=f"ds_configs/zero3{offload}.json")

@@ -63,10 +63,7 @@ def _sum(wrappers: dict[tuple[int, str], Any], layer: int, linears: tuple[str, .
     return total
 
 
-@pytest.mark.parametrize(
-    ("world_size", "micro", "checkpointing"),
-    [(1, 12, False), (2, 2, True), (3, 4, False)],
-)
+@pytest.mark.parametrize(("world_size", "micro", "checkpointing"), [(1, 12, False), (2, 2, True), (3, 4, False)])
 def test_scores_are_those_of_autograd(
     ranks: RankPool, job: Job, world_size: int, micro: int, checkpointing: bool
 ) -> None:

@@ -52,11 +52,7 @@ class Cluster:
         return ended.stdout + ended.stderr
 
     def submit(
-        self,
-        script: str,
-        *arguments: str | Path,
-        options: Sequence[str] = (),
-        variables: dict[str, str] | None = None,
+        self, script: str, *arguments: str | Path, options: Sequence[str] = (), variables: dict[str, str] | None = None
     ) -> "Job":
         """One of the shipped scripts, by its name in slurm/."""
         answer = self.execute("sbatch", "--parsable", *options, SHIPPED / script, *arguments, variables=variables)

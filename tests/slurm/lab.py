@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.report import report
-from tests.integration.launching import fork_ranks, read_json
+from tests.integration.launching import fork_ranks, read_json, within
 from tests.integration.resuming import write_run
 from tests.slurm.cluster import ROOT, Cluster, Job
 
@@ -101,14 +101,9 @@ class Lab:
                 return int(folder.name)
         raise AssertionError(f"no rank on {node}")
 
-    def wait_until_idle(self, nodes: int, timeout: float = 120) -> None:
-        deadline = time.monotonic() + timeout
-        while True:
-            shown = self.cluster.execute("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T")
-            if shown.split().count("idle") == nodes:
-                return
-            assert time.monotonic() < deadline, f"not {nodes} nodes idle after {timeout:g} s: {shown.split()}"
-            time.sleep(0.5)
+    def wait_until_idle(self, nodes: int) -> None:
+        ask = ("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T")
+        within(120, lambda: self.cluster.execute(*ask).split().count("idle") == nodes)
 
 
 def setting(*changes: str) -> list[str]:
