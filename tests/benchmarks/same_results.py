@@ -164,9 +164,7 @@ def run_case(case: Case, checkout: Path, work: Path, root: Path) -> str | None:
     command = [*on_ranks(case.ranks), str(checkout / "launch" / "run.py"), "--config", str(config)]
     command += ["--set", f"output_dir={out}"]
     try:
-        ended = run_to_end(
-            command, cwd=checkout, environment=CPU | {"PYTHONPATH": str(checkout)}, timeout=TIMEOUT
-        )
+        ended = run_to_end(command, cwd=checkout, environment=CPU | {"PYTHONPATH": str(checkout)}, timeout=TIMEOUT)
     except AssertionError as error:
         return str(error)
     return None if ended.code == 0 and is_finished(out) else ended.everything
