@@ -20,7 +20,7 @@ from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.step import Pruner, check_same_mask
+from loraprune_ds.pruning.step import check_same_mask
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero import engine, sharded
 from loraprune_ds.zero.flat import GATHERED_NUMEL, owned_range
@@ -223,11 +223,6 @@ def disagree(job: Job) -> str:
     model = trainer.model
     heads = [0, 1] if model.rank < model.world_size - 1 else [0, 2]
     return refused(check_same_mask, some_keep(trainer, heads, list(range(50))), model, 7)
-
-
-def cut_without_scores(job: Job) -> str:
-    pruner: Pruner = build(job).pruner
-    return refused(pruner.cut, pruner.schedule.cut_steps()[0])
 
 
 def poisoned(job: Job, where: str) -> str:

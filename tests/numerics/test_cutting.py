@@ -181,10 +181,6 @@ def test_a_rank_with_another_mask_ends_the_run_everywhere(ranks: RankPool, job: 
     assert messages == ["step 7: rank 2 computed another mask than rank 0"] * 3
 
 
-def test_a_cut_on_scores_that_were_never_updated_is_refused(ranks: RankPool, job: Job) -> None:
-    assert all("no score was updated" in m for m in ranks.run(2, cutting.cut_without_scores, job))
-
-
 @pytest.mark.parametrize(
     ("where", "message"),
     [

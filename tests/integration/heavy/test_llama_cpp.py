@@ -29,7 +29,7 @@ from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
 from tests.families import YARN
-from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
+from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer, without_sentencepiece
 from tests.integration.heavy.families import GROUPS, deep, serve
 from tests.integration.heavy.results import ask, python_of, record
 from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED, write
@@ -69,11 +69,6 @@ FAMILIES: dict[str, tuple[str, list[tuple[int, int]], dict[str, Any]]] = {
 }
 
 
-def sentencepiece_without_its_file(folder: Path, vocab: int) -> Path:
-    AutoTokenizer.from_pretrained(sentencepiece_tokenizer(folder.with_name("spm"), vocab)).save_pretrained(folder)
-    return folder
-
-
 TOKENIZERS: dict[str, Callable[[Path, int], Path]] = {
     "gpt-2": byte_level_tokenizer,
     "smollm": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "smollm"),
@@ -81,7 +76,7 @@ TOKENIZERS: dict[str, Callable[[Path, int], Path]] = {
     "gpt-4o": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "gpt-4o"),
     "llama-bpe": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "llama-bpe", bos=True),
     "sentencepiece": sentencepiece_tokenizer,
-    "merges": sentencepiece_without_its_file,
+    "merges": without_sentencepiece,
 }
 
 
