@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families import MIXED, MIXTURES, TINY, families
+from tests.integration.resuming import assert_equal_tensors
 from tests.numerics import int8
 from tests.numerics.driver import Job, assert_same_outcome, build, family_job, tiny_job, train
 from tests.ranks import RankPool
@@ -40,8 +41,7 @@ def test_it_trains_scores_and_cuts_as_the_weights_it_stands_for(
     found = ranks.run(world_size, train, job)[0]
     assert_same_outcome(found, ranks.run(world_size, train, replace(job, folder=meant, frozen=None))[0])
     left = int8.read_left(job, found)  # the slices of the source that a resumed run reads
-    assert left.keys() == found.frozen.keys()
-    assert [name for name, tensor in left.items() if not torch.equal(found.frozen[name], tensor)] == []
+    assert_equal_tensors(left, found.frozen)
     assert all(held == planned for held, planned in found.state_bytes)
 
 
@@ -57,7 +57,7 @@ def test_so_do_experts(ranks: RankPool, tmp_path: Path, family: str) -> None:
     found = ranks.run(world_size, train, experts)[0]
     assert_same_outcome(found, ranks.run(world_size, train, replace(experts, folder=meant, frozen=None))[0])
     left = int8.read_left(experts, found)
-    assert [name for name, tensor in left.items() if not torch.equal(found.frozen[name], tensor)] == []
+    assert_equal_tensors(left, found.frozen)
     assert sum("experts" in n and x.dtype == torch.int8 for n, x in left.items()) == (2 if family in MIXED else 4)
     assert all(held == planned for held, planned in found.state_bytes)
 
