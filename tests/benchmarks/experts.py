@@ -2,12 +2,10 @@
 
     python -m tests.benchmarks.experts [--steps 24] [--tune 60] [--ranks 2]
 
-No mixture of experts is on PyPI. One is made of the embedded model. The 1,536 channels of an MLP become 8 experts
-of 192: channels that are large on the same tokens come together. A router is fitted by least squares to the norms of
-the experts' outputs. Then router and experts are tuned for some steps on the text that the runs train on. Each run goes
-through launch/run.py with quickstart's config. It leaves 6 or 4 experts in every layer, chosen by `lora`, `fisher`, at
-random, or by REAP's score (peer_run.py). `once` cuts at the last of 4 steps that change nothing. Finished runs are
-written to results/experts.json. A second start makes only the missing runs.
+No mixture of experts is on PyPI, so one is made of the embedded model: channels that are large on the same tokens come
+together, a router is fitted by least squares, and both are tuned for some steps. Each run of launch/run.py leaves 6 or
+4 experts, chosen by `lora`, `fisher`, at random, or by REAP's score (peer_run.py). `once` cuts at the last of 4 steps
+that change nothing. Results go to results/experts.json. A second start makes only the missing runs.
 """
 
 # torch and transformers do not type all that is used here.

@@ -126,10 +126,6 @@ def fill_disk(job: Job) -> None:
     (job.out.parent / "filler").write_bytes(bytes(free - 24_000))
 
 
-def free_disk(job: Job) -> None:
-    (job.out.parent / "filler").unlink()
-
-
 def interrupt_twice(job: Job) -> None:
     """Interrupts every process, as a terminal does. The second signal follows the launcher's echo of the first."""
     os.killpg(job.process.pid, signal.SIGINT)
@@ -178,13 +174,10 @@ def _named(name: str, suite: str) -> str:
 
 def fault_table(random_moments: int) -> list[Fault]:
     """Returns all faults. `random` of them strike the plain run at random moments, a fifth as many the `levers` run."""
-    return [*plain_faults(random_moments), *lever_faults(random_moments // 5), *callback_faults()]
-
-
-def callback_faults() -> list[Fault]:
     kills = [("save, before pruning/ has its name", "save.pruning_before_rename@2:0:9")]
     kills += [("save, pruning/ written", "save.pruning_written@3:1:9")]
-    return [Fault(f"callback: SIGKILL: {name}", point, suite="callback") for name, point in kills]
+    callback = [Fault(f"callback: SIGKILL: {name}", point, suite="callback") for name, point in kills]
+    return [*plain_faults(random_moments), *lever_faults(random_moments // 5), *callback]
 
 
 def lever_faults(random_moments: int) -> list[Fault]:
@@ -272,7 +265,7 @@ def plain_faults(random_moments: int) -> list[Fault]:
         Fault(
             "disk full while saving",
             strike=at_step(4, fill_disk),
-            after=free_disk,
+            after=lambda job: (job.out.parent / "filler").unlink(),
             disk=True,
             expected_codes=(1,),
             line="No space left on device",

@@ -2,12 +2,9 @@
 
     python -m tests.benchmarks.growth [--layers 15 30 60] [--ranks 1 2 4]
 
-Counts bytes sent and CPU seconds (of all threads) per rank. Both are given for a step with scoring and for a cut to 50
-% of the linear parameters. CPU seconds do not depend on how many ranks share a core. Wall time does, so it is given up
-to 2 ranks only.
-
-Cost per layer should not depend on the depth. A rank's bytes per step come to (world_size - 1) / world_size of the
-model at each gather. The result goes to tests/benchmarks/results/growth.json and, as a picture, growth.png.
+Counts bytes sent and CPU seconds (of all threads) per rank, for a step with scoring and for a cut to 50 %. Wall time
+depends on how many ranks share a core, so it is given up to 2 ranks only. Cost per layer should not depend on the
+depth. The result goes to tests/benchmarks/results/growth.json and growth.png.
 """
 
 import gc

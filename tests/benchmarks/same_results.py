@@ -2,14 +2,13 @@
 
     python -m tests.benchmarks.same_results --reference CHECKOUT [--ranks 1 2 3] [--quickstart] [--work FOLDER]
 
-Two checkouts prune the same tiny random models with launch/run.py, at 1, 2 and 3 ranks on the CPU. Every criterion runs
-with every ranking. Then the quality settings run, a mixture of experts, int8 weights and a mixture of data. All results
-must have the same bits: kept groups, losses, perplexities, every tensor of every checkpoint, and the exported model.
-One line per case says `equal` or the first difference. The exit code is 1 if anything differs. `--quickstart` adds the
-shipped quickstart. It takes about five minutes per checkout.
+Two checkouts prune the same tiny random models with launch/run.py on the CPU: every criterion with every ranking, the
+quality settings, a mixture of experts, int8 weights and a mixture of data. All results must have the same bits: kept
+groups, losses, perplexities, every tensor of every checkpoint, and the exported model. One line per case says `equal`
+or the first difference. The exit code is 1 if anything differs. It takes about five minutes per checkout.
 
-Results of the reference are kept in the work folder under its commit. A second comparison runs only the new side. Only
-commands and files drive the two sides, so any two checkouts can be compared.
+Results of the reference are kept in the work folder under its commit. Only commands and files drive the two sides, so
+any two checkouts can be compared.
 """
 
 import argparse

@@ -71,20 +71,16 @@ def test_the_same_bits_as_without(ranks: RankPool, job: Job, baseline: dict[str,
     assert [r["alive"] for r in results] == [0, 0]
 
 
-def kept_gathered(folder: Path, below: int) -> str:
-    """Writes the shipped config, but for weights of fewer elements, which every rank keeps whole."""
-    text = (ROOT / "ds_configs" / f"{BASELINE}.json").read_text()
-    path = folder / f"below-{below}.json"
-    path.write_text(text.replace('persistence_threshold": 0', f'persistence_threshold": {below}'))
-    return str(path)
-
-
 # LoRA and norms alone; also the linears that the cut makes small enough; all, as DeepSpeed's default has it here.
 @pytest.mark.parametrize("below", [190, 1500, 100_000])
 def test_small_weights_stay_gathered_through_a_cut(
     ranks: RankPool, job: Job, baseline: dict[str, Any], tmp_path: Path, below: int
 ) -> None:
-    test_the_same_bits_as_without(ranks, job, baseline, kept_gathered(tmp_path, below))
+    """Every rank keeps weights of fewer elements whole."""
+    text = (ROOT / "ds_configs" / f"{BASELINE}.json").read_text()
+    path = tmp_path / "ds.json"
+    path.write_text(text.replace('persistence_threshold": 0', f'persistence_threshold": {below}'))
+    test_the_same_bits_as_without(ranks, job, baseline, str(path))
 
 
 def test_quality_settings_find_the_same_bits(ranks: RankPool, job: Job) -> None:
