@@ -205,8 +205,7 @@ def assert_same_outcome(found: Outcome, expected: Outcome) -> None:
     assert len(found.cut_steps) >= 2
     assert found.losses == expected.losses
     assert found.kept == expected.kept
-    for x, y in zip(found.averages, expected.averages, strict=True):
-        assert all(torch.equal(a, b) for s, t in zip(x, y, strict=True) for a, b in zip(s, t, strict=True))
+    assert all(equal_scores(x, y) for x, y in zip(found.averages, expected.averages, strict=True))
     assert all(torch.equal(found.masters[name], expected.masters[name]) for name in expected.masters)
 
 
@@ -252,6 +251,10 @@ def expected_bytes(job: Job, model: ShardedModel) -> int:
     frozen = sum(x.element_size * partition_numel(math.prod(x.shape), model.world_size) for x in stored)
     lora = sum(partition_numel(numel, model.world_size) for numel in model.shape.lora_sizes(job.lora_r))
     return frozen + (element_size + 4 + 8 + 4) * lora + 4 * bucket.buffer.numel()
+
+
+def equal_scores(found: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> bool:
+    return all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def as_pair(scores: LayerScores) -> tuple[Tensor, ...]:

@@ -1,7 +1,4 @@
-"""The host's part of a step: gathers in a recorded order, waits for the device, counts FLOPs.
-
-A CPU never waits and has no streams, so the calls that would wait are watched.
-"""
+"""The host's part of a step: gathers, FLOPs, and calls that would wait for the device (a CPU never waits)."""
 
 import dataclasses
 import sys

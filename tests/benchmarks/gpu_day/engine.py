@@ -118,10 +118,7 @@ def make_trainer(size: Sizes, request: Request) -> Trainer:
 
 
 def device_bytes() -> dict[str, int]:
-    """Returns what this process has in host memory, what torch allocated and reserved, and what the card has in use.
-
-    On a CPU the last three are 0.
-    """
+    """Returns bytes of host memory, and what torch allocated, reserved, and the card has in use (0 on a CPU)."""
     host = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     if is_cpu():
         return {"host": host, "allocated": 0, "reserved": 0, "card": 0}
