@@ -43,7 +43,12 @@ SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"  # in the ca
 
 
 def load_samples(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, minimum: int, vocab_size: int, start: int | None = None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    minimum: int,
+    vocab_size: int,
+    start: int | None = None,
 ) -> LoadedData:
     """Loads samples and held-out text.
 
@@ -62,12 +67,65 @@ def load_samples(
 
 
 def _make(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None) -> LoadedData:
-    held_out = _read_held_out(config, tokenizer)
-    readers = [_Reader(source, config, tokenizer) for source in config.sources]
-    read = [reader.read(start) for reader in readers]
-    parts = [samples for samples, _ in read]
-    text = "\n\n".join(text for _, text in read) if held_out is None else held_out
+    held_out_text = _read_held_out(config, tokenizer)
+    parts, held_out_texts = [], []
+    for source in config.sources:
+        rows = read_rows(source)
+        if source.format == "chat":
+            check_chats(rows, tokenizer, source)
+        tuning, held_out = _hold_out(rows, source, config)
+        samples = _make_samples(tuning, tokenizer, source, config, start)
+        parts.append(pack_samples(samples) if config.packing and source.format != "text" else samples)
+        held_out_texts.append(_join_text(held_out, source, tokenizer))
+    text = "\n\n".join(held_out_texts) if held_out_text is None else held_out_text
     return LoadedData(join_samples(parts), text, _epoch(config.sources, parts))
+
+
+def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return None
+    for source, part in zip(sources, parts, strict=True):
+        if not len(part):
+            raise UserError(f"{source.section}.path: {source.path} gives no sample, and so it can have no weight")
+    length = max(len(part) / weight for part, weight in zip(parts, weights, strict=True)) * sum(weights)
+    require(
+        length <= LONGEST_EPOCH,
+        f"data.path: by these weights an epoch has {length:.2g} samples, as each is seen at least once; the most are "
+        f"{LONGEST_EPOCH:.2g}",
+    )
+    return mix([len(part) for part in parts], weights)
+
+
+def _make_samples(
+    rows: Iterable[TextRow],
+    tokenizer: PreTrainedTokenizerBase,
+    source: DataSource,
+    config: DataConfig,
+    start: int | None,
+) -> Samples:
+    if source.format == "text":
+        documents = (_text_of(row, source.text_field) for row in rows)
+        return pack_documents(documents, tokenizer, config.window, config.max_samples, start)
+    if source.format == "chat":
+        tokenized = tokenize_chats(map(read_chat, rows), tokenizer)
+    else:
+        tokenized = tokenize_instructions((_instruction_of(row, source) for row in rows), tokenizer)
+    return collect_rows(tokenized, config.window, config.max_samples)
+
+
+def _check_samples(loaded: LoadedData, config: DataConfig, minimum: int, vocab_size: int) -> None:
+    samples = loaded.samples
+    if loaded.epoch_length < minimum:
+        raise UserError(
+            f"data.path {' + '.join(source.path for source in config.sources)} is too short: {loaded.epoch_length} "
+            f"samples of {config.window} tokens (data.window); one global batch needs {minimum} "
+            "(train.global_batch_size)"
+            + ("" if config.max_samples is None else f"; data.max_samples is {config.max_samples}")
+            + (f"; {samples.left_out} more have no answer within data.window" if samples.left_out else "")
+        )
+    largest = int(samples.columns["input_ids"].max())
+    require(largest < vocab_size, f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
 
 
 def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -80,79 +138,29 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> st
     if path.suffix not in JSON_SUFFIXES:
         return read_text_file(path)
     (source,) = replace(config, path=str(path), packing=False).sources  # whose format may be text
-    return _Reader(source, config, tokenizer).text(read_rows(source))
+    return _join_text(read_rows(source), source, tokenizer)
 
 
-class _Reader:
-    """Turns the rows of one source into samples and text."""
+def _hold_out(rows: TextRows, source: DataSource, config: DataConfig) -> tuple[Iterable[TextRow], Iterable[TextRow]]:
+    """Splits rows into those to tune on and those to hold out, which are spread evenly.
 
-    def __init__(self, source: DataSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.source, self.config, self.tokenizer = source, config, tokenizer
-
-    def read(self, start: int | None) -> tuple[Samples, str]:
-        """Returns the samples to tune on, and the text that is held out."""
-        rows = read_rows(self.source)
-        if self.source.format == "chat":
-            check_chats(rows, self.tokenizer, self.source)
-        tuning, held_out = self._hold_out(rows)
-        return self._samples(tuning, start), self.text(held_out)
-
-    def text(self, rows: Iterable[TextRow]) -> str:
-        match self.source.format:
-            case "text":
-                texts = map(self._document, rows)
-            case "chat":
-                texts = map(ChatTemplate(self.tokenizer).render, map(read_chat, rows))
-            case "instruction":
-                texts = map("".join, map(self._instruction, rows))
-        return "\n\n".join(texts)
-
-    def _samples(self, rows: Iterable[TextRow], start: int | None) -> Samples:
-        window, most = self.config.window, self.config.max_samples
-        match self.source.format:
-            case "text":
-                return pack_documents(map(self._document, rows), self.tokenizer, window, most, start)
-            case "chat":
-                tokenized = tokenize_chats(map(read_chat, rows), self.tokenizer)
-            case "instruction":
-                tokenized = tokenize_instructions(map(self._instruction, rows), self.tokenizer)
-        samples = collect_rows(tokenized, window, most)
-        return pack_samples(samples) if self.config.packing else samples
-
-    def _hold_out(self, rows: TextRows) -> tuple[Iterable[TextRow], Iterable[TextRow]]:
-        """Splits rows into those to tune on and those to hold out, which are spread evenly.
-
-        The fraction counts characters of documents, because their lengths differ a lot. If there are too few documents
-        for that, the end of each one is held out.
-        """
-        fraction, kind, field = self.config.held_out_fraction, self.source.format, self.source.text_field
-        if fraction is None:
-            return rows, ()
-        sizes = (len(self._document(row)) for row in rows) if kind == "text" else repeat(1, len(rows))
-        if chosen := _spread(sizes, fraction):
-            left_out = set(chosen)
-            return (row for i, row in enumerate(rows) if i not in left_out), (rows[i] for i in chosen)
-        none = f"data.held_out_fraction {fraction} of the {len(rows)} {kind}s in {self.source.path} is none"
-        require(kind == "text", f"{none}; raise it or give data.held_out")
-        parts = [_split_tail(self._document(row), fraction) for row in rows]
-        return [{field: head} for head, _ in parts], [{field: tail} for _, tail in parts]
-
-    def _document(self, row: TextRow) -> str:
-        return _text_of(row, self.source.text_field)
-
-    def _instruction(self, row: TextRow) -> Instruction:
-        source = self.source
-        about = "" if source.input_field is None else _text_of(row, source.input_field)
-        return make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
-
-
-def _text_of(row: TextRow, field: str) -> str:
-    value = row.get(field)
-    if value is None:  # rows of real data have gaps
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"field {field!r} must be text; a row has {value!r:.80}")
-    return value
+    The fraction counts characters of documents, because their lengths differ a lot. If there are too few documents for
+    that, the end of each one is held out.
+    """
+    fraction, is_text = config.held_out_fraction, source.format == "text"
+    if fraction is None:
+        return rows, ()
+    sizes = (len(_text_of(row, source.text_field)) for row in rows) if is_text else repeat(1, len(rows))
+    if chosen := _spread(sizes, fraction):
+        left_out = set(chosen)
+        return (row for i, row in enumerate(rows) if i not in left_out), (rows[i] for i in chosen)
+    if not is_text:
+        raise UserError(
+            f"data.held_out_fraction {fraction} of the {len(rows)} {source.format}s in {source.path} is none; raise it "
+            "or give data.held_out"
+        )
+    parts = [_split_tail(_text_of(row, source.text_field), fraction) for row in rows]
+    return [{source.text_field: head} for head, _ in parts], [{source.text_field: tail} for _, tail in parts]
 
 
 def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
@@ -176,34 +184,27 @@ def _split_tail(text: str, fraction: float) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
-    weights = [source.weight for source in sources if source.weight is not None]
-    if not weights:
-        return None
-    for source, part in zip(sources, parts, strict=True):
-        if not len(part):
-            raise UserError(f"{source.section}.path: {source.path} gives no sample, and so it can have no weight")
-    length = max(len(part) / weight for part, weight in zip(parts, weights, strict=True)) * sum(weights)
-    require(
-        length <= LONGEST_EPOCH,
-        f"data.path: by these weights an epoch has {length:.2g} samples, as each is seen at least once; the most are "
-        f"{LONGEST_EPOCH:.2g}",
-    )
-    return mix([len(part) for part in parts], weights)
+def _join_text(rows: Iterable[TextRow], source: DataSource, tokenizer: PreTrainedTokenizerBase) -> str:
+    if source.format == "chat":
+        template = ChatTemplate(tokenizer)
+        return "\n\n".join(template.render(read_chat(row)) for row in rows)
+    if source.format == "text":
+        return "\n\n".join(_text_of(row, source.text_field) for row in rows)
+    return "\n\n".join("".join(_instruction_of(row, source)) for row in rows)
 
 
-def _check_samples(loaded: LoadedData, config: DataConfig, minimum: int, vocab_size: int) -> None:
-    samples = loaded.samples
-    if loaded.epoch_length < minimum:
-        raise UserError(
-            f"data.path {' + '.join(source.path for source in config.sources)} is too short: {loaded.epoch_length} "
-            f"samples of {config.window} tokens (data.window); one global batch needs {minimum} "
-            "(train.global_batch_size)"
-            + ("" if config.max_samples is None else f"; data.max_samples is {config.max_samples}")
-            + (f"; {samples.left_out} more have no answer within data.window" if samples.left_out else "")
-        )
-    largest = int(samples.columns["input_ids"].max())
-    require(largest < vocab_size, f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
+def _instruction_of(row: TextRow, source: DataSource) -> Instruction:
+    about = "" if source.input_field is None else _text_of(row, source.input_field)
+    return make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
+
+
+def _text_of(row: TextRow, field: str) -> str:
+    value = row.get(field)
+    if value is None:  # rows of real data have gaps
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"field {field!r} must be text; a row has {value!r:.80}")
+    return value
 
 
 def cached(
