@@ -15,8 +15,7 @@ import torch.distributed
 from safetensors.torch import save_file
 
 from loraprune_ds.command import SILENCE, longest_silence
-from loraprune_ds.config import RunConfig
-from loraprune_ds.config_data import DataSource
+from loraprune_ds.config import DataSource, RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.sources import read_rows

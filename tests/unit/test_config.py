@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.config_data import NEEDS
+from loraprune_ds.config import NEEDS, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import REMOVED, config_from_dict, config_value, load_config
 from tests.refusals import refused
 from tests.unit.shapes_and_scores import repository

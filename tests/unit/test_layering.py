@@ -18,8 +18,7 @@ MAX_LINES = 400
 LAYERS = (
     ("errors",),
     ("files", "units"),
-    ("config_data", "command"),
-    ("config",),
+    ("config", "command"),
     ("config_file",),
     ("model",),
     ("pruning",),

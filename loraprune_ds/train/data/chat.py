@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from loraprune_ds.config_data import DataSource
+from loraprune_ds.config import DataSource
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.train.data.tokens import TokenizedRow, in_batches, mask_outside
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from loraprune_ds.config_data import DataConfig, DataSource
+from loraprune_ds.config import DataConfig, DataSource
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import file_identity, make_once
 from loraprune_ds.train.data.chat import ChatTemplate, check_chats, read_chat, tokenize_chats

@@ -7,7 +7,7 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loraprune_ds.config_data import DataSource
+from loraprune_ds.config import DataSource
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import file_identity
 from loraprune_ds.model.embedded import embedded_text
