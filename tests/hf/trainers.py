@@ -260,8 +260,7 @@ def refusal(job: Job, out: Path, setup: Setup, section: str, settings: dict[str,
     config[section] = config[section] | settings
     with fresh_accelerate():
         callback = LoraPruneCallback(PruneConfig(**job.prune))
-        args = arguments(job, out, deepspeed=config)
-        return refused(lambda: make_trainer(job, args, callback, setup=setup).train())
+        return refused(lambda: make_trainer(job, arguments(job, out, deepspeed=config), callback, setup=setup).train())
 
 
 def cut_a_save_short(job: Job, out: Path, more: dict[str, Any], step: int) -> None:
