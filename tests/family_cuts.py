@@ -68,11 +68,7 @@ def with_lora(model: PreTrainedModel, config: dict[str, Any], where: str) -> Net
 
 def dense(family: str, **changes: Any) -> Network:
     model = tiny_model(family, **changes, **(TINY_EPSILON if family in WIDE_NORMS else {}))
-    return with_lora(model, source_config(model), family)
-
-
-def source_config(model: PreTrainedModel) -> dict[str, Any]:
-    return json.loads(model.config.to_json_string(use_diff=False))
+    return with_lora(model, json.loads(model.config.to_json_string(use_diff=False)), family)
 
 
 def sparse_layers(shape: ModelShape) -> list[int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 TRAINING_TEXT = [f"the import statement defines {i} names, isn't it, in one two  three\n\tlines" for i in range(400)]
 TEXTS = [
@@ -42,10 +42,7 @@ PRE_TOKENIZERS = {
 
 
 def byte_level_tokenizer(folder: Path, vocab: int, pre: str = "gpt-2", *, bos: bool = False) -> Path:
-    """Makes a folder with a byte-level BPE tokenizer.
-
-    It has fewer than `vocab` tokens. Some of them are added, and one of these is not special.
-    """
+    """Makes a byte-level BPE tokenizer of fewer than `vocab` tokens. Some are added, one of them not special."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
     if pre == "qwen2":
@@ -90,4 +87,10 @@ def sentencepiece_tokenizer(folder: Path, vocab: int, model_type: str = "bpe") -
     (folder / "tokenizer.vocab").unlink()
     settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def without_sentencepiece(folder: Path, vocab: int) -> Path:
+    """Makes such a tokenizer in `spm` beside the folder, and saves it as transformers 5 does, as tokenizer.json."""
+    AutoTokenizer.from_pretrained(sentencepiece_tokenizer(folder.with_name("spm"), vocab)).save_pretrained(folder)
     return folder

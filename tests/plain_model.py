@@ -1,7 +1,4 @@
-"""The plain-tensor twin of the ZeRO-3 sharded model: one process, whole tensors, no DeepSpeed.
-
-The whole pruning method runs on it unchanged, which is how the method is tested apart from the sharding.
-"""
+"""The plain-tensor twin of the sharded model, on which the whole method runs unchanged, without DeepSpeed."""
 
 from collections.abc import Iterator, Sequence
 from typing import cast

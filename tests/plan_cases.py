@@ -1,7 +1,4 @@
-"""Compares real ranks with their plan: the bytes that they hold and send, and those that autograd keeps.
-
-State is planned to the byte, and so are activations. What a pass gathers and sends is planned as a bound.
-"""
+"""Compares bytes that real ranks hold, send and keep for autograd with their plan. Traffic is a bound."""
 
 import gc
 from collections import defaultdict
@@ -32,16 +29,16 @@ from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import FrozenStorage, lora_cuts
+from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
-from loraprune_ds.plan.request import Cluster, Request, build_request
+from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import logits, saved_in_layer, split_state, training_stage
-from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import resident_bytes, storage_bytes
-from loraprune_ds.zero.engine import build_training_engine
 from loraprune_ds.zero.flat import AxisCut
 from tests.benchmarks.memory import Peak
+from tests.numerics.driver import Consecutive, assemble
 from tests.zero_bytes import elements_sent, second_copies, state_tensors
 
 STEPS = 4  # the cut follows the second
@@ -95,36 +92,19 @@ class Case:
         return build_request(name, source, shape_from_config(source, name), config, where)
 
 
-@dataclass(frozen=True)
-class InOrder:
-    size: int
-
-    def batch(self, step: int) -> Tensor:
-        return torch.arange(step * self.size, (step + 1) * self.size)
-
-
 def build(request: Request) -> Trainer:
     """Builds the package's trainer on random tokens."""
     config = request.config
     pretrained = open_for_pruning(Path(config.model.path), config.model, config.prune)
-    engine = build_training_engine(
-        pretrained, request.ds_config, STEPS, config.model, config.lora, config.train, config.seed
-    )
-    pruner = Pruner(engine.model, request.pruning, config.seed)
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
-    return Trainer(
-        engine, pruner, Samples.of_windows(ids), InOrder(size), config.train, dtype=config.model.dtype, seed=config.seed
-    )
+    return assemble(config, pretrained, request.ds_config, Samples.of_windows(ids), Consecutive(size), STEPS)
 
 
 @contextmanager
 def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
-    """Counts the bytes that this rank sends by collective, below DeepSpeed's own front, whoever calls it.
-
-    All-gathers of a part of the ranks are counted apart, as `IN_GROUP`.
-    """
+    """Counts bytes that this rank sends by collective. All-gathers of a part of the ranks are `IN_GROUP`."""
     backend: Any = ds_comm.comm.cdb
     sent: dict[str, int] = defaultdict(int)
     others = world_size - 1
@@ -193,10 +173,7 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
 def layer_cuts(
     shape: ModelShape, index: int, keep: LayerKeep, storage: FrozenStorage, lora_rank: int, element_size: int
 ) -> list[tuple[AxisCut, int]]:
-    """Lists (cut, bytes of an element) of every tensor that `ShardedModel` cuts in a layer.
-
-    LoRA counts with its fp32 master and two moments.
-    """
+    """Lists (cut, bytes of an element) of every tensor that is cut in a layer, LoRA's master and moments too."""
     cuts, layer = list[tuple[AxisCut, int]](), storage.stored(shape, element_size, index)
     for name, kept, linear in storage.layer_cuts(shape, index, keep):
         stored = layer[f"model.layers.{index}.{name}"]
@@ -218,7 +195,8 @@ def run_with_second_copy(case: Case) -> dict[str, Any]:
 
 def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
     gc.collect()
-    terms, _ = split_state(request, trainer.model.shape, stepped=stepped, passed=False)
+    terms, _ = split_state(request, trainer.model.shape, stepped=stepped)
+    terms.pop("second_copy", None)  # no pass has gathered weights of this shape yet
     return {
         "at": name,
         "planned_storages": sum(terms.values()),

@@ -1,7 +1,4 @@
-"""Sizes of published models, as in their config.json on the Hugging Face hub. Defaults of transformers are left out.
-
-Llama 3.3 70B has the sizes of Llama 3.1 70B.
-"""
+"""Sizes of published models, as in their config.json on the hub. Llama 3.3 70B has those of 3.1 70B."""
 
 from typing import Any
 

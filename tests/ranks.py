@@ -1,8 +1,7 @@
-"""Real DeepSpeed ranks for tests: worker processes that stay alive from test to test.
+"""Real DeepSpeed ranks for tests: worker processes that stay alive from test to test, one set per world size.
 
-Starting a rank costs seconds of imports, so one set of workers per world size is kept and handed function after
-function. Ranks meet through a file store, not a port that two test runs could fight over. A failure, a dead rank or
-a missed deadline ends that set, because ranks left in the middle of a collective cannot be trusted with another test.
+Ranks meet through a file store, not a port. A failure, a dead rank or a missed deadline ends the set, because ranks
+left in the middle of a collective cannot be trusted with another test.
 """
 
 import contextlib
@@ -71,13 +70,10 @@ class RankPool:
         self._sets: dict[int, _RankSet] = {}
 
     def run(self, world_size: int, function: Callable[..., T], *args: Any, timeout: float = 180) -> list[T]:
-        """Calls `function(*args)` on every rank, and returns the values in rank order.
-
-        The worker finds `function` by name, so it lives at the top level of a module. Arguments and values are pickled.
+        """Calls `function(*args)`, a top-level function, on every rank, and returns the values in rank order.
 
         Raises:
-            RankFailure: the traceback of the first rank that failed, the signal that ended one, or, after `timeout`
-                seconds, where every rank stood.
+            RankFailure: the traceback or signal of the first rank that failed, or where every rank stood at `timeout`.
         """
         __tracebackhide__ = True  # pytest then ends at the test's own line
         # Plain pickle copies tensors; multiprocessing's own would share their memory with a worker that may die.

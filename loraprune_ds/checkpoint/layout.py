@@ -39,10 +39,10 @@ class CheckpointMismatch(UserError):
     """An undamaged checkpoint that this start cannot use, and that a run from step 0 would remove at its first save."""
 
 
-def check_format(found: object, path: Path) -> None:
-    if found != FORMAT:
+def check_format(version: object, path: Path) -> None:
+    if version != FORMAT:
         raise CheckpointMismatch(
-            f"{path} has format {found}; this version of loraprune_ds reads format {FORMAT}: "
+            f"{path} has format {version}; this version of loraprune_ds reads format {FORMAT}: "
             "finish the run with the version that began it, or start it again in another folder"
         )
 

@@ -120,10 +120,10 @@ def check_training_checkpoint(folder: Path, *, part: int = 0, parts: int = 1) ->
 def _check_source(checkpoint: TrainingCheckpoint) -> None:
     try:
         source = checkpoint.shape_folder()
-        found = source_digest(open_pretrained(source))
+        digest = source_digest(open_pretrained(source))
     except UserError as error:
         raise CheckpointMismatch(f"the source model of {checkpoint.folder} cannot be read: {error}") from None
-    if found != checkpoint.state.shape.digest:
+    if digest != checkpoint.state.shape.digest:
         raise CheckpointMismatch(f"{source} is not the source model of {checkpoint.folder}: its tensors differ")
 
 

@@ -43,21 +43,12 @@ def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
     """Reads the command line, with the options of `more` parsers."""
     parser = Parser(__doc__, more)
     parser.add_argument("--config", required=True, help="YAML file of the run, or a shipped launch/configs/*.yaml")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a value, e.g. --set prune.ratio=0.3; may be repeated",
-    )
-    parser.add_argument(
-        "--resume",
-        metavar="auto|PATH",
-        help="go on from the newest good checkpoint of output_dir, or of a run or step folder",
-    )
-    parser.add_argument(
-        "--show", metavar="KEY", help="print this value of the config, for example output_dir, and leave"
-    )
+    value = "override a value, e.g. --set prune.ratio=0.3; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=value)
+    where = "go on from the newest good checkpoint of output_dir, or of a run or step folder"
+    parser.add_argument("--resume", metavar="auto|PATH", help=where)
+    shown = "print this value of the config, for example output_dir, and leave"
+    parser.add_argument("--show", metavar="KEY", help=shown)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -98,13 +89,13 @@ def launch() -> int:
     own.add_argument("--ranks", type=int, metavar="N", help="processes on this machine (default: one per GPU)")
     try:
         chosen, arguments = own.parse_known_args()
-        given = parse_arguments(own)
+        options = parse_arguments(own)
         command = launcher_command(__name__, chosen.ranks, os.environ)
-        OutputFolder(read_config(given.config, given.set), given.resume)  # before launchers and ranks speak
+        OutputFolder(read_config(options.config, options.set), options.resume)  # before launchers and ranks speak
     except UserError as error:
         tell(error)
         return error.exit_code
-    if given.show is not None:
+    if options.show is not None:
         sys.argv[1:] = arguments
         return main()
     if chosen.ranks is not None:  # else each rank on a CPU would use all cores

@@ -46,44 +46,30 @@ def make_logarithmic(axes: "Axes") -> None:
 def label_beside(axes: "Axes", text: str, at: tuple[float, float], **options: Any) -> None:
     """Writes `text` at the place nearest to the point `at` that has no curve and no other label.
 
-    The figure must be laid out (`draw_without_rendering`), with all its curves.
+    The figure must be laid out (`draw_without_rendering`), with all its curves. `options` are of `annotate`.
     """
     taken, inside = [label.get_window_extent() for label in axes.texts], axes.get_window_extent()
     curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
     places = [((d * x, d * y), side) for d, (x, y, side) in product(DISTANCES, DIRECTIONS)]
     for place in places:
-        label_point(axes, text, at, *place, **options)
+        _label(axes, text, at, *place, **options)
         box = axes.texts[-1].get_window_extent()
         hit = box.count_overlaps(taken) or any(curve.intersects_bbox(box, filled=False) for curve in curves)
         if not hit and inside.contains(*box.min) and inside.contains(*box.max):
             return
         axes.texts[-1].remove()
-    label_point(axes, text, at, *places[0], **options)
+    _label(axes, text, at, *places[0], **options)
 
 
-def label_point(
+def _label(
     axes: "Axes", text: str, at: tuple[float, float], offset: tuple[float, float], side: str, **options: Any
 ) -> None:
-    """Writes `text` near the point `at`, in the data's units, with a white rim that makes it readable on a curve.
-
-    Args:
-        offset: from the point, in points of a font.
-        side: the end of the text that is at the offset: "left" or "right".
-        options: of matplotlib's `annotate`.
-    """
+    """Writes `text` with a white rim, which makes it readable on a curve."""
     from matplotlib.patheffects import withStroke
 
-    axes.annotate(
-        text,
-        at,
-        xytext=offset,
-        textcoords="offset points",
-        ha=side,
-        va="center",
-        annotation_clip=False,
-        path_effects=[withStroke(linewidth=3, foreground="white")],
-        **options,
-    )
+    place: Any = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
+    rim = [withStroke(linewidth=3, foreground="white")]
+    axes.annotate(text, at, **place, annotation_clip=False, path_effects=rim, **options)
 
 
 def save_picture(figure: "Figure", path: Path) -> None:

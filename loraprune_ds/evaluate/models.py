@@ -58,9 +58,7 @@ class PruningResult:
         Args:
             options: of transformers' `from_pretrained`, such as `device_map`.
         """
-        model_class = causal_lm_class(self.pretrained.shape.model_type)
-        options.setdefault("dtype", "auto")
-        return model_class.from_pretrained(self.folder, **options)
+        return causal_lm_class(self.pretrained.shape.model_type).from_pretrained(self.folder, **options)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.folder)

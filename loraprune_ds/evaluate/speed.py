@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -185,6 +185,7 @@ class _Worker(AbstractContextManager["_Worker"]):
             env=server_environment(),
             start_new_session=True,  # vLLM starts more processes, which end with it
         )
+        self._requests, self._answers = cast(IO[str], self._process.stdin), cast(IO[str], self._process.stdout)
 
     def __exit__(self, *_: object) -> None:
         with suppress(ProcessLookupError):
@@ -194,17 +195,15 @@ class _Worker(AbstractContextManager["_Worker"]):
 
     def play(self) -> dict[str, float]:
         """Plays a round and returns its seconds."""
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write("\n")
-            self._process.stdin.flush()
+            self._requests.write("\n")
+            self._requests.flush()
         except BrokenPipeError:
             self._fail()
         return self.read()
 
     def read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             self._fail()
         return json.loads(line)

@@ -12,9 +12,9 @@ from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, copy_model, publish
-from loraprune_ds.export.lora import ExportSource, open_newest, write_base_and_adapter, write_model
+from loraprune_ds.export.lora import ExportSource, open_newest, write_adapter, write_model
 from loraprune_ds.export.model_card import copy_model_card
-from loraprune_ds.model.adapters import BASE_FOLDER
+from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.units import format_bytes
@@ -78,10 +78,15 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
         others = ", ".join(name for name in FORMATS if name != "adapter")
         raise UserError(f"{source.name} has no checkpoint with its LoRA apart; formats that can: {others}")
     unmerged, remarks = open_newest(source.checkpoints)
-    write_base_and_adapter(unmerged, folder)
+    base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
+    base.mkdir()
+    write_model(unmerged, base, merge=False)
+    copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
+    adapter.mkdir()
+    write_adapter(unmerged, adapter)
     trust = ", trust_remote_code=True" if unmerged.exported.trust_remote_code else ""
     # A finished run knows more about its result than its checkpoint.
-    copy_model_card(source.model or folder / BASE_FOLDER, folder, HOW_TO_LOAD_ADAPTER.format(trust=trust))
+    copy_model_card(source.model or base, folder, HOW_TO_LOAD_ADAPTER.format(trust=trust))
     return remarks
 
 

@@ -20,9 +20,9 @@ from loraprune_ds.checkpoint.load import TrainingCheckpoint, check_training_chec
 from loraprune_ds.config import Dtype, LoraConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import finish_folder
-from loraprune_ds.export.model_card import card_of_run, copy_model_card
+from loraprune_ds.export.model_card import card_of_run
 from loraprune_ds.files import write_json
-from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names, name_in_file
+from loraprune_ds.model.adapters import ADAPTER_FILE, BASE_FOLDER, last_names, name_in_file
 from loraprune_ds.model.experts import as_in_peft, in_peft
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.frozen import DTYPES
@@ -124,16 +124,6 @@ def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
     return {"weight": weight} | ({} if linear.bias is None else {"bias": linear.bias.to(target)})
 
 
-def write_base_and_adapter(unmerged: UnmergedModel, folder: Path) -> None:
-    """Writes `base/`, a Hugging Face model without LoRA, and `adapter/`, the fp32 LoRA for PEFT."""
-    base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
-    base.mkdir()
-    write_model(unmerged, base, merge=False)
-    copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
-    adapter.mkdir()
-    _write_adapter(unmerged, adapter)
-
-
 def write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
     """Writes the Hugging Face model that the run would export now, or its base. One layer is in memory at a time."""
     config, shape, state = unmerged.config, unmerged.shape, unmerged.checkpoint.state
@@ -166,8 +156,8 @@ def _merge_layer(unmerged: UnmergedModel, layer: int, tensors: dict[str, Tensor]
         tensors[name] = merge_lora(tensors[name], a, b, scaling, tensors[name].dtype)
 
 
-def _write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
-    """Writes the whole LoRA, which is no larger than one decoder layer, in the one file that PEFT reads."""
+def write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
+    """Writes the fp32 LoRA, which is no larger than one decoder layer, into the one file that PEFT reads."""
     tensors = {
         name_in_file(layer, name): tensor
         for layer in range(len(unmerged.shape.layers))

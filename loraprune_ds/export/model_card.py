@@ -84,8 +84,7 @@ def card_of_run(
     *,
     steps: int,
     windows: int | None = None,
-    perplexity_dense: float | None = None,
-    perplexity_pruned: float | None = None,
+    **perplexities: float | None,
 ) -> ModelCard:
     """Collects the facts of a run. `windows`: the number that perplexity was measured on, if it is known."""
     data = _data_name(config.data)
@@ -100,8 +99,7 @@ def card_of_run(
         data=data,
         steps=steps,
         perplexity_data=f"{held_out}, {count}windows of {config.evaluate.window} tokens",
-        perplexity_dense=perplexity_dense,
-        perplexity_pruned=perplexity_pruned,
+        **perplexities,
     )
 
 

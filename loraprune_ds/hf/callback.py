@@ -86,8 +86,8 @@ class LoraPruneCallback(TrainerCallback):
         Raises:
             UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.
         """
-        found = self._output_dir if folder is None else folder
-        self._checkpoint = cut_to_checkpoint(model, Path(found), self.config, Communicator())
+        folder = self._output_dir if folder is None else folder
+        self._checkpoint = cut_to_checkpoint(model, Path(folder), self.config, Communicator())
         if self._checkpoint is None:
             return None
         self.config = self._checkpoint.config
@@ -108,8 +108,8 @@ class LoraPruneCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Checks what DeepSpeed would fail at without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
-        if (plugin := getattr(args, "deepspeed_plugin", None)) is not None:
-            check_reshardable("the DeepSpeed config", plugin.hf_ds_config.config)  # some fail in DeepSpeed's own start
+        if (ds_config := _ds_config(args)) is not None:
+            check_reshardable("the DeepSpeed config", ds_config)  # some fail in DeepSpeed's own start
         if isinstance(model := more.get("model"), nn.Module):
             check_one_dtype(model)
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
@@ -124,14 +124,11 @@ class LoraPruneCallback(TrainerCallback):
         check_arguments(args, model)
         if self._guard is not None:
             self._guard.remove()
-        if state.global_step != (checkpoint.state.step if checkpoint else 0):
+        resumed_from = checkpoint.state.step if checkpoint else None
+        if state.global_step != (resumed_from or 0):
             raise UserError(f"training goes on at step {state.global_step}, but pruning does not: {RESUME}")
-        plugin = getattr(args, "deepspeed_plugin", None)
         self._tokenizer = more.get("processing_class")
-        sinks: list[Sink] = []
-        if state.is_world_process_zero:
-            resumed_from = checkpoint.state.step if checkpoint else None
-            sinks = find_reporters(args.report_to or (), str(args.output_dir), resumed_from)
+        report_to, is_first = args.report_to or (), state.is_world_process_zero
         self._pruning = Pruning.attach(
             model,
             more["optimizer"],
@@ -139,8 +136,8 @@ class LoraPruneCallback(TrainerCallback):
             self.steps or state.max_steps,
             seed=self.seed,
             checkpoint=checkpoint,
-            ds_config=None if plugin is None else plugin.hf_ds_config.config,
-            sinks=sinks,
+            ds_config=_ds_config(args),
+            sinks=find_reporters(report_to, str(args.output_dir), resumed_from) if is_first else (),
         )
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
         self._save_total_limit = args.__dict__.pop(LIMIT, args.save_total_limit)  # kept there by a training that failed
@@ -159,7 +156,7 @@ class LoraPruneCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Adds the loss to the records. It is a mean over the steps since the last log."""
-        history = self.pruning.training.recorder.history
+        history = self.pruning.recorder.history
         loss = (more.get("logs") or {}).get("loss", math.nan)
         if history.steps and history.steps[-1].step == state.global_step and math.isfinite(loss):
             history.steps[-1] = replace(history.steps[-1], loss=float(loss))
@@ -183,6 +180,11 @@ class LoraPruneCallback(TrainerCallback):
         in_engine = all(hasattr(parameter, "ds_id") for parameter in module.parameters())
         if in_engine and self._checkpoint is None:
             raise UserError(f"a checkpoint is loaded, but pruning does not go on from it: {RESUME}")
+
+
+def _ds_config(args: TrainingArguments) -> dict[str, Any] | None:
+    plugin = getattr(args, "deepspeed_plugin", None)
+    return None if plugin is None else plugin.hf_ds_config.config
 
 
 def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:

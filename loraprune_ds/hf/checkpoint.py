@@ -17,21 +17,22 @@ from torch import nn
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import METRICS_FILE, STATE_FILE
-from loraprune_ds.checkpoint.load import keep_from_lists, keep_to_lists, read_moments, read_scores
-from loraprune_ds.checkpoint.save import Staging, save_shape, write_moments, write_scores
+from loraprune_ds.checkpoint.load import keep_from_lists, read_moments, read_scores
+from loraprune_ds.checkpoint.save import Staging, write_moments, write_scores
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.config_file import forget_removed
 from loraprune_ds.errors import UserError, fail_point, require
-from loraprune_ds.files import read_json, remove_leftovers
-from loraprune_ds.hf.live import PrunedTraining, find_peft_model, live_shape
+from loraprune_ds.files import read_json
+from loraprune_ds.hf.live import find_peft_model, live_shape
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import MODEL_DTYPE
 from loraprune_ds.model.weights import open_stored
-from loraprune_ds.pruning.step import PrunerState
+from loraprune_ds.pruning.step import Pruner, PrunerState
 from loraprune_ds.report.metrics import read_metrics, write_history
-from loraprune_ds.report.records import history_from
+from loraprune_ds.report.records import History, history_from
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.external_engine import cut_without_engine, overwrite_linears
+from loraprune_ds.zero.sharded import ShardedModel
 
 FOLDER = "pruning"
 TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes itself
@@ -73,47 +74,26 @@ class PruningCheckpoint:
         require(state.steps == steps, f"the checkpoint's schedule is of {state.steps} steps, not of {steps}")
         require(state.seed == seed, f"the checkpoint's seed is {state.seed}, not {seed}")
 
-    def restore(self, training: PrunedTraining) -> None:
-        """Continues a training whose model has been cut to this checkpoint."""
-        state, folder = self.state, self.folder / FOLDER
-        kept, scores = keep_from_lists(state.kept, self.dense.kinds), read_scores(folder, self.dense.kinds)
-        pruner = PrunerState(kept, scores, state.updates_since_cut, state.moment_tokens)
-        training.pruner.restore(pruner, lambda layer: read_moments(folder, layer))
-        training.step = state.step
-        training.recorder.history = history_from(read_metrics(folder / METRICS_FILE))
-        training.resumed_from = [*state.resumed_from, state.step]
+    def restore(self, pruner: Pruner) -> History:
+        """Continues with the state of the pruner, whose model has been cut. Returns the records so far."""
+        state, folder, kinds = self.state, self.folder / FOLDER, self.dense.kinds
+        kept, scores = keep_from_lists(state.kept, kinds), read_scores(folder, kinds)
+        saved = PrunerState(kept, scores, state.updates_since_cut, state.moment_tokens)
+        pruner.restore(saved, lambda layer: read_moments(folder, layer))
+        return history_from(read_metrics(folder / METRICS_FILE))
 
 
-def save_pruning(training: PrunedTraining, folder: Path) -> None:
-    """Writes `folder`/pruning, and the frozen weights if they are not slices of the dense model. Collective."""
-    model, pruner, history = training.model, training.pruner, training.recorder.history
-    if model.rank == 0:
-        remove_leftovers(folder)
-    shape, cuts, kinds = None, len(history.cuts), model.shape.kinds
-    if cuts and pruner.config.compensate != "none":
-        shape = save_shape(model, folder, cuts, training.dtype).folder
-    of_pruner = pruner.state()
-    state = PruningState(
-        step=training.step,
-        steps=training.steps,
-        world_size=model.world_size,
-        seed=training.seed,
-        prune=asdict(pruner.config),
-        dense=[[layer[kind] for kind in kinds] for layer in pruner.limits.dense.layers],
-        kept=keep_to_lists(of_pruner.kept_of_dense, kinds),
-        updates_since_cut=of_pruner.updates_since_cut,
-        moment_tokens=of_pruner.moment_tokens,
-        shape=shape,
-        resumed_from=training.resumed_from,
-    )
+def write_pruning(folder: Path, state: PruningState, pruner: Pruner, model: ShardedModel, history: History) -> None:
+    """Writes `folder`/pruning. Each rank adds the input moments of its layers. Collective."""
+    compensator = pruner.compensator
     with Staging(model.comm, folder / FOLDER, "pruning") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(json.dumps(asdict(state)) + "\n"))
             staging.write(METRICS_FILE, lambda path: write_history(path, history))
-            write_scores(staging, of_pruner.scores)
+            write_scores(staging, pruner.state().scores)
         for layer in range(len(model.layers)):
-            if pruner.compensator is not None and model.owner(layer) == model.rank:
-                write_moments(staging, layer, pruner.compensator.moments.of_layer(layer))
+            if compensator is not None and model.owner(layer) == model.rank:
+                write_moments(staging, layer, compensator.moments.of_layer(layer))
         fail_point("save.pruning_written")
         staging.publish()
 
@@ -123,28 +103,27 @@ def cut_to_checkpoint(
 ) -> PruningCheckpoint | None:
     """Cuts a dense PEFT model to a checkpoint, before DeepSpeed takes it. None without a checkpoint. Collective.
 
-    Args:
-        model: dense, with LoRA. Its weights may be sharded already.
-        folder: a checkpoint, or the folder with a trainer's checkpoints, of which the newest complete one counts.
-
-    Raises:
-        UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.
+    Arguments and errors are those of `LoraPruneCallback.resume`. The weights may be sharded already.
     """
-    found = comm.all_or_raise(lambda: _find(folder))
-    if found is None:
+    checkpoint = comm.all_or_raise(lambda: _find(folder))
+    if checkpoint is None:
         return None
-    state = comm.all_or_raise(lambda: _read(found, config, comm))
+    state = comm.all_or_raise(lambda: _read(checkpoint, config, comm))
     peft_model = find_peft_model(model)
     dense = live_shape(peft_model)
-    if [[layer[kind] for kind in dense.kinds] for layer in dense.layers] != state.dense:
-        raise UserError(f"{found} was made of another model: its layers have other sizes")
+    require(group_counts(dense) == state.dense, f"{checkpoint} was made of another model: its layers have other sizes")
     keep = keep_from_lists(state.kept, dense.kinds)
     cut_without_engine(peft_model, dense, keep)
     if state.shape is not None:
-        shape_folder, shape = found / state.shape, dense.after(keep)
-        weights = comm.all_or_raise(lambda: open_stored(shape_folder, shape, MODEL_DTYPE))
-        overwrite_linears(peft_model, shape, weights.read_flat)
-    return PruningCheckpoint(found, state, dense)
+        folder, shape = checkpoint / state.shape, dense.after(keep)
+        refitted = comm.all_or_raise(lambda: open_stored(folder, shape, MODEL_DTYPE))
+        overwrite_linears(peft_model, shape, refitted.read_flat)
+    return PruningCheckpoint(checkpoint, state, dense)
+
+
+def group_counts(shape: ModelShape) -> list[list[int]]:
+    """Returns per layer the number of groups of each kind."""
+    return [[layer[kind] for kind in shape.kinds] for layer in shape.layers]
 
 
 def _find(folder: Path) -> Path | None:
@@ -168,14 +147,12 @@ def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState
         state = replace(state, **forget_removed({"prune": state.prune}))
     except TypeError:
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None
-    if state.world_size != comm.world_size:
-        raise UserError(
-            f"{folder} was saved by {state.world_size} ranks, so DeepSpeed loads it on {state.world_size} only"
-        )
-    defaults = asdict(PruneConfig())  # a setting that has its default is not given: it comes from the checkpoint
-    given = {key: value for key, value in asdict(config).items() if value != defaults[key]}
-    if different := [key for key, value in given.items() if state.prune.get(key) != value]:
-        raise UserError(f"{folder} was saved with other settings: {', '.join(different)}")
+    ranks, defaults = state.world_size, asdict(PruneConfig())
+    require(ranks == comm.world_size, f"{folder} was saved by {ranks} ranks, so DeepSpeed loads it on {ranks} only")
+    different = [  # a setting that has its default comes from the checkpoint
+        key for key, value in asdict(config).items() if value not in (defaults[key], state.prune.get(key))
+    ]
+    require(not different, f"{folder} was saved with other settings: {', '.join(different)}")
     for part in (FOLDER, state.shape):
         if part is not None:
             layout.verify(folder / part, part=comm.rank, parts=comm.world_size)

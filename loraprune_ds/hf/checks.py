@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import require
 from loraprune_ds.model.adapters import ADAPTER, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family_row import Family
@@ -19,29 +19,37 @@ from loraprune_ds.model.shapes import ModelShape
 
 log = logging.getLogger(__name__)
 
+Refused = Callable[[Any], bool]
+KEEPS_HEADS = "such a cache keeps the dense number of heads"
 GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")  # others are laid out by the dense counts of a config
 # (argument of a Trainer, whether its value is refused, reason). A Trainer may lack an argument.
-ARGUMENTS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
     ("load_best_model_at_end", bool, "the best checkpoint may be from before a cut and no longer fits the model"),
     ("auto_find_batch_size", bool, "a second attempt would begin with a model that is cut already"),
     ("torch_compile", bool, "compiled code keeps the sizes from before a cut"),
     ("use_vllm", bool, "vLLM holds the dense model and cannot take smaller weights; generate with transformers"),
     ("use_transformers_continuous_batching", bool, "its cache is laid out by the dense number of heads"),
-    ("cache_implementation", lambda value: value not in GROWING_CACHES, "such a cache keeps the dense number of heads"),
+    ("cache_implementation", lambda value: value not in GROWING_CACHES, KEEPS_HEADS),
     ("precompute_ref_log_probs", bool, "they are the dense model's, but the reference is the pruned base"),
+)
+# (whether PEFT's module of a linear is refused, reason). A row relies on the rows before it.
+LINEARS: tuple[tuple[Refused, str], ...] = (
+    (lambda x: not hasattr(x, "base_layer"), "has no LoRA, which the criterion needs on every linear: {needed}"),
+    (lambda x: (type(x), type(x.base_layer)) != (LoraLinear, nn.Linear), "is a {kind}, not plain LoRA over a linear"),
+    (lambda x: ADAPTER not in x.lora_A, f"has no LoRA of the adapter {ADAPTER!r}: {{needed}}"),
+    (lambda x: any(map(x.lora_variant.get, x.lora_A)), "has a variant of LoRA, as with use_dora, and must be plain"),
+    (lambda x: any(map(x.lora_bias.get, x.lora_A)), "has lora_bias, which is not supported"),
+    (lambda x: not all(weight.requires_grad for weight in lora_weights(x)), f"has frozen LoRA of {ADAPTER!r}"),
 )
 
 
 def check_arguments(args: Any, model: nn.Module) -> None:
     """Raises UserError for an argument of a Trainer, or a cache of the model, that does not allow cuts."""
-    for name, asks, reason in ARGUMENTS:
+    for name, refused, reason in ARGUMENTS:
         value = getattr(args, name, None)
-        require(not asks(value), f"{name}={value}: {reason}")
+        require(not refused(value), f"{name}={value}: {reason}")
     cache = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
-    require(
-        cache in GROWING_CACHES,
-        f"generation_config.cache_implementation={cache}: such a cache keeps the dense number of heads",
-    )
+    require(cache in GROWING_CACHES, f"generation_config.cache_implementation={cache}: {KEEPS_HEADS}")
 
 
 def refuse_mixture(family: Family, where: str) -> None:
@@ -66,11 +74,7 @@ def check_one_dtype(model: nn.Module) -> None:
 def check_model(model: PeftModel, shape: ModelShape) -> None:
     """Checks that the LoRA of a live model serves the criterion and that a cut fits the rest of the model.
 
-    Args:
-        shape: as the model's config declares it.
-
-    Raises:
-        UserError: the line names the layer and linear, or PEFT's setting.
+    The config declares `shape`. UserError names the layer and linear, or PEFT's setting.
     """
     refuse_mixture(shape.family, shape.model_type)
     optimized: Any = torch._dynamo.OptimizedModule
@@ -78,18 +82,20 @@ def check_model(model: PeftModel, shape: ModelShape) -> None:
     require(not compiled, "a model that torch.compile has taken keeps the sizes from before a cut")
     base = cast(Any, model.get_base_model())
     quantised = getattr(base.config, "quantization_config", None) or getattr(base, "is_quantized", False)
-    require(
-        not quantised,
-        "a quantised base has no flat shards to cut; load it in bfloat16, float16 or float32. "
-        "Only launch/run.py holds int8 weights (model.frozen)",
-    )
+    unquantised = "load it in bfloat16, float16 or float32. Only launch/run.py holds int8 weights (model.frozen)"
+    require(not quantised, f"a quantised base has no flat shards to cut; {unquantised}")
     require(ADAPTER in model.peft_config, f"the adapter that trains must be called {ADAPTER!r}, PEFT's own name")
     for name, peft_config in model.peft_config.items():
         bias = getattr(peft_config, "bias", "none")
         require(bias == "none", f"adapter {name}: bias={bias!r}: trained biases are not supported")
+    needed = f"target_modules={last_names(linear.name for linear in shape.linears(0))}"
     for index, layer in enumerate(decoder_layers(model)):
         for linear in shape.linears(index):
-            _check_linear(layer, linear.name, f"layer {index} {linear.name}", shape)
+            module = layer.get_submodule(linear.name)
+            kind = f"{type(module).__name__} over {type(getattr(module, 'base_layer', None)).__name__}"
+            for refused, reason in LINEARS:
+                where = f"layer {index} {linear.name}"
+                require(not refused(module), f"{where} {reason.format(needed=needed, kind=kind)}")
     _check_others(model, shape)
 
 
@@ -103,38 +109,14 @@ def _check_others(model: PeftModel, shape: ModelShape) -> None:
         require(
             not isinstance(module, BaseTunerLayer) or id(module) in pruned,
             f"{name} has LoRA, but only the linears of the decoder layers may: an export would lose it. Use "
-            "target_modules=linear_names(model), and modules_to_save for modules that train whole",
+            "target_modules=linear_names(model), and modules_to_save for other modules",
         )
         if not isinstance(module, AuxiliaryTrainingWrapper):
             continue
         require(isinstance(module, ModulesToSaveWrapper), f"{name}: trainable_token_indices are not supported")
-        require(not name.endswith(cut_along), f"modules_to_save: a cut makes {name} smaller, so it cannot train whole")
-        require(
-            not shape.tie_word_embeddings,
-            "modules_to_save with tied embeddings: the exported model would lose one of the two",
-        )
-
-
-def _check_linear(layer: nn.Module, name: str, where: str, shape: ModelShape) -> None:
-    try:
-        module = layer.get_submodule(name)
-    except AttributeError:
-        raise UserError(f"{where} does not exist") from None
-    needed = f"target_modules={last_names(x.name for x in shape.linears(0))}"
-    require(hasattr(module, "base_layer"), f"{where} has no LoRA, which the criterion needs on every linear: {needed}")
-    require(
-        type(module) is LoraLinear and type(module.base_layer) is nn.Linear,
-        f"{where} is a {type(module).__module__}.{type(module).__name__} over a "
-        f"{type(getattr(module, 'base_layer', None)).__name__}, not plain LoRA over a linear",
-    )
-    lora = cast(LoraLinear, module)
-    require(ADAPTER in lora.lora_A, f"{where} has no LoRA of the adapter {ADAPTER!r}: {needed}")
-    for adapter in lora.lora_A:
-        variant = lora.lora_variant.get(adapter)
-        require(variant is None, f"{where}: {type(variant).__name__} is not plain LoRA, as with use_dora")
-        require(not lora.lora_bias.get(adapter), f"{where}: lora_bias is not supported")
-    trained = all(weight.requires_grad for weight in lora_weights(lora))
-    require(trained, f"{where}: the LoRA of the adapter {ADAPTER!r} is frozen")
+        require(not name.endswith(cut_along), f"modules_to_save: a cut makes {name} smaller, so it cannot train")
+        lost = "modules_to_save with tied embeddings: the exported model would lose one of the two"
+        require(not shape.tie_word_embeddings, lost)
 
 
 def warn_of_rounded_gradients(dtypes: set[torch.dtype]) -> None:

@@ -1,8 +1,7 @@
-"""Reads what pruning must know from a model in memory, and holds the training that prunes it."""
+"""Reads what pruning must know from a PEFT model in memory, and watches its forward passes."""
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,29 +16,12 @@ from loraprune_ds.hf.checks import refuse_mixture
 from loraprune_ds.model.adapters import base_parameter, last_names
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import find_family
-from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.zero.params import full_shape
 from loraprune_ds.zero.sharded import ShardedModel
-
-
-@dataclass
-class PrunedTraining:
-    """Holds an external training that is pruned. Checkpoints, exports and reports are made from it."""
-
-    peft_model: PeftModel
-    model: ShardedModel  # the same model
-    pruner: Pruner
-    dtype: Dtype  # of the frozen weights
-    steps: int  # of the whole training
-    seed: int
-    recorder: Recorder
-    step: int = 0  # the last one that was made
-    resumed_from: list[int] = field(default_factory=list)
 
 
 def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
@@ -59,12 +41,12 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
 
 def find_peft_model(model: nn.Module) -> PeftModel:
     """Finds the PEFT model inside an engine. Raises UserError if it holds none."""
-    found: Any = model
-    while not isinstance(found, PeftModel) and hasattr(found, "module"):
-        found = found.module
-    if not isinstance(found, PeftModel):
-        raise UserError(f"pruning needs a PEFT model with LoRA; this is a {type(found).__name__}")
-    return found
+    inner: Any = model
+    while not isinstance(inner, PeftModel) and hasattr(inner, "module"):
+        inner = inner.module
+    if not isinstance(inner, PeftModel):
+        raise UserError(f"pruning needs a PEFT model with LoRA; this is a {type(inner).__name__}")
+    return inner
 
 
 def base_config(model: PeftModel) -> dict[str, Any]:
@@ -76,8 +58,8 @@ def base_config(model: PeftModel) -> dict[str, Any]:
 
 def model_name(model: PeftModel) -> str:
     """Names the dense model: a hub id or the last part of a folder."""
-    name = cast(Any, model.get_base_model()).config._name_or_path
-    return Path(name).name or type(model.get_base_model()).__name__
+    base = cast(Any, model.get_base_model())
+    return Path(base.config._name_or_path).name or type(base).__name__
 
 
 def base_shape(model: PeftModel) -> ModelShape:
@@ -88,24 +70,23 @@ def base_shape(model: PeftModel) -> ModelShape:
 def live_shape(model: PeftModel) -> ModelShape:
     """Returns the shape of the weights."""
     shape = base_shape(model)
-    counts = ({kind: _count(layer, shape, kind) for kind in shape.kinds} for layer in decoder_layers(model))
-    return shape.with_layers(tuple(map(LayerShape, counts)))
+    first_of = {kind: next(x for x in shape.linears(0) if x.kind == kind) for kind in shape.kinds}
 
+    def groups(layer: nn.Module) -> LayerShape:
+        sizes = {kind: full_shape(base_parameter(layer, f"{x.name}.weight"))[x.axis] for kind, x in first_of.items()}
+        return LayerShape({kind: size // shape.group_width(first_of[kind]) for kind, size in sizes.items()})
 
-def _count(layer: nn.Module, shape: ModelShape, kind: Kind) -> int:
-    linear = next(linear for linear in shape.linears(0) if linear.kind == kind)
-    weight = base_parameter(layer, f"{linear.name}.weight")
-    return full_shape(weight)[linear.axis] // shape.group_width(linear)
+    return shape.with_layers(tuple(groups(layer) for layer in decoder_layers(model)))
 
 
 def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
     """Returns the dtype of the frozen weights. Raises UserError if no export can have it."""
     name = f"{shape.linears(0)[0].name}.weight"
     dtype = base_parameter(decoder_layers(model)[0], name).dtype
-    found = next((key for key, value in DTYPES.items() if value == dtype), None)
-    if found is None:
-        raise UserError(f"layer 0 {name} is {dtype}; a base of {', '.join(DTYPES)} can be pruned")
-    return cast(Dtype, found)
+    for key, value in DTYPES.items():
+        if value == dtype:
+            return cast(Dtype, key)
+    raise UserError(f"layer 0 {name} is {dtype}; a base of {', '.join(DTYPES)} can be pruned")
 
 
 class ForwardWatch:
@@ -118,23 +99,23 @@ class ForwardWatch:
         active: an optimizer step is open.
     """
 
-    def __init__(self, training: PrunedTraining) -> None:
+    def __init__(self, peft_model: PeftModel, model: ShardedModel, pruner: Pruner) -> None:
         self.active = False
-        self._model, self._pruner = training.model, training.pruner
+        self._model, self._pruner = model, pruner
         self._tokens = torch.zeros((), dtype=torch.int64, device=self._model.device)
         self._trained = True  # in the last forward pass
         self._recording = ExitStack()
-        layers = decoder_layers(training.peft_model)
-        decoder = next(m for m in training.peft_model.modules() if any(child is layers for child in m.children()))
+        layers = decoder_layers(peft_model)
+        decoder = next(m for m in peft_model.modules() if any(child is layers for child in m.children()))
         self._hooks = [
-            training.peft_model.register_forward_pre_hook(self._note_mode, prepend=True),  # before DeepSpeed's own
+            peft_model.register_forward_pre_hook(self._note_mode, prepend=True),  # before DeepSpeed's own
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             decoder.register_forward_hook(self._end, always_call=True),
         ]
 
-    def take_tokens(self) -> int:
-        """Returns this rank's tokens since the last call, without padding."""
-        tokens = int(self._tokens)
+    def take_tokens(self) -> Tensor:
+        """Returns this rank's tokens since the last call, without padding: one fp64 number on the device."""
+        tokens = self._tokens.double()
         self._tokens.zero_()
         return tokens
 
@@ -151,20 +132,15 @@ class ForwardWatch:
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self.active and decoder.training and torch.is_grad_enabled()):
             return
-        samples, window, mask = padding_mask(args, kwargs)
-        self._tokens += samples * window if mask is None else mask.sum()
+        inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
+        mask, size = kwargs.get("attention_mask"), inputs.shape[:2]
+        if isinstance(mask, Tensor) and mask.shape == size:  # (samples, window), False at padding
+            mask = mask.bool()
+            self._tokens += mask.sum()
+        else:  # no padding, or packed samples
+            mask = None
+            self._tokens += size.numel()
         self._recording.enter_context(self._pruner.record_forward(mask))
 
     def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
         self._recording.close()
-
-
-def padding_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int, Tensor | None]:
-    """Reads the call of a decoder. Returns samples, window and a mask (samples, window) that is False at padding.
-
-    The mask is None where the call has no such mask, as with packed samples.
-    """
-    inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
-    mask, size = kwargs.get("attention_mask"), tuple(inputs.shape[:2])
-    is_padding = isinstance(mask, Tensor) and tuple(mask.shape) == size
-    return size[0], size[1], cast(Tensor, mask).bool() if is_padding else None

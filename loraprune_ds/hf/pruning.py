@@ -16,25 +16,26 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
+from peft import PeftModel
 from torch import nn
 
 from loraprune_ds.checkpoint.layout import METRICS_FILE
-from loraprune_ds.config import PruneConfig
+from loraprune_ds.checkpoint.load import keep_to_lists
+from loraprune_ds.checkpoint.save import save_shape
+from loraprune_ds.config import Dtype, PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.export.model_card import ModelCard
-from loraprune_ds.files import read_json, staging_of, write_json
-from loraprune_ds.hf.checkpoint import PruningCheckpoint, save_pruning
+from loraprune_ds.files import read_json, remove_leftovers, staging_of, write_json
+from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
 from loraprune_ds.hf.checks import check_model, warn_of_rounded_gradients
 from loraprune_ds.hf.live import (
     ForwardWatch,
-    PrunedTraining,
     base_config,
     base_dtype,
     base_shape,
@@ -53,7 +54,7 @@ from loraprune_ds.report.records import CutRecord, History, Sink, StepRecord
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.train.trainer import PruningSteps
-from loraprune_ds.zero.device import peak_bytes, resident_bytes
+from loraprune_ds.zero.device import peak_bytes
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import (
     before_each_update,
@@ -62,75 +63,33 @@ from loraprune_ds.zero.external_engine import (
     reduced_dtypes,
     share_model,
 )
+from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
-
-
-def save_results(training: PrunedTraining, folder: Path, settings: dict[str, Any]) -> None:
-    """Writes report, kept groups, metrics and pictures. `settings` are more of the report's config. Collective."""
-    pruner, dense, pruned = training.pruner, training.pruner.limits.dense, training.model.shape
-    model = {"path": model_name(training.peft_model), "dtype": training.dtype}
-    config = {"seed": training.seed, "steps": training.steps, "model": model, "prune": asdict(pruner.config)}
-    target = describe_target(pruner.config, dense, pruned)
-    outcome = Outcome(pruned, pruner.kept_of_dense, training.resumed_from, target)
-    peaks, recorder = training.model.comm.gather_objects(peak_bytes()), training.recorder
-
-    def write() -> None:
-        write_history(folder / METRICS_FILE, recorder.history)
-        recorder.write_results(folder, config | settings, dense, outcome, peaks)
-
-    training.model.comm.on_rank_0(write)
-
-
-def write_export(
-    training: PrunedTraining, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool
-) -> None:
-    """Writes a Hugging Face model of the tensors that `tensors_of` makes of each linear. Collective."""
-    model = training.model
-    model.comm.on_rank_0(lambda: begin(folder))
-    write_model(model, staging_of(folder), training.dtype, tensors_of, trained=trained)
-    model.comm.on_rank_0(lambda: _finish(training, folder, tokenizer))
-
-
-def _finish(training: PrunedTraining, folder: Path, tokenizer: Any) -> None:
-    source = base_config(training.peft_model)
-    exported = export_config(source, training.model.shape, training.dtype)
-    base = cast(Any, training.peft_model.get_base_model())
-    with tempfile.TemporaryDirectory() as described:  # the files of the dense model next to its weights
-        write_json(Path(described) / "config.json", source)
-        if base.generation_config is not None:
-            base.generation_config.save_pretrained(described)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(described)
-            drop_auto_maps(Path(described))  # the trainer's user may trust a tokenizer's code; an export brings none
-        card = ModelCard(
-            base_model=model_name(training.peft_model),
-            dense=training.pruner.limits.dense,
-            pruned=training.model.shape,
-            criterion=training.pruner.config.criterion,
-            ranking=training.pruner.config.ranking,
-            data="data of its own trainer",
-            steps=training.step,
-            perplexity_data="not measured",
-        )
-        finish_folder(staging_of(folder), exported, Path(described), card)
-    publish(folder)
-
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
 class Pruning:
-    """Scores and cuts a model in an external training."""
+    """Scores and cuts a model in an external training, and writes what becomes of it. `attach` makes one."""
 
-    def __init__(self, training: PrunedTraining) -> None:
-        self.training = training
-        self._model, self._pruner = training.model, training.pruner
-        self._steps = PruningSteps(training.model, training.pruner, training.dtype)
-        self._forward = ForwardWatch(training)
+    peft_model: PeftModel
+    model: ShardedModel  # its sharded weights
+    pruner: Pruner
+    dtype: Dtype  # of the frozen weights
+    recorder: Recorder
+    steps: int  # of the whole training
+    seed: int
+    step: int = 0  # the last one that was made
+    resumed_from: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._scorer = PruningSteps(self.model, self.pruner, self.dtype)
+        self._forward = ForwardWatch(self.peft_model, self.model, self.pruner)
         self._recording = ExitStack()
         self._began = 0.0
-        self._record: StepRecord | None = None  # of the open step, once the optimizer makes its update
-        self._take_back = before_each_update(self._model.zero_optimizer, self._score)
+        self._update: tuple[float, list[list[float]]] | None = None  # of the open step: learning rate, rows of ranks
+        self._detach = before_each_update(self.model.zero_optimizer, self._score)
 
     @classmethod
     def attach(
@@ -160,36 +119,37 @@ class Pruning:
         if checkpoint:
             checkpoint.check(steps, seed)
         zero, peft_model = find_zero_optimizer(optimizer), find_peft_model(model)
-        raw = ds_config or getattr(model, "config", None)
-        if isinstance(raw, dict):
-            check_reshardable("the DeepSpeed config", raw, {p.element_size() for p in peft_model.parameters()})
+        ds_config = ds_config or getattr(model, "config", None)
+        if isinstance(ds_config, dict):
+            check_reshardable("the DeepSpeed config", ds_config, {p.element_size() for p in peft_model.parameters()})
         check_model(peft_model, base_shape(peft_model))
-        shared = share_model(peft_model, zero, live_shape(peft_model))
-        dense = checkpoint.dense if checkpoint else shared.shape
-        pruner = Pruner(shared, plan_pruning(config, dense, steps), seed)
-        recorder = Recorder(History(), sinks if shared.rank == 0 else ())
-        training = PrunedTraining(peft_model, shared, pruner, base_dtype(peft_model, dense), steps, seed, recorder)
+        sharded = share_model(peft_model, zero, live_shape(peft_model))
+        dense = checkpoint.dense if checkpoint else sharded.shape
+        pruner = Pruner(sharded, plan_pruning(config, dense, steps), seed)
+        dtype, history, step, resumed_from = base_dtype(peft_model, dense), History(), 0, list[int]()
         if checkpoint:
-            checkpoint.restore(training)
-        if shared.rank == 0:
+            history, step = checkpoint.restore(pruner), checkpoint.state.step
+            resumed_from = [*checkpoint.state.resumed_from, step]
+        if sharded.rank == 0:
             warn_of_rounded_gradients(reduced_dtypes(zero))
-        return cls(training)
+        recorder = Recorder(history, sinks if sharded.rank == 0 else ())
+        return cls(peft_model, sharded, pruner, dtype, recorder, steps, seed, step, resumed_from)
 
     @property
     def cuts(self) -> list[CutRecord]:
-        return self.training.recorder.history.cuts
+        return self.recorder.history.cuts
 
     @property
     def reached(self) -> float:
         """The fraction of the dense decoder-layer linear parameters that is gone."""
-        return self._pruner.reached()
+        return self.pruner.reached()
 
     def begin_step(self) -> None:
         """Begins an optimizer step, before its first forward pass. Raises UserError inside a step."""
-        step = self.training.step + 1
+        step = self.step + 1
         require(not self._forward.active, f"begin_step was called twice in step {step}, without end_step between")
-        self._forward.active, self._record, self._began = True, None, time.perf_counter()
-        self._recording.enter_context(self._pruner.record_step(step))
+        self._forward.active, self._update, self._began = True, None, time.perf_counter()
+        self._recording.enter_context(self.pruner.record_step(step))
 
     def end_step(self, loss: float = math.nan) -> CutRecord | None:
         """Ends an optimizer step after its update, and cuts the model if a cut is due. No loss graph may be alive.
@@ -198,28 +158,59 @@ class Pruning:
             UserError: the optimizer made no update since `begin_step`.
             RunError: as `Pruner.cut`.
         """
-        step, record = self.training.step + 1, self._record
-        if record is None:
+        step, seconds = self.step + 1, time.perf_counter() - self._began
+        if self._update is None:
             raise UserError(f"end_step was called in step {step}, but the optimizer has made no update")
+        learning_rate, rows = self._update
+        tokens, skipped = sum(int(row[0]) for row in rows), not self._scorer.scored
         self._recording.close()
-        self._forward.active, self._record = False, None
-        self.training.step = step
-        seconds = time.perf_counter() - self._began
-        norm = None if record.skipped else gradient_norm(self._model.zero_optimizer)
-        took = {"seconds": seconds, "tokens_per_second": record.tokens / seconds}
-        self.training.recorder.write(replace(record, loss=loss, grad_norm=norm, **took))
-        if cut := self._steps.cut(step):
-            self.training.recorder.write(cut)
+        self._forward.active, self._update = False, None
+        self.step = step
+        self.recorder.write(
+            StepRecord(
+                step=step,
+                loss=loss,
+                learning_rate=learning_rate,
+                grad_norm=None if skipped else gradient_norm(self.model.zero_optimizer),
+                sparsity=self.reached,
+                tokens=tokens,
+                seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                weight_bytes=self._scorer.weight_bytes,
+                resident_bytes=[int(row[2]) for row in rows],
+                skipped=skipped,
+            )
+        )
+        if cut := self._scorer.cut(step):
+            self.recorder.write(cut)
         return cut
 
     def save(self, folder: str | Path) -> None:
-        """Completes a trainer's checkpoint for `cut_to_checkpoint`. Raises RunError if a rank cannot write."""
-        save_pruning(self.training, Path(folder))
+        """Completes a trainer's checkpoint for `cut_to_checkpoint`. Collective. RunError if a rank cannot write."""
+        folder, model, pruner, shape = Path(folder), self.model, self.pruner, None
+        if model.rank == 0:
+            remove_leftovers(folder)
+        if self.cuts and pruner.config.compensate != "none":  # otherwise they are slices of the dense model
+            shape = save_shape(model, folder, len(self.cuts), self.dtype).folder
+        saved, dense = pruner.state(), pruner.limits.dense
+        state = PruningState(
+            step=self.step,
+            steps=self.steps,
+            world_size=model.world_size,
+            seed=self.seed,
+            prune=asdict(pruner.config),
+            dense=group_counts(dense),
+            kept=keep_to_lists(saved.kept_of_dense, dense.kinds),
+            updates_since_cut=saved.updates_since_cut,
+            moment_tokens=saved.moment_tokens,
+            shape=shape,
+            resumed_from=self.resumed_from,
+        )
+        write_pruning(folder, state, pruner, model, self.recorder.history)
 
     def save_model(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Writes the pruned model with LoRA merged in. Collective. Raises UserError if the folder is not empty."""
-        dtype = self.training.dtype
-        write_export(self.training, Path(folder), tokenizer, lambda linear: merged_tensors(linear, dtype), trained=True)
+        self._export(Path(folder), tokenizer, lambda linear: merged_tensors(linear, self.dtype), trained=True)
 
     def save_base(self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None) -> None:
         """Writes the pruned base without LoRA, and makes the adapter on disk name it as its base. Collective.
@@ -230,46 +221,71 @@ class Pruning:
         Raises:
             UserError: the folder exists and is not empty, or the adapter's folder has no adapter.
         """
-        comm, path = self._model.comm, None if adapter is None else Path(adapter) / ADAPTER_FILE
+        comm, path = self.model.comm, None if adapter is None else Path(adapter) / ADAPTER_FILE
         described = None if path is None else comm.on_rank_0(lambda: read_json(path))
-        write_export(self.training, Path(folder), tokenizer, frozen_tensors, trained=False)
+        self._export(Path(folder), tokenizer, frozen_tensors, trained=False)
         if path is not None:
             named = {**(described or {}), "base_model_name_or_path": str(folder)}
             comm.on_rank_0(lambda: write_json(path, named))
 
     def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
         """Writes report, kept groups, metrics and pictures. `settings` also go into the report. Collective."""
-        save_results(self.training, Path(folder), settings or {})
+        folder, pruner, dense, pruned = Path(folder), self.pruner, self.pruner.limits.dense, self.model.shape
+        model = {"path": model_name(self.peft_model), "dtype": self.dtype}
+        config = {"seed": self.seed, "steps": self.steps, "model": model, "prune": asdict(pruner.config)}
+        target = describe_target(pruner.config, dense, pruned)
+        outcome = Outcome(pruned, pruner.kept_of_dense, self.resumed_from, target)
+        comm, history = self.model.comm, self.recorder.history
+        peaks = comm.gather_objects(peak_bytes())
+        comm.on_rank_0(lambda: write_history(folder / METRICS_FILE, history))
+        comm.on_rank_0(lambda: self.recorder.write_results(folder, config | (settings or {}), dense, outcome, peaks))
 
     def close(self) -> None:
         """Detaches from the model and its optimizer. Warns if not all cuts were made."""
-        step, end = self.training.step, self._pruner.schedule.last_cut
-        if step < end and self._model.rank == 0:
-            removed = f"{100 * self.reached:.1f} % of {100 * self._pruner.schedule.ratio:.1f} % are removed"
-            log.warning("training stopped at step %d, before the last cut at step %d: %s", step, end, removed)
-        self._take_back()
+        end = self.pruner.schedule.last_cut
+        if self.step < end and self.model.rank == 0:
+            removed = f"{100 * self.reached:.1f} % of {100 * self.pruner.schedule.ratio:.1f} % are removed"
+            log.warning("training stopped at step %d, before the last cut at step %d: %s", self.step, end, removed)
+        self._detach()
         self._forward.close()
-        self.training.recorder.close()
+        self.recorder.close()
 
     def _score(self) -> None:
         """Scores the averaged gradients, unless they overflowed in fp16 on some rank. Collective."""
-        step = self.training.step + 1
+        step = self.step + 1
         require(self._forward.active, f"step {step}: the optimizer made an update, but begin_step was not called")
-        require(self._record is None, f"step {step}: the optimizer made two updates between begin_step and end_step")
-        bad_layer = self._model.nonfinite_layer()
-        mine = [-1 if bad_layer is None else bad_layer, self._forward.take_tokens(), resident_bytes()]
-        rows = self._model.comm.all_gather(torch.tensor(mine, dtype=torch.int64, device=self._model.device)).tolist()
-        scored = self._steps.score(step, [None if row[0] < 0 else row[0] for row in rows])
-        self._record = StepRecord(
-            step=step,
-            loss=math.nan,
-            learning_rate=float(self._model.zero_optimizer.optimizer.param_groups[0]["lr"]),
-            grad_norm=None,
-            sparsity=self.reached,
-            tokens=sum(row[1] for row in rows),
-            seconds=math.nan,
-            tokens_per_second=math.nan,
-            weight_bytes=self._steps.weight_bytes,
-            resident_bytes=[row[2] for row in rows],
-            skipped=not scored,
-        )
+        require(self._update is None, f"step {step}: the optimizer made two updates between begin_step and end_step")
+        rows = self._scorer.exchange(self._forward.take_tokens())
+        self._scorer.score(step, rows)
+        self._update = float(self.model.zero_optimizer.optimizer.param_groups[0]["lr"]), rows
+
+    def _export(self, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:
+        """Writes a Hugging Face model of the tensors that `tensors_of` makes of each linear. Collective."""
+        comm = self.model.comm
+        comm.on_rank_0(lambda: begin(folder))
+        write_model(self.model, staging_of(folder), self.dtype, tensors_of, trained=trained)
+        comm.on_rank_0(lambda: self._finish_export(folder, tokenizer))
+
+    def _finish_export(self, folder: Path, tokenizer: Any) -> None:
+        source, pruned, settings = base_config(self.peft_model), self.model.shape, self.pruner.config
+        base = cast(Any, self.peft_model.get_base_model())
+        with tempfile.TemporaryDirectory() as path:
+            dense = Path(path)  # has the files of the dense model next to its weights
+            write_json(dense / "config.json", source)
+            if base.generation_config is not None:
+                base.generation_config.save_pretrained(dense)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(dense)
+                drop_auto_maps(dense)  # the trainer's user may trust a tokenizer's code; an export brings none
+            card = ModelCard(
+                base_model=model_name(self.peft_model),
+                dense=self.pruner.limits.dense,
+                pruned=pruned,
+                criterion=settings.criterion,
+                ranking=settings.ranking,
+                data="data of its own trainer",
+                steps=self.step,
+                perplexity_data="not measured",
+            )
+            finish_folder(staging_of(folder), export_config(source, pruned, self.dtype), dense, card)
+        publish(folder)

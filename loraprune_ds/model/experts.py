@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loraprune_ds.model.family_row import Linear
-from loraprune_ds.model.frozen import DENSE, FrozenLinear, StorageFormat, join, stored_tensors
+from loraprune_ds.model.frozen import DENSE, FrozenLinear, StorageFormat, stored_tensors
 
 
 class ExpertStack(FrozenLinear):
@@ -217,7 +217,7 @@ def _multiply_into(
     matrices = (tensor.unflatten(0, (len(counts), -1)) for tensor in stored)
     for tokens, result, *matrix in zip(x.split(counts), out.split(counts), *matrices, strict=True):
         if len(tokens):
-            weight = join(stored_as, matrix)
+            weight = stored_as.join(matrix)
             torch.mm(tokens, weight if transposed else weight.t(), out=result)
     return out
 

@@ -10,7 +10,7 @@ A storage format names the tensors that store a weight and converts between them
 # torch does not type all of its methods.
 # pyright: reportUnknownMemberType=false
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeVar, get_args
 
@@ -45,6 +45,12 @@ class StoredTensor(NamedTuple):
     element_size: int
 
 
+def fill(flat: Tensor, start: int, values: Tensor, origin: int) -> None:
+    """Fills the part of a flat tensor from `start` with all of its values that `values`, from `origin` on, has."""
+    low, high = max(start, origin), min(start + len(flat), origin + len(values))
+    flat[low - start : high - start] = values[low - origin : high - origin]
+
+
 @dataclass(frozen=True)
 class Dense:
     """The weight itself. `tensors` are the names of the parameters that store it."""
@@ -59,9 +65,10 @@ class Dense:
         """Computes these tensors from the weight."""
         return {WEIGHT: weight.to(dtype)}
 
-    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Computes the weight from these tensors."""
-        return tensors[WEIGHT]
+    def join(self, stored: Iterable[Tensor]) -> Tensor:
+        """Computes the weight from these tensors, in the order of `tensors`."""
+        (weight,) = stored
+        return weight
 
     def kept(self, axis: int, kept: Tensor) -> dict[str, Tensor]:
         """Returns the rows (or columns) of each tensor that belong to these rows (or columns) of the weight."""
@@ -122,8 +129,8 @@ class Int8:
         parts = [self._quantise(part.float(), dtype) for matrix in matrices for part in matrix.split(rows)]
         return {WEIGHT: torch.cat([q for q, _ in parts]), SCALE: torch.cat([scale for _, scale in parts])}
 
-    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        weight, scale = tensors[WEIGHT], tensors[SCALE]
+    def join(self, stored: Iterable[Tensor]) -> Tensor:
+        weight, scale = stored
         if len(weight) <= self._height:  # saves the copy
             return dequantise(weight, scale, self.axis)
         matrices = zip(weight.split(self._height), scale.split(self._bands), strict=True)
@@ -151,9 +158,7 @@ class Int8:
             top, bottom = self._top(first), min(self._top(last), rows)
             part = read(top * columns, bottom * columns).view(-1, columns)
             values = dict(zip(self.tensors, self._quantise(part, dtype), strict=True))[name].reshape(-1)
-            origin = (top if name == WEIGHT else first) * width
-            low, high = max(start, origin), min(end, origin + len(values))
-            flat[low - start : high - start] = values[low - origin : high - origin]
+            fill(flat, start, values, (top if name == WEIGHT else first) * width)
         return flat
 
     def _chunks(self, bands: range, count: int) -> Iterator[tuple[int, int]]:
@@ -194,11 +199,6 @@ class Int8:
 
 StorageFormat = Dense | Int8
 DENSE = Dense()
-
-
-def join(stored_as: StorageFormat, stored: Sequence[Tensor]) -> Tensor:
-    """Computes the weight from the tensors that store it, in the order of `stored_as.tensors`."""
-    return stored_as.join(dict(zip(stored_as.tensors, stored, strict=True)))
 
 
 def dequantise(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
@@ -253,7 +253,7 @@ class Int8Linear(FrozenLinear):
         self.register_parameter("bias", linear.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, join(self.stored_as, stored_tensors(self)), self.bias)
+        return nn.functional.linear(input, self.stored_as.join(stored_tensors(self)), self.bias)
 
 
 def storage_format(linear: nn.Module) -> StorageFormat:

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.model.frozen import StorageFormat, join, storage_format, stored_tensors
+from loraprune_ds.model.frozen import StorageFormat, storage_format, stored_tensors
 
 DRAW = 1 << 16  # dropout draws one of DRAW numbers per element
 
@@ -53,7 +53,7 @@ class _Product(torch.autograd.Function):
         narrow = _masked(x, mask) @ a.t()
         ctx.save_for_backward(x, mask, narrow, a, b, *stored)
         ctx.s, ctx.stored_as = s, stored_as
-        out = x @ join(stored_as, stored).t()
+        out = x @ stored_as.join(stored).t()
         if bias is not None:
             out += bias
         return (narrow @ b.t()).mul_(s).add_(out)
@@ -68,7 +68,7 @@ class _Product(torch.autograd.Function):
         of_b = (of_out.t() @ _rows(narrow)).mul_(ctx.s)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = of_out @ join(ctx.stored_as, stored)
+            of_x = of_out @ ctx.stored_as.join(stored)
             of_x = of_x.addmm(of_narrow, a) if mask is None else of_x.addcmul_(of_narrow @ a, _rows(mask))
             of_x = of_x.view(x.shape)
         return of_x, of_a, of_b, *[None] * (4 + len(stored))

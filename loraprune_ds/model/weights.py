@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, StoredTensor
+from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, StoredTensor, fill
 from loraprune_ds.model.shapes import LayerKeep, ModelShape, Pieces
 from loraprune_ds.model.storage import MODEL_DTYPE, FrozenStorage, Slice
 from loraprune_ds.model.weight_files import Headers, read_headers
@@ -82,9 +82,7 @@ class ModelWeights:
                 if len(chunk) < len(values):
                     values = values[chunk - chunk[0]]
                 values = (values[:, kept.keep] if kept.axis == 1 else values).reshape(-1)
-                origin = (first + at) * columns
-                low, high = max(start, origin), min(end, origin + len(values))
-                shard[low - start : high - start] = values[low - origin : high - origin].to(dtype)
+                fill(shard, start, values, (first + at) * columns)
         return shard
 
     def _read_pieces(self, pieces: Pieces, start: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -118,11 +116,8 @@ class ModelWeights:
         if name not in self._int8:
             return self.read_stored(name, 0, math.prod(shape), dtype).view(shape)
         stored_as, matrix = self._int8[name]
-        tensors = dict[str, Tensor]()
-        for tensor, (size, _) in stored_as.stored(matrix, 1).items():
-            flat = self.read_stored(name.removesuffix(WEIGHT) + tensor, 0, math.prod(size), dtype)
-            tensors[tensor] = flat.view(size)
-        return stored_as.join(tensors)
+        path, sizes = name.removesuffix(WEIGHT), {x: size for x, (size, _) in stored_as.stored(matrix, 1).items()}
+        return stored_as.join(self.read_stored(path + x, 0, math.prod(n), dtype).view(n) for x, n in sizes.items())
 
     @cached_property
     def _keep_fp32(self) -> frozenset[str]:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from loraprune_ds.model import flops
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.stages import held_bytes, passes_of_weights, teacher_pass
-from loraprune_ds.pruning.compensate import measured_linears, numel_sent
+from loraprune_ds.plan.stages import full_bytes, passes_of_weights, teacher_pass
+from loraprune_ds.pruning.compensate import numel_sent
 
 IN_GROUP = "weights_in_group"  # inside a group of hpZ. Other bytes go to all ranks
 StepKind = tuple[bool, bool]  # it scores; it measures inputs (`prune.compensate`)
@@ -51,8 +51,7 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
         linears = shape.input_linear_ids() if criterion == "fisher" else shape.linear_ids()
         scoring = 8 * sum(shape.layers[i][part.kind] for i, linear in linears for part in linear.parts)
         scoring += 0 if criterion == "fisher" else 8 * lora * others
-    if measures and others and request.measured_layers:
-        measured = measured_linears(shape, request.measured_layers)
+    if measures and others and (measured := request.measured(shape)):
         moments = 8 + 4 * micro * sum(numel_sent(shape.linear_shape(i, x)[1]) for i, x in measured)
     return {
         **_gathers(request, shape, passes_of_weights(request, shape) * micro),
@@ -66,12 +65,10 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
 def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     """Returns the cost of a cut: shards of the layers that get smaller with LoRA's state, and refitted linears."""
     cut = [i for i, layer in enumerate(before.layers) if layer != after.layers[i]]
-    lora = sum(request.shards(before.layer_lora_sizes(i, request.config.lora.r)) for i in cut)
-    sent = sum(request.held_shards(request.held(before, i)) for i in cut) + (12 + request.element_size) * lora
-    for i, x in measured_linears(before, request.measured_layers):  # to the owner and back
-        sent += 2 * held_bytes(
-            request.storage.format_of(before, x).stored(before.linear_shape(i, x), request.element_size).values()
-        )
+    lora = sum(request.shard_numel(before.layer_lora_sizes(i, request.config.lora.r)) for i in cut)
+    sent = sum(request.shard_bytes(request.stored(before, i)) for i in cut) + (12 + request.element_size) * lora
+    for linear_id in request.measured(before):  # to the owner and back
+        sent += 2 * full_bytes(request.stored_linear(before, *linear_id))
     return _cost(request, {"cut": sent if request.world_size > 1 else 0}, 0)
 
 
@@ -100,7 +97,7 @@ def _gathers(request: Request, shape: ModelShape, passes: int, *, lora: bool = T
     """Returns the bytes of passes that gather all weights. hpZ copies LoRA again in every step."""
     others, group = request.world_size - 1, request.fetch.zero_hpz_partition_size
     factors = lora * request.element_size * request.lora_shards(shape)
-    shards = request.held_shards(request.held(shape)) + factors
+    shards = request.shard_bytes(request.stored(shape)) + factors
     if group == 1:
         return {"weights": passes * shards * others, IN_GROUP: 0}
     in_group = (passes * shards - factors) * (group - 1) * (request.world_size // group)
@@ -134,6 +131,5 @@ def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> flo
     if kind[0] and request.config.prune.criterion == "gradient":
         per_token += 2 * flops.met_numel(shape)
     if kind[1]:
-        measured = measured_linears(shape, request.measured_layers)
-        per_token += sum(2 * numel_sent(shape.linear_shape(i, x)[1]) for i, x in measured)
+        per_token += sum(2 * numel_sent(shape.linear_shape(i, x)[1]) for i, x in request.measured(shape))
     return per_token

@@ -1,17 +1,22 @@
-"""The plan of a run: memory, bytes sent, seconds, and what to change."""
+"""The plan of a run: memory, bytes sent, seconds, what to change, and all of it as JSON and as a table."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, reduce
 from typing import Any
 
+from loraprune_ds.config_file import merge
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan.cluster import GIB, MOST_GPUS, Cluster
 from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost, teacher_cost
-from loraprune_ds.plan.request import GIB, MOST_GPUS, Cluster, Request, changed
-from loraprune_ds.plan.stages import Stage, held_bytes, moment_bytes, plan_stages
+from loraprune_ds.plan.request import Request, changed
+from loraprune_ds.plan.stages import Stage, full_bytes, moment_bytes, plan_stages, teacher_pass
+from loraprune_ds.pruning.target import describe_target, on_a_server
 
 MOST_NODES = 512  # that --smallest tries without --nodes
+COSTS = ("step", "last_step", "first_cut", "teacher")
 ONE, AGAIN = {"micro_batch_size": 1}, {"gradient_checkpointing": True}
 PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
 
@@ -52,9 +57,9 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """The most bytes of a checkpoint: LoRA with its state, weights unless the source has them, moments."""
-        request, dense, measured = self.request, self.request.shape, self.request.measured_layers
-        weights = held_bytes(request.held(dense)) if measured else 0
-        moments = sum(moment_bytes(dense, request.world_size, measured))
+        request, dense, measured = self.request, self.request.shape, self.request.measured(self.request.shape)
+        weights = full_bytes(request.stored(dense)) if measured else 0
+        moments = sum(moment_bytes(dense, measured, request.world_size))
         return 12 * sum(dense.lora_sizes(request.config.lora.r)) + weights + moments
 
     @property
@@ -68,8 +73,8 @@ class Plan:
     @property
     def host_bytes(self) -> int:
         """The most that a node's ranks hold in host memory."""
-        cluster, held = self.request.cluster, max(sum(stage.host.values()) for stage in self.stages)
-        return cluster.gpus_per_node * (int(cluster.host_reserve * GIB) + held)
+        cluster, most = self.request.cluster, max(sum(stage.host.values()) for stage in self.stages)
+        return cluster.gpus_per_node * (int(cluster.host_reserve * GIB) + most)
 
     @property
     def fits(self) -> bool:
@@ -86,18 +91,36 @@ def make_plan(request: Request) -> Plan:
 
 def suggestions(plan: Plan) -> list[dict[str, Any]]:
     """Plans each change that saves memory, then all together, then more GPUs."""
-    request, together, plans = plan.request, dict[str, dict[str, Any]](), list[tuple[str, str, Plan]]()
-    for name, setting, section, values in _changes(request):
-        plans.append((name, setting, make_plan(changed(request, None, **{section: values}))))
-        together.setdefault(section, {}).update(values)
-    if len(plans) > 1:
-        plans.append(("all of the above", "", make_plan(changed(request, None, **together))))
+    request, changes = plan.request, _changes(plan.request)
+    plans = [(change, setting, make_plan(changed(request, **values))) for change, setting, values in changes]
+    if len(changes) > 1:
+        together = reduce(merge, (values for *_, values in changes))
+        plans.append(("all of the above", "", make_plan(changed(request, **together))))
     smallest, reason = search(request, request.cluster, MOST_NODES)
     if not reason:
         where = smallest.request.cluster
         plans.append(("more GPUs", f"--nodes {where.nodes} --gpus-per-node {where.gpus_per_node}", smallest))
     keys = ("change", "setting", "device_bytes", "host_bytes", "fits")
     return [dict(zip(keys, (*x, plan.device_bytes, plan.host_bytes, plan.fits), strict=True)) for *x, plan in plans]
+
+
+def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
+    """Lists the unused changes that save memory: (change, setting, keywords of `changed`)."""
+    train, layer = request.config.train, max(request.shape.layer_numel(i) for i in range(len(request.shape.layers)))
+    few = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
+    in_json = ", ".join(f"{key} {value}" for key, value in few.items()) + " in the DeepSpeed JSON"
+    optimizer, files = {"offload_optimizer": PINNED}, "--set deepspeed=ds_configs/zero3_offload"
+    both, on_gpu = optimizer | {"offload_param": PINNED}, {x: not request.offloads(x) for x in ("optimizer", "param")}
+    int8, again = request.config.model.frozen, train.gradient_checkpointing
+    changes: list[tuple[bool, str, str, dict[str, Any]]] = [  # wanted, ...
+        (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", {"train": ONE}),
+        (not again, "activation checkpointing", "--set train.gradient_checkpointing=true", {"train": AGAIN}),
+        (int8 is None, "int8 weights", "--set model.frozen=int8", {"model": {"frozen": "int8"}}),
+        (request.fetch.max_live_parameters > layer, "fewer gathered weights", in_json, {"deepspeed": few}),
+        (on_gpu["optimizer"], "optimizer on the host", f"{files}_optimizer.json", {"deepspeed": optimizer}),
+        (on_gpu["param"], "optimizer and weights on the host", f"{files}.json", {"deepspeed": both}),
+    ]
+    return [(change, setting, values) for wanted, change, setting, values in changes if wanted]
 
 
 def largest_micro_batch(plan: Plan) -> int | None:
@@ -108,45 +131,145 @@ def largest_micro_batch(plan: Plan) -> int | None:
 
 
 def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, str]:
-    """Returns the plan on the fewest GPUs; if none fits, on the most that were tried, and a line for the user."""
-    plan = None
-    for tried in _splittable(request, largest, most_nodes):
-        plan = make_plan(tried)
+    """Tries 1, 2, … GPUs of a node, then whole nodes, where they can split the global batch.
+
+    Returns the plan on the fewest GPUs; if none fits, on the most that were tried, and a line for the user.
+    """
+    plan, most, passes = None, largest.gpus_per_node, request.micro_batches * request.world_size  # of a step
+    sizes = [(1, gpus) for gpus in range(1, most + 1)]
+    sizes += [(nodes, most) for nodes in range(2, min(most_nodes, MOST_GPUS // most) + 1)]
+    for nodes, gpus in sizes:
+        if passes % (nodes * gpus) != 0:
+            continue
+        try:
+            smaller = changed(request, replace(largest, nodes=nodes, gpus_per_node=gpus))
+        except UserError:
+            continue  # hpZ has no such groups
+        plan = make_plan(smaller)
         if plan.fits:
             return plan, ""
-    gpus = f"{most_nodes} x {largest.gpus_per_node} GPUs of {largest.gpu_memory:g} GiB"
+    gpus = f"{most_nodes} x {most} GPUs of {largest.gpu_memory:g} GiB"
     host, batch = f"{largest.host_memory:g} GiB of host memory per node", request.config.train.global_batch_size
     reason = f"{request.model} fits on no cluster of up to {gpus} with {host} that splits the global batch of {batch}"
     return plan or make_plan(request), reason
 
 
-def _splittable(request: Request, cluster: Cluster, most_nodes: int) -> Iterator[Request]:
-    """Yields the request on 1, 2, … GPUs of a node, then on whole nodes, where they can split the global batch."""
-    most, passes = cluster.gpus_per_node, request.micro_batches * request.world_size  # of all ranks in a step
-    sizes = [(1, gpus) for gpus in range(1, most + 1)]
-    sizes += [(nodes, most) for nodes in range(2, min(most_nodes, MOST_GPUS // most) + 1)]
-    for nodes, gpus in sizes:
-        if passes % (nodes * gpus) == 0:
-            try:
-                yield changed(request, replace(cluster, nodes=nodes, gpus_per_node=gpus))
-            except UserError:
-                continue  # hpZ has no such groups
+def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
+    """Returns bytes, seconds and counts, also on a server with `server_gib` for weights and KV cache."""
+    request, cluster, prune = plan.request, plan.request.cluster, plan.request.config.prune
+    served = [("dense", request.shape), ("pruned", plan.final)] if server_gib else []
+    return {
+        "model": request.model,
+        "parameters": request.shape.total_numel(),
+        "parameters_after": plan.final.total_numel(),
+        "fits": plan.fits,
+        "world_size": request.world_size,
+        "device_bytes": plan.device_bytes,
+        "device_bytes_available": cluster.gpu_bytes,
+        "host_bytes_per_node": plan.host_bytes,
+        "host_bytes_available": cluster.host_bytes,
+        "stages": [asdict(stage) | {"peak": stage.peak, "peak_phase": stage.peak_phase} for stage in plan.stages],
+        "costs": {name: asdict(getattr(plan, name)) | getattr(plan, name).total._asdict() for name in COSTS},
+        "in_all": plan.in_all._asdict(),
+        "disk_bytes": {"teacher": teacher_pass(request)[-1], "checkpoint": plan.checkpoint_bytes},
+        "steps": request.steps,
+        "cuts": len(request.pruning.schedule.cut_steps()),
+        "ratio": request.pruning.schedule.ratio,
+        "target": describe_target(prune, request.shape, plan.final),
+        "serving": [{"model": name} | on_a_server(prune, shape, (server_gib or 0) * GIB) for name, shape in served],
+        "notes": notes(plan),
+        "cluster": asdict(cluster),
+        "config": request.config.to_dict(),
+        "deepspeed": request.ds_config,
+        "suggestions": [] if plan.fits else suggestions(plan),
+        "largest_micro_batch": largest_micro_batch(plan) if plan.fits else None,
+    }
 
 
-def _changes(request: Request) -> list[tuple[str, str, str, dict[str, Any]]]:
-    """Lists unused changes that save memory: (change, setting, section of the run config, its values)."""
-    train, optimizer, both = request.config.train, {"offload_optimizer": PINNED}, {"offload_param": PINNED}
-    layer = max(request.shape.layer_numel(i) for i in range(len(request.shape.layers)))
-    live = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
-    few = ", ".join(f"{key} {value}" for key, value in live.items()) + " in the DeepSpeed JSON"
-    again, int8 = "train.gradient_checkpointing", request.config.model.frozen
-    away, files = not request.offloads("param"), "--set deepspeed=ds_configs/zero3_offload"
-    changes: list[tuple[bool, str, str, str, dict[str, Any]]] = [
-        (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", "train", ONE),
-        (not train.gradient_checkpointing, "activation checkpointing", f"--set {again}=true", "train", AGAIN),
-        (int8 is None, "int8 weights", "--set model.frozen=int8", "model", {"frozen": "int8"}),
-        (request.fetch.max_live_parameters > layer, "fewer gathered weights", few, "deepspeed", live),
-        (not request.offloads("optimizer"), "optimizer on the host", f"{files}_optimizer.json", "deepspeed", optimizer),
-        (away, "optimizer and weights on the host", f"{files}.json", "deepspeed", optimizer | both),
+def notes(plan: Plan) -> list[str]:
+    request, nodes, lines = plan.request, plan.request.cluster.nodes, list[str]()
+    if not request.steps_known:
+        known = "--samples N, or --set train.epochs=null --set train.steps=N"
+        lines.append(f"the run counts epochs and its data is not here: its steps are assumed ({known})")
+    if request.config.prune.ranking == "global":
+        lines.append("prune.ranking global is planned as if it took from all layers alike")
+    if plan.step.communication > plan.step.compute and nodes > 1 and request.fetch.zero_hpz_partition_size == 1:
+        setting = "--set deepspeed=ds_configs/zero3_multinode_hpz.json"
+        lines.append(f"sending takes longer than the arithmetic; with {setting} every node has a copy of the weights")
+    lines.append("gathered weights and bytes sent are upper bounds; seconds are estimates, not measurements")
+    lines.append("not counted: loading, evaluations, saving, the host's work; every sample counts as a full window")
+    return lines
+
+
+def verdict(plan: Plan) -> str:
+    """Says in one line whether the run fits."""
+    cluster, fits = plan.request.cluster, "fits" if plan.fits else "does not fit"
+    device = f"{_gib(plan.device_bytes)} of {_gib(cluster.gpu_bytes)} GiB per GPU ({plan.peak_stage.name})"
+    host = f"{_gib(plan.host_bytes)} of {_gib(cluster.host_bytes)} GiB of host memory per node"
+    return f"{plan.request.model} {fits} on {cluster.world_size} GPUs of {cluster.gpu_memory:g} GiB: {device}, {host}"
+
+
+def plan_table(plan: Plan, facts: dict[str, Any]) -> str:
+    """Lays out what `plan_json` returned."""
+    request, cluster, train = plan.request, plan.request.cluster, plan.request.config.train
+    lines = [
+        f"{request.model}: {facts['parameters']:,} parameters, {facts['parameters_after']:,} after the last cut",
+        f"{cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory:g} GiB, less {cluster.reserve:g} for "
+        f"CUDA and gaps and {_gib(cluster.nccl_bytes)} for NCCL; {describe_dtype(request.config.model)}, "
+        f"activation checkpointing {'on' if train.gradient_checkpointing else 'off'}",
+        f"a pass has {train.micro_batch_size * request.config.data.window:,} tokens, a step {request.micro_batches} "
+        "of them",
     ]
-    return [(name, setting, section, values) for wanted, name, setting, section, values in changes if wanted]
+    if (target := facts["target"]) and (amount := request.config.prune.target_amount):
+        reached = f"{amount.format(target['reached'])} reached by prune.ratio {facts['ratio']:.4f}"
+        lines.append(f"prune.target {target['asked']}: {reached}")
+    lines += ["", *_memory_rows(facts["stages"]), "", *_cost_rows(facts, steps_known=request.steps_known)]
+    lines += ["", verdict(plan), *(f"note: {note}" for note in facts["notes"])]
+    for served in facts["serving"]:
+        room = f"{served['tokens']:,} tokens of KV cache" if served["tokens"] else "they do not fit"
+        lines.append(f"on the server, {served['model']}: {_gib(served['weights'])} GiB of weights, {room}")
+    for x in facts["suggestions"]:
+        fits = "fits" if x["fits"] else "does not fit"
+        lines.append(f"  {fits:<13}{_gib(x['device_bytes']):>8} GiB  {x['change']}: {x['setting']}")
+    if most := facts["largest_micro_batch"]:
+        lines.append(f"the largest micro-batch that fits, with the same result: --set train.micro_batch_size={most}")
+    return "\n".join(lines)
+
+
+def _memory_rows(stages: list[dict[str, Any]]) -> list[str]:
+    """Returns a column per stage, with its state and its worst phase."""
+    rows = [_row("GiB per GPU", (stage["name"] for stage in stages))]
+    worst = [stage["phases"][stage["peak_phase"]] for stage in stages]
+    for sign, parts in (("", [stage["state"] for stage in stages]), ("+ ", worst)):
+        for term in dict.fromkeys(term for part in parts for term in part if part[term]):
+            rows.append(_row(sign + term, (_gib(part[term]) if term in part else "" for part in parts)))
+    rows.append(_row("peak", (_gib(stage["peak"]) for stage in stages)))
+    rows.append(_row("  while", (stage["peak_phase"] for stage in stages)))
+    return [*rows, _row("host, per rank", (_gib(sum(stage["host"].values())) for stage in stages))]
+
+
+def _cost_rows(facts: dict[str, Any], *, steps_known: bool) -> list[str]:
+    """Returns a column per kind of step, for the cut and the dense model's pass, and rows for the whole run."""
+    disk, in_all = facts["disk_bytes"], facts["in_all"]
+    costs = {name: cost for name, cost in facts["costs"].items() if name != "teacher" or disk["teacher"]}
+    rows = [_row("", costs)]
+    for term in dict.fromkeys(term for cost in costs.values() for term, sent in cost["sent"].items() if sent):
+        rows.append(_row(f"GB sent: {term}", (f"{cost['sent'].get(term, 0) / 1e9:.3f}" for cost in costs.values())))
+    rows.append(_row("GB of it to other nodes", (f"{cost['between_nodes'] / 1e9:.3f}" for cost in costs.values())))
+    for name in ("compute", "communication", "host_copies"):
+        rows.append(_row(f"seconds: {name}", (f"{cost[name]:.3f}" for cost in costs.values())))
+    for name in ("at_least", "at_most"):
+        rows.append(_row(f"seconds {name}", (f"{cost[name]:.2f}" for cost in costs.values())))
+    hours = f"{in_all['at_least'] / 3600:.1f} to {in_all['at_most'] / 3600:.1f} hours"
+    steps = f"{facts['steps']:,} {'' if steps_known else 'ASSUMED '}steps, {facts['cuts']} cuts"
+    rows.append(f"in all: {hours}, {in_all['bytes_sent'] / 1e9:,.0f} GB sent per rank, for {steps}")
+    sizes = f"a checkpoint {disk['checkpoint'] / 1e9:.1f} GB, the dense model's outputs {disk['teacher'] / 1e9:.1f} GB"
+    return [*rows, f"on the shared disk: {sizes}"]
+
+
+def _row(name: str, cells: Iterable[str]) -> str:
+    return f"{name.replace('_', ' '):<28}" + "".join(f"{cell.replace('_', ' '):>20}" for cell in cells)
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f}"

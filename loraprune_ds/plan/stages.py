@@ -1,130 +1,21 @@
 """Bytes of a rank over the whole run, term by term. README.md in this folder has the formulas."""
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
 from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
+from loraprune_ds.model.family_row import LinearId
 from loraprune_ds.model.flops import mlp_width, saved_by_layer
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
-from loraprune_ds.zero.flat import GATHERED_NUMEL, layer_owner, partition_numel
+from loraprune_ds.zero.flat import GATHERED_NUMEL, layer_owner
 
 Terms = dict[str, int]  # bytes by name
-
-
-def split_state(
-    request: Request, shape: ModelShape, *, stepped: bool = True, measures: bool = False, passed: bool = True
-) -> tuple[Terms, Terms]:
-    """Returns the terms (on the GPU, in host memory).
-
-    LoRA has moments once it has `stepped`, and hpZ a second copy of the weights once a pass has gathered them.
-    """
-    size, e, bucket = request.world_size, request.element_size, request.zero["reduce_bucket_size"]
-    r, held = request.config.lora.r, request.held(shape)
-    terms = state_terms(shape, r, held, world_size=size, element_size=e, bucket_numel=int(bucket), stepped=stepped)
-    if passed and (copies := request.second_copies(held)):
-        terms["second_copy"] = copies
-    away = ["weights", "lora", "second_copy"] if request.offloads("param") else []
-    away += ["lora_masters", "lora_moments", "lora_gradients"] if request.offloads("optimizer") else []
-    host = {name: terms.pop(name) for name in list(terms) if name in away}
-    blocks = list[int]()  # of page-locked memory, which torch rounds up to powers of two
-    if request.offloads("optimizer"):
-        host["lora_gradients_for_the_step"] = host["lora_gradients"]  # DeepSpeed's CPU optimizer has its own
-        blocks += 2 * [host["lora_gradients"]] if request.offloads("optimizer", pinned=True) else []
-    if request.offloads("param", pinned=True):  # frozen shards one by one, LoRA's in a buffer
-        second = [request.second_copies([x]) for x in held] if "second_copy" in host else []
-        blocks += [host["lora"], *(request.held_shards([x]) for x in held), *second]
-    if blocks:
-        host["pinned_rounding"] = sum((1 << (block - 1).bit_length()) - block for block in blocks)
-    if measures and request.measured_layers:
-        terms["input_moments"] = max(moment_bytes(shape, size, request.measured_layers))
-    return terms, host
-
-
-def state_terms(
-    shape: ModelShape,
-    lora_rank: int,
-    stored: Collection[StoredTensor],
-    *,
-    world_size: int,
-    element_size: int,
-    bucket_numel: int,
-    stepped: bool,
-) -> Terms:
-    """Returns the bytes of what ZeRO-3 holds for training. Masters, moments, gradients and bucket are always fp32."""
-    lora = sum(partition_numel(numel, world_size) for numel in shape.lora_sizes(lora_rank))
-    return {
-        "weights": sum(x.element_size * partition_numel(math.prod(x.shape), world_size) for x in stored),
-        "lora": lora * element_size,
-        "lora_masters": lora * 4,
-        "lora_moments": lora * 8 if stepped else 0,
-        "lora_gradients": lora * 4,
-        "reduce_bucket": bucket_numel * 4,
-    }
-
-
-def moment_bytes(shape: ModelShape, world_size: int, open_layers: Sequence[int]) -> list[int]:
-    """Returns the bytes of the fp32 input moments of `prune.compensate` by rank, which owns some of the open layers."""
-    of_ranks = [0] * world_size
-    for i, linear in measured_linears(shape, open_layers):
-        of_ranks[layer_owner(i, world_size)] += 4 * shape.linear_shape(i, linear)[1] ** 2
-    return of_ranks
-
-
-def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True) -> int:
-    """Returns the most bytes that a pass gathers at the same time, buffers included."""
-    (numel, whole), (layer, largest, linear) = _whole(request, shape), _largest(request, shape)
-    if request.world_size == 1 and not request.offloads("param"):
-        return linear  # a parameter's data is its only shard
-    limits = request.fetch.max_live_parameters, request.fetch.prefetch_bucket_size
-    live, prefetched = (round(count * trains * whole / numel) for count in limits)
-    if largest > live:  # DeepSpeed fetches nothing ahead of such a module
-        live = prefetched = 0
-    stays = layer if trains and shape.hidden_size > LEAF_LAYER_HIDDEN else 0
-    return min(max(live, stays) + largest + max(largest, prefetched, linear), whole + max(prefetched, linear))
-
-
-def passes_of_weights(request: Request, shape: ModelShape) -> int:
-    """Returns how often a micro-batch gathers the model at most. A model that may stay is not gathered again."""
-    stays = _whole(request, shape)[0] <= min(request.fetch.max_live_parameters, request.fetch.max_reuse_distance)
-    again = request.config.train.gradient_checkpointing and shape.hidden_size > LEAF_LAYER_HIDDEN
-    return (1 if stays else 2) + again  # a layer that is gathered whole is there when it is computed again
-
-
-def held_bytes(held: Iterable[StoredTensor]) -> int:
-    """Counts the bytes of unsharded tensors."""
-    return sum(x.element_size * math.prod(x.shape) for x in held)
-
-
-def _whole(request: Request, shape: ModelShape) -> tuple[int, int]:
-    """Returns (elements, bytes) of the whole model with LoRA."""
-    held, lora = request.held(shape), sum(shape.lora_sizes(request.config.lora.r))
-    return sum(math.prod(x.shape) for x in held) + lora, held_bytes(held) + lora * request.element_size
-
-
-def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
-    """Returns the bytes of the largest layer and of the largest module gathered as one, with LoRA, and of a linear
-    that is dequantised (0 without int8; one expert of a stack at a time).
-    """
-    e, r, ends = (
-        request.element_size,
-        request.config.lora.r,
-        [math.prod(size) for size in shape.outer_parameters.values()],
-    )
-    one_of_each = list({layer: i for i, layer in enumerate(shape.layers)}.values())
-    layer = max(held_bytes(request.held(shape, i)) + e * sum(shape.layer_lora_sizes(i, r)) for i in one_of_each)
-    largest, dequantised = e * max(ends), 0
-    for i, x in shape.linear_ids(one_of_each):
-        size, lora = shape.linear_shape(i, x), sum(map(math.prod, shape.lora_shapes(i, x, r)))
-        largest = max(largest, held_bytes(request.storage.format_of(shape, x).stored(size, e).values()) + e * lora)
-        matrices = shape.layers[i][x.kind] if x.is_stack else 1
-        dequantised = max(dequantised, request.storage.int8 * e * math.prod(size) // matrices)
-    return layer, max(layer, e * max(ends)) if shape.hidden_size <= LEAF_LAYER_HIDDEN else largest, dequantised
 
 
 @dataclass(frozen=True)
@@ -158,7 +49,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
     if request.storage.int8:  # the export is not int8, and is evaluated when the run's own model is gone
         stock = changed(request, model={"frozen": None})
         shape = stock.shape_at(stock.pruning.schedule.ratio)
-        weights = {"weights": stock.held_shards(stock.held(shape))}
+        weights = {"weights": stock.shard_bytes(stock.stored(shape))}
         stages.append(Stage("exported", weights, {"evaluation": _evaluation(stock, shape)}, {}))
     return stages
 
@@ -166,21 +57,118 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
 def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bool = True) -> Stage:
     """Builds the stage of steps, evaluations and the export at a shape, whose steps may score and measure."""
     state, host = split_state(request, shape, measures=scores)
-    gradients = {"weight_gradients": 4 * scores * request.gradient_shards(shape)}
-    lora, e = shape.lora_sizes(request.config.lora.r), request.element_size
-    copies = {"second_copy_of_lora": request.second_copies(StoredTensor((n,), e) for n in lora)}
-    ends = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
-    whole_layer = e * max(ends, *(shape.layer_numel(i) for i in range(len(shape.layers))))
+    factors = [StoredTensor((n,), request.element_size) for n in shape.lora_sizes(request.config.lora.r)]
+    embedding = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    written = request.element_size * max(embedding, *(shape.layer_numel(i) for i in range(len(shape.layers))))
+    gradients = {"weight_gradients": 4 * request.gradient_shards(shape)}
     stepping = 0 if request.offloads("optimizer") else 8 * request.lora_shards(shape)
-    phases = {
-        "training": _training(request, shape) | gradients | (_observing(request, shape) if scores else {}) | copies,
-        "optimizer step": {"optimizer_temporaries": stepping} | copies,
-        "scoring": (_scoring(request, shape) | gradients if scores else {}) | copies,
-        "evaluation": _evaluation(request, shape) | copies,
-        "export": {"layer_on_its_writer": 2 * whole_layer},
+    passes = {
+        "training": _training(request, shape),
+        "optimizer step": {"optimizer_temporaries": stepping},
+        "scoring": _scoring(request, shape) | gradients if scores else {},
+        "evaluation": _evaluation(request, shape),
     }
-    wanted = {phase: {term: n for term, n in terms.items() if n} for phase, terms in phases.items()}
-    return Stage(name, state, wanted, host | {"export": whole_layer})
+    if scores:
+        passes["training"] |= gradients | _observing(request, shape)
+    copies = {"second_copy_of_lora": request.second_copies(factors)}
+    phases = {phase: terms | copies for phase, terms in passes.items()}
+    phases["export"] = {"layer_on_its_writer": 2 * written}
+    phases = {phase: {term: n for term, n in terms.items() if n} for phase, terms in phases.items()}
+    return Stage(name, state, phases, host | {"export": written})
+
+
+def split_state(
+    request: Request, shape: ModelShape, *, stepped: bool = True, measures: bool = False
+) -> tuple[Terms, Terms]:
+    """Returns the terms (on the GPU, in host memory). LoRA has moments once it has `stepped`.
+
+    Masters, moments, gradients and the bucket are always fp32.
+    """
+    stored, lora, e = request.stored(shape), request.lora_shards(shape), request.element_size
+    terms = {
+        "weights": request.shard_bytes(stored),
+        "lora": e * lora,
+        "lora_masters": 4 * lora,
+        "lora_moments": 8 * lora if stepped else 0,
+        "lora_gradients": 4 * lora,
+        "reduce_bucket": 4 * int(request.zero["reduce_bucket_size"]),
+    }
+    if copies := request.second_copies(stored):
+        terms["second_copy"] = copies
+    away = ["weights", "lora", "second_copy"] if request.offloads("param") else []
+    away += ["lora_masters", "lora_moments", "lora_gradients"] if request.offloads("optimizer") else []
+    host = {name: terms.pop(name) for name in list(terms) if name in away}
+    blocks = list[int]()  # of page-locked memory, which torch rounds up to powers of two
+    if request.offloads("optimizer"):
+        host["lora_gradients_for_the_step"] = host["lora_gradients"]  # DeepSpeed's CPU optimizer has its own
+        blocks += 2 * [host["lora_gradients"]] if request.offloads("optimizer", pinned=True) else []
+    if request.offloads("param", pinned=True):  # frozen shards one by one, LoRA's in a buffer
+        second = [request.second_copies([x]) for x in stored] if copies else []
+        blocks += [host["lora"], *(request.shard_bytes([x]) for x in stored), *second]
+    if blocks:
+        host["pinned_rounding"] = sum((1 << (block - 1).bit_length()) - block for block in blocks)
+    if measures and (linears := request.measured(shape)):
+        terms["input_moments"] = max(moment_bytes(shape, linears, request.world_size))
+    return terms, host
+
+
+def moment_bytes(shape: ModelShape, linears: Iterable[LinearId], world_size: int) -> list[int]:
+    """Returns by rank the bytes of the fp32 input moments of these linears, whose layers the ranks own."""
+    of_ranks = [0] * world_size
+    for i, linear in linears:
+        of_ranks[layer_owner(i, world_size)] += 4 * shape.linear_shape(i, linear)[1] ** 2
+    return of_ranks
+
+
+def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True) -> int:
+    """Returns the most bytes that a pass gathers at the same time, buffers included."""
+    layer, module, linear = _largest(request, shape)
+    if request.world_size == 1 and not request.offloads("param"):
+        return linear  # a parameter's data is its only shard
+    numel, model = _model_size(request, shape)
+    limits = request.fetch.max_live_parameters, request.fetch.prefetch_bucket_size
+    live, prefetched = (round(count * trains * model / numel) for count in limits)
+    if module > live:  # DeepSpeed fetches nothing ahead of such a module
+        live = prefetched = 0
+    stays = layer if trains and shape.hidden_size > LEAF_LAYER_HIDDEN else 0
+    return min(max(live, stays) + module + max(module, prefetched, linear), model + max(prefetched, linear))
+
+
+def passes_of_weights(request: Request, shape: ModelShape) -> int:
+    """Returns how often a micro-batch gathers the model at most. A model that may stay is not gathered again."""
+    numel, _ = _model_size(request, shape)
+    stays = numel <= min(request.fetch.max_live_parameters, request.fetch.max_reuse_distance)
+    again = request.config.train.gradient_checkpointing and shape.hidden_size > LEAF_LAYER_HIDDEN
+    return (1 if stays else 2) + again  # a layer that is gathered whole is there when it is computed again
+
+
+def full_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Counts the bytes of unsharded tensors."""
+    return sum(x.element_size * math.prod(x.shape) for x in tensors)
+
+
+def _model_size(request: Request, shape: ModelShape) -> tuple[int, int]:
+    """Returns (elements, bytes) of the unsharded model with LoRA."""
+    stored, lora = request.stored(shape), sum(shape.lora_sizes(request.config.lora.r))
+    return sum(math.prod(x.shape) for x in stored) + lora, full_bytes(stored) + lora * request.element_size
+
+
+def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
+    """Returns the bytes of the largest layer and of the largest module gathered as one, with LoRA, and of a linear
+    that is dequantised (0 without int8; one expert of a stack at a time).
+    """
+    e, r = request.element_size, request.config.lora.r
+    one_of_each = list({layer: i for i, layer in enumerate(shape.layers)}.values())
+    layer = max(full_bytes(request.stored(shape, i)) + e * sum(shape.layer_lora_sizes(i, r)) for i in one_of_each)
+    module, dequantised = e * max(map(math.prod, shape.outer_parameters.values())), 0
+    if shape.hidden_size <= LEAF_LAYER_HIDDEN:
+        module = max(module, layer)
+    for i, x in shape.linear_ids(one_of_each):
+        lora = sum(map(math.prod, shape.lora_shapes(i, x, r)))
+        module = max(module, full_bytes(request.stored_linear(shape, i, x)) + e * lora)
+        matrices = shape.layers[i][x.kind] if x.is_stack else 1
+        dequantised = max(dequantised, request.storage.int8 * e * math.prod(shape.linear_shape(i, x)) // matrices)
+    return layer, module, dequantised
 
 
 def teacher_pass(request: Request) -> tuple[PlannedBatch, int, int]:
@@ -212,11 +200,11 @@ def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     """Builds the stage of a cut, with the whole state from before it."""
     state, host = split_state(request, before, measures=True)
     refit, e, r = 0, request.element_size, request.config.lora.r
-    for i, linear in measured_linears(before, request.measured_layers):
+    for i, linear in request.measured(before):
         (m, n), k = before.linear_shape(i, linear), after.linear_shape(i, linear)[1]
         system = 8 * k * k + 12 * k * n + max(12 * k * k, 24 * k * m)
         refit = max(refit, 2 * e * m * (n + k) + 4 * r * (n + m) + system)
-    shards = max(request.held_shards(request.held(before, i)) for i in range(len(before.layers)))
+    shards = max(request.shard_bytes(request.stored(before, i)) for i in range(len(before.layers)))
     moving = {"repartition": 3 * shards}  # one leaves, one arrives, one is new
     return Stage("the first cut", state, {"refit": {"refit": refit}, "moving": moving}, host)
 
@@ -231,11 +219,8 @@ def _training(request: Request, shape: ModelShape) -> Terms:
         per_logit = (12 if k is None or e == 4 else 8) + (4 if train.distill_temperature != 1 else 0)
         teacher = shape.hidden_size * e if k is None else 12 * k + 4  # its ids are int64 by now
         head = chunk * shape.vocab_size * per_logit + batch.tokens * (2 * shape.hidden_size * e + teacher)
-    return {
-        "gathered_weights": gathered_weights(request, shape),
-        "activations": activations(request, shape, batch),
-        "logits": head,
-    }
+    gathered, saved = gathered_weights(request, shape), activations(request, shape, batch)
+    return {"gathered_weights": gathered, "activations": saved, "logits": head}
 
 
 def _observing(request: Request, shape: ModelShape) -> Terms:
@@ -244,14 +229,14 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
     tokens = config.train.micro_batch_size * config.data.window
     if config.prune.criterion == "gradient":
         widest = max(math.prod(shape.linear_shape(i, x)) for i, x in shape.linear_ids())
-        terms["whole_gradient"] = 2 * e * widest + (e + 4) * request.shards([widest])
+        terms["whole_gradient"] = 2 * e * widest + (e + 4) * request.shard_numel([widest])
     if config.prune.criterion == "fisher":
         widths = [(x.is_stack, shape.inputs_per_token(i, x)) for i, x in shape.input_linear_ids()]
         # Dropout replaces the inputs of a stack of experts, so the originals are kept for it.
         kept = sum(n for is_stack, n in widths if is_stack) if config.lora.lora_dropout else 0
         blocks = 12 * min(tokens * max(n for _, n in widths), DEVICE_BLOCK_NUMEL)
         terms["squared_gradients"] = blocks + request.element_size * tokens * kept
-    if request.measured_layers:
+    if request.measured(shape):
         widest = max(shape.linear_shape(i, x)[1] for i, x in measured_linears(shape))
         terms["measured_inputs"] = 4 * (tokens * widest + numel_sent(widest))
     return terms
@@ -266,8 +251,7 @@ def _forward_pass(request: Request, shape: ModelShape, batch: PlannedBatch) -> T
 
 def _evaluation(request: Request, shape: ModelShape) -> Terms:
     batch = request.batch(request.config.evaluate.batch_size, request.config.evaluate.window)
-    head = {"logits": logits(shape, batch)}
-    return _forward_pass(request, shape, batch) | head
+    return _forward_pass(request, shape, batch) | {"logits": logits(shape, batch)}
 
 
 def _scoring(request: Request, shape: ModelShape) -> Terms:
@@ -277,7 +261,7 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
     layers = [sum(shape.layer_lora_sizes(i, request.config.lora.r)) for i in range(len(shape.layers))]
     at_once = min(sum(layers), max(GATHERED_NUMEL // 2, *layers))
     sizes = {shape.linear_shape(i, x) for i, x in shape.linear_ids()}
-    block = max(request.shards([rows * columns]) + 2 * columns for rows, columns in sizes)  # whole rows
+    block = max(request.shard_numel([rows * columns]) + 2 * columns for rows, columns in sizes)  # whole rows
     return {"lora_factors": 24 * at_once, "score_blocks": 12 * min(block, DEVICE_BLOCK_NUMEL)}
 
 
@@ -310,15 +294,6 @@ def logits(shape: ModelShape, batch: PlannedBatch) -> int:
 
 def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
     """Returns the bytes that autograd keeps of a layer without checkpointing."""
-    lora, size = request.config.lora, (batch.samples, batch.window)
-    return saved_by_layer(
-        request.source,
-        shape,
-        index,
-        size,
-        DTYPES[request.config.model.dtype],
-        storage=request.storage,
-        lora_rank=lora.r,
-        dropout=lora.lora_dropout > 0,
-        eager=batch.eager,
-    )
+    lora, dtype, size = request.config.lora, DTYPES[request.config.model.dtype], (batch.samples, batch.window)
+    options = {"lora_rank": lora.r, "dropout": lora.lora_dropout > 0, "eager": batch.eager}
+    return saved_by_layer(request.source, shape, index, size, dtype, storage=request.storage, **options)

@@ -112,20 +112,6 @@ def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> 
     return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.loses_inputs]
 
 
-@contextmanager
-def tf32_where_exact(dtype: torch.dtype, device: torch.device) -> Generator[None]:
-    """Allows TF32 for fp32 products of bf16 or fp16 numbers, whose 11 significant bits it keeps. Sums are fp32."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 class InputMoments:
     """Keeps moving sums of x xᵀ over steps, (n, n) fp32, of the `layers` that may be cut.
 
@@ -204,13 +190,27 @@ class InputMoments:
         rows = (x.flatten(0, 1) if mask is None else x[mask.to(x.device)]).float()  # (tokens, n)
         if linear_id == self._first:
             self._own_tokens += len(rows)
-        with tf32_where_exact(x.dtype, x.device):
+        with tf32_for_halves(x.dtype, x.device):
             part = half_of_product(rows)
         total = self._model.reduce_to(self._model.owner(linear_id.layer), part)
         if total is not None:
             if linear_id not in self.sums:
                 self.sums[linear_id] = total.new_zeros(x.shape[-1], x.shape[-1])
             add_half(self.sums[linear_id], total, self._weight)
+
+
+@contextmanager
+def tf32_for_halves(dtype: torch.dtype, device: torch.device) -> Generator[None]:
+    """Allows TF32 for fp32 products of bf16 or fp16 numbers, whose 11 significant bits it keeps. Sums are fp32."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _tiles(n: int) -> Iterator[tuple[slice, slice]]:

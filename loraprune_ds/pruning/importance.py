@@ -16,7 +16,7 @@ from loraprune_ds.model.family_row import Kind, LinearId
 from loraprune_ds.model.shapes import LayerKeep, LayerTensors, ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.taps import WeightGradients
+from loraprune_ds.pruning.taps import MaskGradients, WeightGradients
 
 
 class LayerScores(LayerTensors):
@@ -71,13 +71,15 @@ def _divided(scores: Tensor, by: Tensor) -> Tensor:
 
 
 def score_groups(
-    model: PrunableModel, criterion: Criterion, step: int, gradients: WeightGradients | None = None
+    model: PrunableModel, criterion: Criterion, step: int, recorder: WeightGradients | MaskGradients | None = None
 ) -> GroupSums:
-    """Scores all groups by one of `ELEMENT_CRITERIA`, from the shards of the ranks: one all-reduce of O(groups)."""
+    """Scores all groups by what was recorded, or from the shards of the ranks: one all-reduce of O(groups)."""
+    if isinstance(recorder, MaskGradients):
+        return add_over_ranks(model, recorder.linear_ids, recorder.sums(), step)
     shape, partial = model.shape, list[Tensor]()
     for layer, factors in enumerate(model.lora_factors()):
         for linear in shape.linears(layer):
-            gradient = None if gradients is None else gradients.owned(layer, linear)
+            gradient = None if recorder is None else recorder.owned(layer, linear)
             experts = split_experts(model.owned_weight(layer, linear), factors[linear.name], gradient)
             element, axis = ELEMENT_CRITERIA[criterion], linear.axis
             sums = torch.cat([score_shard(shard, lora, element, axis, grad) for shard, lora, grad in experts])

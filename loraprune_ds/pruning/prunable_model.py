@@ -63,7 +63,7 @@ class CollectedLinear:
     @cached_property
     def weight(self) -> Tensor:
         """The weight that the linear computes with."""
-        return self.stored_as.join(self.stored)
+        return self.stored_as.join(self.stored.values())
 
 
 # Computes the new weight of a full linear, in its shape and dtype. Raises UserError where it cannot.

@@ -40,11 +40,10 @@ from loraprune_ds.errors import RunError, fail_point
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.compensate import Compensator
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
-from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import PruningPlan
-from loraprune_ds.pruning.taps import WeightGradients
+from loraprune_ds.pruning.taps import RECORDERS
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ class Pruner:
         self.kept_of_dense = all_groups(limits.dense)
         compensates = config.compensate != "none"
         self.compensator = Compensator(model, config, schedule, limits.open_layers) if compensates else None
-        self.gradients = WeightGradients(model) if config.criterion == "gradient" else None
-        self.masks = MaskGradients(model) if config.criterion == "fisher" else None
+        self.recorder = RECORDERS[config.criterion](model) if config.criterion in RECORDERS else None
         self._random = random_scores(limits.dense, seed)
         self._unchecked: GroupSums | None = None
 
@@ -90,9 +88,8 @@ class Pruner:
         with ExitStack() as recordings:
             if self.compensator is not None:
                 recordings.enter_context(self.compensator.record_step(step))
-            for recorder in (self.gradients, self.masks):
-                if recorder is not None and self.schedule.is_scored(step):
-                    recordings.enter_context(recorder.record())
+            if self.recorder is not None and self.schedule.is_scored(step):
+                recordings.enter_context(self.recorder.record())
             yield
 
     def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
@@ -108,9 +105,8 @@ class Pruner:
         if criterion == "random":
             scores = [drawn.select(keep) for drawn, keep in zip(self._random, self.kept_of_dense, strict=True)]
         else:
-            sums = self.masks.scores(step) if self.masks else score_groups(self.model, criterion, step, self.gradients)
-            scores = sums.by_layer(self.config.normalization)
-            self._unchecked = sums
+            self._unchecked = score_groups(self.model, criterion, step, self.recorder)
+            scores = self._unchecked.by_layer(self.config.normalization)
         self.average.update(scores)
 
     def cut(self, step: int, *, scored: bool = True) -> Cut | None:

@@ -35,20 +35,20 @@ from loraprune_ds.zero.write import LocalWrites
 
 
 def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str]) -> TrainingCheckpoint | None:
-    """Finds the checkpoint to resume from. None to start at step 0. Collective.
+    """Finds the checkpoint that a run resumes from. None to start at step 0. Collective.
 
     `warnings` gets a line for each checkpoint that cannot be used.
 
     Raises:
         UserError: the given path has no good checkpoint, or the checkpoint belongs to another run.
     """
-    if output.start != "resume":
-        return None
     settings, path = output.config.to_dict(), output.resume_path
-    if path is not None and _is_step(path):
+    # The folder of a step, even one that lost its state. A run may have any name, even step-1.
+    if path is not None and ((path / STATE_FILE).is_file() or path.parent.name == CHECKPOINTS_FOLDER):
         checkpoint = open_training_checkpoint(path, comm)
     else:
-        root = _root(path or output.path)
+        root = path or output.path
+        root = root if root.resolve().name == CHECKPOINTS_FOLDER else root / CHECKPOINTS_FOLDER
         # Before anything is read in full, and before another run's checkpoints are called damaged.
         comm.all_or_raise(lambda: _check_settings(newest_state(root), root, settings))
         checkpoint = find_newest(root, comm, warnings.append)
@@ -60,15 +60,6 @@ def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str
         return None
     _check_settings(checkpoint.state, checkpoint.folder, settings)
     return checkpoint
-
-
-def _is_step(path: Path) -> bool:
-    """Whether this is the folder of a step, even one that lost its state. A run may have any name, even step-1."""
-    return (path / STATE_FILE).is_file() or path.resolve().parent.name == CHECKPOINTS_FOLDER
-
-
-def _root(path: Path) -> Path:
-    return path if path.resolve().name == CHECKPOINTS_FOLDER else path / CHECKPOINTS_FOLDER
 
 
 def _check_settings(state: RunState | None, folder: Path, settings: dict[str, Any]) -> None:

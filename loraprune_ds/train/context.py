@@ -39,24 +39,23 @@ class RunStatus:
         return self
 
     def update(self, step: int) -> None:
-        """Writes the number of steps done.
-
-        Raises:
-            RankError: another process continues this run, as a second job or because this process seemed lost.
-        """
+        """Writes the number of steps done. Raises RankError like `check_owner`."""
         self.step = step
         if self._rank == 0:  # one rank is enough: a thousand would read the file at every step
-            found = self._check_owner(RankError)
-            if found is None or found.state != "failed":  # else another rank has written its error
+            recorded = self.check_owner(RankError)
+            if recorded is None or recorded.state != "failed":  # else another rank has written its error
                 self._write("running")
 
-    def check_owner(self) -> None:
-        """Raises RunError if another process continues this run. On rank 0 only.
+    def check_owner(self, error: type[RunError] = RunError) -> Status | None:
+        """Raises the error if another process continues this run. On rank 0 only.
 
         A process on a lost node wakes up when the node is found again. By then the run may continue on other nodes, or
         be finished there.
         """
-        self._check_owner(RunError)
+        recorded = self._recorded()
+        if recorded is not None and recorded.mark != self.mark:
+            raise error(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
+        return recorded
 
     def end(self, state: Literal["finished", "stopped"]) -> None:
         """Writes the final state of this process."""
@@ -68,8 +67,9 @@ class RunStatus:
     ) -> None:
         if error is None or (self._rank > 0 and is_shared(error)):
             return
-        found = self._found()
-        if found is None or (found.mark == self.mark and found.state == "running"):  # else another rank was first
+        recorded = self._recorded()
+        # Otherwise another rank was first.
+        if recorded is None or (recorded.mark == self.mark and recorded.state == "running"):
             with suppress(OSError):  # a full disk must not hide the error
                 self._write("failed", self._line(error))
 
@@ -82,16 +82,10 @@ class RunStatus:
     def _write(self, state: State, error: str | None = None) -> None:
         write_status(self.folder, Status(state, self.step, self.steps, error=error, mark=self.mark))
 
-    def _found(self) -> Status | None:
+    def _recorded(self) -> Status | None:
         with suppress(UserError):
             return read_status(self.folder)
         return None
-
-    def _check_owner(self, error: type[RunError]) -> Status | None:
-        found = self._found()
-        if found is not None and found.mark != self.mark:
-            raise error(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
-        return found
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,9 @@ class TrainingLoop:
     """Owns the sharded model while it trains."""
 
     def __init__(self, context: RunContext) -> None:
-        self._context = context
-        self.config, self.prepared, checkpoint = context.config, context.prepared, context.checkpoint
-        self.recorder, self.status, self._requests = context.recorder, context.status, context.requests
-        config, prepared = self.config, self.prepared
-        self._teacher = None
+        self._context, self.recorder, self.status = context, context.recorder, context.status
+        config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
+        self.config, self.prepared, self._requests, self._teacher = config, prepared, context.requests, None
         if config.train.distill_weight and self.status.step < prepared.steps:  # otherwise its files may be gone
             self._teacher = find_teacher(context)
         self.engine = build_engine(prepared, checkpoint)
@@ -127,11 +125,8 @@ def measure_held_out(
     Args:
         windows: (windows, evaluate.window) token ids.
     """
-    result = measure_perplexity(
-        lambda input_ids, labels: infer(input_ids=input_ids, labels=labels),
-        fixed_batches(windows, batch_size),
-        comm,
-    )
+    batches = fixed_batches(windows, batch_size)
+    result = measure_perplexity(lambda ids, labels: infer(input_ids=ids, labels=labels), batches, comm)
     return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)
 
 

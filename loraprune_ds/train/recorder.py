@@ -12,14 +12,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from loraprune_ds.checkpoint.layout import (
-    KEPT_GROUPS_PICTURE,
-    METRICS_FILE,
-    REPORT_FILE,
-    ROUTER_PICTURE,
-    TENSORBOARD_FOLDER,
-    TRAINING_PICTURE,
-)
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import LoggingConfig
 from loraprune_ds.errors import fail_point
@@ -71,23 +64,16 @@ class Progress:
         every_seconds: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.steps = steps
-        self._stream = sys.stderr if stream is None else stream
-        self._every_seconds = every_seconds
-        self._clock = clock
-        self._started = clock()
+        self.steps, self._stream = steps, sys.stderr if stream is None else stream
+        self._every_seconds, self._clock, self._started = every_seconds, clock, clock()
         self._last_line = -math.inf  # when it was shown
         self._latest = deque[float](maxlen=LATEST)  # seconds of each step with its cut
         self._is_warm = False
         self._bar: tqdm | None = None
         if _can_show_live_line(self._stream):
+            shape = "{desc}  {bar:10}"  # a narrow terminal loses the bar before the numbers
             self._bar = tqdm(
-                total=steps,
-                initial=first,
-                file=self._stream,
-                bar_format="{desc}  {bar:10}",  # last, so that a narrow terminal loses the bar before the numbers
-                dynamic_ncols=True,
-                miniters=1,
+                total=steps, initial=first, file=self._stream, bar_format=shape, dynamic_ncols=True, miniters=1
             )
             self._bar.set_description_str(f"step {first}/{steps}")
 
@@ -132,18 +118,17 @@ class Progress:
         clock = format_clock(self._clock() - self._started)
         if self._latest:
             clock += f", {format_clock((self.steps - record.step) * fmean(self._latest))} left"
-        return "  ".join(
-            [
-                f"step {record.step:>{len(str(self.steps))}}/{self.steps}",
-                clock,
-                f"loss {record.loss:.3f}",
-                f"sparsity {format_percent(record.sparsity)}",
-                f"{record.tokens_per_second:,.0f} tok/s",
-                *([f"MFU {format_percent(record.mfu)}"] if record.mfu is not None else []),
-                f"mem {format_bytes(max(record.resident_bytes))}"
-                + (f" of {format_bytes(max(record.reserved_bytes))} reserved" if record.reserved_bytes else ""),
-            ]
-        )
+        parts = [
+            f"step {record.step:>{len(str(self.steps))}}/{self.steps}",
+            clock,
+            f"loss {record.loss:.3f}",
+            f"sparsity {format_percent(record.sparsity)}",
+            f"{record.tokens_per_second:,.0f} tok/s",
+            None if record.mfu is None else f"MFU {format_percent(record.mfu)}",
+            f"mem {format_bytes(max(record.resident_bytes))}"
+            + (f" of {format_bytes(max(record.reserved_bytes))} reserved" if record.reserved_bytes else ""),
+        ]
+        return "  ".join(filter(None, parts))
 
 
 def _can_show_live_line(stream: TextIO) -> bool:
@@ -178,14 +163,14 @@ class Recorder:
         self, folder: Path, settings: dict[str, Any], dense: ModelShape, outcome: Outcome, peak_bytes: list[int]
     ) -> None:
         """Writes report, kept groups and pictures, and sends the pictures to the sinks. On rank 0 only."""
-        kept, pictures = outcome.kept_of_dense, [folder / TRAINING_PICTURE, folder / KEPT_GROUPS_PICTURE]
+        kept, pictures = outcome.kept_of_dense, [folder / layout.TRAINING_PICTURE, folder / layout.KEPT_GROUPS_PICTURE]
         write_kept_groups(folder, kept, dense)
         report = make_report(settings, self.history, dense, outcome, peak_bytes, device_name())
-        write_json(folder / REPORT_FILE, report)
+        write_json(folder / layout.REPORT_FILE, report)
         fail_point("finish.reported")
         draw_training(pictures[0], self.history)
         draw_kept_groups(pictures[1], dense, kept)
-        draw_router_load(folder / ROUTER_PICTURE, dense, kept, self.history)
+        draw_router_load(folder / layout.ROUTER_PICTURE, dense, kept, self.history)
         self.show_pictures(pictures)
 
     def show_pictures(self, paths: Sequence[Path]) -> None:
@@ -201,7 +186,7 @@ class Recorder:
 
 
 class RunRecorder(Recorder):
-    """Records a run of our own trainer: also in metrics.jsonl and on the progress display."""
+    """Records a run of our own trainer: also in metrics.jsonl and on the progress display. On rank 0 only."""
 
     def __init__(
         self,
@@ -214,40 +199,39 @@ class RunRecorder(Recorder):
         active: bool,
     ) -> None:
         super().__init__(History(), [])
-        self._progress: Progress | None = None
-        self._metrics: MetricsLog | None = None
         if not active:
             return
-        self._metrics = metrics = MetricsLog(folder / METRICS_FILE)
-        first = checkpoint.state.step if checkpoint else 0
-        if not checkpoint:
+        metrics = MetricsLog(folder / layout.METRICS_FILE)
+        if checkpoint is None:
             metrics.truncate()
         else:
-            metrics.truncate_to(first)  # the steps after a killed run's last checkpoint are made again
-            self.history = history_from(read_metrics(folder / METRICS_FILE))
+            metrics.truncate_to(checkpoint.state.step)  # a killed run may have gone beyond it
+            self.history = history_from(read_metrics(folder / layout.METRICS_FILE))
         self.sinks.append(metrics)
+        first = checkpoint and checkpoint.state.step
         report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
         if "tensorboard" in report_to:
-            self.sinks.append(TensorBoardLog(folder / TENSORBOARD_FOLDER, first if checkpoint else None))
-        self._progress = Progress(steps, first=first)
-        self.sinks.append(self._progress)
-        for name in (name for name in SERVICES if name in report_to):
-            self.sinks.append(ReportedRun(name, folder, settings, self.show))
+            self.sinks.append(TensorBoardLog(folder / layout.TENSORBOARD_FOLDER, first))
+        self.sinks.append(Progress(steps, first=first or 0))
+        services = [name for name in SERVICES if name in report_to]
+        self.sinks += [ReportedRun(name, folder, settings, self.show) for name in services]
 
     def show(self, line: str) -> None:
         """Shows a line next to the progress."""
-        if self._progress is not None:
-            self._progress.show(line)
+        for sink in self.sinks:
+            if isinstance(sink, Progress):
+                sink.show(line)
 
     def flush(self) -> None:
         """Forces metrics.jsonl to the disk."""
-        if self._metrics is not None:
-            self._metrics.flush()
+        for sink in self.sinks:
+            if isinstance(sink, MetricsLog):
+                sink.flush()
 
 
 def take_over_metrics(checkpoint: TrainingCheckpoint, folder: Path) -> None:
     """Checks the records of the steps before a checkpoint, and copies them if the run resumes in another folder."""
-    earlier, own = checkpoint.folder.parents[1] / METRICS_FILE, folder / METRICS_FILE
+    earlier, own = checkpoint.folder.parents[1] / layout.METRICS_FILE, folder / layout.METRICS_FILE
     read_metrics(earlier, checkpoint.state.step)
     if earlier.resolve() != own.resolve():
         write_text(own, earlier.read_text(encoding="utf-8", errors="replace"))

@@ -43,10 +43,11 @@ def run(output: OutputFolder, comm: Communicator) -> bool:
         RunError: the run went wrong. status.json names the reason.
     """
     config = output.config
+    resumes = output.start == "resume"  # which every rank finds out before rank 0 makes the folder
     torch.use_deterministic_algorithms(config.train.deterministic)
     prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
     warnings: list[str] = []
-    checkpoint = find_checkpoint(output, comm, warnings)
+    checkpoint = find_checkpoint(output, comm, warnings) if resumes else None
     comm.on_rank_0(lambda: _open_output(output, checkpoint, warnings))
     output.check_shared(comm)
     with _open_context(prepared, checkpoint, comm) as context:

@@ -40,10 +40,8 @@ class RequestListener:
     """Keeps the request that this rank has received. A step takes the largest of all ranks."""
 
     def __init__(self, folder: Path, *, watches_files: bool) -> None:
-        self._folder = folder
-        self._watches_files = watches_files
-        self._signalled = False
-        self._interrupted_at: float | None = None
+        self._folder, self._watches_files = folder, watches_files
+        self._signalled, self._interrupted_at = False, 0.0
         numbers = [signal.SIGTERM, signal.SIGINT]
         if _started_by_srun():
             numbers.append(signal.SIGUSR1)
@@ -77,7 +75,7 @@ class RequestListener:
             return  # Slurm and the launcher each deliver TERM, which is never more than one request
         now = time.monotonic()
         # A terminal and the launcher both deliver Ctrl-C. A second press comes later than the launcher's copy.
-        if self._interrupted_at is not None and now - self._interrupted_at > 1.0:
+        if self._interrupted_at and now - self._interrupted_at > 1.0:
             raise KeyboardInterrupt
         self._interrupted_at = self._interrupted_at or now
 
@@ -97,15 +95,15 @@ def drop_stale_requests(folder: Path) -> list[str]:
 
 def find_launchers() -> list[int]:
     """Returns the parent, if it is a launcher, and the `deepspeed` command above it, which no launcher watches."""
-    found: list[int] = []
+    pids: list[int] = []
     process: psutil.Process | None = psutil.Process()
     with contextlib.suppress(psutil.Error):  # a process that has just ended
         for known in (LAUNCHERS, RUNNERS):
             process = process.parent()
             if process is None or program_of(process.cmdline()) not in known:
                 break
-            found.append(process.pid)
-    return found
+            pids.append(process.pid)
+    return pids
 
 
 def is_alive(pid: int) -> bool:

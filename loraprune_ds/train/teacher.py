@@ -4,7 +4,7 @@
                                                  tokens of some samples, one sample after the other
                      teacher.json                the data, model and settings that the teacher was made from
 
-All ranks write it once, before the first cut (teacher_pass.py). A file appears whole or not at all, so an interrupted
+All ranks write it once, before the first cut (teacher_pass.py). Files appear complete or not at all, so an interrupted
 pass continues where it stopped. Nothing depends on the number of ranks.
 """
 
@@ -68,9 +68,9 @@ class TeacherPlan:
 
 
 def plan_teacher(
-    config: TrainConfig, samples: Samples, order: BatchOrder, steps: int, *, hidden_size: int, element_size: int
+    config: TrainConfig, samples: Samples, order: BatchOrder, steps: int, hidden_size: int, element_size: int
 ) -> TeacherPlan:
-    """Plans the teacher pass of a run of `steps` steps. `element_size` are the bytes of a number in its dtype."""
+    """Plans the teacher pass of a run of `steps` steps. A number of its hidden states has `element_size` bytes."""
     if steps * config.global_batch_size >= len(samples):
         needed = torch.arange(len(samples))
     else:

@@ -1,7 +1,7 @@
 """Makes the forward pass of the dense model over the samples of a run, which a distillation needs, on all ranks."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -33,11 +33,11 @@ def find_teacher(context: RunContext) -> Teacher:
     """
     comm = context.comm
     possible = comm.all_or_raise(lambda: _possible_teachers(context))
-    found: list[Teacher] = []
+    candidates: list[Teacher] = []
     for teacher in possible:  # a large run has 100,000 files, so the ranks share the work
         missing = comm.gather_objects(teacher.missing(comm.rank, comm.world_size))
-        found.append(replace(teacher, to_write=sorted(chain.from_iterable(missing))))
-    teacher = next((teacher for teacher in found if not teacher.to_write), found[0])
+        candidates.append(replace(teacher, to_write=sorted(chain.from_iterable(missing))))
+    teacher = next((teacher for teacher in candidates if not teacher.to_write), candidates[0])
     comm.all_or_raise(lambda: _check_can_be_written(teacher, context))
     return teacher
 
@@ -45,14 +45,8 @@ def find_teacher(context: RunContext) -> Teacher:
 def _possible_teachers(context: RunContext) -> list[Teacher]:
     """Describes the run's own teacher, then the teacher of the run it resumes if that has another folder."""
     config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
-    plan = plan_teacher(
-        config.train,
-        prepared.samples,
-        prepared.order,
-        prepared.steps,
-        hidden_size=prepared.pretrained.shape.hidden_size,
-        element_size=DTYPES[config.model.dtype].itemsize,
-    )
+    hidden_size, element_size = prepared.pretrained.shape.hidden_size, DTYPES[config.model.dtype].itemsize
+    plan = plan_teacher(config.train, prepared.samples, prepared.order, prepared.steps, hidden_size, element_size)
     origin = {
         "samples": prepared.samples.digest(),
         "source": source_digest(prepared.pretrained),
@@ -89,11 +83,7 @@ def describe_pass(teacher: Teacher) -> str:
 
 
 def record_teacher(
-    engine: TrainingEngine,
-    teacher: Teacher,
-    samples: Samples,
-    batch_size: int,
-    agree: Callable[[Communicator], int],
+    engine: TrainingEngine, teacher: Teacher, samples: Samples, batch_size: int, agree: Callable[[Communicator], int]
 ) -> bool:
     """Writes the files that were missing when the teacher was found, `world_size` at a time. Collective.
 
@@ -110,11 +100,11 @@ def record_teacher(
         for first in range(0, len(missing), comm.world_size):
             files = missing[first : first + comm.world_size]  # file i on rank i
             # All ranks make the same forward passes, which gather the weights. One without a file repeats the first's.
-            file = files[comm.rank] if comm.rank < len(files) else files[0]
-            passes = max(-(-len(teacher.plan.members(number)) // batch_size) for number in files)
-            fields = _file_content(engine, teacher, samples, batch_size, file, passes)
+            batches = [teacher.plan.members(file).split(batch_size) for file in files]
+            own = batches[comm.rank] if comm.rank < len(files) else batches[0]
+            fields = _file_content(engine, teacher, samples, own, passes=max(map(len, batches)))
             if comm.rank < len(files):
-                writes.do(partial(teacher.write, file, fields))
+                writes.do(partial(teacher.write, files[comm.rank], fields))
             fail_point("teacher.file")
             writes.agree()
             is_last = first + comm.world_size >= len(missing)
@@ -125,14 +115,13 @@ def record_teacher(
 
 
 def _file_content(
-    engine: TrainingEngine, teacher: Teacher, samples: Samples, batch_size: int, file: int, passes: int
+    engine: TrainingEngine, teacher: Teacher, samples: Samples, batches: Sequence[Tensor], *, passes: int
 ) -> dict[str, Tensor]:
-    """Computes the fields of a file for all its supervised tokens, in exactly `passes` forward passes."""
-    device, batches = engine.model.device, teacher.plan.members(file).split(batch_size)
+    """Computes the fields of these samples for all their supervised tokens, in exactly `passes` forward passes."""
     parts = []
     for i in range(passes):
         indices = batches[i if i < len(batches) else 0]
-        inputs = {name: tensor.to(device) for name, tensor in samples.inputs(indices).items()}
+        inputs = {name: tensor.to(engine.model.device) for name, tensor in samples.inputs(indices).items()}
         fields = engine.infer(**inputs, distillation=teacher.plan.recording)
         if i < len(batches):
             on_disk = {n: tensor.int() if tensor.dtype == torch.int64 else tensor for n, tensor in fields.items()}

@@ -30,23 +30,43 @@ class PruningSteps:
         self.weight_bytes = model.weight_bytes()  # (world_size,)
         self._model, self._pruner = model, pruner
         self._dtype: Dtype = dtype
-        self._scored = False  # by the last step
+        self.scored = False  # by the last step
 
-    def score(self, step: int, bad_layers: list[int | None], losses: Sequence[float] = ()) -> bool:
-        """Scores the averaged gradients, given the arguments of `decide`. False if the step must be skipped."""
-        self._scored = decide(bad_layers, list(losses), dtype=self._dtype, step=step) == "update"
-        if self._scored:
+    def exchange(self, own: Tensor, *numbers: int) -> list[list[float]]:
+        """Exchanges in one collective how the step went on each rank. It waits for the device once.
+
+        Args:
+            own: a number of this rank, fp64 and on the device: its part of the loss, or its tokens.
+
+        Returns:
+            A row per rank: `own`, the sum of its gradients, its resident bytes, `numbers`.
+        """
+        on_host = torch.tensor([resident_bytes(), *numbers], dtype=torch.float64)
+        on_device = torch.stack([own, self._model.gradient_sum().to(own)])
+        return self._model.comm.all_gather(torch.cat([on_device, to_device(on_host)])).tolist()
+
+    def score(self, step: int, rows: list[list[float]], losses: Sequence[float] = ()) -> None:
+        """Scores the averaged gradients, unless the step must be skipped. `rows` are those of `exchange`."""
+        self.scored = decide(self._find_bad_layers(rows), list(losses), dtype=self._dtype, step=step) == "update"
+        if self.scored:
             self._pruner.score(step)
-        return self._scored
 
     def cut(self, step: int) -> CutRecord | None:
         """Cuts the model if the schedule says so."""
         before = self.weight_bytes
-        cut = self._pruner.cut(step, scored=self._scored)
+        cut = self._pruner.cut(step, scored=self.scored)
         if cut is None:
             return None
         self.weight_bytes = self._model.weight_bytes()
         return cut_record(cut, self._pruner.limits.dense, self._model.shape, before, self.weight_bytes)
+
+    def _find_bad_layers(self, rows: list[list[float]]) -> list[int | None]:
+        """Finds each rank's first layer with numbers that are not finite. Collective if some are not."""
+        if all(math.isfinite(number) for row in rows for number in row[:2]):
+            return [None] * len(rows)
+        is_finite = math.isfinite(rows[self._model.rank][0])
+        find = self._model.nonfinite_layer if is_finite else self._model.nonfinite_weights
+        return self._model.comm.gather_objects(find())
 
 
 class Trainer:
@@ -87,9 +107,11 @@ class Trainer:
         learning_rate, sparsity = self.engine.learning_rate, self.pruner.reached()  # before the step changes them
         flops = tokens * needed_flops_per_token(self.model.shape, sum(length**2 for length in texts) / tokens)
         with self.pruner.record_step(step):
-            rows = self._exchange(self._accumulate(step, batch, supervised))
+            loss = self._accumulate(step, batch, supervised)
+            rows = self.pruning_steps.exchange(loss, self._current_request(), reserved_bytes())
             losses = [row[0] for row in rows]
-            skipped = not self.pruning_steps.score(step, self._find_bad_layers(rows), losses)
+            self.pruning_steps.score(step, rows, losses)
+        skipped = not self.pruning_steps.scored
         grad_norm = self.engine.update(skipped=skipped)
         self.requested = int(max(row[3] for row in rows))
         seconds = time.perf_counter() - began
@@ -139,22 +161,3 @@ class Trainer:
         if self._teacher is not None:
             inputs["distillation"] = self._teacher.distillation(indices, self.model.device)
         return inputs
-
-    def _exchange(self, loss: Tensor) -> list[list[float]]:
-        """Exchanges in one collective how the step went on each rank. It waits for the device once.
-
-        Returns a row per rank: its part of the loss, its sum of gradients, its resident bytes, its request (stop.py),
-        its reserved bytes.
-        """
-        on_host = torch.tensor([resident_bytes(), self._current_request(), reserved_bytes()], dtype=torch.float64)
-        on_device = torch.stack([loss, self.model.gradient_sum().to(loss)])
-        return self.model.comm.all_gather(torch.cat([on_device, to_device(on_host)])).tolist()
-
-    def _find_bad_layers(self, rows: list[list[float]]) -> list[int | None]:
-        """Finds each rank's first layer with numbers that are not finite. Collective if some are not."""
-        if all(math.isfinite(number) for row in rows for number in row[:2]):
-            return [None] * len(rows)
-        is_finite = math.isfinite(rows[self.model.rank][0])
-        bad_layer = self.model.nonfinite_layer() if is_finite else self.model.nonfinite_weights()
-        layers = self.model.comm.gather_objects(-1 if bad_layer is None else bad_layer)
-        return [None if layer < 0 else layer for layer in layers]

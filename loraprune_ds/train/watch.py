@@ -59,12 +59,12 @@ class Watch(threading.Thread):
             self._heartbeat.close()
 
     def run(self) -> None:
-        asked = False
+        has_asked = False
         while not self._closed.wait(INTERVAL):
             if lost := self._lost_elsewhere():
                 self._leave(lost)
-            if not asked and not all(map(is_alive, self._launchers)):
-                asked = True
+            if not has_asked and not all(map(is_alive, self._launchers)):
+                has_asked = True
                 self._say("the launcher is gone, which is a request to stop")
                 os.kill(os.getpid(), signal.SIGTERM)
             if gone := [rank for rank, pid in self._others.items() if not is_alive(pid)]:
@@ -111,20 +111,13 @@ class Heartbeat(threading.Thread):
 
     Args:
         silence: seconds after which a rank counts as lost.
-
-    Attributes:
-        contacts: beats that the store has answered.
-        lost: the lost rank, once rank 0 has named it.
-        problem: why there is no heartbeat. The same on all ranks.
     """
 
     def __init__(self, comm: "Communicator", silence: float) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.contacts = 0
-        self.lost: str | None = None
-        self._interval = silence / LOOKS
-        self._closed = threading.Event()
-        self._rank = comm.rank
+        self.contacts = 0  # beats that the store has answered
+        self.lost: str | None = None  # the lost rank, once rank 0 has named it
+        self._interval, self._rank, self._closed = silence / LOOKS, comm.rank, threading.Event()
         self._nodes = comm.gather_objects(os.uname().nodename)
         self._counts, self._still = [0] * len(self._nodes), [0] * len(self._nodes)
         host = os.environ["MASTER_ADDR"]
@@ -135,6 +128,7 @@ class Heartbeat(threading.Thread):
         if self._store is not None:
             self._beat(self._store)
         missing = [rank for rank, contacts in enumerate(comm.gather_objects(self.contacts)) if not contacts]
+        # Why there is no heartbeat. The same on all ranks.
         self.problem = f"rank {missing[0]} does not reach a store at {host}:{port}" if missing else None
         if not missing:
             self.start()

@@ -183,15 +183,11 @@ def _widen(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
-PRODUCTS: dict[Any, Callable[..., Any]] = {
-    aten.mm.default: _mm,
-    aten.addmm.default: _addmm,
-    aten.bmm.default: _widened(aten.bmm),
-    aten.baddbmm.default: _widened(aten.baddbmm),
-    aten._scaled_dot_product_flash_attention_for_cpu.default: _widened(
-        aten._scaled_dot_product_flash_attention_for_cpu
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: _widened(
-        aten._scaled_dot_product_flash_attention_for_cpu_backward
-    ),
-}
+WIDENED = (
+    aten.bmm,
+    aten.baddbmm,
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+)
+PRODUCTS: dict[Any, Callable[..., Any]] = {aten.mm.default: _mm, aten.addmm.default: _addmm}
+PRODUCTS |= {operation.default: _widened(operation) for operation in WIDENED}

@@ -2,12 +2,10 @@
 
     python -m tests.benchmarks.experts [--steps 24] [--tune 60] [--ranks 2]
 
-No mixture of experts is on PyPI. One is made of the embedded model. The 1,536 channels of an MLP become 8 experts
-of 192: channels that are large on the same tokens come together. A router is fitted by least squares to the norms of
-the experts' outputs. Then router and experts are tuned for some steps on the text that the runs train on. Each run goes
-through launch/run.py with quickstart's config. It leaves 6 or 4 experts in every layer, chosen by `lora`, `fisher`, at
-random, or by REAP's score (peer_run.py). `once` cuts at the last of 4 steps that change nothing. Finished runs are
-written to results/experts.json. A second start makes only the missing runs.
+No mixture of experts is on PyPI, so one is made of the embedded model: channels that are large on the same tokens come
+together, a router is fitted by least squares, and both are tuned for some steps. Each run of launch/run.py leaves 6 or
+4 experts, chosen by `lora`, `fisher`, at random, or by REAP's score (peer_run.py). `once` cuts at the last of 4 steps
+that change nothing. Results go to results/experts.json. A second start makes only the missing runs.
 """
 
 # torch and transformers do not type all that is used here.
@@ -54,39 +52,30 @@ def main() -> None:
         model: Path = arguments.model or Path(work, "mixture")
         if not (model / "config.json").is_file():
             make_mixture(model, arguments.tune)
-        for name, changes in wanted(model, arguments.steps).items():
+        for kept, criterion, once in RUNS:
+            name = f"{kept} of {EXPERTS} experts, {criterion}, {'once' if once else f'{arguments.steps} steps'}"
             if name not in rows and (arguments.only is None or arguments.only in name):
                 print(f"{name} ...", file=sys.stderr, flush=True)
-                rows[name] = run(model, changes, arguments.ranks, Path(work, "run"))
+                changes = settings(model, kept, criterion, arguments.steps, once=once)
+                rows[name] = run(model, changes, arguments.ranks, Path(work, "run"), PEER if criterion == PEER else "")
                 RESULT.write_text(json.dumps({"tuned_steps": arguments.tune, "runs": rows}, indent=1) + "\n")
-
-
-def wanted(model: Path, steps: int) -> dict[str, list[str]]:
-    """Returns the settings of every run by its name."""
-    return {
-        f"{kept} of {EXPERTS} experts, {criterion}, {'once' if once else f'{steps} steps'}": settings(
-            model, kept, criterion, 4 if once else steps, once=once
-        )
-        for kept, criterion, once in RUNS
-    }
 
 
 def settings(model: Path, kept: int, criterion: str, steps: int, *, once: bool) -> list[str]:
     shape = shape_from_config(read_json(model / "config.json"), "mixture")
     of_experts = (EXPERTS - kept) * len(shape.layers) * shape.group_numel("experts")
-    changes = [f"prune.ratio={of_experts / shape.linear_numel()}"]
-    changes += [PEER] if criterion == PEER else [f"prune.criterion={criterion}"]
-    changes += ["prune.protected_first=0", "prune.protected_last=0", f"train.steps={steps}", "checkpoint.every=null"]
-    changes += ["logging.report_to=[]"]
+    changes = [f"prune.ratio={of_experts / shape.linear_numel()}", f"train.steps={4 if once else steps}"]
+    changes += [] if criterion == PEER else [f"prune.criterion={criterion}"]
+    changes += ["prune.protected_first=0", "prune.protected_last=0", "checkpoint.every=null", "logging.report_to=[]"]
     if once:
         changes += ["prune.prune_every=4", "prune.cooldown_fraction=0.0", "train.learning_rate=1e-12"]
     return changes
 
 
-def run(model: Path, changes: list[str], ranks: int, out: Path) -> dict[str, Any]:
+def run(model: Path, changes: list[str], ranks: int, out: Path, peer: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        settings = (f"model.path={model}", f"output_dir={folder}/run", *(x for x in changes if x != PEER))
-        run_quickstart(ranks, settings, peer=PEER if PEER in changes else "", stdout=sys.stderr)
+        settings = (f"model.path={model}", f"output_dir={folder}/run", *changes)
+        run_quickstart(ranks, settings, peer=peer, stdout=sys.stderr)
         report = read_json(Path(folder, "run", "report.json"))
     report["config"] |= {"output_dir": "run", "model": report["config"]["model"] | {"path": "mixture"}}
     return {key: report[key] for key in ("perplexity", "params", "versions", "hardware", "config")}

@@ -81,11 +81,7 @@ Strike = Callable[[Job], None]
 
 @dataclass(frozen=True)
 class Fault:
-    """Describes one fault.
-
-    `point` is a fail-point (faults.py in the package). Without one, `strike` acts on the running job. `suite` is the
-    run that is struck: `plain`, `levers` or `callback`.
-    """
+    """Describes one fault: a fail-point of loraprune_ds/faults.py, or else a strike on the running job."""
 
     name: str
     point: str | None = None
@@ -98,11 +94,7 @@ class Fault:
 
 
 def run_to_end(folder: Path, out: Path, *more: str) -> None:
-    """Makes the same run, undisturbed.
-
-    Raises:
-        UserError: it ends with another code than 0.
-    """
+    """Makes the same run, undisturbed."""
     arguments = ["--config", str(folder.parent / "config.yaml"), "--set", f"output_dir={out}", *more]
     ended = fork_ranks(arguments, folder, ranks=RANKS, timeout=DEADLINE)
     if any(rank.code for rank in ended):
@@ -132,10 +124,6 @@ def fill_disk(job: Job) -> None:
     """Leaves room for a few lines, not for a checkpoint."""
     free = shutil.disk_usage(job.out).free
     (job.out.parent / "filler").write_bytes(bytes(free - 24_000))
-
-
-def free_disk(job: Job) -> None:
-    (job.out.parent / "filler").unlink()
 
 
 def interrupt_twice(job: Job) -> None:
@@ -186,13 +174,10 @@ def _named(name: str, suite: str) -> str:
 
 def fault_table(random_moments: int) -> list[Fault]:
     """Returns all faults. `random` of them strike the plain run at random moments, a fifth as many the `levers` run."""
-    return [*plain_faults(random_moments), *lever_faults(random_moments // 5), *callback_faults()]
-
-
-def callback_faults() -> list[Fault]:
     kills = [("save, before pruning/ has its name", "save.pruning_before_rename@2:0:9")]
     kills += [("save, pruning/ written", "save.pruning_written@3:1:9")]
-    return [Fault(f"callback: SIGKILL: {name}", point, suite="callback") for name, point in kills]
+    callback = [Fault(f"callback: SIGKILL: {name}", point, suite="callback") for name, point in kills]
+    return [*plain_faults(random_moments), *lever_faults(random_moments // 5), *callback]
 
 
 def lever_faults(random_moments: int) -> list[Fault]:
@@ -280,7 +265,7 @@ def plain_faults(random_moments: int) -> list[Fault]:
         Fault(
             "disk full while saving",
             strike=at_step(4, fill_disk),
-            after=free_disk,
+            after=lambda job: (job.out.parent / "filler").unlink(),
             disk=True,
             expected_codes=(1,),
             line="No space left on device",

@@ -2,13 +2,11 @@
 
     python -m tests.benchmarks.faults [--random 20] [--only REGEX] [--missing] [--most N] [--jobs 1] [--out FILE]
 
-All struck runs use the real launcher. Each row tells where the fault struck and how many steps were lost. It has the
-seconds until no process of the job was left. It also tells whether the resumed run ends with the undisturbed run's
-kept_groups.json, byte for byte. Exit code 1 unless all do.
+Each row tells where the fault struck, how many steps were lost, the seconds until no process of the job was left, and
+whether the resumed run ends with the undisturbed run's kept_groups.json, byte for byte. Exit code 1 unless all do.
 
-The model is tiny, on two CPU ranks. Runs without a fault do without the launcher, which halves their time. The
-full-disk case needs its own disk and root. The suite `levers` strikes a run with all quality settings: refit,
-true gradient, distillation and a recovery phase. The suite `callback` strikes transformers' Trainer with the callback.
+The model is tiny, on two CPU ranks under the real launcher. The full-disk case needs root. The suite `levers` has all
+quality settings: refit, true gradient, distillation and recovery. `callback` strikes transformers' Trainer.
 """
 
 import argparse
@@ -63,7 +61,8 @@ def carry_out(fault: Fault, suite: Suite) -> Row:
     folder.mkdir()
     out = folder / "disk" / "out" if fault.disk else folder / "out"
     if fault.disk:
-        mount_small_disk(out.parent)
+        out.parent.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(out.parent)], check=True)
     try:
         _strike(fault, row, folder, out, suite)
         _resume(row, folder, out, suite)
@@ -107,11 +106,6 @@ def _resume(row: Row, folder: Path, out: Path, suite: Suite) -> None:
         row.problem = f"metrics.jsonl has the steps {steps}"
     if row.steps_lost > EVERY:
         row.problem = f"{row.steps_lost} steps lost"
-
-
-def mount_small_disk(folder: Path) -> None:
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], check=True)
 
 
 def format_row(row: Row) -> str:

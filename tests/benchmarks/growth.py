@@ -2,17 +2,15 @@
 
     python -m tests.benchmarks.growth [--layers 15 30 60] [--ranks 1 2 4]
 
-Counts bytes sent and CPU seconds (of all threads) per rank. Both are given for a step with scoring and for a cut to 50
-% of the linear parameters. CPU seconds do not depend on how many ranks share a core. Wall time does, so it is given up
-to 2 ranks only.
-
-Cost per layer should not depend on the depth. A rank's bytes per step come to (world_size - 1) / world_size of the
-model at each gather. The result goes to tests/benchmarks/results/growth.json and, as a picture, growth.png.
+Counts bytes sent and CPU seconds (of all threads) per rank, for a step with scoring and for a cut to 50 %. Wall time
+depends on how many ranks share a core, so it is given up to 2 ranks only. Cost per layer should not depend on the
+depth. The result goes to tests/benchmarks/results/growth.json and growth.png.
 """
 
 import gc
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -75,18 +73,17 @@ def measure(model: Path) -> dict[str, Any]:
     trainer = build(model, comm.world_size)
     for step in range(1, WARM + 1):
         trainer.step(step)
-    comm.barrier()
-    cpu, wall = time.process_time(), time.perf_counter()
+
+    def timed(act: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+        comm.barrier()
+        cpu, wall = time.process_time(), time.perf_counter()
+        value = act()
+        return value, {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
+
     with counted_bytes(comm.world_size, comm.rank) as sent:
-        for step in range(WARM + 1, CUT_STEP + 1):
-            trainer.step(step)
-    step_row = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
+        _, step_row = timed(lambda: [trainer.step(step) for step in range(WARM + 1, CUT_STEP + 1)])
     step_row["bytes"] = sum(sent.values())
-    comm.barrier()
-    cpu, wall = time.process_time(), time.perf_counter()
-    cut = trainer.pruner.cut(CUT_STEP)
-    assert cut is not None
-    cut_row = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
+    cut, cut_row = timed(lambda: trainer.pruner.cut(CUT_STEP))
     return {
         "step": {key: value / MEASURED for key, value in step_row.items()},
         "cut": cut_row | {"bytes": cut.bytes_sent},

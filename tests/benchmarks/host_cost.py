@@ -122,10 +122,9 @@ ROWS = {"plain": "plain DeepSpeed and PEFT", "alone": "without ZeRO-3", "pruning
 
 
 def exchange(world_size: int, device: str) -> float:
-    """Returns the CPU seconds of all layers of LLaMA-65B on rank 1 of `world_size`. A quarter of each goes.
+    """Returns the CPU seconds of all layers of LLaMA-65B on rank 1 of `world_size`, from one layer. A quarter goes.
 
-    One layer is timed. Its all-to-alls deliver nothing. On `cpu` most of it is the copying, which a GPU does. On `meta`
-    nothing is copied, but torch finds the shapes of the results in Python.
+    On `cpu` most of it is copying, which a GPU does. On `meta` nothing is copied, but torch finds shapes in Python.
     """
     comm: Any = SimpleNamespace(world_size=world_size, rank=1)
     comm.all_to_all = lambda outgoing, send, receive: outgoing.new_empty(sum(receive))

@@ -54,12 +54,7 @@ def told(folder: Path) -> dict[str, dict[str, int]]:
 
 @dataclass(frozen=True)
 class Watched:
-    """Describes the end of a group of processes.
-
-    Attributes:
-        peaks: bytes of RssAnon + RssShmem above those after the imports, sampled every WATCH_EVERY seconds.
-        killed: the process that held more than the limit. All were killed then.
-    """
+    """Describes the end of watched processes: peaks in bytes above the imports, and which one was above the limit."""
 
     exit_code: int
     peaks: dict[str, int]
@@ -67,10 +62,7 @@ class Watched:
 
 
 def watch(process: "subprocess.Popen[bytes]", folder: Path, limit: int) -> Watched:
-    """Watches until `process` ends.
-
-    Kills it and all that told their pid once one holds more than `limit` above its imports.
-    """
+    """Watches until `process` ends. Kills it and its ranks once one holds more than `limit` above its imports."""
     for path in folder.glob("rank-*.json"):
         path.unlink()
     peaks: dict[str, int] = {}
@@ -90,10 +82,7 @@ def watch(process: "subprocess.Popen[bytes]", folder: Path, limit: int) -> Watch
 
 
 def held(pid: int) -> int:
-    """Returns RssAnon + RssShmem of a process in bytes, or 0 once it is gone.
-
-    Pages of mapped files are reclaimable, so they do not count.
-    """
+    """Returns RssAnon + RssShmem of a process in bytes, without mapped files, or 0 once it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

@@ -38,10 +38,6 @@ from loraprune_ds.pruning.taps import StepRecorder, hook_inputs
 from tests.benchmarks.two_four import CutNothing, merged_where_kept
 
 
-def variance(tokens: Tensor, total: Tensor, squares: Tensor) -> Tensor:
-    return (squares / tokens - (total / tokens).square()).clamp_(min=0)
-
-
 @dataclass(frozen=True)
 class Metric:
     """Holds what a method does with each element of W', and with the number, sum and squares of each input."""
@@ -52,7 +48,10 @@ class Metric:
 
 METRICS = {
     "wanda": Metric(effective_weight, lambda tokens, total, squares: squares.sqrt()),
-    "flap": Metric(lambda weight, factors: effective_weight(weight, factors).square_(), variance),
+    "flap": Metric(
+        lambda weight, factors: effective_weight(weight, factors).square_(),
+        lambda tokens, total, squares: (squares / tokens - (total / tokens).square()).clamp_(min=0),
+    ),
 }
 
 

@@ -1,19 +1,13 @@
-"""Compares the plan with measured ranks. SmolLM2-135M and a random LLaMA of 1.1 billion parameters run on 1, 2, 3
-ranks.
+"""Compares the plan with measured ranks of SmolLM2-135M and of a random LLaMA of 1.1 billion parameters.
 
     python -m tests.benchmarks.plan_measured [--models smollm2 1b] [--ranks 1 2 3]
 
-Each launch trains two steps, cuts to 40 %, then trains two more. It has one micro-batch per rank and step, in bf16
-on CPU ranks. Storages are compared to the byte. The largest peaks before and after the cut are compared with the
-plan.
+Each launch trains two steps, cuts to 40 %, then trains two more, in bf16 on CPU ranks. Storages are compared to the
+byte. The largest peaks before and after the cut are compared with the plan, in RssAnon + RssShmem above what a process
+held after all imports and a tiny training. What it holds beside its state when a step begins is added to the plan.
 
-Memory is RssAnon + RssShmem, sampled every 5 ms. The baseline is taken off: what the process held after all imports
-and the training of a tiny model. When a step begins it also holds Python's objects, and
-what kernels and the allocator keep. That is added to the plan.
-
-Blocks from 128 KiB are given back to the system when freed, so resident memory shows the live tensors. glibc would keep
-more, the longer it runs. The result goes to tests/benchmarks/results/plan_measured.json. The run ends with an error
-if a planned number is off.
+Blocks from 128 KiB are given back when freed, so resident memory shows the live tensors. The result goes to
+results/plan_measured.json. The run ends with an error if a planned number is off.
 """
 
 import json

@@ -3,16 +3,12 @@
     python -m tests.benchmarks.quality --tune valid.txt --test test.raw [--other other.txt] [--work FOLDER]
                                        [--groups levers long ...] [--seeds 0 1 2] [--ranks 1]
 
-One command makes the whole table, in hours. It reuses results in the work folder and in
-tests/benchmarks/results/quality.json. It makes a run again only if its settings, texts or windows changed. An
-interrupted run goes on from its checkpoint. The table, the picture and that JSON are written again after every run.
+One command makes the whole table, in hours. It reuses results in the work folder and in results/quality.json, unless
+settings, texts or windows changed. An interrupted run goes on from its checkpoint. Table, picture and JSON are written
+again after every run. `seconds` are those of steps and cuts on the machine of a run, so no row compares them.
 
-A run's `seconds` are spent in training steps and cuts on the machine it ran on, so no row compares them. The dense
-model's pass before a distillation is not in them.
-
-Every run is launch/run.py through the deepspeed launcher. A held-out tenth of the tuning text decided all choices,
-above all the learning rate. launch/evaluate.py reads the test text and the other text only after a run.
-The other text is of another kind, by default Python's help topics.
+A held-out tenth of the tuning text decided all choices. Test text and other text (by default Python's help topics) are
+read only after a run.
 """
 
 import argparse
@@ -66,10 +62,7 @@ def main() -> None:
 
 
 def basis_of(setting: Setting | None, texts: dict[str, Path]) -> dict[str, Any]:
-    """Returns all that a result depends on, except its seed. Another basis means another result.
-
-    Without a setting it is the dense model's basis.
-    """
+    """Returns all that a result depends on, except its seed. Without a setting it is the dense model's."""
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in texts.items()}
     if setting is None:
         return {"texts": digests, "windows": WINDOWS}
@@ -226,11 +219,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
     """Draws few settings: perplexity on both texts against the tokens, and against the removed fraction.
 
-    A point is the mean over the seeds, its bar the spread with the mean in the middle. A setting that was measured at
-    one place only has no line.
-
-    Args:
-        dense: of the dense model, by text: the dashed lines.
+    A point is the mean over the seeds, its bar the spread. Dashed lines are the dense model.
     """
     from matplotlib.figure import Figure
     from matplotlib.style import context

@@ -25,12 +25,7 @@ RATE, UNTUNED_RATE = "train.learning_rate=4e-3", "train.learning_rate=2e-3"
 
 @dataclass(frozen=True)
 class Setting:
-    """Describes one row of the table.
-
-    Attributes:
-        model: `mha` (key-value heads repeated), `gqa` (SmolLM2 unchanged) or `two-four` (two of four weights zero).
-        peer: another method (peer_run.py). Empty: the project's.
-    """
+    """Describes one row: `model` is mha (key-value heads repeated), gqa or two-four, `peer` a method of peer_run.py."""
 
     group: str
     name: str
@@ -110,11 +105,7 @@ GROUPS = tuple(dict.fromkeys(setting.group for setting in SETTINGS.values()))
 
 
 def select(groups: Sequence[str], only: Sequence[str] | None) -> list[Setting]:
-    """Settings of some groups, or by name.
-
-    Raises:
-        SystemExit: an unknown name.
-    """
+    """Returns the settings of some groups, or by name."""
     if only is None:
         return [setting for setting in SETTINGS.values() if setting.group in groups]
     if unknown := [name for name in only if name not in SETTINGS]:

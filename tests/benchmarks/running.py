@@ -26,17 +26,12 @@ def cpu_environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
 
 
-def run_on_ranks(ranks: int, script: str, *arguments: str | Path, **options: Any) -> None:
-    """Runs a script of the checkout by the deepspeed launcher to its end."""
-    command = [*on_ranks(ranks), script, *map(str, arguments)]
-    subprocess.run(command, check=True, cwd=ROOT, env=cpu_environment(), **options)
-
-
 def run_quickstart(ranks: int, settings: Iterable[str], *arguments: str, peer: str = "", **options: Any) -> None:
     """Runs quickstart's config with other settings, or with another method's score (peer_run.py)."""
     script = ["tests/benchmarks/peer_run.py", "--peer", peer] if peer else ["launch/run.py"]
     changes = [word for setting in settings for word in ("--set", setting)]
-    run_on_ranks(ranks, *script, "--config", "launch/configs/quickstart.yaml", *arguments, *changes, **options)
+    command = [*on_ranks(ranks), *script, "--config", "launch/configs/quickstart.yaml", *arguments, *changes]
+    subprocess.run(command, check=True, cwd=ROOT, env=cpu_environment(), **options)
 
 
 def origin(device: str = "cpu") -> dict[str, Any]:

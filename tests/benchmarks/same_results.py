@@ -2,14 +2,13 @@
 
     python -m tests.benchmarks.same_results --reference CHECKOUT [--ranks 1 2 3] [--quickstart] [--work FOLDER]
 
-Two checkouts prune the same tiny random models with launch/run.py, at 1, 2 and 3 ranks on the CPU. Every criterion runs
-with every ranking. Then the quality settings run, a mixture of experts, int8 weights and a mixture of data. All results
-must have the same bits: kept groups, losses, perplexities, every tensor of every checkpoint, and the exported model.
-One line per case says `equal` or the first difference. The exit code is 1 if anything differs. `--quickstart` adds the
-shipped quickstart. It takes about five minutes per checkout.
+Two checkouts prune the same tiny random models with launch/run.py on the CPU: every criterion with every ranking, the
+quality settings, a mixture of experts, int8 weights and a mixture of data. All results must have the same bits: kept
+groups, losses, perplexities, every tensor of every checkpoint, and the exported model. One line per case says `equal`
+or the first difference. The exit code is 1 if anything differs. It takes about five minutes per checkout.
 
-Results of the reference are kept in the work folder under its commit. A second comparison runs only the new side. Only
-commands and files drive the two sides, so any two checkouts can be compared.
+Results of the reference are kept in the work folder under its commit. Only commands and files drive the two sides, so
+any two checkouts can be compared.
 """
 
 import argparse
@@ -30,11 +29,11 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.benchmarks.running import ROOT, make_parser
 from tests.families import tiny_model
 from tests.integration.launching import on_ranks, run_to_end, write_text
 from tests.oracle.models import make_tiny_llama
 
-ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "runs" / "same_results"
 WINDOW = 32
 TIMEOUT = 3600  # seconds of one run
@@ -65,7 +64,6 @@ class Case:
 
     @property
     def folder(self) -> str:
-        """A name for files."""
         return f"{self.name.replace(', ', '-').replace(' ', '_')}-{self.ranks}"
 
 
@@ -172,7 +170,6 @@ def run_case(case: Case, checkout: Path, work: Path, root: Path) -> str | None:
 
 
 def is_finished(out: Path) -> bool:
-    """Tells whether a run came to its end."""
     status = out / "status.json"
     return status.is_file() and json.loads(status.read_text())["state"] == "finished"
 
@@ -194,7 +191,6 @@ def facts(out: Path) -> dict[str, Any]:
 
 
 def tensor_files(out: Path) -> set[Path]:
-    """Finds the checkpoints' and the model's safetensors, relative to the run."""
     return {path.relative_to(out) for part in ("checkpoints/*", "model") for path in out.glob(f"{part}/*.safetensors")}
 
 
@@ -211,7 +207,6 @@ def differences(old: Path, new: Path) -> Iterator[str]:
 
 
 def first_unequal(old: Any, new: Any) -> str:
-    """Tells where two JSON values part."""
     if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
         name = next(key for key in old if old[key] != new[key])
         return f"{name}: {first_unequal(old[name], new[name])}"
@@ -266,8 +261,7 @@ def check_imports(*checkouts: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--reference", type=Path, required=True, help="checkout whose results are right")
     parser.add_argument("--checkout", type=Path, default=ROOT, help="checkout to compare; default: this one")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
@@ -279,7 +273,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Compares all cases. Returns 1 if anything differs."""
     arguments = parse_arguments()
     reference, checkout, work = (p.resolve() for p in (arguments.reference, arguments.checkout, arguments.work))
     kept = work / "reference" / commit_of(reference)

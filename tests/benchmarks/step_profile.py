@@ -4,8 +4,8 @@
 
 SmolLM2-135M, 16 windows of 128 tokens a step. torch's profiler watches one scored step of rank 0. An operation counts
 for the innermost part of the step around it, and one of a backward pass for the part of its forward. Matrix products
-count apart, wherever they are. The rest of a part is Python. The profiler itself slows a step down, so
-the result has the seconds of a step without it, too. The result goes to tests/benchmarks/results/step_profile.json.
+count apart. The rest of a part is Python. The result, with the seconds of a step without the profiler, goes to
+tests/benchmarks/results/step_profile.json.
 """
 
 from collections import defaultdict
@@ -53,10 +53,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "the optimizer's update": [(DeepSpeedZeroOptimizer_Stage3, "step")],
     "logits and loss": [(LossHead, "forward")],
     "norms": [(modeling_llama.LlamaRMSNorm, "forward")],
-    "rotary positions": [
-        (modeling_llama, "apply_rotary_pos_emb"),
-        (modeling_llama.LlamaRotaryEmbedding, "forward"),
-    ],
+    "rotary positions": [(modeling_llama, "apply_rotary_pos_emb"), (modeling_llama.LlamaRotaryEmbedding, "forward")],
     "attention": [(torch.nn.functional, "scaled_dot_product_attention")],
     "scoring": [(Pruner, "score")],
 }

@@ -2,10 +2,9 @@
 
     deepspeed --quiet --num_accelerators 2 tests/benchmarks/step_time.py [--steps 8] [--model FOLDER]
 
-One engine holds the dense model. Another holds it cut to 50 % of its decoder-layer linear parameters. The third holds
-the dense model with int8 weights. Each round runs a plain ZeRO-3 LoRA step, the same step with scoring, and a plain
-step of both others. The noise of a shared machine affects all of them. The result has medians, and ratios of medians.
-It goes to tests/benchmarks/results/step_time.json.
+Each round runs a plain ZeRO-3 LoRA step, the same step with scoring, and a plain step of an engine cut by 50 % and of
+one with int8 weights, so the noise of a shared machine affects all of them. Medians, and ratios of medians, go to
+tests/benchmarks/results/step_time.json.
 """
 
 import statistics
@@ -59,10 +58,7 @@ def short_run(model: str, prune: PruneConfig, steps: int) -> RunConfig:
 
 
 def flops_per_token(shape: ModelShape, window: int) -> float:
-    """Counts multiply-adds of a forward pass times two.
-
-    Includes linears, head, and attention over half the window on average.
-    """
+    """Counts multiply-adds of a forward pass times two: linears, head, and attention over half the window."""
     attention = sum(
         2 * layer["heads"] * shape.queries_per_group * shape.head_dim * window / 2 for layer in shape.layers
     )

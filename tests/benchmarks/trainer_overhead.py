@@ -2,9 +2,8 @@
 
     python -m tests.benchmarks.trainer_overhead [--rounds 2] [--steps 5]
 
-Each round trains six layers of SmolLM2-135M's widths three times on two CPU ranks, in fp32: with Trainer alone, with
-the callback, and with our own trainer. The noise of a shared machine affects all of them. Every step scores and none
-cuts. The first step of a training is a warm-up and does not count. Medians go to
+Each round trains six layers of SmolLM2-135M's widths on two CPU ranks, in fp32: with Trainer alone, with the callback,
+and with our own trainer. Every step scores and none cuts. The first step does not count. Medians go to
 tests/benchmarks/results/trainer_overhead.json.
 """
 

@@ -2,18 +2,14 @@
 
     python -m tests.benchmarks.wide_layers [--models 65b 65b-int8 70b]
 
-The weights are random, in bf16, with hidden 8192 and vocabulary 512. 65b has 64 heads and ffn 22016. 70b has 64 heads,
-8 key-value heads and ffn 28672. They are written to disk tensor by tensor. Two ranks (`wide_layers_rank.py`) load them
-and train with LoRA. They cut until 25 % and then 50 % of the linear parameters are gone. Then they save a checkpoint,
-export, and read the export back.
+The weights are random, in bf16, with vocabulary 512. Two ranks (`wide_layers_rank.py`) load them, train with LoRA, cut
+25 % and then 50 % of the linear parameters, save a checkpoint, export, and read the export back.
 
-Meanwhile this process reads RssAnon + RssShmem of every rank from /proc. It kills them all when one holds too much
-above its imports. The limit is its shard of the dense model, one whole decoder layer and SLACK. (RLIMIT_AS and
-RLIMIT_DATA would charge mapped files too.) The negative control is the same run, but one rank materialises the full
-weights. It must be killed.
+Meanwhile this process reads RssAnon + RssShmem of every rank from /proc, and kills them all when one holds more above
+its imports than its shard, one decoder layer and SLACK. (RLIMIT_AS and RLIMIT_DATA would charge mapped files too.) In
+the negative control one rank materialises the full weights. It must be killed.
 
-`65b-int8` is the same run with `model.frozen: int8`, to compare with `65b`. `tiny` and `tiny-int8` are there to try the
-script. The result goes to tests/benchmarks/results/wide_layers.json.
+`65b-int8` has `model.frozen: int8`. `tiny` and `tiny-int8` try the script. Result: results/wide_layers.json.
 """
 
 import subprocess
@@ -29,7 +25,8 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.weight_files import write_index, write_weight_file
-from loraprune_ds.plan.request import Cluster, build_request
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.request import build_request
 from loraprune_ds.plan.stages import split_state
 from loraprune_ds.zero.flat import partition_numel
 from tests.benchmarks.memory import Watched, told, watch

@@ -1,9 +1,4 @@
-"""Trains in transformers' Trainer on a launcher's ranks, from the newest checkpoint of its folder on.
-
-deepspeed --num_accelerators 2 tests/hf/callback_run.py MATERIAL OUT
-
-It keeps one checkpoint, so that a kill in a save has the least to go on from.
-"""
+"""Trains in a Trainer: deepspeed --num_accelerators 2 tests/hf/callback_run.py MATERIAL OUT (resumes)."""
 
 import pickle
 import sys

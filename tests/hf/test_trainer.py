@@ -24,6 +24,7 @@ from tests.hf.trainers import (
     train_alone,
     train_with_callback,
 )
+from tests.integration.resuming import assert_equal_tensors
 from tests.numerics.driver import Job
 from tests.ranks import RankPool
 
@@ -40,11 +41,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def course(rows: list[dict[str, Any]]) -> list[Any]:
     return [(row["loss"], row["norm"], row["tokens"], row["kept"]) for row in rows]
-
-
-def assert_equal_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def test_a_save_that_is_cut_short_costs_no_older_checkpoint(
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
     again, resumed = ranks.run(2, train_with_callback, job, tmp_path, saves, str(tmp_path))[0]
     assert course(again) == course(plain.rows[4:])
-    assert_equal_bits(resumed, plain.weights)
+    assert_equal_tensors(resumed, plain.weights)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
@@ -126,7 +122,7 @@ def resume_and_compare(ranks: RankPool, job: Job, run: Run, out: Path, step: int
     again, resumed = ranks.run(2, train_with_callback, job, out, {}, checkpoint, setup)[0]
     assert course(again) == course(run.rows[step:])
     assert run.rows[step - 1]["kept"] != run.rows[-1]["kept"]
-    assert_equal_bits(resumed, run.weights)
+    assert_equal_tensors(resumed, run.weights)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +154,7 @@ def test_an_evaluation_between_cuts_changes_nothing(ranks: RankPool, job: Job, p
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 20}
     rows, same = ranks.run(2, train_with_callback, job, tmp_path, evaluated)[0]
     assert course(rows) == course(plain.rows)
-    assert_equal_bits(same, plain.weights)
+    assert_equal_tensors(same, plain.weights)
     assert rows[-1]["gathered"] == plain.rows[-1]["gathered"]  # the order of modules is recorded again meanwhile
 
 
@@ -190,5 +186,4 @@ def test_a_deepspeed_config_that_cannot_work_is_one_line(
 def test_a_resume_that_forgets_the_callback_is_refused(ranks: RankPool, job: Job, plain: Run, tmp_path: Path) -> None:
     for step in (2, 4):  # before and after the first cut
         error = ranks.run(2, resume_without_the_callback, job, tmp_path, str(plain.out / f"checkpoint-{step}"))[0]
-        assert error.startswith("UserError: "), error
         assert "pruning.resume(trainer.model)" in error

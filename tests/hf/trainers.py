@@ -20,12 +20,12 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.trainer.utils import use_adapter
 
 from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names
-from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, gather_everywhere
+from tests.refusals import refused
 from tests.unit.shapes_and_scores import repository
 
 KINDS = ("heads", "channels")
@@ -64,8 +64,7 @@ class Setup:
     """Describes a user's Trainer apart from the callback.
 
     Attributes:
-        reference: a second adapter `ref`. Each loss is preceded by its forward pass without a
-            gradient, as in DPO and GRPO.
+        reference: a second adapter `ref`, whose forward pass without a gradient precedes each loss, as in DPO.
         reentrant: how activation checkpointing recomputes. None: there is none.
         fp32_lora: LoRA is in fp32 on a base of less, PEFT's default.
         whole: modules that also train, whole, by PEFT's `modules_to_save`.
@@ -119,8 +118,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._recording.close()
         gathered = sum(numel for name, numel in self._calls if name == "all_gather_into_tensor")
-        training = self.callback.pruning.training
-        kept, tokens = training.pruner.kept_of_dense, training.recorder.history.steps[-1].tokens
+        pruning = self.callback.pruning
+        kept, tokens = pruning.pruner.kept_of_dense, pruning.recorder.history.steps[-1].tokens
         self.rows.append({"kept": kept_groups(kept), "tokens": tokens, "gathered": gathered})
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
@@ -182,17 +181,12 @@ def make_trainer(job: Job, args: TrainingArguments, *callbacks: TrainerCallback,
 def stop_early(job: Job, out: Path) -> list[str]:
     """Makes fewer steps than the schedule is made for, with gradients in the model's dtype. Returns the warnings."""
     messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("loraprune_ds.hf")
-    logger.addHandler(handler)
-    try:
-        with fresh_accelerate():
-            callback = LoraPruneCallback(PruneConfig(**job.prune), steps=20)
-            args = arguments(job, out, max_steps=2, deepspeed=deepspeed_config(fp32_gradients=False))
-            make_trainer(job, args, callback).train()
-    finally:
-        logger.removeHandler(handler)
+    told = patch.object(logger, "callHandlers", lambda record: messages.append(record.getMessage()))
+    with fresh_accelerate(), told:
+        callback = LoraPruneCallback(PruneConfig(**job.prune), steps=20)
+        args = arguments(job, out, max_steps=2, deepspeed=deepspeed_config(fp32_gradients=False))
+        make_trainer(job, args, callback).train()
     return messages
 
 
@@ -200,8 +194,8 @@ def train_alone(job: Job, follows: list[dict[str, Any]] | None = None) -> list[d
     """Trains with the package's own trainer.
 
     Args:
-        follows: rows of another training. Each cut keeps its groups, and the row lists where our own choice differs:
-            layer, kind, number of groups, and by how much our scores of the two choices differ, relative to the line.
+        follows: rows of another training whose groups each cut keeps. The row lists where our own choice differs:
+            layer, kind, number of groups, and by how much our scores of the two differ, relative to the line.
     """
     trainer = build(job)
     pruner, rows = trainer.pruner, list[dict[str, Any]]()
@@ -256,7 +250,7 @@ def train_with_callback(
         if setup.whole:
             callback.save_model(out / "model")
             callback.save_base(out / "base")
-        model = callback.pruning.training.model
+        model = callback.pruning.model
         return watch.rows, {name: gather_everywhere(model, p) for name, p in model.module.named_parameters()}
 
 
@@ -266,11 +260,7 @@ def refusal(job: Job, out: Path, setup: Setup, section: str, settings: dict[str,
     config[section] = config[section] | settings
     with fresh_accelerate():
         callback = LoraPruneCallback(PruneConfig(**job.prune))
-        try:
-            make_trainer(job, arguments(job, out, deepspeed=config), callback, setup=setup).train()
-        except UserError as error:
-            return str(error)
-        return "no error"
+        return refused(make_trainer(job, arguments(job, out, deepspeed=config), callback, setup=setup).train)
 
 
 def cut_a_save_short(job: Job, out: Path, more: dict[str, Any], step: int) -> None:
@@ -290,8 +280,4 @@ def resume_without_the_callback(job: Job, out: Path, checkpoint: str) -> str:
     """Goes on from a checkpoint without `resume`. Returns the error."""
     with fresh_accelerate():
         trainer = make_trainer(job, arguments(job, out), LoraPruneCallback(PruneConfig(**job.prune)))
-        try:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        except (UserError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"
-        return "no error"
+        return refused(trainer.train, resume_from_checkpoint=checkpoint)

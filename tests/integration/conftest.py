@@ -1,4 +1,4 @@
-"""A finished run that several files look at."""
+"""A finished run, and the inputs of a good one, that several files look at."""
 
 from pathlib import Path
 from typing import Any
@@ -6,10 +6,16 @@ from typing import Any
 import pytest
 
 from tests.gguf_cases import byte_level_tokenizer
+from tests.integration.bad_input import make_material
 from tests.integration.launching import fork_ranks, write_config, write_text
 from tests.oracle.models import make_tiny_llama
 
 VOCAB = 320
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="session")

@@ -124,13 +124,7 @@ def run_config(case: Case, source: Path, root: Path) -> dict[str, Any]:
             "protected_last": 0,
             **case.prune,
         },
-        "train": {
-            "steps": STEPS,
-            "global_batch_size": 8,
-            "micro_batch_size": 2,
-            "learning_rate": 1e-3,
-            **case.train,
-        },
+        "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3, **case.train},
         "evaluate": {"window": WINDOW, "max_windows": WINDOWS, "batch_size": 5, **case.evaluate},
     }
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 RUN = ROOT / "launch" / "run.py"
 # The modules that a start imports before it checks its input.
 PRELOADED = ["torch", "deepspeed", "peft", "transformers", "datasets", "loraprune_ds.train.run", __name__]
+T = TypeVar("T")
 Launcher = Literal["deepspeed", "torchrun", "python"]
 
 
@@ -92,11 +93,7 @@ def launch(
 def run_to_end(
     command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 300
 ) -> Ended:
-    """Runs a command in its own session. Kills all that it started at the deadline.
-
-    Raises:
-        AssertionError: it did not end in `timeout` seconds.
-    """
+    """Runs a command in its own session. Fails at the deadline, and kills all that it started."""
     environment = clean_environment() | dict(environment or {})
     began = time.monotonic()
     process = subprocess.Popen(
@@ -136,17 +133,10 @@ def fork_ranks(
     before: Callable[[], None] | None = None,
     timeout: float = 60,
 ) -> list[Ended]:
-    """Runs a script on `ranks` ranks. A server that has the imports forks each: a second, not ten.
-
-    No launcher watches them. Every rank has to end by itself.
+    """Runs a script on `ranks` ranks that end by themselves. A server that has the imports forks each in a second.
 
     Args:
-        folder: for their output.
-        environment: more variables, by rank.
         before: called first in every rank; a top-level function.
-
-    Raises:
-        AssertionError: a rank did not end in `timeout` seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -188,6 +178,29 @@ def _be_rank(
     except Exception:
         sys.excepthook(*cast(Any, sys.exc_info()))  # as an interpreter would; multiprocessing does not
         raise
+
+
+def within(seconds: float, ask: Callable[[], T]) -> T:
+    """Returns the first true answer of a question that is asked again and again."""
+    deadline = time.monotonic() + seconds
+    while not (answer := ask()):
+        assert time.monotonic() < deadline, f"not in {seconds:g} s"
+        time.sleep(0.02)
+    return answer
+
+
+def step_of(out: Path) -> int:
+    """Returns the optimizer steps done, by status.json, or -1 before there is one."""
+    path = out / "status.json"
+    return read_json(path)["step"] if path.exists() else -1
+
+
+def process_state(pid: int) -> str:
+    """Returns the letter of /proc, or "" once the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def read_json(path: Path) -> Any:

@@ -38,10 +38,7 @@ CUTS = [7, 12, 17]  # nothing is left to go at 18, where the last would be due
 
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
-    """Writes a tiny model, text and config into `folder`. `sections` change the config.
-
-    Adam's epsilon is 1e-3. tests/numerics/test_sharded_equals_dense.py tells the reason.
-    """
+    """Writes a tiny model, text and config into `folder`. Adam's epsilon: see test_sharded_equals_dense.py."""
     make_tiny_llama(
         folder / "source", heads=8, kv_heads=4, head_dim=8, hidden=64, ffn=93, layers=3, vocab=97, seed=1, biases=True
     )
@@ -89,8 +86,7 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
     """Runs on every rank the run, or the rest of it. Asks it to stop during step `stop_at`.
 
     Args:
-        between: or stops it at one of three places where no step carries the request. 1 is before the first step, 2
-            after the last one, 3 when the merged weights are written.
+        between: or stops it before the first step (1), after the last one (2), or when weights are written (3).
     """
     gc.freeze()  # DeepSpeed collects garbage twice per cut; over all imports of torch that takes a second
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
@@ -163,7 +159,9 @@ class Found:
 def find_here(config: RunConfig, resume: str) -> Found:
     warnings: list[str] = []
     try:
-        saved = find_checkpoint(OutputFolder(config.to_dict(), resume), Communicator(), warnings)
+        output = OutputFolder(config.to_dict(), resume)
+        assert output.start == "resume"
+        saved = find_checkpoint(output, Communicator(), warnings)
     except UserError as error:
         return Found(None, warnings, str(error), error.exit_code)
     return Found(saved.state.step if saved else None, warnings)

@@ -1,11 +1,9 @@
-"""Checks input that cannot be used. Every rank exits with code 2, no rank hangs, and nothing is written.
-
-Standard error has one clear line. Most starts are forked after the imports. No launcher ends a rank that hangs.
-"""
+"""Checks that unusable input ends every rank with code 2 and one clear line, before anything is written."""
 
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -21,23 +19,14 @@ from tests.integration.bad_input import (
     ds_config,
     edit_config,
     file_at,
-    make_material,
     truncate,
 )
 from tests.integration.launching import ROOT, RUN, fork_ranks, run_to_end
 
 
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_material(tmp_path_factory.mktemp("material"))
-
-
 @dataclass(frozen=True)
 class Wrong:
-    """Holds overrides, with blanks between, that make a good run unusable, and the words of the error line.
-
-    "{here}" is the test's own folder.
-    """
+    """Holds overrides that spoil a good run, and words of the error. "{here}" is the test's own folder."""
 
     name: str
     overrides: str
@@ -137,19 +126,8 @@ def lose_a_private_method() -> None:
     del DeepSpeedZeroOptimizer_Stage3.set_grad_positions
 
 
-def test_another_deepspeed_is_named(material: Path, tmp_path: Path) -> None:
-    (ended,) = fork_ranks(arguments(material, tmp_path), tmp_path, before=lose_a_private_method)
-    assert_refused(ended, "deepspeed 0.", "DeepSpeedZeroOptimizer_Stage3.set_grad_positions")
-    assert not (tmp_path / "out").exists()
-
-
 def lose_a_private_module() -> None:
     sys.modules["loraprune_ds.train.run"] = None  # type: ignore[assignment]  # importing it fails
-
-
-def test_a_library_that_lacks_what_is_imported_is_named(material: Path, tmp_path: Path) -> None:
-    (ended,) = fork_ranks(arguments(material, tmp_path), tmp_path, before=lose_a_private_module)
-    assert_refused(ended, "loraprune_ds.train.run", "pyproject.toml")
 
 
 def have_no_float16() -> None:
@@ -159,18 +137,25 @@ def have_no_float16() -> None:
     mock.patch.object(type(get_accelerator()), "is_fp16_supported", return_value=False).start()
 
 
-def test_a_device_without_float16(material: Path, tmp_path: Path) -> None:
-    given = arguments(material, tmp_path, "model.dtype=float16")
-    (ended,) = fork_ranks(given, tmp_path, before=have_no_float16)
-    assert_refused(ended, "model.dtype float16 is not supported by the cpu device")
+@pytest.mark.parametrize(
+    ("lose", "words"),
+    [
+        (lose_a_private_method, ("deepspeed 0.", "DeepSpeedZeroOptimizer_Stage3.set_grad_positions")),
+        (lose_a_private_module, ("loraprune_ds.train.run", "pyproject.toml")),
+        (have_no_float16, ("model.dtype float16 is not supported by the cpu device",)),
+    ],
+)
+def test_what_the_machine_lacks_is_named(
+    lose: Callable[[], None], words: tuple[str, ...], material: Path, tmp_path: Path
+) -> None:
+    given = arguments(material, tmp_path, *(["model.dtype=float16"] if lose is have_no_float16 else []))
+    (ended,) = fork_ranks(given, tmp_path, before=lose)
+    assert_refused(ended, *words)
     assert not (tmp_path / "out").exists()
 
 
 def be_nobody() -> None:
-    """Gives up the rights of root, which may write everywhere.
-
-    Access is checked for the real user. Files are opened as the effective user.
-    """
+    """Gives up root's rights. Access is checked for the real user, and files are opened as the effective one."""
     if os.geteuid() == 0:
         os.setreuid(65534, -1)
 

@@ -5,6 +5,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,13 +13,8 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.integration.bad_input import STEPS, arguments, assert_refused, copy_of_model, make_material, poison
+from tests.integration.bad_input import STEPS, arguments, assert_refused, copy_of_model, poison
 from tests.integration.launching import ROOT, fork_ranks, launch, read_json, write_config, write_text
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture
@@ -83,17 +79,13 @@ def test_a_nan_ends_the_run_on_all_ranks_and_is_told(material: Path, tmp_path: P
 
 def read_fault() -> None:
     """Reads the variable again, which the server that forks the ranks did not have."""
-    from loraprune_ds import faults
+    from loraprune_ds import errors
 
-    faults.FAULT = os.environ["LORAPRUNE_FAULT"]
+    errors.FAULT = os.environ["LORAPRUNE_FAULT"]
 
 
 def run_out_of_memory() -> None:
-    """Runs out of memory at the first step.
-
-    Leaving the process group waits, as with NCCL while another rank waits in a collective. The code of the interpreter
-    after that does not matter here: a forked rank has its own.
-    """
+    """Runs out of memory at the first step. Leaving the process group then waits, as NCCL does for other ranks."""
     from loraprune_ds.train.trainer import Trainer
 
     mock.patch.object(Trainer, "step", side_effect=torch.OutOfMemoryError("of the device")).start()
@@ -174,19 +166,14 @@ NAMES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_t
 
 def log_collectives() -> None:
     """Makes torch.distributed write down its calls, in order."""
-    for name in (*NAMES, "all_gather_object"):
-        _log_calls(name)
 
-
-def _log_calls(name: str) -> None:
-    original = getattr(torch.distributed, name)
-
-    def logged(*args: Any, **kwargs: Any) -> Any:
+    def logged(name: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with open(os.environ[LOG], "a") as log:
             log.write(name + "\n")
         return original(*args, **kwargs)
 
-    setattr(torch.distributed, name, logged)
+    for name in (*NAMES, "all_gather_object"):
+        setattr(torch.distributed, name, partial(logged, name, getattr(torch.distributed, name)))
 
 
 def test_all_kinds_of_collectives_run_before_the_input_is_looked_at(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -168,15 +169,12 @@ def check_error(ended: Ended, message: str) -> None:
     assert message in ended.err
 
 
-def no_room(*_: Any) -> None:
-    raise SafetensorError("Error while serializing: No space left on device")
-
-
 def test_bad_input_is_one_line(run: Path, unfinished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     check_error(export(tmp_path, "--out", out), "holds no run, checkpoint or model")
     check_error(export(run, "--out", "/proc/nowhere/out"), "/proc/nowhere/out cannot be made: [Errno 2]")
     with pytest.MonkeyPatch.context() as patch:
+        no_room = Mock(side_effect=SafetensorError("Error while serializing: No space left on device"))
         patch.setattr("loraprune_ds.export.lora.write_weight_file", no_room)
         check_error(export(unfinished, "--out", out), f"{out} cannot be made: Error while serializing: No space left")
     check_error(export(run / "model", "--format", "adapter", "--out", out), "model has no checkpoint with its LoRA")

@@ -88,20 +88,14 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
     results = {}
     for case in CASES:
         model = dense_model(case)
-        source = make_source(root / f"{case.name}_source", model)
+        source = sentencepiece_tokenizer(root / f"{case.name}_source", VOCAB)
+        model.config.save_pretrained(source)
         config = export(model, case, source, root / case.name)
         results[case.name] = Exported(case, root / case.name, config, cut(model, case), source, {})
     run_stranger(list(results.values()), root)
     for result in results.values():
         result.found = load_file(f"{result.folder}.safetensors")
     return results
-
-
-def make_source(folder: Path, model: PreTrainedModel) -> Path:
-    """Makes the files of the dense model that an export reads: config and a sentencepiece-only Llama tokenizer."""
-    sentencepiece_tokenizer(folder, VOCAB)
-    model.config.save_pretrained(folder)
-    return folder
 
 
 def run_stranger(exports: list[Exported], root: Path) -> None:
@@ -171,10 +165,7 @@ def test_attention_implementation_reaches_every_layer(exported: Exported) -> Non
 
 
 def test_tokens_equal_those_of_the_run(exported: Exported) -> None:
-    """Compares with our loader, which the unit tests compare with sentencepiece.
-
-    AutoTokenizer alone splits a Mistral's texts in another way.
-    """
+    """Compares with our loader, since AutoTokenizer alone splits a Mistral's texts in another way."""
     tokenizer = load_tokenizer(exported.source)
     assert not (exported.source / "tokenizer.json").exists()
     for i, text in enumerate(TEXTS):

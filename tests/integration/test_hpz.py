@@ -1,7 +1,4 @@
-"""Checks hierarchical partitioning (hpZ): a cut reaches the second copy of the weights.
-
-Each node, a group of ranks, has such a copy.
-"""
+"""Checks hierarchical partitioning (hpZ): a cut reaches the second copy of the weights on each node."""
 
 import json
 import sys
@@ -21,12 +18,7 @@ RUN = {
     "train": {"steps": 6, "global_batch_size": 4},
 }
 PLAIN: tuple[str, ...] = ()
-LEVERS = (
-    "prune.criterion=gradient",
-    "prune.compensate=least_squares",
-    "train.distill_weight=0.5",
-    "model.frozen=int8",
-)
+LEVERS = ("prune.criterion=gradient", "prune.compensate=least_squares", "train.distill_weight=0.5", "model.frozen=int8")
 
 
 def watch_second_copies() -> None:

@@ -1,6 +1,5 @@
 """Jobs of real processes: a node is lost, a process stands still and wakes, a user stops a run and goes on."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,7 +12,18 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.checkpoint.layout import numbered, step_folder, verify
-from tests.integration.launching import ROOT, RUN, clean_environment, fork_ranks, free_port, launch, read_json
+from tests.integration.launching import (
+    ROOT,
+    RUN,
+    clean_environment,
+    fork_ranks,
+    free_port,
+    launch,
+    process_state,
+    read_json,
+    step_of,
+    within,
+)
 from tests.integration.resuming import CUTS, STEPS, losses, write_run
 
 # A node that is lost ends the job on the others. Two launchers on this machine stand for two nodes
@@ -45,11 +55,8 @@ def test_the_job_ends_soon_after_a_node_is_lost(tmp_path: Path, how: signal.Sign
     port = free_port()
     nodes = [start_node(node, config, tmp_path / "hosts", port) for node in range(2)]
     try:
-        status, deadline = tmp_path / "out" / "status.json", time.monotonic() + STARTED
-        while not (status.exists() and read_json(status)["step"] >= 2):
-            assert all(node.poll() is None for node in nodes), [n.communicate()[1] for n in nodes if n.poll()]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        within(STARTED, lambda: step_of(tmp_path / "out") >= 2 or any(node.poll() is not None for node in nodes))
+        assert all(node.poll() is None for node in nodes), [n.communicate()[1] for n in nodes if n.poll()]
         os.killpg(nodes[lost].pid, how)
         began, left = time.monotonic(), nodes[1 - lost]
         _, err = left.communicate(timeout=60)
@@ -70,9 +77,8 @@ def test_the_job_ends_soon_after_a_node_is_lost(tmp_path: Path, how: signal.Sign
 
 
 def asleep(process: "subprocess.Popen[str]") -> bool:
-    state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
     assert process.poll() is None, process.communicate()
-    return state == "T"
+    return process_state(process.pid) == "T"
 
 
 @pytest.mark.parametrize("point", ["backward@20", "finish.reported@1"])
@@ -86,10 +92,7 @@ def test_a_superseded_process_leaves_the_checkpoints_of_its_successor(point: str
         [sys.executable, str(RUN), *command], env=clean_environment() | fault, stderr=subprocess.PIPE, text=True
     )
     try:
-        deadline = time.monotonic() + 60
-        while not asleep(first) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert asleep(first)
+        within(60, lambda: asleep(first))
         (second,) = fork_ranks([*command, "--resume", "auto"], tmp_path)
         assert second.code == 0, second.everything
         assert asleep(first)
@@ -112,14 +115,9 @@ def test_a_superseded_process_leaves_the_checkpoints_of_its_successor(point: str
 STOP_AFTER = CUTS[1] + 1
 
 
-def touch_stop_after(out: Path, step: int, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        status = out / "status.json"
-        if status.exists() and json.loads(status.read_text())["step"] >= step:
-            (out / "STOP").touch()
-            return
-        time.sleep(0.02)
+def touch_stop_after(out: Path, step: int) -> None:
+    within(120, lambda: step_of(out) >= step)
+    (out / "STOP").touch()
 
 
 def test_a_stop_file_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
@@ -131,7 +129,7 @@ def test_a_stop_file_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_pa
     stopped = launch(["--config", config])
     stopper.join()
     assert stopped.code == 85, stopped.everything
-    status = json.loads((out / "status.json").read_text())
+    status = read_json(out / "status.json")
     assert status["state"] == "stopped"
     assert STOP_AFTER <= status["step"] < STEPS
     assert not (out / "STOP").exists()
@@ -144,14 +142,14 @@ def test_a_stop_file_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_pa
     (out / "STOP").touch()  # meant for a process that is gone
     finished = launch(["--config", config, "--resume", "auto"]).check()
     assert f"{out / 'STOP'} was there before this start: removed" in finished.err
-    assert json.loads((out / "status.json").read_text())["state"] == "finished"
+    assert read_json(out / "status.json")["state"] == "finished"
 
     undisturbed = ["--config", config, "--set", f"output_dir={straight}"]
     fork_ranks(undisturbed, tmp_path, ranks=2, timeout=300)[0].check()
-    report = json.loads((out / "report.json").read_text())
+    report = read_json(out / "report.json")
     assert report["resumed_from"] == [status["step"]]
     assert [cut["step"] for cut in report["prune_steps"]] == CUTS
-    assert report["perplexity"] == json.loads((straight / "report.json").read_text())["perplexity"]
+    assert report["perplexity"] == read_json(straight / "report.json")["perplexity"]
     assert (out / "kept_groups.json").read_bytes() == (straight / "kept_groups.json").read_bytes()
     assert losses(out) == losses(straight)
     assert len(losses(out)) == STEPS

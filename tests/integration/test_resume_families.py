@@ -1,7 +1,6 @@
-"""Resumes runs of families with other layers than LLaMA's on another number of ranks.
+"""Resumes runs of families with biases, fused linears, or norms that are cut without LoRA, on other ranks.
 
-What a checkpoint holds follows the family's table: biases, fused linears, and norms that are cut without LoRA. The
-tolerance and its reason are those of test_resume.py.
+The tolerance and its reason are those of test_resume.py.
 """
 
 from pathlib import Path

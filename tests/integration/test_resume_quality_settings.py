@@ -1,7 +1,4 @@
-"""Stops and resumes a run with refit, true gradient, distillation and recovery.
-
-Stops it inside the teacher's pass and between two cuts. It ends bit by bit as the run that never stopped.
-"""
+"""Stops a run with refit, true gradient, distillation and recovery twice. Resumed, it ends with the same bits."""
 
 import json
 import shutil
@@ -12,7 +9,6 @@ from unittest import mock
 import pytest
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import UserError
 from tests.integration.resuming import (
     assert_same_run,
     config_for,
@@ -24,6 +20,7 @@ from tests.integration.resuming import (
     write_run,
 )
 from tests.ranks import RankPool
+from tests.refusals import refused
 
 STEPS, RECOVERY, CUTS, STOP_AT = 8, 2, [4, 6, 8], 5
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -36,12 +33,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "score_every": 3,
         "compensate": "least_squares",
     },
-    "train": {
-        "steps": STEPS,
-        "recovery_steps": RECOVERY,
-        "distill_weight": 0.5,
-        "distill_temperature": 2,
-    },
+    "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5, "distill_temperature": 2},
     "checkpoint": {"every": None},
 }
 
@@ -50,13 +42,6 @@ def run_levers(config: RunConfig, resume: str | None = None, stop_at: int | None
     """Runs with small files of the teacher, so that a stop can come between two of them."""
     with mock.patch("loraprune_ds.model.distillation.SAMPLES_PER_FILE", 8):
         return run_here(config, resume, stop_at)
-
-
-def refusal(config: RunConfig) -> str:
-    """Returns the error that refuses a start."""
-    with pytest.raises(UserError) as caught:
-        run_levers(config, "auto")
-    return str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +65,7 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
     lost, elsewhere = teacher / "targets-00003.safetensors", tmp_path / "lost"
     lost.rename(elsewhere)
     message = f"{lost} is missing or damaged, and the model that would write it again is cut already"
-    assert ranks.run(2, refusal, config) == [message, message]
+    assert ranks.run(2, refused, run_levers, config, "auto") == [message, message]
     elsewhere.rename(lost)
     assert all(ranks.run(2, run_levers, config, "auto"))
 
@@ -95,10 +80,7 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
 def test_a_kill_after_the_teacher_is_gone_leaves_a_run_that_can_be_finished(
     ranks: RankPool, straight: Path, tmp_path: Path
 ) -> None:
-    """Kills the run after the teacher's files go, a moment before status.json says that it has finished.
-
-    The files go once the model is published.
-    """
+    """Kills it after the teacher's files went with the published model, before status.json says "finished"."""
     out = tmp_path / "out"
     shutil.copytree(straight, out)
     status = json.loads((out / "status.json").read_text())

@@ -88,10 +88,7 @@ def test_parameters_are_those_of_the_files(run: Run) -> None:
 
 
 def test_kept_groups_are_the_rows_of_the_source_that_the_model_has(run: Run) -> None:
-    """Matches rows of the exported model with rows of the source.
-
-    Random rows are far apart, and a few steps of LoRA move them little. Each row tells its origin.
-    """
+    """Random rows are far apart and LoRA moves them little, so the nearest row of the source is the origin."""
     layers = read_json(run.folder / "kept_groups.json")["layers"]
     assert len(layers) == LAYERS
     for i, layer in enumerate(layers):
@@ -121,7 +118,10 @@ def test_every_cut_is_reported(run: Run) -> None:
     ratio = run.report["config"]["prune"]["ratio"]
     assert [cut["step"] for cut in cuts] == CUTS
     assert [cut["target"] for cut in cuts] == [pytest.approx(ratio * (1 - 0.5**3)), ratio]
-    linear_dense, linear_pruned = (count_linear(tensors) for tensors in (run.before, run.after))
+    linear_dense, linear_pruned = (
+        sum(t.numel() for name, t in tensors.items() if name.endswith("_proj.weight"))
+        for tensors in (run.before, run.after)
+    )
     assert cuts[-1]["reached"] == 1 - linear_pruned / linear_dense
     assert abs(cuts[-1]["reached"] - ratio) < largest_group(run) / linear_dense
     assert cuts[-1]["removed_fraction"] == run.report["params"]["removed_fraction"]
@@ -133,10 +133,6 @@ def test_every_cut_is_reported(run: Run) -> None:
         assert all(b > a > 0 for b, a in zip(before, after, strict=True))
         assert (cut["bytes_sent"] > 0) == (run.case.ranks > 1)
         assert cut["seconds"] > 0
-
-
-def count_linear(tensors: dict[str, Tensor]) -> int:
-    return sum(t.numel() for name, t in tensors.items() if name.endswith("_proj.weight"))
 
 
 def largest_group(run: Run) -> int:

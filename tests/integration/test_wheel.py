@@ -108,10 +108,7 @@ def test_run_takes_a_shipped_config(programs: Path, tmp_path: Path) -> None:
     [
         (["prune"], "there is no command prune; there are run, plan, evaluate, export, compare"),
         (["run", "--ranks", "0", "--config", "q.yaml"], "--ranks must be at least 1; got 0"),
-        (
-            ["run", "--config", "launch/configs/quickstart.yaml", "--set", "prune.ratio=2"],
-            "prune.ratio must be ",
-        ),
+        (["run", "--config", "launch/configs/quickstart.yaml", "--set", "prune.ratio=2"], "prune.ratio must be "),
     ],
 )
 def test_a_mistake_is_one_line_before_any_rank_starts(

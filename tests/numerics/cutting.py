@@ -14,20 +14,20 @@ from deepspeed.utils import safe_set_local_grad
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
-from loraprune_ds.errors import RunError
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.step import Pruner, check_same_mask
+from loraprune_ds.pruning.step import check_same_mask
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero import engine, sharded
 from loraprune_ds.zero.flat import GATHERED_NUMEL, owned_range
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
+from tests.refusals import refused
 
 COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_to_all_single")
 COLLECTIVES += ("gather", "all_gather")
@@ -151,10 +151,7 @@ def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
 
 
 def cut_once_with_fp32_lora(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
-    """Makes one cut of a model with fp32 LoRA on a base of half precision, PEFT's default.
-
-    The linears compute as PEFT's, which cast their inputs. Such a model is live in other trainers.
-    """
+    """Makes one cut of a live model with fp32 LoRA on a half-precision base, PEFT's default."""
 
     def add_fp32_lora(*given: Any) -> Any:
         model = add_lora(*given)
@@ -225,22 +222,7 @@ def disagree(job: Job) -> str:
     trainer = build(job)
     model = trainer.model
     heads = [0, 1] if model.rank < model.world_size - 1 else [0, 2]
-    keep = some_keep(trainer, heads, list(range(50)))
-    try:
-        check_same_mask(keep, model, 7)
-    except RunError as error:
-        return str(error)
-    return "agreed"
-
-
-def cut_without_scores(job: Job) -> str:
-    trainer = build(job)
-    pruner: Pruner = trainer.pruner
-    try:
-        pruner.cut(pruner.schedule.cut_steps()[0])
-    except RunError as error:
-        return str(error)
-    return "cut"
+    return refused(check_same_mask, some_keep(trainer, heads, list(range(50))), model, 7)
 
 
 def poisoned(job: Job, where: str) -> str:
@@ -250,26 +232,21 @@ def poisoned(job: Job, where: str) -> str:
         if trainer.model.rank == 0:
             trainer.model.owned_weight(2, LLAMA_LINEARS[-1]).flat[0] = float("nan")
     elif where == "gradient":
-        exchange = trainer._exchange
+        exchange = trainer.pruning_steps.exchange
 
-        def poison_then_exchange(loss: Tensor) -> Any:
+        def poison_then_exchange(*own: Any) -> Any:
             if trainer.model.rank == trainer.model.world_size - 1:
                 weight = _lora_in_order(trainer)[2 * 14 + 1]  # layer 2, q_proj, B
                 zero = trainer.model.zero_optimizer
                 zero.get_local_fp32_grad_for_param(weight)
                 slot = zero._get_fp32_grad_state_partition(weight, release_swap_buffers=True)[0]
                 slot[0] = float("inf")
-            return exchange(loss)
+            return exchange(*own)
 
-        trainer._exchange = poison_then_exchange  # type: ignore[method-assign]
+        trainer.pruning_steps.exchange = poison_then_exchange  # type: ignore[method-assign]
     else:
         trainer.pruner.model = cast(PrunableModel, _PoisonedScores(trainer.model))
-    try:
-        trainer.step(1)
-        trainer.cut(1)
-    except RunError as error:
-        return str(error)
-    return "no error"
+    return refused(lambda: (trainer.step(1), trainer.cut(1)))
 
 
 class _PoisonedScores:  # stands in for a PrunableModel

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.token_loss import LossHead
-from loraprune_ds.plan.stages import state_terms
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.step import Pruner
@@ -25,6 +25,7 @@ from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.device import storage_bytes
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_training_engine
+from loraprune_ds.zero.flat import partition_numel
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.sharded import ShardedModel
 from tests.families import SIZES, tiny_model
@@ -204,8 +205,7 @@ def assert_same_outcome(found: Outcome, expected: Outcome) -> None:
     assert len(found.cut_steps) >= 2
     assert found.losses == expected.losses
     assert found.kept == expected.kept
-    for x, y in zip(found.averages, expected.averages, strict=True):
-        assert all(torch.equal(a, b) for s, t in zip(x, y, strict=True) for a, b in zip(s, t, strict=True))
+    assert all(equal_scores(x, y) for x, y in zip(found.averages, expected.averages, strict=True))
     assert all(torch.equal(found.masters[name], expected.masters[name]) for name in expected.masters)
 
 
@@ -245,18 +245,16 @@ def run_steps(trainer: Trainer, job: Job) -> Outcome:
 
 
 def expected_bytes(job: Job, model: ShardedModel) -> int:
-    bucket = next(iter(model.zero_optimizer.ipg_buckets.values())).buffer.numel()
-    element_size = 4 if job.dtype == "float32" else 2
-    terms = state_terms(
-        model.shape,
-        job.lora_r,
-        FrozenStorage.of(model.module).stored(model.shape, element_size).values(),
-        world_size=model.world_size,
-        element_size=element_size,
-        bucket_numel=bucket,
-        stepped=True,
-    )
-    return sum(terms.values())
+    """Counts the shards of the weights, and of LoRA with fp32 masters, two moments and gradients, and the bucket."""
+    (bucket, *_), element_size = model.zero_optimizer.ipg_buckets.values(), 4 if job.dtype == "float32" else 2
+    stored = FrozenStorage.of(model.module).stored(model.shape, element_size).values()
+    frozen = sum(x.element_size * partition_numel(math.prod(x.shape), model.world_size) for x in stored)
+    lora = sum(partition_numel(numel, model.world_size) for numel in model.shape.lora_sizes(job.lora_r))
+    return frozen + (element_size + 4 + 8 + 4) * lora + 4 * bucket.buffer.numel()
+
+
+def equal_scores(found: list[tuple[Tensor, ...]], expected: list[tuple[Tensor, ...]]) -> bool:
+    return all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
 
 
 def as_pair(scores: LayerScores) -> tuple[Tensor, ...]:

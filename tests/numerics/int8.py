@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import ModelConfig, PruneConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT, Int8
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
@@ -69,12 +68,3 @@ def requantised(dense: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Te
         held |= {name.removesuffix(WEIGHT) + part: value for part, value in parts.items()}
     assert any(name.endswith(SCALE) for name in held)
     return held
-
-
-def refusal(job: Job) -> str:
-    """Returns the error of a start."""
-    try:
-        build(job)
-    except UserError as error:
-        return str(error)
-    return "none"

@@ -30,10 +30,7 @@ FILE_SAMPLES = 5  # in a teacher's file
 
 @contextmanager
 def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
-    """Yields what enters o_proj and down_proj in the passes that measure them, without padding.
-
-    The hooks are not the package's.
-    """
+    """Yields what enters o_proj and down_proj in the measured passes, without padding, by hooks of our own."""
     seen: dict[str, list[Tensor]] = {}
     attention_mask: list[Tensor] = []
 
@@ -77,11 +74,7 @@ def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str,
 
 
 def compensate_once(job: Job, *kept: list[int]) -> dict[str, Any]:
-    """Makes two measured steps, then a refit for a cut of nothing, then one for a cut of layers 1 and 2.
-
-    Args:
-        kept: the groups of each kind that stay.
-    """
+    """Makes two measured steps, a refit for a cut of nothing, and one for a cut of layers 1 and 2 to `kept`."""
     trainer = build(job)
     compensator = trainer.pruner.compensator
     assert compensator is not None
@@ -120,16 +113,13 @@ def compensate_once(job: Job, *kept: list[int]) -> dict[str, Any]:
 
 
 def gradient_scores(job: Job, *, widen: bool = False) -> dict[str, Any]:
-    """Makes two steps with the criterion `gradient`.
-
-    Args:
-        widen: send the gradients in fp32, whatever they are formed in.
+    """Makes two steps with `gradient`. `widen` sends the gradients in fp32, whatever they are formed in.
 
     Returns:
         The raw scores of the first step, what a rank held and sent for them, and LoRA after both.
     """
     trainer = build(job)
-    model, gradients = trainer.model, trainer.pruner.gradients
+    model, gradients = trainer.model, trainer.pruner.recorder
     assert gradients is not None
     score, reduce_scatter = trainer.pruner.score, model.reduce_scatter
     shards: list[int] = []
@@ -160,11 +150,7 @@ def gradient_scores(job: Job, *, widen: bool = False) -> dict[str, Any]:
 
 
 def fisher_scores(job: Job, folder: Path | None = None) -> dict[str, Any]:
-    """Makes one step with the criterion `fisher`. Returns its scores, and the bytes sent to score.
-
-    Args:
-        folder: for a teacher. None: the step does not distil.
-    """
+    """Makes one step with `fisher`. Returns scores and bytes sent to score. It distils if it has a folder."""
     trainer = build(job)
     if folder is not None:
         trainer._teacher, _ = record_outputs(trainer, job, folder, None, 1)
@@ -209,7 +195,7 @@ def record_outputs(
     model, samples = trainer.model, trainer.samples
     train = replace(trainer.config, distill_weight=0.5, distill_temperature=temperature, distill_top_k=top_k)
     hidden_size = model.shape.hidden_size
-    plan = plan_teacher(train, samples, trainer.order, len(job.batches), hidden_size=hidden_size, element_size=4)
+    plan = plan_teacher(train, samples, trainer.order, len(job.batches), hidden_size, 4)
     plan = replace(plan, per_file=FILE_SAMPLES)
     out = folder / f"{trainer.model.world_size}-{top_k}"
     teacher = Teacher(out, plan, 0.5, {"dtype": job.dtype, "seed": job.seed})

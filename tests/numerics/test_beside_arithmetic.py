@@ -1,7 +1,4 @@
-"""The host's part of a step: gathers in a recorded order, waits for the device, counts FLOPs.
-
-A CPU never waits and has no streams, so the calls that would wait are watched.
-"""
+"""The host's part of a step: gathers, FLOPs, and calls that would wait for the device (a CPU never waits)."""
 
 import dataclasses
 import sys
@@ -145,7 +142,7 @@ READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
 METHODS = ("tolist", "cpu", "numpy")
 OTHERS = ("deepspeed/", "transformers/")
 
-ONCE = "train/trainer.py:_exchange"
+ONCE = "train/trainer.py:exchange"
 SETTLES = "zero/device.py:settle_shards"
 SETTLED = ("zero/training_engine.py:update", "pruning/importance.py:check")  # the norm, and whether scores are finite
 THEIRS = {

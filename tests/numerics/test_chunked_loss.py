@@ -1,8 +1,6 @@
 """Logits in chunks of a few tokens, with activations computed twice, change no loss, no score and no perplexity.
 
-`test_sharded_equals_dense.py` holds the package against an oracle that computes all logits at once with torch's
-cross_entropy. There a chunk holds the whole batch. Products of other heights add up in another order, 6e-8 a term. The
-tolerance here is that test's.
+Products of other heights add up in another order. The tolerance is that of test_sharded_equals_dense.py.
 """
 
 from dataclasses import replace

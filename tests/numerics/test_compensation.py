@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.plan.stages import moment_bytes
+from loraprune_ds.pruning.compensate import measured_linears
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, family_job, tiny_job, train
 from tests.ranks import RankPool
@@ -84,7 +85,8 @@ def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, wo
         (moment,) = (r["moments"][name] for r in results if name in r["moments"])  # after the cut, on one rank
         wanted = inputs[:, kept].T @ inputs[:, kept]
         assert (moment - wanted).abs().max() < TOLERANCE * wanted.abs().max(), name
-    planned = moment_bytes(open_pretrained(job.folder).shape, world_size, OPEN)
+    shape = open_pretrained(job.folder).shape
+    planned = moment_bytes(shape, measured_linears(shape, OPEN), world_size)
     for rank, other in enumerate(results):  # each layer's moments on one rank
         assert other["moment_bytes"] == planned[rank]
         assert {int(name[0]) for name in other["owned"]} == {i for i in OPEN if i % world_size == rank}
@@ -107,7 +109,8 @@ def test_a_mixture_refits_its_heads_alone(ranks: RankPool, tmp_path: Path) -> No
             assert (after["base_layer"][:, kept] - dense_refit(inputs, layer, kept)).abs().max() < TOLERANCE, name
             assert own_error(inputs, layer, after, kept) < 0.99 * own_error(inputs, layer, layer, kept), name
         assert (inputs is None) == torch.equal(layer["base_layer"], after["base_layer"])
-    planned = moment_bytes(open_pretrained(mixture.folder).shape, 2, OPEN)
+    shape = open_pretrained(mixture.folder).shape
+    planned = moment_bytes(shape, measured_linears(shape, OPEN), 2)
     assert [other["moment_bytes"] for other in results] == planned
     assert math.isfinite(result["next_loss"])
 

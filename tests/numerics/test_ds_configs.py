@@ -1,7 +1,4 @@
-"""Every shipped DeepSpeed config gives the same bits on two ranks. An engine leaves no memory behind.
-
-On a CPU all configs compute the same things in the same order on the same memory.
-"""
+"""Every shipped DeepSpeed config gives the same bits on two CPU ranks. An engine leaves no memory behind."""
 
 import gc
 from collections.abc import Callable
@@ -23,7 +20,7 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import storage_bytes
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine
-from tests.integration.resuming import config_for, run_here, write_run
+from tests.integration.resuming import assert_equal_tensors, config_for, run_here, write_run
 from tests.numerics import cutting, quality_settings
 from tests.numerics.driver import Job, build, tiny_job
 from tests.ranks import RankPool
@@ -45,16 +42,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 def run_all(job: Job) -> dict[str, Any]:
     """Makes two steps, a cut and a step. Adds the dense model's losses on an engine without an optimizer."""
     result = cutting.cut_once(job, HEADS, CHANNELS)
-    return result | {"inference": inference(job)}
-
-
-def inference(job: Job) -> Tensor:
     pretrained = open_pretrained(job.folder)
     world_size, train = torch.distributed.get_world_size(), TrainConfig(steps=1)
     resolved = resolve_ds_config(job.deepspeed, pretrained.shape, world_size, train, ModelConfig(), 8)
     engine = build_inference_engine(pretrained, "sdpa", job.dtype, resolved)
     with torch.no_grad():
-        return engine(input_ids=job.batches[0][0], labels=job.batches[0][1])
+        return result | {"inference": engine(input_ids=job.batches[0][0], labels=job.batches[0][1])}
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +65,10 @@ def test_the_cut_under_test_removes_something(baseline: dict[str, Any]) -> None:
 def test_the_same_bits_as_without(ranks: RankPool, job: Job, baseline: dict[str, Any], name: str) -> None:
     results = ranks.run(2, run_all, replace(job, deepspeed=name))
     for when in ("before", "after"):
-        assert set(results[0][when]) == set(baseline[when])
-        for tensor_name, tensor in baseline[when].items():
-            assert torch.equal(results[0][when][tensor_name], tensor), (when, tensor_name)
+        assert_equal_tensors(results[0][when], baseline[when])
     assert results[0]["next_loss"] == baseline["next_loss"]
     assert torch.equal(results[0]["inference"], baseline["inference"])
     assert [r["alive"] for r in results] == [0, 0]
-
-
-def kept_gathered(folder: Path, below: int) -> str:
-    """Writes the shipped config, but for weights of fewer elements, which every rank keeps whole."""
-    text = (ROOT / "ds_configs" / f"{BASELINE}.json").read_text()
-    path = folder / f"below-{below}.json"
-    path.write_text(text.replace('persistence_threshold": 0', f'persistence_threshold": {below}'))
-    return str(path)
 
 
 # LoRA and norms alone; also the linears that the cut makes small enough; all, as DeepSpeed's default has it here.
@@ -93,7 +76,11 @@ def kept_gathered(folder: Path, below: int) -> str:
 def test_small_weights_stay_gathered_through_a_cut(
     ranks: RankPool, job: Job, baseline: dict[str, Any], tmp_path: Path, below: int
 ) -> None:
-    test_the_same_bits_as_without(ranks, job, baseline, kept_gathered(tmp_path, below))
+    """Every rank keeps weights of fewer elements whole."""
+    text = (ROOT / "ds_configs" / f"{BASELINE}.json").read_text()
+    path = tmp_path / "ds.json"
+    path.write_text(text.replace('persistence_threshold": 0', f'persistence_threshold": {below}'))
+    test_the_same_bits_as_without(ranks, job, baseline, str(path))
 
 
 def test_quality_settings_find_the_same_bits(ranks: RankPool, job: Job) -> None:
@@ -101,11 +88,8 @@ def test_quality_settings_find_the_same_bits(ranks: RankPool, job: Job) -> None:
     prune = {"ratio": 0.2, "prune_every": 2, "criterion": "gradient", "compensate": "least_squares"}
     wanted = ranks.run(2, quality_settings.train_and_cut, replace(job, prune=prune))[0]
     for name in OTHERS:
-        found = ranks.run(
-            2, quality_settings.train_and_cut, replace(job, prune=prune, deepspeed=f"ds_configs/{name}.json")
-        )[0]
-        assert set(found) == set(wanted)
-        assert [n for n, tensor in wanted.items() if not torch.equal(found[n], tensor)] == [], name
+        other = replace(job, prune=prune, deepspeed=f"ds_configs/{name}.json")
+        assert_equal_tensors(ranks.run(2, quality_settings.train_and_cut, other)[0], wanted)
 
 
 # The memory is free, although DeepSpeed still refers to the engine

@@ -1,9 +1,8 @@
 """Other families than LLaMA on 1, 2 and 3 real ZeRO-3 ranks, against one dense process that holds the stock model.
 
-The dense side (tests/unit/plain_training.py) takes the loss from the stock model's own logits, and torch's AdamW. It
-runs in fp64, and once more in fp32. How far its two runs lie apart is what rounding alone does to such a random model.
-Attention is saturated in some families. The sharded run is in fp32 and sums in another order. It may lie five times as
-far from the fp64 run, and not further. FLOOR is for a run whose rounding happens to cancel.
+The dense side (tests/unit/plain_training.py) runs in fp64, and in fp32 to learn what rounding alone does to such a
+model, whose attention may be saturated. The sharded fp32 run may lie five times as far from fp64. FLOOR is for a run
+whose rounding happens to cancel.
 """
 
 from pathlib import Path

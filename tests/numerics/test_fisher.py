@@ -30,11 +30,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def dense_scores(job: Job, *, distilled: bool = False) -> list[Tensor]:
-    """Returns heads, then channels, layer by layer.
-
-    Args:
-        distilled: half of the loss is the divergence from the model without its adapter.
-    """
+    """Returns heads, then channels, layer by layer. `distilled`: half of the loss is the base's divergence."""
     oracle, (ids, labels) = dense_twin(job, dtype=torch.float64), first_batch(job)
     wanted = labels[:, 1:] != -100
     with torch.no_grad(), oracle.model.disable_adapter():  # type: ignore[operator]
@@ -66,13 +62,7 @@ def assert_equal(result: dict[str, Any], expected: list[Tensor]) -> None:
     ],
 )
 def test_scores_are_those_of_an_explicit_mask(
-    ranks: RankPool,
-    job: Job,
-    world_size: int,
-    micro: int,
-    checkpointing: bool,
-    lengths: list[int] | None,
-    offload: str,
+    ranks: RankPool, job: Job, world_size: int, micro: int, checkpointing: bool, lengths: list[int] | None, offload: str
 ) -> None:
     changes = {"micro_batch_size": micro, "gradient_checkpointing": checkpointing, "lengths": lengths}
     changed = replace(job, **changes, deepspeed=f"ds_configs/zero3{offload}.json")

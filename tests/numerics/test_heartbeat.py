@@ -25,6 +25,7 @@ from loraprune_ds.train.watch import GRACE, INTERVAL, LOOKS, Heartbeat
 from loraprune_ds.zero.comm import Communicator
 from tests.integration.resuming import config_for, write_run
 from tests.ranks import RankPool
+from tests.refusals import refused
 
 SHORT = 1.0  # seconds
 
@@ -136,8 +137,8 @@ def test_a_long_conversion_does_not_time_out(ranks: RankPool) -> None:
         assert hasty != "done"  # the limit works: without patience the run would have ended
 
 
-def prepare_counting_reads(config: RunConfig, log: Path) -> str:
-    """Prepares on two ranks of one node. Logs which rank reads the data. Returns the error, or ""."""
+def prepare_counting_reads(config: RunConfig, log: Path) -> None:
+    """Prepares on two ranks of one node. Logs which rank reads the data."""
     comm = Communicator()
 
     def read(source: DataSource) -> Any:
@@ -146,22 +147,18 @@ def prepare_counting_reads(config: RunConfig, log: Path) -> str:
         return read_rows(source)
 
     with patch.object(loading, "read_rows", read):
-        try:
-            prepare(config, comm, is_first_on_node=comm.rank == 0)
-        except UserError as error:
-            return str(error)
-    return ""
+        prepare(config, comm, is_first_on_node=comm.rank == 0)
 
 
 def test_one_rank_of_a_node_makes_the_tokens_and_the_others_find_them(ranks: RankPool, tmp_path: Path) -> None:
     config = config_for(write_run(tmp_path), tmp_path / "out", f"data.held_out_fraction={0.2 + time.time() % 0.01}")
-    assert ranks.run(2, prepare_counting_reads, config, tmp_path / "log") == ["", ""]
+    ranks.run(2, prepare_counting_reads, config, tmp_path / "log")
     assert (tmp_path / "log").read_text() == "0\n"
 
 
 def test_the_others_do_not_wait_for_tokens_that_cannot_be_made(ranks: RankPool, tmp_path: Path) -> None:
     config = config_for(write_run(tmp_path), tmp_path / "out", "data.format=instruction")
-    errors = ranks.run(2, prepare_counting_reads, config, tmp_path / "log")
+    errors = ranks.run(2, refused, prepare_counting_reads, config, tmp_path / "log")
     assert errors[0] == errors[1]
     assert "data.format instruction needs .json" in errors[0]
     assert (tmp_path / "log").read_text() == "0\n"

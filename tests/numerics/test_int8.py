@@ -1,7 +1,4 @@
-"""Int8 weights against the same model with the weights that they stand for, on 1, 2 and 3 real ZeRO-3 ranks.
-
-Nothing has a tolerance. Both make the same operations on the same numbers.
-"""
+"""Int8 weights give the bits of the same model with the weights that they stand for, on 1 to 3 ZeRO-3 ranks."""
 
 import math
 from dataclasses import fields, replace
@@ -13,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families import MIXED, MIXTURES, TINY, families
+from tests.integration.resuming import assert_equal_tensors
 from tests.numerics import int8
-from tests.numerics.driver import Job, assert_same_outcome, family_job, tiny_job, train
+from tests.numerics.driver import Job, assert_same_outcome, build, family_job, tiny_job, train
 from tests.ranks import RankPool
+from tests.refusals import refused
 
 STEPS = 6
 # A hidden axis of 72 has a short last block. 173 channels divide by no number of ranks.
@@ -42,8 +41,7 @@ def test_it_trains_scores_and_cuts_as_the_weights_it_stands_for(
     found = ranks.run(world_size, train, job)[0]
     assert_same_outcome(found, ranks.run(world_size, train, replace(job, folder=meant, frozen=None))[0])
     left = int8.read_left(job, found)  # the slices of the source that a resumed run reads
-    assert left.keys() == found.frozen.keys()
-    assert [name for name, tensor in left.items() if not torch.equal(found.frozen[name], tensor)] == []
+    assert_equal_tensors(left, found.frozen)
     assert all(held == planned for held, planned in found.state_bytes)
 
 
@@ -59,7 +57,7 @@ def test_so_do_experts(ranks: RankPool, tmp_path: Path, family: str) -> None:
     found = ranks.run(world_size, train, experts)[0]
     assert_same_outcome(found, ranks.run(world_size, train, replace(experts, folder=meant, frozen=None))[0])
     left = int8.read_left(experts, found)
-    assert [name for name, tensor in left.items() if not torch.equal(found.frozen[name], tensor)] == []
+    assert_equal_tensors(left, found.frozen)
     assert sum("experts" in n and x.dtype == torch.int8 for n, x in left.items()) == (2 if family in MIXED else 4)
     assert all(held == planned for held, planned in found.state_bytes)
 
@@ -107,6 +105,6 @@ def test_a_weight_that_is_not_finite_is_named_on_every_rank(job: Job, tmp_path: 
     tensors[name][71, 172] = math.inf
     save_file(tensors, tmp_path / path.name)
     pool = RankPool()  # its own: one rank stops earlier, and DeepSpeed compares how many parameters both made
-    errors = pool.run(2, int8.refusal, replace(job, folder=tmp_path))
+    errors = pool.run(2, refused, build, replace(job, folder=tmp_path))
     pool.close()
     assert errors == [f"rank 1: {tmp_path / path.name}: {name} has an inf or NaN, which int8 cannot hold"] * 2

@@ -1,7 +1,4 @@
-"""The plan against real ranks on a tiny model: storages and activations to the byte, weights sent as an upper bound.
-
-SmolLM2 and a model of a billion parameters: tests/benchmarks/plan_measured.py.
-"""
+"""The plan against real ranks: storages and activations to the byte, weights sent as an upper bound."""
 
 from pathlib import Path
 from typing import Any

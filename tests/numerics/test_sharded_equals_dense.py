@@ -1,14 +1,11 @@
 """The sharded trainer against the oracle, an independent dense process, on 1, 2 and 3 real ZeRO-3 ranks.
 
-Both sides compute in fp32 but sum in different orders (per micro-batch, per rank, per shard). On models of this size
-the oracle's own fp32 run differs from its fp64 run. It does so by 2e-6 in scores and 8e-7 in the loss. So the tolerance
-of 1e-5 is about five times pure rounding. Masks are compared only across a gap of more than ten tolerances. It lies
-between the last group that stays and the first that goes. What a cut only moves is compared bit by bit.
+Both compute in fp32 and sum in different orders. The oracle's fp32 differs from its fp64 by 2e-6 in scores and 8e-7 in
+the loss, so the tolerance of 1e-5 is about five times pure rounding. Masks are compared across a gap of more than ten
+tolerances between the last group that stays and the first that goes. What a cut only moves is compared bit by bit.
 
-With dropout both draw the same masks, micro-batch by micro-batch.
-
-Adam's epsilon is 1e-3 here. Some LoRA directions of k_proj have a gradient that is zero but for rounding, since softmax
-ignores a common shift. With 1e-8 Adam would turn that rounding into full-size steps on both sides.
+Adam's epsilon is 1e-3. Some LoRA directions of k_proj have a gradient of rounding alone, since softmax ignores a common
+shift. With 1e-8 Adam would turn that rounding into full-size steps.
 """
 
 from dataclasses import replace

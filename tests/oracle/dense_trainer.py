@@ -74,10 +74,7 @@ class StepRecord:
 
 
 class DenseTrainer:
-    """Trains one dense model with LoRA.
-
-    `lora` maps "layers.{i}.{linear}.lora_A" (r, in) and ".lora_B" (out, r) to the start of every adapter.
-    """
+    """Trains one dense model. `lora`: "layers.{i}.{linear}.lora_A" (r, in) and ".lora_B" (out, r) at the start."""
 
     def __init__(self, folder: Path | str, lora: Mapping[str, Tensor], settings: Settings) -> None:
         self.settings = settings
@@ -247,10 +244,7 @@ class DenseTrainer:
         return {name: (state["exp_avg"].clone(), state["exp_avg_sq"].clone()) for name, state in states.items()}
 
     def frozen(self) -> dict[str, Tensor]:
-        """Returns everything that is not LoRA, a tied head once.
-
-        Keys are Hugging Face names without the leading "model.".
-        """
+        """Returns everything that is not LoRA, a tied head once, without the leading "model." of the names."""
         found = {}
         for name, parameter in self.model.named_parameters():
             if ".lora_" not in name:

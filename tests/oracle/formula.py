@@ -1,9 +1,6 @@
-"""Transcribes the criterion in fp64 from its definition, in the most literal way.
+"""Transcribes the criterion in fp64 from LoRAPrune (arXiv 2305.18403) in the most literal way, with loops.
 
-Shares no code with the package, which is tested against it. It has loops where the package has reductions. It has the
-product form of the gradient estimate where the package has its expansion.
-
-Source: LoRAPrune (arXiv 2305.18403), equations for the estimated gradient and the group importance.
+It shares no code with the package, and has the product form of the gradient estimate, not its expansion.
 """
 
 import math
@@ -39,12 +36,11 @@ def group_scores(
     normalize: bool,
     power: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the importance of each group of one decoder layer.
+    """Returns (heads (num_key_value_heads,), channels (intermediate_size,)) of one decoder layer.
 
-    Returns (heads (num_key_value_heads,), channels (intermediate_size,)). `layer` maps "self_attn.q_proj" …
-    "mlp.down_proj" to their tensors. A head group is one key-value head. It has its rows of k and v, the rows of all
-    its query heads in q and their columns in o. A channel is its rows of gate and up and its column of down. With
-    `normalize` each module's scores get unit L2 norm before the modules of a group are added.
+    `layer` maps "self_attn.q_proj" … "mlp.down_proj" to their tensors. A head group is a key-value head: its rows of k
+    and v, its query heads' rows of q and columns of o. A channel is its rows of gate and up and its column of down.
+    `normalize` gives each module's scores unit L2 norm before they are added.
     """
     element = {name: element_importance(*tensors, scaling, power) for name, tensors in layer.items()}
 
@@ -81,10 +77,7 @@ def moving_average(old: Tensor, new: Tensor, lam: float) -> Tensor:
 
 
 def cubic_target(step: int, steps: int, ratio: float, warmup_fraction: float, cooldown_fraction: float) -> float:
-    """Computes the fraction that should be gone once `step` of `steps` optimizer steps are done.
-
-    It is zero up to the end of the warm-up, and `ratio` from the start of the cool-down on. Neither border is rounded.
-    """
+    """Computes the fraction to be gone after `step`: 0 in the warm-up, `ratio` in the cool-down, unrounded borders."""
     first, last = warmup_fraction * steps, steps - cooldown_fraction * steps
     if step <= first:
         return 0.0
@@ -100,10 +93,7 @@ def keep_best(scores: Tensor, count: int) -> list[int]:
 
 
 def cut_gap(scores: Tensor, count: int) -> float:
-    """Computes the distance of the lowest kept and the highest removed score, relative to the kept one.
-
-    Two computations of the scores that agree better than this must choose the same groups.
-    """
+    """Computes the distance of the lowest kept and the highest removed score, relative to the kept one."""
     ordered = sorted(scores.tolist(), reverse=True)
     if count <= 0 or count >= len(ordered):
         return math.inf

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 
 
 def mask_fisher(loss: Callable[[], Tensor], masked: Sequence[tuple[nn.Module, int]]) -> list[Tensor]:
-    """Returns Σ over tokens of (∂loss/∂mask)², (groups,) float64 of each masked module.
-
-    Every token of every sample has a separate mask of ones.
+    """Returns Σ over tokens of (∂loss/∂mask)², (groups,) float64 of each masked module, by one mask per token.
 
     Args:
         loss: makes one forward pass of the whole batch, which calls the masked modules in the order given.

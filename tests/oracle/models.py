@@ -1,7 +1,4 @@
-"""Makes random tiny models, adapters and batches for any test.
-
-Shares no code with the package.
-"""
+"""Makes random tiny models, adapters and batches for any test, without code of the package."""
 
 import math
 from pathlib import Path
@@ -42,8 +39,7 @@ def make_tiny_llama(
 ) -> Path:
     """Saves a random model and its tokenizer as a Hugging Face folder and returns the folder.
 
-    The weights keep the size of what flows through them. Logits spread by about 2 and every group matters.
-    transformers' own initialisation is so small that all tokens are equally likely.
+    Logits spread by about 2 and every group matters, unlike with transformers' own small initialisation.
     """
     sizes = {
         "vocab_size": vocab,
@@ -86,9 +82,7 @@ def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> 
 
 
 def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """Makes one token per byte: space and newline, printable ASCII, the rest. A small vocabulary maps the others to
-    <unk>.
-    """
+    """Makes one token per byte: space, newline, printable ASCII, the rest. What has no room is <unk>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (c not in "ĠĊ", ord(c)))
     tokens = [*SPECIAL_TOKENS, *alphabet][:vocab]
     tokenizer = Tokenizer(
@@ -101,11 +95,7 @@ def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
 
 
 def make_lora(folder: Path, *, r: int, seed: int, size: float = 0.3) -> dict[str, Tensor]:
-    """Makes a random fp32 adapter for a saved model, keyed "layers.{i}.{linear}.lora_A" (r, in) and ".lora_B" (out, r).
-
-    B is not zero, unlike at a usual start, so that s·B·A is a visible part of the weight. Its norm is about `size` *
-    lora_alpha / r of the weight's.
-    """
+    """Makes a random fp32 adapter, "layers.{i}.{linear}.lora_A" (r, in), ".lora_B" (out, r). s·B·A is visible."""
     generator = torch.Generator().manual_seed(seed)
     lora = {}
     with safe_open(folder / "model.safetensors", framework="pt") as file:
@@ -122,10 +112,7 @@ def make_lora(folder: Path, *, r: int, seed: int, size: float = 0.3) -> dict[str
 def make_batches(
     *, steps: int, samples: int, tokens: int, vocab: int, seed: int, masked: bool = True
 ) -> list[tuple[Tensor, Tensor]]:
-    """Makes `steps` global batches of (input_ids, labels), int64 (samples, tokens).
-
-    With `masked` each sample's prompt is -100 in the labels. It has any length that leaves one supervised token.
-    """
+    """Makes global batches (ids, labels), (samples, tokens). `masked`: prompts of random length are -100."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for _ in range(steps):

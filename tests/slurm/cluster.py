@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.launching import clean_environment, read_json
+from tests.integration.launching import clean_environment, step_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "cluster.sh"
@@ -52,11 +52,7 @@ class Cluster:
         return ended.stdout + ended.stderr
 
     def submit(
-        self,
-        script: str,
-        *arguments: str | Path,
-        options: Sequence[str] = (),
-        variables: dict[str, str] | None = None,
+        self, script: str, *arguments: str | Path, options: Sequence[str] = (), variables: dict[str, str] | None = None
     ) -> "Job":
         """One of the shipped scripts, by its name in slurm/."""
         answer = self.execute("sbatch", "--parsable", *options, SHIPPED / script, *arguments, variables=variables)
@@ -113,12 +109,6 @@ class Job:
     def wait_for_step(self, out: Path, step: int, timeout: float) -> None:
         """Until the run in `out` has done `step` optimizer steps."""
         self.wait_until(lambda: step_of(out) >= step, f"at step {step}", timeout)
-
-
-def step_of(out: Path) -> int:
-    """Returns the optimizer steps done, by status.json, or -1 before there is one."""
-    path = out / "status.json"
-    return read_json(path)["step"] if path.exists() else -1
 
 
 @contextmanager

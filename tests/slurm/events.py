@@ -273,10 +273,7 @@ def main() -> int:
 
 
 def write_result(path: Path, rows: Sequence[Row], slurm: str, folder: str) -> None:
-    """Writes the result after every event, in the place of older rows of the same name.
-
-    An interrupted command keeps its rows.
-    """
+    """Writes the result after every event, in the place of older rows of the same name."""
     found = {row.event: asdict(row) | {"good": row.good} for row in rows}
     old = {row["event"]: row for row in read_json(path)["rows"]} if path.exists() else {}
     known: dict[str, dict[str, Any]] = old | found

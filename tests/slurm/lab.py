@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.report import report
-from tests.integration.launching import fork_ranks, read_json
+from tests.integration.launching import fork_ranks, read_json, within
 from tests.integration.resuming import write_run
 from tests.slurm.cluster import ROOT, Cluster, Job
 
@@ -23,10 +23,9 @@ RUN: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Row:
-    """Holds one line of the table.
+    """Holds one line of the table. `state` and `restarts` are Slurm's words on the job at its end.
 
-    `state` and `restarts` are Slurm's words on the job at its end. `steps_lost` are the steps that the first restart
-    did again. `same_groups`: kept_groups.json is the straight run's, byte for byte.
+    `steps_lost` were done again. `same_groups`: kept_groups.json is the straight run's, byte for byte.
     """
 
     event: str
@@ -102,14 +101,9 @@ class Lab:
                 return int(folder.name)
         raise AssertionError(f"no rank on {node}")
 
-    def wait_until_idle(self, nodes: int, timeout: float = 120) -> None:
-        deadline = time.monotonic() + timeout
-        while True:
-            shown = self.cluster.execute("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T")
-            if shown.split().count("idle") == nodes:
-                return
-            assert time.monotonic() < deadline, f"not {nodes} nodes idle after {timeout:g} s: {shown.split()}"
-            time.sleep(0.5)
+    def wait_until_idle(self, nodes: int) -> None:
+        ask = ("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T")
+        within(120, lambda: self.cluster.execute(*ask).split().count("idle") == nodes)
 
 
 def setting(*changes: str) -> list[str]:

@@ -1,7 +1,4 @@
-"""Runs the shipped scripts on a Slurm of two nodes. A job of higher priority interrupts one run.
-
-events.py has the other events of a job. It takes longer.
-"""
+"""Runs the shipped scripts on a Slurm of two nodes, where a job of higher priority interrupts one run."""
 
 from collections.abc import Iterator
 

@@ -47,9 +47,7 @@ def test_any_multiple_of_the_second_moment_gives_the_same_refit() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_does_not_make_it_worse_either(dtype: torch.dtype) -> None:
-    """Eight inputs with a large common part and a small removed one, made of their differences: what rounding does to
-    the weights of the eight weighs more than what could be gained. In float64, apart from the moment itself.
-    """
+    """Rounding the weights of eight inputs with a large common part weighs more than what could be gained."""
     generator = torch.Generator().manual_seed(0)
     tokens, inputs, outputs = 2048, 256, 64
     x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64)

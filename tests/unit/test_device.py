@@ -41,7 +41,7 @@ def test_pinned_memory_is_freed_by_the_name_that_torch_has(monkeypatch: pytest.M
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
 def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name: str) -> None:
     matmul = torch.backends.cuda.matmul
-    with compensate.tf32_where_exact(dtype, torch.device(name)):
+    with compensate.tf32_for_halves(dtype, torch.device(name)):
         assert matmul.allow_tf32 == (name == "cuda" and dtype != torch.float32)
     assert not matmul.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"
@@ -49,13 +49,13 @@ def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name:
 
 def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    original = compensate.tf32_where_exact
+    original = compensate.tf32_for_halves
 
     def asking(dtype: torch.dtype, device: torch.device) -> Any:
         asked.append((dtype, device.type))
         return original(dtype, device)
 
-    monkeypatch.setattr(compensate, "tf32_where_exact", asking)
+    monkeypatch.setattr(compensate, "tf32_for_halves", asking)
     monkeypatch.setattr(taps, "lora_linear", lambda layer, linear: nn.Identity())
     shape = make_shape([(1, 4)])
     model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, reduce_to=lambda owner, part: part)

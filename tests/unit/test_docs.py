@@ -1,7 +1,6 @@
 """Checks the READMEs against the repository. They name links, paths, commands, functions and settings."""
 
 import ast
-import dataclasses
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
@@ -11,15 +10,14 @@ import pytest
 import torch
 
 import loraprune_ds
-from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import REMOVED
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
+from tests.settings_table import PAGE, settings, with_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "loraprune_ds"
 FOLDERS = [ROOT / name for name in ("ds_configs", "launch", PACKAGE.name, "slurm", "tests")]
 FIRST = ROOT / "README.md"
-SETTINGS = ROOT / "launch" / "configs" / "README.md"
 READMES = [FIRST, *sorted(path for folder in FOLDERS for path in folder.rglob("*.md"))]
 MOST_LINES, MOST_WORDS = 150, 1200  # of the first README
 MOST_FILES, MOST_CODE = 7, 1100  # files and lines of its tour
@@ -126,28 +124,13 @@ def wrong_names(readme: Path, text: str) -> Iterator[str]:
         yield from (f"no {name} in {link}" for name in SPAN.findall(rest) if name not in known)
 
 
-def settings() -> dict[str, str]:
-    """Lists every key of a run config with its default in words."""
-    found = {}
-    for field in dataclasses.fields(RunConfig):
-        if dataclasses.is_dataclass(field.type):
-            found |= {f"{field.name}.{key.name}": in_words(key.default) for key in dataclasses.fields(field.type)}
-        else:
-            found[field.name] = in_words(field.default)
-    return found
-
-
-def in_words(default: object) -> str:
-    if default is dataclasses.MISSING:
-        return "required"
-    if default is None:
-        return "null"
-    return str(default).lower() if isinstance(default, bool) else str(default)
+def defaults() -> dict[str, str]:
+    return {row.key: row.default for rows in settings().values() for row in rows}
 
 
 def unknown_settings(readme: Path, text: str) -> Iterator[str]:
-    sections = "|".join({key.split(".")[0] for key in settings() if "." in key})
-    known = settings().keys() | (REMOVED if readme.parent.name == "benchmarks" else ())  # whose figures stay there
+    sections = "|".join({key.split(".")[0] for key in defaults() if "." in key})
+    known = defaults().keys() | (REMOVED if readme.parent.name == "benchmarks" else ())  # whose figures stay there
     for line in shell_lines(text):
         for key, suffix in re.findall(rf"(?<![\w./])((?:{sections})\.(\w+))(?=$|[=:\s])", line):
             if key not in known and suffix not in ("py", "sbatch", "json", "yaml"):
@@ -172,7 +155,7 @@ def test_the_first_readme_is_short_and_shows_settings_and_files() -> None:
     assert sum(len(path.read_text().splitlines()) for path in files) <= MOST_CODE
     rows = dict(ROW.findall(text))
     assert rows
-    assert rows.items() <= settings().items()
+    assert rows.items() <= defaults().items()
 
 
 def test_the_picture_of_a_cut_is_what_flat_py_computes() -> None:
@@ -188,11 +171,10 @@ def test_the_picture_of_a_cut_is_what_flat_py_computes() -> None:
     assert any("2+1" in line and "0+1" in line for line in lines)
 
 
-def test_every_setting_has_one_row_with_its_default() -> None:
-    text = SETTINGS.read_text()
-    table = ROW.findall(text[text.index("\n## All settings") : text.index("\n## Models")])
-    assert dict(table) == settings()
-    assert len(table) == len(settings())
+def test_the_tables_of_settings_are_generated() -> None:
+    text = PAGE.read_text()
+    assert with_tables(text) == text, "run python -m tests.settings_table"
+    assert not [row.key for rows in settings().values() for row in rows if not row.meaning or "|" in row.meaning]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from loraprune_ds.evaluate.settings import (
     read_text,
 )
 from loraprune_ds.evaluate.zeroshot import PAPER_TASKS, check_tasks, mean_accuracy
+from tests.refusals import refused
 
 TASK = "task: my_own\ndataset_path: json\noutput_type: multiple_choice\n"
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -49,9 +50,7 @@ def test_a_file_is_one_text_whatever_its_line_ends(tmp_path: Path) -> None:
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError) as caught:
-        read_text(tmp_path / name)
-    assert str(caught.value) == f"--text: {tmp_path / name} {message}"
+    assert refused(read_text, tmp_path / name) == f"--text: {tmp_path / name} {message}"
 
 
 @pytest.mark.parametrize(
@@ -157,9 +156,7 @@ def test_mean_accuracy_is_over_the_tasks_that_have_one() -> None:
     ],
 )
 def test_wrong_numbers_name_their_option(make: Any, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        make()
-    assert str(caught.value) == message
+    assert refused(make) == message
 
 
 @pytest.mark.parametrize(("window", "expected"), [(2, 1024), (128, 16), (2048, 1), (4096, 1)])

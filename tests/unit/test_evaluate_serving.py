@@ -4,11 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -16,8 +13,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.settings import Server, ServeSettings, find_server
 from loraprune_ds.evaluate.speed import Served, ServedModel, measure_serving, served_model
 from tests.families import tiny_model
+from tests.integration.launching import process_state, within
 
-T = TypeVar("T")
 LLAMA_CPP = """
 import os
 __version__ = "1.2"
@@ -171,11 +168,11 @@ def test_an_evaluation_that_is_ended_ends_its_server(number: signal.Signals, pyt
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(scratch), "BUSY": "1"}
     command = [sys.executable, "-c", EVALUATION, python, str(tmp_path / "model")]
     evaluation = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    pids = list(map(int, _within(60, lambda: said.read_text().split() if said.exists() else [])))
+    pids = list(map(int, within(60, lambda: said.read_text().split() if said.exists() else [])))
     evaluation.send_signal(number)
     _, errors = evaluation.communicate(timeout=30)
     try:
-        assert _within(10, lambda: not any(map(_runs, pids)))
+        assert within(10, lambda: all(process_state(pid) in ("", "Z") for pid in pids))
     finally:
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -183,20 +180,3 @@ def test_an_evaluation_that_is_ended_ends_its_server(number: signal.Signals, pyt
     if number == signal.SIGTERM:
         assert (evaluation.returncode, list(scratch.iterdir())) == (143, [])
         assert errors == "error: ended by SIGTERM\n"
-
-
-def _within(seconds: float, ask: Callable[[], T]) -> T:
-    """Returns the first true answer."""
-    end = time.monotonic() + seconds
-    while not (answer := ask()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return answer
-
-
-def _runs(pid: int) -> bool:
-    """Returns True for a process that is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

@@ -18,10 +18,10 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.mask_gradients import MaskGradients
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
+from loraprune_ds.pruning.taps import MaskGradients
 from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan, decode_rows
@@ -65,7 +65,7 @@ def test_shards_of_a_stack_score_as_the_experts_do() -> None:
 def test_shards_of_int8_weights_score_as_the_weights_they_stand_for(form: Int8, world_size: int) -> None:
     shape, lora = (5 * 70, 7), factors(5, 70, 7, 3)
     held = form.split(torch.randn(shape, generator=torch.Generator().manual_seed(3)), torch.bfloat16)
-    of_weight = form.join(held).flatten()
+    of_weight = form.join(held.values()).flatten()
     for rank in range(world_size):
         start, end = owned_range(shape[0] * shape[1], world_size, rank)
         low, high = ScalePlan(form, shape, world_size).needed[rank].tolist()

@@ -1,11 +1,7 @@
 """Proves of every family, on a tiny random model: removing groups equals masking them, and the export is that model.
 
-The models are fp32, unless a test says so, with grouped queries, odd counts and LoRA. Each has two layers that lose
-other groups.
-
-Differences are measured in standard deviations of the logits. A masked sum has the same terms as the shorter one, and
-zeros. So the two differ by the order of adding alone, some 1e-7 in each of a few layers. A wrong index moves the logits
-by 1 or more. TOLERANCE lies between these. A reloaded model has the same tensors and does the same operations.
+Differences are measured in standard deviations of the logits. A masked sum has the same terms and zeros, so order alone
+differs, some 1e-7 a layer. A wrong index moves the logits by 1 or more. TOLERANCE lies between.
 """
 
 from collections.abc import Callable
@@ -69,10 +65,7 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
 
 
 def mask_router(gate: Any, kept: Tensor) -> None:
-    """Computes routers once more, as their papers have them: a softmax over all, whose largest add up to 1.
-
-    Or a sigmoid, of which a correction decides which are the largest.
-    """
+    """Computes routers once more, as their papers have them: softmax or corrected sigmoid, the largest add up to 1."""
 
     def route(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden.flatten(0, -2) @ gate.weight.T + getattr(gate, "bias", 0)

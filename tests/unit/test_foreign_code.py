@@ -19,6 +19,7 @@ from loraprune_ds.export.lora import find_source
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.hf import pruning
 from loraprune_ds.hf.live import linear_names
+from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.modeling_pruned import __file__ as OUR_FILE
 from loraprune_ds.model.tokenizer import load_tokenizer
@@ -117,7 +118,7 @@ def test_an_export_from_a_trainer_brings_no_code_of_its_tokenizer(
         step=3,
     )
     begin(out)
-    pruning._finish(training, out, tokenizer)
+    Pruning._finish_export(training, out, tokenizer)
     assert "auto_map" not in read_json(out / "tokenizer_config.json")
     assert load_tokenizer(out)("x").input_ids
 

@@ -51,7 +51,7 @@ def test_a_weight_is_rounded_to_the_grid_of_its_block(form: Int8, shape: tuple[i
             assert tensors[WEIGHT][row, column] == q
             where = (row, first // BLOCK) if form.axis == 0 else (first // BLOCK, column)
             assert tensors[SCALE][where] == scale
-            assert form.join(tensors)[row, column] == (scale * q).to(dtype)
+            assert form.join(tensors.values())[row, column] == (scale * q).to(dtype)
 
 
 @every
@@ -72,7 +72,7 @@ def test_each_expert_has_separate_blocks(form: Int8, shape: tuple[int, int]) -> 
     for name in form.tensors:
         assert torch.equal(stack[name], torch.cat([tensors[name] for tensors in experts]))
     assert stack[SCALE].shape == form.scale_shape(shape)
-    assert torch.equal(form.join(stack), torch.cat([Int8(1).join(tensors) for tensors in experts]))
+    assert torch.equal(form.join(stack.values()), torch.cat([Int8(1).join(tensors.values()) for tensors in experts]))
 
 
 @every
@@ -100,7 +100,7 @@ def test_rows_are_decoded_from_the_scales_that_a_rank_needs(
     form: Int8, shape: tuple[int, int], world_size: int
 ) -> None:
     tensors = form.split(weight_of(shape), torch.bfloat16)
-    whole, columns = form.join(tensors), tensors[SCALE].shape[1]
+    whole, columns = form.join(tensors.values()), tensors[SCALE].shape[1]
     for rank in range(world_size):
         low, high = ScalePlan(form, shape, world_size).needed[rank].tolist()
         scales = tensors[SCALE].reshape(-1)[low:high].view(-1, columns)
@@ -115,7 +115,7 @@ def test_zeros_and_the_smallest_numbers_have_a_scale() -> None:
     weight[1, 0] = 1e-9
     tensors = Int8(0).split(weight, torch.float16)
     assert (tensors[SCALE] > 0).all()
-    assert torch.isfinite(Int8(0).join(tensors)).all()
+    assert torch.isfinite(Int8(0).join(tensors.values())).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -172,7 +172,7 @@ def test_a_linear_computes_with_the_weight_that_it_stands_for(form: Int8, bias: 
     held = form.split(stock.weight.detach(), torch.float32)
     linear = Int8Linear(stock, form)
     linear.weight.data, linear.weight_scale.data = held[WEIGHT], held[SCALE]
-    stock.weight.data = form.join(held)
+    stock.weight.data = form.join(held.values())
     x = torch.randn(*batch, 70)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [module(given) for module, given in zip((linear, stock), inputs, strict=True)]
@@ -191,7 +191,7 @@ def test_a_stack_makes_the_weight_of_one_expert_at_a_time(
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     form = Int8(axis, shape[0])
     held = form.split(weight_of((experts * shape[0], shape[1])), torch.float32)
-    whole = form.join(held).view(experts, *shape)
+    whole = form.join(held.values()).view(experts, *shape)
     stack = ExpertStack(torch.zeros(experts, *shape), transposed)
     stack.store_as(form, torch.empty(0))
     stack.weight.data, stack.weight_scale.data = held[WEIGHT], held[SCALE]  # type: ignore[assignment]

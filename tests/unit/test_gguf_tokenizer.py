@@ -1,6 +1,7 @@
 """Reads the keys of tokenizers in GGUF files. A heavy test asks llama.cpp for the same tokens."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_tokenizer import NOT_COMPOSED, add_tokenizer, read_vocabulary
-from tests.gguf_cases import PRE_TOKENIZERS, byte_level_tokenizer, sentencepiece_tokenizer
+from tests.gguf_cases import PRE_TOKENIZERS, byte_level_tokenizer, sentencepiece_tokenizer, without_sentencepiece
 
 VOCAB = 400
 
@@ -74,10 +75,9 @@ def test_sentencepiece(tmp_path: Path) -> None:
 
 def test_merges_give_the_order_that_sentencepiece_had(tmp_path: Path) -> None:
     """Has only tokenizer.json, as after `save_pretrained` of transformers 5."""
-    folder = sentencepiece_tokenizer(tmp_path / "tokenizer", VOCAB)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "fast")
-    assert not (tmp_path / "fast" / "tokenizer.model").exists()
-    exact, rebuilt = read_vocabulary(folder), read_vocabulary(tmp_path / "fast")
+    fast = without_sentencepiece(tmp_path / "fast", VOCAB)
+    assert not (fast / "tokenizer.model").exists()
+    exact, rebuilt = read_vocabulary(tmp_path / "spm"), read_vocabulary(fast)
     assert rebuilt.tokens == exact.tokens
     assert rebuilt.types[3:] == exact.types[3:]
     merged = [i for i, token in enumerate(exact.tokens) if exact.types[i] == TokenType.NORMAL and len(token) > 1]
@@ -88,22 +88,9 @@ def test_merges_give_the_order_that_sentencepiece_had(tmp_path: Path) -> None:
 # Refusals
 
 
-def byte_level(folder: Path) -> Path:
-    return byte_level_tokenizer(folder, VOCAB, bos=True)
-
-
-def from_sentencepiece(folder: Path) -> Path:
-    AutoTokenizer.from_pretrained(sentencepiece_tokenizer(folder.with_name("source"), VOCAB)).save_pretrained(folder)
-    return folder
-
-
-def unigram(folder: Path) -> Path:
-    return sentencepiece_tokenizer(folder, 330, "unigram")
-
-
-def empty(folder: Path) -> Path:
-    folder.mkdir()
-    return folder
+BYTE_LEVEL = partial(byte_level_tokenizer, vocab=VOCAB, bos=True)
+UNIGRAM = partial(sentencepiece_tokenizer, vocab=330, model_type="unigram")
+NO_NAME = r"tokenizer\.json: llama\.cpp has no name for the way .* can: hf, adapter"
 
 
 def two_bos(fast: dict[str, Any]) -> None:
@@ -111,32 +98,25 @@ def two_bos(fast: dict[str, Any]) -> None:
     single.insert(0, single[0])
 
 
-def unknown_split(fast: dict[str, Any]) -> None:
-    fast["pre_tokenizer"]["add_prefix_space"] = True
-
-
-def normalized(fast: dict[str, Any]) -> None:
-    fast["normalizer"] = {"type": "NFKC"}
-
-
-def no_merge(fast: dict[str, Any]) -> None:
-    fast["model"]["merges"].pop(20)
-
-
 @pytest.mark.parametrize(
     ("make", "change", "message"),
     [
-        (byte_level, None, "tokenizer: its tokenizer has 39. tokens, its model only 300"),
-        (byte_level, two_bos, "more than one BOS and EOS around a text; formats that can: hf, adapter"),
-        (byte_level, unknown_split, r"tokenizer\.json: llama\.cpp has no name for the way .* can: hf, adapter"),
-        (byte_level, normalized, r"tokenizer\.json: llama\.cpp has no name for the way .* can: hf, adapter"),
-        (from_sentencepiece, no_merge, "its merges are not those of a sentencepiece model; formats that can: hf"),
-        (unigram, None, r"tokenizer\.model: only sentencepiece models of type BPE"),
-        (empty, None, "tokenizer has no tokenizer that can be read"),
+        (BYTE_LEVEL, None, "tokenizer: its tokenizer has 39. tokens, its model only 300"),
+        (BYTE_LEVEL, two_bos, "more than one BOS and EOS around a text; formats that can: hf, adapter"),
+        (BYTE_LEVEL, lambda fast: fast["pre_tokenizer"].update(add_prefix_space=True), NO_NAME),
+        (BYTE_LEVEL, lambda fast: fast.update(normalizer={"type": "NFKC"}), NO_NAME),
+        (
+            partial(without_sentencepiece, vocab=VOCAB),
+            lambda fast: fast["model"]["merges"].pop(20),
+            "its merges are not those of a sentencepiece model; formats that can: hf",
+        ),
+        (UNIGRAM, None, r"tokenizer\.model: only sentencepiece models of type BPE"),
+        (Path.mkdir, None, "tokenizer has no tokenizer that can be read"),
     ],
 )
 def test_a_tokenizer_that_llama_cpp_lacks_is_refused(make: Any, change: Any, message: str, tmp_path: Path) -> None:
-    folder = make(tmp_path / "tokenizer")
+    folder = tmp_path / "tokenizer"
+    make(folder)
     if change:
         path = folder / "tokenizer.json"
         fast = json.loads(path.read_text())

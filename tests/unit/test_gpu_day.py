@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from loraprune_ds.files import read_json, write_json
 from tests.benchmarks.gpu_day import __main__ as day
 from tests.benchmarks.gpu_day.found import Found
+from tests.integration.launching import process_state, within
 
 
 @pytest.fixture
@@ -57,14 +57,6 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "part.json"
 
 
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"  # killed, and not reaped by its new parent
-
-
 @pytest.mark.timeout(60)
 def test_a_part_that_is_cut_off_keeps_its_rows_and_nothing_runs_on(path: Path) -> None:
     hangs = "import subprocess, time\nfound.row('seconds', 1.5)\nchild = subprocess.Popen(['sleep', '600'])\n"
@@ -72,5 +64,4 @@ def test_a_part_that_is_cut_off_keeps_its_rows_and_nothing_runs_on(path: Path) -
     assert day.run_code(hangs, path, 10) == "no end after 10 s"
     found = read_json(path)
     assert found["rows"] == [{"what": "seconds", "planned": None, "measured": 1.5}]
-    while alive(found["pid"]):  # until the test's own time limit
-        time.sleep(0.05)
+    within(50, lambda: process_state(found["pid"]) in ("", "Z"))  # killed, and perhaps not reaped by its new parent

@@ -7,7 +7,8 @@ import torch
 
 from loraprune_ds.config import PruneConfig, Ranking, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.plan.request import Cluster, build_request
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.request import build_request
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global, uniform_counts, uniform_goal
 from loraprune_ds.pruning.target import make_limits

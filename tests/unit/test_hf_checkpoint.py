@@ -12,7 +12,7 @@ import pytest
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.hf import checkpoint, pruning
+from loraprune_ds.hf import checkpoint
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.hf.pruning import Pruning
 
@@ -86,20 +86,16 @@ def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
     """A cut may come before the next score, with `score_every`."""
     monkeypatch.setattr(checkpoint, "read_scores", lambda folder, kinds: None)
     monkeypatch.setattr(checkpoint, "read_metrics", lambda path: [])
-    state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5, resumed_from=[2])
-    training = cast(Any, SimpleNamespace(pruner=Mock(), recorder=Mock()))
-    PruningCheckpoint(tmp_path, cast(Any, state), cast(Any, SimpleNamespace(kinds=()))).restore(training)
-    given = training.pruner.restore.call_args.args[0]
+    state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5)
+    resumed = PruningCheckpoint(tmp_path, cast(Any, state), cast(Any, SimpleNamespace(kinds=())))
+    resumed.restore(pruner := Mock())
+    given = pruner.restore.call_args.args[0]
     assert (given.updates_since_cut, given.moment_tokens) == (3, 7.0)
-    assert (training.step, training.resumed_from) == (5, [2, 5])
 
 
-def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(pruning, "write_export", Mock())
-    training = Mock(_model=Mock())
-    on_rank_0 = training._model.comm.on_rank_0 = Mock(side_effect=[{"r": 4}, UserError("no space")])
+def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(tmp_path: Path) -> None:
+    training = Mock()
+    on_rank_0 = training.model.comm.on_rank_0 = Mock(side_effect=[{"r": 4}, UserError("no space")])
     with pytest.raises(UserError, match="no space"):
         Pruning.save_base(training, tmp_path / "base", tmp_path)
     on_rank_0.call_args.args[0]()

@@ -29,8 +29,7 @@ class Watched:
         self.model, self.masks, self.forgotten = adapted(), list[Tensor | None](), 0
         device = next(self.model.parameters()).device
         sharded = SimpleNamespace(device=device, forget_trace=self._forget)
-        training = SimpleNamespace(model=sharded, pruner=self, peft_model=self.model)
-        self.watch = ForwardWatch(cast(Any, training))
+        self.watch = ForwardWatch(self.model, cast(Any, sharded), cast(Any, self))
         self.model.train()
 
     def record_forward(self, mask: Tensor | None) -> Any:
@@ -86,36 +85,35 @@ def test_an_update_comes_after_the_scores_and_alone_when_pruning_has_let_go() ->
 
 
 def attach(monkeypatch: pytest.MonkeyPatch, *, overflow: bool = False) -> tuple[Pruning, Mock, Callable[[], None]]:
-    """Returns a `Pruning` over stand-ins, its training, and what it does right before an update."""
-    training = Mock(step=0, dtype="float16", recorder=Recorder(History(), []))
-    training.model = Mock(device="cpu", rank=0, zero_optimizer=Mock(optimizer=Mock(param_groups=[{"lr": 0.1}])))
-    training.model.nonfinite_layer.return_value = 0 if overflow else None
-    training.model.comm.all_gather = lambda row: row[None]
-    training.pruner = Mock(schedule=Mock(last_cut=0), record_step=Mock(return_value=nullcontext()))
-    training.pruner.reached.return_value, training.pruner.cut.return_value = 0.0, None
-    watch, update = Mock(active=False, take_tokens=lambda: 5), Mock()
-    monkeypatch.setattr("loraprune_ds.hf.pruning.ForwardWatch", lambda _: watch)
-    training.model.weight_bytes.return_value = [1]
+    """Returns a `Pruning` over stand-ins, their parts, and what it does right before an update."""
+    tokens, overflowed = torch.tensor(5.0), torch.tensor(float("inf") if overflow else 1.0)
+    watch, update, pruner = Mock(active=False, take_tokens=lambda: tokens), Mock(), Mock(schedule=Mock(last_cut=0))
+    model = Mock(device="cpu", rank=0, zero_optimizer=Mock(optimizer=Mock(param_groups=[{"lr": 0.1}])))
+    model.gradient_sum.return_value, model.nonfinite_layer.return_value = overflowed, 0
+    model.weight_bytes.return_value, model.comm.gather_objects = [1], lambda layer: [layer]
+    model.comm.all_gather = lambda row: row[None]
+    pruner.record_step, pruner.reached.return_value, pruner.cut.return_value = lambda _: nullcontext(), 0.0, None
+    monkeypatch.setattr("loraprune_ds.hf.pruning.ForwardWatch", lambda *_: watch)
     monkeypatch.setattr("loraprune_ds.hf.pruning.gradient_norm", lambda _: 1.0)
     monkeypatch.setattr("loraprune_ds.hf.pruning.before_each_update", update)
-    training.let_go = [watch.close, update.return_value]
-    pruning = Pruning(cast(Any, training))
-    return pruning, training, update.call_args.args[1]
+    pruning = Pruning(Mock(), model, pruner, "float16", Recorder(History(), []), steps=9, seed=0)
+    parts = Mock(pruner=pruner, let_go=[watch.close, update.return_value])
+    return pruning, parts, update.call_args.args[1]
 
 
 @pytest.mark.parametrize("overflow", [False, True])
 def test_a_step_that_overflowed_gives_no_scores(monkeypatch: pytest.MonkeyPatch, *, overflow: bool) -> None:
-    pruning, training, before_update = attach(monkeypatch, overflow=overflow)
+    pruning, parts, before_update = attach(monkeypatch, overflow=overflow)
     pruning.begin_step()
     before_update()
     pruning.end_step(loss=3.0)
-    training.pruner.cut.assert_called_once_with(1, scored=not overflow)
-    assert training.pruner.score.called != overflow
-    (record,) = training.recorder.history.steps
+    parts.pruner.cut.assert_called_once_with(1, scored=not overflow)
+    assert parts.pruner.score.called != overflow
+    (record,) = pruning.recorder.history.steps
     assert (record.step, record.loss, record.tokens, record.skipped) == (1, 3.0, 5, overflow)
     assert record.grad_norm == (None if overflow else 1.0)
     pruning.close()
-    assert all(let_go.called for let_go in training.let_go)
+    assert all(let_go.called for let_go in parts.let_go)
 
 
 def test_calls_out_of_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def pair(*, bias: bool, int8: bool, dtype: torch.dtype = torch.float64) -> tuple
         tensors = storage_format(base).split(dense.weight, dtype)
         for name, tensor in tensors.items():
             getattr(base, name).data = tensor
-        dense.weight.data = storage_format(base).join(tensors)
+        dense.weight.data = storage_format(base).join(tensors.values())
     settings: Any = {"config": CONFIG, "r": CONFIG.r, "lora_alpha": CONFIG.lora_alpha}
     ours, theirs = FusedLoraLinear(base, "default", **settings), LoraLinear(dense, "default", **settings)
     theirs.lora_dropout["default"] = SameMask(CONFIG.lora_dropout)

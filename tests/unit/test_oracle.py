@@ -60,10 +60,7 @@ def test_element_importance_by_hand(scaling: float, power: int, expected: float)
 
 
 def planted_layer() -> dict[str, formula.LoraLinear]:
-    """2 kv groups of 2 query heads, head_dim 3, hidden 5, 2 channels; every element of G is 1, so importance is |W|.
-
-    Each module counts in its own power of ten, so a sum shows which elements of which module went into it.
-    """
+    """2 kv groups of 2 heads, head_dim 3, hidden 5, 2 channels. Importance is |W|, per module another power of 10."""
     query = torch.tensor([1.0, -2.0, 3.0, 4.0]).repeat_interleave(3)  # per query head
     group = torch.tensor([1.0, -2.0]).repeat_interleave(3)
     channel = torch.tensor([3.0, 4.0])

@@ -65,8 +65,8 @@ def foreign(config: RunConfig) -> None:
     (Path(config.output_dir) / "thesis.tex").write_text("")
 
 
-def of_another_seed(config: RunConfig) -> None:
-    leave(dataclasses.replace(config, seed=5))
+def of_another_seed(config: RunConfig, state: State = "stopped") -> None:
+    leave(dataclasses.replace(config, seed=5), state)
 
 
 Make = Callable[[RunConfig], object]
@@ -87,6 +87,7 @@ CASES: list[tuple[Make, str | None, str]] = [
     (hit_by_a_power_cut, None, "status.json is not valid JSON"),
     (hit_by_a_power_cut, "auto", "resume"),
     (of_another_seed, "auto", "holds another run (seed differs)"),
+    (partial(of_another_seed, state="finished"), None, "holds another run (seed differs)"),
 ]
 
 

@@ -27,12 +27,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Figures as they were saved."""
     saved: list[Any] = []
     save = pictures._save
-
-    def save_and_keep(figure: Any, path: Path) -> None:
-        saved.append(figure)
-        save(figure, path)
-
-    monkeypatch.setattr(pictures, "_save", save_and_keep)
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: saved.append(figure) or save(figure, path))
     return saved
 
 

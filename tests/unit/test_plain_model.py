@@ -1,8 +1,4 @@
-"""The whole method in one process against the oracle: scores, cuts and carried state.
-
-Tolerances as in tests/numerics: both sides compute in fp32 and sum in different orders. Masks are compared where the
-gap between the last group that stays and the first that goes is above ten tolerances.
-"""
+"""The whole method in one process against the oracle: scores, cuts and carried state. Tolerances: tests/numerics."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path

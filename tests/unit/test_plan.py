@@ -12,9 +12,18 @@ from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, search, suggestions
-from loraprune_ds.plan.printout import notes, plan_json, plan_table
-from loraprune_ds.plan.request import GIB, Cluster, Request, build_request, changed
+from loraprune_ds.plan.cluster import GIB, Cluster
+from loraprune_ds.plan.plan import (
+    Plan,
+    largest_micro_batch,
+    make_plan,
+    notes,
+    plan_json,
+    plan_table,
+    search,
+    suggestions,
+)
+from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights, logits, split_state, teacher_pass
 from tests.families import tiny_config
 
@@ -331,4 +340,9 @@ def test_json_holds_what_the_table_shows() -> None:
     assert found["parameters"] == SMALL.total_numel()
     assert found["device_bytes"] == max(x["peak"] for x in found["stages"])
     assert json.loads(json.dumps(found, allow_nan=False))["fits"] is True
-    assert "small fits on 4 GPUs" in plan_table(plan, 1.0)
+    table = plan_table(plan, found)
+    assert "small fits on 4 GPUs" in table
+    for name, key in (("peak", "peak"), ("  while", "peak_phase")):
+        (row,) = (line.removeprefix(name) for line in table.splitlines() if line.startswith(f"{name} "))
+        cells = [x[key] if key == "peak_phase" else f"{x[key] / GIB:.2f}" for x in found["stages"]]
+        assert row.split() == " ".join(cells).split()

@@ -1,7 +1,6 @@
 """Plans every recorded run of `plan_measured.py` and `wide_layers.py` again, and compares the largest peaks.
 
-The runs were on CPU ranks. When a step began a process also held Python's objects, and what kernels and the allocator
-keep. That is added to the plan.
+What a process held beside its state when a step began (Python's objects, kernels) is added to the plan.
 """
 
 from pathlib import Path

@@ -8,8 +8,9 @@ import pytest
 
 from loraprune_ds.config_file import config_from_dict, load_config
 from loraprune_ds.model.read_shape import read_config, shape_from_config
+from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.plan import make_plan
-from loraprune_ds.plan.request import Cluster, build_request, make_request
+from loraprune_ds.plan.request import build_request, make_request
 from tests.published import MIXTURES, PUBLISHED
 
 CONFIGS = Path("launch/configs")

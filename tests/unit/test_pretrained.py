@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.model import weights
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.oracle.models import make_tiny_llama
+from tests.refusals import refused
 
 SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 24, "ffn": 37, "layers": 3, "vocab": 59}
 WEIGHT, INDEX = "model.layers.1.mlp.up_proj.weight", "model.safetensors.index.json"
@@ -33,11 +33,8 @@ def folder(intact: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(intact, tmp_path / "model"))
 
 
-def refused(folder: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        open_pretrained(folder)
-    message = str(caught.value)
-    assert "\n" not in message
+def refusal(folder: Path) -> str:
+    message = refused(open_pretrained, folder)
     assert str(folder) in message
     return message.replace(f"{folder}/", "").replace(str(folder), "FOLDER")
 
@@ -198,7 +195,7 @@ def test_damage_is_one_line(folder: Path, in_two: bool, damage: Callable[[Path],
     if in_two:
         split(folder)
     damage(folder)
-    assert refused(folder).startswith(message)
+    assert refusal(folder).startswith(message)
 
 
 def test_an_index_reaches_no_other_folder(folder: Path, tmp_path: Path) -> None:
@@ -209,4 +206,4 @@ def test_an_index_reaches_no_other_folder(folder: Path, tmp_path: Path) -> None:
     for named in ("../x.safetensors", str(tmp_path / "x.safetensors"), "within/x.safetensors"):
         (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, named)}))
         first = next(iter(names))
-        assert refused(folder) == f"{INDEX}: {first} is in {named}; only files beside the index are read"
+        assert refusal(folder) == f"{INDEX}: {first} is in {named}; only files beside the index are read"

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,12 +45,6 @@ def fail_in_turn(first: int, delay: float) -> None:
     raise ValueError(f"rank {my_rank()} says no")
 
 
-def fail_on(rank: int) -> None:
-    if my_rank() == rank:
-        raise ValueError("the cause")
-    time.sleep(60)
-
-
 def sleep_on(rank: int) -> None:
     if my_rank() == rank:
         time.sleep(60)
@@ -59,18 +55,6 @@ def die_on(rank: int) -> None:
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
     raise ConnectionError("peer is gone")  # what a collective says when a peer dies, here even before it does
-
-
-def read_null() -> None:
-    ctypes.string_at(0)
-
-
-def exit_worker() -> None:
-    raise SystemExit(3)
-
-
-def unpicklable() -> Any:
-    return lambda: None
 
 
 def sum_over_ranks() -> list[float]:
@@ -99,8 +83,8 @@ def test_values_come_in_rank_order_from_workers_that_stay(pool: RankPool) -> Non
 def test_a_failure_does_not_wait_for_the_others_and_they_are_replaced(pool: RankPool) -> None:
     before = [pid for *_, pid in pool.run(2, rank_and, None)]
     started = time.monotonic()
-    with pytest.raises(RankFailure, match=r"(?s)^rank 1 of 2: .*ValueError: the cause"):
-        pool.run(2, fail_on, 1)
+    with pytest.raises(RankFailure, match=r"(?s)^rank 1 of 2: .*ValueError: rank 1 says no"):
+        pool.run(2, fail_in_turn, 1, 60.0)
     assert time.monotonic() - started < 10
     for pid in before:
         with pytest.raises(ProcessLookupError):
@@ -119,9 +103,9 @@ def test_the_deadline_says_where_every_rank_stood(pool: RankPool) -> None:
 @pytest.mark.parametrize(
     ("size", "function", "arguments", "report"),
     [
-        (1, read_null, (), r"(?s)killed by SIGSEGV.*in read_null"),
-        (1, exit_worker, (), "SystemExit: 3"),
-        (1, unpicklable, (), r"(?s)rank 0 of 1.*pickle.*unpicklable"),
+        (1, ctypes.string_at, (0,), r"(?s)killed by SIGSEGV.*in string_at"),
+        (1, sys.exit, (3,), "SystemExit: 3"),
+        (1, threading.Lock, (), r"(?s)rank 0 of 1.*cannot pickle"),
         (2, fail_in_turn, (1, 0.4), r"(?s)^rank 1 of 2: .*in fail_in_turn.*ValueError: rank 1 says"),
         (2, die_on, (1,), r"^rank 1 of 2: killed by SIGTERM"),  # even if a peer complains first
     ],

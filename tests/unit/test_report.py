@@ -12,13 +12,7 @@ import torch
 from loraprune_ds.config import RunConfig
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.report.records import EvaluationRecord, History
-from loraprune_ds.report.report import (
-    RESULTS,
-    Outcome,
-    commit,
-    make_report,
-    write_kept_groups,
-)
+from loraprune_ds.report.report import RESULTS, Outcome, commit, make_report, write_kept_groups
 from loraprune_ds.report.summary import summary_table
 from loraprune_ds.units import format_bytes, format_clock, format_count, format_duration, format_perplexity
 from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record

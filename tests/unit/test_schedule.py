@@ -32,10 +32,7 @@ def test_target_is_the_oracles_where_the_borders_are_whole_steps() -> None:
 
 
 def test_borders_fall_on_the_right_step_for_any_fraction() -> None:
-    """Rounded borders change a target a little, but not at which step it leaves zero or arrives.
-
-    0.29 · 100 is 28.999999999999996 in floating point.
-    """
+    """0.29 · 100 is 28.999999999999996. Rounding may not move the step at which a target leaves or arrives."""
     draw = random.Random(0)
     drawn = [(draw.randint(5, 300), draw.randint(0, 49), draw.randint(0, 49)) for _ in range(500)]
     for steps, warmup, cooldown in [(100, 29, 29), *drawn]:  # in per cent

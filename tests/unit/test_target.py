@@ -14,6 +14,7 @@ from loraprune_ds.pruning.limits import limits_without_ratio
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.target import describe_target, make_limits, measure, server_memory
 from tests.families import MIXTURES, tiny_config
+from tests.refusals import refused
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of
 
 GIB = 2**30
@@ -123,7 +124,6 @@ def test_a_target_that_cannot_be_reached_is_refused(prune: dict[str, Any], messa
 
 
 def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
-    with pytest.raises(UserError, match=r"at least ([\d.]+) B stay") as caught:
-        make_limits(PruneConfig(target="1B"), LLAMA_7B)
-    smallest = float(re.search(r"least ([\d.]+)", str(caught.value)).group(1))  # type: ignore[union-attr]
+    named = re.search(r"at least ([\d.]+) B stay", refused(make_limits, PruneConfig(target="1B"), LLAMA_7B))
+    smallest = float(named.group(1))  # type: ignore[union-attr]
     assert make_limits(PruneConfig(target=f"{smallest + 0.05}B"), LLAMA_7B).ratio

@@ -34,7 +34,7 @@ def planned(steps: int = 10, **settings: Any) -> TeacherPlan:
     config = TrainConfig(
         **{"steps": 1, "global_batch_size": 2, "micro_batch_size": 1, "distill_weight": 0.5} | settings
     )
-    return plan_teacher(config, SAMPLES, ORDER, steps, hidden_size=HIDDEN, element_size=4)
+    return plan_teacher(config, SAMPLES, ORDER, steps, HIDDEN, 4)
 
 
 def made(folder: Path, **settings: Any) -> Teacher:

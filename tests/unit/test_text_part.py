@@ -1,7 +1,4 @@
-"""Checks the text part of multimodal models that transformers made: how it is read, cut and exported.
-
-Differences are measured in standard deviations of the logits, as in test_family_proof.py.
-"""
+"""Reads, cuts and exports the text part of multimodal models. Differences: as in test_family_proof.py."""
 
 import shutil
 from pathlib import Path

@@ -104,8 +104,8 @@ def load_samples(
             + ("" if config.max_samples is None else f"; data.max_samples is {config.max_samples}")
             + (f"; {samples.left_out} more have no answer within data.window" if samples.left_out else "")
         )
-    if (largest := int(samples.columns["input_ids"].max())) >= vocab_size:
-        raise UserError(f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
+    largest = int(samples.columns["input_ids"].max())
+    require(largest < vocab_size, f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
     return loaded
 
 

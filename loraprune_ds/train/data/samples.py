@@ -1,4 +1,4 @@
-"""Holds the tuning samples of a run in memory, packs several into one window, and orders them into batches."""
+"""Holds the tuning samples of a run in memory, packs several into one window, and puts them in order."""
 
 import hashlib
 from bisect import bisect_left, insort
@@ -24,18 +24,14 @@ class Samples:
     """Holds N samples of up to `window` tokens, end to end and without padding.
 
     The model needs no attention mask: padding follows a sample, where causal attention cannot see it.
-
-    Attributes:
-        columns: (total,) integers each, by the model's names. `labels` are the ids, or IGNORE_INDEX at prompts. Models
-            shift them. `position_ids` exist if samples hold several texts, and begin at 0 in each.
-        starts: (N + 1,) int64. Sample i is starts[i]:starts[i + 1] of each column.
-        left_out: rows without a sample, because nothing of their answer lies within the window.
     """
 
+    # (total,) integers each, by the model's names. `labels` are the ids, or IGNORE_INDEX at prompts. Models shift them.
+    # `position_ids` exist if samples hold several texts, and begin at 0 in each.
     columns: dict[str, Tensor]
-    starts: Tensor
+    starts: Tensor  # (N + 1,) int64; sample i is starts[i]:starts[i + 1] of each column
     window: int
-    left_out: int = 0
+    left_out: int = 0  # rows without a sample, because nothing of their answer lies within the window
 
     @classmethod
     def of_windows(cls, input_ids: Tensor, labels: Tensor | None = None) -> "Samples":
@@ -49,10 +45,7 @@ class Samples:
         return len(self.starts) - 1
 
     def inputs(self, indices: Tensor) -> dict[str, Tensor]:
-        """Returns the model's inputs: each (len(indices), width) int64, padded on the right.
-
-        The width is the longest sample's, rounded up to a multiple of 8 but never above `window`.
-        """
+        """Returns the model's inputs: each (len(indices), width) int64, padded on the right."""
         return {name: self._padded(name, indices) for name in self.columns}
 
     def attention_mask(self, indices: Tensor) -> Tensor | None:
@@ -89,6 +82,7 @@ class Samples:
         return digest.hexdigest()
 
     def _inside(self, indices: Tensor) -> Tensor:
+        """Returns which of (len(indices), width) places are tokens. The longest sample decides the width."""
         lengths = self.starts[indices + 1] - self.starts[indices]
         width = min(self.window, -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
         return torch.arange(width) < lengths[:, None]
@@ -101,15 +95,11 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class LoadedData:
-    """Holds the samples to tune on, and a text for perplexity that tuning never sees.
-
-    Attributes:
-        epoch: (n,) int64 sample numbers of an epoch, by the weights of a mixture. None: each sample once.
-    """
+    """Holds the samples to tune on, and a text for perplexity that tuning never sees."""
 
     samples: Samples
     held_out: str
-    epoch: Tensor | None = None
+    epoch: Tensor | None = None  # (n,) int64 sample numbers, by the weights of a mixture. None: each sample once
 
     @property
     def epoch_length(self) -> int:
@@ -120,13 +110,13 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
     """Concatenates samples. If some have position ids, the others get them, too."""
     if len(parts) == 1:
         return parts[0]
-    lengths = [part.lengths() for part in parts]
-    if any("position_ids" in part.columns for part in parts):
-        columns = [{"position_ids": positions_of(n)} | part.columns for n, part in zip(lengths, parts, strict=True)]
-    else:
-        columns = [part.columns for part in parts]
-    joined = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
-    return Samples(joined, starts_of(torch.cat(lengths)), parts[0].window, sum(part.left_out for part in parts))
+    names = [name for name in PADDING if any(name in part.columns for part in parts)]
+    columns = {
+        name: torch.cat([p.columns[name] if name in p.columns else positions_of(p.lengths()) for p in parts])
+        for name in names
+    }
+    starts = starts_of(torch.cat([part.lengths() for part in parts]))
+    return Samples(columns, starts, parts[0].window, sum(part.left_out for part in parts))
 
 
 def starts_of(lengths: Tensor) -> Tensor:
@@ -185,19 +175,13 @@ class BatchOrder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SampleOrder:
-    """Concatenates a permutation of the samples per epoch. Step s takes [s·G, (s+1)·G) of it, G the global batch size.
+    """Concatenates a permutation of the samples per epoch. Step s takes [s·G, (s+1)·G), G the global batch size."""
 
-    Attributes:
-        num_samples: of an epoch.
-        numbers: (num_samples,) the sample numbers of an epoch, possibly repeated. None: each sample once.
-        lengths: of all samples, to sort each batch by, longest first. None: a batch is not sorted.
-    """
-
-    num_samples: int
+    num_samples: int  # of an epoch
     global_batch_size: int
     seed: int
-    numbers: Tensor | None = None
-    lengths: Tensor | None = None
+    numbers: Tensor | None = None  # (num_samples,) of an epoch, possibly repeated. None: each sample once
+    lengths: Tensor | None = None  # of all samples, to sort each batch by, longest first. None: a batch is not sorted
 
     def batch(self, step: int) -> Tensor:
         """Returns the (global_batch_size,) int64 sample numbers of a step, counted from 0."""
@@ -222,10 +206,8 @@ def mix(counts: Sequence[int], weights: Sequence[float]) -> Tensor:
     """
     share = np.asarray(weights) / sum(weights)
     total = max(np.asarray(counts) / share)
-    firsts = np.cumsum([0, *counts[:-1]])
-    parts = [
-        first + np.arange(round(total * part)) % count for first, count, part in zip(firsts, counts, share, strict=True)
-    ]
+    sources = zip(np.cumsum([0, *counts[:-1]]), counts, share, strict=True)
+    parts = [first + np.arange(round(total * part)) % count for first, count, part in sources]
     return torch.from_numpy(np.concatenate(parts))
 
 

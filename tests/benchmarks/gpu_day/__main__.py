@@ -76,11 +76,7 @@ def card_name() -> str:
 
 
 def run_part(part: str, path: Path, seconds: float) -> str | None:
-    """Runs one part in its own process, which adds its rows to `path`.
-
-    Returns:
-        None, or what went wrong: its last lines. Nothing that it started is left then.
-    """
+    """Runs one part in its own process, which adds its rows to `path`. Returns its last lines if it failed."""
     module, _, function = part.partition(".")
     return run_code(f"from tests.benchmarks.gpu_day.{module} import {function}\n{function}(found)", path, seconds)
 

@@ -13,7 +13,8 @@ from loraprune_ds.config import Criterion, DataConfig, ModelConfig, PruneConfig,
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import LLAMA, read_model, shape_from_config
 from loraprune_ds.model.weights import ModelWeights
-from loraprune_ds.plan.request import Cluster, Request, build_request
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator, current_device, is_cpu
@@ -117,10 +118,7 @@ def make_trainer(size: Sizes, request: Request) -> Trainer:
 
 
 def device_bytes() -> dict[str, int]:
-    """Returns what this process has in host memory, what torch allocated and reserved, and what the card has in use.
-
-    On a CPU the last three are 0.
-    """
+    """Returns bytes of host memory, and what torch allocated, reserved, and the card has in use (0 on a CPU)."""
     host = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     if is_cpu():
         return {"host": host, "allocated": 0, "reserved": 0, "card": 0}

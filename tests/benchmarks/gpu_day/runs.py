@@ -157,11 +157,7 @@ def _start(config: Path, *changes: str, **variables: str) -> subprocess.Popen[st
 
 
 def _end(process: subprocess.Popen[str]) -> int:
-    """Waits for it and returns its exit code.
-
-    Raises:
-        RuntimeError: it failed.
-    """
+    """Waits for it and returns its exit code."""
     _, err = process.communicate()
     if process.returncode not in (0, 85):
         raise RuntimeError(f"{process.args}: {err[-2000:]}")

@@ -1,7 +1,4 @@
-"""Asks llama.cpp about GGUF files. Its Python has llama-cpp-python and nothing of this project.
-
-ask_llama_cpp.py JOB.json     writes its findings into the .npz file that the job names
-"""
+"""Asks llama.cpp about GGUF files: ask_llama_cpp.py JOB.json. Its Python has nothing of this project."""
 
 import json
 import sys

@@ -1,7 +1,4 @@
-"""Asks vLLM about Hugging Face folders. Its Python has vLLM and nothing of this project.
-
-ask_vllm.py JOB.json     writes its findings into the .json file that the job names
-"""
+"""Asks vLLM about Hugging Face folders: ask_vllm.py JOB.json. Its Python has nothing of this project."""
 
 import gc
 import importlib.metadata

@@ -1,8 +1,7 @@
 """Compares GGUF exports in llama.cpp with transformers that rounds alike. See tests/run_heavy.sh.
 
-llama.cpp rounds the weights. On CPUs it also rounds what they are multiplied with. With f16 weights it rounds to f16,
-with q8_0 weights to 8 bits per block of 32. The reference does both. Three causes of differences are left: the order
-of sums, f16 tables inside llama.cpp, and values near the middle of two steps. Such a value may round the other way.
+On CPUs llama.cpp rounds both factors: to f16, or with q8_0 weights to 8 bits per block of 32. So does the reference.
+Left are the order of sums, f16 tables inside llama.cpp, and values near the middle of two steps.
 """
 
 import itertools
@@ -30,7 +29,7 @@ from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
 from tests.families import YARN
-from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer
+from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer, without_sentencepiece
 from tests.integration.heavy.families import GROUPS, deep, serve
 from tests.integration.heavy.results import ask, python_of, record
 from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED, write
@@ -70,11 +69,6 @@ FAMILIES: dict[str, tuple[str, list[tuple[int, int]], dict[str, Any]]] = {
 }
 
 
-def sentencepiece_without_its_file(folder: Path, vocab: int) -> Path:
-    AutoTokenizer.from_pretrained(sentencepiece_tokenizer(folder.with_name("spm"), vocab)).save_pretrained(folder)
-    return folder
-
-
 TOKENIZERS: dict[str, Callable[[Path, int], Path]] = {
     "gpt-2": byte_level_tokenizer,
     "smollm": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "smollm"),
@@ -82,7 +76,7 @@ TOKENIZERS: dict[str, Callable[[Path, int], Path]] = {
     "gpt-4o": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "gpt-4o"),
     "llama-bpe": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "llama-bpe", bos=True),
     "sentencepiece": sentencepiece_tokenizer,
-    "merges": sentencepiece_without_its_file,
+    "merges": without_sentencepiece,
 }
 
 
@@ -186,10 +180,7 @@ def convert(
 
 
 def reference(item: Compared) -> PreTrainedModel:
-    """Returns the merged model in fp32. Rounds matrices, and what they are multiplied with, as llama.cpp does.
-
-    Routers and the gate of a shared expert stay fp32.
-    """
+    """Returns the merged fp32 model, which rounds as llama.cpp does. Routers and a shared expert's gate stay fp32."""
     model = AutoModelForCausalLM.from_pretrained(item.merged, dtype=torch.float32, trust_remote_code=True).eval()
     stack_experts(model)
     for module in model.modules():
@@ -213,10 +204,7 @@ def rounded(values: Tensor, precision: str) -> Tensor:
 
 @torch.no_grad()
 def expected(item: Compared) -> tuple[np.ndarray, list[int], list[float]]:
-    """Returns (logits (tokens, vocab), greedy continuation, its margins).
-
-    A margin tells by how much a token was ahead of the next.
-    """
+    """Returns logits (tokens, vocab), the greedy continuation, and by how much each token was ahead."""
     model = reference(item)
     result = model(torch.tensor([item.prompt]), use_cache=True)
     logits, greedy, margins = result.logits[0].numpy(), [], []
@@ -229,10 +217,7 @@ def expected(item: Compared) -> tuple[np.ndarray, list[int], list[float]]:
 
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerBase, item: Compared) -> list[int]:
-    """Returns tokens by transformers.
-
-    Before a space transformers 5 leaves out a token that sentencepiece itself, and llama.cpp, put there.
-    """
+    """Returns tokens by transformers, and the one before a space that transformers 5 leaves out."""
     if text.startswith(" ") and item.tokenizer in ("sentencepiece", "merges"):
         folder = item.merged.parent / ("spm" if item.tokenizer == "merges" else "tokenizer")
         processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))

@@ -1,8 +1,7 @@
 """Compares what `prune.target` counts with what llama.cpp and vLLM hold of a pruned SmolLM2. See tests/run_heavy.sh.
 
-llama.cpp reports the buffers of its weights and its KV cache. A CPU with AMX would hold most weights once more, packed
-for it, which is switched off here. vLLM reports its weights on GPUs alone. On a CPU they are the parameters that it has
-made, before it packs them for its kernels. The tokens of its KV cache it reports everywhere.
+llama.cpp reports its buffers; AMX, which would hold most weights twice, is off. vLLM reports weights on GPUs alone, so
+on a CPU its parameters are counted before it packs them.
 """
 
 import json

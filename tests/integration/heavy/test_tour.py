@@ -1,8 +1,4 @@
-"""The tour of a user: chats, a run, its report, wandb, an export, an answer of llama.cpp.
-
-The commands come from README.md and the pages that it links. Only model, size and folder are other ones. See
-tests/run_heavy.sh.
-"""
+"""The tour of a user, by the commands of the pages, with another model and folder (tests/run_heavy.sh)."""
 
 import json
 import os

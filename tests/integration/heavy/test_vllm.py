@@ -1,10 +1,4 @@
-"""Runs merged exports in vLLM's CPU build.
-
-Uniform exports run as stock models. Per-layer ones run through vLLM's transformers backend. So do families for which
-vLLM has no class.
-
-    bash tests/run_heavy.sh --vllm
-"""
+"""Runs merged exports in vLLM's CPU build, by its classes or else its transformers backend (run_heavy.sh --vllm)."""
 
 import json
 from dataclasses import dataclass

@@ -1,0 +1,77 @@
+"""The machines of a plan. Its import is quick, so that bad arguments are named without waiting for DeepSpeed."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from loraprune_ds.errors import require
+
+GIB = 1 << 30
+# On 8 H100 of one machine NCCL held 1.06 GB before the first all-to-all and 4.34 GB after it (NVIDIA/nccl #1685). For a
+# rank elsewhere: two channels with a buffer of 4 MiB each way (NCCL's defaults, not measured).
+NCCL_RINGS = 1_060_000_000
+NCCL_PER_NEAR_RANK = (4_340_000_000 - NCCL_RINGS) // 7
+NCCL_PER_FAR_RANK = 2 * 2 * (4 << 20)
+MOST_GPUS = 1 << 20  # beyond any machine there is: a number typed wrong
+
+
+def _option(default: float | None, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Describes the machines. A GB is 1e9 bytes."""
+
+    nodes: int = _option(1, "machines; with --smallest the most to try, 512 if not given")
+    gpus_per_node: int = _option(8, "GPUs of one machine")
+    gpu_memory: float = _option(80.0, "GiB of one GPU")
+    host_memory: float = _option(512.0, "GiB of host memory of one machine")
+    reserve: float = _option(3.0, "GiB of a GPU for the CUDA context and the allocator's gaps. NCCL's come on top")
+    nccl: float | None = _option(None, "GiB of a GPU that NCCL takes; default: by the number of ranks")
+    host_reserve: float = _option(3.0, "GiB of host memory of a rank's process before it loads anything")
+    intra_bandwidth: float = _option(300.0, "GB/s a GPU receives from GPUs of its machine")
+    inter_bandwidth: float = _option(25.0, "GB/s a machine receives from the others")  # all its network cards together
+    host_bandwidth: float = _option(25.0, "GB/s between GPU and host memory")
+    flops: float = _option(312.0, "TFLOP/s of a GPU in matrix products of the model's dtype, as its maker says")
+    utilisation: float = _option(0.4, "fraction of these that a run reaches")
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            may_be_zero = name in ("reserve", "nccl", "host_reserve")
+            good = value is None or (math.isfinite(value) and value >= 0 and (value > 0 or may_be_zero))
+            require(good, f"--{name.replace('_', '-')} must be a number above 0; got {value}")
+        gpus = f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node}"
+        require(self.world_size <= MOST_GPUS, f"{gpus} is more than {MOST_GPUS} GPUs")
+        taken = f"--reserve {self.reserve}" + (f" and --nccl {self.nccl_bytes / GIB:.1f}" if self.nccl_bytes else "")
+        require(self.gpu_bytes > 0, f"--gpu-memory {self.gpu_memory} leaves nothing beside {taken}")
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def gpu_bytes(self) -> int:
+        return int((self.gpu_memory - self.reserve) * GIB) - self.nccl_bytes
+
+    @property
+    def nccl_bytes(self) -> int:
+        """The memory of a GPU that NCCL takes for its rings and for every other rank."""
+        if self.nccl is not None or self.world_size == 1:
+            return int((self.nccl or 0) * GIB)
+        near, far = self.gpus_per_node - 1, self.world_size - self.gpus_per_node
+        return NCCL_RINGS + near * NCCL_PER_NEAR_RANK + far * NCCL_PER_FAR_RANK
+
+    @property
+    def host_bytes(self) -> int:
+        return int(self.host_memory * GIB)
+
+    def between_nodes(self, per_rank: float, ranks: int) -> float:
+        """Returns the part of `per_rank` bytes that goes to other nodes, if a rank sends them evenly to `ranks`."""
+        return per_rank * max(0, ranks - self.gpus_per_node) / max(1, ranks - 1)
+
+    def seconds_to_receive(self, per_rank: float, ranks: int) -> float:
+        """Returns the time in which every rank receives `per_rank` bytes over the slower link, without latencies."""
+        per_node = self.between_nodes(per_rank, ranks)  # a byte enters a node once for all its GPUs
+        return max(per_rank / (self.intra_bandwidth * 1e9), per_node / (self.inter_bandwidth * 1e9))

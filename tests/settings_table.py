@@ -1,0 +1,92 @@
+"""The tables of settings in launch/configs/README.md. A field's meaning is the comment behind it, or above it.
+
+python -m tests.settings_table
+"""
+
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from loraprune_ds.config import RunConfig
+
+PAGE = Path(__file__).parents[1] / "launch" / "configs" / "README.md"
+HEADER = "| key | default | meaning |\n|---|---|---|\n"
+
+
+class Setting(NamedTuple):
+    """A row. `key` as in `--set`, `default` as in YAML."""
+
+    key: str
+    default: str
+    meaning: str
+
+
+def settings() -> dict[str, list[Setting]]:
+    """Describes every setting, below the heading of its section."""
+    fields = dataclasses.fields(RunConfig)
+    sections: dict[str, Any] = {field.name: field.type for field in fields if dataclasses.is_dataclass(field.type)}
+    top = [row for row in describe(RunConfig) if row.key not in sections]
+    return {"The run": top} | {name: describe(section, f"{name}.") for name, section in sections.items()}
+
+
+def describe(section: Any, prefix: str = "") -> list[Setting]:
+    comments = comments_of_fields(inspect.getsource(section))
+    return [
+        Setting(prefix + field.name, in_words(field.default), meaning(comments[field.name], choices(field.type)))
+        for field in dataclasses.fields(section)
+    ]
+
+
+def comments_of_fields(source: str) -> dict[str, str]:
+    """Finds the comment lines right above each field of a class, and the comment behind it."""
+    lines = source.splitlines()
+    (node,) = ast.parse(source).body
+    assert isinstance(node, ast.ClassDef)
+    comments: dict[str, str] = {}
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            first, behind = field.lineno - 1, lines[field.lineno - 1][field.end_col_offset :]
+            while lines[first - 1].lstrip().startswith("#"):
+                first -= 1
+            parts = [*lines[first : field.lineno - 1], behind]
+            comments[field.target.id] = " ".join(part.strip().removeprefix("# ") for part in parts).strip()
+    return comments
+
+
+def choices(hint: Any) -> list[str]:
+    """Lists the words that a type allows."""
+    if get_origin(hint) is Literal:
+        return [f"`{word}`" for word in get_args(hint)]
+    return [word for part in get_args(hint) for word in choices(part)]
+
+
+def meaning(comment: str, words: list[str]) -> str:
+    """Makes sentences of a comment, in the words of YAML. The words that are allowed come first."""
+    allowed = " or ".join([*filter(None, [", ".join(words[:-1])]), *words[-1:]])
+    sentences = [text[:1].upper() + text[1:].removesuffix(".") + "." for text in (allowed, comment) if text]
+    return re.sub(r"`?\bNone\b`?", "`null`", " ".join(sentences))
+
+
+def in_words(default: Any) -> str:
+    if default is dataclasses.MISSING:
+        return "required"
+    if default is None:
+        return "null"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def with_tables(page: str) -> str:
+    """Replaces the first table below the heading of each section."""
+    for name, rows in settings().items():
+        table = HEADER + "".join(f"| `{row.key}` | `{row.default}` | {row.meaning} |\n" for row in rows)
+        old = re.search(rf"^### {name}\n[^|#]*^((?:\|.*\n)+)", page, re.MULTILINE)
+        assert old, f"no table below {name}"
+        page = page[: old.start(1)] + table.replace("`required`", "required") + page[old.end(1) :]
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text()))
