@@ -71,7 +71,8 @@ def _messages(value: Any, role: str | None = None) -> list[Message]:
     """Reads a list of messages. With `role` a text is one message of that role."""
     if role is not None and isinstance(value, str):
         return [{"role": role, "content": value}]
-    require(isinstance(value, list | None), f"a conversation must be a list of messages; got {value!r:.80}")
+    if not isinstance(value, list | None):
+        raise UserError(f"a conversation must be a list of messages; got {value!r:.80}")
     return [_message(message) for message in value or ()]
 
 

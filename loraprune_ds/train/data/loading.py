@@ -184,8 +184,7 @@ def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
     if not weights:
         return None
     for source, part in zip(sources, parts, strict=True):
-        if not len(part):
-            raise UserError(f"{source.section}.path: {source.path} gives no sample, and so it can have no weight")
+        require(len(part) > 0, f"{source.section}.path: {source.path} gives no sample, and so it can have no weight")
     length = max(len(part) / weight for part, weight in zip(parts, weights, strict=True)) * sum(weights)
     require(
         length <= LONGEST_EPOCH,
@@ -255,8 +254,6 @@ def _split_tail(text: str, fraction: float) -> tuple[str, str]:
 
 def _text_of(row: TextRow, field: str) -> str:
     value = row.get(field)
-    if value is None:  # rows of real data have gaps
-        return ""
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         raise UserError(f"field {field!r} must be text; a row has {value!r:.80}")
-    return value
+    return value or ""  # rows of real data have gaps

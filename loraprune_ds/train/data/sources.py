@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from loraprune_ds.config_data import DataSource
 from loraprune_ds.errors import UserError, first_line, require
@@ -29,7 +29,7 @@ FIELD_SETTINGS = {
 }
 HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # of a pair that stands for one character, or alone
 TextRow = Mapping[str, Any]
-TextRows: TypeAlias = "list[TextRow] | Dataset"
+TextRows = Sequence[TextRow]  # a list or a `datasets.Dataset`
 
 
 def read_rows(source: DataSource) -> TextRows:
@@ -44,7 +44,7 @@ def read_rows(source: DataSource) -> TextRows:
         return [{source.text_field: document} for document in embedded_text()]
     files = files_of(source)
     if files is None:
-        return _load_dataset(source)
+        return cast(TextRows, _load_dataset(source))
     rows = [row for file in files for row in _read_rows_of_file(file, source)]
     _read_fields(source, {field for row in rows for field in row})
     return rows
