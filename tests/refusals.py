@@ -1,11 +1,31 @@
-"""What a user reads when something is refused."""
+"""What a user reads when something is refused, and what spoils a folder so that it is."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loraprune_ds.errors import UserError
+
+Spoil = Callable[[Path], object]  # of a folder
+
+
+def remove(name: str) -> Spoil:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, text: str) -> Spoil:
+    return lambda folder: (folder / name).write_text(text, errors="surrogateescape")
+
+
+def truncate(name: str, left: int = -9) -> Spoil:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:left])
+
+
+def edit(name: str, **values: Any) -> Spoil:
+    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
 
 
 def refused(act: Callable[..., object], *given: Any, **settings: Any) -> str:

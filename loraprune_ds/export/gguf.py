@@ -45,10 +45,10 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     factors = _add_rope(writer, config.rope_parameters, shape.head_dim, architecture, folder)
     remarks += add_tokenizer(writer, pretrained.folder, shape.vocab_size)
     _write(writer, pretrained, tensors, factors)
-    wide = sum(tensor.type is GGMLQuantizationType.F16 for tensor in tensors)
-    if wide and precision == "q8_0":
+    halves = sum(tensor.type is GGMLQuantizationType.F16 for tensor in tensors)
+    if halves and precision == "q8_0":
         advice = "their rows are no multiple of 32 (prune.channel_multiple: 32 avoids it)"
-        remarks.append(f"{wide} tensors stay f16, {advice}")
+        remarks.append(f"{halves} tensors stay f16, {advice}")
     return remarks
 
 
@@ -121,12 +121,10 @@ def _add_rope(
     writer.add_rope_freq_base(full["rope_theta"])
     if sliding:
         writer.add_rope_freq_base_swa(sliding["rope_theta"])
-    if rope_type == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+    if rope_type in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType(rope_type))
         writer.add_rope_scaling_factor(full["factor"])
     if rope_type == "yarn":
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(full["factor"])
         writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
         if scale := full.get("mscale_all_dim"):  # of attention
             writer.add_rope_scaling_yarn_log_mul(0.1 * scale)

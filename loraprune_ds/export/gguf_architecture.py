@@ -5,7 +5,7 @@ hidden_size for the width of all query heads, so they cannot hold a model that l
 as the LLaMA that computes the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -170,29 +170,31 @@ def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:
     name = MODEL_ARCH_NAMES[architecture.uniform]
     if not shape.is_uniform and architecture.unequal is None:
         raise UserError(f"{where}: all layers of llama.cpp's {name} have one size, and these differ; {FORMATS_LEFT}")
-    if missing := _missing(architecture, config, shape):
-        raise UserError(f"{where}: GGUF cannot hold {missing[0]} in llama.cpp's {name}; {FORMATS_LEFT}")
+    for missing in _missing(architecture, config, shape):
+        raise UserError(f"{where}: GGUF cannot hold {missing} in llama.cpp's {name}; {FORMATS_LEFT}")
     return architecture
 
 
-def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> list[str]:
-    """Lists the features of a model that the architecture lacks."""
-    layers, missing = len(shape.layers), []
+def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
+    """Yields the features of a model that the architecture lacks."""
+    layers = len(shape.layers)
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != architecture.activation:
-        missing.append(f"hidden_act {activation!r}")
-    split = {part for name in shape.biases for part in PARTS.get(name, (name,))}
-    missing += [f"the bias of {name}" for name in sorted(split - architecture.biases)]
-    outputs = {x.name: shape.linear_shape(0, x)[0] for x in shape.linears(0) if x.name in architecture.square}
-    missing += [f"{name} with {rows} outputs" for name, rows in outputs.items() if rows != shape.hidden_size]
-    values = {key: getattr(config, key, value) for key, value in architecture.only.items()}
-    missing += [f"{key} {value!r}" for key, value in values.items() if value != architecture.only[key]]
+        yield f"hidden_act {activation!r}"
+    biases = {part for name in shape.biases for part in PARTS.get(name, (name,))}
+    yield from (f"the bias of {name}" for name in sorted(biases - architecture.biases))
+    for linear in shape.linears(0):
+        outputs, _ = shape.linear_shape(0, linear)
+        if linear.name in architecture.square and outputs != shape.hidden_size:
+            yield f"{linear.name} with {outputs} outputs"
+    for key, only in architecture.only.items():
+        if (value := getattr(config, key, only)) != only:
+            yield f"{key} {value!r}"
     if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):
-        missing.append(f"{layers} layers with q_lora_rank {config.q_lora_rank}")
+        yield f"{layers} layers with q_lora_rank {config.q_lora_rank}"
     for period, key, usual, special in (
         (architecture.window_period, "layer_types", "sliding_attention", "full_attention"),
         (architecture.rope_period, "no_rope_layers", 1, 0),
     ):
         if period and getattr(config, key) != [usual if (i + 1) % period else special for i in range(layers)]:
-            missing.append(f"this order of {key}")
-    return missing
+            yield f"this order of {key}"

@@ -5,7 +5,7 @@ the rows of keys, transposed because queries are multiplied by them, separately 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -20,6 +20,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_architecture import PARTS, Architecture
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
 from loraprune_ds.model.experts import CORRECTION
+from loraprune_ds.model.family import Linear
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape, Pieces
 
@@ -33,20 +34,19 @@ BIAS = "_proj_bias"  # ends the name of biases with a row for each expert
 EXPERT_PARTS = {"gate_up": ("mlp.experts.gate_proj", "mlp.experts.up_proj"), "down": ("mlp.experts.down_proj",)}
 
 
-class Blocks(NamedTuple):
-    """Locates a tensor in a source that has one block after another, for each expert or head."""
+class Stack(NamedTuple):
+    """Takes the same part of one matrix per expert or head. In the source they follow one another."""
 
     count: int
-    shape: tuple[int, ...]  # of one block in the source
-    take: tuple[slice, ...]  # along each axis of a block
+    shape: tuple[int, ...]  # of one matrix in the source
+    take: tuple[slice, ...]  # along each of its axes
     transposed: bool  # after it was taken
 
     def read(self, read_flat: Callable[[int, int], Tensor]) -> Tensor:
         """Returns (count, rows, ...). `read_flat`: (start, end) -> these elements of the source."""
         numel = math.prod(self.shape)
-        blocks = (read_flat(i * numel, (i + 1) * numel).view(self.shape) for i in range(self.count))
-        taken = (block[self.take] for block in blocks)
-        return torch.stack([block.T if self.transposed else block for block in taken])
+        parts = (read_flat(i * numel, (i + 1) * numel).view(self.shape)[self.take] for i in range(self.count))
+        return torch.stack([part.T if self.transposed else part for part in parts])
 
 
 class Part(NamedTuple):
@@ -55,7 +55,7 @@ class Part(NamedTuple):
     name: str
     shape: tuple[int, ...]
     start: int = 0
-    blocks: Blocks | None = None
+    stack: Stack | None = None
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,14 @@ class GgufTensor:
     """One tensor of the file. Its values are (value + offset) · factor."""
 
     source: str  # name in the pretrained model
-    part: Part  # of the source. Its shape is (out_features, in_features), or with experts before, or (n,)
     name: str
+    shape: tuple[int, ...]  # (out_features, in_features), or with experts before, or (n,)
     type: GGMLQuantizationType
+    start: int = 0  # as in Part
+    stack: Stack | None = None
     heads: int = 0  # query or key heads whose rows are stored in llama.cpp's order. 0 for all other tensors
     offset: float = 0.0
     factor: float = 1.0
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.part.shape
 
     @property
     def nbytes(self) -> int:
@@ -88,24 +86,24 @@ def plan_tensors(
     names = get_tensor_name_map(arch, len(shape.layers))
     tensors = []
     for source, size in shape.parameters().items():
-        for part in _parts(source, size, shape, architecture):
-            if part.name == source:
-                part = part._replace(name=_on_disk(source, pieces))
-            name = names.get_name(part.name, try_suffixes=(".weight", ".bias"))
+        for part in _parts(source, size, shape, architecture.in_turn):
+            part_name = _on_disk(source, pieces) if part.name == source else part.name
+            name = names.get_name(part_name, try_suffixes=(".weight", ".bias"))
             if name is None:
                 arch_name = MODEL_ARCH_NAMES[arch]
-                raise UserError(f"{where}: llama.cpp's {arch_name} has no place for {part.name}; {FORMATS_LEFT}")
-            if SHARED_GATE in name:  # a vector there
-                part = part._replace(shape=part.shape[1:])
-            module = part.name.rpartition(".")[0]
+                raise UserError(f"{where}: llama.cpp's {arch_name} has no place for {part_name}; {FORMATS_LEFT}")
+            part_shape = part.shape[1:] if SHARED_GATE in name else part.shape  # a vector there
+            module = part_name.rpartition(".")[0]
             inner = module.split(".", 3)[-1] if module.startswith("model.layers.") else module
             tensors.append(
                 GgufTensor(
                     source,
-                    part,
                     name,
-                    _type(name, part.shape, precision),
-                    heads=part.shape[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
+                    part_shape,
+                    _type(name, part_shape, precision),
+                    part.start,
+                    part.stack,
+                    heads=part_shape[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
                     offset=architecture.norm_offset if inner.endswith("norm") else 0.0,
                     factor=architecture.attention_factor(config, shape) if inner == architecture.scaled else 1.0,
                 )
@@ -115,9 +113,9 @@ def plan_tensors(
 
 def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
     """Reads a tensor in the layout of the GGUF file. Q8_0 gives bytes."""
-    read, start = partial(pretrained.weights.read_flat, tensor.source, dtype=torch.float32), tensor.part.start
-    blocks = tensor.part.blocks
-    flat = blocks.read(read) if blocks else read(start, start + math.prod(tensor.shape))
+    read = partial(pretrained.weights.read_flat, tensor.source, dtype=torch.float32)
+    end = tensor.start + math.prod(tensor.shape)
+    flat = tensor.stack.read(read) if tensor.stack else read(tensor.start, end)
     values = flat.view(tensor.shape).numpy()
     if tensor.heads:
         values = permute(values, tensor.heads)
@@ -138,58 +136,53 @@ def permute(rows: Array, heads: int) -> Array:
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
 
 
-def _parts(source: str, size: tuple[int, ...], shape: ModelShape, architecture: Architecture) -> list[Part]:
-    split: list[Part] = []
+def _parts(source: str, size: tuple[int, ...], shape: ModelShape, in_turn: bool) -> Iterable[Part]:
+    """Returns the parts of a parameter that are tensors in llama.cpp: most are one part."""
     if source.startswith("model.layers."):
-        _, _, layer, inside = source.split(".", 3)
-        split += _expert_parts(int(layer), inside, size, shape, architecture.in_turn)
-        split += _latent_parts(int(layer), inside, shape)
-        split += _fused_parts(int(layer), inside, size, shape)
-    return split or [Part(source, size)]
+        *_, number, inside = source.split(".", 3)
+        layer, prefix = int(number), source.removesuffix(inside)
+        if inside == "self_attn.kv_b_proj.weight":
+            return _latent_parts(prefix, shape.layers[layer]["heads"], shape)
+        for linear in shape.linears(layer):
+            if linear.name in PARTS and inside.startswith(f"{linear.name}."):
+                rows = shape.part_sizes(layer, linear.parts)
+                return _fused_parts([source.replace(linear.name, part) for part in PARTS[linear.name]], rows, size[1:])
+            if linear.is_stack and inside in (f"{linear.name}.weight", f"{linear.name}{BIAS}"):
+                return _expert_parts(prefix, linear, shape.layers[layer][linear.kind], size, inside, in_turn)
+    return [Part(source, size)]
 
 
-def _expert_parts(layer: int, inside: str, size: tuple[int, ...], shape: ModelShape, in_turn: bool) -> Iterator[Part]:
-    """Splits a stack of experts, or its biases. If `in_turn`, outputs of gate and up alternate."""
-    for stack in (linear for linear in shape.linears(layer) if linear.is_stack):
-        experts = shape.layers[layer][stack.kind]
-        if inside == f"{stack.name}.weight":
-            what, one, transposed = "weight", (size[0] // experts, size[1]), stack.transposed
-        elif inside == f"{stack.name}{BIAS}":
-            what, one, transposed = "bias", size[1:], False
-        else:
-            continue
-        outputs, *inputs = reversed(one) if transposed else one
-        parts = EXPERT_PARTS[stack.name.rpartition(".")[2]]
-        for name, take in zip(parts, _places(len(parts), outputs, in_turn), strict=True):
-            place = (slice(None), take) if transposed else (take,)
-            blocks = Blocks(experts, one, place, transposed)
-            yield Part(f"model.layers.{layer}.{name}.{what}", (experts, outputs // len(parts), *inputs), blocks=blocks)
-
-
-def _places(parts: int, outputs: int, in_turn: bool) -> list[slice]:
-    if parts == 1:
-        return [slice(None)]
-    return [slice(0, None, 2), slice(1, None, 2)] if in_turn else [slice(0, outputs // 2), slice(outputs // 2, None)]
-
-
-def _latent_parts(layer: int, inside: str, shape: ModelShape) -> Iterator[Part]:
+def _latent_parts(prefix: str, heads: int, shape: ModelShape) -> Iterator[Part]:
     """Splits the projection of latent keys and values."""
-    if inside == "self_attn.kv_b_proj.weight":
-        heads, rank, both = shape.layers[layer]["heads"], *map(shape.width, ("key_value_rank", "key_and_value"))
-        keys, one = both - shape.width("value"), (both, rank)
-        name = f"model.layers.{layer}.self_attn.{{}}_b_proj.weight"
-        yield Part(name.format("k"), (heads, rank, keys), blocks=Blocks(heads, one, (slice(0, keys),), True))
-        yield Part(name.format("v"), (heads, both - keys, rank), blocks=Blocks(heads, one, (slice(keys, both),), False))
+    rank, both = map(shape.width, ("key_value_rank", "key_and_value"))
+    keys, one = both - shape.width("value"), (both, rank)
+    name = f"{prefix}self_attn.{{}}_b_proj.weight"
+    yield Part(name.format("k"), (heads, rank, keys), stack=Stack(heads, one, (slice(0, keys),), True))
+    yield Part(name.format("v"), (heads, both - keys, rank), stack=Stack(heads, one, (slice(keys, both),), False))
 
 
-def _fused_parts(layer: int, inside: str, size: tuple[int, ...], shape: ModelShape) -> Iterator[Part]:
+def _fused_parts(names: list[str], rows: list[int], columns: tuple[int, ...]) -> Iterator[Part]:
     start = 0
-    for linear in shape.family.linears:
-        if linear.name in PARTS and inside.startswith(f"{linear.name}."):
-            for part, rows in zip(PARTS[linear.name], shape.part_sizes(layer, linear.parts), strict=True):
-                part_size = (rows, *size[1:])
-                yield Part(f"model.layers.{layer}.{inside.replace(linear.name, part)}", part_size, start)
-                start += math.prod(part_size)
+    for name, count in zip(names, rows, strict=True):
+        part = Part(name, (count, *columns), start)
+        yield part
+        start += math.prod(part.shape)
+
+
+def _expert_parts(
+    prefix: str, linear: Linear, experts: int, size: tuple[int, ...], inside: str, in_turn: bool
+) -> Iterator[Part]:
+    """Splits a stack of experts, or its biases. If `in_turn`, outputs of gate and up alternate."""
+    is_bias = inside.endswith(BIAS)
+    transposed = linear.transposed and not is_bias
+    one = size[1:] if is_bias else (size[0] // experts, size[1])
+    outputs, *inputs = reversed(one) if transposed else one
+    parts = EXPERT_PARTS[linear.name.rpartition(".")[2]]
+    each = outputs // len(parts)
+    for i, part in enumerate(parts):
+        take = slice(i, None, len(parts)) if in_turn else slice(i * each, (i + 1) * each)
+        stack = Stack(experts, one, (slice(None), take) if transposed else (take,), transposed)
+        yield Part(f"{prefix}{part}.{'bias' if is_bias else 'weight'}", (experts, each, *inputs), stack=stack)
 
 
 def _on_disk(source: str, pieces: Mapping[str, Pieces]) -> str:
@@ -203,6 +196,6 @@ def _type(name: str, size: tuple[int, ...], precision: Precision) -> GGMLQuantiz
     """Returns the type that stores a tensor: fp32 for vectors, routers and the biases of experts."""
     if len(size) == 1 or ROUTER in name or name.endswith(".bias"):
         return GGMLQuantizationType.F32
-    wanted = MATRIX_TYPES[precision]
-    block, _ = GGML_QUANT_SIZES[wanted]
-    return wanted if size[-1] % block == 0 else GGMLQuantizationType.F16
+    matrix_type = MATRIX_TYPES[precision]
+    block, _ = GGML_QUANT_SIZES[matrix_type]
+    return matrix_type if size[-1] % block == 0 else GGMLQuantizationType.F16

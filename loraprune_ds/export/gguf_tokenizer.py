@@ -92,7 +92,11 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str
         writer.add_token_scores(vocabulary.scores)
     else:
         writer.add_token_merges(vocabulary.merges)
-    _add_special_tokens(writer, tokenizer)
+    for key in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
+        if isinstance(index := getattr(tokenizer, key), int):
+            getattr(writer, f"add_{key}")(index)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
     _add_text_ends(writer, tokenizer, folder)
     return vocabulary.remarks
 
@@ -124,14 +128,6 @@ def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
             vocabulary.scores[index] = ADDED_SCORE
 
 
-def _add_special_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase) -> None:
-    for key in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
-        if isinstance(index := getattr(tokenizer, key), int):
-            getattr(writer, f"add_{key}")(index)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
-
-
 def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes whether BOS and EOS surround every text. A probe shows it: the settings have too many forms."""
     plain = tokenizer(PROBE, add_special_tokens=False).input_ids
@@ -157,11 +153,15 @@ def _byte_level(fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path:
     normalizer = [step["type"] for step in _steps(fast["normalizer"], "normalizers")]
     if fast["model"]["type"] != "BPE" or signature not in PRE_TOKENIZERS or normalizer not in ([], ["NFC"]):
         raise UserError(f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}")
-    tokens = _by_id(fast["model"]["vocab"])
-    merges = [" ".join(pair) for pair in _merges(fast)]
-    types = [int(TokenType.NORMAL)] * len(tokens)
-    remarks = [NOT_COMPOSED] if normalizer else []
-    return Vocabulary("gpt2", PRE_TOKENIZERS[signature], tokens, types, merges=merges, remarks=remarks)
+    tokens, pairs = _tokens_and_merges(fast["model"])
+    return Vocabulary(
+        "gpt2",
+        PRE_TOKENIZERS[signature],
+        tokens,
+        [int(TokenType.NORMAL)] * len(tokens),
+        merges=[" ".join(pair) for pair in pairs],
+        remarks=[NOT_COMPOSED] if normalizer else [],
+    )
 
 
 def _describe(step: dict[str, Any]) -> str:
@@ -176,15 +176,11 @@ def _describe(step: dict[str, Any]) -> str:
     return json.dumps(step)
 
 
-def _by_id(vocabulary: dict[str, int]) -> list[str]:
-    """Returns the tokens in the order of their ids, without a gap: added tokens have later ids."""
-    return sorted(vocabulary, key=vocabulary.__getitem__)
-
-
-def _merges(fast: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns the pairs that merge: `left right` in older files, two strings in newer ones."""
-    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in fast["model"]["merges"])
-    return [(left, right) for left, right in pairs]
+def _tokens_and_merges(model: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Returns the tokens in the order of their ids, which have no gap, and the pairs that merge, first ones first."""
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])  # strings: older files
+    return tokens, [(left, right) for left, right in pairs]
 
 
 def _sentencepiece(path: Path) -> Vocabulary:
@@ -203,20 +199,16 @@ def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
 
     It lists every pair of tokens that makes a token, best token first, so a token's score is its place.
     """
-    tokens, added = _by_id(fast["model"]["vocab"]), {token["content"] for token in fast["added_tokens"]}
-    merges = _merges(fast)
+    tokens, merges = _tokens_and_merges(fast["model"])
     made = [left + right for left, right in merges]
     places = {token: float(-place) for place, token in reversed(list(enumerate(made)))}
     in_one_go = 1 + sum(a != b for a, b in pairwise(made)) == len(places)
-    if not in_one_go or not _all_pairs(set(tokens) - added) <= set(merges):
+    known = set(tokens).difference(token["content"] for token in fast["added_tokens"])
+    splits = ((token[:i], token[i:]) for token in known for i in range(1, len(token)))
+    if not in_one_go or not {pair for pair in splits if known.issuperset(pair)} <= set(merges):
         raise UserError(f"{path}: its merges are not those of a sentencepiece model; {FORMATS_LEFT}")
     types = [_type_of(token, fast["model"].get("unk_token")) for token in tokens]
     return Vocabulary("llama", "default", tokens, types, [places.get(token, float(-len(merges))) for token in tokens])
-
-
-def _all_pairs(tokens: set[str]) -> set[tuple[str, str]]:
-    splits = ((token[:i], token[i:]) for token in tokens for i in range(1, len(token)))
-    return {(left, right) for left, right in splits if left in tokens and right in tokens}
 
 
 def _type_of(token: str, unknown: str | None) -> int:

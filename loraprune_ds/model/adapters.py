@@ -31,7 +31,7 @@ ADAPTER_FILE = "adapter_config.json"
 VARIANTS = ("use_dora", "use_rslora", "alora_invocation_tokens")  # each computes something else
 PATTERNS = ("rank_pattern", "alpha_pattern")
 STARTS_THAT_CHANGE_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
-LEAF_LAYER_HIDDEN = 4096  # up to this hidden_size a layer is gathered at once: 0.4 GB in bf16 for LLaMA-7B
+LEAF_LAYER_HIDDEN = 4096  # up to this hidden_size a layer is gathered in one piece: 0.4 GB in bf16 for LLaMA-7B
 
 
 def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed: int) -> PeftModel:
@@ -49,7 +49,7 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
     peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: FusedLoraLinear})
     wrapped = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     for parameter in (p for p in wrapped.parameters() if p.requires_grad):
-        parameter.data = parameter.data.to(model.dtype)  # beside an int8 weight PEFT leaves it in fp32
+        parameter.data = parameter.data.to(model.dtype)  # next to an int8 weight PEFT leaves it in fp32
     return cast(PeftModel, wrapped)
 
 

@@ -85,7 +85,7 @@ MODEL_DTYPE = FrozenStorage()
 
 
 def lora_cuts(linear: Linear, lora_rank: int, weight: Slice, keep: LayerKeep) -> list[tuple[int, Slice]]:
-    """Lists the LoRA factors that get smaller, 0 for A or 1 for B, and their slices. `weight` is that of the linear."""
+    """Lists the LoRA factors that get smaller, 0 for A or 1 for B, and their slices, by the slice of the weight."""
     if linear.is_stack:
         return [(0, Slice(0, group_indices(keep[linear.kind], lora_rank))), (1, weight)]
     return [(1 - linear.axis, weight)]  # A has the inputs, B the outputs

@@ -81,7 +81,7 @@ Strike = Callable[[Job], None]
 
 @dataclass(frozen=True)
 class Fault:
-    """Describes one fault: a fail-point of loraprune_ds/faults.py, or else a strike on the running job."""
+    """Describes one fault: a fail-point of loraprune_ds/errors.py, or else a strike on the running job."""
 
     name: str
     point: str | None = None

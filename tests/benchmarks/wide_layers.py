@@ -75,8 +75,9 @@ def write_random_weights(folder: Path) -> None:
     write_index(folder, entries)
 
 
-def write_ds_config(path: Path, largest_linear: int) -> None:
+def write_ds_config(path: Path, shape: ModelShape) -> None:
     """Writes the shipped config, but at most two gathered linears stay alive, as on a tight machine."""
+    largest_linear = max(torch.Size(size).numel() for size in shape.parameters().values())
     config = read_json(ROOT / "ds_configs" / "zero3.json")
     config["zero_optimization"] |= {
         "stage3_max_live_parameters": 2 * largest_linear,
@@ -103,7 +104,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     shape = shape_from_config(config_json(name), name)
     int8 = name.endswith(INT8)
     held = FrozenStorage(int8).stored(shape, 2).values()
-    write_ds_config(folder / "ds.json", max(torch.Size(s).numel() for s in shape.parameters().values()))
+    write_ds_config(folder / "ds.json", shape)
     shard = sum(tensor.element_size * partition_numel(torch.Size(tensor.shape).numel(), RANKS) for tensor in held)
     layer = 2 * shape.layer_numel(0)
     limit = shard + layer + SLACK
@@ -129,7 +130,7 @@ def wide_peaks(name: str, folder: Path, ranks: list[dict[str, Any]]) -> dict[str
     """Returns (planned, measured) bytes of the largest peak before and after the first cut, as in `plan_measured`."""
     source = config_json(name)
     shape = shape_from_config(source, name)
-    write_ds_config(folder / "ds.json", max(torch.Size(s).numel() for s in shape.parameters().values()))
+    write_ds_config(folder / "ds.json", shape)
     config = make_config(folder, RANKS, int8=name.endswith(INT8))
     request = build_request(name, source, shape, config, Cluster(nodes=1, gpus_per_node=RANKS))
     gone, found = [0.0, *CUTS.values()], dict[str, tuple[int, int]]()

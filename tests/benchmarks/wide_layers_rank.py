@@ -1,6 +1,5 @@
 """Runs on each rank of `wide_layers.py`: load, train, cut twice, save, export, read back. Measures every phase."""
 
-import argparse
 import gc
 import json
 import os
@@ -28,6 +27,7 @@ from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine, quiet_deepspeed, start_ranks, stop_ranks
 from loraprune_ds.zero.write import write_model
 from tests.benchmarks.memory import Peak, tell
+from tests.benchmarks.running import make_parser
 from tests.numerics.driver import Consecutive, assemble
 
 STEPS, WINDOW = 3, 16
@@ -74,11 +74,10 @@ def make_config(folder: Path, ranks: int, *, int8: bool) -> RunConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--control", action="store_true", help="the last rank materialises the full weights")
     parser.add_argument("--int8", action="store_true", help="hold the linears as int8")
-    parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     folder, rank = arguments.folder, int(os.environ["RANK"])
     tell(folder, rank)

@@ -181,9 +181,9 @@ def make_trainer(job: Job, args: TrainingArguments, *callbacks: TrainerCallback,
 def stop_early(job: Job, out: Path) -> list[str]:
     """Makes fewer steps than the schedule is made for, with gradients in the model's dtype. Returns the warnings."""
     messages: list[str] = []
-    logger = logging.getLogger("loraprune_ds.hf")
-    told = patch.object(logger, "callHandlers", lambda record: messages.append(record.getMessage()))
-    with fresh_accelerate(), told:
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    with fresh_accelerate(), patch.object(logging.getLogger("loraprune_ds.hf"), "handlers", [handler]):
         callback = LoraPruneCallback(PruneConfig(**job.prune), steps=20)
         args = arguments(job, out, max_steps=2, deepspeed=deepspeed_config(fp32_gradients=False))
         make_trainer(job, args, callback).train()
@@ -260,7 +260,7 @@ def refusal(job: Job, out: Path, setup: Setup, section: str, settings: dict[str,
     config[section] = config[section] | settings
     with fresh_accelerate():
         callback = LoraPruneCallback(PruneConfig(**job.prune))
-        return refused(make_trainer(job, arguments(job, out, deepspeed=config), callback, setup=setup).train)
+        return refused(lambda: make_trainer(job, arguments(job, out, deepspeed=config), callback, setup=setup).train())
 
 
 def cut_a_save_short(job: Job, out: Path, more: dict[str, Any], step: int) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.integration.launching import ROOT, Ended, read_json, write_config, write_text
 from tests.oracle.models import make_tiny_llama
+from tests.refusals import Spoil
 
 STEPS = 4
 Make = Callable[[Path, Path], None]  # (material, here): prepares in `here` what a wrong config names
@@ -48,7 +49,7 @@ def assert_refused(ended: Ended, *words: str, code: int = 2) -> None:
         assert word in lines[0]
 
 
-def copy_of_model(change: Callable[[Path], None]) -> Make:
+def copy_of_model(change: Spoil) -> Make:
     """A copy of the model at {here}/model, changed."""
 
     def make(material: Path, here: Path) -> None:
@@ -56,19 +57,6 @@ def copy_of_model(change: Callable[[Path], None]) -> Make:
         change(here / "model")
 
     return make
-
-
-def edit_config(**values: Any) -> Callable[[Path], None]:
-    def change(model: Path) -> None:
-        path = model / "config.json"
-        path.write_text(json.dumps(read_json(path) | values))
-
-    return change
-
-
-def truncate(model: Path) -> None:
-    path = model / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
 
 
 def drop_tokenizer(model: Path) -> None:

@@ -17,11 +17,10 @@ from tests.integration.bad_input import (
     copy_of_model,
     drop_tokenizer,
     ds_config,
-    edit_config,
     file_at,
-    truncate,
 )
 from tests.integration.launching import ROOT, RUN, fork_ranks, run_to_end
+from tests.refusals import edit, truncate
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,8 @@ WRONG = (
     Wrong("unreachable ratio", "prune.ratio=0.9", ("prune.ratio 0.9 is out of reach", "at most 0.2625")),
     Wrong("no such model", "model.path={here}/model", ("model.path", "does not exist")),
     Wrong("model on no hub", "model.path=nobody/nothing", ("model.path", "nobody/nothing", "hub")),
-    Wrong("gpt2", MODEL, ("'gpt2'", " llama, ", " mistral, "), copy_of_model(edit_config(model_type="gpt2"))),
-    Wrong("truncated weights", MODEL, ("model.safetensors is damaged",), copy_of_model(truncate)),
+    Wrong("gpt2", MODEL, ("'gpt2'", " llama, ", " mistral, "), copy_of_model(edit("config.json", model_type="gpt2"))),
+    Wrong("truncated weights", MODEL, ("model.safetensors is damaged",), copy_of_model(truncate("model.safetensors"))),
     Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(drop_tokenizer)),
     Wrong("no adapter", "model.adapter={here}", ("adapter_config.json does not exist",)),
     Wrong("top k", "train.distill_weight=0.5 train.distill_top_k=300", ("distill_top_k 300", "vocabulary of 259")),
@@ -65,7 +64,12 @@ WRONG = (
     Wrong("LoRA rank", "lora.r=4096", ("lora.r 4096", "hidden_size 32")),
     Wrong("window", "data.window=4096", ("data.window 4096", "512 positions")),
     Wrong("attention", "model.attn_implementation=flash", ("cannot build this model", "attn_implementation flash")),
-    Wrong("activation", MODEL, ("config.json", "KeyError: 'zelu'"), copy_of_model(edit_config(hidden_act="zelu"))),
+    Wrong(
+        "activation",
+        MODEL,
+        ("config.json", "KeyError: 'zelu'"),
+        copy_of_model(edit("config.json", hidden_act="zelu")),
+    ),
     Wrong("no ds_config", DS, ("deepspeed: ", "ds.json does not exist")),
     Wrong("not ZeRO-3", DS, ("zero_optimization.stage must be 3",), ds_config(zero_optimization={"stage": 2})),
     Wrong(

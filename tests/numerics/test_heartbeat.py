@@ -6,7 +6,8 @@ import pickle
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -78,16 +79,10 @@ def test_a_busy_rank_is_not_lost(ranks: RankPool, tmp_path: Path) -> None:
         assert contacts > LOOKS
 
 
-class TwoRanks:
-    rank = 0
-
-    def gather_objects(self, mine: Any) -> list[Any]:
-        return [mine, mine]
-
-
 def test_a_count_that_stands_still_is_found_and_one_late_look_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    heartbeat = Heartbeat(cast(Any, TwoRanks()), silence=1e6)
+    comm: Any = SimpleNamespace(rank=0, gather_objects=lambda mine: [mine, mine])
+    heartbeat = Heartbeat(comm, silence=1e6)
     for look in range(LOOKS):
         assert heartbeat.look([look, 7]) is None  # the first look sees 7 for the first time
     assert heartbeat.look([99, 8]) is None

@@ -1,6 +1,5 @@
 """PEFT LoRA: the same start everywhere, no silent upcast, and an existing adapter taken over whole or refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.oracle.models import make_lora, make_tiny_llama
-from tests.refusals import refused
+from tests.refusals import edit, refused
 
 CONFIG = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.0)
 LAYERS = 2
@@ -100,7 +99,7 @@ def test_features_are_set_on_all_wrappers(folder: Path) -> None:
 def test_an_existing_adapter_is_loaded(folder: Path, adapter: Path, dtype: torch.dtype) -> None:
     shape = open_pretrained(folder).shape
     check_adapter(adapter, CONFIG, shape)
-    edit(adapter, target_modules=".*_proj")  # PEFT takes a pattern too
+    edit("adapter_config.json", target_modules=".*_proj")(adapter)  # PEFT takes a pattern too
     check_adapter(adapter, CONFIG, shape)
     model = wrap(folder, dtype=dtype)
     load_adapter(model, adapter, shape, CONFIG.r)
@@ -112,11 +111,6 @@ def test_an_existing_adapter_is_loaded(folder: Path, adapter: Path, dtype: torch
     if dtype == torch.float32:
         input_ids = torch.arange(3, 20)[None]
         assert torch.equal(model.eval()(input_ids=input_ids).logits, stock.eval()(input_ids=input_ids).logits)
-
-
-def edit(adapter: Path, **values: Any) -> None:
-    path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def refusal(folder: Path, adapter: Path) -> str:
@@ -144,7 +138,7 @@ def refusal(folder: Path, adapter: Path) -> str:
     ids=str,
 )
 def test_a_config_that_does_not_fit(folder: Path, adapter: Path, values: dict[str, Any], message: str) -> None:
-    edit(adapter, **values)
+    edit("adapter_config.json", **values)(adapter)
     assert message in refusal(folder, adapter)
 
 

@@ -16,7 +16,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import load_tokenizer
-from loraprune_ds.train.data.chat import Chat, read_chat, tokenize_chats
+from loraprune_ds.train.data.chat import Chat, ChatTemplate, read_chat
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from tests.refusals import refused
@@ -59,7 +59,7 @@ def tokenizer_with(template: str | None) -> PreTrainedTokenizerBase:
 
 
 def labels_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    ((ids, labels),) = tokenize_chats([chat], tokenizer)
+    ((ids, labels),) = ChatTemplate(tokenizer).tokenize([chat])
     return ids, labels
 
 

@@ -42,7 +42,8 @@ def reads(path: Path, *arguments: Any, **settings: Any) -> bool:
 def test_what_is_found_is_what_was_made(form: str, tmp_path: Path, cache: Path) -> None:
     path = write_json(tmp_path / "data.jsonl", documents(40) if form == "text" else INSTRUCTIONS)
     config = DataConfig(path=str(path), window=40, format=form, held_out_fraction=0.2)  # pyright: ignore[reportArgumentType]
-    made = loading._make(config, TOKENIZER, None)
+    formats = [loading.FORMATS[source.format](source, TOKENIZER) for source in config.sources]
+    made = loading._make(config, TOKENIZER, formats, None)
     load(path, window=40, format=form, held_out_fraction=0.2)
     with patch.object(loading, "read_rows"):  # a call would fail
         found = load(path, window=40, format=form, held_out_fraction=0.2)
@@ -68,6 +69,7 @@ def test_all_that_the_tokens_depend_on_makes_them_again(tmp_path: Path) -> None:
     assert reads(path, window=8)
     assert reads(path, max_samples=3)
     assert reads(path, TOKENIZER, 1)
+    assert load(path, start=1).samples.columns["input_ids"][::16].eq(1).all()
     assert reads(path, make_tokenizer(template="<s> $A"))
     with_template = make_tokenizer()
     with_template.chat_template = "{{ messages }}"

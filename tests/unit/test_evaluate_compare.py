@@ -133,12 +133,7 @@ def drawn(results: list[ComparedModel], monkeypatch: pytest.MonkeyPatch, tmp_pat
     """Returns the figure that was saved."""
     kept: list[Figure] = []
     save = Figure.savefig
-
-    def savefig(self: Figure, *arguments: Any, **settings: Any) -> None:
-        kept.append(self)
-        save(self, *arguments, **settings)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr(Figure, "savefig", lambda self, *given, **more: kept.append(self) or save(self, *given, **more))
     draw_comparison(tmp_path / "pictures" / "p.png", results)
     assert matplotlib.image.imread(tmp_path / "pictures" / "p.png").std() > 0.05  # not blank
     return kept[0]

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from loraprune_ds.evaluate.evaluation import choose_dtype
 from loraprune_ds.evaluate.models import find_model, load_model, open_result
 from tests.export_cases import CASES, VOCAB, dense_model, export, exported_config
 from tests.oracle.models import LINEARS, make_lora, make_tiny_llama, make_tokenizer
-from tests.refusals import refused
+from tests.refusals import Spoil, edit, refused, remove, truncate, write
 
 CPU = torch.device("cpu")
 GLOBAL = next(case for case in CASES if case.name == "layers_gqa_biases")
@@ -98,7 +97,7 @@ def test_an_adapter_may_have_a_relative_base_and_its_own_tokenizer(made: Path, t
     shutil.copytree(made / "pruned", base)
     shutil.copytree(made / "adapter", adapter)
     assert find_model(str(adapter)).tokenizer_folder == made / "dense"
-    change("adapter_config.json", base_model_name_or_path="../base")(adapter)
+    edit("adapter_config.json", base_model_name_or_path="../base")(adapter)
     make_tokenizer(97).save_pretrained(adapter)
     source = find_model(str(adapter))
     assert source.pretrained.folder.samefile(base)
@@ -146,25 +145,6 @@ def test_a_folder_without_a_result_is_one_line(made: Path, name: str) -> None:
 # Bad input
 
 
-Spoil = Callable[[Path], Any]
-
-
-def write(name: str, text: str) -> Spoil:
-    return lambda folder: (folder / name).write_text(text)
-
-
-def change(name: str, **values: Any) -> Spoil:
-    return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
-
-
-def drop(name: str) -> Spoil:
-    return lambda folder: (folder / name).unlink()
-
-
-def cut_short(name: str) -> Spoil:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-9])
-
-
 def drop_tensor(name: str) -> Spoil:
     def spoil(folder: Path) -> None:
         tensors = load_file(folder / name)
@@ -175,25 +155,25 @@ def drop_tensor(name: str) -> Spoil:
 
 
 BAD: list[tuple[str, Spoil, str]] = [
-    ("dense", drop("config.json"), "{here}/config.json does not exist"),
-    ("run", change("status.json", state="running", step=3), "{here} holds an unfinished run (running at step 3 of 8)"),
-    ("run", drop("report.json"), "{here}/report.json does not exist"),
+    ("dense", remove("config.json"), "{here}/config.json does not exist"),
+    ("run", edit("status.json", state="running", step=3), "{here} holds an unfinished run (running at step 3 of 8)"),
+    ("run", remove("report.json"), "{here}/report.json does not exist"),
     ("run", write("report.json", '{"params": {}}'), "{here}/report.json is damaged: KeyError('"),
-    ("run", drop("model/config.json"), "{here}/model/config.json does not exist"),
-    ("adapter", drop(TENSORS), "{here}/adapter_model.safetensors does not exist"),
-    ("adapter", change("adapter_config.json", peft_type="IA3"), "{here}/adapter_config.json: only LoRA can be merged"),
+    ("run", remove("model/config.json"), "{here}/model/config.json does not exist"),
+    ("adapter", remove(TENSORS), "{here}/adapter_model.safetensors does not exist"),
+    ("adapter", edit("adapter_config.json", peft_type="IA3"), "{here}/adapter_config.json: only LoRA can be merged"),
     (
         "adapter",
-        change("adapter_config.json", base_model_name_or_path=None),
+        edit("adapter_config.json", base_model_name_or_path=None),
         "{here}/adapter_config.json names no base_model_name_or_path",
     ),
     (
         "adapter",
-        change("adapter_config.json", base_model_name_or_path="/no/such/folder"),
+        edit("adapter_config.json", base_model_name_or_path="/no/such/folder"),
         "base model of adapter {here}: folder /no/such/folder does not exist",
     ),
     ("adapter", drop_tensor(TENSORS), "adapter {here} does not fit its base model: "),
-    ("adapter", cut_short(TENSORS), "adapter {here} does not fit its base model: "),
+    ("adapter", truncate(TENSORS), "adapter {here} does not fit its base model: "),
 ]
 
 
@@ -218,6 +198,6 @@ def test_no_such_model(tmp_path: Path) -> None:
 
 def test_an_adapter_of_another_base_is_one_line(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "adapter", tmp_path / "adapter")
-    change("adapter_config.json", base_model_name_or_path=str(made / "pruned"))(tmp_path / "adapter")
+    edit("adapter_config.json", base_model_name_or_path=str(made / "pruned"))(tmp_path / "adapter")
     with pytest.raises(UserError, match=f"^adapter {tmp_path}/adapter does not fit its base model: [^\n]+$"):
         load_model(find_model(str(tmp_path / "adapter")), "float32", CPU)

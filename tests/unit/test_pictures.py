@@ -114,11 +114,7 @@ COURSES = {
 
 
 @pytest.mark.parametrize("course", COURSES)
-def test_no_label_lies_on_a_curve_or_another_label(
-    course: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures: list[Any] = []
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: figures.append(figure))
+def test_no_label_lies_on_a_curve_or_another_label(course: str, tmp_path: Path, figures: list[Any]) -> None:
     dense, *on_the_way, last_cut, exported = COURSES[course]
     names = [(0, "dense", dense), *((i, "step", p) for i, p in enumerate(on_the_way, start=1))]
     evaluations = [EvaluationRecord(step, name, p, 1, 1) for step, name, p in names]  # type: ignore[arg-type]

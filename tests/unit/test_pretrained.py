@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from loraprune_ds.model import weights
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import refused
+from tests.refusals import Spoil, edit, refused, remove, truncate, write
 
 SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 24, "ffn": 37, "layers": 3, "vocab": 59}
 WEIGHT, INDEX = "model.layers.1.mlp.up_proj.weight", "model.safetensors.index.json"
@@ -45,11 +45,6 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 def save(folder: Path, tensors: dict[str, Tensor], name: str = "model.safetensors") -> None:
     save_file(tensors, folder / name, {"format": "pt"})
-
-
-def edit_config(folder: Path, **values: Any) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 def split(folder: Path) -> None:
@@ -112,11 +107,7 @@ SINGLE, FIRST, SECOND = "model.safetensors", "model-00001-of-00002.safetensors",
 SURPLUS = ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"]
 
 
-def truncate(name: str, left: int) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:left])
-
-
-def change(edit: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
+def change(edit: Callable[[dict[str, Tensor]], object]) -> Spoil:
     """Edits the tensors of the weight file."""
 
     def damage(folder: Path) -> None:
@@ -127,26 +118,15 @@ def change(edit: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], obje
     return damage
 
 
-def stored_as(dtype: torch.dtype) -> Callable[[Path], object]:
+def stored_as(dtype: torch.dtype) -> Spoil:
     return change(lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].to(dtype)}))
 
 
-def write_index(text: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / INDEX).write_text(text, errors="surrogateescape")
-
-
-def remove(name: str) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).unlink()
-
-
-DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+DAMAGE: list[tuple[Spoil, str]] = [
     *((truncate(SINGLE, left), f"{SINGLE} is damaged: ") for left in (0, 3, 100, -1, -4000)),
     (lambda folder: (folder / SINGLE).write_bytes(random.Random(0).randbytes(5000)), f"{SINGLE} is damaged: "),
     (change(lambda tensors: tensors.pop(WEIGHT)), f"FOLDER: tensor {WEIGHT} is missing"),
-    (
-        lambda folder: edit_config(folder, attention_bias=True),
-        "FOLDER: tensor model.layers.0.self_attn.q_proj.bias is missing",
-    ),
+    (edit("config.json", attention_bias=True), "FOLDER: tensor model.layers.0.self_attn.q_proj.bias is missing"),
     (
         change(lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].t().contiguous()})),
         f"{SINGLE}: {WEIGHT} has shape [24, 37]; config.json says [37, 24]",
@@ -164,12 +144,12 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (remove(SINGLE), "FOLDER has no safetensors files"),
     (lambda folder: (folder / SINGLE).rename(folder / "adapter_model.safetensors"), "FOLDER has no safetensors files"),
     (remove("config.json"), "config.json does not exist"),
-    (lambda folder: (folder / "config.json").write_text("[1, 2]"), "config.json must hold a JSON object"),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
+    (write("config.json", "[1, 2]"), "config.json must hold a JSON object"),
+    (write("config.json", "{"), "config.json is not valid JSON"),
 ]
-DAMAGE_OF_TWO: list[tuple[Callable[[Path], object], str]] = [
+DAMAGE_OF_TWO: list[tuple[Spoil, str]] = [
     *(
-        (write_index(text), f"{INDEX} {message}")
+        (write(INDEX, text), f"{INDEX} {message}")
         for text, message in (
             ("{", "is not valid JSON: "),
             ("\udcff{}", "is not valid JSON: "),
@@ -191,7 +171,7 @@ CASES = [(False, *case) for case in DAMAGE] + [(True, *case) for case in DAMAGE_
 
 
 @pytest.mark.parametrize(("in_two", "damage", "message"), CASES, ids=[message for *_, message in CASES])
-def test_damage_is_one_line(folder: Path, in_two: bool, damage: Callable[[Path], object], message: str) -> None:
+def test_damage_is_one_line(folder: Path, in_two: bool, damage: Spoil, message: str) -> None:
     if in_two:
         split(folder)
     damage(folder)

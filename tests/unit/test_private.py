@@ -2,6 +2,7 @@
 
 import ast
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -40,15 +41,8 @@ def test_a_missing_attribute_is_named(
 ) -> None:
     """Pretends that DeepSpeed's function assigns everything but this one."""
     names = tuple(n for n in getattr(cls, function).__code__.co_names if n != name)
-    monkeypatch.setattr(cls, function, FakeFunction(names))
+    monkeypatch.setattr(cls, function, SimpleNamespace(__code__=SimpleNamespace(co_names=names)))
     assert refusal() == f"{holder}.{name}"
-
-
-class FakeFunction:
-    """Has a code object that mentions only `names`."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.__code__ = type("Code", (), {"co_names": names})
 
 
 # The list is exact: it has every private name that the package uses.

@@ -1,12 +1,13 @@
 """Tokenises conversations with the tokenizer's chat template. Only the assistant's turns enter the loss.
 
 A template with `{% generation %}` marks them. Otherwise a turn lies between two prefixes: the rendered first messages
-before and with it. The whole rendered conversation must begin with both.
+before and with it. The complete conversation must begin with both.
 """
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,7 +40,7 @@ class Chat:
 def chat_fields(known: Iterable[str], source: DataSource) -> list[str]:
     """Returns the fields that conversations are read from. Raises UserError if there are none."""
     present = set(known)
-    fields = next((names for names in CHAT_FIELDS if present.issuperset(names)), None)
+    fields = next((fields for fields in CHAT_FIELDS if present.issuperset(fields)), None)
     if fields is None:
         raise UserError(
             f"{source.section}.format chat: {source.path} has no field messages, nor conversations, nor prompt and "
@@ -49,7 +50,7 @@ def chat_fields(known: Iterable[str], source: DataSource) -> list[str]:
 
 
 def read_chat(row: Mapping[str, Any]) -> Chat:
-    """Reads a conversation in the forms of TRL and of ShareGPT. Raises UserError for any other form."""
+    """Reads a conversation in the format of TRL or ShareGPT. Raises UserError for any other."""
     tools = _tools(row.get(TOOLS))
     if "messages" in row or "conversations" in row:
         return Chat(_messages(row.get("messages") or row.get("conversations")), tools)
@@ -58,10 +59,9 @@ def read_chat(row: Mapping[str, Any]) -> Chat:
 
 
 def _tools(value: Any) -> list[Any] | None:
-    try:
+    tools = value
+    with suppress(ValueError):
         tools = json.loads(value) if isinstance(value, str) else value
-    except ValueError:
-        tools = value
     if not isinstance(tools, list | None):
         raise UserError(f"tools must be a list or its JSON; got {value!r:.80}")
     return tools
@@ -71,7 +71,8 @@ def _messages(value: Any, role: str | None = None) -> list[Message]:
     """Reads a list of messages. With `role` a text is one message of that role."""
     if role is not None and isinstance(value, str):
         return [{"role": role, "content": value}]
-    require(isinstance(value, list | None), f"a conversation must be a list of messages; got {value!r:.80}")
+    if not isinstance(value, list | None):
+        raise UserError(f"a conversation must be a list of messages; got {value!r:.80}")
     return [_message(message) for message in value or ()]
 
 
@@ -107,8 +108,22 @@ class ChatTemplate:
             named = any(quote + role + quote in template for quote in ("'", '"'))
             require(named, f"role {role!r} is none of {', '.join(ROLES)}, and the template of {self.name} lacks it")
 
+    def tokenize(self, chats: Iterable[Chat]) -> Iterator[TokenizedRow]:
+        """Makes ids and labels of conversations. A token is learnt if any of its characters is the assistant's."""
+        for batch in in_batches(chats):
+            texts, spans = zip(*map(self.mark, batch), strict=True)
+            encoded: Any = self._tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            for ids, offsets, learnt in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
+                yield ids, mask_outside(ids, offsets, learnt)
+
     def render(self, chat: Chat) -> str:
-        """Returns the text of a whole conversation."""
+        """Returns the text of a conversation."""
         return self._render(chat, len(chat.messages))[0] if chat.messages else ""
 
     def mark(self, chat: Chat) -> tuple[str, list[Span]]:
@@ -122,18 +137,16 @@ class ChatTemplate:
         template = self._tokenizer.get_chat_template(tools=chat.tools)
         text, spans = self._render(chat, len(chat.messages), mark=GENERATION.search(template) is not None)
         if spans is not None:
-            begin = len(self._prefix(chat, chat.context, text)) if chat.context else 0
+            begin = self._end(chat, chat.context, text) if chat.context else 0
             return text, [span for span in spans if span[0] >= begin]
         first = max(1, chat.context)  # nothing prompts a first message
         turns = [i for i in range(first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"]
-        return text, [
-            (len(self._prefix(chat, i, text, prompt=True)), len(self._prefix(chat, i + 1, text))) for i in turns
-        ]
+        return text, [(self._end(chat, i, text, prompt=True), self._end(chat, i + 1, text)) for i in turns]
 
-    def _prefix(self, chat: Chat, count: int, text: str, *, prompt: bool = False) -> str:
-        """Returns the text of the first messages, which must be a prefix of the whole `text`."""
+    def _end(self, chat: Chat, count: int, text: str, *, prompt: bool = False) -> int:
+        """Returns where the first `count` messages end in the complete `text`, which must begin with them."""
         if count == len(chat.messages):
-            return text
+            return len(text)
         prefix, _ = self._render(chat, count, prompt=prompt)
         if not text.startswith(prefix):
             raise UserError(
@@ -141,7 +154,7 @@ class ChatTemplate:
                 f"of {len(chat.messages)} messages alone become {prefix[-60:]!r}, which the whole does not have there; "
                 "mark the assistant's turns in chat_template.jinja"
             )
-        return prefix
+        return len(prefix)
 
     def _render(
         self, chat: Chat, count: int, *, prompt: bool = False, mark: bool = False
@@ -164,26 +177,3 @@ class ChatTemplate:
             ) from None
         texts, spans = rendered
         return texts[0], spans[0] if mark else None
-
-
-def check_chats(rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, source: DataSource) -> None:
-    """Checks all conversations, which takes seconds, before they are tokenised, which takes minutes."""
-    template = ChatTemplate(tokenizer)
-    for number, row in enumerate(rows, start=1):
-        try:
-            template.check_roles(read_chat(row))
-        except UserError as error:
-            raise UserError(f"{source.section}.path: row {number} of {source.path}: {error}") from None
-
-
-def tokenize_chats(chats: Iterable[Chat], tokenizer: PreTrainedTokenizerBase) -> Iterator[TokenizedRow]:
-    """Makes ids and labels of conversations. A token is learnt if any of its characters is the assistant's."""
-    template = ChatTemplate(tokenizer)
-    for batch in in_batches(chats):
-        marked = [template.mark(chat) for chat in batch]
-        texts = [text for text, _ in marked]
-        encoded: Any = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True, verbose=False
-        )
-        for ids, offsets, (_, spans) in zip(encoded["input_ids"], encoded["offset_mapping"], marked, strict=True):
-            yield ids, mask_outside(ids, offsets, spans)

@@ -1,13 +1,14 @@
-"""Reads `data.path`, holds a part of it out, and makes samples of the rest, which the disk keeps for the next start."""
+"""Makes the samples and the held-out text of `data.path`. They stay on disk for the next run with the same settings."""
 
+import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator
 from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.config import DataConfig, DataSource
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import file_identity, make_once
-from loraprune_ds.train.data.chat import ChatTemplate, check_chats, read_chat, tokenize_chats
+from loraprune_ds.train.data.chat import ChatTemplate, read_chat
 from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples, mix, pack_samples
 from loraprune_ds.train.data.sources import (
     JSON_SUFFIXES,
@@ -31,15 +32,48 @@ from loraprune_ds.train.data.sources import (
 )
 from loraprune_ds.train.data.tokens import (
     Instruction,
+    TokenizedRow,
     collect_rows,
     make_instruction,
     pack_documents,
     tokenize_instructions,
 )
 
+SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"
 LONGEST_EPOCH = 1_000_000_000  # samples of a mixture, of 8 bytes each
 LINE_END_WITHIN = 1000  # characters before the middle of a document where the end of a line may lie
-SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"  # in the cache
+
+
+class RowFormat(NamedTuple):
+    """How the rows of a source become text and tokens."""
+
+    text: Callable[[TextRow], str]
+    tokenize: Callable[[Iterable[TextRow]], Iterator[TokenizedRow]] | None = None  # None: documents fill windows
+    check: Callable[[TextRow], None] | None = None  # takes seconds for all rows, and tokenising them takes minutes
+
+
+def _documents(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
+    return RowFormat(lambda row: _text_of(row, source.text_field))
+
+
+def _instructions(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
+    def read(row: TextRow) -> Instruction:
+        about = "" if source.input_field is None else _text_of(row, source.input_field)
+        return make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
+
+    return RowFormat(lambda row: "".join(read(row)), lambda rows: tokenize_instructions(map(read, rows), tokenizer))
+
+
+def _conversations(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
+    template = ChatTemplate(tokenizer)
+    return RowFormat(
+        lambda row: template.render(read_chat(row)),
+        lambda rows: template.tokenize(map(read_chat, rows)),
+        lambda row: template.check_roles(read_chat(row)),
+    )
+
+
+FORMATS = {"text": _documents, "instruction": _instructions, "chat": _conversations}
 
 
 def load_samples(
@@ -59,62 +93,8 @@ def load_samples(
     Raises:
         UserError: the data cannot be read, does not fit the model, or is shorter than one global batch.
     """
-    if any(source.format == "chat" for source in config.sources):
-        ChatTemplate(tokenizer)  # before anything is read
-    loaded = cached(config, tokenizer, start, lambda: _make(config, tokenizer, start))
-    _check_samples(loaded, config, minimum, vocab_size)
-    return loaded
-
-
-def _make(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None) -> LoadedData:
-    held_out_text = _read_held_out(config, tokenizer)
-    parts, held_out_texts = [], []
-    for source in config.sources:
-        rows = read_rows(source)
-        if source.format == "chat":
-            check_chats(rows, tokenizer, source)
-        tuning, held_out = _hold_out(rows, source, config)
-        samples = _make_samples(tuning, tokenizer, source, config, start)
-        parts.append(pack_samples(samples) if config.packing and source.format != "text" else samples)
-        held_out_texts.append(_join_text(held_out, source, tokenizer))
-    text = "\n\n".join(held_out_texts) if held_out_text is None else held_out_text
-    return LoadedData(join_samples(parts), text, _epoch(config.sources, parts))
-
-
-def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
-    weights = [source.weight for source in sources if source.weight is not None]
-    if not weights:
-        return None
-    for source, part in zip(sources, parts, strict=True):
-        if not len(part):
-            raise UserError(f"{source.section}.path: {source.path} gives no sample, and so it can have no weight")
-    length = max(len(part) / weight for part, weight in zip(parts, weights, strict=True)) * sum(weights)
-    require(
-        length <= LONGEST_EPOCH,
-        f"data.path: by these weights an epoch has {length:.2g} samples, as each is seen at least once; the most are "
-        f"{LONGEST_EPOCH:.2g}",
-    )
-    return mix([len(part) for part in parts], weights)
-
-
-def _make_samples(
-    rows: Iterable[TextRow],
-    tokenizer: PreTrainedTokenizerBase,
-    source: DataSource,
-    config: DataConfig,
-    start: int | None,
-) -> Samples:
-    if source.format == "text":
-        documents = (_text_of(row, source.text_field) for row in rows)
-        return pack_documents(documents, tokenizer, config.window, config.max_samples, start)
-    if source.format == "chat":
-        tokenized = tokenize_chats(map(read_chat, rows), tokenizer)
-    else:
-        tokenized = tokenize_instructions((_instruction_of(row, source) for row in rows), tokenizer)
-    return collect_rows(tokenized, config.window, config.max_samples)
-
-
-def _check_samples(loaded: LoadedData, config: DataConfig, minimum: int, vocab_size: int) -> None:
+    formats = [FORMATS[source.format](source, tokenizer) for source in config.sources]  # fails before a long download
+    loaded = cached(config, tokenizer, start, lambda: _make(config, tokenizer, formats, start))
     samples = loaded.samples
     if loaded.epoch_length < minimum:
         raise UserError(
@@ -126,85 +106,7 @@ def _check_samples(loaded: LoadedData, config: DataConfig, minimum: int, vocab_s
         )
     largest = int(samples.columns["input_ids"].max())
     require(largest < vocab_size, f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
-
-
-def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    if config.held_out is None:
-        return None
-    path = Path(config.held_out).expanduser()
-    require(path.is_file(), f"data.held_out: {config.held_out} does not exist")
-    if path.resolve() in [file.resolve() for source in config.sources for file in files_of(source) or []]:
-        raise UserError(f"data.held_out: {config.held_out} is tuned on too, as a part of data.path")
-    if path.suffix not in JSON_SUFFIXES:
-        return read_text_file(path)
-    (source,) = replace(config, path=str(path), packing=False).sources  # whose format may be text
-    return _join_text(read_rows(source), source, tokenizer)
-
-
-def _hold_out(rows: TextRows, source: DataSource, config: DataConfig) -> tuple[Iterable[TextRow], Iterable[TextRow]]:
-    """Splits rows into those to tune on and those to hold out, which are spread evenly.
-
-    The fraction counts characters of documents, because their lengths differ a lot. If there are too few documents for
-    that, the end of each one is held out.
-    """
-    fraction, is_text = config.held_out_fraction, source.format == "text"
-    if fraction is None:
-        return rows, ()
-    sizes = (len(_text_of(row, source.text_field)) for row in rows) if is_text else repeat(1, len(rows))
-    if chosen := _spread(sizes, fraction):
-        left_out = set(chosen)
-        return (row for i, row in enumerate(rows) if i not in left_out), (rows[i] for i in chosen)
-    if not is_text:
-        raise UserError(
-            f"data.held_out_fraction {fraction} of the {len(rows)} {source.format}s in {source.path} is none; raise it "
-            "or give data.held_out"
-        )
-    parts = [_split_tail(_text_of(row, source.text_field), fraction) for row in rows]
-    return [{source.text_field: head} for head, _ in parts], [{source.text_field: tail} for _, tail in parts]
-
-
-def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
-    """Returns the numbers of items whose sizes make up `fraction` of all.
-
-    An item is chosen if that brings the chosen size nearer to `fraction` of the size so far.
-    """
-    chosen, seen, taken = [], 0, 0
-    for i, size in enumerate(sizes):
-        seen += size
-        if size and taken + size / 2 <= fraction * seen:
-            taken += size
-            chosen.append(i)
-    return chosen
-
-
-def _split_tail(text: str, fraction: float) -> tuple[str, str]:
-    """Splits off about `fraction` of a document, from the start of a line if one is near."""
-    middle = math.floor(len(text) * (1 - fraction))
-    cut = text.rfind("\n", max(0, middle - LINE_END_WITHIN), middle) + 1 or middle
-    return text[:cut], text[cut:]
-
-
-def _join_text(rows: Iterable[TextRow], source: DataSource, tokenizer: PreTrainedTokenizerBase) -> str:
-    if source.format == "chat":
-        template = ChatTemplate(tokenizer)
-        return "\n\n".join(template.render(read_chat(row)) for row in rows)
-    if source.format == "text":
-        return "\n\n".join(_text_of(row, source.text_field) for row in rows)
-    return "\n\n".join("".join(_instruction_of(row, source)) for row in rows)
-
-
-def _instruction_of(row: TextRow, source: DataSource) -> Instruction:
-    about = "" if source.input_field is None else _text_of(row, source.input_field)
-    return make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
-
-
-def _text_of(row: TextRow, field: str) -> str:
-    value = row.get(field)
-    if value is None:  # rows of real data have gaps
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"field {field!r} must be text; a row has {value!r:.80}")
-    return value
+    return loaded
 
 
 def cached(
@@ -224,7 +126,7 @@ def cached(
 def _digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None) -> str:
     sources = [source_identity(source) for source in config.sources]
     held_out = Path(config.held_out or "").expanduser()
-    parts = asdict(config), sources, held_out.is_file() and file_identity(held_out), start
+    parts = dataclasses.asdict(config), sources, held_out.is_file() and file_identity(held_out), start
     digest = hashlib.sha256(repr(parts).encode())
     with TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
@@ -250,3 +152,108 @@ def _read(folder: Path) -> LoadedData:
     columns.setdefault("labels", columns["input_ids"])
     held_out = (folder / HELD_OUT_FILE).read_bytes().decode()
     return LoadedData(Samples(columns, starts, **numbers), held_out, epoch)
+
+
+def _make(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, formats: list[RowFormat], start: int | None
+) -> LoadedData:
+    held_out_text = _read_held_out(config, tokenizer)
+    parts, held_out_texts = [], []
+    for source, row_format in zip(config.sources, formats, strict=True):
+        rows = read_rows(source)
+        if row_format.check is not None:
+            for number, row in enumerate(rows, start=1):
+                try:
+                    row_format.check(row)
+                except UserError as error:
+                    raise UserError(f"{source.section}.path: row {number} of {source.path}: {error}") from None
+        tuning, held_out = _hold_out(rows, source, row_format, config.held_out_fraction)
+        if row_format.tokenize is None:
+            samples = pack_documents(map(row_format.text, tuning), tokenizer, config.window, config.max_samples, start)
+        else:
+            samples = collect_rows(row_format.tokenize(tuning), config.window, config.max_samples)
+            samples = pack_samples(samples) if config.packing else samples
+        parts.append(samples)
+        held_out_texts.append("\n\n".join(map(row_format.text, held_out)))
+    text = "\n\n".join(held_out_texts) if held_out_text is None else held_out_text
+    return LoadedData(join_samples(parts), text, _epoch(config.sources, parts))
+
+
+def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return None
+    for source, part in zip(sources, parts, strict=True):
+        require(len(part) > 0, f"{source.section}.path: {source.path} gives no sample, and so it can have no weight")
+    length = max(len(part) / weight for part, weight in zip(parts, weights, strict=True)) * sum(weights)
+    require(
+        length <= LONGEST_EPOCH,
+        f"data.path: by these weights an epoch has {length:.2g} samples, as each is seen at least once; the most are "
+        f"{LONGEST_EPOCH:.2g}",
+    )
+    return mix([len(part) for part in parts], weights)
+
+
+def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    if config.held_out is None:
+        return None
+    path = Path(config.held_out).expanduser()
+    require(path.is_file(), f"data.held_out: {config.held_out} does not exist")
+    if path.resolve() in [file.resolve() for source in config.sources for file in files_of(source) or []]:
+        raise UserError(f"data.held_out: {config.held_out} is tuned on too, as a part of data.path")
+    if path.suffix not in JSON_SUFFIXES:
+        return read_text_file(path)
+    (source,) = dataclasses.replace(config, path=str(path), packing=False).sources  # whose format may be text
+    return "\n\n".join(map(FORMATS[source.format](source, tokenizer).text, read_rows(source)))
+
+
+def _hold_out(
+    rows: TextRows, source: DataSource, row_format: RowFormat, fraction: float | None
+) -> tuple[Iterable[TextRow], Iterable[TextRow]]:
+    """Splits rows into those to tune on and those to hold out, which are spread evenly.
+
+    The fraction counts characters of documents, because their lengths differ a lot. If there are too few documents for
+    that, the end of each one is held out.
+    """
+    if fraction is None:
+        return rows, ()
+    are_documents = row_format.tokenize is None
+    sizes = (len(row_format.text(row)) for row in rows) if are_documents else repeat(1, len(rows))
+    if chosen := _spread(sizes, fraction):
+        left_out = set(chosen)
+        return (row for i, row in enumerate(rows) if i not in left_out), (rows[i] for i in chosen)
+    if not are_documents:
+        raise UserError(
+            f"data.held_out_fraction {fraction} of the {len(rows)} {source.format}s in {source.path} is none; raise it "
+            "or give data.held_out"
+        )
+    parts = [_split_tail(row_format.text(row), fraction) for row in rows]
+    return [{source.text_field: head} for head, _ in parts], [{source.text_field: tail} for _, tail in parts]
+
+
+def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
+    """Returns the numbers of items whose sizes make up `fraction` of all.
+
+    An item is chosen if that brings the chosen size nearer to `fraction` of the size so far.
+    """
+    chosen, seen, taken = [], 0, 0
+    for i, size in enumerate(sizes):
+        seen += size
+        if size and taken + size / 2 <= fraction * seen:
+            taken += size
+            chosen.append(i)
+    return chosen
+
+
+def _split_tail(text: str, fraction: float) -> tuple[str, str]:
+    """Splits off about `fraction` of a document, from the start of a line if one is near."""
+    middle = math.floor(len(text) * (1 - fraction))
+    cut = text.rfind("\n", max(0, middle - LINE_END_WITHIN), middle) + 1 or middle
+    return text[:cut], text[cut:]
+
+
+def _text_of(row: TextRow, field: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str | None):
+        raise UserError(f"field {field!r} must be text; a row has {value!r:.80}")
+    return value or ""  # rows of real data have gaps

@@ -2,12 +2,13 @@
 
 import hashlib
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -148,21 +149,21 @@ def pack_samples(samples: Samples) -> Samples:
 def best_fit(lengths: list[int], window: int) -> list[list[int]]:
     """Returns packs of sample numbers. The longest goes first, each into the fullest pack with room for it."""
     packs: list[list[int]] = []
-    open_packs: dict[int, list[int]] = {}  # by room
+    open_packs: defaultdict[int, list[list[int]]] = defaultdict(list)  # by room
     rooms: list[int] = []  # of open packs, ascending
     for sample in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         i = bisect_left(rooms, lengths[sample])
-        room = rooms[i] if i < len(rooms) else window
-        if i < len(rooms):
+        if i == len(rooms):
+            room, pack = window, []
+            packs.append(pack)
+        else:
+            room = rooms[i]
             pack = open_packs[room].pop()
             if not open_packs[room]:
                 rooms.pop(i)
-        else:
-            pack = len(packs)
-            packs.append([])
-        packs[pack].append(sample)
+        pack.append(sample)
         left = room - lengths[sample]
-        if not open_packs.setdefault(left, []):
+        if not open_packs[left]:
             insort(rooms, left)
         open_packs[left].append(pack)
     return packs
@@ -172,42 +173,30 @@ class BatchOrder(Protocol):
     def batch(self, step: int) -> Tensor: ...
 
 
+@dataclass(frozen=True, eq=False)
 class SampleOrder:
-    """Concatenates a permutation of the samples per epoch. Step s takes [s·G, (s+1)·G) of it, G the global batch size.
+    """Concatenates a permutation of the samples per epoch. Step s takes [s·G, (s+1)·G), G the global batch size."""
 
-    Args:
-        num_samples: of an epoch.
-        numbers: (num_samples,) the sample numbers of an epoch, possibly repeated. None: each sample once.
-        lengths: of all samples, to sort each batch by, longest first. None: a batch is not sorted.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        global_batch_size: int,
-        seed: int,
-        numbers: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> None:
-        self.num_samples, self.global_batch_size, self.seed = num_samples, global_batch_size, seed
-        self._numbers, self._lengths = numbers, lengths
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+    num_samples: int  # of an epoch
+    global_batch_size: int
+    seed: int
+    numbers: Tensor | None = None  # (num_samples,) of an epoch, possibly repeated. None: each sample once
+    lengths: Tensor | None = None  # of all samples, to sort each batch by, longest first. None: a batch is not sorted
 
     def batch(self, step: int) -> Tensor:
         """Returns the (global_batch_size,) int64 sample numbers of a step, counted from 0."""
-        positions = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
-        epochs, places = np.divmod(positions, self.num_samples)
-        parts = [self._permutation_of(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        places = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        epochs, places = np.divmod(places, self.num_samples)
+        parts = [_permutation(self.num_samples, self.seed, int(e))[places[epochs == e]] for e in np.unique(epochs)]
         batch = torch.from_numpy(np.concatenate(parts))
-        if self._numbers is not None:
-            batch = self._numbers[batch]
-        return batch if self._lengths is None else batch[self._lengths[batch].argsort(descending=True, stable=True)]
+        if self.numbers is not None:
+            batch = self.numbers[batch]
+        return batch if self.lengths is None else batch[self.lengths[batch].argsort(descending=True, stable=True)]
 
-    def _permutation_of(self, epoch: int) -> npt.NDArray[np.int64]:
-        if epoch != self._epoch:
-            generator = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._permutation = epoch, generator.permutation(self.num_samples)
-        return self._permutation
+
+@lru_cache(maxsize=1)  # an epoch may have 10^9 samples
+def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
 def mix(counts: Sequence[int], weights: Sequence[float]) -> Tensor:

@@ -2,10 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from loraprune_ds.config import DataSource
 from loraprune_ds.errors import UserError, first_line, require
@@ -20,16 +21,15 @@ if TYPE_CHECKING:
 TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".json", ".jsonl")
 SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES
+# The settings that name the text fields of a row. Those of a conversation have fixed names.
+FIELD_SETTINGS = {
+    "text": ("text_field",),
+    "instruction": ("prompt_field", "response_field", "input_field"),
+    "chat": (),
+}
 HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # of a pair that stands for one character, or alone
 TextRow = Mapping[str, Any]
-
-
-class TextRows(Protocol):
-    """A list of dictionaries or a `datasets.Dataset`."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[Any]: ...
-    def __getitem__(self, index: int, /) -> Any: ...
+TextRows = Sequence[TextRow]  # a list or a `datasets.Dataset`
 
 
 def read_rows(source: DataSource) -> TextRows:
@@ -39,14 +39,12 @@ def read_rows(source: DataSource) -> TextRows:
         UserError: nothing is there, a file cannot be read (names file and line), or a field is unknown.
     """
     if source.path == EMBEDDED:
-        if source.format != "text":
-            raise UserError(
-                f"{source.section}.format {source.format} needs a data.path; the embedded text is plain text"
-            )
+        refusal = f"{source.section}.format {source.format} needs a data.path; the embedded text is plain text"
+        require(source.format == "text", refusal)
         return [{source.text_field: document} for document in embedded_text()]
     files = files_of(source)
     if files is None:
-        return _load_dataset(source)
+        return cast(TextRows, _load_dataset(source))
     rows = [row for file in files for row in _read_rows_of_file(file, source)]
     _read_fields(source, {field for row in rows for field in row})
     return rows
@@ -86,36 +84,36 @@ def files_of(source: DataSource) -> list[Path] | None:
 
 def read_text_file(path: Path) -> str:
     """Reads a text file. Raises UserError if it is not UTF-8 or blank."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
-    if not text.strip():
-        raise UserError(f"{path} is empty")
+    with _utf8(path) as file:
+        text = file.read()
+    require(bool(text.strip()), f"{path} is empty")
     return text
+
+
+@contextmanager
+def _utf8(path: Path) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _text_fields(source: DataSource) -> dict[str, str]:
     """Maps the text fields that a row must have to the settings that name them."""
-    if source.format == "chat":
-        return {}
-    if source.format == "text":
-        keys = {source.text_field: "text_field"}
-    else:
-        keys = {source.prompt_field: "prompt_field", source.response_field: "response_field"}
-        keys |= {} if source.input_field is None else {source.input_field: "input_field"}
-    return {field: f"{source.section}.{key}" for field, key in keys.items()}
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
-    return UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}")
+    keys = {getattr(source, key): f"{source.section}.{key}" for key in FIELD_SETTINGS[source.format]}
+    return {field: key for field, key in keys.items() if field is not None}
 
 
 def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
-    try:
-        rows = [_as_row(value, where, source) for where, value in _values(path, source)]
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from None
+    fields, rows = _text_fields(source), []
+    for where, row in _values(path, source):
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object, got {type(row).__name__}")
+        for field in fields:
+            if not isinstance(row.get(field), str | None):  # rows of real data have gaps
+                raise UserError(f"{where}: field {field!r} must be text; got {row[field]!r:.80}")
+        rows.append(row)
     require(bool(rows), f"{path} is empty")
     return rows
 
@@ -123,7 +121,7 @@ def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
 def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     """Yields the rows of a file with their place. `datasets` would name no line, and parse dates."""
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8-sig") as lines:
+        with _utf8(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{path}, line {number}", _parse_json(line, path, number)
@@ -131,8 +129,8 @@ def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     text = read_text_file(path)
     if path.suffix == ".json":
         items = _parse_json(text, path, 1)
-        if not isinstance(items, list) or not items:
-            raise UserError(f"{path} must hold a list of objects (one object per line goes into a .jsonl file)")
+        refusal = f"{path} must hold a list of objects (one object per line goes into a .jsonl file)"
+        require(isinstance(items, list) and bool(items), refusal)
         yield from ((f"{path}, item {i}", item) for i, item in enumerate(items))
     elif source.format == "text":
         yield str(path), {source.text_field: text}
@@ -149,15 +147,6 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise UserError(f"{path}, line {line}, column {error.colno}: not valid JSON: {error.msg}") from None
-
-
-def _as_row(value: Any, where: str, source: DataSource) -> TextRow:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object, got {type(value).__name__}")
-    for field in _text_fields(source):
-        if not isinstance(value.get(field), str | None):  # rows of real data have gaps
-            raise UserError(f"{where}: field {field!r} must be text; got {value[field]!r:.80}")
-    return value
 
 
 def _read_fields(source: DataSource, known: set[str]) -> list[str]:
@@ -178,11 +167,8 @@ def _load_dataset(source: DataSource) -> "Dataset":
     try:
         dataset = load_dataset(source.path, source.name, split=source.split)
     except (ValueError, RuntimeError, DatasetsError, *HUB_ERRORS) as error:  # RuntimeError: the data set is a script
-        reason = first_line(error)
-        raise UserError(
-            f"{source.section}.path: no file {source.path}, and not available as a dataset: {reason}"
-        ) from None
+        unavailable = f"no file {source.path}, and not available as a dataset: {first_line(error)}"
+        raise UserError(f"{source.section}.path: {unavailable}") from None
     assert isinstance(dataset, Dataset)
-    if not len(dataset):
-        raise UserError(f"{source.section}.path: {source.path} has no rows in split {source.split}")
+    require(len(dataset) > 0, f"{source.section}.path: {source.path} has no rows in split {source.split}")
     return dataset.select_columns(_read_fields(source, set(dataset.column_names)))

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
@@ -24,8 +25,7 @@ Instruction = tuple[str, str]  # prompt and response
 
 def make_instruction(prompt: str, about: str, response: str) -> Instruction:
     """Puts a request into the template, with the text that it is `about` unless that is empty."""
-    template = PROMPT_WITH_INPUT if about else PROMPT
-    return template.format(prompt=prompt, input=about), response
+    return (PROMPT_WITH_INPUT if about else PROMPT).format(prompt=prompt, input=about), response
 
 
 def pack_documents(
@@ -48,9 +48,9 @@ def pack_documents(
             stream.extend(ids)
         if max_samples is not None and len(stream) >= max_samples * window:
             break
-    count = len(stream) // window if max_samples is None else min(max_samples, len(stream) // window)
-    ids = torch.from_numpy(np.asarray(stream[: count * window], dtype=np.int32))
-    return Samples.of_windows(begin_with(ids.view(count, window), start))
+    count = len(stream) // window
+    count = count if max_samples is None else min(max_samples, count)
+    return Samples.of_windows(begin_with(_tensor(stream[: count * window]).view(count, window), start))
 
 
 def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | None) -> Samples:
@@ -67,11 +67,7 @@ def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | N
         starts.append(len(ids))
         if len(starts) - 1 == max_samples:
             break
-    columns = {
-        "input_ids": torch.from_numpy(np.asarray(ids, dtype=np.int32)),
-        "labels": torch.from_numpy(np.asarray(labels, dtype=np.int32)),
-    }
-    return Samples(columns, torch.from_numpy(np.asarray(starts, dtype=np.int64)), window, left_out)
+    return Samples({"input_ids": _tensor(ids), "labels": _tensor(labels)}, _tensor(starts), window, left_out)
 
 
 def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[int]:
@@ -107,6 +103,10 @@ def tokenize_instructions(
             if eos is not None and response:
                 response = [*response, eos]
             yield prompt + response, [IGNORE_INDEX] * len(prompt) + response
+
+
+def _tensor(values: "array[int]") -> Tensor:
+    return torch.from_numpy(np.asarray(values))
 
 
 def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[list[int]]:
