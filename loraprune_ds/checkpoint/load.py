@@ -19,9 +19,8 @@ from loraprune_ds.config_file import config_from_dict, forget_removed
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.hub import locate_model
-from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
+from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained, open_stored
 from loraprune_ds.model.shapes import LayerKeep
-from loraprune_ds.model.weights import open_stored
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.step import PrunerState
 

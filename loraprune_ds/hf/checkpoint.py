@@ -24,12 +24,11 @@ from loraprune_ds.config_file import forget_removed
 from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.live import find_peft_model, live_shape
+from loraprune_ds.model.pretrained import open_stored
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import MODEL_DTYPE
-from loraprune_ds.model.weights import open_stored
 from loraprune_ds.pruning.step import Pruner, PrunerState
-from loraprune_ds.report.metrics import read_metrics, write_history
-from loraprune_ds.report.records import History, history_from
+from loraprune_ds.report.records import History, history_from, read_metrics, write_history
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.external_engine import cut_without_engine, overwrite_linears
 from loraprune_ds.zero.sharded import ShardedModel

@@ -49,8 +49,7 @@ from loraprune_ds.model.weight_files import drop_auto_maps
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import describe_target
-from loraprune_ds.report.metrics import write_history
-from loraprune_ds.report.records import CutRecord, History, Sink, StepRecord
+from loraprune_ds.report.records import CutRecord, History, Sink, StepRecord, write_history
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.train.trainer import PruningSteps

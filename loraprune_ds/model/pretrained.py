@@ -1,18 +1,212 @@
-"""A pretrained model on disk: its config, its modules without weights, and the weights to fill them with."""
+"""A pretrained model on disk: its config, its modules without weights, and the weights to fill them with.
 
-from dataclasses import dataclass, replace
+Weights are checked by the headers of their files, and read in parts, so that no rank holds the full model.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig, PruneConfig
+from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
+from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, StoredTensor, fill
 from loraprune_ds.model.read_shape import check_family, read_model, text_config, text_tensors
-from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.storage import FrozenStorage
-from loraprune_ds.model.weight_files import read_headers
-from loraprune_ds.model.weights import HEAD, ModelWeights, check_weights
+from loraprune_ds.model.shapes import LayerKeep, ModelShape, Pieces
+from loraprune_ds.model.storage import MODEL_DTYPE, FrozenStorage, Slice
+from loraprune_ds.model.weight_files import Headers, read_headers
+
+HEAD = "lm_head.weight"
+IGNORED = (".rotary_emb.inv_freq", HEAD)  # recomputed, and a tied head
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
+MXFP4 = "_blocks"  # the end of the names of 4-bit experts
+DEQUANTISE = (
+    "dequantise it first: AutoModelForCausalLM.from_pretrained(folder, dtype='bfloat16', "
+    "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(other_folder)"
+)
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """Reads the weights of a model, or of the smaller model that `cut` leaves.
+
+    Attributes:
+        files: tensor name -> weight file.
+        names_on_disk: tensor name -> its name in the file.
+        pieces: name of a stack of experts -> the tensors on disk that form it, which are the keys of `files`.
+        slices: tensor name -> the part of it that belongs to the model, after a cut.
+        storage: how the ranks store the weights. The files may have them in the model's dtype.
+    """
+
+    shape: ModelShape
+    files: Mapping[str, Path]
+    names_on_disk: Mapping[str, str]
+    pieces: Mapping[str, Pieces]
+    slices: Mapping[str, Slice] = field(default_factory=dict)
+    storage: FrozenStorage = MODEL_DTYPE
+
+    def cut(self, keep: Sequence[LayerKeep]) -> "ModelWeights":
+        """Returns the weights that these groups of each layer leave."""
+        left = self.shape.after(keep)
+        if left.layers == self.shape.layers:
+            return self
+        slices = {
+            f"model.layers.{i}.{name}": kept
+            for i, layer_keep in enumerate(keep)
+            for name, kept, _ in self.storage.layer_cuts(self.shape, i, layer_keep)
+        }
+        pieces = {
+            name: stack.keep_rows(slices.pop(name).keep) if name in slices else stack
+            for name, stack in self.pieces.items()
+        }
+        return replace(self, shape=left, slices=slices, pieces=pieces)
+
+    def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """Returns the elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
+
+        Only the rows that contain them, and rows between two kept ones, are read from disk.
+        """
+        if name in self.pieces:
+            return self._read_pieces(self.pieces[name], start, end, dtype)
+        shard = torch.empty(end - start, dtype=dtype)
+        with safe_open(self.files[name], framework="pt") as file:
+            view = file.get_slice(self.names_on_disk[name])
+            *on_disk, width = view.get_shape() if len(view.get_shape()) > 1 else (*view.get_shape(), 1)
+            kept = self.slices.get(name, Slice(0, torch.arange(math.prod(on_disk))))
+            columns = len(kept.keep) if kept.axis == 1 else width
+            first, last = start // columns, -(-end // columns)
+            rows = kept.keep[first:last] if kept.axis == 0 else torch.arange(first, last)
+            for at, chunk in _chunks(rows, max(1, READ_CHUNK // width)):
+                values = _rows(view, int(chunk[0]), int(chunk[-1]) + 1)
+                if len(chunk) < len(values):
+                    values = values[chunk - chunk[0]]
+                values = (values[:, kept.keep] if kept.axis == 1 else values).reshape(-1)
+                fill(shard, start, values, (first + at) * columns)
+        return shard
+
+    def _read_pieces(self, pieces: Pieces, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        numel, parts = math.prod(pieces.shape), [torch.empty(0, dtype=dtype)]
+        for i in range(start // numel, -(-end // numel) if end > start else 0):
+            low, high = max(start - i * numel, 0), min(end - i * numel, numel)
+            parts.append(self.read_flat(pieces.names[i], low, high, dtype))
+        return torch.cat(parts)
+
+    def read_stored(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
+        """As `read_flat`, for a tensor of `FrozenStorage.stored`. int8 weights and fp32 parameters ignore `dtype`."""
+        path, _, tensor = name.rpartition(".")
+        weight = f"{path}.{WEIGHT}"
+        if weight not in self._int8 or tensor not in Int8.tensors:
+            return self.read_flat(name, start, end, torch.float32 if name in self._keep_fp32 else dtype)
+        if f"{path}.{SCALE}" in self.files:
+            return self.read_flat(name, start, end, torch.int8 if tensor == WEIGHT else dtype)
+        stored_as, shape = self._int8[weight]
+        read_weight = partial(self.read_flat, weight, dtype=torch.float32)
+        try:
+            return stored_as.read(tensor, shape, start, end, read_weight, dtype)
+        except NotFinite:
+            names, size = self.pieces.get(weight, Pieces((weight,), shape))
+            parts = ((x, self.read_flat(x, 0, math.prod(size), torch.float32)) for x in names)
+            bad = next(x for x, values in parts if not torch.isfinite(values).all())
+            raise UserError(f"{self.files[bad]}: {bad} has an inf or NaN, which int8 cannot hold") from None
+
+    def read_full(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Returns one of `ModelShape.parameters`, dequantised."""
+        shape = self.shape.parameters()[name]
+        if name not in self._int8:
+            return self.read_stored(name, 0, math.prod(shape), dtype).view(shape)
+        stored_as, matrix = self._int8[name]
+        path, sizes = name.removesuffix(WEIGHT), {x: size for x, (size, _) in stored_as.stored(matrix, 1).items()}
+        return stored_as.join(self.read_stored(path + x, 0, math.prod(n), dtype).view(n) for x, n in sizes.items())
+
+    @cached_property
+    def _keep_fp32(self) -> frozenset[str]:
+        return self.shape.keep_fp32
+
+    @cached_property
+    def _int8(self) -> dict[str, tuple[Int8, Matrix]]:
+        return {
+            f"model.layers.{i}.{linear.name}.{WEIGHT}": (stored_as, self.shape.linear_shape(i, linear))
+            for i, linear in self.shape.linear_ids()
+            if isinstance(stored_as := self.storage.format_of(self.shape, linear), Int8)
+        }
+
+
+def _rows(view: Any, start: int, end: int) -> Tensor:
+    """Reads some rows of a tensor on disk. Rows of a tensor of three dimensions are counted across its matrices."""
+    *matrices, height, _ = (1, *view.get_shape())
+    if len(matrices) < 2:
+        return view[start:end]
+    touched = range(start // height, -(-end // height))
+    return torch.cat([view[i, max(start - i * height, 0) : min(end - i * height, height)] for i in touched])
+
+
+def _chunks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
+    """Splits ascending rows into chunks that span less than `span`, each with the position of its first row."""
+    at = 0
+    while at < len(rows):
+        end = int(torch.searchsorted(rows, rows[at] + span))
+        yield at, rows[at:end]
+        at = end
+
+
+def open_stored(folder: Path, shape: ModelShape, storage: FrozenStorage) -> ModelWeights:
+    """Opens weights that ranks have written in their own storage. Raises UserError as `check_weights`."""
+    headers = read_headers(folder)
+    on_disk = storage if any(name.endswith(f".{SCALE}") for name in headers) else MODEL_DTYPE
+    names = {name: name for name in headers}
+    return replace(check_weights(folder, headers, names, shape, "the checkpoint", on_disk), storage=storage)
+
+
+def check_weights(
+    folder: Path,
+    headers: Headers,
+    names: Mapping[str, str],
+    shape: ModelShape,
+    described_by: str,
+    on_disk: FrozenStorage = MODEL_DTYPE,
+) -> ModelWeights:
+    """Checks the headers of weight files against the shape that `described_by` gives.
+
+    Args:
+        names: name of a tensor or of a piece of it -> its name in the file.
+
+    Raises:
+        UserError: a tensor is missing, surplus or quantized, or has another shape.
+    """
+    pieces = shape.pieces()
+    renamed = {stack.names[0]: name for name, stack in pieces.items() if len(stack.names) == 1}
+    names = {renamed.get(name, name): in_file for name, in_file in names.items()}
+    headers = {name: headers[in_file] for name, in_file in names.items()}
+    expected = on_disk.stored(shape, 2)
+    for name, (parts, size) in pieces.items():
+        expected |= dict.fromkeys([renamed.get(part, part) for part in parts], expected.pop(name)._replace(shape=size))
+    _check_tensors(folder, headers, expected, described_by)
+    files = {name: headers[name][2] for name in expected}
+    return ModelWeights(shape, files, names, {name: stack for name, stack in pieces.items() if len(stack.names) > 1})
+
+
+def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, StoredTensor], described_by: str) -> None:
+    if packed := next((name for name in headers if name.endswith(MXFP4)), None):
+        raise UserError(f"{headers[packed][2]}: {packed} is stored as MXFP4, which cannot be pruned; {DEQUANTISE}")
+    for name, (size, element_size) in expected.items():
+        if name not in headers:
+            raise UserError(f"{folder}: tensor {name} is missing")
+        on_disk, dtype, path = headers[name]
+        if on_disk != size:
+            raise UserError(f"{path}: {name} has shape {list(on_disk)}; {described_by} says {list(size)}")
+        if dtype not in (FLOAT_TYPES if element_size > 1 else ("I8",)):
+            raise UserError(f"{path}: {name} is stored as {dtype}; quantized weights cannot be pruned")
+    for name, (_, _, path) in headers.items():
+        if name not in expected and not name.endswith(IGNORED):
+            raise UserError(f"{path}: {name} has no place in the model that {described_by} describes")
 
 
 @dataclass(frozen=True)

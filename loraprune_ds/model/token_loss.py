@@ -14,15 +14,18 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from loraprune_ds.model.classes import attn_implementation, refused_in_one_line, shrink_on_meta, store_frozen
-from loraprune_ds.model.distillation import (
+from loraprune_ds.model.logits import (
     BUFFERS,
     Distillation,
+    Head,
+    LogitsTransform,
     Recording,
     chunk_with_gradient,
     distilled_losses,
+    logits_transform,
+    output_head,
     record,
 )
-from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
 from loraprune_ds.model.pretrained import PretrainedModel
 
 IGNORE_INDEX = -100  # a label that is not supervised, as in torch's cross_entropy

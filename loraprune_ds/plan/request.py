@@ -10,9 +10,9 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import SHIPPED, apply_override, config_from_dict, load_config, merge
 from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
-from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.family_row import Linear, LinearId
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
+from loraprune_ds.model.logits import check_top_k
 from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config, text_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.storage import FrozenStorage

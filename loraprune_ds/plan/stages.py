@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
-from loraprune_ds.model.distillation import chunk_size, samples_per_file, token_bytes
 from loraprune_ds.model.family_row import LinearId
 from loraprune_ds.model.flops import mlp_width, saved_by_layer
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
+from loraprune_ds.model.logits import chunk_size, samples_per_file, token_bytes
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent

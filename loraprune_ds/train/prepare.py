@@ -12,9 +12,9 @@ from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.classes import check_flash_attention, describe_attention
-from loraprune_ds.model.distillation import check_top_k
 from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.hub import locate_model
+from loraprune_ds.model.logits import check_top_k
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start

@@ -18,18 +18,19 @@ from loraprune_ds.config import LoggingConfig
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.report.metrics import MetricsLog, read_metrics
 from loraprune_ds.report.pictures import draw_kept_groups, draw_router_load, draw_training
 from loraprune_ds.report.records import (
     CutRecord,
     EvaluationRecord,
     History,
+    MetricsLog,
     PictureSink,
     Record,
     Sink,
     StepRecord,
     cut_line,
     history_from,
+    read_metrics,
 )
 from loraprune_ds.report.report import Outcome, make_report, write_kept_groups
 from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog

@@ -25,7 +25,7 @@ from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, PURPL
 from loraprune_ds.evaluate.settings import read_text
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
-from loraprune_ds.report.metrics import read_metrics
+from loraprune_ds.report.records import read_metrics
 from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, make_parser, run_quickstart
 from tests.benchmarks.two_four import expanded_model, sparse_model

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.files import read_json
-from loraprune_ds.report.metrics import read_metrics
-from loraprune_ds.report.records import history_from
+from loraprune_ds.report.records import history_from, read_metrics
 from tests.hf import callback_run
 from tests.hf.results import LINEARS, kept_indices, load, weight
 from tests.hf.trainers import (

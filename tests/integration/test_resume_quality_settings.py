@@ -40,7 +40,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 def run_levers(config: RunConfig, resume: str | None = None, stop_at: int | None = None) -> bool:
     """Runs with small files of the teacher, so that a stop can come between two of them."""
-    with mock.patch("loraprune_ds.model.distillation.SAMPLES_PER_FILE", 8):
+    with mock.patch("loraprune_ds.model.logits.SAMPLES_PER_FILE", 8):
         return run_here(config, resume, stop_at)
 
 

@@ -16,8 +16,7 @@ from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import PADDING_ID
 from loraprune_ds.train.stop import NOTHING, STOP
-from loraprune_ds.train.teacher import Teacher, plan_teacher
-from loraprune_ds.train.teacher_pass import record_teacher
+from loraprune_ds.train.teacher import Teacher, plan_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import storage_bytes
 from tests.numerics.cutting import whole_state

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraprune_ds.model import weights as reading
+from loraprune_ds.model import pretrained
 from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import build_for_losses
@@ -48,7 +48,7 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 24])
 @pytest.mark.parametrize("kept", [UNEVEN, EVEN], ids=["uneven", "even"])
 def test_every_part_is_the_slice(folder: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "READ_CHUNK", chunk)
+    monkeypatch.setattr(pretrained, "READ_CHUNK", chunk)
     dense = open_pretrained(folder)
     cut = dense.weights.cut(keep_of(kept))
     expected = cut_by_hand(load_file(folder / "model.safetensors"), kept)

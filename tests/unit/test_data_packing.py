@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config_file import config_from_dict
-from loraprune_ds.model.distillation import Recording
 from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.logits import Recording
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.train.data.samples import SampleOrder, Samples, best_fit, join_samples, pack_samples, starts_of
 from tests.families import TINY, tiny_model

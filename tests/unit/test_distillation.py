@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from loraprune_ds.model.distillation import Distillation, HiddenTeacher, Recording, TopTeacher, record
-from loraprune_ds.model.logits import Head, LogitsTransform
+from loraprune_ds.model.logits import Distillation, Head, HiddenTeacher, LogitsTransform, Recording, TopTeacher, record
 from loraprune_ds.model.token_loss import chunked_losses
 
 TOKENS, HIDDEN, VOCABULARY = 23, 8, 37

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model import experts
-from loraprune_ds.model.distillation import Distillation, HiddenTeacher, TopTeacher
 from loraprune_ds.model.frozen import Int8, Int8Linear
-from loraprune_ds.model.logits import Head, LogitsTransform
+from loraprune_ds.model.logits import Distillation, Head, HiddenTeacher, LogitsTransform, TopTeacher
 from loraprune_ds.model.token_loss import supervised_positions, token_losses
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
 from tests.fake_card import CARD, OnCard, fake_card, put, put_module, take

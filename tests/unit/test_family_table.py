@@ -13,9 +13,8 @@ from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.family_row import Family
-from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel
 from loraprune_ds.model.read_shape import read_model
-from loraprune_ds.model.weights import ModelWeights
 from tests.families import heads_divide_hidden, tiny_config
 from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 

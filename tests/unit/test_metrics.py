@@ -10,8 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.report.metrics import MetricsLog, read_metrics
-from loraprune_ds.report.records import EvaluationRecord, Record, history_from
+from loraprune_ds.report.records import EvaluationRecord, MetricsLog, Record, history_from, read_metrics
 from loraprune_ds.report.reporters import TensorBoardLog
 from tests.unit.run_records import small_run, step_record
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.model import weights
+from loraprune_ds.model import pretrained
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import Spoil, edit, refused, remove, truncate, write
@@ -78,7 +78,7 @@ def test_names_and_shapes_are_those_of_the_stock_model(tmp_path: Path, settings:
 def test_read_flat_is_a_slice_of_the_flat_tensor(
     folder: Path, monkeypatch: pytest.MonkeyPatch, in_two: bool, chunk: int
 ) -> None:
-    monkeypatch.setattr(weights, "READ_CHUNK", chunk)
+    monkeypatch.setattr(pretrained, "READ_CHUNK", chunk)
     types = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     expected = {name: tensor.to(types[i % 4]) for i, (name, tensor) in enumerate(tensors_of(folder).items())}
     save(folder, expected)

@@ -9,7 +9,7 @@ import torch
 
 from loraprune_ds.config import TrainConfig
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.distillation import HiddenTeacher
+from loraprune_ds.model.logits import HiddenTeacher
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.train.data.samples import SampleOrder, Samples, starts_of
 from loraprune_ds.train.teacher import Teacher, TeacherPlan, plan_teacher

@@ -12,9 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.model import distillation
-from loraprune_ds.model.distillation import Distillation, HiddenTeacher, Recording, TopTeacher, record
-from loraprune_ds.model.logits import Head, LogitsTransform
+from loraprune_ds.model.logits import Distillation, Head, HiddenTeacher, LogitsTransform, Recording, TopTeacher, record
 from loraprune_ds.model.token_loss import IGNORE_INDEX, LossHead, token_losses, with_token_losses
 from tests.oracle.models import make_tiny_llama
 
@@ -158,7 +156,7 @@ def test_logits_per_chunk(chunk: int | None, at_once: int, expected: int, monkey
     rows: list[int] = []
     logits = Head.logits
     monkeypatch.setattr(Head, "logits", lambda self, hidden: rows.append(len(hidden)) or logits(self, hidden))
-    monkeypatch.setattr(distillation, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("loraprune_ds.model.logits.LOGITS_AT_ONCE", at_once)
     hidden, weight, labels = material(supervised=1)
     token_losses(hidden, Head(weight, NONE), labels, chunk).sum().backward()
     assert max(rows) == expected

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import Criterion, DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel
 from loraprune_ds.model.read_shape import LLAMA, read_model, shape_from_config
-from loraprune_ds.model.weights import ModelWeights
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.train.data.samples import Samples

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.report.metrics import read_metrics
+from loraprune_ds.report.records import read_metrics
 from loraprune_ds.zero.device import is_cpu
 from tests.benchmarks.gpu_day.found import Found
 from tests.families import tiny_model
