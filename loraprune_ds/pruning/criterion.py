@@ -38,7 +38,7 @@ def gradient_estimate(factors: LoraFactors) -> Tensor:
 
 
 def lora(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """Returns |G ⊙ (W + s·B·A)|: the first-order change of the loss when an element goes, as in the released code."""
+    """Returns G ⊙ (W + s·B·A), signed: the first-order change of the loss without an element, as in the released code."""
     return gradient_estimate(factors).mul_(effective_weight(weight, factors))
 
 
@@ -48,10 +48,11 @@ def lora_squared(weight: Tensor, factors: LoraFactors) -> Tensor:
 
 
 def gradient(weight: Tensor, factors: LoraFactors, weight_gradient: Tensor) -> Tensor:
-    """Returns |gW ⊙ (W + s·B·A)|, which `lora` estimates (LLM-Pruner's first order, arXiv 2305.11627)."""
+    """Returns gW ⊙ (W + s·B·A), signed, which `lora` estimates (LLM-Pruner's first order, arXiv 2305.11627)."""
     return effective_weight(weight, factors).mul_(weight_gradient)
 
 
+# `fisher` scores masks on inputs, and no elements: taps.py.
 ELEMENT_CRITERIA: dict[str, ElementCriterion] = {
     "lora": lora,
     "lora_squared": lora_squared,

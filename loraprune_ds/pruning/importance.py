@@ -25,7 +25,7 @@ class LayerScores(LayerTensors):
 
 @dataclass(frozen=True)
 class GroupSums:
-    """The scores of every part of the linears, summed over the ranks. They stay on the device."""
+    """The scores of each part of the linears, summed over the ranks. They stay on the device."""
 
     shape: ModelShape
     linear_ids: Sequence[LinearId]

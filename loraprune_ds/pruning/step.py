@@ -2,7 +2,7 @@
 
 What a trainer does in an optimizer step (train/trainer.py), and what the pruner adds to it:
 
-    with pruner.record_step(step):            records what the settings need of this step
+    with pruner.record_step(step):            lets hooks record what `gradient`, `fisher` or a refit need
         for each micro-batch:
             with pruner.record_forward(mask): loss = engine.forward(...)       (pruning/compensate.py)
             engine.backward(loss)             ZeRO-3 averages the LoRA gradients over ranks and micro-batches
@@ -15,6 +15,7 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
 
     group          removed together: one key-value head with its query heads, one MLP channel, or one expert
     kind           heads, channels or experts, as the family has them (model/family.py)
+    part           all groups of one kind along an axis of a linear (model/family_row.py)
     dense          the model before any cut
     keep           the groups that stay in this cut, as indices into the current groups
     kept_of_dense  the groups that are left, as indices into the groups of the dense model
@@ -84,7 +85,7 @@ class Pruner:
 
     @contextmanager
     def record_step(self, step: int) -> Generator[None]:
-        """Records what the settings need of this step. Open it around all passes of the step and its `score`."""
+        """Lets hooks record what `gradient`, `fisher` or the compensation need. Open it around all passes and `score`."""
         with ExitStack() as recordings:
             if self.compensator is not None:
                 recordings.enter_context(self.compensator.record_step(step))

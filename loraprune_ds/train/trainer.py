@@ -1,4 +1,4 @@
-"""Makes one optimizer step on the global batch, with its scores and the cut that may follow."""
+"""Makes one optimizer step on the global batch, with its scores. Then loop.py calls `cut`."""
 
 import math
 import time
@@ -30,7 +30,7 @@ class PruningSteps:
         self.weight_bytes = model.weight_bytes()  # (world_size,)
         self._model, self._pruner = model, pruner
         self._dtype: Dtype = dtype
-        self.scored = False  # by the last step
+        self.scored = False  # whether the last step's gradients were finite
 
     def exchange(self, own: Tensor, *numbers: int) -> list[list[float]]:
         """Exchanges in one collective how the step went on each rank. It waits for the device once.

@@ -46,14 +46,14 @@ def parameter_cuts(
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
     for name, kept, linear in FrozenStorage.of(layer).layer_cuts(shape, index, keep):
-        same_cut = [(base_parameter(layer, name), kept)]
+        affected = [(base_parameter(layer, name), kept)]
         if linear:
             module = lora_linear(layer, linear)
             for adapter in module.lora_A:  # the reference model of DPO or GRPO may be a second adapter
                 factors = lora_weights(module, adapter)
                 for which, factor_kept in lora_cuts(linear, module.r[adapter], kept, keep):
-                    same_cut.append((factors[which], factor_kept))
-        for parameter, stays in same_cut:
+                    affected.append((factors[which], factor_kept))
+        for parameter, stays in affected:
             key = (full_shape(parameter), stays.axis, id(stays.keep))
             if key not in plans:
                 plans[key] = ReshardPlan(AxisCut(full_shape(parameter), *stays), comm.world_size, comm.rank)
@@ -86,15 +86,15 @@ def reshard(cuts: list[ShardCut], comm: Communicator) -> list[Tensor]:
     for dtype in dict.fromkeys(shard.dtype for shard, _ in cuts):  # LoRA may be fp32 on a bf16 base
         same = [i for i, (shard, _) in enumerate(cuts) if shard.dtype == dtype]
         outgoing, plans = _by_destination([cuts[i] for i in same]), [cuts[i][1] for i in same]
-        send = _by_rank([plan.send for plan in plans], comm.world_size)
-        incoming = comm.all_to_all(outgoing, send, _by_rank([plan.receive for plan in plans], comm.world_size))
+        send = _totals_by_rank([plan.send for plan in plans], comm.world_size)
+        incoming = comm.all_to_all(outgoing, send, _totals_by_rank([plan.receive for plan in plans], comm.world_size))
         del outgoing
         new |= zip(same, _by_tensor(incoming, plans), strict=True)
         del incoming
     return [new[i] for i in range(len(cuts))]
 
 
-def _by_rank(counts: list[dict[int, int]], world_size: int) -> list[int]:
+def _totals_by_rank(counts: list[dict[int, int]], world_size: int) -> list[int]:
     """Adds up the elements of several plans for each rank."""
     totals = Counter[int]()
     for count in counts:

@@ -89,7 +89,7 @@ class AxisCut:
         return counts[row] * self.columns + column * row_is_kept
 
     def borders(self, world_size: int) -> tuple[Tensor, Tensor]:
-        """Returns (world_size + 1,) the borders of the old shards, and of the new ones, both in the new flat order."""
+        """Returns the borders of the old and of the new shards, counted in kept elements: (world_size + 1,) each."""
         old_numel, new_numel = math.prod(self.shape), math.prod(self.new_shape)
         ranks = torch.arange(world_size + 1)
         old = self.kept_before((ranks * partition_numel(old_numel, world_size)).clamp(max=old_numel))
@@ -107,8 +107,8 @@ class ReshardPlan:
         self.cut = cut
         self.owned = owned_range(math.prod(cut.shape), world_size, rank)  # before the cut
         self.new_partition = partition_numel(math.prod(cut.new_shape), world_size)  # padding included
-        self.send = _by_rank(overlap(old[rank], old[rank + 1], new[:-1], new[1:]))
-        self.receive = _by_rank(overlap(new[rank], new[rank + 1], old[:-1], old[1:]))
+        self.send = _nonzero(overlap(old[rank], old[rank + 1], new[:-1], new[1:]))
+        self.receive = _nonzero(overlap(new[rank], new[rank + 1], old[:-1], old[1:]))
         self._keep = cut.keep  # on the device of the last shard
 
     def take(self, shard: Tensor) -> Tensor:
@@ -132,6 +132,6 @@ class ReshardPlan:
         return self._keep[int(counts[first]) : int(counts[end])] - first
 
 
-def _by_rank(counts: Tensor) -> dict[int, int]:
+def _nonzero(counts: Tensor) -> dict[int, int]:
     numbers = cast(list[int], counts.tolist())
     return {rank: count for rank, count in enumerate(numbers) if count}

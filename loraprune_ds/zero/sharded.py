@@ -26,7 +26,9 @@ from loraprune_ds.zero.releases import decide_releases
 
 
 class ShardedModel:
-    """Implements `PrunableModel` over a PEFT LoRA model that ZeRO-3 has sharded. Any trainer may train it.
+    """A PEFT LoRA model that ZeRO-3 has sharded. Any trainer may train it.
+
+    pruning/prunable_model.py documents the methods of the protocol `PrunableModel`.
 
     Under CPU offload the shards and the optimizer state lie on the host. Scoring and cutting copy them to the device
     and back.
