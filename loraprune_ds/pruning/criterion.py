@@ -38,7 +38,7 @@ def gradient_estimate(factors: LoraFactors) -> Tensor:
 
 
 def lora(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """Returns G ⊙ (W + s·B·A), signed: the first-order change of the loss without an element, as in the released code."""
+    """Returns G ⊙ (W + s·B·A), signed: the loss's first-order change without an element, as in the released code."""
     return gradient_estimate(factors).mul_(effective_weight(weight, factors))
 
 

@@ -85,7 +85,7 @@ class Pruner:
 
     @contextmanager
     def record_step(self, step: int) -> Generator[None]:
-        """Lets hooks record what `gradient`, `fisher` or the compensation need. Open it around all passes and `score`."""
+        """Lets hooks record what `gradient`, `fisher` or a refit need. Open it around all passes and `score`."""
         with ExitStack() as recordings:
             if self.compensator is not None:
                 recordings.enter_context(self.compensator.record_step(step))
