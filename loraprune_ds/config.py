@@ -120,7 +120,7 @@ class MixtureEntry:
     """Names one of several sources in `data.path`. Missing keys come from `data`."""
 
     path: str
-    weight: Positive | None = None  # Its samples per samples of the others. `null`: all samples, once.
+    weight: Positive | None = None  # its samples per samples of the others. None: all samples, once
     name: str | None = None
     split: str | None = None
     format: DataFormat | None = None

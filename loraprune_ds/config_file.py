@@ -42,7 +42,9 @@ REMOVED = {  # settings, and values of settings
     "train.adam_beta1": Removed("it is 0.9", 0.9),
     "train.adam_beta2": Removed("it is 0.999", 0.999),
     "train.loss_chunk_tokens": Removed("256 MiB of logits are held at once", None, has_effect=False),
-    "checkpoint.copy_source": Removed("an export needs no other folder", False, has_effect=False),
+    "checkpoint.copy_source": Removed(
+        "loraprune-ds export makes a folder that needs no other", False, has_effect=False
+    ),
     "logging.progress": Removed("a terminal gets a live line, a file plain lines", True, has_effect=False),
     "logging.tensorboard": Removed("logging.report_to names all that get the records; [] is none"),
     "logging.verbose": Removed("DeepSpeed and transformers tell errors only", False, has_effect=False),
@@ -156,7 +158,7 @@ def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, dict):
             yield from _dotted(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value
 
 
 def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

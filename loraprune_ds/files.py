@@ -1,4 +1,4 @@
-"""Small text and JSON files, written atomically. The JSON is always valid."""
+"""Files and folders that are complete or absent, however the writing process ends. JSON is always valid."""
 
 import contextlib
 import errno

@@ -25,7 +25,10 @@ from loraprune_ds.zero.write import LocalWrites, frozen_tensors, write_model
 
 
 class Staging:
-    """Builds one folder. Construction and `publish` are collective. Its files are removed if a `with` block fails."""
+    """Builds one folder, which all ranks fill at the same time. Construction and `publish` are collective.
+
+    Its files are removed if a `with` block fails.
+    """
 
     def __init__(self, comm: Communicator, target: Path, kind: str) -> None:
         self._mark = comm.draw_mark()

@@ -137,7 +137,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
-    from loraprune_ds.evaluate.evaluation import evaluate_named
+    from loraprune_ds.evaluate.evaluation import evaluate_merged
+    from loraprune_ds.evaluate.models import merged
     from loraprune_ds.evaluate.result import make_result
     from loraprune_ds.report.report import hardware, versions
     from loraprune_ds.zero.device import device_name
@@ -148,11 +149,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     comm = start_ranks()
     # One rank per node downloads, converts or merges. The others then find the result in the node's cache.
     is_first = os.environ["LOCAL_RANK"] == "0"
-    with comm.patient() as waiting:
-        waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-    settings = comm.all_or_raise(lambda: make_settings(arguments, *speeds))
     names = [arguments.model, *([arguments.dense] if arguments.dense else [])]
-    measurements = evaluate_named(names, settings, comm, show_progress, is_first_on_node=is_first)
+    with merged(names, comm, is_first_on_node=is_first) as paths:
+        with comm.patient() as waiting:
+            waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
+        settings = comm.all_or_raise(lambda: make_settings(arguments, *speeds))
+        measurements = evaluate_merged(names, paths, settings, comm, show_progress)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(measurements, settings, comm.world_size, provenance)
     stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one

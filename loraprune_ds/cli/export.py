@@ -57,14 +57,14 @@ def convert(arguments: argparse.Namespace) -> None:
     """Writes the export. Prints notes and one line about the result."""
     source: Path = arguments.source
     out: Path = arguments.out or Path(f"{source.resolve().name}-{arguments.format}")
+    check_needs(arguments, NEEDS)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # These imports take seconds. The arguments are checked first.
+    # These imports take seconds.
     from loraprune_ds.export.formats import export
     from loraprune_ds.export.hub import check_push, push
     from loraprune_ds.export.lora import find_source
 
     repo: str | None = arguments.push_to_hub
-    check_needs(arguments, NEEDS)
     if repo is not None:
         check_push(repo, arguments.results)
     for remark in export(find_source(source), arguments.format, out):

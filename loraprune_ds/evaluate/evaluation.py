@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.models import ModelSource, find_model, load_model, merged
+from loraprune_ds.evaluate.models import ModelSource, find_model, load_model
 from loraprune_ds.evaluate.perplexity import Batch, Losses, Perplexity, Progress, make_batches, measure_perplexity
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Served, Speed, measure_speed, serve
@@ -78,13 +78,12 @@ class Measurement:
     served: Served | None = None
 
 
-def evaluate_named(
-    names: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress, *, is_first_on_node: bool
+def evaluate_merged(
+    names: list[str], paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress
 ) -> list[Measurement]:
-    """As `evaluate`, with LoRA merged first where a name is of a checkpoint, and in a server too. Collective."""
-    with merged(names, comm, is_first_on_node=is_first_on_node) as paths:
-        measurements = evaluate(paths, settings, comm, progress)
-        served = serve(paths, settings.serve, settings.gguf) if settings.serve else [None] * len(paths)
+    """As `evaluate`, and in a server too. `paths` are what `merged` made of `names`. Collective."""
+    measurements = evaluate(paths, settings, comm, progress)
+    served = serve(paths, settings.serve, settings.gguf) if settings.serve else [None] * len(paths)
     return [replace(m, path=name, served=s) for m, name, s in zip(measurements, names, served, strict=True)]
 
 

@@ -46,11 +46,17 @@ class PruningResult:
 
     pretrained: PretrainedModel = field(repr=False)
     report: dict[str, Any] | None = field(repr=False)  # report.json. None for an export without its run
-    kept_groups: list[dict[str, Any]] | None = field(repr=False)  # kept_groups.json, a dictionary per layer
+    run: Path = field(repr=False)  # the folder of the run, or of the export without one
 
     @property
     def folder(self) -> Path:
         return self.pretrained.folder
+
+    @property
+    def kept_groups(self) -> list[dict[str, Any]] | None:
+        """The layers of kept_groups.json. None for an export without its run."""
+        path = self.run / KEPT_GROUPS_FILE
+        return read_json(path).get("layers") if path.is_file() else None
 
     def load_model(self, **options: Any) -> PreTrainedModel:
         """Loads the model in the dtype of its files. No code of its folder is run.
@@ -71,9 +77,9 @@ def open_result(folder: str | Path) -> PruningResult:
         UserError: the folder holds neither. Or a file is missing or damaged: the message names it.
     """
     folder = Path(folder).expanduser()
-    is_model = (folder / "config.json").is_file()
-    run = folder.parent if is_model and folder.name == MODEL_FOLDER else folder
-    report, kept_groups, status = run / REPORT_FILE, run / KEPT_GROUPS_FILE, read_status(run)
+    is_model = (folder / "config.json").is_file() and not (folder / STATUS_FILE).exists()
+    run = folder.absolute().parent if is_model and folder.absolute().name == MODEL_FOLDER else folder
+    report, status = run / REPORT_FILE, read_status(run)
     if status and status.state != "finished":
         raise UserError(f"{folder} holds an unfinished run ({status}), which has no {MODEL_FOLDER}/ yet")
     if not (is_model or status or report.is_file()):
@@ -81,7 +87,7 @@ def open_result(folder: str | Path) -> PruningResult:
     return PruningResult(
         open_pretrained(folder if is_model else folder / MODEL_FOLDER),
         read_json(report) if status or report.is_file() else None,
-        read_json(kept_groups).get("layers") if kept_groups.is_file() else None,
+        run,
     )
 
 

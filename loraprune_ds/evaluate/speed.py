@@ -1,6 +1,7 @@
 """Speed of models at batch size 1: prefill and decode of one sequence, by torch or in the user's server.
 
-The models take turns within every round, so that other work on the machine slows all of them equally.
+In a server each model has its own process. The models take turns within every round, so that other work on the machine
+slows all of them equally.
 """
 
 import inspect

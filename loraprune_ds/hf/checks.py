@@ -34,6 +34,7 @@ ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
 )
 # (whether PEFT's module of a linear is refused, reason). A row relies on the rows before it.
 LINEARS: tuple[tuple[Refused, str], ...] = (
+    (lambda x: x is None, "does not exist"),
     (lambda x: not hasattr(x, "base_layer"), "has no LoRA, which the criterion needs on every linear: {needed}"),
     (lambda x: (type(x), type(x.base_layer)) != (LoraLinear, nn.Linear), "is a {kind}, not plain LoRA over a linear"),
     (lambda x: ADAPTER not in x.lora_A, f"has no LoRA of the adapter {ADAPTER!r}: {{needed}}"),
@@ -90,9 +91,11 @@ def check_model(model: PeftModel, shape: ModelShape) -> None:
         require(bias == "none", f"adapter {name}: bias={bias!r}: trained biases are not supported")
     needed = f"target_modules={last_names(linear.name for linear in shape.linears(0))}"
     for index, layer in enumerate(decoder_layers(model)):
+        modules: dict[str, Any] = dict(layer.named_modules())
         for linear in shape.linears(index):
-            module = layer.get_submodule(linear.name)
-            kind = f"{type(module).__name__} over {type(getattr(module, 'base_layer', None)).__name__}"
+            module = modules.get(linear.name)
+            over = type(getattr(module, "base_layer", None)).__name__
+            kind = f"{type(module).__module__}.{type(module).__name__} over a {over}"
             for refused, reason in LINEARS:
                 where = f"layer {index} {linear.name}"
                 require(not refused(module), f"{where} {reason.format(needed=needed, kind=kind)}")

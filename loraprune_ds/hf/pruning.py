@@ -68,7 +68,7 @@ from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Pruning:
     """Scores and cuts a model in an external training, and writes what becomes of it. `attach` makes one."""
 

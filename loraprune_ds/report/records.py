@@ -137,7 +137,7 @@ class History:
 
 
 def history_from(metrics: Iterable[dict[str, Any]]) -> History:
-    """Makes records from the lines of metrics.jsonl (`metrics.read_metrics`). Null numbers become NaN."""
+    """Makes records from the lines of metrics.jsonl (`read_metrics`). Null numbers become NaN."""
     history = History()
     for line in metrics:
         record = RECORD_KINDS[line["kind"]]

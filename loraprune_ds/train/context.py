@@ -1,4 +1,4 @@
-"""Holds what the parts of a run share on one rank, from its preparation to its end."""
+"""Holds what the parts of a run share on one rank, and keeps its status.json true, however the run ends."""
 
 from contextlib import suppress
 from dataclasses import dataclass

@@ -136,7 +136,6 @@ class OutputFolder:
     def check_shared(self, comm: "Communicator") -> None:
         """Checks that all ranks see the folder that rank 0 made. The error names a rank that does not. Collective."""
         token = self.path / f".shared-{comm.draw_mark()}"
-
         unseen = f"output_dir {self.path} is not the folder of rank 0; it must be on a shared file system"
         comm.on_rank_0(token.touch)
         try:

@@ -23,6 +23,8 @@ STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
 # The files that a request removes once its checkpoint is there.
 REQUEST_FILES = {NOTHING: (), SAVE: (SAVE_FILE,), STOP: (STOP_FILE, SAVE_FILE)}
+# A parent counts by the program it runs. Any other may end before the run: the shell of `nohup ... &`, or a process
+# outside of the container. RANK proves nothing, because Kubeflow sets it for process 1 of a container.
 LAUNCHERS = {
     "deepspeed.launcher.launch",
     "torchrun",

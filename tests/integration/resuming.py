@@ -95,13 +95,12 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
         status = json.loads((Path(config.output_dir) / "status.json").read_text())
         return STOP if stop_at is not None and status["step"] >= stop_at - 1 else NOTHING
 
-    places = iter((1, 2, 3))
+    places, asked = iter((1, 2, 3)), RunContext.stop_requested
 
     def stop_requested(context: RunContext) -> bool:
-        if next(places) != between:
-            return False
-        context.stop()
-        return True
+        request = STOP if next(places) == between else NOTHING
+        with mock.patch.object(RequestListener, "agree", return_value=request):
+            return asked(context)
 
     with (
         mock.patch.object(RequestListener, "current", current),

@@ -240,6 +240,7 @@ TEXT, DENSE = "--text {made}/text.txt", "{made}/dense"
 BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
     ("{here}/model " + TEXT, "{here}/model has no tokenizer that can be read", drop_tokenizer),
     (f"{DENSE} --dense {{here}}/other {TEXT}", f"{DENSE} and {{here}}/other read the text as different", make_other),
+    ("{here}/nothing --dataset wikitext2", "folder {here}/nothing does not exist", None),  # before a download
     (f"{DENSE} {TEXT} --split train", "--split is a part of --dataset; --text is read whole", None),
     (f"{DENSE} {TEXT} --window 1024", f"{DENSE} reads at most 512 tokens (max_position_embeddings), not 1024", None),
     (f"{DENSE} --serve-python python3", "--serve-python has no effect without", None),

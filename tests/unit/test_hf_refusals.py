@@ -17,6 +17,7 @@ from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model
 from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, live_shape
 from loraprune_ds.model.adapters import set_features
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import find_zero_optimizer, share_model
@@ -90,6 +91,7 @@ def tied(**more: Any) -> Callable[[], torch.nn.Module]:
         (changed(lambda model: model.to(torch.float64)), "is torch.float64"),
         (base, "needs a PEFT model with LoRA; this is a LlamaForCausalLM"),
         (olmo2_that_trains_a_norm, "a cut makes model.layers.0.self_attn.q_norm smaller"),
+        (changed(lambda m: delattr(decoder_layers(m)[1].mlp, "gate_proj")), "layer 1 mlp.gate_proj does not exist"),
     ],
 )
 def test_a_model_that_cannot_be_pruned_is_named(make: Callable[[], torch.nn.Module], words: str) -> None:

@@ -65,6 +65,11 @@ def foreign(config: RunConfig) -> None:
     (Path(config.output_dir) / "thesis.tex").write_text("")
 
 
+def of_another_tool(config: RunConfig) -> None:
+    empty(config)
+    (Path(config.output_dir) / "config.yaml").write_text("on: push\njobs: {1: a}\n")  # keys that are no strings
+
+
 def of_another_seed(config: RunConfig, state: State = "stopped") -> None:
     leave(dataclasses.replace(config, seed=5), state)
 
@@ -75,6 +80,7 @@ CASES: list[tuple[Make, str | None, str]] = [
     (empty, None, "fresh"),
     (create, None, "is not empty and holds no run"),
     (foreign, None, "is not empty and holds no run"),
+    (of_another_tool, None, "is not empty and holds no run"),
     (partial(leave, state="running"), None, "holds an unfinished run (running at step 3 of 10)"),
     (partial(leave, state="failed"), None, "holds an unfinished run (failed at step 3 of 10)"),
     (partial(leave, state="finished"), None, "finished"),

@@ -1,4 +1,8 @@
-"""Holds the tuning samples of a run in memory, packs several into one window, and puts them in order."""
+"""Holds the tuning samples of a run in memory, packs several into one window, and puts them in order.
+
+The order depends only on the seed, the step and the micro-batch: ranks agree without communication, and a run resumes
+on any number of ranks.
+"""
 
 import hashlib
 from bisect import bisect_left, insort
