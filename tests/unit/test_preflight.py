@@ -152,8 +152,8 @@ def test_wrong_numbers_are_seen_and_the_speed_is_the_slowest_ranks(monkeypatch: 
 def test_every_gpu_that_a_rank_will_use_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[int] = []
     gpus = SimpleNamespace(device_count=lambda: 8, device_name=lambda index: used.append(index) or "cpu")
-    monkeypatch.setattr(preflight, "accelerator", lambda: gpus)
-    monkeypatch.setattr(preflight, "is_cpu", lambda: False)
+    monkeypatch.setattr("loraprune_ds.zero.device.accelerator", lambda: gpus)
+    monkeypatch.setattr("loraprune_ds.zero.device.is_cpu", lambda: False)
     check_accelerators(4)
     assert used == [0, 1, 2, 3]
     with pytest.raises(Unfit, match=r"^8 accelerators for 9 ranks$"):
