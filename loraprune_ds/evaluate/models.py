@@ -46,7 +46,7 @@ class PruningResult:
 
     pretrained: PretrainedModel = field(repr=False)
     report: dict[str, Any] | None = field(repr=False)  # report.json. None for an export without its run
-    run: Path = field(repr=False)  # the folder of the run, or of the export without one
+    run: Path  # the folder of the run, or of the export without one
 
     @property
     def folder(self) -> Path:
