@@ -342,6 +342,7 @@ def test_json_holds_what_the_table_shows() -> None:
     assert json.loads(json.dumps(found, allow_nan=False))["fits"] is True
     table = plan_table(plan, found)
     assert "small fits on 4 GPUs" in table
+    assert "\n+ repartition " in table  # the worst phase of the first cut
     for name, key in (("peak", "peak"), ("  while", "peak_phase")):
         (row,) = (line.removeprefix(name) for line in table.splitlines() if line.startswith(f"{name} "))
         cells = [x[key] if key == "peak_phase" else f"{x[key] / GIB:.2f}" for x in found["stages"]]
