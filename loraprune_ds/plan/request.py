@@ -20,6 +20,7 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
+from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
 from loraprune_ds.zero.flat import partition_numel
 
@@ -205,7 +206,7 @@ def build_request(
     steps = train.steps or ASSUMED_STEPS
     if train.steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    pruning = plan_pruning(config.prune, shape, steps)
+    pruning = plan_pruning(config.prune, make_limits(config.prune, shape), steps)
     path, per_node, model = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.model
     ds_config = resolve_ds_config(path, shape, cluster.world_size, train, model, config.lora.r, ranks_per_node=per_node)
     size = zero_settings(ds_config).zero_hpz_partition_size

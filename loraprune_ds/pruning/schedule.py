@@ -6,10 +6,8 @@ from functools import cached_property
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way, uniform_goal
-from loraprune_ds.pruning.target import make_limits
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,6 @@ class PruningPlan:
     schedule: Schedule
 
 
-def plan_pruning(config: PruneConfig, dense: ModelShape, steps: int) -> PruningPlan:
-    """Plans the pruning of a run of `steps` steps. Raises UserError as `make_limits` and `make_schedule`."""
-    limits = make_limits(config, dense)
+def plan_pruning(config: PruneConfig, limits: Limits, steps: int) -> PruningPlan:
+    """Plans the pruning of a run of `steps` steps, within its `make_limits`. Raises UserError as `make_schedule`."""
     return PruningPlan(config, limits, make_schedule(config, steps, limits))

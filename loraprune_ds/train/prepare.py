@@ -84,7 +84,7 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
         check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
     path = find_ds_config(config.deepspeed)
     ds_config = resolve_ds_config(path, shape, world_size, train, model, lora_rank, ranks_per_node=ranks_per_node)
-    make_limits(config.prune, shape)  # its errors come before the data, which may take long to read
+    limits = make_limits(config.prune, shape)  # its errors come before the data, which may take long to read
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
     start = window_start(tokenizer, shape.family)
@@ -103,7 +103,7 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
         order=order,
         windows=split_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows, start),
         steps=steps,
-        pruning=plan_pruning(config.prune, pretrained.shape, pruning_steps),
+        pruning=plan_pruning(config.prune, limits, pruning_steps),
         ds_config=ds_config,
     )
 

@@ -19,6 +19,7 @@ from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
@@ -184,7 +185,7 @@ def assemble(
 ) -> Trainer:  # fmt: skip
     """Puts a trainer together over a fresh engine."""
     engine = build_training_engine(pretrained, ds_config, steps, config.model, config.lora, config.train, config.seed)
-    plan = plan_pruning(config.prune, pretrained.shape, steps)
+    plan = plan_pruning(config.prune, make_limits(config.prune, pretrained.shape), steps)
     pruner = Pruner(engine.model, replace(plan, schedule=schedule or plan.schedule), config.seed)
     return Trainer(engine, pruner, samples, order, config.train, dtype=config.model.dtype, seed=config.seed)
 
