@@ -9,7 +9,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 
@@ -68,6 +67,7 @@ TINY: dict[str, dict[str, Any]] = {
     "starcoder2": {},
     "arcee": WIDE,
     "nemotron": WIDE,
+    "apertus": WIDE,
     "mixtral": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "qwen3_moe": WIDE | {"moe_intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3},
     "qwen2_moe": {
@@ -168,7 +168,8 @@ def tiny_model(
                     parameter.sub_(1)  # the norm adds one, and its weights begin with one all the same
             else:
                 parameter.copy_(noise * (0.5 if "embed" in name else 0.25))
+        stored = model.state_dict().keys()
         for name, buffer in model.named_buffers():
-            if name.endswith(CORRECTION):
-                buffer.normal_(0, 0.03, generator=generator)  # more would leave experts that no token chooses
+            if name in stored:  # a router's correction: more would leave experts that no token chooses
+                buffer.normal_(0, 0.03, generator=generator)
     return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`

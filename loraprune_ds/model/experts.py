@@ -113,11 +113,14 @@ class Experts(nn.Module):
 
 
 def stack_experts(model: nn.Module) -> None:
-    """Replaces the experts of all layers. A router's correction becomes a parameter, so that a cut can shorten it."""
+    """Replaces the experts of all layers. Buffers that weight files hold become frozen parameters, which can be cut.
+
+    DeepSeek has a router's correction as a buffer, because it trains that by another rule.
+    """
     for module in list(model.modules()):
-        # A buffer in transformers, because DeepSeek trains it by another rule.
-        if (correction := module._buffers.pop(CORRECTION, None)) is not None:
-            module.register_parameter(CORRECTION, nn.Parameter(correction, requires_grad=False))
+        for name in module._buffers.keys() - module._non_persistent_buffers_set:
+            if (buffer := module._buffers.pop(name)) is not None:
+                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
         for name, child in list(module.named_children()):
             weight = getattr(child, "gate_up_proj", None)
             if isinstance(weight, nn.Parameter) and weight.ndim == 3:

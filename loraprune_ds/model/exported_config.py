@@ -114,8 +114,8 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
 
 
 def _layer_sizes(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
-    counts = {shape.family.count_field(kind): count for kind, count in layer.items() if count}
-    return {"num_attention_heads": shape.query_heads(layer), **counts}
+    counts = ((count, shape.family.count_fields(kind)) for kind, count in layer.items() if count)
+    return {field: count * shape.width(width) for count, fields in counts for field, width in fields.items()}
 
 
 def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:

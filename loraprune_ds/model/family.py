@@ -72,7 +72,7 @@ def _each(mlp: str, gate: str, up: str, down: str) -> tuple[tuple[str, ...], tup
 
 
 def _router(name: str, on_disk: str | None = None) -> Companion:
-    return Companion(f"{name}.weight", (EXPERTS,), "hidden", on_disk)
+    return Companion(f"{name}.weight", (EXPERTS,), ("hidden",), on_disk)
 
 
 def _listed(dense: list[int]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ FAMILIES: dict[str, Family] = {
     ),
     **dict.fromkeys(("glm", "glm4"), Family(ATTENTION + FUSED_GATED)),
     "starcoder2": Family((*ATTENTION, _rows("mlp.c_fc", CHANNELS), _columns("mlp.c_proj", CHANNELS))),
-    **dict.fromkeys(("nemotron", "arcee"), UNGATED),
+    **dict.fromkeys(("nemotron", "arcee", "apertus"), UNGATED),
     "mixtral": Family(
         (*ATTENTION, *_stacks("mlp.experts", *_each("block_sparse_moe", "w1", "w3", "w2"))),
         (_router("mlp.gate", "block_sparse_moe.gate.weight"),),
@@ -148,12 +148,12 @@ FAMILIES: dict[str, Family] = {
         linears=(*LATENT_ATTENTION, *EXPERT_STACKS),
         uncut=(*GLM_MOE.uncut, "self_attn.q_a_proj.", "self_attn.kv_a_proj_with_mqa."),
         widths={
-            "head": ("qk_rope_head_dim",),
-            "query_rank": ("q_lora_rank",),
-            "key_value_rank": ("kv_lora_rank",),
-            "query": ("qk_nope_head_dim", "qk_rope_head_dim"),
-            "key_and_value": ("qk_nope_head_dim", "v_head_dim"),
-            "value": ("v_head_dim",),
+            "head": lambda c: c.qk_rope_head_dim,
+            "query_rank": lambda c: c.q_lora_rank or 0,
+            "key_value_rank": lambda c: c.kv_lora_rank,
+            "query": lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim,
+            "key_and_value": lambda c: c.qk_nope_head_dim + c.v_head_dim,
+            "value": lambda c: c.v_head_dim,
         },
     ),
     # Its class computes the width of the norms from hidden_size.
@@ -176,8 +176,8 @@ FAMILIES: dict[str, Family] = {
             Companion("self_attn.sinks", (Part("heads", "query_count"),)),
             _router("mlp.router"),
             Companion("mlp.router.bias", (EXPERTS,)),
-            Companion("mlp.experts.gate_up_proj_bias", (EXPERTS,), "gate_up"),
-            Companion("mlp.experts.down_proj_bias", (EXPERTS,), "hidden"),
+            Companion("mlp.experts.gate_up_proj_bias", (EXPERTS,), ("gate_up",)),
+            Companion("mlp.experts.down_proj_bias", (EXPERTS,), ("hidden",)),
         ),
         eager_only="attention sinks",
         packs=False,

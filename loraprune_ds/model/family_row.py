@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Kind = str
-# The field of config.json that counts the groups of a kind.
-COUNT_FIELDS: dict[Kind, str] = {"heads": "num_key_value_heads", "channels": "intermediate_size"}
 # Rows of one group: head_dim times the query heads of a group, head_dim, the query heads of a group, 1 or hidden_size.
 OfHead = Literal["queries", "head", "query_count"]
 # With latent attention: the latent queries, the latent keys and values, and of a head its query, the key without rotary
@@ -15,6 +13,11 @@ OfLatent = Literal["query_rank", "key_value_rank", "query", "key_and_value", "va
 # Of an expert: its channels, or those of its gate and up projections together.
 OfExpert = Literal["expert", "gate_up"]
 Width = Literal[OfHead, OfLatent, OfExpert, "one", "hidden"]
+# The fields of config.json that count the groups of a kind, and what each counts of a group.
+COUNT_FIELDS: dict[Kind, dict[str, Width]] = {
+    "heads": {"num_key_value_heads": "one", "num_attention_heads": "query_count"},
+    "channels": {"intermediate_size": "one"},
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Companion:
 
     name: str
     parts: tuple[Part, ...]
-    across: Width | None = None  # the width of the second axis. None: it is a vector
+    across: tuple[Width, ...] = ()  # the widths of the other axes. A vector has none
     on_disk: str | None = None  # its name on disk, if that differs
     keep_fp32: bool = False  # it is fp32 in every model
 
@@ -126,8 +129,8 @@ class Family:
     mixture: Mixture | None = None  # its MLPs are mixtures of experts
     uncut: tuple[str, ...] = ()  # prefixes of the matrices that no cut makes smaller. They have no LoRA
     fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
-    # Sizes that config.json has fields for. A width is the sum of its fields.
-    widths: Mapping[Width, tuple[str, ...]] = field(default_factory=dict[Width, tuple[str, ...]])
+    # Sizes that follow from fields of config.json, of which this gets transformers' object.
+    widths: Mapping[Width, Callable[[Any], int]] = field(default_factory=dict[Width, Any])
     vllm: Literal["auto", "transformers"] = "auto"  # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
 
     @property
@@ -138,6 +141,6 @@ class Family:
         """
         return tuple(dict.fromkeys(linear.kind for linear in self.linears))
 
-    def count_field(self, kind: Kind) -> str:
-        """Returns the field of config.json that counts the groups of a kind."""
-        return self.mixture.count if self.mixture and kind == "experts" else COUNT_FIELDS[kind]
+    def count_fields(self, kind: Kind) -> Mapping[str, Width]:
+        """Returns the fields of config.json that count the groups of a kind, and what each counts of a group."""
+        return {self.mixture.count: "one"} if self.mixture and kind == "experts" else COUNT_FIELDS[kind]

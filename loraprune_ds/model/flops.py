@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -106,7 +107,7 @@ def saved_by_layer(
     lists = {key: value for key, value in source.items() if isinstance(value, list) and len(value) == depth}
     alone = source | {key: [value[index]] for key, value in lists.items()} | {"num_hidden_layers": 1}
     alone.pop("per_layer_config", None)
-    one = shape.with_layers((shape.layers[index],))
+    one = replace(shape, layers=(shape.layers[index],), layer_others={0: shape.others(index)})
     if mixture := shape.family.mixture:
         alone |= mixture.dense([] if one.layers[0]["experts"] else [0])
     return _saved(json.dumps(alone), one, tokens, dtype, storage, lora_rank, dropout, eager)

@@ -141,9 +141,10 @@ class ModelWeights:
 
 def _rows(view: Any, start: int, end: int) -> Tensor:
     """Reads some rows of a tensor on disk. Rows of a tensor of three dimensions are counted across its matrices."""
-    *matrices, height, _ = (1, *view.get_shape())
-    if len(matrices) < 2:
-        return view[start:end]
+    shape = view.get_shape()
+    if len(shape) < 3:
+        return view[start:end] if shape else view[...][None]
+    *_, height, _ = shape
     touched = range(start // height, -(-end // height))
     return torch.cat([view[i, max(start - i * height, 0) : min(end - i * height, height)] for i in touched])
 

@@ -31,7 +31,7 @@ TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_laye
 TEXT_SIZES += ("num_attention_heads", "num_key_value_heads")
 SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")  # outside the text config
 EXPERT_FIELDS = {family.mixture.count for family in FAMILIES.values() if family.mixture}
-REFUSED = ("kv_lora_rank", "linear_num_key_heads")
+REFUSED: dict[str, Width] = {"kv_lora_rank": "key_value_rank"}  # fields, and the widths of families that know them
 # LLaMA (arXiv 2302.13971, table 2). Heads have 128 dimensions, and there are 32,000 tokens.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 LLAMA = {
@@ -116,7 +116,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         defaults = config_class(config["model_type"])
         sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])
-        widths: dict[Width, int] = {x: _sum_of(fields, config, defaults) for x, fields in family.widths.items()}
+        widths = _widths(config, where, family)
         head_dim = widths.get("head") or config.get("head_dim", getattr(defaults, "head_dim", None))
         head_dim = int(head_dim or hidden // int(config["num_attention_heads"]))
         of_experts = _expert_sizes(config, defaults, family)
@@ -144,8 +144,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         widths=widths,
         **of_experts,
     )
-    first = {layer.kinds: i for i, layer in reversed([*enumerate(shape.layers)])}
-    shape = replace(shape, layer_others={kinds: _others(shape, i, inside[i]) for kinds, i in first.items()})
+    shape = replace(shape, layer_others={i: _others(shape, i, names) for i, names in enumerate(inside)})
     expected = shape.parameters()
     for name in sorted(expected.keys() | parameters.keys()):
         if parameters.get(name) != expected.get(name):
@@ -176,11 +175,7 @@ def check_family(family: Family, source: dict[str, Any], where: str, prune: Prun
 
 def _build(config: dict[str, Any], where: str) -> PreTrainedModel:
     with refused_in_one_line(where):
-        model = build_on_meta(config)
-    parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied head under both of its names
-    if buffers := sorted(model.state_dict().keys() - parameters.keys()):  # nothing here reads or exports these
-        raise UserError(f"{where}: weight files hold the buffer {buffers[0]}; such models are not supported")
-    return model
+        return build_on_meta(config)
 
 
 def _inside(parameters: Sizes, layer: int) -> Sizes:
@@ -192,8 +187,8 @@ def _find_family(config: dict[str, Any], where: str) -> Family:
     family = find_family(
         config.get("model_type"), where, f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
     )
-    known = {field for fields in family.widths.values() for field in fields}
-    refused = {*REFUSED, *(() if family.mixture else EXPERT_FIELDS)} - known
+    refused = {field for field, width in REFUSED.items() if width not in family.widths}
+    refused |= EXPERT_FIELDS if family.mixture is None else set()
     if field := next((key for key in refused if config.get(key)), None):
         raise UserError(f"{where}: config.json has {field}: such layers are not supported")
     return family
@@ -228,7 +223,8 @@ def _layer_sizes(config: dict[str, Any], defaults: Any, family: Family) -> tuple
     queries = int(config["num_attention_heads"])
     heads = config.get("num_key_value_heads", getattr(defaults, "num_key_value_heads", None)) or queries
     counts = config | {"num_key_value_heads": heads}
-    return queries, LayerShape((kind, int(counts[family.count_field(kind)])) for kind in family.kinds)
+    fields = {kind: next(iter(family.count_fields(kind))) for kind in family.kinds}
+    return queries, LayerShape((kind, int(counts[field])) for kind, field in fields.items())
 
 
 def _old_names(config: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -239,9 +235,12 @@ def _old_names(config: dict[str, Any], family: Family) -> dict[str, Any]:
     return config | {mixture.count: config[mixture.new_count]}
 
 
-def _sum_of(fields: tuple[str, ...], config: dict[str, Any], defaults: Any) -> int:
-    """Adds up fields of the config. A null field counts as 0."""
-    return sum(int(config.get(field, getattr(defaults, field)) or 0) for field in fields)
+def _widths(config: dict[str, Any], where: str, family: Family) -> dict[Width, int]:
+    if not family.widths:
+        return {}
+    with refused_in_one_line(where):
+        made = config_object(config)
+    return {width: int(of(made)) for width, of in family.widths.items()}
 
 
 def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict[str, Any]:

@@ -78,8 +78,8 @@ class ModelShape:
     tie_word_embeddings: bool
     layers: tuple[LayerShape, ...]
     biases: frozenset[str] = frozenset()  # names of the linears that have a bias, the same in every layer
-    # The parameters that no cut makes smaller, such as norms, by name inside a layer with groups of these kinds.
-    layer_others: Mapping[frozenset[Kind], Sizes] = field(default_factory=dict[frozenset[Kind], Sizes], hash=False)
+    # The parameters of each layer that no cut makes smaller, such as norms, by name inside it.
+    layer_others: Mapping[int, Sizes] = field(default_factory=dict[int, Sizes], hash=False)
     # The parameters outside the layers: embedding, final norm, untied head.
     outer_parameters: Sizes = field(default_factory=dict[str, tuple[int, ...]], hash=False)
     expert_size: int = 0  # channels of one expert
@@ -108,7 +108,7 @@ class ModelShape:
 
     def others(self, layer: int) -> Sizes:
         """Returns the parameters of this layer that no cut makes smaller, by name inside it."""
-        return self.layer_others.get(self.layers[layer].kinds, {})
+        return self.layer_others.get(layer, {})
 
     def linear_ids(self, layers: Iterable[int] | None = None) -> list[LinearId]:
         layers = range(len(self.layers)) if layers is None else layers
@@ -218,8 +218,8 @@ class ModelShape:
             if linear.name in self.biases:
                 shapes[f"{prefix}{linear.name}.bias"] = (out_features,)
         for companion in self.companions(layer):
-            second = () if companion.across is None else (self.width(companion.across),)
-            shapes[f"{prefix}{companion.name}"] = (sum(self.part_sizes(layer, companion.parts)), *second)
+            rows = sum(self.part_sizes(layer, companion.parts))
+            shapes[f"{prefix}{companion.name}"] = (rows, *map(self.width, companion.across))
         return shapes | {f"{prefix}{name}": size for name, size in self.others(layer).items()}
 
     def pieces(self) -> dict[str, Pieces]:

@@ -65,9 +65,10 @@ def _size_of_global(config: PruneConfig, limits: Limits) -> float:
     dense, leaving = limits.dense, limits.ratio * limits.dense.linear_numel()
     size = dense_size = measure(config, dense)
     for kind, share in limits.shares.items():
-        *others, layer = sorted(dense.layers, key=lambda layer: layer[kind])  # some have no experts
-        without_one = LayerShape({**layer, kind: layer[kind] - 1})
-        of_a_group = dense_size - measure(config, dense.with_layers((*others, without_one)))
+        index = max(range(len(dense.layers)), key=lambda i: dense.layers[i][kind])  # some have no groups of this kind
+        layers = list(dense.layers)
+        layers[index] = LayerShape({**layers[index], kind: layers[index][kind] - 1})
+        of_a_group = dense_size - measure(config, dense.with_layers(tuple(layers)))
         size -= of_a_group * leaving * share / dense.group_numel(kind)
     return size
 

@@ -60,13 +60,13 @@ def overlap(start_a: Tensor, end_a: Tensor, start_b: Tensor, end_b: Tensor) -> T
 class AxisCut:
     """A cut along one axis. `keep` lists the rows (axis 0) or columns (axis 1) that stay: (kept,) int64, ascending."""
 
-    shape: tuple[int, ...]  # before the cut, one or two dimensions
+    shape: tuple[int, ...]  # before the cut. With axis 0 any dimensions after it count as one
     axis: int
     keep: Tensor
 
     @property
     def columns(self) -> int:
-        return self.shape[1] if len(self.shape) == 2 else 1
+        return math.prod(self.shape[1:])
 
     @property
     def new_shape(self) -> tuple[int, ...]:

@@ -34,7 +34,8 @@ def make_shape(
         tie_word_embeddings=False,
         layers=tuple(LayerShape(heads=heads, channels=channels) for heads, channels in layers),
         layer_others={
-            frozenset(KINDS): {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+            i: {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+            for i in range(len(layers))
         },
         outer_parameters={
             "model.embed_tokens.weight": (50, hidden),

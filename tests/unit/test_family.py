@@ -35,7 +35,7 @@ def sizes_of(counts: tuple[int, int], shape: ModelShape) -> dict[str, int]:
     """Returns what config.json says of such a layer. An export always names head_dim."""
     heads, others = counts
     heads = DENSE[0] if "heads" in shape.family.fixed else heads
-    counted = {shape.family.count_field(kind): others for kind in shape.kinds if kind != "heads"}
+    counted = {next(iter(shape.family.count_fields(kind))): others for kind in shape.kinds if kind != "heads"}
     queries = {"num_attention_heads": heads * shape.queries_per_group, "num_key_value_heads": heads}
     return queries | counted | {"head_dim": shape.head_dim}
 

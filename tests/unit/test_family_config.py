@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.family import FAMILIES, UNGATED
+from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.read_shape import shape_from_config
 from tests.families import SIZES, layers_with, tiny_config
 
@@ -133,11 +132,3 @@ def test_head_size_that_the_class_would_compute(family: str, counts: list[tuple[
     found = export({key: value for key, value in source(family).items() if key != "head_dim"}, counts)
     head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
     assert found["head_dim"] == shape_from_config(found, "exported").head_dim == head_dim
-
-
-def test_weights_that_are_no_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apertus has two of them in each MLP. An export would lack them."""
-    monkeypatch.setitem(FAMILIES, "apertus", UNGATED)
-    given = SIZES | {"model_type": "apertus", "hidden_act": "xielu"}
-    with pytest.raises(UserError, match=r"source: .* buffer model\.layers\.0\.mlp\.act_fn\.beta"):
-        shape_from_config(given, "source")
