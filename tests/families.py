@@ -9,7 +9,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.family import FAMILIES, WIDE_NORMS
+from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 
 SIZES: dict[str, Any] = {
@@ -40,6 +41,15 @@ YARN: dict[str, Any] = {
     }
 }
 SCALED = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4, "logits_scaling": 3.0}
+DELTA = {
+    "head_dim": 12,  # of which a quarter is rotary
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 5,
+    "linear_num_value_heads": 10,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+SPARSE = {"moe_intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3}
 # More fields of config.json. The caps and factors are such that a model without them is clearly another one.
 TINY: dict[str, dict[str, Any]] = {
     "llama": WIDE,
@@ -69,11 +79,9 @@ TINY: dict[str, dict[str, Any]] = {
     "nemotron": WIDE,
     "apertus": WIDE,
     "mixtral": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
-    "qwen3_moe": WIDE | {"moe_intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3},
-    "qwen2_moe": {
-        "moe_intermediate_size": 8,
-        "num_experts": 23,
-        "num_experts_per_tok": 3,
+    "qwen3_moe": WIDE | SPARSE,
+    "qwen2_moe": SPARSE
+    | {
         "shared_expert_intermediate_size": 11,
         "decoder_sparse_step": 2,  # every other layer is dense
     },
@@ -100,6 +108,9 @@ TINY: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "first_k_dense_replace": 1,
     },
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
+    "qwen3_next": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
     "olmoe": {"intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3, "clip_qkv": 0.5},
     "granitemoe": SCALED | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
@@ -117,10 +128,15 @@ def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape
     """Returns the layers of a model with these numbers of heads, and of channels or experts, where a layer has any."""
 
     def other(kind: str, own: int, heads: int, others: int) -> int:
-        return own if kind in shape.family.fixed or own == 0 else heads if kind == "heads" else others
+        return own if kind in shape.family.fixed or own == 0 else heads if kind in ("heads", "delta") else others
 
     layers = zip(shape.layers, counts, strict=True)
     return tuple(LayerShape((kind, other(kind, own, *new)) for kind, own in layer.items()) for layer, new in layers)
+
+
+def norms_are_wide(family: Family) -> bool:
+    """Returns whether its norms run over all heads, which a cut may take."""
+    return "heads" not in family.fixed and {*WIDE_NORMS} <= {*family.companions}
 
 
 def families(*in_ci: str, of: Iterable[str] = TINY) -> list[Any]:

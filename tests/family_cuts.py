@@ -24,14 +24,14 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.weight_files import as_on_disk, write_index, write_weight_file
 from tests.export_cases import model_card
-from tests.families import SIZES, layers_with, tiny_model
+from tests.families import SIZES, layers_with, norms_are_wide, tiny_model
 from tests.plain_model import PlainModel
 
 PROMPT = torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(5))
 # Groups that stay of 5 heads and 23 channels or experts. 6 query heads divide hidden_size, 8 do not.
 FEW, MANY = (3, 13), (4, 14)
 # A norm over the whole width adds epsilon to a mean over more elements before a cut than after it. It must be tiny.
-WIDE_NORMS = [name for name, family in FAMILIES.items() if family.companions and not family.mixture]
+WIDE_NORMS = [name for name, family in FAMILIES.items() if norms_are_wide(family)]
 TINY_EPSILON: dict[str, Any] = {"rms_norm_eps": 1e-12}
 
 

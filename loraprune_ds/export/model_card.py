@@ -12,6 +12,12 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.units import format_perplexity
 
 CARD_FILE = "README.md"
+TITLES = {
+    "heads": "key-value heads",
+    "delta": "key heads of delta nets",
+    "channels": "MLP channels",
+    "experts": "experts",
+}
 LOAD_HEADING = "## Load it"
 TEMPLATE = """---
 library_name: transformers
@@ -38,8 +44,6 @@ with loraprune_ds. The licence of {card.base_model} applies.
 - Head size: {card.pruned.head_dim}
 - In llama.cpp: {llama_cpp}
 
-| layers | query heads | key-value heads | {others} |
-|---|---|---|---|
 {layers}
 
 ## Load it
@@ -125,7 +129,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         linear=_removed(dense.linear_numel(), pruned.linear_numel()),
         perplexity_dense=_perplexity(card.perplexity_dense),
         perplexity_pruned=_perplexity(card.perplexity_pruned),
-        others="experts" if pruned.family.mixture else "MLP channels",
+        others=TITLES[pruned.kinds[-1]],
         llama_cpp=f"as architecture `{architecture}`, by an export to GGUF"
         if architecture
         else "no architecture holds it",
@@ -153,10 +157,11 @@ def _perplexity(value: float | None) -> str:
 
 
 def _layer_rows(shape: ModelShape) -> list[str]:
-    """Makes one table row for each run of equal layers."""
-    rows = []
+    """Makes a table with one row for each run of equal layers."""
+    titles = ["layers", "query heads", *(TITLES[kind] for kind in shape.kinds)]
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for layer, run in groupby(range(len(shape.layers)), key=lambda i: shape.layers[i]):
         first, *rest = run
         span = f"{first}–{rest[-1]}" if rest else f"{first}"
-        rows.append(f"| {span} | {shape.query_heads(layer)} | {layer['heads']} | {layer[shape.kinds[-1]]} |")
+        rows.append(f"| {' | '.join(map(str, (span, shape.query_heads(layer), *layer.values())))} |")
     return rows

@@ -70,13 +70,12 @@ def base_shape(model: PeftModel) -> ModelShape:
 def live_shape(model: PeftModel) -> ModelShape:
     """Returns the shape of the weights."""
     shape = base_shape(model)
-    first_of = {kind: next(x for x in shape.linears(0) if x.kind == kind) for kind in shape.kinds}
 
-    def groups(layer: nn.Module) -> LayerShape:
-        sizes = {kind: full_shape(base_parameter(layer, f"{x.name}.weight"))[x.axis] for kind, x in first_of.items()}
-        return LayerShape({kind: size // shape.group_width(first_of[kind]) for kind, size in sizes.items()})
+    def groups(i: int, layer: nn.Module) -> LayerShape:
+        sizes = ((x, full_shape(base_parameter(layer, f"{x.name}.weight"))[x.axis]) for x in shape.linears(i))
+        return LayerShape(dict.fromkeys(shape.kinds, 0) | {x.kind: size // shape.group_width(x) for x, size in sizes})
 
-    return shape.with_layers(tuple(groups(layer) for layer in decoder_layers(model)))
+    return shape.with_layers(tuple(groups(i, layer) for i, layer in enumerate(decoder_layers(model))))
 
 
 def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:

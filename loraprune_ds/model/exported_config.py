@@ -13,6 +13,7 @@ from loraprune_ds.model.weight_files import AUTO_MAP
 
 # Keys about the source's files and its own pruning, not about this model.
 DROPPED = {"_name_or_path", AUTO_MAP, "per_layer_config", "pretraining_tp", "quantization_config"}
+NEXT_TOKENS = "mtp_num_hidden_layers"  # the layers that predict further tokens are left out. llama.cpp reads this
 MODELLING_FILE = "modeling_pruned.py"
 OUR_CLASSES = {
     "AutoConfig": "modeling_pruned.PrunedConfig",
@@ -84,6 +85,7 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
         dropped |= {"attention_bias", "mlp_bias"}  # a Mistral never has these
     config = {key: value for key, value in source.items() if key not in dropped}
     config |= _sizes(shape) | _rope(source, family_name(shape.model_type)) | _family_options(source, shape, model_type)
+    config |= {NEXT_TOKENS: 0} if source.get(NEXT_TOKENS) else {}
     config |= {
         "architectures": [causal_lm_class(model_type).__name__],
         "model_type": model_type,

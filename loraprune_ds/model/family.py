@@ -3,6 +3,7 @@
 A decoder layer has groups of several kinds. A group leaves as a unit.
   heads     one key-value head with all the query heads that read it. Under MHA it is one head.
   channels  one MLP channel.
+  delta     one key head of a gated delta net with its value heads. Layers with these have no attention.
   experts   one expert of a mixture (experts.py).
 A dense layer among sparse ones has heads and no experts. Its MLP is never cut and has no LoRA, because PEFT mistakes
 linears of these names for experts.
@@ -91,6 +92,7 @@ GRANITE_STACKS = _stacks(
 GPT_OSS_STACKS = _stacks("mlp.experts", ("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",), transposed=True)
 EXPERT_STACKS = _stacks("mlp.experts", *_each("mlp", "gate_proj", "up_proj", "down_proj"))
 DENSE_MLP = tuple(f"{linear.name}." for linear in GATED)
+SHARED_EXPERT = ("mlp.shared_expert.", "mlp.shared_expert_gate.")
 QWEN_MOE = Family(
     (*ATTENTION, *EXPERT_STACKS),
     (_router("mlp.gate"),),
@@ -110,6 +112,46 @@ LATENT_ATTENTION = (
     Linear("self_attn.q_b_proj", 0, (Part("heads", "query"),), "query_rank", optional=True),
     Linear("self_attn.kv_b_proj", 0, (Part("heads", "key_and_value"),), "key_value_rank"),
     _columns("self_attn.o_proj", Part("heads", "value")),
+)
+# The query of each head, then the gate of its output. A group's rows are contiguous all the same.
+GATED_ATTENTION = (_rows("self_attn.q_proj", Part("heads", "queries_and_gates")), *ATTENTION[1:])
+DELTA_KEYS, DELTA_VALUES, DELTA_EACH = (Part("delta", x) for x in ("delta_key", "delta_values", "delta_count"))
+DELTA_QKV = (DELTA_KEYS, DELTA_KEYS, DELTA_VALUES)
+DELTA_OUT = _columns("linear_attn.out_proj", DELTA_VALUES)
+DELTA_CONVOLUTION = Companion("linear_attn.conv1d.weight", DELTA_QKV, ("one", "kernel"))
+DELTA_DECAY = tuple(Companion(f"linear_attn.{x}", (DELTA_EACH,), keep_fp32=True) for x in ("dt_bias", "A_log"))
+
+
+def _count(c: Any) -> int:
+    return c.linear_num_value_heads // c.linear_num_key_heads
+
+
+DELTA_WIDTHS: dict[Width, Any] = {
+    "queries_and_gates": lambda c: 2 * c.head_dim * (c.num_attention_heads // c.num_key_value_heads),
+    "delta_key": lambda c: c.linear_key_head_dim,
+    "delta_values": lambda c: c.linear_value_head_dim * _count(c),
+    "delta_count": _count,
+    "delta_all": lambda c: 2 * (c.linear_key_head_dim + c.linear_value_head_dim * _count(c)),
+    "delta_numbers": lambda c: 2 * _count(c),
+    "kernel": lambda c: c.linear_conv_kernel_dim,
+}
+QWEN3_5 = Family(
+    (
+        *GATED_ATTENTION,
+        _rows("linear_attn.in_proj_qkv", *DELTA_QKV),
+        _rows("linear_attn.in_proj_z", DELTA_VALUES),
+        *(DELTA_OUT, *GATED),
+    ),
+    (
+        *(Companion(f"linear_attn.in_proj_{x}.weight", (DELTA_EACH,), ("hidden",)) for x in "ab"),
+        *(DELTA_CONVOLUTION, *DELTA_DECAY),
+    ),
+    (
+        Runtime("linear_attn", "key_dim", "delta", "delta_key"),
+        Runtime("linear_attn", "value_dim", "delta", "delta_values"),
+    ),
+    packs=False,  # positions reset neither the state nor the convolution
+    widths=DELTA_WIDTHS,
 )
 LLAMA_LINEARS = ATTENTION + GATED
 LLAMA = Family(LLAMA_LINEARS, runtime=(MLP_WIDTH,))
@@ -141,7 +183,7 @@ FAMILIES: dict[str, Family] = {
         mixture=LOCAL_EXPERTS,
     ),
     "qwen3_moe": QWEN_MOE,
-    "qwen2_moe": replace(QWEN_MOE, uncut=(*DENSE_MLP, "mlp.shared_expert.", "mlp.shared_expert_gate.")),
+    "qwen2_moe": replace(QWEN_MOE, uncut=(*DENSE_MLP, *SHARED_EXPERT)),
     "glm4_moe": GLM_MOE,
     "deepseek_v3": replace(
         GLM_MOE,
@@ -155,6 +197,31 @@ FAMILIES: dict[str, Family] = {
             "key_and_value": lambda c: c.qk_nope_head_dim + c.v_head_dim,
             "value": lambda c: c.v_head_dim,
         },
+    ),
+    "qwen3_5_text": replace(QWEN3_5, runtime=(MLP_WIDTH, *QWEN3_5.runtime)),
+    "qwen3_5_moe_text": replace(
+        QWEN3_5,
+        linears=(*QWEN3_5.linears[: -len(GATED)], *EXPERT_STACKS),
+        companions=(*QWEN3_5.companions, _router("mlp.gate")),
+        mixture=Mixture("num_experts", "moe_intermediate_size"),
+        uncut=SHARED_EXPERT,
+    ),
+    # It has all of a key head together.
+    "qwen3_next": Family(
+        (*GATED_ATTENTION, _rows("linear_attn.in_proj_qkvz", Part("delta", "delta_all")), DELTA_OUT, *EXPERT_STACKS),
+        (
+            Companion("linear_attn.in_proj_ba.weight", (Part("delta", "delta_numbers"),), ("hidden",)),
+            *(DELTA_CONVOLUTION, *DELTA_DECAY, _router("mlp.gate")),
+        ),
+        (
+            *QWEN3_5.runtime,
+            Runtime("linear_attn", "num_k_heads", "delta"),
+            Runtime("linear_attn", "num_v_heads", "delta", "delta_count"),
+        ),
+        packs=False,
+        mixture=QWEN_MOE.mixture,
+        uncut=(*DENSE_MLP, *SHARED_EXPERT),
+        widths=DELTA_WIDTHS,
     ),
     # Its class computes the width of the norms from hidden_size.
     "olmoe": replace(

@@ -12,11 +12,15 @@ OfHead = Literal["queries", "head", "query_count"]
 OfLatent = Literal["query_rank", "key_value_rank", "query", "key_and_value", "value"]
 # Of an expert: its channels, or those of its gate and up projections together.
 OfExpert = Literal["expert", "gate_up"]
-Width = Literal[OfHead, OfLatent, OfExpert, "one", "hidden"]
+# Of a key head of a gated delta net: its key, its values, the number of these, and of both with the query and the gates
+# of the values the rows together, and the two numbers of each value. And the kernel of the convolution.
+OfDelta = Literal["delta_key", "delta_values", "delta_count", "delta_all", "delta_numbers", "kernel"]
+Width = Literal[OfHead, OfLatent, OfExpert, OfDelta, "queries_and_gates", "one", "hidden"]
 # The fields of config.json that count the groups of a kind, and what each counts of a group.
 COUNT_FIELDS: dict[Kind, dict[str, Width]] = {
     "heads": {"num_key_value_heads": "one", "num_attention_heads": "query_count"},
     "channels": {"intermediate_size": "one"},
+    "delta": {"linear_num_key_heads": "one", "linear_num_value_heads": "delta_count"},
 }
 
 

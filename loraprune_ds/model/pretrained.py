@@ -26,6 +26,7 @@ from loraprune_ds.model.weight_files import Headers, read_headers
 
 HEAD = "lm_head.weight"
 IGNORED = (".rotary_emb.inv_freq", HEAD)  # recomputed, and a tied head
+FUSED_EXPERTS = ".experts.gate_up_proj"  # the end of a name where all experts of a layer are one tensor
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 MXFP4 = "_blocks"  # the end of the names of 4-bit experts
 DEQUANTISE = (
@@ -182,7 +183,7 @@ def check_weights(
     Raises:
         UserError: a tensor is missing, surplus or quantized, or has another shape.
     """
-    pieces = shape.pieces()
+    pieces = shape.pieces(fused=any(name.endswith(FUSED_EXPERTS) for name in names))
     renamed = {stack.names[0]: name for name, stack in pieces.items() if len(stack.names) == 1}
     names = {renamed.get(name, name): in_file for name, in_file in names.items()}
     headers = {name: headers[in_file] for name, in_file in names.items()}
@@ -249,7 +250,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
             config = config | {"tie_word_embeddings": False}  # as transformers decides
             shape, modules = read_model(config, where)
     extra = config.get("num_nextn_predict_layers") or 0  # layers after the last one, which the model does not use
-    beyond = tuple(f"model.layers.{len(shape.layers) + i}." for i in range(extra))
+    beyond = ("mtp.", *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
     names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
     return PretrainedModel(folder, config, modules, check_weights(folder, headers, names, shape, "config.json"))
 

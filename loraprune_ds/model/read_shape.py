@@ -31,7 +31,8 @@ TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_laye
 TEXT_SIZES += ("num_attention_heads", "num_key_value_heads")
 SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")  # outside the text config
 EXPERT_FIELDS = {family.mixture.count for family in FAMILIES.values() if family.mixture}
-REFUSED: dict[str, Width] = {"kv_lora_rank": "key_value_rank"}  # fields, and the widths of families that know them
+# Fields, and the widths of families that know them.
+REFUSED: dict[str, Width] = {"kv_lora_rank": "key_value_rank", "linear_num_key_heads": "delta_key"}
 # LLaMA (arXiv 2302.13971, table 2). Heads have 128 dimensions, and there are 32,000 tokens.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 LLAMA = {

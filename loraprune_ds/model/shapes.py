@@ -222,15 +222,20 @@ class ModelShape:
             shapes[f"{prefix}{companion.name}"] = (rows, *map(self.width, companion.across))
         return shapes | {f"{prefix}{name}": size for name, size in self.others(layer).items()}
 
-    def pieces(self) -> dict[str, Pieces]:
-        """Returns the tensors on disk of each parameter that is not stored under its own name and shape."""
+    def pieces(self, fused: bool = False) -> dict[str, Pieces]:
+        """Returns the tensors on disk of each parameter that is not stored under its own name and shape.
+
+        Args:
+            fused: the stacks are on disk as transformers has them in memory, each in one tensor of three dimensions.
+        """
         pieces: dict[str, Pieces] = {}
         for i, layer in enumerate(self.layers):
             prefix, shapes = f"model.layers.{i}.", self.layer_parameters(i)
             for linear in (x for x in self.linears(i) if x.is_stack):
                 name, experts = f"{prefix}{linear.name}.weight", layer[linear.kind]
                 rows, columns = shapes[name]
-                names, shape = tuple(prefix + x for x in linear.on_disk), (experts, rows // experts, columns)
+                on_disk = (f"{linear.name}_proj",) if fused else linear.on_disk
+                names, shape = tuple(prefix + x for x in on_disk), (experts, rows // experts, columns)
                 if "{}" in names[0]:
                     names = tuple(x.format(expert) for expert in range(experts) for x in names)
                     shape = (rows // len(names), columns)

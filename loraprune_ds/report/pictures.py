@@ -51,6 +51,7 @@ PANELS: dict[Kind, tuple[str, str]] = {
     "heads": ("Key-value heads", BLUE),
     "channels": ("MLP channels", ORANGE),
     "experts": ("Experts", ORANGE),
+    "delta": ("Heads of delta nets", BLUE),
 }
 
 

@@ -54,6 +54,7 @@ class CutRecord:
     heads: list[int] = field(default_factory=list)  # kept by each layer. Empty for a kind that the family lacks
     channels: list[int] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
+    delta: list[int] = field(default_factory=list)
 
 
 def cut_record(

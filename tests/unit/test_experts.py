@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from loraprune_ds.export.lora import _adapter_config, merge_lora
 from loraprune_ds.model.adapters import check_adapter, load_adapter, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import RouterLoad, as_in_peft
+from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.flops import active_lora, active_numel, met_numel
 from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
@@ -119,6 +121,23 @@ def test_a_cut_model_is_read_from_the_dense_files(family: str, tmp_path: Path) -
         assert torch.equal(found, live[name if name in live else f"{path}.base_layer.{last}"]), name
 
 
+def test_experts_in_one_tensor_are_read_like_separate_ones(tmp_path: Path) -> None:
+    """As Qwen3.5 is published, with a layer for one more token beside. The export says that this is gone."""
+    apart, together = tmp_path / "apart", tmp_path / "together"
+    stock = saved("qwen3_5_moe_text", apart, mtp_num_hidden_layers=1)
+    shutil.copytree(apart, together)
+    tensors = {n: x for n, x in load_file(apart / "model.safetensors").items() if ".experts." not in n}
+    tensors |= {n: x.detach() for n, x in stock.named_parameters() if ".experts." in n}
+    save_file(tensors | {"mtp.fc.weight": torch.zeros(2)}, together / "model.safetensors", metadata={"format": "pt"})
+    source, other = open_pretrained(apart), open_pretrained(together)
+    assert other.shape == source.shape
+    keep = draw(source.shape, (3, 13), (4, 14))
+    wanted, found = source.weights.cut(keep), other.weights.cut(keep)
+    for name in wanted.shape.parameters():
+        assert torch.equal(found.read_full(name, torch.float32), wanted.read_full(name, torch.float32)), name
+    assert export_config(other.config, found.shape, "float32").config["mtp_num_hidden_layers"] == 0
+
+
 def test_four_bit_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
     """As GPT-OSS is published. transformers makes a bf16 model of it, which a run takes."""
     saved("gpt_oss", tmp_path)
@@ -165,6 +184,7 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
         # It makes its masks without positions. tests/unit/test_data_packing.py shows the others.
         ("gpt_oss", {}, {"data": DataConfig(packing=True, format="chat")}, r"data\.packing is not supported for .*"),
         ("gpt_oss", {}, {}, None),
+        ("qwen3_5_moe_text", {}, {"data": DataConfig(packing=True, format="chat")}, r"data\.packing is not supported "),
     ],
 )
 def test_a_run_that_a_mixture_cannot_do_is_refused(

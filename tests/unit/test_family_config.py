@@ -15,7 +15,8 @@ from tests.families import SIZES, layers_with, tiny_config
 COUNTS = {
     *("num_attention_heads", "num_key_value_heads", "head_dim", "per_layer_config"),
     *("intermediate_size", "num_local_experts", "num_experts"),
-    *("n_routed_experts", "num_nextn_predict_layers"),
+    *("n_routed_experts", "num_nextn_predict_layers", "mtp_num_hidden_layers"),
+    *("linear_num_key_heads", "linear_num_value_heads"),
     *("mlp_only_layers", "decoder_sparse_step"),  # two ways to say which layers are dense
 }
 # The last two are in files of old models and do not describe the network.

@@ -15,7 +15,7 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel
 from loraprune_ds.model.read_shape import read_model
-from tests.families import heads_divide_hidden, tiny_config
+from tests.families import heads_divide_hidden, norms_are_wide, tiny_config
 from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 
 README = Path(__file__).parents[2] / "loraprune_ds" / "model" / "README.md"
@@ -52,7 +52,7 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
 def notes(name: str, family: Family) -> Iterator[str]:
     if family.mixture:
         yield "[experts](experts.md) leave"
-    elif family.companions:
+    elif norms_are_wide(family):
         yield "its norms run over all heads, so a cut is not quite equal to a mask"
     if whole := [words for part, words in WHOLE.items() if any(part in name for name in family.uncut)]:
         yield f"{' and '.join(whole)} are not pruned and have no LoRA"
@@ -60,6 +60,8 @@ def notes(name: str, family: Family) -> Iterator[str]:
         yield f"its {' and '.join(family.fixed)} stay, because its class has no field for fewer"
     if family.eager_only:
         yield f"eager attention, because sdpa lacks {family.eager_only}"
+    if not family.packs:
+        yield "no packing"
     if family.windows_begin_with_bos:
         yield "perplexity windows begin with BOS"
     if name == "phi3":
