@@ -204,7 +204,8 @@ class PruneConfig:
     target: Size | None = None  # instead of `ratio`: parameters of the model (`4.5B`) or memory of a server (`24GiB`)
     target_context: Count = 4096  # for a target in bytes: tokens in the server's KV cache, over all sequences
     target_weight_bits: Positive = 16.0  # for a target in bytes: bits per parameter of the linears, with scales
-    # fraction of heads to remove in layers that are cut. Channels make up the rest. None: the same fraction of both
+    # fraction of heads, also of delta nets, to remove in layers that are cut. Channels make up the rest. None: the same
+    # fraction of all
     head_ratio: Fraction | None = None
     criterion: Criterion = "lora"  # how a group is scored
     ranking: Ranking = "uniform"  # `uniform` keeps equal counts in all layers. `global` ranks over all layers

@@ -43,7 +43,7 @@ YARN: dict[str, Any] = {
 SCALED = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4, "logits_scaling": 3.0}
 DELTA = {
     "head_dim": 12,  # of which a quarter is rotary
-    "linear_key_head_dim": 6,
+    "linear_key_head_dim": 10,
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 5,
     "linear_num_value_heads": 10,
@@ -179,6 +179,8 @@ def tiny_model(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
+                if name.endswith("A_log"):
+                    parameter.fill_(-3)  # as initialised, sums of decays are so large that they round away what counts
                 parameter.add_(noise * 0.3)
                 if family == "nemotron" and name.endswith("norm.weight"):
                     parameter.sub_(1)  # the norm adds one, and its weights begin with one all the same

@@ -153,11 +153,12 @@ class Request:
         dense, limits, layers = self.shape, self.pruning.limits, list(self.shape.layers)
         open_layers = limits.open_layers
         if self.config.prune.ranking == "uniform":
-            layers = [uniform_counts(limits, target, limits.ratio)] * len(layers)
+            counts = uniform_counts(limits, target, limits.ratio)
+            layers = [limits.within(counts, i) for i in range(len(layers))]
         else:
             for kind, share in limits.shares.items():
                 numel = sum(layers[i][kind] * dense.group_numel(kind) for i in open_layers)
-                stays = 1 - target * dense.linear_numel() * share / numel
+                stays = 1 - target * dense.linear_numel() * share / max(1, numel)
                 layers = [LayerShape({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in layers]
         return dense.with_layers(tuple(layers[i] if i in open_layers else x for i, x in enumerate(dense.layers)))
 

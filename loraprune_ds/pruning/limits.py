@@ -1,7 +1,7 @@
 """Limits on what pruning may take from a layer: protected layers, minimum widths, a cap per layer."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -34,16 +34,42 @@ class Limits:
         first = count % multiple or multiple
         return [first] + [multiple] * ((count - first - floor) // multiple)
 
-    def narrowest(self, layer: int) -> Iterator[LayerShape]:
-        """Yields for each count of heads the shape with the fewest channels (or experts) within the layer's budget."""
-        dense, floor = self.dense.layers[layer], self.floor[layer]
+    @property
+    def open_counts(self) -> LayerShape:
+        """The dense counts of each kind. `uniform` needs them to be equal in all open layers that have the kind."""
+        return self._widest(self.dense.layers, self.open_layers)
+
+    @property
+    def open_numel(self) -> dict[Kind, int]:
+        """The linear parameters of one group of every open layer that has such groups."""
+        layers = [self.dense.layers[i] for i in self.open_layers]
+        return {kind: self.dense.group_numel(kind) * sum(x[kind] > 0 for x in layers) for kind in self.dense.kinds}
+
+    def within(self, counts: Mapping[Kind, int], layer: int) -> LayerShape:
+        """Returns what a layer has of equal counts: those of its kinds."""
+        return LayerShape((kind, counts[kind] if own else 0) for kind, own in self.dense.layers[layer].items())
+
+    def lost_by_all(self, counts: Mapping[Kind, int]) -> int:
+        """Counts the linear parameters that open layers with these equal counts have lost."""
+        dense = self.open_counts
+        return sum(numel * (dense[kind] - counts[kind]) for kind, numel in self.open_numel.items())
+
+    def narrowest(self, layers: Sequence[int]) -> Iterator[LayerShape]:
+        """Yields for each count of heads the fewest channels (or experts) that all these layers may have together."""
+        dense, floor = (self._widest(shapes, layers) for shapes in (self.dense.layers, self.floor))
         *coarse, fine = self.dense.kinds
+        sorts = {self.dense.layers[i].kinds: i for i in layers}.values()  # one layer of each sort
         for counts in product(*(range(floor[kind], dense[kind] + 1, self.multiples[kind]) for kind in coarse)):
             shape = LayerShape({**dense, **dict(zip(coarse, counts, strict=True))})
-            spare = self.layer_budget[layer] - self.lost(layer, shape)
-            if spare >= 0:
-                least = _round_up(dense[fine] - spare // self.dense.group_numel(fine), self.multiples[fine])
+            spare = {i: self.layer_budget[i] - self.lost(i, self.within(shape, i)) for i in sorts}
+            if min(spare.values()) >= 0:
+                with_fine = (numel for i, numel in spare.items() if self.dense.layers[i][fine])
+                least = dense[fine] - min(with_fine, default=0) // self.dense.group_numel(fine)
+                least = _round_up(least, self.multiples[fine])
                 yield LayerShape({**shape, fine: min(max(least, floor[fine]), dense[fine])})
+
+    def _widest(self, shapes: Sequence[LayerShape], layers: Sequence[int]) -> LayerShape:
+        return LayerShape((kind, max(shapes[i][kind] for i in layers)) for kind in self.dense.kinds)
 
     def step_numel(self, kind: Kind) -> int:
         """Counts the linear parameters of one multiple of a kind."""
@@ -59,8 +85,6 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
-    if config.ranking == "uniform":  # a dense layer among sparse ones has no experts to give
-        protected |= {i for i, layer in enumerate(dense.layers) if not all(layer.values())}
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)
@@ -75,11 +99,12 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     limits = Limits(dense, tuple(floor), tuple(budget), multiples, shares={}, ratio=0.0)
     if not limits.open_layers:
         raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
-    if config.ranking == "uniform" and len({dense.layers[i] for i in limits.open_layers}) > 1:
+    counts = (limits.within(limits.open_counts, i) == dense.layers[i] for i in limits.open_layers)
+    if config.ranking == "uniform" and not all(counts):
         raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
     numel = _open_numel(limits)[0]
     if dense.family.mixture:  # heads are few there, and stay
-        numel["heads"] = 0
+        numel |= dict.fromkeys(dense.kinds[:-1], 0)
     return replace(limits, shares={kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
 
 
@@ -97,7 +122,7 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
             keys = f"prune.channel_multiple {config.channel_multiple}"
             keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
             raise UserError(f"{keys} needs at least {multiple} channels, and layer {i} has {layer['channels']}")
-    multiples = {"heads": servers, "channels": multiple}
+    multiples = {"heads": servers, "delta": servers, "channels": multiple}
     return {kind: multiples.get(kind, dense.parts_of(kind)) for kind in dense.kinds}
 
 
@@ -107,33 +132,34 @@ def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
     if head_ratio is None:
         return replace(limits, ratio=ratio)
     numel, removable = _open_numel(limits)
-    heads, most_heads = numel.pop("heads"), removable.pop("heads")
-    others, most_others = sum(numel.values()), sum(removable.values())
+    *coarse, fine = dense.kinds
+    others, most_others = numel.pop(fine), removable.pop(fine)
+    heads, most_heads = sum(numel.values()), sum(removable.values())  # also those of delta nets
     leaving, of_heads = ratio * dense.linear_numel(), head_ratio * heads
-    half_a_step = len(limits.open_layers) * limits.step_numel("heads") / 2  # per layer: only full heads go
+    half_a_step = sum(limits.open_numel[kind] * limits.multiples[kind] for kind in coarse) / 2  # only full heads go
     if of_heads > most_heads + half_a_step:
         raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
     if not of_heads <= leaving <= of_heads + most_others + half_a_step:
         raise UserError(
             f"prune.head_ratio {head_ratio} with prune.ratio {ratio} would take {(leaving - of_heads) / others:.1%} of "
-            f"the {' and '.join(numel)}, of which {most_others / others:.1%} may go"
+            f"the {fine}, of which {most_others / others:.1%} may go"
         )
-    share = of_heads / leaving
-    return replace(limits, ratio=ratio, shares={"heads": share, dense.kinds[-1]: 1 - share})
+    shares = {kind: head_ratio * part / leaving for kind, part in numel.items()}
+    return replace(limits, ratio=ratio, shares=shares | {fine: 1 - of_heads / leaving})
 
 
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
     """Returns the least and the most parameters that can go, up to a part of a group."""
     if config.ranking == "uniform":
-        first = limits.open_layers[0]
-        most = len(limits.open_layers) * max(limits.lost(first, shape) for shape in limits.narrowest(first))
+        most = max(map(limits.lost_by_all, limits.narrowest(limits.open_layers)))
     else:  # scores choose where a capped layer ends, so the smallest loss counts
         most = sum(min(_final_losses(limits, i)) for i in limits.open_layers)
     if config.head_ratio is None:
         return 0, most
     numel, removable = _open_numel(limits)
-    of_heads = config.head_ratio * numel["heads"]
-    return of_heads, min(most, of_heads + sum(removable.values()) - removable["heads"])
+    fine = limits.dense.kinds[-1]
+    of_heads = config.head_ratio * (sum(numel.values()) - numel[fine])
+    return of_heads, min(most, of_heads + removable[fine])
 
 
 def check_reachable(config: PruneConfig, limits: Limits) -> None:
@@ -143,9 +169,10 @@ def check_reachable(config: PruneConfig, limits: Limits) -> None:
     if config.ranking == "global":
         near = max(limits.step_numel(kind) for kind in dense.kinds[:-1])
     else:
-        first, fine = limits.open_layers[0], dense.kinds[-1]
+        fine = dense.kinds[-1]
+        first = max(limits.open_layers, key=lambda i: dense.layers[i][fine])
         step = min(limits.multiples[fine], dense.layers[first][fine] - limits.floor[first][fine])
-        near = len(limits.open_layers) * step * dense.group_numel(fine) / 2
+        near = step * limits.open_numel[fine] / 2
     if most == 0 or limits.ratio * dense.linear_numel() > most + near:
         largest = math.floor(1e4 * most / dense.linear_numel()) / 1e4
         cause = f"with the protected layers, minimum widths and prune.max_layer_ratio at most {largest} can go"
@@ -155,7 +182,7 @@ def check_reachable(config: PruneConfig, limits: Limits) -> None:
 def _final_losses(limits: Limits, layer: int) -> Iterator[int]:
     """Yields the losses at which a layer has no group left that may go."""
     floor, coarse = limits.floor[layer], limits.dense.kinds[:-1]
-    for shape in limits.narrowest(layer):
+    for shape in limits.narrowest([layer]):
         lost = limits.lost(layer, shape)
         spare = limits.layer_budget[layer] - lost
         if all(shape[kind] == floor[kind] or limits.step_numel(kind) > spare for kind in coarse):

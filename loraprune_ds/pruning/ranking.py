@@ -24,12 +24,15 @@ def rank_uniform(
 ) -> list[LayerKeep]:
     """Keeps equal counts in every open layer, the best groups of each by its own scores (the paper's ranking).
 
+    Layers of several sorts, such as those with a delta net and those with attention, have the counts of their kinds.
+
     The counts come nearest to `target`, the fraction of the dense linear parameters that should be gone after this cut,
     and in the end to `final`. Channels make up for what heads cannot reach. On the way all kinds are cut in proportion,
     so no count has to grow again. `scores` and the result belong to the current groups.
     """
     counts = uniform_counts(limits, target, final)
-    wanted = [counts if i in limits.open_layers else layer for i, layer in enumerate(current.layers)]
+    open_layers = limits.open_layers
+    wanted = [limits.within(counts, i) if i in open_layers else layer for i, layer in enumerate(current.layers)]
     return _keep_best(scores, wanted, current)
 
 
@@ -40,12 +43,19 @@ def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
 
 def counts_on_the_way(limits: Limits, goal: LayerShape, part: float) -> LayerShape:
     """Returns the counts at a part of the way from the dense ones to `goal`. They never grow with `part`."""
-    dense = limits.dense.layers[limits.open_layers[0]]
+    dense = limits.open_counts
     counts = {kind: count - round(part * (count - goal[kind])) for kind, count in dense.items()}
     return LayerShape(
         (kind, _nearest_multiple(count, goal[kind], dense[kind], limits.multiples[kind]))
         for kind, count in counts.items()
     )
+
+
+def shape_of_uniform(limits: Limits) -> ModelShape:
+    """Returns the shape that `uniform` ends with."""
+    goal, open_layers = uniform_goal(limits, limits.ratio), set(limits.open_layers)
+    layers = enumerate(limits.dense.layers)
+    return limits.dense.with_layers(tuple(limits.within(goal, i) if i in open_layers else x for i, x in layers))
 
 
 def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
@@ -54,21 +64,21 @@ def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
     Channels fill up what heads leave. Of all counts within half a step of the channels from the target, those win
     that are closest to the share of the heads.
     """
-    dense, first = limits.dense, limits.open_layers[0]
-    layer, (*coarse, fine) = dense.layers[first], dense.kinds
-    wanted = ratio * dense.linear_numel() / len(limits.open_layers)  # parameters that each open layer loses
-    share = {kind: layer[kind] - wanted * limits.shares[kind] / dense.group_numel(kind) for kind in coarse}
+    dense, (*coarse, fine) = limits.open_counts, limits.dense.kinds
+    wanted = ratio * limits.dense.linear_numel()  # parameters that leave
+    numel = {kind: max(1, part) for kind, part in limits.open_numel.items()}
+    share = {kind: dense[kind] - wanted * limits.shares[kind] / numel[kind] for kind in coarse}
 
     def option(narrowest: LayerShape) -> tuple[float, float, LayerShape]:
         """Fills the counts up with channels: (distance to the target, distance to the shares, counts)."""
-        missing = wanted - limits.lost(first, {**narrowest, fine: layer[fine]})
-        count = layer[fine] - missing / dense.group_numel(fine)
-        channels = _nearest_multiple(count, narrowest[fine], layer[fine], limits.multiples[fine])
+        missing = wanted - limits.lost_by_all({**narrowest, fine: dense[fine]})
+        count = dense[fine] - missing / numel[fine]
+        channels = _nearest_multiple(count, narrowest[fine], dense[fine], limits.multiples[fine])
         counts = LayerShape({**narrowest, fine: channels})
-        distance = max(abs(limits.lost(first, counts) - wanted), limits.step_numel(fine) / 2)
+        distance = max(abs(limits.lost_by_all(counts) - wanted), limits.multiples[fine] * numel[fine] / 2)
         return distance, sum(abs(counts[kind] - share[kind]) for kind in coarse), counts
 
-    return min(map(option, limits.narrowest(first)), key=lambda distances: distances[:2])[-1]
+    return min(map(option, limits.narrowest(limits.open_layers)), key=lambda distances: distances[:2])[-1]
 
 
 def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) -> int:

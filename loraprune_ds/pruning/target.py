@@ -8,7 +8,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.flops import cached_numel
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.limits import Limits, check_reachable, limits_without_ratio, reachable, with_ratio
-from loraprune_ds.pruning.ranking import uniform_goal
+from loraprune_ds.pruning.ranking import shape_of_uniform
 from loraprune_ds.units import Amount
 
 BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and biases
@@ -55,9 +55,7 @@ def _find_ratio(config: PruneConfig, limits: Limits, amount: Amount) -> float:
 
 def _size_of_uniform(config: PruneConfig, limits: Limits) -> float:
     """Returns the size at the final widths of `uniform`."""
-    goal, open_layers = uniform_goal(limits, limits.ratio), set(limits.open_layers)
-    layers = tuple(goal if i in open_layers else layer for i, layer in enumerate(limits.dense.layers))
-    return measure(config, limits.dense.with_layers(layers))
+    return measure(config, shape_of_uniform(limits))
 
 
 def _size_of_global(config: PruneConfig, limits: Limits) -> float:

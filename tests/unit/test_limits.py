@@ -97,7 +97,7 @@ def test_the_narrowest_shapes_by_trying_them_all() -> None:
         allowed = [
             c for c in range(floor["channels"], dense["channels"] + 1) if c % multiple == 0 or c == dense["channels"]
         ]
-        narrowest = {shape["heads"]: shape["channels"] for shape in limits.narrowest(0)}
+        narrowest = {shape["heads"]: shape["channels"] for shape in limits.narrowest([0])}
         for heads in range(floor["heads"], dense["heads"] + 1):
             shapes = [LayerShape(heads=heads, channels=c) for c in allowed]
             fitting = [x["channels"] for x in shapes if limits.lost(0, x) <= limits.layer_budget[0]]

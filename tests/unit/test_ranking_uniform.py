@@ -2,16 +2,19 @@
 
 import random
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_uniform, uniform_counts, uniform_goal
 from loraprune_ds.pruning.target import make_limits
+from tests.families import tiny_config
 from tests.oracle.formula import keep_best
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape, random_limits, random_scores_of
 
@@ -45,6 +48,33 @@ def test_the_goal_comes_nearest_of_all_counts() -> None:
         assert goal in allowed
         nearest = min(error(limits, counts, ratio) for counts in allowed)
         assert error(limits, goal, ratio) <= max(nearest, half_a_step) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "ratio", "head_ratio"),
+    [
+        *(("qwen3_5_text", ratio, None) for ratio in (0.1, 0.3, 0.6)),
+        ("qwen3_5_text", 0.4, 0.4),
+        ("qwen3_next", 0.3, None),
+        ("qwen3_5_moe_text", 0.4, 0.4),
+        ("glm4_moe", 0.3, 0.4),
+    ],
+)
+def test_layers_of_several_sorts_have_equal_counts(family: str, ratio: float, head_ratio: float | None) -> None:
+    """A delta net has no attention, and a dense layer among sparse ones no experts. A stock class holds the result."""
+    dense = shape_from_config(tiny_config(family).to_dict(), family)
+    limits = limits_of(dense, ratio=ratio, head_ratio=head_ratio)
+    left = dense.after(rank_uniform(random_scores_of(dense, torch.Generator()), dense, limits, ratio, ratio))
+    assert left.is_uniform
+    assert limits.lost_by_all(uniform_goal(limits, ratio)) == gone(left, dense)
+    sizes = [range(limits.floor[1][kind] or 1, count + 1) for kind, count in limits.open_counts.items()]
+    allowed = (LayerShape(zip(dense.kinds, counts, strict=True)) for counts in product(*sizes))
+    wanted, half_a_step = ratio * dense.linear_numel(), limits.open_numel[dense.kinds[-1]] / 2
+    nearest = min(abs(limits.lost_by_all(counts) - wanted) for counts in allowed)
+    assert abs(gone(left, dense) - wanted) <= max(nearest, half_a_step)
+    gave = {kind: 1 - max(x[kind] for x in left.layers) / count for kind, count in limits.open_counts.items()}
+    asked = head_ratio or (0 if dense.family.mixture else ratio)
+    assert all(abs(gave[kind] - asked) < 0.11 for kind in dense.kinds[:-1])  # half a group of five
 
 
 def test_heads_give_their_share_where_channels_can_make_up_for_the_rest() -> None:
