@@ -101,6 +101,7 @@ class ModelConfig:
     # `sdpa`, `eager`, `flash_attention_2` or `flash_attention_3`. Gemma 2 and GPT-OSS get `eager` instead of `sdpa`
     attn_implementation: str = "sdpa"
     adapter: str | None = None  # folder of a PEFT LoRA adapter to start from
+    text_only: bool = False  # export the text part of a multimodal model as its text class, without the tower
 
 
 @dataclass(frozen=True, config=STRICT)

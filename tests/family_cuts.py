@@ -22,7 +22,7 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
-from loraprune_ds.model.weight_files import as_on_disk, write_index, write_weight_file
+from loraprune_ds.model.weight_files import as_on_disk, copy_tensors, write_index, write_weight_file
 from tests.export_cases import model_card
 from tests.families import SIZES, layers_with, norms_are_wide, tiny_model
 from tests.plain_model import PlainModel
@@ -111,16 +111,23 @@ def export(family: str, folder: Path, *counts: tuple[int, int], **changes: Any) 
     return cut_and_export(dense(family, **changes), folder, *counts)
 
 
-def cut_and_export(network: Network, folder: Path, *counts: tuple[int, int]) -> Export:
-    """Cuts a model, merges LoRA and writes what a run writes."""
+def cut_and_export(
+    network: Network, folder: Path, *counts: tuple[int, int], source: PretrainedModel | None = None
+) -> Export:
+    """Cuts a model, merges LoRA and writes what a run writes. With the tower of `source`, if it has one."""
     before = network.shape
     network.cut(draw(before, *counts))
     merged: Any = network.model.merge_and_unload()
-    tensors = as_on_disk(dict(merged.named_parameters()), network.shape.pieces())
-    exported = export_config(network.config, network.shape, "float32")
-    staging = begin(folder)
-    write_index(staging, [write_weight_file(staging, 0, 1, tensors)])
-    finish_folder(staging, exported, staging, model_card(before, network.shape))
+    tower = source.tower if source else None
+    name_on_disk = tower.name_on_disk if tower else str
+    tensors = as_on_disk(dict(merged.named_parameters()), network.shape.pieces(), name_on_disk)
+    exported = export_config(network.config, network.shape, "float32", tower and tower.config)
+    staging, count = begin(folder), 1 + (tower is not None)
+    entries = [write_weight_file(staging, 0, count, tensors)]
+    if tower:
+        entries.append(copy_tensors(tower.files, staging, 1, 2))
+    write_index(staging, entries)
+    finish_folder(staging, exported, source.folder if source else staging, model_card(before, network.shape))
     publish(folder)
     with torch.no_grad():
         return Export(folder, exported, network.shape, merged(input_ids=PROMPT, use_cache=False).logits)

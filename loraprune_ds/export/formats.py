@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
         others = ", ".join(name for name in FORMATS if name != "adapter")
         raise UserError(f"{source.name} has no checkpoint with its LoRA apart; formats that can: {others}")
     unmerged, remarks = open_newest(source.checkpoints)
+    unmerged.dense = replace(unmerged.dense, tower=None)  # an adapter has the names of the text class
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     base.mkdir()
     write_model(unmerged, base, merge=False)

@@ -20,7 +20,7 @@ from loraprune_ds.model.exported_config import MODELLING_FILE, ExportedConfig, n
 from loraprune_ds.model.family import PRUNED, family_name
 from loraprune_ds.model.modeling_pruned import FAMILY
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.read_shape import MULTIMODAL
+from loraprune_ds.model.text_part import MULTIMODAL
 from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 from loraprune_ds.model.weight_files import (
     AUTO_MAP,
@@ -48,7 +48,10 @@ def begin(out: Path, mark: str = "") -> Path:
 def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: ModelCard) -> None:
     """Writes all but the weights: config, modelling file, card, and the `dense` folder's tokenizer and settings."""
     copy_tokenizer(dense, folder)
-    if (exported.renamed or _is_multimodal(dense)) and has_tokenizer(folder):
+    if exported.multimodal:
+        copy_named(dense, folder, PROCESSOR_FILES)
+        drop_auto_maps(folder)
+    elif (exported.renamed or _is_multimodal(dense)) and has_tokenizer(folder):
         _pin_tokenizer(dense, folder)
     if not (folder / "generation_config.json").is_file():
         ids = {key: value for key, value in exported.config.items() if key in TOKEN_IDS}

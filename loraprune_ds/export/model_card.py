@@ -21,7 +21,7 @@ TITLES = {
 LOAD_HEADING = "## Load it"
 TEMPLATE = """---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags:
 - pruned
 - loraprune
@@ -51,17 +51,21 @@ with loraprune_ds. The licence of {card.base_model} applies.
 The weights are {dtype}, with LoRA merged.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {exported.auto_class}, {tokenizer}
 
 folder = "path/to/this/folder"
 model = {exported.loader}
-tokenizer = AutoTokenizer.from_pretrained(folder{trust})
+{variable} = {tokenizer}.from_pretrained(folder{trust})
 ```
 {remark}"""
 
 REMARK = """
 The layers differ in size, or have a size no stock class takes: `{file}` in this folder describes them
 to transformers (4.57 or newer), and `trust_remote_code=True` allows it to run. It imports only torch and transformers.
+"""
+
+IMAGES = """
+**Images were not tuned.** The vision tower is a copy, and only text was used. Measure the model on images first.
 """
 
 
@@ -135,7 +139,10 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         else "no architecture holds it",
         layers="\n".join(_layer_rows(pruned)),
         trust=", trust_remote_code=True" if trust else "",
-        remark=REMARK.format(file=exported.modelling_file) if trust else "",
+        task="image-text-to-text" if exported.multimodal else "text-generation",
+        variable="processor" if exported.multimodal else "tokenizer",
+        tokenizer="AutoProcessor" if exported.multimodal else "AutoTokenizer",
+        remark=REMARK.format(file=exported.modelling_file) if trust else IMAGES * exported.multimodal,
     )
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """The config.json of a pruned model, which transformers 4 and 5 read. Stock if a stock class can hold the shape."""
 
+import copy
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -34,19 +35,26 @@ class ExportedConfig:
     config: dict[str, Any]
     modelling_file: str | None  # of loraprune_ds/model, belongs next to the weights. None for a stock model
     renamed: bool  # the model type is not the source's
+    multimodal: bool = False  # with the tower of the source
 
     @property
     def trust_remote_code(self) -> bool:
         return self.modelling_file is not None
 
     @property
+    def auto_class(self) -> str:
+        return "AutoModelForImageTextToText" if self.multimodal else "AutoModelForCausalLM"
+
+    @property
     def loader(self) -> str:
         """The line of Python that loads the model from `folder`."""
         trust = ", trust_remote_code=True" if self.trust_remote_code else ""
-        return f'AutoModelForCausalLM.from_pretrained(folder, dtype="auto"{trust})'
+        return f'{self.auto_class}.from_pretrained(folder, dtype="auto"{trust})'
 
 
-def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> ExportedConfig:
+def export_config(
+    source: dict[str, Any], shape: ModelShape, dtype: str, multimodal: dict[str, Any] | None = None
+) -> ExportedConfig:
     """Describes a model of the source's family with the sizes of `shape`. Weights are stored as `dtype` ("bfloat16").
 
     Uniform layers stay a stock model. Some stock configs of transformers 5 refuse a head count that does not divide
@@ -55,7 +63,10 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
 
     Args:
         source: config.json of the model that was pruned, possibly of a pruned export.
+        multimodal: config.json of the multimodal model whose text part it is, if the tower stays.
     """
+    if multimodal is not None:
+        return ExportedConfig(multimodal_config(multimodal, shape, dtype), None, renamed=False, multimodal=True)
     family = family_name(shape.model_type)
     stock = [family] if shape.is_uniform else []
     if stock and family == "llama" and not shape.biases:
@@ -69,6 +80,19 @@ def export_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> Expo
         return ExportedConfig(config, None, model_type != shape.model_type)
     config = name_our_code(_config_of(source, shape, dtype, PRUNED + family))
     return ExportedConfig(config, MODELLING_FILE, PRUNED + family != shape.model_type)
+
+
+def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> dict[str, Any]:
+    """Returns config.json of a multimodal model whose text part has the sizes of `shape`, which are equal layers."""
+    config = copy.deepcopy(source)
+    text = config.get("text_config", config)  # the first Qwen2.5-VL have these fields outside
+    mixture = shape.family.mixture
+    for part in (config, text):
+        for key in DROPPED | ({mixture.new_count} if mixture else set()):
+            part.pop(key, None)
+        part |= {"dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": shape.tie_word_embeddings}
+    text |= _sizes(shape) | ({NEXT_TOKENS: 0} if text.get(NEXT_TOKENS) else {})
+    return config | {"transformers_version": version("transformers")}
 
 
 def name_our_code(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, StoredTensor, fill
-from loraprune_ds.model.read_shape import check_family, read_model, text_config, text_tensors
+from loraprune_ds.model.read_shape import check_family, read_model
 from loraprune_ds.model.shapes import LayerKeep, ModelShape, Pieces
 from loraprune_ds.model.storage import MODEL_DTYPE, FrozenStorage, Slice
+from loraprune_ds.model.text_part import MTP, Tower, find_layout, text_config, text_tensors
 from loraprune_ds.model.weight_files import Headers, read_headers
 
 HEAD = "lm_head.weight"
@@ -219,12 +220,14 @@ class PretrainedModel:
         config: config.json, or its text part.
         modules: on the meta device, as the config describes them. Engines copy them.
         weights: of these modules, or of the smaller ones that cuts have left.
+        tower: what a multimodal model has besides. None if it has no place in an export.
     """
 
     folder: Path
     config: dict[str, Any]
     modules: PreTrainedModel
     weights: ModelWeights
+    tower: Tower | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -243,20 +246,26 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     config = text_config(full, where)
     shape, modules = read_model(config, where)
     headers = read_headers(folder)
-    names = {name: name for name in headers}
+    names, tower = {name: name for name in headers}, None
     if config is not full:
-        names = text_tensors(headers, where)
+        layout = find_layout(headers, where)
+        names = text_tensors(headers, layout)
+        others = {name: file for name, (_, _, file) in headers.items() if not name.startswith((*layout, MTP))}
+        tower = Tower(full, layout, others)
         if HEAD in names and shape.tie_word_embeddings:
             config = config | {"tie_word_embeddings": False}  # as transformers decides
             shape, modules = read_model(config, where)
     extra = config.get("num_nextn_predict_layers") or 0  # layers after the last one, which the model does not use
-    beyond = ("mtp.", *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
+    beyond = (MTP, *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
     names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
-    return PretrainedModel(folder, config, modules, check_weights(folder, headers, names, shape, "config.json"))
+    weights = check_weights(folder, headers, names, shape, "config.json")
+    return PretrainedModel(folder, config, modules, weights, tower)
 
 
 def open_for_pruning(folder: Path, model: ModelConfig, prune: PruneConfig, *, packing: bool = False) -> PretrainedModel:
     """Opens the model of a run as `open_pretrained`, and checks that it has everything that the run needs."""
     pretrained = open_pretrained(folder)
     check_family(pretrained.shape.family, pretrained.config, str(folder), prune, packing=packing)
+    if model.text_only:
+        pretrained = replace(pretrained, tower=None)
     return replace(pretrained, weights=replace(pretrained.weights, storage=FrozenStorage.from_config(model)))

@@ -1,6 +1,5 @@
 """Reads a model's sizes: its counts from config.json, and every parameter's shape from modules without weights."""
 
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,19 +16,8 @@ from loraprune_ds.model.family import FAMILIES, find_family
 from loraprune_ds.model.family_row import Family, Width
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.shapes import LayerShape, ModelShape, Sizes
+from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
-# Without an image their forward equals the text class's, and their weight files have one of LAYOUTS.
-MULTIMODAL = "gemma3 mistral3 llava llava_next llava_onevision vipllava internvl idefics3 smolvlm".split()
-# Prefix of the decoder, prefix of the head. transformers saves the first one and also reads the second.
-LAYOUTS = (
-    ("language_model.model.", "language_model.lm_head."),
-    ("model.language_model.", "lm_head."),
-    ("model.text_model.", "lm_head."),
-)
-# Published text configs leave out sizes that their class has as defaults.
-TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
-TEXT_SIZES += ("num_attention_heads", "num_key_value_heads")
-SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")  # outside the text config
 EXPERT_FIELDS = {family.mixture.count for family in FAMILIES.values() if family.mixture}
 # Fields, and the widths of families that know them.
 REFUSED: dict[str, Width] = {"kv_lora_rank": "key_value_rank", "linear_num_key_heads": "delta_key"}
@@ -65,32 +53,6 @@ def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
     except HUB_ERRORS as error:
         reason = first_line(error)
         raise UserError(f"model {model} is no folder and not available from the hub ({reason}); give {known}") from None
-
-
-def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns the config of a multimodal model's text part, and the config of any other model unchanged."""
-    if config.get("model_type") not in MULTIMODAL or not isinstance(text := config.get("text_config"), dict):
-        return config
-    defaults = config_class(text["model_type"]) if text.get("model_type") in FAMILIES else None
-    sizes = {name: getattr(defaults, name) for name in TEXT_SIZES if hasattr(defaults, name)}
-    shared = {name: config[name] for name in SHARED if name in config}
-    with refused_in_one_line(where):
-        tied = bool(config_object(config).tie_word_embeddings)  # by the outer config and the rules of its class
-    return sizes | shared | text | {"tie_word_embeddings": tied}
-
-
-def text_tensors(stored: Collection[str], where: str) -> dict[str, str]:
-    """Maps the names of the text class to the names `stored` in the weight files of a multimodal model."""
-    for decoder, head in LAYOUTS:
-        if f"{decoder}embed_tokens.weight" in stored:
-            prefixes = {decoder: "model.", head: "lm_head."}
-            return {
-                text + name.removeprefix(prefix): name
-                for name in stored
-                for prefix, text in prefixes.items()
-                if name.startswith(prefix)
-            }
-    raise UserError(f"{where}: its weight files hold no text part under {' or '.join(x for x, _ in LAYOUTS)}")
 
 
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:

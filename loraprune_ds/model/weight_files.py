@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from loraprune_ds.model.shapes import Pieces
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model-*-of-*.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+COPIED_BYTES = 1 << 24  # at a time
 Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -105,12 +107,45 @@ def write_weight_file(folder: Path, index: int, count: int, tensors: Mapping[str
     return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
-def as_on_disk(tensors: Mapping[str, Tensor], pieces: Mapping[str, Pieces]) -> dict[str, Tensor]:
+def copy_tensors(files: Mapping[str, Path], folder: Path, index: int, count: int) -> dict[str, int]:
+    """Copies tensors of other weight files, byte by byte, into a new one. Returns its entry as `write_weight_file`."""
+    headers = {path: _read_header(path) for path in set(files.values())}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    sizes, sources = dict[str, int](), list[tuple[Path, int, int]]()
+    for name, path in files.items():
+        data, tensors = headers[path]
+        start, end = tensors[name]["data_offsets"]
+        before = sum(sizes.values())
+        sizes[name] = end - start
+        header[name] = tensors[name] | {"data_offsets": [before, before + sizes[name]]}
+        sources.append((path, data + start, data + end))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with (folder / weight_file_name(index, count)).open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for path, start, end in sources:
+            with path.open("rb") as file:
+                file.seek(start)
+                for at in range(start, end, COPIED_BYTES):
+                    out.write(file.read(min(COPIED_BYTES, end - at)))
+    return sizes
+
+
+def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Returns where the data of a safetensors file begins, and what its header says of each tensor."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return 8 + size, json.loads(file.read(size))
+
+
+def as_on_disk(
+    tensors: Mapping[str, Tensor], pieces: Mapping[str, Pieces], name_on_disk: Callable[[str], str] = str
+) -> dict[str, Tensor]:
     """Splits or reshapes stacks of experts into the tensors of a weight file (`ModelShape.pieces`)."""
     on_disk: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         names, shape = pieces.get(name, Pieces((name,), tensor.shape))
-        on_disk |= zip(names, tensor.reshape(len(names), *shape), strict=True)
+        on_disk |= zip(map(name_on_disk, names), tensor.reshape(len(names), *shape), strict=True)
     return on_disk
 
 

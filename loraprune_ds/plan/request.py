@@ -13,12 +13,13 @@ from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.family_row import Linear, LinearId
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.logits import check_top_k
-from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config, text_config
+from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.storage import FrozenStorage
+from loraprune_ds.model.text_part import check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
-from loraprune_ds.pruning.ranking import uniform_counts
+from loraprune_ds.pruning.ranking import shape_of_uniform, uniform_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
@@ -198,7 +199,7 @@ def build_request(
 ) -> Request:
     """Builds the request for a known shape. Raises UserError if the run config does not fit model or ranks."""
     train = config.train
-    source = text_config(source, name)
+    whole, source = source, text_config(source, name)
     check_family(shape.family, source, name, config.prune, packing=config.data.packing)
     check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
@@ -207,7 +208,10 @@ def build_request(
     steps = train.steps or ASSUMED_STEPS
     if train.steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    pruning = plan_pruning(config.prune, make_limits(config.prune, shape), steps)
+    limits = make_limits(config.prune, shape)
+    if source is not whole and not config.model.text_only:
+        check_tower(whole, shape_of_uniform(limits) if config.prune.ranking == "uniform" else None, name)
+    pruning = plan_pruning(config.prune, limits, steps)
     path, per_node, model = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.model
     ds_config = resolve_ds_config(path, shape, cluster.world_size, train, model, config.lora.r, ranks_per_node=per_node)
     size = zero_settings(ds_config).zero_hpz_partition_size

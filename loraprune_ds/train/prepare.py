@@ -16,8 +16,10 @@ from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.logits import check_top_k
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
+from loraprune_ds.model.text_part import check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
+from loraprune_ds.pruning.ranking import shape_of_uniform
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.report.reporters import check_installed
@@ -85,6 +87,10 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     path = find_ds_config(config.deepspeed)
     ds_config = resolve_ds_config(path, shape, world_size, train, model, lora_rank, ranks_per_node=ranks_per_node)
     limits = make_limits(config.prune, shape)  # its errors come before the data, which may take long to read
+    if tower := pretrained.tower:
+        pruned = shape_of_uniform(limits) if config.prune.ranking == "uniform" else None
+        check_tower(tower.config, pruned, str(pretrained.folder))
+        check_processor(pretrained.folder)
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
     start = window_start(tokenizer, shape.family)
@@ -133,6 +139,8 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
     ]
     if attention := describe_attention(config.model.attn_implementation, dense.family):
         lines.append(attention)
+    if prepared.pretrained.tower:
+        lines.append("the vision tower stays as it is and comes along; only the text part is tuned and cut")
     if dense.family.mixture and config.prune.compensate != "none":
         lines.append(
             f"prune.compensate: {config.prune.compensate} refits o_proj. Nothing makes up for experts that leave"

@@ -121,7 +121,8 @@ def _write_weights(context: RunContext, model: ShardedModel) -> None:
         begin(target, mark)
 
     model.comm.on_rank_0(make_room)
-    write_model(model, staging_of(target, mark), dtype, lambda linear: merged_tensors(linear, dtype))
+    tower, staging = context.prepared.pretrained.tower, staging_of(target, mark)
+    write_model(model, staging, dtype, lambda linear: merged_tensors(linear, dtype), tower=tower)
 
 
 def _finish(context: RunContext, outcome: Outcome) -> bool:
@@ -129,7 +130,7 @@ def _finish(context: RunContext, outcome: Outcome) -> bool:
     config, comm, recorder, folder = context.config, context.comm, context.recorder, context.folder
     mark, dense = context.status.mark, context.prepared.pretrained
     staging = staging_of(folder / MODEL_FOLDER, mark)
-    exported = export_config(dense.config, outcome.pruned, config.model.dtype)
+    exported = export_config(dense.config, outcome.pruned, config.model.dtype, dense.tower and dense.tower.config)
     comm.on_rank_0(lambda: finish_folder(staging, exported, dense.folder, _model_card(context, outcome)))
     if context.stop_requested():
         return False

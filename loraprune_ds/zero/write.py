@@ -16,9 +16,11 @@ from loraprune_ds.config import Dtype
 from loraprune_ds.errors import RunError, one_line
 from loraprune_ds.model.adapters import lora_linear, plain_parameter
 from loraprune_ds.model.frozen import DTYPES
+from loraprune_ds.model.text_part import Tower
 from loraprune_ds.model.weight_files import (
     INDEX_FILE,
     as_on_disk,
+    copy_tensors,
     weight_file_count,
     weight_file_name,
     write_index,
@@ -64,18 +66,26 @@ class LocalWrites:
 
 
 def write_model(
-    model: ShardedModel, folder: Path, dtype: Dtype, tensors_of: TensorsOf, *, trained: bool = True
+    model: ShardedModel,
+    folder: Path,
+    dtype: Dtype,
+    tensors_of: TensorsOf,
+    *,
+    trained: bool = True,
+    tower: Tower | None = None,
 ) -> list[str]:
     """Writes all weight files and their index into `folder`. Returns the names of this rank's files. Collective.
 
     Args:
         trained: write the learned copies of PEFT's modules_to_save, not their initial values.
+        tower: belongs to the model and is copied.
     """
-    count = weight_file_count(len(model.layers))
+    own = weight_file_count(len(model.layers))
+    count, name_on_disk = own + (tower is not None), tower.name_on_disk if tower else str
     mine: dict[int, dict[str, int]] = {}
     writes = LocalWrites(model.comm, folder)
-    for indices in owner_rounds(count, model.world_size):
-        collected = {k: _file_tensors(model, k, DTYPES[dtype], tensors_of, trained) for k in indices}
+    for indices in owner_rounds(own, model.world_size):
+        collected = {k: _file_tensors(model, k, DTYPES[dtype], tensors_of, trained, name_on_disk) for k in indices}
         for k, tensors in collected.items():
             if tensors:  # this rank's. The other owners write theirs at the same time
                 writes.do(lambda k=k, tensors=tensors: mine.update({k: write_weight_file(folder, k, count, tensors)}))
@@ -85,12 +95,19 @@ def write_model(
     for part in model.comm.gather_objects(mine):
         entries |= part
     names = [weight_file_name(k, count) for k in mine]
+    if tower:
+        writes.do_on_rank_0(lambda: entries.update({own: copy_tensors(tower.files, folder, own, count)}))
     writes.do_on_rank_0(lambda: write_index(folder, [entries[k] for k in range(count)]))
     return [*names, INDEX_FILE] if model.rank == 0 else names
 
 
 def _file_tensors(
-    model: ShardedModel, k: int, dtype: torch.dtype, tensors_of: TensorsOf, trained: bool
+    model: ShardedModel,
+    k: int,
+    dtype: torch.dtype,
+    tensors_of: TensorsOf,
+    trained: bool,
+    name_on_disk: Callable[[str], str],
 ) -> dict[str, Tensor]:
     """Gathers layer k on its owner. After the last layer come embedding, norm and head. Empty elsewhere. Collective."""
     shape, owner, keep_fp32, tensors = model.shape, model.owner(k), model.shape.keep_fp32, dict[str, Tensor]()
@@ -107,7 +124,7 @@ def _file_tensors(
     others = {prefix + name: plain_parameter(parent, name, trained=trained) for name in names}
     for name, tensor in collect_named(others, owner, model.comm).items():
         tensors[name] = tensor if name in keep_fp32 else tensor.to(dtype)
-    return as_on_disk(tensors, shape.pieces())
+    return as_on_disk(tensors, shape.pieces(), name_on_disk)
 
 
 def frozen_tensors(linear: CollectedLinear) -> dict[str, Tensor]:

@@ -4,54 +4,27 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import begin, finish_folder
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.read_shape import LAYOUTS, MULTIMODAL, shape_from_config
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.text_part import LAYOUTS, MULTIMODAL
 from tests.export_cases import model_card
 from tests.families import tiny_config
 from tests.family_cuts import FEW, cut_and_export, difference, load, logits, reopened, with_lora
 from tests.gguf_cases import byte_level_tokenizer
+from tests.multimodal import TOWERS, multimodal
 
 TOLERANCE = 1e-5
-VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-VISION |= {"image_size": 28, "patch_size": 14}
-# The family of the text part, its tower, and whether head and embedding are one.
-TOWERS = {
-    "gemma3": ("gemma3_text", "siglip_vision_model", True),
-    "mistral3": ("mistral", "pixtral", False),
-    "llava": ("llama", "clip_vision_model", False),
-    "llava_next": ("mistral", "clip_vision_model", False),
-    "llava_onevision": ("qwen2", "siglip_vision_model", True),
-    "vipllava": ("llama", "clip_vision_model", False),
-    "internvl": ("qwen3", "internvl_vision", False),
-    "idefics3": ("llama", "idefics3_vision", False),
-    "smolvlm": ("llama", "smolvlm_vision", True),
-}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # renamed, and PEFT asks
     pytest.mark.usefixtures("fresh_transformers"),
 ]
-
-
-def multimodal(outer: str) -> PreTrainedModel:
-    """Makes a tiny random multimodal model, in evaluation mode."""
-    family, tower, tied = TOWERS[outer]
-    text = tiny_config(family).to_dict() | {"final_logit_softcapping": None, "tie_word_embeddings": tied}
-    vision = VISION | {"model_type": tower}
-    config = AutoConfig.for_model(outer, text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    torch.manual_seed(3)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

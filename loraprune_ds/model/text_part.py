@@ -1,0 +1,133 @@
+"""The text part of a multimodal model, which alone is built, and its tower, which is copied from file to file."""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from loraprune_ds.errors import UserError
+from loraprune_ds.model.classes import config_class, config_object, parameters_on_meta, refused_in_one_line
+from loraprune_ds.model.experts import stack_experts
+from loraprune_ds.model.exported_config import multimodal_config
+from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.weight_files import PROCESSOR_FILES
+
+# Without an image their forward equals the text class's, and their weight files have one of LAYOUTS.
+MULTIMODAL = "gemma3 mistral3 llava llava_next llava_onevision vipllava internvl idefics3 smolvlm".split()
+MULTIMODAL += "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe".split()
+# Text classes without a causal LM, and the family that computes the same where all rows of positions are equal.
+STANDS_FOR = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+OF_ROWS = ("mrope_section", "mrope_interleaved")
+Layout = tuple[str, str]  # prefix of the decoder, prefix of the head
+# transformers saves the first one or two, and also reads the others.
+LAYOUTS: tuple[Layout, ...] = (
+    ("language_model.model.", "language_model.lm_head."),
+    ("model.language_model.", "lm_head."),
+    ("model.text_model.", "lm_head."),
+    ("model.", "lm_head."),
+)
+# Published text configs leave out sizes that their class has as defaults.
+TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+TEXT_SIZES += ("num_attention_heads", "num_key_value_heads")
+SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")  # outside the text config
+MTP = "mtp."  # the layers that predict further tokens, which are left out
+OR_TEXT = "or model.text_only: true, to export the text part alone"
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What a multimodal model has beside its text part.
+
+    Attributes:
+        config: config.json of the whole model.
+        layout: where its weight files have the text part.
+        files: the other tensors, and the weight file of each.
+    """
+
+    config: dict[str, Any]
+    layout: Layout
+    files: Mapping[str, Path]
+
+    def name_on_disk(self, name: str) -> str:
+        """Returns the name in the weight files of a tensor of the text class."""
+        decoder, head = self.layout
+        return decoder + name.removeprefix("model.") if name.startswith("model.") else head + name.split(".", 1)[1]
+
+
+def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns the config of a multimodal model's text part, and the config of any other model unchanged."""
+    if config.get("model_type") not in MULTIMODAL:
+        return config
+    with refused_in_one_line(where):
+        made = config_object(config)
+        inner = made.get_text_config()
+    tied = {"tie_word_embeddings": bool(made.tie_word_embeddings)}  # by the outer config and the rules of its class
+    if inner.model_type in STANDS_FOR:
+        text = json.loads(inner.to_json_string(use_diff=False))
+        rope = {key: value for key, value in text["rope_parameters"].items() if key not in OF_ROWS}
+        return text | tied | {"model_type": STANDS_FOR[inner.model_type], "rope_parameters": rope}
+    text = config.get("text_config") or {}
+    defaults = config_class(text["model_type"]) if text.get("model_type") in FAMILIES else None
+    sizes = {name: getattr(defaults, name) for name in TEXT_SIZES if hasattr(defaults, name)}
+    shared = {name: config[name] for name in SHARED if name in config}
+    return sizes | shared | text | tied
+
+
+def find_layout(stored: Collection[str], where: str) -> Layout:
+    """Returns the layout of the weight files that hold the tensors `stored` of a multimodal model."""
+    for layout in LAYOUTS:
+        if f"{layout[0]}embed_tokens.weight" in stored:
+            return layout
+    raise UserError(f"{where}: its weight files hold no text part under {' or '.join(x for x, _ in LAYOUTS)}")
+
+
+def text_tensors(stored: Collection[str], layout: Layout) -> dict[str, str]:
+    """Maps the names of the text class to the names `stored` in the weight files of a multimodal model."""
+    prefixes = dict(zip(layout, ("model.", "lm_head."), strict=True))
+    return {
+        text + name.removeprefix(prefix): name
+        for name in stored
+        for prefix, text in prefixes.items()
+        if name.startswith(prefix)
+    }
+
+
+def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -> None:
+    """Checks that the stock multimodal class of a config.json will hold the pruned text part.
+
+    Args:
+        pruned: the result, or None if scores decide what each layer keeps.
+
+    Raises:
+        UserError: it will not, or it needs an unknown tower. The line names `where`, the folder or hub id.
+    """
+    if pruned is None or not pruned.is_uniform:
+        settings = "prune.ranking: uniform, prune.protected_first: 0 and prune.protected_last: 0"
+        raise UserError(f"{where}: a stock class with a tower has layers of one size: set {settings}, {OR_TEXT}")
+    found = _decoder_sizes(multimodal_config(config, pruned, "float32"), where)
+    for name, size in pruned.parameters().items():
+        if name.startswith("model.") and found.get(name.removeprefix("model.")) != size:
+            heads = f"{where}: its stock multimodal class cannot hold {name} as {list(size)}; keep all heads"
+            raise UserError(f"{heads} (prune.head_ratio: 0), {OR_TEXT}")
+
+
+def check_processor(folder: Path) -> None:
+    """Raises UserError if the folder of a multimodal model lacks the settings of its images."""
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise UserError(f"{folder} has none of {', '.join(PROCESSOR_FILES)}, which its tower needs; add it, {OR_TEXT}")
+
+
+def _decoder_sizes(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """Builds the stock multimodal class without weights, and returns the shapes of its decoder."""
+    with refused_in_one_line(where), parameters_on_meta():
+        made = config_object(config)
+        stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(made)]
+        decoder: nn.Module = stock._from_config(made, dtype=torch.float32).get_decoder()
+        stack_experts(decoder)
+    return {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}

@@ -1,0 +1,56 @@
+"""A whole run on a multimodal model: the text part is cut on two ranks, and the tower is copied."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from loraprune_ds.export.formats import export
+from loraprune_ds.export.lora import find_source
+from loraprune_ds.files import write_json
+from loraprune_ds.model.pretrained import open_pretrained
+from tests.integration.resuming import config_for, metrics, run_here, write_run
+from tests.multimodal import multimodal
+from tests.ranks import RankPool
+
+STEPS = 6
+PROCESSOR = "preprocessor_config.json"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+
+
+def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
+    """The checkpoint gives the same model. Only the adapter's base is the text class."""
+    config, out = write_run(tmp_path, prune={"prune_every": 3}, train={"steps": STEPS}), tmp_path / "out"
+    source = tmp_path / "whole"
+    shutil.copytree(tmp_path / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(tmp_path / "source" / "tokenizer_config.json", source)
+    write_json(source / PROCESSOR, {"image_processor_type": "any", "auto_map": {"AutoProcessor": "code.Any"}})
+    whole = multimodal("qwen3_5")
+    whole.save_pretrained(source)
+    ranks.run(2, run_here, config_for(config, out, f"model.path={source}"))
+
+    model: Any = AutoModelForImageTextToText
+    loaded, info = model.from_pretrained(out / "model", output_loading_info=True)
+    assert not any(info.values()), info
+    assert type(loaded) is type(whole)
+    cut, left = metrics(out, "cut")[-1], open_pretrained(out / "model").shape.layers
+    assert {kind: [layer[kind] for layer in left] for kind in left[0]} == {kind: cut[kind] for kind in left[0]}
+    assert 0 < left[0]["delta"] < 5
+    given = {name: x for name, x in whole.state_dict().items() if "visual" in name}
+    assert all(torch.equal(loaded.state_dict()[name], x) for name, x in given.items())
+    assert "auto_map" not in (out / "model" / PROCESSOR).read_text()
+    assert "Images were not tuned" in (out / "model" / "README.md").read_text()
+
+    unfinished = tmp_path / "unfinished"
+    export(find_source(out / "checkpoints" / f"step-{STEPS}"), "hf", unfinished)
+    found, wanted = weights(unfinished), weights(out / "model")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    export(find_source(out), "adapter", tmp_path / "adapter")
+    assert open_pretrained(tmp_path / "adapter" / "base").tower is None

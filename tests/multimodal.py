@@ -1,0 +1,85 @@
+"""Tiny random multimodal models, and inputs with an image."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from tests.families import tiny_config
+
+SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIGLIP |= {"image_size": 28, "patch_size": 14}
+QWEN = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4, "in_channels": 3}
+QWEN |= {"spatial_merge_size": 2, "temporal_patch_size": 1, "num_position_embeddings": 16, "out_hidden_size": 60}
+IMAGE, START, END = 90, 92, 93  # ids
+OF_QWEN = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": START, "vision_end_token_id": END}
+OF_ROWS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}
+# The family of the text part, the type of the tower, and whether head and embedding are one.
+TOWERS = {
+    "gemma3": ("gemma3_text", "siglip_vision_model", True),
+    "mistral3": ("mistral", "pixtral", False),
+    "llava": ("llama", "clip_vision_model", False),
+    "llava_next": ("mistral", "clip_vision_model", False),
+    "llava_onevision": ("qwen2", "siglip_vision_model", True),
+    "vipllava": ("llama", "clip_vision_model", False),
+    "internvl": ("qwen3", "internvl_vision", False),
+    "idefics3": ("llama", "idefics3_vision", False),
+    "smolvlm": ("llama", "smolvlm_vision", True),
+    "qwen2_5_vl": ("qwen2", "", False),
+    "qwen3_vl": ("qwen3", "", False),
+    "qwen3_5": ("qwen3_5_text", "", True),
+    "qwen3_5_moe": ("qwen3_5_moe_text", "", False),
+}
+QWEN3_5 = {
+    "mtp_num_hidden_layers": 1,
+    "rope_parameters": OF_ROWS | {"partial_rotary_factor": 0.5, "mrope_interleaved": True},
+}
+TEXT: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl": {"model_type": "qwen2_5_vl_text", "rope_parameters": OF_ROWS},
+    "qwen3_vl": {
+        "model_type": "qwen3_vl_text",
+        "head_dim": 12,
+        "rope_parameters": OF_ROWS | {"mrope_section": [2, 2, 2], "mrope_interleaved": True},
+    },
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5,
+}
+VISION: dict[str, dict[str, Any]] = {
+    "gemma3": {"image_size": 16, "patch_size": 4},
+    "qwen2_5_vl": {"window_size": 8, "fullatt_block_indexes": [1]},
+    "qwen3_vl": {"deepstack_visual_indexes": [0]},
+}
+
+
+def multimodal(outer: str) -> PreTrainedModel:
+    """Makes a tiny random multimodal model, in evaluation mode."""
+    family, tower, tied = TOWERS[outer]
+    text = tiny_config(family).to_dict() | {"final_logit_softcapping": None, "tie_word_embeddings": tied}
+    vision = (SIGLIP | {"model_type": tower} if tower else QWEN) | VISION.get(outer, {})
+    more: dict[str, Any] = {} if tower else dict(OF_QWEN)
+    if outer == "gemma3":
+        more = {"mm_tokens_per_image": 4, "image_token_id": IMAGE}
+    config = AutoConfig.for_model(
+        outer, text_config=text | TEXT.get(outer, {}), vision_config=vision, tie_word_embeddings=tied, **more
+    )
+    torch.manual_seed(3)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model.eval()
+
+
+def inputs_with_image(outer: str) -> dict[str, Tensor]:
+    """Returns one prompt with an image of four tokens, in fp64."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, IMAGE - 1, (1, 19), generator=generator)
+    ids[0, 4:8] = IMAGE
+    is_image = (ids == IMAGE).int()
+    if outer == "gemma3":
+        pixels = torch.randn(1, 3, 16, 16, generator=generator).double()
+        return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": is_image}
+    ids[0, 3], ids[0, 8] = START, END
+    pixels, grid = torch.randn(16, 48, generator=generator).double(), torch.tensor([[1, 4, 4]])
+    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": is_image}

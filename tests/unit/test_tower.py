@@ -1,0 +1,144 @@
+"""A multimodal model whose text part is cut, exported with its tower, is the masked original with an image.
+
+Differences: as in test_family_proof.py.
+"""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from loraprune_ds.config import ModelConfig, PruneConfig
+from loraprune_ds.errors import UserError
+from loraprune_ds.files import read_json, write_json
+from loraprune_ds.model.experts import stack_experts
+from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
+from loraprune_ds.model.text_part import LAYOUTS, check_processor, check_tower
+from loraprune_ds.model.weight_files import copy_tensors
+from tests.family_cuts import FEW, MANY, Network, cut_and_export, difference, draw, reopened, with_lora
+from tests.multimodal import inputs_with_image, multimodal
+from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
+
+# Groups that stay. Gemma 3 wants heads that divide hidden_size. Qwen2.5-VL has no field for fewer heads.
+KEPT = {"gemma3": FEW, "qwen2_5_vl": (5, 13), "qwen3_vl": MANY, "qwen3_5": MANY, "qwen3_5_moe": FEW}
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # renamed, and PEFT asks
+    pytest.mark.usefixtures("fresh_transformers"),
+]
+
+
+@pytest.fixture(scope="module", params=KEPT)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, PreTrainedModel, Path]:
+    """Returns a multimodal model and its folder, with settings of a processor and layers for further tokens."""
+    folder = tmp_path_factory.mktemp("whole")
+    model = multimodal(request.param)
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors") | {"mtp.fc.weight": torch.ones(2)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "preprocessor_config.json", {"image_processor_type": "any"})
+    return request.param, model, folder
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return model(**inputs, use_cache=False).logits
+
+
+def untrained(pretrained: PretrainedModel) -> Network:
+    """Puts LoRA around the text part that changes nothing."""
+    network = with_lora(reopened(pretrained), pretrained.config, "source")
+    for name, factor in network.model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(factor)
+    return network
+
+
+def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path], tmp_path: Path) -> None:
+    name, whole, folder = made
+    whole.double()  # in fp32 some CPUs round beyond the tolerance
+    pretrained, inputs = open_pretrained(folder), inputs_with_image(name)
+    before = logits(whole, inputs)
+    assert difference(logits(whole, inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}), before) > 1e-3
+    network = untrained(pretrained)
+    dense, counts = network.shape, [KEPT[name]] * len(network.shape.layers)
+    export = cut_and_export(network, tmp_path / "model", *counts, source=pretrained)
+    check_tower(read_json(folder / "config.json"), export.shape, name)
+    stock: Any = AutoModelForImageTextToText
+    loaded, info = stock.from_pretrained(export.folder, dtype=torch.float64, output_loading_info=True, **EAGER)
+    assert not any(info.values()), info
+    assert type(loaded) is type(whole)
+    decoder = whole.get_decoder()
+    stack_experts(decoder)
+    mask(cast(Any, SimpleNamespace(model=SimpleNamespace(model=decoder), shape=dense)), draw(dense, *counts))
+    expected = logits(whole, inputs)
+    assert difference(logits(loaded.eval(), inputs), expected) < TOLERANCE
+    assert difference(expected, before) > MATTERS
+    assert (export.folder / "preprocessor_config.json").is_file()
+    text = read_json(export.folder / "config.json")["text_config"]
+    assert text.get("mtp_num_hidden_layers", 0) == 0
+    again = open_pretrained(export.folder)
+    assert again.shape.layers == export.shape.layers
+    assert again.tower is not None
+
+
+def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], tmp_path: Path) -> None:
+    name, _, folder = made
+    config, shape = read_json(folder / "config.json"), open_pretrained(folder).shape
+    for pruned in (None, shape.with_layers(draw_layers(shape, KEPT[name], (5, 20)))):
+        with pytest.raises(UserError, match=r"^somewhere: .*layers of one size.*prune\.ranking.*model\.text_only"):
+            check_tower(config, pruned, "somewhere")
+    with pytest.raises(UserError, match=r"^somewhere: transformers cannot build this model"):
+        check_tower(config | {"vision_config": 3}, shape, "somewhere")
+    if name == "qwen2_5_vl":
+        fewer = shape.with_layers(draw_layers(shape, FEW, FEW))
+        with pytest.raises(UserError, match=r"^somewhere: .*cannot hold model\.layers\.0\.self_attn.*head_ratio: 0"):
+            check_tower(config, fewer, "somewhere")
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("preprocessor*"))
+    check_processor(folder)
+    with pytest.raises(UserError, match=r"bare has none of preprocessor_config\.json, .*model\.text_only"):
+        check_processor(bare)
+    assert open_for_pruning(folder, ModelConfig(text_only=True), PruneConfig()).tower is None
+
+
+def draw_layers(shape: Any, *counts: tuple[int, int]) -> Any:
+    return tuple(keep.shape for keep in draw(shape, *counts))
+
+
+def test_the_first_qwen2_5_vl_has_its_text_outside(tmp_path: Path) -> None:
+    """Its fields lie beside those of the whole model, and the tower's tensors beside the decoder's."""
+    model = multimodal("qwen2_5_vl")
+    model.save_pretrained(tmp_path / "new")
+    new = read_json(tmp_path / "new" / "config.json")
+    text = new.pop("text_config")
+    old = {key: value for key, value in text.items() if key != "model_type"} | new
+    write_json(tmp_path / "config.json", old)
+    shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path)  # transformers saves the first layout
+    pretrained = open_pretrained(tmp_path)
+    assert pretrained.tower is not None
+    assert pretrained.tower.layout == LAYOUTS[-1]
+    assert all(name.startswith("visual.") for name in pretrained.tower.files)
+    counts = [KEPT["qwen2_5_vl"]] * len(pretrained.shape.layers)
+    export = cut_and_export(untrained(pretrained), tmp_path / "model", *counts, source=pretrained)
+    stock: Any = AutoModelForImageTextToText
+    _, info = stock.from_pretrained(export.folder, output_loading_info=True)
+    assert not any(info.values()), info
+
+
+def test_tensors_are_copied_byte_by_byte(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 5).bfloat16(), "a": torch.arange(7), "c": torch.tensor(True), "d": torch.randn(1)}
+    for i, part in enumerate((("b", "a", "d"), ("c",))):
+        save_file({name: tensors[name] for name in part}, tmp_path / f"{i}.safetensors")
+    files = {"c": tmp_path / "1.safetensors", "b": tmp_path / "0.safetensors", "a": tmp_path / "0.safetensors"}
+    entry = copy_tensors(files, tmp_path, 1, 2)
+    found = load_file(tmp_path / "model-00002-of-00002.safetensors")
+    assert entry == {"c": 1, "b": 30, "a": 56}
+    assert found.keys() == files.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in found)
