@@ -61,13 +61,20 @@ def cached_numel(shape: ModelShape) -> int:
     return 2 * sum(layer["heads"] for layer in shape.layers) * shape.head_dim
 
 
+def state_numel(shape: ModelShape) -> int:
+    """Counts the elements of the states of all delta nets, which have no KV cache. They are fp32, for any window."""
+    of_a_key_head = shape.widths.get("delta_key", 0) * shape.widths.get("delta_values", 0)
+    return sum(layer.get("delta", 0) for layer in shape.layers) * of_a_key_head
+
+
 def attention_product(shape: ModelShape, window: float) -> float:
     """Returns the operations per token of one product of attention in all layers, over all of the window.
 
-    With latent attention scores and sums differ, and this is their mean.
+    With latent attention scores and sums differ, and this is their mean. A delta net multiplies its state three times:
+    by the key, by the query, and to add the value. That equals two products over half a window here.
     """
     width = sum(shape.widths.get(of, shape.head_dim) for of in ("query", "value")) / 2
-    return 2 * sum(map(shape.query_heads, shape.layers)) * width * window
+    return 2 * sum(map(shape.query_heads, shape.layers)) * width * window + 6 * state_numel(shape)
 
 
 def needed_flops_per_token(shape: ModelShape, window: float) -> float:
@@ -110,6 +117,8 @@ def saved_by_layer(
     one = replace(shape, layers=(shape.layers[index],), layer_others={0: shape.others(index)})
     if mixture := shape.family.mixture:
         alone |= mixture.dense([] if one.layers[0]["experts"] else [0])
+    if "delta" in shape.kinds:
+        alone["layer_types"] = ["linear_attention" if one.layers[0]["delta"] else "full_attention"]
     return _saved(json.dumps(alone), one, tokens, dtype, storage, lora_rank, dropout, eager)
 
 
@@ -149,8 +158,9 @@ def _saved(
     layer.register_forward_pre_hook(enter, with_kwargs=True)
     layer.register_forward_hook(lambda *_: hooks.__exit__())
     tokens = torch.zeros(size, dtype=torch.int64, device="meta")
-    # With a mask, else transformers looks at the ids for padding.
-    causal_lm.model(input_ids=tokens, attention_mask=tokens.bool(), use_cache=False)
+    # With a mask, else transformers looks at the ids for padding. It would look into the mask of a delta net, too.
+    mask = dict.fromkeys(("full_attention", "linear_attention")) if "delta" in shape.kinds else tokens.bool()
+    causal_lm.model(input_ids=tokens, attention_mask=mask, use_cache=False)
     apart = {tensor.untyped_storage()._cdata for tensor in others}
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(count for key, count in storages.items() if key not in apart)

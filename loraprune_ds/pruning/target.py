@@ -5,7 +5,7 @@ from typing import Any
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.flops import cached_numel
+from loraprune_ds.model.flops import cached_numel, state_numel
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.limits import Limits, check_reachable, limits_without_ratio, reachable, with_ratio
 from loraprune_ds.pruning.ranking import shape_of_uniform
@@ -72,17 +72,24 @@ def _size_of_global(config: PruneConfig, limits: Limits) -> float:
 
 
 def server_memory(config: PruneConfig, shape: ModelShape) -> dict[str, float]:
-    """Counts the bytes on a server: of the weights, and of a KV cache of `prune.target_context` tokens."""
+    """Counts the bytes on a server: of the weights, and of a KV cache of `prune.target_context` tokens.
+
+    Delta nets have a state for each sequence instead. That of one counts.
+    """
     linear = shape.linear_numel()
     weights = linear * config.target_weight_bits / 8 + (shape.total_numel() - linear) * BYTES
-    return {"weights": weights, "kv_cache": BYTES * cached_numel(shape) * config.target_context}
+    return {"weights": weights, "kv_cache": BYTES * cached_numel(shape) * config.target_context + _state_bytes(shape)}
 
 
 def on_a_server(config: PruneConfig, shape: ModelShape, memory: float) -> dict[str, float]:
     """Returns the bytes of weights, and the tokens of KV cache that fit into the rest of `memory` bytes."""
     weights = server_memory(config, shape)["weights"]
-    tokens = max(0, math.floor((memory - weights) / (BYTES * cached_numel(shape))))
+    tokens = max(0, math.floor((memory - weights - _state_bytes(shape)) / (BYTES * cached_numel(shape))))
     return {"parameters": shape.total_numel(), "weights": weights, "tokens": tokens}
+
+
+def _state_bytes(shape: ModelShape) -> int:
+    return 4 * state_numel(shape)
 
 
 def measure(config: PruneConfig, shape: ModelShape) -> float:

@@ -3,15 +3,19 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.flops import saved_by_layer
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import (
     Plan,
@@ -98,6 +102,17 @@ def test_eager_attention_computes_whole_windows_and_holds_more() -> None:
     for phase in ("training", "evaluation"):
         assert eager.stages[0].phases[phase]["activations"] > sdpa.stages[0].phases[phase]["activations"]
     assert eager.step.compute > sdpa.step.compute
+
+
+def test_a_delta_net_keeps_the_chunks_of_its_rule() -> None:
+    """Of each value head in fp32: some matrices of chunk by chunk. Attention keeps no square."""
+    source = tiny_config("qwen3_5_text", num_hidden_layers=2).to_dict()
+    shape, chunk = shape_from_config(source, "tiny"), 64
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, "storage": FrozenStorage(), "lora_rank": 8}
+    size = partial(saved_by_layer, source, shape, dropout=False, eager=False, **settings)
+    delta, attention = (size(index=i, tokens=(1, 16 * chunk)) for i in range(2))
+    assert delta > 4 * 10 * 16 * chunk * chunk * 4 > attention
+    assert delta < 2.1 * size(index=0, tokens=(1, 8 * chunk))
 
 
 def test_logits_are_bounded_by_their_chunk() -> None:

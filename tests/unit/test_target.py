@@ -8,11 +8,12 @@ import torch
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.flops import attention_product
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.limits import limits_without_ratio
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
-from loraprune_ds.pruning.target import describe_target, make_limits, measure, server_memory
+from loraprune_ds.pruning.target import describe_target, make_limits, measure, on_a_server, server_memory
 from tests.families import MIXTURES, tiny_config
 from tests.refusals import refused
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of
@@ -127,3 +128,13 @@ def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
     named = re.search(r"at least ([\d.]+) B stay", refused(make_limits, PruneConfig(target="1B"), LLAMA_7B))
     smallest = float(named.group(1))  # type: ignore[union-attr]
     assert make_limits(PruneConfig(target=f"{smallest + 0.05}B"), LLAMA_7B).ratio
+
+
+def test_a_delta_net_has_a_state_in_place_of_a_cache() -> None:
+    """fp32, key by value for each of 10 value heads, and for any number of tokens. The other layer has a cache."""
+    shape = shape_from_config(tiny_config("qwen3_5_text").to_dict(), "somewhere")
+    config, state, per_token = PruneConfig(target="1MiB", target_context=100), 10 * 10 * 8, 2 * 5 * 12
+    assert server_memory(config, shape)["kv_cache"] == 2 * per_token * 100 + 4 * state
+    assert attention_product(shape, 50) == 2 * 10 * 12 * 50 + 2 * 3 * state
+    memory = server_memory(config, shape)["weights"] + 4 * state + 2 * per_token * 7
+    assert on_a_server(config, shape, memory)["tokens"] == 7
