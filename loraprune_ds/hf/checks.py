@@ -89,7 +89,7 @@ def check_model(model: PeftModel, shape: ModelShape) -> None:
     for name, peft_config in model.peft_config.items():
         bias = getattr(peft_config, "bias", "none")
         require(bias == "none", f"adapter {name}: bias={bias!r}: trained biases are not supported")
-    needed = f"target_modules={last_names(linear.name for linear in shape.linears(0))}"
+    needed = f"target_modules={last_names(linear.name for _, linear in shape.linear_ids())}"
     for index, layer in enumerate(decoder_layers(model)):
         modules: dict[str, Any] = dict(layer.named_modules())
         for linear in shape.linears(index):

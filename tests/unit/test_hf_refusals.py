@@ -15,12 +15,13 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model
-from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, live_shape
+from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear_names, live_shape
 from loraprune_ds.model.adapters import set_features
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import find_zero_optimizer, share_model
+from tests.families import tiny_model
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
 ALL = [linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS]
@@ -47,6 +48,17 @@ def test_plain_lora_passes_also_beside_another_adapter_and_an_untied_head_that_t
     for adapter in ("default", "ref"):
         assert (module.lora_B[adapter].out_features, module.lora_A[adapter].in_features) == (20, 12)
     assert (module.out_features, module.base_layer.in_features) == (20, 12)
+
+
+def test_a_hybrid_passes_with_the_linears_of_both_sorts_of_layers() -> None:
+    model = tiny_model("qwen3_5_text")
+    names = linear_names(model)
+    assert {"in_proj_qkv", "q_proj"} < set(names)
+    adapted_model = adapted(cast(Any, model), target_modules=names)
+    check(adapted_model)
+    assert live_shape(adapted_model) == base_shape(adapted_model)
+    with pytest.raises(UserError, match=r"layer 1 self_attn\.q_proj .*target_modules=.*in_proj_qkv.*q_proj"):
+        check(adapted(cast(Any, tiny_model("qwen3_5_text")), target_modules=[x for x in names if x != "q_proj"]))
 
 
 def check(model: torch.nn.Module) -> None:
