@@ -30,7 +30,10 @@ from loraprune_ds.units import aligned, format_perplexity
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HEAD = ("result", "method", "parameters", "removed", "perplexity", "dense", "times", "accuracy", "dense")
+HEAD = (
+    *("result", "method", "parameters", "removed", "perplexity", "dense", "times", "accuracy", "dense"),
+    *("repeated", "dense", "ended", "dense", "agreement", "overlap"),  # of greedy answers, and on the text
+)
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
@@ -52,6 +55,12 @@ class ComparedModel:
     accuracy: float | None = None  # mean over the zero-shot tasks
     dense_accuracy: float | None = None
     tasks: tuple[str, ...] = ()
+    repetition: float | None = None  # of greedy answers, as `ended`
+    dense_repetition: float | None = None
+    ended: float | None = None
+    dense_ended: float | None = None
+    agreement: float | None = None  # with the dense model, as `overlap`
+    overlap: float | None = None
 
 
 def read_results(paths: Sequence[Path]) -> list[ComparedModel]:
@@ -113,9 +122,22 @@ def _read_evaluation(path: Path) -> ComparedModel:
             accuracy=mean_accuracy(tasks) if tasks else None,
             dense_accuracy=mean_accuracy(dense["tasks"]) if tasks and dense else None,
             tasks=tuple(tasks["results"]) if tasks else (),
+            **_answers(result, ""),
+            **_answers(dense or {}, "dense_"),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a result of launch/evaluate.py --json: {error!r}") from None
+
+
+def _answers(model: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns the fields of a `ComparedModel` about answers, if this model or the dense one has written some."""
+    answers = model.get("answers")
+    if answers is None:
+        return {}
+    closeness = answers["closeness"] or {}
+    return {prefix + key: answers["greedy"][key] for key in ("repetition", "ended")} | {
+        key: closeness[key] for key in ("agreement", "overlap") if key in closeness
+    }
 
 
 def _describe(name: str, protocol: dict[str, Any], dtype: str) -> str:
@@ -145,6 +167,7 @@ def _row(model: ComparedModel) -> tuple[str, ...]:
     if model.perplexity is not None and model.dense_perplexity is not None:
         times = model.perplexity / model.dense_perplexity
     accuracies = (model.accuracy, model.dense_accuracy)
+    shares = (model.repetition, model.dense_repetition, model.ended, model.dense_ended, model.agreement)
     return (
         model.name,
         model.method or "-",
@@ -152,6 +175,8 @@ def _row(model: ComparedModel) -> tuple[str, ...]:
         "-" if model.removed_fraction is None else f"{100 * model.removed_fraction:.2f} %",
         *(format_perplexity(value) for value in (model.perplexity, model.dense_perplexity, times)),
         *("-" if value is None else f"{value:.4f}" for value in accuracies),
+        *("-" if value is None else f"{100 * value:.1f} %" for value in shares),
+        "-" if model.overlap is None else f"{model.overlap:.3f}",
     )
 
 

@@ -151,7 +151,7 @@ def test_mean_accuracy_is_over_the_tasks_that_have_one() -> None:
         (lambda: EvaluationSettings(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
         (
             lambda: EvaluationSettings(PerplexityProtocol(), tasks=TaskSettings(("piqa",)), sharded=True),
-            "--sharded measures perplexity only; --tasks, --speed and --serve need the whole model",
+            "--sharded measures perplexity only; --tasks, --answers, --speed and --serve need the whole model",
         ),
     ],
 )
