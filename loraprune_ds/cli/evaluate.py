@@ -4,6 +4,7 @@
 %(prog)s runs/quickstart --dense embedded --dataset wikitext2 --window 2048 --speed
 %(prog)s MODEL --tasks paper
 %(prog)s runs/quickstart --dense embedded --answers --page answers.html
+%(prog)s runs/quickstart --dense embedded --tasks reasoning_gym reasoning_gym:number_sequence:easy
 %(prog)s runs/quickstart --dense embedded --serve llama.cpp --serve-python path/to/venv/bin/python
 deepspeed --quiet --num_accelerators 2 launch/evaluate.py MODEL --text FILE --sharded     (or torchrun)
 deepspeed --module loraprune_ds.cli.evaluate MODEL --text FILE --sharded            (without a checkout)
@@ -18,8 +19,8 @@ the first is predicted once. Both numbers are the same on any number of ranks. F
 of each window.
 
 Answers: one process writes them, after perplexity and tasks. A row of PROMPTS.jsonl is {"prompt": "2 + 3?"}, where the
-prompt may be a list of messages. Optional are "kind" and "expected", which the page shows. With --dense, and --text or
---dataset, the two models' next-token probabilities are compared on the text.
+prompt may be a list of messages. Optional are "kind" and "expected", which the page shows. With --dense, next-token
+probabilities of both models are compared on the text, or without one on the dense model's greedy answers.
 """
 
 import argparse
@@ -61,6 +62,7 @@ from loraprune_ds.evaluate.settings import (
 from loraprune_ds.files import finite, write_text
 
 ROUND = fields(SpeedSettings)  # an option each
+TASKS_HELP = "lm-eval's names or files, `paper`, reasoning_gym:NAME, or `reasoning_gym` for its default set"
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
 NEEDS = {
     **dict.fromkeys(("--include-path", "--num-fewshot", "--limit"), "--tasks"),
@@ -84,10 +86,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sliding", type=int, metavar="STRIDE", help="sliding windows, one every STRIDE tokens")
     parser.add_argument("--max-windows", type=int, metavar="N", help="only the first N (default: all)")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="not of --serve (default: the model's own)")
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="windows or answers at once (default: about 2,048 tokens)"
-    )
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, files, or `paper`")
+    about = "windows or answers at once (default: about 2,048 tokens)"
+    parser.add_argument("--batch-size", type=int, metavar="N", help=about)
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=TASKS_HELP)
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="more task files")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
     parser.add_argument("--limit", type=int, metavar="N", help="documents per task, to try things")
@@ -148,8 +149,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
     check_ranks(os.environ)  # wrong ranks are an error before DeepSpeed is imported
     collective_timeout(os.environ)
-    speeds = speed_settings(arguments)
-    answers = answer_settings(arguments)
+    check_needs(arguments, NEEDS)
+    tasks, answers = task_settings(arguments), answer_settings(arguments)
+    measured = {"tasks": tasks, "answers": answers, **speed_settings(arguments)}
     if not arguments.verbose:
         silence_libraries()  # their bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -160,6 +162,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from loraprune_ds.evaluate.models import merged
     from loraprune_ds.evaluate.result import make_result
     from loraprune_ds.evaluate.speed import raise_when_terminated
+    from loraprune_ds.evaluate.tasks import check_tasks
     from loraprune_ds.report.report import hardware, versions
     from loraprune_ds.zero.device import device_name
     from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
@@ -172,10 +175,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     names = [arguments.model, *([arguments.dense] if arguments.dense else [])]
     if answers:
         raise_when_terminated()  # so that a merged model is removed
+    if tasks:
+        comm.all_or_raise(lambda: check_tasks(tasks))
     with merged(names, comm, is_first_on_node=is_first) as paths:
         with comm.patient() as waiting:
             waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-        settings = comm.all_or_raise(lambda: make_settings(arguments, answers, *speeds))
+        settings = comm.all_or_raise(lambda: make_settings(arguments, measured))
         measurements = evaluate_merged(names, paths, settings, comm, show_progress)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(measurements, settings, comm.world_size, provenance)
@@ -183,41 +188,36 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def make_settings(
-    arguments: argparse.Namespace,
-    answers: AnswerSettings | None,
-    speed: SpeedSettings | None,
-    serving: ServeSettings | None,
-) -> EvaluationSettings:
-    names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
-    tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
+def make_settings(arguments: argparse.Namespace, measured: dict[str, Any]) -> EvaluationSettings:
     return EvaluationSettings(
         PerplexityProtocol(arguments.window, arguments.sliding, arguments.max_windows),
         text=read_evaluation_text(arguments),
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
-        tasks=tasks if names else None,
-        answers=answers,
-        speed=speed,
-        serve=serving,
         gguf=arguments.gguf or "f16",
         sharded=arguments.sharded,
+        **measured,
     )
 
 
-def speed_settings(arguments: argparse.Namespace) -> tuple[SpeedSettings | None, ServeSettings | None]:
+def task_settings(arguments: argparse.Namespace) -> TaskSettings | None:
+    names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
+    tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
+    return tasks if names else None
+
+
+def speed_settings(arguments: argparse.Namespace) -> dict[str, SpeedSettings | None]:
     """Checks the options of speed, here and in a server, before anything that takes long."""
-    check_needs(arguments, NEEDS)
     rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
     require(arguments.gguf is None or arguments.serve == "llama.cpp", "--gguf has no effect without --serve llama.cpp")
     speed = SpeedSettings(**rounds) if arguments.speed else None
     if arguments.serve is None:
-        return speed, None
+        return {"speed": speed}
     measured = arguments.speed or arguments.tasks or arguments.answers or arguments.text or arguments.dataset
     require(measured or arguments.dtype is None, "--dtype has no effect on --serve; a server takes the model's own")
     require(os.environ.get("WORLD_SIZE", "1") == "1", "--serve measures on one rank; start it without a launcher")
     python = find_server(arguments.serve, arguments.serve_python)
-    return speed, ServeSettings(server=arguments.serve, python=python, **rounds)
+    return {"speed": speed, "serve": ServeSettings(server=arguments.serve, python=python, **rounds)}
 
 
 def answer_settings(arguments: argparse.Namespace) -> AnswerSettings | None:
@@ -246,11 +246,11 @@ def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None
     return load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT)
 
 
-def show_progress(rounds: Iterable[int]) -> Iterable[int]:
+def show_progress(rounds: Iterable[int], what: str) -> Iterable[int]:
     """Draws a bar on the terminal of rank 0."""
     from tqdm import tqdm
 
-    return tqdm(rounds, desc="perplexity", unit="batch", leave=False, disable=None if is_rank_0() else True)
+    return tqdm(rounds, desc=what, unit="batch", leave=False, disable=None if is_rank_0() else True)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""Texts that a model writes: their length, end and repetition, and how close it is to the dense model.
+"""Answers that a model writes: their length, end and repetition, and how close it is to the dense model.
 
 Repetition is the share of an answer's 4-grams that occurred in it before, averaged over the answers (seq-rep-4 of
 Welleck et al., arXiv 1908.04319). Greedy text that repeats itself is easy to predict: read the dense model's
 perplexity next to the repetition.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.evaluate.closeness import Closeness, frozen_head, last_hidden, measure_closeness
-from loraprune_ds.evaluate.perplexity import Batch
+from loraprune_ds.evaluate.closeness import Closeness, Labelled, frozen_head, last_hidden, measure_closeness
+from loraprune_ds.evaluate.generation import Ids, end_ids, generate
+from loraprune_ds.evaluate.perplexity import Progress, exp_of_mean
 from loraprune_ds.evaluate.prompts import AnswerSettings
 from loraprune_ds.model.token_loss import IGNORE_INDEX, token_losses
 
@@ -47,12 +47,12 @@ class Answers:
 
 @dataclass(frozen=True)
 class Generation:
-    """The texts of one model."""
+    """The answers of one model."""
 
     chat_template: bool
     greedy: Answers
     sampled: Answers
-    closeness: Closeness | None = None  # None without a dense model or a text
+    closeness: Closeness | None = None  # None without a dense model
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,14 @@ class Writer:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[list[int]]
-
-    @property
-    def ends(self) -> set[int]:
-        """Returns the ids that end an answer, named by the model's settings or by its tokenizer."""
-        settings: Any = self.model.generation_config
-        named = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-        return {token for token in (*named, self.tokenizer.eos_token_id) if isinstance(token, int)}
+    prompts: list[Ids]
 
 
 def encode_prompts(
     settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, path: str, most: int | None
-) -> list[list[int]]:
+) -> list[Ids]:
     """Returns the ids of each prompt: by the chat template of the model `path`, or as plain text if it has none."""
-    encoded: list[list[int]] = []
+    encoded: list[Ids] = []
     for prompt in settings.prompts:
         where = f"--answers: {settings.name}, row {prompt.row}"
         try:
@@ -94,79 +87,79 @@ def encode_prompts(
     return encoded
 
 
-def generate_answers(
-    writers: list[Writer], batches: list[Batch], settings: AnswerSettings, batch_size: int | None
+def write_answers(
+    writers: list[Writer],
+    settings: AnswerSettings,
+    batch_size: int | None = None,
+    text: tuple[str, Iterable[Labelled]] | None = None,
+    progress: Progress = lambda rounds, _: rounds,
 ) -> list[Generation]:
-    """Returns the texts of each model. The second is the dense one, which also reads those of the first."""
-    dense = writers[1].model if len(writers) > 1 else None
-    made = [_generate(writer, dense, settings, batch_size or AT_ONCE) for writer in writers]
-    if dense is not None and batches:
-        made[0] = replace(made[0], closeness=measure_closeness(dense, writers[0].model, batches))
+    """Returns the answers of each model. The second is the dense one, which also reads those of the first.
+
+    Args:
+        text: a name and batches, on which the two models are compared. None: the dense model's greedy answers.
+    """
+    size = batch_size or AT_ONCE
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    kinds = [{"max_new_tokens": settings.max_new_tokens} | how for how in ({"do_sample": False}, sampling)]
+    written = [[_write(writer, how, settings.seed, size, progress) for how in kinds] for writer in writers]
+    dense = writers[1] if len(writers) > 1 else None
+    made = [
+        Generation(bool(writer.tokenizer.chat_template), *(_summarise(writer, dense, ids, size) for ids in texts))
+        for writer, texts in zip(writers, written, strict=True)
+    ]
+    if dense is not None:
+        name, batches = text or ("the dense model's greedy answers", _labelled(dense, written[1][0], size))
+        made[0] = replace(made[0], closeness=measure_closeness(dense.model, writers[0].model, batches, name))
     return made
 
 
-def _generate(writer: Writer, dense: PreTrainedModel | None, settings: AnswerSettings, batch_size: int) -> Generation:
-    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-    kinds = []
-    for how in ({"do_sample": False}, sampling):
-        torch.manual_seed(settings.seed)
-        written = list(_write(writer, how | {"max_new_tokens": settings.max_new_tokens}, batch_size))
-        perplexity = None if dense is None else _perplexity(dense, writer.prompts, written, batch_size)
-        kinds.append(_summarise([_answer(ids, writer) for ids in written], perplexity))
-    return Generation(bool(writer.tokenizer.chat_template), *kinds)
+def _write(writer: Writer, how: dict[str, Any], seed: int, batch_size: int, progress: Progress) -> list[Ids]:
+    torch.manual_seed(seed)
+    ends = end_ids(writer.model, writer.tokenizer)
+    starts = progress(range(0, len(writer.prompts), batch_size), "answers")
+    batches = (writer.prompts[start : start + batch_size] for start in starts)
+    return [ids for batch in batches for ids in generate(writer.model, batch, ends, **how)]
 
 
-def _write(writer: Writer, how: dict[str, Any], batch_size: int) -> Iterator[list[int]]:
-    """Yields the new ids for each prompt, with the end token if the model wrote one."""
-    model: Any = writer.model
-    ends = sorted(writer.ends)
-    # The model's own settings may forbid repetition, which would hide it. These replace them.
-    model.generation_config = GenerationConfig(eos_token_id=ends or None, pad_token_id=min(ends, default=0), **how)
-    for start in range(0, len(writer.prompts), batch_size):
-        rows = writer.prompts[start : start + batch_size]
-        width = max(map(len, rows))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        for row in model.generate(input_ids=ids, attention_mask=mask)[:, width:].tolist():
-            yield row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
+def _summarise(writer: Writer, dense: Writer | None, written: list[Ids], batch_size: int) -> Answers:
+    ends = end_ids(writer.model, writer.tokenizer)
+    answers: list[Answer] = []
+    for ids in written:
+        ended = ids[-1] in ends
+        words = ids[:-1] if ended else ids
+        text = cast(str, writer.tokenizer.decode(words))  # with special tokens, which a broken model may write
+        answers.append(Answer(text, len(words), ended, repetition(words)))
+    means = (fmean(getattr(one, name) for one in answers) for name in ("tokens", "ended", "repetition"))
+    return Answers(*means, dense and _perplexity(dense, _labelled(writer, written, batch_size)), answers)
 
 
-def _answer(ids: list[int], writer: Writer) -> Answer:
-    ended = ids[-1] in writer.ends
-    words = ids[:-1] if ended else ids
-    text = cast(str, writer.tokenizer.decode(words))  # with special tokens, which a broken model may write
-    return Answer(text, len(words), ended, repetition(words))
-
-
-def repetition(ids: list[int]) -> float:
+def repetition(ids: Ids) -> float:
     """Returns the share of 4-grams that occurred before. A shorter text repeats nothing."""
     grams = [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
-def _summarise(answers: list[Answer], dense_perplexity: float | None) -> Answers:
-    return Answers(
-        fmean(one.tokens for one in answers),
-        fmean(one.ended for one in answers),
-        fmean(one.repetition for one in answers),
-        dense_perplexity,
-        answers,
-    )
-
-
-@torch.no_grad()
-def _perplexity(model: PreTrainedModel, prompts: list[list[int]], written: list[list[int]], batch_size: int) -> float:
-    """Returns the model's perplexity of all that was written after the prompts."""
-    total, rows = 0.0, list(zip(prompts, written, strict=True))
+def _labelled(writer: Writer, written: list[Ids], batch_size: int) -> Iterator[Labelled]:
+    """Yields batches of prompts with their answers, which alone have labels."""
+    rows = list(zip(writer.prompts, written, strict=True))
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         width = max(len(prompt) + len(ids) for prompt, ids in part)
-        # What follows a text does not change its losses, so any id fills the rows.
-        ids = torch.tensor([(p + w + [0] * width)[:width] for p, w in part], device=model.device)
+        # No id changes the losses before it, so any fills the rows.
+        ids = torch.tensor([(prompt + new + [0] * width)[:width] for prompt, new in part], device=writer.model.device)
         labels = torch.full_like(ids, IGNORE_INDEX)
         for i, (prompt, new) in enumerate(part):
             span = slice(len(prompt), len(prompt) + len(new))
             labels[i, span] = ids[i, span]
-        total += token_losses(last_hidden(model, ids), frozen_head(model), labels).double().sum().item()
-    mean = total / sum(map(len, written))
-    return math.inf if mean > 700 else math.exp(mean)
+        yield ids, labels
+
+
+@torch.no_grad()
+def _perplexity(dense: Writer, batches: Iterator[Labelled]) -> float:
+    total, tokens = 0.0, 0
+    for ids, labels in batches:
+        losses = token_losses(last_hidden(dense.model, ids), frozen_head(dense.model), labels)
+        total += losses.double().sum().item()
+        tokens += int((labels != IGNORE_INDEX).sum())
+    return exp_of_mean(total, tokens)

@@ -1,5 +1,6 @@
 """One evaluation: a model, or two side by side, on a text, on tasks, in seconds and in parameters."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from operator import mul
@@ -11,13 +12,13 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.answers import Generation, Writer, encode_prompts, generate_answers
-from loraprune_ds.evaluate.closeness import frozen_head, last_hidden
+from loraprune_ds.evaluate.answers import Generation, Writer, encode_prompts, write_answers
+from loraprune_ds.evaluate.closeness import Labelled, frozen_head, last_hidden
 from loraprune_ds.evaluate.models import ModelSource, find_model, load_model
 from loraprune_ds.evaluate.perplexity import Batch, Losses, Perplexity, Progress, make_batches, measure_perplexity
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Served, Speed, measure_speed, serve
-from loraprune_ds.evaluate.zeroshot import check_tasks, run_tasks
+from loraprune_ds.evaluate.tasks import run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
 from loraprune_ds.model.frozen import DTYPES
@@ -91,7 +92,7 @@ def evaluate_merged(
 
 
 def evaluate(
-    paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds: rounds
+    paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds, _: rounds
 ) -> list[Measurement]:
     """Measures a model, and the dense one if `paths` names a second. Collective.
 
@@ -108,8 +109,9 @@ def evaluate(
         loaded += [model] if model else []
     if plan := settings.answers:
         writers = [Writer(m, p.tokenizer, p.prompts) for m, p in zip(loaded, models, strict=True)]
+        text = settings.text and (settings.text.name, _labelled(models[0].batches, comm))
         with fast_half_products(models[0].dtype):
-            made = generate_answers(writers, models[0].batches, plan, settings.batch_size)
+            made = write_answers(writers, plan, settings.batch_size, text, progress)
         measurements = [replace(one, answers=answers) for one, answers in zip(measurements, made, strict=True)]
     if speed := settings.speed:
         speeds = comm.on_rank_0(lambda: measure_speed(loaded, speed)) or [None] * len(models)
@@ -117,10 +119,12 @@ def evaluate(
     return measurements
 
 
+def _labelled(batches: list[Batch], comm: Communicator) -> Iterator[Labelled]:
+    return ((batch.input_ids.to(comm.device), batch.labels.to(comm.device)) for batch in batches)
+
+
 def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[PreparedModel]:
     """Finds all models, checks the settings against them, and tokenises the text for each."""
-    if settings.tasks:
-        check_tasks(settings.tasks)
     models = [_prepare(path, settings) for path in paths]
     for other in models[1:]:
         pairs = zip_longest(models[0].batches, other.batches)

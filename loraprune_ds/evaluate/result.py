@@ -8,7 +8,7 @@ from typing import Any
 from loraprune_ds.evaluate.answers_page import KINDS, describe_plan
 from loraprune_ds.evaluate.evaluation import Measurement
 from loraprune_ds.evaluate.settings import EvaluationSettings
-from loraprune_ds.evaluate.zeroshot import mean_accuracy
+from loraprune_ds.evaluate.zeroshot import mean_metric, tasks_with
 from loraprune_ds.units import aligned, format_percent, format_perplexity
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
@@ -77,8 +77,6 @@ def _answer_lines(result: dict[str, Any]) -> Iterable[str]:
         cost, dense = (model["cost"]["macs_per_token"]["total"] for model in (result, result["dense"]))
         share = f"1/3 of the dense cost, here {cost / dense:.2f}"
         yield f"draft   accepted at the overlap's rate; pays off only below about {share}"
-    elif result["dense"]:
-        yield "        --text or --dataset adds the agreement and overlap of both models on a text"
 
 
 def _size_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
@@ -118,9 +116,10 @@ def _task_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
             if filtered and not metric.endswith("_stderr"):
                 name = f"{task} {metric}" + (f" ({filtered})" if filtered != "none" else "")
                 yield name, [_metric(result[task], metric, filtered) for result in results], ""
-    means = [mean_accuracy(model["tasks"]) for model in models]
-    if len(results[0]) > 1 and None not in means:
-        yield "mean acc", [f"{mean:.4f}" for mean in means], ""
+    for metric in ("acc", "exact_match"):
+        means = [mean_metric(model["tasks"], metric) for model in models]
+        if len(tasks_with(models[0]["tasks"], metric)) > 1:
+            yield f"mean {metric}", [f"{mean:.4f}" for mean in means], ""
 
 
 def _metric(metrics: dict[str, Any], metric: str, filtered: str) -> str:
@@ -144,9 +143,9 @@ def _answer_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
 def _closeness_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
     closeness = models[-1]["answers"] and models[-1]["answers"]["closeness"]
     if closeness:
-        yield "same most probable token", ["-", format_percent(closeness["agreement"])], "on the text"
-        yield "overlap, Σ min(p, q)", ["-", f"{closeness['overlap']:.3f}"], "on the text"
-        yield "KL(dense ‖ model), nats", ["-", f"{closeness['kl']:.3f}"], "on the text"
+        yield "same most probable token", ["-", format_percent(closeness["agreement"])], f"on {closeness['text']}"
+        yield "overlap, Σ min(p, q)", ["-", f"{closeness['overlap']:.3f}"], ""
+        yield "KL(dense ‖ model), nats", ["-", f"{closeness['kl']:.3f}"], ""
 
 
 def _speed_rows(models: list[dict[str, Any]]) -> Iterable[Row]:

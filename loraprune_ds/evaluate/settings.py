@@ -81,6 +81,7 @@ Server = Literal["llama.cpp", "vllm"]
 SERVERS: tuple[Server, ...] = get_args(Server)
 MODULES = {"llama.cpp": "llama_cpp", "vllm": "vllm"}
 PYTHONS = {"llama.cpp": "LLAMA_CPP_PYTHON", "vllm": "VLLM_PYTHON"}  # variables that may name the Python
+GYM = "reasoning_gym"  # begins the names of its tasks, as in reasoning_gym:chain_sum. Alone it is a default set
 TOKENS_PER_BATCH = 2048  # the default: enough work for one pass, and logits of some hundred megabytes
 
 
@@ -101,11 +102,12 @@ class PerplexityProtocol:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """The zero-shot tasks."""
+    """The tasks: of lm-eval, or of reasoning-gym."""
 
-    names: tuple[str, ...]  # tasks, groups or tags of lm-eval or of `include_path`, paths of task files, or `paper`
+    # tasks, groups or tags of lm-eval or of `include_path`, paths of task files, `paper`, `GYM` or `GYM`:task
+    names: tuple[str, ...]
     include_path: Path | None = None
-    fewshot: int | None = None  # None: the default of each task, 0 for the paper's seven
+    fewshot: int | None = None  # None: the default of each task, 0 for the paper's seven and 3 for reasoning-gym
     limit: int | None = None  # documents per task, for trials
 
     def __post_init__(self) -> None:

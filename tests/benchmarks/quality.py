@@ -1,4 +1,4 @@
-"""Measures the perplexity of each choice on SmolLM2-135M, over seeds. Tokens and removed fraction are equal.
+"""Measures perplexity and tasks of each choice on SmolLM2-135M, over seeds. Tokens and removed fraction are equal.
 
     python -m tests.benchmarks.quality --tune valid.txt --test test.raw [--other other.txt] [--work FOLDER]
                                        [--groups levers long ...] [--seeds 0 1 2] [--ranks 1]
@@ -23,6 +23,7 @@ from typing import Any
 
 from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, PURPLE, TEXT, VERMILION, save_picture
 from loraprune_ds.evaluate.settings import read_text
+from loraprune_ds.evaluate.zeroshot import mean_metric
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.report.records import read_metrics
@@ -102,9 +103,9 @@ def take_over(work: Path) -> None:
 def measure_dense(texts: dict[str, Path], work: Path) -> None:
     """Measures the dense model on the two texts for the end. Writes into the work folder."""
     path, basis = work / DENSE, basis_of(None, texts)
-    if not path.exists() or read_json(path)["basis"] != basis:
+    if not path.exists() or read_json(path)["basis"] != basis or "tasks" not in read_json(path):
         measured = {name: perplexity("embedded", texts[name]) for name in ("test", "other")}
-        write_json(path, {"basis": basis, "perplexity": measured})
+        write_json(path, {"basis": basis, "perplexity": measured, "tasks": tasks("embedded")})
 
 
 def result_path(work: Path, setting: Setting, seed: int) -> Path:
@@ -146,6 +147,7 @@ def carry_out(
         "seed": seed,
         "tokens": report["steps"] * report["config"]["train"]["global_batch_size"] * report["config"]["data"]["window"],
         "perplexity": {"validation": report["perplexity"]["pruned"], **measured},
+        "tasks": tasks(str(folder)),
         # of steps and cuts: of the training alone
         "seconds": sum(x["seconds"] for x in read_metrics(folder / "metrics.jsonl") if x["kind"] in ("step", "cut")),
         "report": report,
@@ -153,11 +155,19 @@ def carry_out(
 
 
 def perplexity(model: str, text: Path) -> float:
-    command = [sys.executable, "launch/evaluate.py", model, "--text", str(text.resolve()), "--window", "128"]
-    command += ["--max-windows", str(WINDOWS), "--json"]
+    windows = ("--window", "128", "--max-windows", str(WINDOWS))
+    return float(evaluated(model, "--text", str(text.resolve()), *windows)["perplexity"])
+
+
+def tasks(model: str) -> dict[str, Any]:
+    return evaluated(model, "--tasks", "reasoning_gym")["tasks"]
+
+
+def evaluated(model: str, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "launch/evaluate.py", model, *options, "--json"]
     environment = cpu_environment(OMP_NUM_THREADS="2")
     answer = subprocess.run(command, cwd=ROOT, check=True, env=environment, stdout=subprocess.PIPE, text=True)
-    return float(json.loads(answer.stdout)["perplexity"])
+    return json.loads(answer.stdout)
 
 
 def publish(work: Path) -> None:
@@ -195,13 +205,17 @@ Row = dict[str, Any]
 
 
 def rows_of(runs: Sequence[dict[str, Any]]) -> list[Row]:
-    """Builds one row per setting: mean and spread (largest minus smallest) of each perplexity over its seeds."""
+    """Builds one row per setting: mean and spread (largest minus smallest) of each measurement over its seeds.
+
+    Runs from before there were tasks have none.
+    """
     names = list(dict.fromkeys(run["setting"] for run in runs))
     return [_row([run for run in runs if run["setting"] == name]) for name in names]
 
 
 def _row(runs: list[dict[str, Any]]) -> Row:
     params = runs[0]["report"]["params"]
+    solved = [mean_metric(run["tasks"], "exact_match") or 0.0 for run in runs if "tasks" in run]
     return {
         "setting": runs[0]["setting"],
         "group": runs[0]["group"],
@@ -209,6 +223,7 @@ def _row(runs: list[dict[str, Any]]) -> Row:
         "tokens": runs[0]["tokens"],
         "removed_linear_fraction": 1 - params["linear_pruned"] / params["linear_dense"],
         **{text: _spread([run["perplexity"][text] for run in runs]) for text in TEXTS},
+        "exact_match": _spread(solved) if len(solved) == len(runs) else None,
     }
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from loraprune_ds.evaluate.answers import Writer, encode_prompts, generate_answers, repetition
+from loraprune_ds.evaluate.answers import Writer, encode_prompts, repetition, write_answers
 from loraprune_ds.evaluate.answers_page import answers_page
 from loraprune_ds.evaluate.closeness import measure_closeness
 from loraprune_ds.evaluate.compare import comparison_table, read_results
-from loraprune_ds.evaluate.perplexity import Batch
 from loraprune_ds.evaluate.prompts import DEFAULT, AnswerSettings, read_prompts
 from loraprune_ds.export.model_card import answers_section
 from loraprune_ds.model.logits import output_head
+from loraprune_ds.model.token_loss import IGNORE_INDEX
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import refused
 from tests.unit.test_evaluate_compare import EVALUATION
@@ -138,7 +138,7 @@ def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, 
     expected = [by_hand(writers[0], prompt) for prompt in writers[0].prompts]
     # A model's own settings would hide that it repeats itself.
     writers[0].model.generation_config = GenerationConfig(repetition_penalty=9.0, eos_token_id=END, do_sample=True)
-    first, dense = generate_answers(writers, [], settings, batch_size=4)
+    first, dense = write_answers(writers, settings, batch_size=4)
     words = [ids[:-1] if ids[-1] == END else ids for ids in expected]
     assert [one.text for one in first.greedy.texts] == [writers[0].tokenizer.decode(ids) for ids in words]
     assert [(one.tokens, one.ended, one.repetition) for one in first.greedy.texts] == [
@@ -152,13 +152,18 @@ def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, 
     assert first.greedy.dense_perplexity is not None
     assert first.greedy.dense_perplexity == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-5)
     assert first.greedy.dense_perplexity > (dense.greedy.dense_perplexity or math.inf)
-    assert (first.chat_template, first.closeness) == (False, None)
+    assert (first.chat_template, dense.closeness) == (False, None)
+    assert first.closeness is not None
+    assert (first.closeness.text, first.closeness.predictions) == (
+        "the dense model's greedy answers",
+        sum(one.tokens + one.ended for one in dense.greedy.texts),
+    )
 
 
 def test_sampling_repeats_itself_from_the_seed_and_needs_no_dense_model(
     settings: AnswerSettings, folders: list[Path]
 ) -> None:
-    (first,), (second,) = (generate_answers([load(folders[0], settings)], [], settings, None) for _ in range(2))
+    (first,), (second,) = (write_answers([load(folders[0], settings)], settings) for _ in range(2))
     assert first == second
     assert first.sampled.texts != first.greedy.texts
     assert first.sampled.dense_perplexity is None
@@ -170,7 +175,9 @@ def test_closeness_equals_a_plain_computation_and_a_model_is_itself(
 ) -> None:
     pruned, dense = (load(folder, settings).model for folder in folders)
     ids = torch.randint(3, 100, (3, 10), generator=torch.Generator().manual_seed(0))
-    found = measure_closeness(dense, pruned, [Batch(ids[:2], 9), Batch(ids[2:], 4)])
+    labels = ids.clone()
+    labels[2, :6] = IGNORE_INDEX
+    found = measure_closeness(dense, pruned, [(ids[:2], labels[:2]), (ids[2:], labels[2:])], "a text")
     p, q = (
         torch.cat([every[:2].flatten(0, 1), every[2, 5:]])
         for every in (model(input_ids=ids).logits.double().softmax(-1)[:, :-1] for model in (dense, pruned))
@@ -179,7 +186,7 @@ def test_closeness_equals_a_plain_computation_and_a_model_is_itself(
     assert found.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
     assert found.overlap == pytest.approx(p.minimum(q).sum(-1).mean().item(), rel=1e-5)
     assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
-    same = measure_closeness(dense, dense, [Batch(ids, 9)])
+    same = measure_closeness(dense, dense, [(ids, ids)], "a text")
     assert (same.agreement, same.overlap, same.kl) == (1.0, pytest.approx(1.0), 0.0)
 
 
@@ -193,7 +200,9 @@ def answered(prompts: int, text: str = EVIL) -> dict[str, Any]:
     def model(name: str) -> dict[str, Any]:
         one = {"tokens": 9.0, "ended": 0.5, "repetition": 0.25, "dense_perplexity": 3.0}
         texts = [one | {"text": f"{name}{i} {text}"} for i in range(prompts)]
-        closeness = {"agreement": 0.75, "overlap": 0.5, "kl": 1.5, "predictions": 9} if name == "pruned" else None
+        closeness = (
+            {"text": "t", "agreement": 0.75, "overlap": 0.5, "kl": 1.5, "predictions": 9} if name == "pruned" else None
+        )
         kinds = dict.fromkeys(("greedy", "sampled"), one | {"texts": texts})
         return {"path": f"{name}/<path>", "answers": {"chat_template": False, "closeness": closeness, **kinds}}
 
@@ -248,6 +257,8 @@ def test_answers_are_columns_of_the_comparison(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(answered(1)))
     (tmp_path / "b.json").write_text(json.dumps(EVALUATION))  # also of a version before answers
     first, second = read_results([tmp_path / "a.json", tmp_path / "b.json"])
-    assert (first.repetition, first.dense_ended, first.overlap, second.repetition) == (0.25, 0.5, 0.5, None)
+    assert first.measured["ended"] == (0.5, 0.5, "greedy answers")
+    assert first.measured["agreement"] == (0.75, None, "t")
+    assert not {"ended", "agreement"} & second.measured.keys()
     row = next(line for line in comparison_table([first, second]).splitlines() if line.startswith("a "))
-    assert row.endswith("0.8000    25.0 %  25.0 %  50.0 %  50.0 %     75.0 %    0.500")
+    assert row.endswith("0.8000      25.0 %  25.0 %  50.0 %  50.0 %     75.0 %    0.500")
