@@ -104,10 +104,10 @@ def write_answers(
     kinds = [{"max_new_tokens": settings.max_new_tokens} | how for how in ({"do_sample": False}, sampling)]
     written = [[_write(writer, how, settings.seed, size, progress) for how in kinds] for writer in writers]
     dense = writers[1] if len(writers) > 1 else None
-    made = [
-        Generation(bool(writer.tokenizer.chat_template), *(_summarise(writer, dense, ids, size) for ids in texts))
-        for writer, texts in zip(writers, written, strict=True)
-    ]
+    made: list[Generation] = []
+    for writer, texts in zip(writers, written, strict=True):
+        greedy, sampled = (_summarise(writer, dense, ids, size) for ids in texts)
+        made.append(Generation(bool(writer.tokenizer.chat_template), greedy, sampled))
     if dense is not None:
         name, batches = text or ("the dense model's greedy answers", _labelled(dense, written[1][0], size))
         made[0] = replace(made[0], closeness=measure_closeness(dense.model, writers[0].model, batches, name))
@@ -130,8 +130,13 @@ def _summarise(writer: Writer, dense: Writer | None, written: list[Ids], batch_s
         words = ids[:-1] if ended else ids
         text = cast(str, writer.tokenizer.decode(words))  # with special tokens, which a broken model may write
         answers.append(Answer(text, len(words), ended, repetition(words)))
-    means = (fmean(getattr(one, name) for one in answers) for name in ("tokens", "ended", "repetition"))
-    return Answers(*means, dense and _perplexity(dense, _labelled(writer, written, batch_size)), answers)
+    return Answers(
+        fmean(one.tokens for one in answers),
+        fmean(one.ended for one in answers),
+        fmean(one.repetition for one in answers),
+        dense and _perplexity(dense, _labelled(writer, written, batch_size)),
+        answers,
+    )
 
 
 def repetition(ids: Ids) -> float:

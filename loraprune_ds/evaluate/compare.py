@@ -139,7 +139,7 @@ def _read_evaluation(path: Path) -> ComparedModel:
         if text:
             name = f"{text['name']} {text['split'] or ''}".rstrip()
             basis = _describe(name, result["protocol"], result["dtype"])
-            measured |= _value("perplexity", result["perplexity"], dense and dense["perplexity"], basis)
+            measured |= _value("perplexity", result["perplexity"], dense["perplexity"] if dense else None, basis)
         size = result["cost"]["parameters"]
         return ComparedModel(path.stem, result["method"], size, result["removed_fraction"], measured)
     except (KeyError, TypeError) as error:
@@ -157,7 +157,7 @@ def _tasks_and_answers(model: dict[str, Any], dense: dict[str, Any] | None) -> d
     if answers:
         basis = "greedy answers"
         for name in ("repetition", "ended"):
-            beside = dense and dense["answers"]["greedy"][name]
+            beside = dense["answers"]["greedy"][name] if dense else None
             measured |= _value(name, answers["greedy"][name], beside, basis)
         if closeness := answers["closeness"]:
             for name in ("agreement", "overlap"):

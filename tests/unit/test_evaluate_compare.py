@@ -82,7 +82,7 @@ def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -
         parameters=750,
         removed_fraction=0.25,
         measured={
-            "accuracy": pytest.approx((0.6, 0.8, "piqa, boolq")),
+            "accuracy": Value(0.6, 0.8, "piqa, boolq"),
             "perplexity": Value(60.0, 50.0, "wikitext2 test, windows of 128 every 64, float32"),
         },
     )

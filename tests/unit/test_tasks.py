@@ -127,7 +127,7 @@ def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(templa
         made: list[int] = []
         while len(made) < 2 + reasoning.ROOM and made[-1:] != [tokenizer.eos_token_id]:
             made.append(int(model(torch.tensor([ids + made])).logits[0, -1].argmax()))
-        expected.append(tokenizer.decode(made, skip_special_tokens=True).strip())
+        expected.append(str(tokenizer.decode(made, skip_special_tokens=True)).strip())
     assert len(set(expected)) > 1
     assert greedy_answers(task, model, tokenizer, 3, rank_of(1, 0)) == expected
     by_rank_1 = {2: expected[2], 3: expected[3]}  # of batches of two, it has the second
