@@ -20,7 +20,7 @@ from loraprune_ds.evaluate.perplexity import Progress, exp_of_mean
 from loraprune_ds.evaluate.prompts import AnswerSettings
 from loraprune_ds.model.token_loss import IGNORE_INDEX, token_losses
 
-AT_ONCE = 16  # answers that are written together
+AT_ONCE = 32  # answers that are written together
 GRAM = 4
 
 
