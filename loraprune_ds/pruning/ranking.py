@@ -31,8 +31,7 @@ def rank_uniform(
     so no count has to grow again. `scores` and the result belong to the current groups.
     """
     counts = uniform_counts(limits, target, final)
-    open_layers = limits.open_layers
-    wanted = [limits.within(counts, i) if i in open_layers else layer for i, layer in enumerate(current.layers)]
+    wanted = [counts if i in limits.open_layers else layer for i, layer in enumerate(current.layers)]
     return _keep_best(scores, wanted, current)
 
 

@@ -11,7 +11,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.limits import Limits
+from loraprune_ds.pruning.limits import Limits, reachable
 from loraprune_ds.pruning.ranking import rank_uniform, uniform_counts, uniform_goal
 from loraprune_ds.pruning.target import make_limits
 from tests.families import tiny_config
@@ -75,6 +75,18 @@ def test_layers_of_several_sorts_have_equal_counts(family: str, ratio: float, he
     gave = {kind: 1 - max(x[kind] for x in left.layers) / count for kind, count in limits.open_counts.items()}
     asked = head_ratio or (0 if dense.family.mixture else ratio)
     assert all(abs(gave[kind] - asked) < 0.11 for kind in dense.kinds[:-1])  # half a group of five
+
+
+@pytest.mark.parametrize("most", [0.45, 0.55, 0.7])
+def test_no_sort_of_layers_loses_more_than_its_cap(most: float) -> None:
+    """At the largest ratio the narrower sort of a hybrid has reached it."""
+    dense = shape_from_config(tiny_config("qwen3_5_text", head_dim=20).to_dict(), "somewhere")
+    limits = limits_of(dense, ratio=0.01, max_layer_ratio=most)
+    largest = reachable(PruneConfig(), limits)[1] / dense.linear_numel()
+    goal = uniform_goal(limits, largest)
+    assert largest > 0.7 * most
+    assert limits.lost_by_all(goal) == pytest.approx(largest * dense.linear_numel())
+    assert all(limits.lost(i, limits.within(goal, i)) <= most * dense.layer_numel(i) for i in limits.open_layers)
 
 
 def test_heads_give_their_share_where_channels_can_make_up_for_the_rest() -> None:
