@@ -176,7 +176,7 @@ FAMILIES: dict[str, Family] = {
     ),
     **dict.fromkeys(("glm", "glm4"), Family(ATTENTION + FUSED_GATED)),
     "starcoder2": Family((*ATTENTION, _rows("mlp.c_fc", CHANNELS), _columns("mlp.c_proj", CHANNELS))),
-    **dict.fromkeys(("nemotron", "arcee", "apertus"), UNGATED),
+    **dict.fromkeys(("nemotron", "arcee"), UNGATED),
     "mixtral": Family(
         (*ATTENTION, *_stacks("mlp.experts", *_each("block_sparse_moe", "w1", "w3", "w2"))),
         (_router("mlp.gate", "block_sparse_moe.gate.weight"),),

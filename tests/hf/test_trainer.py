@@ -24,7 +24,7 @@ from tests.hf.trainers import (
     train_with_callback,
 )
 from tests.integration.resuming import assert_equal_tensors
-from tests.numerics.driver import Job
+from tests.numerics.driver import Job, family_job
 from tests.ranks import RankPool
 
 PRUNE = callback_run.PRUNE  # cuts after 3, 5 and 7
@@ -77,6 +77,13 @@ def test_the_callback_cuts_as_our_own_trainer(ranks: RankPool, job: Job, plain: 
     assert shrunk == [3, 5, 7]
     names = {path.name for path in plain.out.iterdir()}
     assert names >= {"kept_groups.json", "kept_groups.png", "training.png", "metrics.jsonl"}
+
+
+def test_a_hybrid_is_cut_as_by_our_own_trainer(ranks: RankPool, tmp_path: Path) -> None:
+    prune = PRUNE | {"protected_first": 0, "protected_last": 0}
+    job, _ = family_job(tmp_path, "qwen3_5_text", prune, steps=callback_run.STEPS, max_grad_norm=0.5)
+    rows = ranks.run(2, train_with_callback, job, tmp_path / "out", {"save_strategy": "no"})[0][0]
+    assert_same_course(rows, ranks.run(2, train_alone, job)[0], cuts=3)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.zero_bytes import state_tensors
 
 Options = dict[str, Any]
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,8 @@ def write_adapter(folder: Path, lora: dict[str, Tensor], *, r: int, alpha: float
     prefix = "base_model.model.model."
     tensors = {f"{prefix}{name}.weight": tensor.contiguous() for name, tensor in lora.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": list(LINEARS), "bias": "none"}
+    targets = sorted({name.split(".")[-2] for name in lora})
+    config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": targets, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
