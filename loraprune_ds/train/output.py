@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # a start that fails on its config need not wait for DeepSpee
 CONFIG_FILE = "config.yaml"
 NOT_THE_RUN = ("logging", "output_dir")  # a run shown otherwise or elsewhere is the same run
 # A resumed run may also change how it saves and how it splits a global batch.
-MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size")
+MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size", "train.teacher")
 SHARED_WAIT = 60.0  # seconds; a network file system may remember for half a minute that a file was missing
 
 
