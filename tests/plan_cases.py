@@ -5,13 +5,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import comm as ds_comm
 from deepspeed.utils import groups
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraprune_ds.config import (
     Compensation,
@@ -34,12 +35,13 @@ from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import logits, saved_in_layer, split_state, training_stage
 from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.train.live_teacher import LiveTeacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import resident_bytes, storage_bytes
 from loraprune_ds.zero.flat import AxisCut
 from tests.benchmarks.memory import Peak
 from tests.numerics.driver import Consecutive, assemble
-from tests.zero_bytes import elements_sent, second_copies, state_tensors
+from tests.zero_bytes import elements_sent, second_copies, state_tensors, weight_shards
 
 STEPS = 4  # the cut follows the second
 
@@ -61,6 +63,7 @@ class Case:
     compensate: Compensation = "none"
     criterion: Criterion = "lora"
     head_ratio: float | None = None
+    live_teacher: bool = False
 
     def request(self, world_size: int) -> Request:
         config = RunConfig(
@@ -85,6 +88,8 @@ class Case:
                 global_batch_size=self.micro_batch_size * self.micro_batches * world_size,
                 micro_batch_size=self.micro_batch_size,
                 gradient_checkpointing=self.checkpointing,
+                distill_weight=0.5 if self.live_teacher else 0.0,
+                teacher="live" if self.live_teacher else "stored",
             ),
         )
         name, per_node = str(self.folder), self.per_node or world_size
@@ -99,7 +104,16 @@ def build(request: Request) -> Trainer:
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
-    return assemble(config, pretrained, request.ds_config, Samples.of_windows(ids), Consecutive(size), STEPS)
+    trainer = assemble(config, pretrained, request.ds_config, Samples.of_windows(ids), Consecutive(size), STEPS)
+    if request.taught:
+        trainer._teacher = LiveTeacher(pretrained, config.model, config.train, request.ds_config)
+    return trainer
+
+
+def modules(trainer: Trainer) -> list[nn.Module]:
+    """Lists the model and a live teacher."""
+    teacher = trainer._teacher
+    return [trainer.model.module, *([teacher.engine.module] if isinstance(teacher, LiveTeacher) else [])]
 
 
 @contextmanager
@@ -200,7 +214,7 @@ def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, 
     return {
         "at": name,
         "planned_storages": sum(terms.values()),
-        "storages": storage_bytes(state_tensors(trainer.model)),
+        "storages": storage_bytes([*state_tensors(trainer.model), *chain(*map(weight_shards, modules(trainer)))]),
         "rss": resident_bytes() - baseline,
         "terms": terms,
     }
@@ -223,7 +237,7 @@ def _measured_step(step: int, request: Request, trainer: Trainer, baseline: int)
         IN_GROUP: {"most": planned[IN_GROUP], "counted": sent[IN_GROUP]},
         "second_copy": {
             "planned": split_state(request, shape)[0].get("second_copy", 0),
-            "counted": storage_bytes(second_copies(trainer.model.module)),
+            "counted": storage_bytes(chain(*map(second_copies, modules(trainer)))),
         },
         "lora_gradients": {
             "planned": planned["lora_gradients"],

@@ -112,9 +112,11 @@ def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
     optimizer, files = {"offload_optimizer": PINNED}, "--set deepspeed=ds_configs/zero3_offload"
     both, on_gpu = optimizer | {"offload_param": PINNED}, {x: not request.offloads(x) for x in ("optimizer", "param")}
     int8, again = request.config.model.frozen, train.gradient_checkpointing
+    stored = "--set train.teacher=stored"
     changes: list[tuple[bool, str, str, dict[str, Any]]] = [  # wanted, ...
         (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", {"train": ONE}),
         (not again, "activation checkpointing", "--set train.gradient_checkpointing=true", {"train": AGAIN}),
+        (bool(request.taught), "outputs on disk", stored, {"train": {"teacher": "stored"}}),
         (int8 is None, "int8 weights", "--set model.frozen=int8", {"model": {"frozen": "int8"}}),
         (request.fetch.max_live_parameters > layer, "fewer gathered weights", in_json, {"deepspeed": few}),
         (on_gpu["optimizer"], "optimizer on the host", f"{files}_optimizer.json", {"deepspeed": optimizer}),

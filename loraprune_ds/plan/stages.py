@@ -43,7 +43,7 @@ class Stage:
 def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[Stage]:
     """Plans the memory of the run. The first cut needs the most of all cuts; `after` is the shape after it."""
     dense, cut = training_stage("dense", request, request.shape), _cut(request, request.shape, after)
-    if request.config.train.distill_weight:
+    if request.config.train.distills_from == "stored":
         dense.phases["dense model's pass"] = _recording(request)
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
     if request.storage.int8:  # the export is not int8, and is evaluated when the run's own model is gone
@@ -67,6 +67,7 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
         "optimizer step": {"optimizer_temporaries": stepping},
         "scoring": _scoring(request, shape) | gradients if scores else {},
         "evaluation": _evaluation(request, shape),
+        **({"dense model's pass": _recording(request)} if request.taught else {}),
     }
     if scores:
         passes["training"] |= gradients | _observing(request, shape)
@@ -80,22 +81,21 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
 def split_state(
     request: Request, shape: ModelShape, *, stepped: bool = True, measures: bool = False
 ) -> tuple[Terms, Terms]:
-    """Returns the terms (on the GPU, in host memory). LoRA has moments once it has `stepped`.
-
-    Masters, moments, gradients and the bucket are always fp32.
-    """
-    stored, lora, e = request.stored(shape), request.lora_shards(shape), request.element_size
+    """Returns the terms (on the GPU, in host memory). LoRA has moments once it has `stepped`."""
+    lora, e = request.lora_shards(shape), request.element_size
+    frozen = [*(stored := request.stored(shape)), *(taught := request.taught)]
     terms = {
         "weights": request.shard_bytes(stored),
+        "live_teacher": request.shard_bytes(taught),
         "lora": e * lora,
-        "lora_masters": 4 * lora,
+        "lora_masters": 4 * lora,  # fp32, as are moments, gradients and the bucket
         "lora_moments": 8 * lora if stepped else 0,
         "lora_gradients": 4 * lora,
         "reduce_bucket": 4 * int(request.zero["reduce_bucket_size"]),
     }
-    if copies := request.second_copies(stored):
+    if copies := request.second_copies(frozen):
         terms["second_copy"] = copies
-    away = ["weights", "lora", "second_copy"] if request.offloads("param") else []
+    away = ["weights", "live_teacher", "lora", "second_copy"] if request.offloads("param") else []
     away += ["lora_masters", "lora_moments", "lora_gradients"] if request.offloads("optimizer") else []
     host = {name: terms.pop(name) for name in list(terms) if name in away}
     blocks = list[int]()  # of page-locked memory, which torch rounds up to powers of two
@@ -103,8 +103,8 @@ def split_state(
         host["lora_gradients_for_the_step"] = host["lora_gradients"]  # DeepSpeed's CPU optimizer has its own
         blocks += 2 * [host["lora_gradients"]] if request.offloads("optimizer", pinned=True) else []
     if request.offloads("param", pinned=True):  # frozen shards one by one, LoRA's in a buffer
-        second = [request.second_copies([x]) for x in stored] if copies else []
-        blocks += [host["lora"], *(request.shard_bytes([x]) for x in stored), *second]
+        second = [request.second_copies([x]) for x in frozen] if copies else []
+        blocks += [host["lora"], *(request.shard_bytes([x]) for x in frozen), *second]
     if blocks:
         host["pinned_rounding"] = sum((1 << (block - 1).bit_length()) - block for block in blocks)
     if measures and (linears := request.measured(shape)):
@@ -172,16 +172,16 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
 
 
 def teacher_pass(request: Request) -> tuple[PlannedBatch, int, int]:
-    """Plans the dense model's pass for `train.distill_weight`: a batch, the batches of a rank, bytes of all files.
+    """Plans the dense model's passes: a batch, a rank's batches before the first step, bytes of all files.
 
     If the number of samples is not known, the steps use each sample once. All tokens count as supervised.
     """
     config, hidden_size = request.config, request.shape.hidden_size
-    used = request.steps * config.train.global_batch_size if config.train.distill_weight else 0
+    used = request.steps * config.train.global_batch_size if config.train.distills_from == "stored" else 0
     samples = min(used, request.samples or used)
     token = token_bytes(config.train.distill_top_k, hidden_size, request.element_size)
     per_file = samples_per_file((config.data.window - 1) * token)
-    at_once = min(config.recorded_at_once, per_file)  # a batch never spans two files
+    at_once = config.train.micro_batch_size if request.taught else min(config.recorded_at_once, per_file)
     batches = -(-samples // (per_file * request.world_size)) * -(-min(samples, per_file) // at_once)  # of the busiest
     return request.batch(at_once, config.data.window), batches, samples * (config.data.window - 1) * token
 
@@ -193,7 +193,7 @@ def _recording(request: Request) -> Terms:
     if train.distill_top_k is not None:
         chunk = min(batch.tokens, chunk_size(shape.vocab_size))
         targets = chunk * shape.vocab_size * 8 + batch.tokens * (12 * train.distill_top_k + 4)
-    return _forward_pass(request, shape, batch) | {"targets": targets}
+    return _forward_pass(request, shape, batch, prefetches=bool(request.taught)) | {"targets": targets}
 
 
 def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
@@ -242,10 +242,10 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
     return terms
 
 
-def _forward_pass(request: Request, shape: ModelShape, batch: PlannedBatch) -> Terms:
+def _forward_pass(request: Request, shape: ModelShape, batch: PlannedBatch, *, prefetches: bool = False) -> Terms:
     """Returns the terms of a pass without backward and without the head."""
     hidden_states = batch.tokens * (3 * batch.element_size + 4) * shape.hidden_size
-    gathered = gathered_weights(request, shape, trains=False)
+    gathered = gathered_weights(request, shape, trains=prefetches)
     return {"gathered_weights": gathered, "activations": hidden_states + forward_temporaries(shape, batch)}
 
 

@@ -17,6 +17,7 @@ from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.live_teacher import LiveTeacher
 from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.train.teacher import describe_pass, find_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
@@ -31,11 +32,14 @@ class TrainingLoop:
     def __init__(self, context: RunContext) -> None:
         self._context, self.recorder, self.status = context, context.recorder, context.status
         config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
-        self.config, self.prepared, self._requests, self._teacher = config, prepared, context.requests, None
-        if config.train.distill_weight and self.status.step < prepared.steps:  # otherwise its files may be gone
-            self._teacher = find_teacher(context)
+        self.config, self.prepared, self._requests = config, prepared, context.requests
+        # After the last step, the files of a stored one may be gone.
+        distills_from = config.train.distills_from if self.status.step < prepared.steps else None
+        self._stored = find_teacher(context) if distills_from == "stored" else None
         self.engine = build_engine(prepared, checkpoint)
-        self.model = self.engine.model
+        self.model, self._live = self.engine.model, None
+        if distills_from == "live":
+            self._live = LiveTeacher(prepared.pretrained, config.model, config.train, prepared.ds_config)
         self.pruner = Pruner(self.model, prepared.pruning, config.seed)
         if checkpoint:
             self.pruner.restore(checkpoint.pruner_state(self.model.shape.kinds), checkpoint.moments)
@@ -48,7 +52,7 @@ class TrainingLoop:
             dtype=config.model.dtype,
             seed=config.seed,
             current_request=self._requests.current,
-            teacher=self._teacher,
+            teacher=self._stored or self._live,
         )
         self._checkpoints = Checkpoints(context, self.pruner)
         self._totals = checkpoint.state.totals if checkpoint else RunTotals()
@@ -72,14 +76,20 @@ class TrainingLoop:
                 return False
         return True
 
+    def release(self) -> None:
+        """Frees the model, its optimizer and a live teacher."""
+        self.engine.release()
+        if self._live:
+            self._live.release()
+
     def _record_teacher(self) -> bool:
         """Writes the dense model's outputs if they are needed. Returns False if it was asked to stop."""
-        if self._teacher is None:
+        if self._stored is None:
             return True
-        if self._teacher.to_write:
-            self.recorder.show(describe_pass(self._teacher))
+        if self._stored.to_write:
+            self.recorder.show(describe_pass(self._stored))
         batch_size, agree = self.config.recorded_at_once, self._requests.agree
-        if record_teacher(self.engine, self._teacher, self.prepared.samples, batch_size, agree):
+        if record_teacher(self.engine, self._stored, self.prepared.samples, batch_size, agree):
             return True
         self._context.stop()
         return False

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,10 +153,10 @@ class Teacher:
         with atomic_write(self.path(file), lasting=True) as temporary:
             save_file({name: tensor.cpu().contiguous() for name, tensor in fields.items()}, temporary)
 
-    def distillation(self, indices: Tensor, device: torch.device) -> Distillation:
-        """Reads the teacher's outputs for the supervised tokens of these samples, in their order."""
+    def distillation(self, indices: Tensor, inputs: dict[str, Any]) -> Distillation:
+        """Reads the teacher's outputs for the supervised tokens of these samples, to the device of their inputs."""
         parts = [self._fields(sample) for sample in indices.tolist()]
-        fields = {name: torch.cat([part[name] for part in parts]).to(device) for name in parts[0]}
+        fields = {name: torch.cat([part[name] for part in parts]).to(inputs["labels"].device) for name in parts[0]}
         if "hidden" in fields:
             teacher = HiddenTeacher(fields["hidden"])
         else:
@@ -209,13 +210,16 @@ def _check_can_be_written(teacher: Teacher, context: RunContext) -> None:
         return
     if context.checkpoint is not None and context.checkpoint.state.cuts:
         lost = teacher.path(teacher.to_write[0])
-        raise UserError(f"{lost} is missing or damaged, and the model that would write it again is cut already")
+        raise UserError(
+            f"{lost} is missing or damaged, and the model that would write it again is cut already; train.teacher: "
+            "live goes on without it"
+        )
     needed = teacher.plan.bytes * len(teacher.to_write) // teacher.plan.files
     free = shutil.disk_usage(context.folder).free
     if needed > free:
         raise UserError(
             f"train.distill_weight: the outputs of the dense model need {format_bytes(needed)} in {teacher.folder}, "
-            f"where {format_bytes(free)} are free; train.distill_top_k keeps less"
+            f"where {format_bytes(free)} are free; train.distill_top_k keeps less, train.teacher: live nothing"
         )
 
 

@@ -65,6 +65,7 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
     lost, elsewhere = teacher / "targets-00003.safetensors", tmp_path / "lost"
     lost.rename(elsewhere)
     message = f"{lost} is missing or damaged, and the model that would write it again is cut already"
+    message += "; train.teacher: live goes on without it"
     assert ranks.run(2, refused, run_levers, config, "auto") == [message, message]
     elsewhere.rename(lost)
     assert all(ranks.run(2, run_levers, config, "auto"))

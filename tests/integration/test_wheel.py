@@ -70,7 +70,7 @@ def start(programs: Path, folder: Path, *arguments: str, timeout: float = 120) -
 
 def test_the_wheel_has_every_module_config_and_json(wheel: Path) -> None:
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "loraprune_ds").rglob("*.py")}
-    given = {path.relative_to(ROOT).as_posix() for pattern in ("launch/configs/*.yaml", "ds_configs/*.json")
+    given = {path.relative_to(ROOT).as_posix() for pattern in ("launch/configs/**/*.yaml", "ds_configs/*.json")
              for path in ROOT.glob(pattern)}  # fmt: skip
     files = set(ZipFile(wheel).namelist())
     assert "loraprune_ds/model/modeling_pruned.py" in code

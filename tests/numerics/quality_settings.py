@@ -5,20 +5,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import sha256
+from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import PADDING_ID
+from loraprune_ds.train.live_teacher import LiveTeacher
 from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.train.teacher import Teacher, plan_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import storage_bytes
+from loraprune_ds.zero.ds_config import resolve_ds_config
 from tests.numerics.cutting import whole_state
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 
@@ -148,11 +152,13 @@ def gradient_scores(job: Job, *, widen: bool = False) -> dict[str, Any]:
     return {"scores": scores, "shards": shards, "whole": whole, "sent": sum(sent), "left": left, "lora": lora}
 
 
-def fisher_scores(job: Job, folder: Path | None = None) -> dict[str, Any]:
-    """Makes one step with `fisher`. Returns scores and bytes sent to score. It distils if it has a folder."""
+def fisher_scores(job: Job, teacher: Path | Literal["live"] | None = None) -> dict[str, Any]:
+    """Makes one step with `fisher`. Returns scores and bytes sent to score. It distils if it has a teacher."""
     trainer = build(job)
-    if folder is not None:
-        trainer._teacher, _ = record_outputs(trainer, job, folder, None, 1)
+    if teacher == "live":
+        trainer._teacher = live_teacher(trainer, job)
+    elif teacher is not None:
+        trainer._teacher, _ = record_outputs(trainer, job, teacher, None, 1)
     model, score = trainer.model, trainer.pruner.score
     sent: list[int] = []
 
@@ -208,12 +214,40 @@ def record_outputs(
     return teacher, passes
 
 
+def live_teacher(trainer: Trainer, job: Job, temperature: float = 1) -> LiveTeacher:
+    model, train, world_size = (
+        ModelConfig(path=str(job.folder), dtype=job.dtype),
+        trainer.config,
+        trainer.model.world_size,
+    )
+    pretrained = open_for_pruning(job.folder, model, PruneConfig())
+    ds_config = resolve_ds_config(job.deepspeed, pretrained.shape, world_size, train, model, job.lora_r)
+    train = replace(train, distill_weight=0.5, distill_temperature=temperature, teacher="live")
+    return LiveTeacher(pretrained, model, train, ds_config)
+
+
 def distilled_step(job: Job, folder: Path, top_k: int | None, temperature: float) -> dict[str, Any]:
-    """Makes the teacher pass and the first distilled step. Returns the files' digests and averaged LoRA gradients."""
+    """Makes the teacher pass and the first distilled step. Returns the files' digests and what the step returned."""
     trainer = build(job)
-    model, samples = trainer.model, trainer.samples
     teacher, passes = record_outputs(trainer, job, folder, top_k, temperature)
     trainer._teacher = teacher
+    return first_pass(trainer) | {
+        "passes": passes,
+        "files": {path.name: sha256(path) for path in sorted(teacher.folder.glob("*.safetensors"))},
+        "bytes": (sum(path.stat().st_size for path in teacher.folder.glob("*.safetensors")), teacher.plan.bytes),
+    }
+
+
+def live_step(job: Job, temperature: float) -> dict[str, Any]:
+    """Makes the first distilled step with a live teacher."""
+    trainer = build(job)
+    trainer._teacher = live_teacher(trainer, job, temperature)
+    return first_pass(trainer)
+
+
+def first_pass(trainer: Trainer) -> dict[str, Any]:
+    """Makes the passes of the first step. Returns its loss and averaged LoRA gradients."""
+    model, samples = trainer.model, trainer.samples
     batch = trainer.order.batch(0)
     supervised = int((samples.inputs(batch)["labels"][:, 1:] != -100).sum())
     loss = float(trainer._accumulate(1, batch, supervised)) / supervised
@@ -222,10 +256,4 @@ def distilled_step(job: Job, folder: Path, top_k: int | None, temperature: float
         for name, factors in layer.items():
             gradients[f"layers.{i}.{name}.lora_A"] = factors.grad_A
             gradients[f"layers.{i}.{name}.lora_B"] = factors.grad_B
-    return {
-        "passes": passes,
-        "loss": sum(model.comm.gather_objects(loss)),
-        "gradients": gradients,
-        "files": {path.name: sha256(path) for path in sorted(teacher.folder.glob("*.safetensors"))},
-        "bytes": (sum(path.stat().st_size for path in teacher.folder.glob("*.safetensors")), teacher.plan.bytes),
-    }
+    return {"loss": sum(model.comm.gather_objects(loss)), "gradients": gradients}

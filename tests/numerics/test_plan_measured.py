@@ -1,5 +1,6 @@
 """The plan against real ranks: storages and activations to the byte, weights sent as an upper bound."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def test_ranks_hold_and_send_what_was_planned(
 ) -> None:
     deepspeed = limited_config(tmp_path) if limited else "ds_configs/zero3.json"
     check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, checkpointing=checkpointing))
+    check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, live_teacher=True))
 
 
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 1), (4, 2)])
@@ -43,6 +45,8 @@ def test_with_hpz_gathers_of_copies_stay_in_a_node(
         check_row(row, several=True)
         for step in row["steps"][1::2]:
             assert step[IN_GROUP]["counted"] > step["weights"]["counted"]
+    for row in ranks.run(world_size, run_with_second_copy, replace(case, live_teacher=True)):
+        check_row(row, several=True)
 
 
 # In bf16 a CPU keeps the mean and deviation of a LayerNorm in bf16, a GPU and the meta device in fp32.
@@ -77,8 +81,8 @@ def test_linears_of_a_wide_model_are_gathered_one_by_one(ranks: RankPool, tmp_pa
 @pytest.mark.parametrize(
     ("family", "world_size", "options"),
     [
-        ("llama", 1, {}),
-        ("phi3", 2, {"checkpointing": True, "criterion": "fisher"}),
+        ("llama", 1, {"live_teacher": True}),
+        ("phi3", 2, {"checkpointing": True, "criterion": "fisher", "live_teacher": True}),
         ("mixtral", 3, {"criterion": "gradient", "compensate": "least_squares", "head_ratio": 0.4}),
     ],
 )

@@ -14,7 +14,7 @@ from tests.refusals import refused
 from tests.unit.shapes_and_scores import repository
 
 BASE = "output_dir: out\ntrain: {steps: 100}\n"
-SHIPPED = sorted((repository() / "launch" / "configs").glob("*.yaml"))
+SHIPPED = sorted((repository() / "launch" / "configs").rglob("*.yaml"))
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
@@ -92,9 +92,16 @@ def test_a_file_takes_the_place_of_the_part_that_is_held_out(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("setting", NEEDS)
 def test_a_setting_that_nothing_reads_names_what_is_missing(tmp_path: Path, setting: str) -> None:
-    value = {"data.packing": "true", "prune.compensate_decay": "0.25"}.get(setting, "3")
+    value = {"data.packing": "true", "prune.compensate_decay": "0.25", "train.teacher": "live"}.get(setting, "3")
     message = refused(load, tmp_path, BASE, f"{setting}={value}")
     assert message == f"{setting} has no effect without {NEEDS[setting][1]}"
+
+
+def test_a_live_teacher_stores_no_logits(tmp_path: Path) -> None:
+    live = ("train.distill_weight=0.5", "train.teacher=live")
+    assert load(tmp_path, BASE, *live).train.distills_from == "live"
+    message = refused(load, tmp_path, BASE, *live, "train.distill_top_k=8")
+    assert message == "train.distill_top_k has no effect without train.distill_weight and train.teacher: stored"
 
 
 @pytest.mark.parametrize(

@@ -84,16 +84,17 @@ def test_a_glob_and_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert files_at("wikitext") is files_at("some/dataset") is None
 
 
-def test_a_datasets_name_goes_to_datasets_with_its_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_datasets_name_goes_to_datasets_with_its_configuration_files_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, str | None]] = [{**row, "source": "s"} for row in INSTRUCTIONS]
     rows[2]["input"] = None  # as real data has them
 
-    def load_dataset(path: str, name: str | None, *, split: str) -> datasets.Dataset:
-        assert (path, name, split) == ("someone/data", "small", "train[:10]")
+    def load_dataset(path: str, name: str | None, *, data_files: list[str], split: str) -> datasets.Dataset:
+        assert (path, name, data_files, split) == ("someone/data", "small", ["a.json.gz"], "train[:10]")
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data = load("someone/data", name="small", split="train[:10]", format="instruction", window=40)
+    settings: dict[str, Any] = {"name": "small", "data_files": ["a.json.gz"], "split": "train[:10]"}
+    data = load("someone/data", **settings, format="instruction", window=40)
     assert len(data.samples) == 9
     assert [data.held_out.count(word) for word in ("w4", "w24", "w50")] == [1, 1, 1]  # the one row
 

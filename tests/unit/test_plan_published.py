@@ -30,14 +30,31 @@ def test_the_run_fits_where_it_is_meant_to(name: str) -> None:
     assert plan.request.micro_batches == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "nodes", "gpus"),
-    [("llama-7b", 1, 8), ("llama-13b", 1, 8), ("llama-30b", 2, 8), ("llama-65b", 4, 8), ("llama-65b-int8", 1, 1)],
-)
-def test_the_llamas_fit_where_they_are_meant_to(name: str, nodes: int, gpus: int) -> None:
-    config, few = str(CONFIGS / f"{name}.yaml"), ["train.epochs=null", "train.steps=100"]  # so there are fewer cuts
-    request = make_request(name.removesuffix("-int8"), Cluster(nodes, gpus), config_path=config, overrides=few)
+# Nodes and GPUs that each of the paper's runs is meant for.
+PAPER = {"7b": (1, 8), "7b-single-shot": (1, 8), "13b": (1, 8), "30b": (2, 8), "65b": (4, 8), "65b-int8": (1, 1)}
+
+
+@pytest.mark.parametrize(("name", "cluster"), PAPER.items())
+def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(name: str, cluster: tuple[int, int]) -> None:
+    size, _, kind = name.partition("-")
+    request = make_request(f"llama-{size}", Cluster(*cluster), config_path=str(CONFIGS / f"paper/llama-{name}.yaml"))
+    prune, train, data = request.config.prune, request.config.train, request.config.data
     assert make_plan(request).fits
+    assert (prune.criterion, prune.normalization, prune.ranking, prune.compensate) == ("lora", "l2", "uniform", "none")
+    assert (prune.ratio, train.global_batch_size, train.recovery_steps, train.distills_from) == (0.5, 128, 0, None)
+    assert request.config.model.frozen == ("int8" if kind == "int8" else None)
+    if kind == "single-shot":
+        assert request.pruning.schedule.cut_steps() == [request.steps]
+        assert train.learning_rate < 1e-9  # LoRA must not learn
+        return
+    assert (train.epochs, train.learning_rate, train.lr_scheduler) == (2, 1e-4, "cosine")
+    assert data.path == ("MBZUAI/LaMini-instruction" if size == "7b" else "allenai/c4")
+    if size != "7b":
+        assert (request.steps, request.steps_known, len(data.data_files or [])) == (312, True, 1)
+
+
+def test_every_run_of_the_paper_is_held_to_it() -> None:
+    assert {path.stem.removeprefix("llama-") for path in (CONFIGS / "paper").glob("*")} == PAPER.keys()
 
 
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "gpt-oss-120b", "Qwen3-235B-A22B"])
@@ -55,10 +72,10 @@ def test_a_mixture_fits_on_a_node_and_gathers_a_layer_at_a_time(name: str) -> No
     assert gathered <= (2.1 * layer if layer > fetched else 2 * layer + fetched + head)
 
 
-@pytest.mark.parametrize("name", ["llama-65b", "llama3.3-70b"])
-def test_with_hpz_the_largest_fit_and_gather_inside_their_nodes(name: str) -> None:
+@pytest.mark.parametrize(("folder", "name"), [("paper", "llama-65b"), (".", "llama3.3-70b")])
+def test_with_hpz_the_largest_fit_and_gather_inside_their_nodes(folder: str, name: str) -> None:
     source = PUBLISHED[name][0] if name in PUBLISHED else read_config(name)
-    config = load_config(CONFIGS / f"{name}.yaml", ["deepspeed=ds_configs/zero3_multinode_hpz.json"])
+    config = load_config(CONFIGS / folder / f"{name}.yaml", ["deepspeed=ds_configs/zero3_multinode_hpz.json"])
     plan = make_plan(build_request(name, source, shape_from_config(source, name), config, Cluster(4, 8)))
     assert plan.fits
     assert plan.step.between_nodes < 0.01 * sum(plan.step.sent.values())

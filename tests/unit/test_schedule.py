@@ -62,7 +62,7 @@ def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 @pytest.mark.parametrize(("name", "most"), [("llama-7b", 80), ("llama-65b", 200)])
 def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, most: int, ranking: Ranking) -> None:
-    config = replace(load_config(repository() / f"launch/configs/{name}.yaml").prune, ranking=ranking)
+    config = replace(load_config(repository() / f"launch/configs/paper/{name}.yaml").prune, ranking=ranking)
     limits = make_limits(config, shape_from_config(read_config(name), name))
     schedule = schedules.make_schedule(config, 40_312, limits)
     cuts = schedule.cut_steps()

@@ -15,7 +15,7 @@ from loraprune_ds.train.data.samples import SampleOrder, Samples, starts_of
 from loraprune_ds.train.teacher import Teacher, TeacherPlan, plan_teacher
 
 HIDDEN = 3
-CPU = torch.device("cpu")
+INPUTS = {"labels": torch.zeros(1)}  # on the device of the loss
 
 
 def ragged_samples(lengths: list[int], prompts: list[int]) -> Samples:
@@ -74,7 +74,7 @@ def test_every_sample_is_found_where_it_was_written(teacher: Teacher) -> None:
     teacher.write(1, {"hidden": torch.tensor([[-1.0] * HIDDEN, [-2.0] * HIDDEN])})
     teacher.write(2, {"hidden": torch.zeros(0, HIDDEN)})
     assert teacher.missing() == []
-    found = teacher.distillation(torch.tensor([3, 0, 4, 1]), CPU).teacher
+    found = teacher.distillation(torch.tensor([3, 0, 4, 1]), INPUTS).teacher
     rows = torch.arange(9.0 * HIDDEN).view(9, HIDDEN)
     assert isinstance(found, HiddenTeacher)
     assert torch.equal(found.hidden, torch.cat([torch.full((1, HIDDEN), -2.0), rows]))
@@ -85,7 +85,7 @@ def test_a_damaged_file_is_missing_and_named(teacher: Teacher) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     assert teacher.missing() == [0, 1, 2]
     with pytest.raises(RunError, match=r"targets-00000\.safetensors cannot be read"):
-        teacher.distillation(torch.tensor([0]), CPU)
+        teacher.distillation(torch.tensor([0]), INPUTS)
 
 
 def test_files_of_another_teacher_are_replaced(teacher: Teacher) -> None:
@@ -97,4 +97,4 @@ def test_files_of_another_teacher_are_replaced(teacher: Teacher) -> None:
     warm.begin()
     assert (warm.belongs(), teacher.belongs(), warm.missing()) == (True, False, [0, 1, 2])
     warm.write(0, {"hidden": torch.zeros(9, HIDDEN)})
-    assert warm.distillation(torch.tensor([0]), CPU).temperature == 2
+    assert warm.distillation(torch.tensor([0]), INPUTS).temperature == 2
