@@ -41,7 +41,6 @@ Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "
 Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "step", "none"]
 Compensation = Literal["none", "least_squares"]
-Teacher = Literal["stored", "live"]
 Scheduler = Literal["linear", "cosine", "constant"]
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 DataFormat = Literal["text", "instruction", "chat"]
@@ -53,7 +52,6 @@ EITHER = {"prune": ("ratio", "target"), "train": ("steps", "epochs"), "data": ("
 MEMORY = (lambda prune: prune.sizes_memory, "a prune.target in bytes, such as 24GiB")
 REFIT = (lambda prune: prune.compensate != "none", "prune.compensate: least_squares")
 DISTILLATION = (lambda train: train.distill_weight > 0, "train.distill_weight")
-STORED = (lambda train: train.distills_from == "stored", "train.distill_weight and train.teacher: stored")
 ANSWERS = (lambda data: not data.only_text, "data.format instruction or chat")
 # What a setting needs. Without it nothing reads the setting, and its user wanted an effect.
 NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -62,8 +60,6 @@ NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prune.compensate_steps": REFIT,
     "prune.compensate_decay": REFIT,
     "train.distill_temperature": DISTILLATION,
-    "train.teacher": DISTILLATION,
-    "train.distill_top_k": STORED,
     "data.packing": ANSWERS,
 }
 
@@ -280,11 +276,6 @@ class TrainConfig:
     # weight w in the loss (1 - w) * cross-entropy + w * T² * KL(dense model ‖ model). 0: no distillation
     distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.0
     distill_temperature: Positive = 1.0  # temperature T, which divides the logits of the KL term
-    # `stored`: a pass before the first step writes the dense model's outputs to disk. `live`: a second, frozen copy of
-    # it computes them for every micro-batch
-    teacher: Teacher = "stored"
-    # number of the dense model's largest logits to store. None: its final hidden states, exact
-    distill_top_k: Count | None = None
     deterministic: bool = False  # kernels that give the same bits at every start, where torch has some
 
     def __post_init__(self) -> None:
@@ -296,11 +287,6 @@ class TrainConfig:
         check_settings(self, "train")
         if self.steps is not None:
             self.check_warmup(self.steps)
-
-    @property
-    def distills_from(self) -> Teacher | None:
-        """The teacher in use. None without distillation."""
-        return self.teacher if self.distill_weight else None
 
     def check_warmup(self, steps: int) -> None:
         """Checks the warmup against the steps without the recovery. With epochs, only the data tells these."""
@@ -330,8 +316,7 @@ class EvaluateConfig:
 
     window: Window = 128  # tokens of a window, with one prediction less
     max_windows: Count | None = 160  # windows to measure. None: all
-    # windows of a forward pass. The pass of a stored teacher takes this number, or `train.micro_batch_size` if larger
-    batch_size: Count = 8
+    batch_size: Count = 8  # windows of a forward pass
     # steps between evaluations during the run, which `training.png` draws. None: only before and after
     every: Count | None = None
     # list of measurements of the exported and the dense model: `answers`, `tasks`, or names of tasks
@@ -373,23 +358,16 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        stores = self.train.distills_from == "stored"
-        at_once = self.recorded_at_once if stores else self.train.micro_batch_size
         flash = self.model.attn_implementation.startswith("flash_attention")
         require(
-            not (self.data.packing and flash and at_once > 1),
+            not (self.data.packing and flash and self.train.micro_batch_size > 1),
             f"data.packing with model.attn_implementation {self.model.attn_implementation} needs "
-            "train.micro_batch_size 1, and evaluate.batch_size 1 if a teacher is stored",
+            "train.micro_batch_size 1",
         )
         require(
             not (self.train.group_by_length and self.data.only_text),
             "train.group_by_length has no effect on data.format text: all its samples have data.window tokens",
         )
-
-    @property
-    def recorded_at_once(self) -> int:
-        """Returns the samples of a pass that records the dense model's outputs. No backward pass follows it."""
-        return max(self.train.micro_batch_size, self.evaluate.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the nested dictionary that `<output_dir>/config.yaml` holds."""

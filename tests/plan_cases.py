@@ -35,7 +35,7 @@ from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import logits, saved_in_layer, split_state, training_stage
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.train.live_teacher import LiveTeacher
+from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import resident_bytes, storage_bytes
 from loraprune_ds.zero.flat import AxisCut
@@ -63,7 +63,7 @@ class Case:
     compensate: Compensation = "none"
     criterion: Criterion = "lora"
     head_ratio: float | None = None
-    live_teacher: bool = False
+    distilled: bool = False
 
     def request(self, world_size: int) -> Request:
         config = RunConfig(
@@ -88,8 +88,7 @@ class Case:
                 global_batch_size=self.micro_batch_size * self.micro_batches * world_size,
                 micro_batch_size=self.micro_batch_size,
                 gradient_checkpointing=self.checkpointing,
-                distill_weight=0.5 if self.live_teacher else 0.0,
-                teacher="live" if self.live_teacher else "stored",
+                distill_weight=0.5 if self.distilled else 0.0,
             ),
         )
         name, per_node = str(self.folder), self.per_node or world_size
@@ -106,14 +105,14 @@ def build(request: Request) -> Trainer:
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
     trainer = assemble(config, pretrained, request.ds_config, Samples.of_windows(ids), Consecutive(size), STEPS)
     if request.taught:
-        trainer._teacher = LiveTeacher(pretrained, config.model, config.train, request.ds_config)
+        trainer._teacher = Teacher(pretrained, config.model, config.train, request.ds_config)
     return trainer
 
 
 def modules(trainer: Trainer) -> list[nn.Module]:
-    """Lists the model and a live teacher."""
+    """Lists the model and the teacher."""
     teacher = trainer._teacher
-    return [trainer.model.module, *([teacher.engine.module] if isinstance(teacher, LiveTeacher) else [])]
+    return [trainer.model.module, *([teacher.engine.module] if teacher else [])]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from loraprune_ds.model import flops
 from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.stages import full_bytes, passes_of_weights, teacher_pass
+from loraprune_ds.plan.stages import full_bytes, passes_of_weights
 from loraprune_ds.pruning.compensate import numel_sent
 
 IN_GROUP = "weights_in_group"  # inside a group of hpZ. Other bytes go to all ranks
@@ -76,14 +76,6 @@ def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     return _cost(request, {"cut": sent if request.world_size > 1 else 0}, 0)
 
 
-def teacher_cost(request: Request) -> Cost:
-    """Returns the cost of the dense model's pass without LoRA, and without the head unless top logits are kept."""
-    shape, (batch, batches, _) = request.shape, teacher_pass(request)
-    head = 0 if request.config.train.distill_top_k is None else 2 * shape.vocab_size * shape.hidden_size
-    operations = (_teacher_flops_per_token(request) + head) * batches * batch.tokens
-    return _cost(request, _gathers(request, request.stored(shape), batches), operations)
-
-
 def all_steps(request: Request, final: ModelShape) -> Total:
     """Adds up all steps. Between the dense and the final shape costs fall linearly with the parameters."""
     prune, schedule, total = request.config.prune, request.pruning.schedule, Total(0, 0, 0)
@@ -127,10 +119,6 @@ def _attention_product(request: Request, shape: ModelShape) -> float:
     return flops.attention_product(shape, request.config.data.window) / (1 if request.batch(1, 1).eager else 2)
 
 
-def _teacher_flops_per_token(request: Request) -> float:
-    return 2 * flops.active_numel(request.shape) + 2 * _attention_product(request, request.shape)
-
-
 def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> float:
     """Returns the operations of a step per token. A multiply-add is two."""
     again, r = request.config.train.gradient_checkpointing, request.config.lora.r
@@ -140,4 +128,6 @@ def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> flo
         per_token += 2 * flops.met_numel(shape)
     if kind[1]:
         per_token += sum(2 * numel_sent(shape.linear_shape(i, x)[1]) for i, x in request.measured(shape))
-    return per_token + (_teacher_flops_per_token(request) if request.taught else 0)
+    if request.taught:
+        per_token += 2 * flops.active_numel(request.shape) + 2 * _attention_product(request, request.shape)
+    return per_token

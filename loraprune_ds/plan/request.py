@@ -12,7 +12,6 @@ from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.family_row import Linear, LinearId
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
-from loraprune_ds.model.logits import check_top_k
 from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config, text_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.storage import FrozenStorage
@@ -113,8 +112,8 @@ class Request:
 
     @property
     def taught(self) -> list[StoredTensor]:
-        """Lists the frozen tensors of a live teacher, which has no head. None without one."""
-        if self.config.train.distills_from != "live":
+        """Lists the frozen tensors of the teacher, which has no head. None without distillation."""
+        if not self.config.train.distill_weight:
             return []
         stored = self.storage.stored(self.shape, self.element_size)
         return [tensor for name, tensor in stored.items() if name != "lm_head.weight"]
@@ -207,7 +206,6 @@ def build_request(
     train = config.train
     source = text_config(source, name)
     check_family(shape.family, source, name, config.prune, packing=config.data.packing)
-    check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
     few = f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}"
     require(samples is None or samples >= train.global_batch_size, few)

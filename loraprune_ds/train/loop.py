@@ -17,9 +17,8 @@ from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.context import RunContext
-from loraprune_ds.train.live_teacher import LiveTeacher
 from loraprune_ds.train.stop import NOTHING, STOP
-from loraprune_ds.train.teacher import describe_pass, find_teacher, record_teacher
+from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 
@@ -33,13 +32,10 @@ class TrainingLoop:
         self._context, self.recorder, self.status = context, context.recorder, context.status
         config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
         self.config, self.prepared, self._requests = config, prepared, context.requests
-        # After the last step, the files of a stored one may be gone.
-        distills_from = config.train.distills_from if self.status.step < prepared.steps else None
-        self._stored = find_teacher(context) if distills_from == "stored" else None
         self.engine = build_engine(prepared, checkpoint)
-        self.model, self._live = self.engine.model, None
-        if distills_from == "live":
-            self._live = LiveTeacher(prepared.pretrained, config.model, config.train, prepared.ds_config)
+        self.model, self._teacher = self.engine.model, None
+        if config.train.distill_weight:
+            self._teacher = Teacher(prepared.pretrained, config.model, config.train, prepared.ds_config)
         self.pruner = Pruner(self.model, prepared.pruning, config.seed)
         if checkpoint:
             self.pruner.restore(checkpoint.pruner_state(self.model.shape.kinds), checkpoint.moments)
@@ -52,7 +48,7 @@ class TrainingLoop:
             dtype=config.model.dtype,
             seed=config.seed,
             current_request=self._requests.current,
-            teacher=self._stored or self._live,
+            teacher=self._teacher,
         )
         self._checkpoints = Checkpoints(context, self.pruner)
         self._totals = checkpoint.state.totals if checkpoint else RunTotals()
@@ -61,8 +57,6 @@ class TrainingLoop:
         """Makes all remaining steps. Returns False if it was asked to stop, after a checkpoint."""
         if not self._context.checkpoint:
             self._evaluate(0, "dense")
-        if not self._record_teacher():
-            return False
         for step in range(self.status.step + 1, self.prepared.steps + 1):
             self._step(step)
             request = self._trainer.requested
@@ -77,22 +71,10 @@ class TrainingLoop:
         return True
 
     def release(self) -> None:
-        """Frees the model, its optimizer and a live teacher."""
+        """Frees the model, its optimizer and the teacher."""
         self.engine.release()
-        if self._live:
-            self._live.release()
-
-    def _record_teacher(self) -> bool:
-        """Writes the dense model's outputs if they are needed. Returns False if it was asked to stop."""
-        if self._stored is None:
-            return True
-        if self._stored.to_write:
-            self.recorder.show(describe_pass(self._stored))
-        batch_size, agree = self.config.recorded_at_once, self._requests.agree
-        if record_teacher(self.engine, self._stored, self.prepared.samples, batch_size, agree):
-            return True
-        self._context.stop()
-        return False
+        if self._teacher:
+            self._teacher.release()
 
     def _step(self, step: int) -> None:
         traces = self.config.logging.profile_steps if self.model.rank == 0 else None

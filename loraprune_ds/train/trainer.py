@@ -15,7 +15,6 @@ from loraprune_ds.model.token_loss import supervised_positions
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import CutRecord, StepRecord, cut_record
 from loraprune_ds.train.data.samples import BatchOrder, Samples, rank_micro_batches, seed_dropout
-from loraprune_ds.train.live_teacher import LiveTeacher
 from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, reserved_bytes, resident_bytes, to_device
@@ -90,7 +89,7 @@ class Trainer:
         dtype: Dtype,
         seed: int,
         current_request: Callable[[], int] = lambda: NOTHING,
-        teacher: Teacher | LiveTeacher | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.engine, self.model, self.pruner = engine, engine.model, pruner
         self.samples, self.order, self.config = samples, order, config

@@ -182,7 +182,6 @@ def fault_table(random_moments: int) -> list[Fault]:
 
 def lever_faults(random_moments: int) -> list[Fault]:
     kills = [
-        ("the uncut model's pass, one round of files written", "teacher.file@1:1"),
         ("forward that measures inputs", "forward@9:1"),
         ("backward that keeps the true gradient", "backward@9:0"),
         ("cut, agreed on", "cut.agreed@2:0"),
@@ -196,7 +195,6 @@ def lever_faults(random_moments: int) -> list[Fault]:
         ("finish, before model/ has its name", "finish.before_rename@1:0"),
     ]
     terms = [
-        ("the uncut model's pass", "teacher.file@1:0:15", "stopped at step 0;"),
         ("cut, refitted and not yet shrunk", "cut.compensated@2:0:15", "stopped at step"),
     ]
     suite = "levers"

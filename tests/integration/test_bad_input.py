@@ -47,7 +47,6 @@ WRONG = (
     Wrong("truncated weights", MODEL, ("model.safetensors is damaged",), copy_of_model(truncate("model.safetensors"))),
     Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(drop_tokenizer)),
     Wrong("no adapter", "model.adapter={here}", ("adapter_config.json does not exist",)),
-    Wrong("top k", "train.distill_weight=0.5 train.distill_top_k=300", ("distill_top_k 300", "vocabulary of 259")),
     Wrong("no data", "data.path={here}/text.txt", ("data.path", "does not exist")),
     Wrong(
         "text too short",

@@ -2,33 +2,23 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.layout import sha256
-from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import PADDING_ID
-from loraprune_ds.train.live_teacher import LiveTeacher
-from loraprune_ds.train.stop import NOTHING, STOP
-from loraprune_ds.train.teacher import Teacher, plan_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import storage_bytes
-from loraprune_ds.zero.ds_config import resolve_ds_config
 from tests.numerics.cutting import whole_state
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 
 INPUTS = ("self_attn.o_proj", "mlp.down_proj")
 CUT_LAYERS = (1, 2)
-FILE_SAMPLES = 5  # in a teacher's file
 
 
 @contextmanager
@@ -152,13 +142,9 @@ def gradient_scores(job: Job, *, widen: bool = False) -> dict[str, Any]:
     return {"scores": scores, "shards": shards, "whole": whole, "sent": sum(sent), "left": left, "lora": lora}
 
 
-def fisher_scores(job: Job, teacher: Path | Literal["live"] | None = None) -> dict[str, Any]:
-    """Makes one step with `fisher`. Returns scores and bytes sent to score. It distils if it has a teacher."""
+def fisher_scores(job: Job) -> dict[str, Any]:
+    """Makes one step with `fisher`. Returns scores and bytes sent to score."""
     trainer = build(job)
-    if teacher == "live":
-        trainer._teacher = live_teacher(trainer, job)
-    elif teacher is not None:
-        trainer._teacher, _ = record_outputs(trainer, job, teacher, None, 1)
     model, score = trainer.model, trainer.pruner.score
     sent: list[int] = []
 
@@ -193,60 +179,9 @@ def train_and_cut(job: Job) -> dict[str, Tensor]:
     return whole_state(trainer)
 
 
-def record_outputs(
-    trainer: Trainer, job: Job, folder: Path, top_k: int | None, temperature: float
-) -> tuple[Teacher, list[bool]]:
-    """Makes the teacher pass, stopped inside and taken up. Returns the teacher, and what both parts returned."""
-    model, samples = trainer.model, trainer.samples
-    train = replace(trainer.config, distill_weight=0.5, distill_temperature=temperature, distill_top_k=top_k)
-    hidden_size = model.shape.hidden_size
-    plan = plan_teacher(train, samples, trainer.order, len(job.batches), hidden_size, 4)
-    plan = replace(plan, per_file=FILE_SAMPLES)
-    out = folder / f"{trainer.model.world_size}-{top_k}"
-    teacher = Teacher(out, plan, 0.5, {"dtype": job.dtype, "seed": job.seed})
-    batch_size = max(train.micro_batch_size, 3)  # a file takes two forward passes, the last of them not full
-    asked = iter([STOP])
-    passes: list[bool] = []
-    for _ in range(2):
-        model.comm.barrier()  # the other ranks' files are there
-        to_do = replace(teacher, to_write=teacher.missing())
-        passes.append(record_teacher(trainer.engine, to_do, samples, batch_size, lambda comm: next(asked, NOTHING)))
-    return teacher, passes
-
-
-def live_teacher(trainer: Trainer, job: Job, temperature: float = 1) -> LiveTeacher:
-    model, train, world_size = (
-        ModelConfig(path=str(job.folder), dtype=job.dtype),
-        trainer.config,
-        trainer.model.world_size,
-    )
-    pretrained = open_for_pruning(job.folder, model, PruneConfig())
-    ds_config = resolve_ds_config(job.deepspeed, pretrained.shape, world_size, train, model, job.lora_r)
-    train = replace(train, distill_weight=0.5, distill_temperature=temperature, teacher="live")
-    return LiveTeacher(pretrained, model, train, ds_config)
-
-
-def distilled_step(job: Job, folder: Path, top_k: int | None, temperature: float) -> dict[str, Any]:
-    """Makes the teacher pass and the first distilled step. Returns the files' digests and what the step returned."""
-    trainer = build(job)
-    teacher, passes = record_outputs(trainer, job, folder, top_k, temperature)
-    trainer._teacher = teacher
-    return first_pass(trainer) | {
-        "passes": passes,
-        "files": {path.name: sha256(path) for path in sorted(teacher.folder.glob("*.safetensors"))},
-        "bytes": (sum(path.stat().st_size for path in teacher.folder.glob("*.safetensors")), teacher.plan.bytes),
-    }
-
-
-def live_step(job: Job, temperature: float) -> dict[str, Any]:
-    """Makes the first distilled step with a live teacher."""
-    trainer = build(job)
-    trainer._teacher = live_teacher(trainer, job, temperature)
-    return first_pass(trainer)
-
-
-def first_pass(trainer: Trainer) -> dict[str, Any]:
+def first_pass(job: Job) -> dict[str, Any]:
     """Makes the passes of the first step. Returns its loss and averaged LoRA gradients."""
+    trainer = build(job)
     model, samples = trainer.model, trainer.samples
     batch = trainer.order.batch(0)
     supervised = int((samples.inputs(batch)["labels"][:, 1:] != -100).sum())

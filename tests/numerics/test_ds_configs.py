@@ -151,7 +151,7 @@ def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
     return shards[0], alive[0]
 
 
-@pytest.mark.parametrize("train", [{}, {"distill_weight": 0.5, "teacher": "live"}], ids=["plain", "live teacher"])
+@pytest.mark.parametrize("train", [{}, {"distill_weight": 0.5}], ids=["plain", "distilled"])
 def test_a_run_does_not_hold_what_it_trained_beside_what_it_measures(
     ranks: RankPool, tmp_path: Path, train: dict[str, Any]
 ) -> None:

@@ -31,7 +31,7 @@ def test_ranks_hold_and_send_what_was_planned(
 ) -> None:
     deepspeed = limited_config(tmp_path) if limited else "ds_configs/zero3.json"
     check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, checkpointing=checkpointing))
-    check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, live_teacher=True))
+    check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, distilled=True))
 
 
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 1), (4, 2)])
@@ -45,7 +45,7 @@ def test_with_hpz_gathers_of_copies_stay_in_a_node(
         check_row(row, several=True)
         for step in row["steps"][1::2]:
             assert step[IN_GROUP]["counted"] > step["weights"]["counted"]
-    for row in ranks.run(world_size, run_with_second_copy, replace(case, live_teacher=True)):
+    for row in ranks.run(world_size, run_with_second_copy, replace(case, distilled=True)):
         check_row(row, several=True)
 
 
@@ -81,8 +81,8 @@ def test_linears_of_a_wide_model_are_gathered_one_by_one(ranks: RankPool, tmp_pa
 @pytest.mark.parametrize(
     ("family", "world_size", "options"),
     [
-        ("llama", 1, {"live_teacher": True}),
-        ("phi3", 2, {"checkpointing": True, "criterion": "fisher", "live_teacher": True}),
+        ("llama", 1, {"distilled": True}),
+        ("phi3", 2, {"checkpointing": True, "criterion": "fisher", "distilled": True}),
         ("mixtral", 3, {"criterion": "gradient", "compensate": "least_squares", "head_ratio": 0.4}),
     ],
 )

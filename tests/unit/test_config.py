@@ -64,7 +64,7 @@ prune.max_layer_ratio=0 prune.max_layer_ratio=1.1 prune.protected_first=-1 prune
 prune.warmup_fraction=1 prune.warmup_fraction=0.9 prune.score_every=0 prune.compensate=mean
 prune.compensate_steps=0 prune.compensate_decay=1
 train.steps=0 train.steps=ten train.steps=10.0 train.steps=true train.epochs=0 train.recovery_steps=-1
-train.distill_weight=1.5 train.distill_weight=-1 train.distill_top_k=0 train.learning_rate=0
+train.distill_weight=1.5 train.distill_weight=-1 train.learning_rate=0
 train.learning_rate=101 train.learning_rate=fast train.learning_rate=true train.learning_rate=null
 train.learning_rate=[1] train.learning_rate=.inf train.lr_scheduler=step train.warmup_steps=-1
 train.warmup_steps=100 train.max_grad_norm=-1 train.adam_epsilon=0 train.micro_batch_size=0
@@ -92,16 +92,9 @@ def test_a_file_takes_the_place_of_the_part_that_is_held_out(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("setting", NEEDS)
 def test_a_setting_that_nothing_reads_names_what_is_missing(tmp_path: Path, setting: str) -> None:
-    value = {"data.packing": "true", "prune.compensate_decay": "0.25", "train.teacher": "live"}.get(setting, "3")
+    value = {"data.packing": "true", "prune.compensate_decay": "0.25"}.get(setting, "3")
     message = refused(load, tmp_path, BASE, f"{setting}={value}")
     assert message == f"{setting} has no effect without {NEEDS[setting][1]}"
-
-
-def test_a_live_teacher_stores_no_logits(tmp_path: Path) -> None:
-    live = ("train.distill_weight=0.5", "train.teacher=live")
-    assert load(tmp_path, BASE, *live).train.distills_from == "live"
-    message = refused(load, tmp_path, BASE, *live, "train.distill_top_k=8")
-    assert message == "train.distill_top_k has no effect without train.distill_weight and train.teacher: stored"
 
 
 @pytest.mark.parametrize(

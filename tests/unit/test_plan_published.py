@@ -41,7 +41,7 @@ def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(name: s
     prune, train, data = request.config.prune, request.config.train, request.config.data
     assert make_plan(request).fits
     assert (prune.criterion, prune.normalization, prune.ranking, prune.compensate) == ("lora", "l2", "uniform", "none")
-    assert (prune.ratio, train.global_batch_size, train.recovery_steps, train.distills_from) == (0.5, 128, 0, None)
+    assert (prune.ratio, train.global_batch_size, train.recovery_steps, train.distill_weight) == (0.5, 128, 0, 0)
     assert request.config.model.frozen == ("int8" if kind == "int8" else None)
     if kind == "single-shot":
         assert request.pruning.schedule.cut_steps() == [request.steps]

@@ -30,7 +30,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "prune.compensate=least_squares",
     ),
     "fisher, checkpointing": ("prune.criterion=fisher", "train.gradient_checkpointing=true"),
-    "distillation": ("train.distill_weight=0.5", "train.distill_top_k=8"),
+    "distillation": ("train.distill_weight=0.5",),
     "int8": ("model.frozen=int8",),
     "offload": ("deepspeed=ds_configs/zero3_offload.json",),
     "experts": ("model.path=MIXTURE",),
