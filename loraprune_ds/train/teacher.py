@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from loraprune_ds.config import ModelConfig, TrainConfig
 from loraprune_ds.model.logits import Distillation
@@ -26,7 +25,7 @@ class Teacher:
         self._weight, self._temperature = train.distill_weight, train.distill_temperature
 
     @torch.no_grad()
-    def distillation(self, indices: Tensor, inputs: dict[str, Any]) -> Distillation:
+    def distillation(self, inputs: dict[str, Any]) -> Distillation:
         """Makes one forward pass. Returns the final hidden states of the supervised tokens. Collective."""
         positions = inputs.get("position_ids")
         decoded = self.engine(input_ids=inputs["input_ids"], position_ids=positions, use_cache=False)
