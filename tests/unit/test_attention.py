@@ -15,6 +15,7 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import build_for_losses
 from tests.families import tiny_model
+from tests.refusals import refuses
 
 FLASH = "flash_attention_2"
 IDS = torch.randint(3, 97, (2, 17), generator=torch.Generator().manual_seed(5))
@@ -41,8 +42,7 @@ def test_the_default_becomes_eager_where_sdpa_is_not_enough(family: str) -> None
 @pytest.mark.parametrize(("dtype", "reason"), [("bfloat16", "needs a GPU"), ("float32", "needs model.dtype")])
 def test_flash_attention_without_a_gpu_or_in_fp32_is_refused(dtype: Dtype, reason: str) -> None:
     config = ModelConfig(attn_implementation=FLASH, dtype=dtype)
-    with pytest.raises(UserError, match=f"^model.attn_implementation {FLASH} {reason}"):
-        check_flash_attention(config)
+    refuses(f"^model.attn_implementation {FLASH} {reason}", check_flash_attention, config)
     check_flash_attention(ModelConfig(attn_implementation="sdpa", dtype=dtype))
 
 

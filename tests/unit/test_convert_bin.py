@@ -13,13 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.model import hub
 from loraprune_ds.model.hub import BIN_FILE, BIN_INDEX, converted, locate_model
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.weight_files import write_weight_file
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import refused
+from tests.refusals import refused, refuses
 
 SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 24, "ffn": 37, "layers": 3, "vocab": 59}
 THIRD = "pytorch_model-00003-of-00003.bin"  # of an older download
@@ -127,8 +126,7 @@ def test_nothing_is_left_of_a_conversion_that_failed(folder: Path, cache: Path, 
         return {}
 
     monkeypatch.setattr(hub, "write_weight_file", fail_at_the_second)
-    with pytest.raises(UserError, match=r"cannot be converted to safetensors in .* No space left on device"):
-        converted(folder)
+    refuses(r"cannot be converted to safetensors in .* No space left on device", converted, folder)
     assert [path.name for path in cache.iterdir() if not path.name.endswith(".lock")] == []
 
 

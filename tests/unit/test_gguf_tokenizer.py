@@ -9,9 +9,9 @@ import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
 from transformers import AutoTokenizer
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_tokenizer import NOT_COMPOSED, add_tokenizer, read_vocabulary
 from tests.gguf_cases import PRE_TOKENIZERS, byte_level_tokenizer, sentencepiece_tokenizer, without_sentencepiece
+from tests.refusals import refuses
 
 VOCAB = 400
 
@@ -122,5 +122,4 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(make: Any, change: Any, mes
         fast = json.loads(path.read_text())
         change(fast)
         path.write_text(json.dumps(fast))
-    with pytest.raises(UserError, match=message):
-        keys_of(folder, VOCAB if change else 300)
+    refuses(message, keys_of, folder, VOCAB if change else 300)

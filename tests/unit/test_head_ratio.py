@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig, Ranking, RunConfig, TrainConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global, uniform_counts, uniform_goal
 from loraprune_ds.pruning.target import make_limits
+from tests.refusals import refuses
 from tests.unit.shapes_and_scores import make_shape, random_scores_of
 
 SHAPE = make_shape([(9, 1536)] * 10, hidden=576, head_dim=64)
@@ -66,5 +66,4 @@ def test_the_planner_knows(ranking: Ranking) -> None:
     ],
 )
 def test_what_cannot_be_is_refused(prune: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        limits_of(**prune)
+    refuses(message, limits_of, **prune)

@@ -15,6 +15,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.hf import checkpoint
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.hf.pruning import Pruning
+from tests.refusals import refuses
 
 COMM = cast(Any, SimpleNamespace(world_size=2, rank=0))
 CONFIG = PruneConfig(ratio=0.4, channel_multiple=1)
@@ -44,8 +45,7 @@ def saved(folder: Path, **changes: Any) -> Path:
 )
 def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     saved(tmp_path, **changes)
-    with pytest.raises(UserError, match=words):
-        checkpoint._read(tmp_path, CONFIG, COMM)
+    refuses(words, checkpoint._read, tmp_path, CONFIG, COMM)
 
 
 def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
@@ -55,8 +55,7 @@ def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
         state = checkpoint._read(tmp_path, given, COMM)
         assert PruningCheckpoint(tmp_path, state, cast(Any, None)).config == CONFIG
     path.write_text(path.read_text() + "\n")
-    with pytest.raises(UserError, match=r"state\.json is damaged: its checksum differs"):
-        checkpoint._read(tmp_path, CONFIG, COMM)
+    refuses(r"state\.json is damaged: its checksum differs", checkpoint._read, tmp_path, CONFIG, COMM)
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
@@ -76,8 +75,7 @@ def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
     (tmp_path / "moved").mkdir()
     (tmp_path / "moved" / "trainer_state.json").touch()
     for folder, lacking in ((newest, newest), (tmp_path, newest), (tmp_path / "moved", tmp_path / "moved")):
-        with pytest.raises(UserError, match=f"^{lacking} has no pruning/: its save was cut short, or it was saved"):
-            checkpoint._find(folder)
+        refuses(f"^{lacking} has no pruning/: its save was cut short, or it was saved", checkpoint._find, folder)
 
 
 def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
@@ -96,8 +94,7 @@ def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
 def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(tmp_path: Path) -> None:
     training = Mock()
     on_rank_0 = training.model.comm.on_rank_0 = Mock(side_effect=[{"r": 4}, UserError("no space")])
-    with pytest.raises(UserError, match="no space"):
-        Pruning.save_base(training, tmp_path / "base", tmp_path)
+    refuses("no space", Pruning.save_base, training, tmp_path / "base", tmp_path)
     on_rank_0.call_args.args[0]()
     named = {"r": 4, "base_model_name_or_path": str(tmp_path / "base")}
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == named

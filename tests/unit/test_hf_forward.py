@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.hf.live import ForwardWatch
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.report.records import History
 from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.zero.external_engine import before_each_update
+from tests.refusals import refuses
 from tests.unit.test_hf_refusals import adapted
 
 IDS = torch.arange(8).view(2, 4)
@@ -118,13 +118,9 @@ def test_a_step_that_overflowed_gives_no_scores(monkeypatch: pytest.MonkeyPatch,
 
 def test_calls_out_of_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pruning, _, before_update = attach(monkeypatch)
-    with pytest.raises(UserError, match="made an update, but begin_step was not called"):
-        before_update()
+    refuses("made an update, but begin_step was not called", before_update)
     pruning.begin_step()
-    with pytest.raises(UserError, match="begin_step was called twice in step 1"):
-        pruning.begin_step()
-    with pytest.raises(UserError, match="end_step was called in step 1, but the optimizer has made no update"):
-        pruning.end_step()
+    refuses("begin_step was called twice in step 1", pruning.begin_step)
+    refuses("end_step was called in step 1, but the optimizer has made no update", pruning.end_step)
     before_update()
-    with pytest.raises(UserError, match="made two updates between begin_step and end_step"):
-        before_update()
+    refuses("made two updates between begin_step and end_step", before_update)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Cohere2Config, Gemma2Config, PreTrainedConfig, PreTrainedModel
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from tests.families import tiny_config, tiny_model
+from tests.refusals import refuses
 
 # Where the table names a field that tests/families.py fills. Without the transform these models are other ones.
 TRANSFORMED = {
@@ -97,5 +97,4 @@ def test_the_config_names_the_transform(config: PreTrainedConfig, transform: Log
 def test_a_head_with_a_bias_is_refused() -> None:
     model = tiny_model("llama")
     model.lm_head = nn.Linear(60, 97)
-    with pytest.raises(UserError, match="LlamaForCausalLM: lm_head has a bias"):
-        with_token_losses(model, None)
+    refuses("LlamaForCausalLM: lm_head has a bias", with_token_losses, model, None)

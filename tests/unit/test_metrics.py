@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from loraprune_ds.errors import UserError
 from loraprune_ds.report.records import EvaluationRecord, MetricsLog, Record, history_from, read_metrics
 from loraprune_ds.report.reporters import TensorBoardLog
+from tests.refusals import refuses
 from tests.unit.run_records import small_run, step_record
 
 
@@ -68,8 +69,7 @@ def test_what_follows_the_checkpoint_may_be_damaged(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()[:first_later]
     path.write_text("\n".join([*lines, "\0" * 40, ""]))
     assert len(read_metrics(path, 6)) == first_later
-    with pytest.raises(UserError, match=f"line {first_later + 1} is not valid JSON"):
-        read_metrics(path, 7)
+    refuses(f"line {first_later + 1} is not valid JSON", read_metrics, path, 7)
     log = MetricsLog(path)
     log.truncate()
     log.close()
@@ -105,8 +105,7 @@ def test_a_missing_step_is_named(tmp_path: Path, there: list[int], last_step: in
     if missing is None:
         assert [line["step"] for line in read_metrics(path, last_step)] == [0, 1, 2]
         return
-    with pytest.raises(UserError, match=rf"metrics\.jsonl is damaged: the line of step {missing} is missing$"):
-        read_metrics(path, last_step)
+    refuses(rf"metrics\.jsonl is damaged: the line of step {missing} is missing$", read_metrics, path, last_step)
 
 
 def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -26,6 +26,7 @@ from loraprune_ds.plan.plan import (
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights, logits, split_state, teacher_pass
 from tests.families import tiny_config
+from tests.refusals import refuses
 
 SOURCE = {
     "model_type": "llama",
@@ -114,8 +115,7 @@ def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: 
     assert any("--samples" in note for note in notes(make_plan(unknown)))
     planned = build_request("small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=samples)
     assert (planned.steps, planned.steps_known) == (steps, True)
-    with pytest.raises(UserError, match="--samples 5 is less"):
-        build_request("small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=5)
+    refuses("--samples 5 is less", build_request, "small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=5)
 
 
 def test_what_a_run_refuses_is_not_planned() -> None:
@@ -139,8 +139,7 @@ def test_an_impossible_cluster_is_refused() -> None:
         ({"gpu_memory": 2.0}, "--reserve"),
         ({"nodes": 10**6}, "GPUs"),
     ):
-        with pytest.raises(UserError, match=named):
-            Cluster(**wrong)  # type: ignore[arg-type]
+        refuses(named, Cluster, **wrong)
 
 
 def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) -> Request:

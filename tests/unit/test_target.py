@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.limits import limits_without_ratio
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.target import describe_target, make_limits, measure, server_memory
 from tests.families import MIXTURES, tiny_config
-from tests.refusals import refused
+from tests.refusals import refused, refuses
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of
 
 GIB = 2**30
@@ -119,8 +118,7 @@ def test_the_report_tells_what_was_reached() -> None:
     ],
 )
 def test_a_target_that_cannot_be_reached_is_refused(prune: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        make_limits(PruneConfig(**prune), LLAMA_7B)
+    refuses(f"^{re.escape(message)}", make_limits, PruneConfig(**prune), LLAMA_7B)
 
 
 def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
