@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,7 +93,3 @@ def keep_of(kept: Iterable[tuple[list[int], list[int]]]) -> list[LayerKeep]:
 def gone(shape: ModelShape, dense: ModelShape) -> int:
     """Linear parameters removed so far."""
     return dense.linear_numel() - shape.linear_numel()
-
-
-def repository() -> Path:
-    return Path(__file__).parents[2]
