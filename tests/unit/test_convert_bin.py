@@ -20,7 +20,6 @@ from loraprune_ds.model.weight_files import write_weight_file
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import refused, refuses
 
-SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 24, "ffn": 37, "layers": 3, "vocab": 59}
 THIRD = "pytorch_model-00003-of-00003.bin"  # of an older download
 FILES = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
 
@@ -34,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Writes two `.bin` files and their index, as transformers saved them."""
-    folder = make_tiny_llama(tmp_path / "model", seed=1, dtype="bfloat16", **SIZES)
+    folder = make_tiny_llama(tmp_path / "model", ffn=37, dtype="bfloat16")
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)

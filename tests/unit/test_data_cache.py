@@ -13,8 +13,8 @@ from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.loading import cached, load_samples
 from loraprune_ds.train.data.samples import LoadedData, Samples
 from tests.refusals import refused, refuses
+from tests.unit.test_data import make_tokenizer
 from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json
-from tests.unit.test_data_tokens import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 

@@ -12,8 +12,7 @@ from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from loraprune_ds.train.data.sources import files_of, read_rows
 from tests.refusals import refuses
-from tests.unit.test_data import numbers
-from tests.unit.test_data_tokens import make_tokenizer, words
+from tests.unit.test_data import make_tokenizer, numbers, words
 
 WINDOW = 4
 TOKENIZER = make_tokenizer()

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -44,8 +43,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_tiny_gguf(path: Path, source: Path) -> None:
-    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 64, "ffn": 96, "vocab": 400}
-    make_tiny_llama(source, layers=2, seed=1, tie=True, **sizes)
+    make_tiny_llama(source, head_dim=16, hidden=64, ffn=96, vocab=400, tie=True)
     tokenizer = AutoTokenizer.from_pretrained(byte_level_tokenizer(source, 400))
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(source)

@@ -1,6 +1,5 @@
 """Reads GGUF files back with gguf-py: every tensor, every size, and the errors for models that no file can hold."""
 
-import json
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -20,7 +19,7 @@ from loraprune_ds.export.gguf import llama3_factors, write_gguf
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.export_cases import CASES, LLAMA3, VOCAB, Case, dense_model, export, widths
 from tests.gguf_cases import byte_level_tokenizer
-from tests.refusals import refuses
+from tests.refusals import edit, refuses
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -181,8 +180,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
 
 def edit_config(model: Path, copy: Path, **changes: Any) -> Path:
     shutil.copytree(model, copy)
-    config = json.loads((model / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | changes))
+    edit("config.json", **changes)(copy)
     return copy
 
 

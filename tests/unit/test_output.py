@@ -50,10 +50,6 @@ def create(config: RunConfig) -> Path:
     return output.path
 
 
-def empty(config: RunConfig) -> None:
-    Path(config.output_dir).mkdir()
-
-
 def leave(config: RunConfig, state: State = "stopped") -> None:
     """Leaves a run as one in that state does."""
     create(config)
@@ -66,14 +62,11 @@ def hit_by_a_power_cut(config: RunConfig) -> None:
         (Path(config.output_dir) / name).write_text("")
 
 
-def foreign(config: RunConfig) -> None:
-    empty(config)
-    (Path(config.output_dir) / "thesis.tex").write_text("")
-
-
-def of_another_tool(config: RunConfig) -> None:
-    empty(config)
-    (Path(config.output_dir) / "config.yaml").write_text("on: push\njobs: {1: a}\n")  # keys that are no strings
+def hold(config: RunConfig, name: str = "", text: str = "") -> None:
+    """Leaves a folder, perhaps with a file of somebody else."""
+    Path(config.output_dir).mkdir()
+    if name:
+        (Path(config.output_dir) / name).write_text(text)
 
 
 def of_another_seed(config: RunConfig, state: State = "stopped") -> None:
@@ -81,19 +74,21 @@ def of_another_seed(config: RunConfig, state: State = "stopped") -> None:
 
 
 Make = Callable[[RunConfig], object]
+FOREIGN = partial(hold, name="thesis.tex")
+OF_ANOTHER_TOOL = partial(hold, name="config.yaml", text="on: push\njobs: {1: a}\n")  # keys that are no strings
 CASES: list[tuple[Make, str | None, str]] = [
     (lambda config: None, None, "fresh"),
-    (empty, None, "fresh"),
+    (hold, None, "fresh"),
     (create, None, "is not empty and holds no run"),
-    (foreign, None, "is not empty and holds no run"),
-    (of_another_tool, None, "is not empty and holds no run"),
+    (FOREIGN, None, "is not empty and holds no run"),
+    (OF_ANOTHER_TOOL, None, "is not empty and holds no run"),
     (partial(leave, state="running"), None, "holds an unfinished run (running at step 3 of 10)"),
     (partial(leave, state="failed"), None, "holds an unfinished run (failed at step 3 of 10)"),
     (partial(leave, state="finished"), None, "finished"),
     (lambda config: None, "auto", "resume"),
-    (empty, "auto", "resume"),
+    (hold, "auto", "resume"),
     (create, "auto", "resume"),
-    (foreign, "auto", "is not empty and holds no run"),
+    (FOREIGN, "auto", "is not empty and holds no run"),
     (leave, "auto", "resume"),
     (partial(leave, state="finished"), "auto", "finished"),
     (hit_by_a_power_cut, None, "status.json is not valid JSON"),

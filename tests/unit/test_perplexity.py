@@ -28,12 +28,11 @@ from tests.refusals import refuses
 
 VOCAB = 97
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 20
-SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "layers": 2}
 
 
 @pytest.fixture(scope="module")
 def forward(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = make_tiny_llama(tmp_path_factory.mktemp("model"), vocab=VOCAB, seed=1, **SIZES)
+    folder = make_tiny_llama(tmp_path_factory.mktemp("model"), vocab=VOCAB)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return lambda input_ids: model(input_ids=input_ids, use_cache=False).logits
 

@@ -26,17 +26,10 @@ from loraprune_ds.plan.plan import (
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights, logits, split_state, teacher_pass
 from tests.families import tiny_config
+from tests.published import sizes_of
 from tests.refusals import refuses
 
-SOURCE = {
-    "model_type": "llama",
-    "hidden_size": 512,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 1376,
-    "vocab_size": 1000,
-}
+SOURCE = sizes_of("llama", 512, 1376, 6, 8, num_key_value_heads=4, vocab_size=1000)
 SMALL = shape_from_config(SOURCE, "somewhere")
 WEIGHTS = SMALL.total_numel() * 2
 

@@ -16,18 +16,11 @@ from loraprune_ds.model.storage import MODEL_DTYPE
 from loraprune_ds.pruning.importance import random_scores
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
+from tests.published import sizes_of
 from tests.refusals import refuses
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 48,
-    "intermediate_size": 100,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "vocab_size": 33,
-}
+LLAMA = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
 REQUIRED = sorted(LLAMA.keys() - {"model_type", "num_key_value_heads"})
 NO_NUMBER = "config.json holds a size that is no number: "
 
