@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.families import MIXED, MIXTURES, TINY, families
 from tests.integration.resuming import assert_equal_tensors
@@ -38,11 +39,17 @@ def meant(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_trains_scores_and_cuts_as_the_weights_it_stands_for(
     ranks: RankPool, job: Job, meant: Path, world_size: int
 ) -> None:
-    found = ranks.run(world_size, train, job)[0]
-    assert_same_outcome(found, ranks.run(world_size, train, replace(job, folder=meant, frozen=None))[0])
-    left = int8.read_left(job, found)  # the slices of the source that a resumed run reads
+    train_as_meant(ranks, world_size, job, meant)
+
+
+def train_as_meant(ranks: RankPool, world_size: int, job: Job, meant: Path) -> dict[str, Tensor]:
+    """Trains with int8 weights and with those they stand for. Returns what a resumed run would read of the source."""
+    found, expected = (ranks.run(world_size, train, x)[0] for x in (job, replace(job, folder=meant, frozen=None)))
+    assert_same_outcome(found, expected)
+    left = int8.read_left(job, found)
     assert_equal_tensors(left, found.frozen)
     assert all(held == planned for held, planned in found.state_bytes)
+    return left
 
 
 @pytest.mark.parametrize("family", families("mixtral", "gpt_oss", of=MIXTURES))
@@ -54,12 +61,8 @@ def test_so_do_experts(ranks: RankPool, tmp_path: Path, family: str) -> None:
     prune: dict[str, Any] = {"ratio": 0.3, "prune_every": 2, "protected_first": 0, "protected_last": 0}
     experts, _ = family_job(tmp_path, family, prune, steps=STEPS, model=sizes, dtype="bfloat16", frozen="int8")
     meant = int8.write_dequantised(experts.folder, tmp_path / "meant", "bfloat16")
-    found = ranks.run(world_size, train, experts)[0]
-    assert_same_outcome(found, ranks.run(world_size, train, replace(experts, folder=meant, frozen=None))[0])
-    left = int8.read_left(experts, found)
-    assert_equal_tensors(left, found.frozen)
+    left = train_as_meant(ranks, world_size, experts, meant)
     assert sum("experts" in n and x.dtype == torch.int8 for n, x in left.items()) == (2 if family in MIXED else 4)
-    assert all(held == planned for held, planned in found.state_bytes)
 
 
 @pytest.mark.parametrize(
@@ -77,10 +80,7 @@ def test_so_do_other_settings(ranks: RankPool, job: Job, tmp_path: Path, changes
     of_job = {key: changes[key] for key in changes.keys() & {field.name for field in fields(Job)}}
     prune = job.prune | {key: changes[key] for key in changes.keys() - of_job.keys()}
     changed = replace(job, prune=prune, **of_job)
-    meant = int8.write_dequantised(job.folder, tmp_path / "meant", changed.dtype)
-    found, expected = (ranks.run(2, train, x)[0] for x in (changed, replace(changed, folder=meant, frozen=None)))
-    assert_same_outcome(found, expected)
-    assert all(held == planned for held, planned in found.state_bytes)
+    train_as_meant(ranks, 2, changed, int8.write_dequantised(job.folder, tmp_path / "meant", changed.dtype))
 
 
 def test_a_refit_is_quantised_by_the_owner_of_the_layer(ranks: RankPool, job: Job, meant: Path) -> None:
