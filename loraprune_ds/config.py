@@ -312,7 +312,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
-    """Describes perplexity on the held-out text: fixed windows, 127 predictions per window of 128."""
+    """Describes perplexity on the held-out text, 127 predictions per window of 128, and measurements after the run."""
 
     window: Window = 128  # tokens of a window, with one prediction less
     max_windows: Count | None = 160  # windows to measure. None: all
@@ -320,6 +320,8 @@ class EvaluateConfig:
     batch_size: Count = 8
     # steps between evaluations during the run, which `training.png` draws. None: only before and after
     every: Count | None = None
+    # list of measurements beside the dense model when the run is over: `answers`, `tasks`, or names of tasks
+    after: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, config=STRICT)

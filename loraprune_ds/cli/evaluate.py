@@ -3,6 +3,8 @@
 %(prog)s MODEL --text FILE --window 128 --max-windows 160 --dtype float32 --json
 %(prog)s runs/quickstart --dense embedded --dataset wikitext2 --window 2048 --speed
 %(prog)s MODEL --tasks paper
+%(prog)s runs/quickstart --dense embedded --answers --page answers.html
+%(prog)s runs/quickstart --dense embedded --tasks reasoning_gym reasoning_gym:number_sequence:easy
 %(prog)s runs/quickstart --dense embedded --serve llama.cpp --serve-python path/to/venv/bin/python
 deepspeed --quiet --num_accelerators 2 launch/evaluate.py MODEL --text FILE --sharded     (or torchrun)
 deepspeed --module loraprune_ds.cli.evaluate MODEL --text FILE --sharded            (without a checkout)
@@ -15,6 +17,10 @@ windows side by side, and the tail is dropped. Each window of n tokens gives n -
 --sliding S a window begins every S tokens and predicts only the tokens that no earlier window held, so every token but
 the first is predicted once. Both numbers are the same on any number of ranks. For a Gemma, BOS replaces the first token
 of each window.
+
+Answers: one process writes them, after perplexity and tasks. A row of PROMPTS.jsonl is {"prompt": "2 + 3?"}, where the
+prompt may be a list of messages. Optional are "kind" and "expected", which the page shows. With --dense, next-token
+probabilities of both models are compared on the text, or without one on the dense model's greedy answers.
 """
 
 import argparse
@@ -39,6 +45,7 @@ from loraprune_ds.command import (
 )
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.evaluate.prompts import DEFAULT, AnswerSettings, read_prompts
 from loraprune_ds.evaluate.settings import (
     DATASETS,
     SERVERS,
@@ -52,14 +59,16 @@ from loraprune_ds.evaluate.settings import (
     load_dataset_text,
     read_text,
 )
-from loraprune_ds.files import finite
+from loraprune_ds.files import finite, write_text
 
 ROUND = fields(SpeedSettings)  # an option each
+TASKS_HELP = "lm-eval's names or files, `paper`, reasoning_gym:NAME, or `reasoning_gym` for its default set"
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
 NEEDS = {
     **dict.fromkeys(("--include-path", "--num-fewshot", "--limit"), "--tasks"),
     **{f"--{field.name}": "--speed or --serve" for field in ROUND},
     "--serve-python": "--serve",
+    **dict.fromkeys(("--max-new-tokens", "--page"), "--answers"),
 }
 
 
@@ -77,11 +86,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sliding", type=int, metavar="STRIDE", help="sliding windows, one every STRIDE tokens")
     parser.add_argument("--max-windows", type=int, metavar="N", help="only the first N (default: all)")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="not of --serve (default: the model's own)")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="windows at once (default: about 2,048 tokens)")
-    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names, files, or `paper`")
+    about = "windows or answers at once (default: about 2,048 tokens)"
+    parser.add_argument("--batch-size", type=int, metavar="N", help=about)
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=TASKS_HELP)
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="more task files")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
     parser.add_argument("--limit", type=int, metavar="N", help="documents per task, to try things")
+    about = f"let the model write, and measure how (without a file: {DEFAULT}, 50 shipped prompts)"
+    parser.add_argument("--answers", nargs="?", const=DEFAULT, metavar="PROMPTS.jsonl", help=about)
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 128)")
+    parser.add_argument("--page", type=Path, metavar="FILE.html", help="write the answers side by side")
     parser.add_argument("--speed", action="store_true", help="prefill and decode tokens per second")
     parser.add_argument("--serve", choices=SERVERS, help="prefill and decode tokens per second in this server")
     parser.add_argument("--serve-python", metavar="PYTHON", help="of the environment that has the server")
@@ -112,6 +126,11 @@ def main() -> int:
         text = json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if arguments.json else result_table(result)
         with stdout:
             stdout.write(text)
+        if arguments.page:
+            from loraprune_ds.evaluate.answers_page import answers_page
+
+            write_text(arguments.page, answers_page(result))
+            print(f"page: {arguments.page}", file=sys.stderr)
     return 0
 
 
@@ -130,7 +149,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
     check_ranks(os.environ)  # wrong ranks are an error before DeepSpeed is imported
     collective_timeout(os.environ)
-    speeds = speed_settings(arguments)
+    check_needs(arguments, NEEDS)
+    tasks, answers = task_settings(arguments), answer_settings(arguments)
+    measured = {"tasks": tasks, "answers": answers, **speed_settings(arguments)}
     if not arguments.verbose:
         silence_libraries()  # their bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -140,6 +161,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from loraprune_ds.evaluate.evaluation import evaluate_merged
     from loraprune_ds.evaluate.models import merged
     from loraprune_ds.evaluate.result import make_result
+    from loraprune_ds.evaluate.speed import raise_when_terminated
+    from loraprune_ds.evaluate.tasks import check_tasks
     from loraprune_ds.report.report import hardware, versions
     from loraprune_ds.zero.device import device_name
     from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
@@ -150,10 +173,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     # One rank per node downloads, converts or merges. The others then find the result in the node's cache.
     is_first = os.environ["LOCAL_RANK"] == "0"
     names = [arguments.model, *([arguments.dense] if arguments.dense else [])]
+    if answers:
+        raise_when_terminated()  # so that a merged model is removed
+    if tasks:
+        comm.all_or_raise(lambda: check_tasks(tasks))
     with merged(names, comm, is_first_on_node=is_first) as paths:
         with comm.patient() as waiting:
             waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-        settings = comm.all_or_raise(lambda: make_settings(arguments, *speeds))
+        settings = comm.all_or_raise(lambda: make_settings(arguments, measured))
         measurements = evaluate_merged(names, paths, settings, comm, show_progress)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(measurements, settings, comm.world_size, provenance)
@@ -161,46 +188,57 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def make_settings(
-    arguments: argparse.Namespace, speed: SpeedSettings | None, serving: ServeSettings | None
-) -> EvaluationSettings:
-    names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
-    tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
+def make_settings(arguments: argparse.Namespace, measured: dict[str, Any]) -> EvaluationSettings:
     return EvaluationSettings(
         PerplexityProtocol(arguments.window, arguments.sliding, arguments.max_windows),
         text=read_evaluation_text(arguments),
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
-        tasks=tasks if names else None,
-        speed=speed,
-        serve=serving,
         gguf=arguments.gguf or "f16",
         sharded=arguments.sharded,
+        **measured,
     )
 
 
-def speed_settings(arguments: argparse.Namespace) -> tuple[SpeedSettings | None, ServeSettings | None]:
+def task_settings(arguments: argparse.Namespace) -> TaskSettings | None:
+    names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
+    tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
+    return tasks if names else None
+
+
+def speed_settings(arguments: argparse.Namespace) -> dict[str, SpeedSettings | None]:
     """Checks the options of speed, here and in a server, before anything that takes long."""
-    check_needs(arguments, NEEDS)
     rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
     require(arguments.gguf is None or arguments.serve == "llama.cpp", "--gguf has no effect without --serve llama.cpp")
     speed = SpeedSettings(**rounds) if arguments.speed else None
     if arguments.serve is None:
-        return speed, None
-    measured = arguments.speed or arguments.tasks or arguments.text or arguments.dataset
+        return {"speed": speed}
+    measured = arguments.speed or arguments.tasks or arguments.answers or arguments.text or arguments.dataset
     require(measured or arguments.dtype is None, "--dtype has no effect on --serve; a server takes the model's own")
     require(os.environ.get("WORLD_SIZE", "1") == "1", "--serve measures on one rank; start it without a launcher")
     python = find_server(arguments.serve, arguments.serve_python)
-    return speed, ServeSettings(server=arguments.serve, python=python, **rounds)
+    return {"speed": speed, "serve": ServeSettings(server=arguments.serve, python=python, **rounds)}
+
+
+def answer_settings(arguments: argparse.Namespace) -> AnswerSettings | None:
+    """Reads the prompts, and checks that the page can be written, before anything that takes long."""
+    if arguments.answers is None:
+        return None
+    require(os.environ.get("WORLD_SIZE", "1") == "1", "--answers writes on one rank; start it without a launcher")
+    if page := arguments.page:
+        require(page.suffix == ".html" and not page.is_dir(), f"--page {page}: give it the name of an .html file")
+        require(os.access(page.parent, os.W_OK), f"--page {page}: {page.parent} is no folder that can be written")
+    given = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
+    return read_prompts(arguments.answers, **given)
 
 
 def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:
-    """Reads the text that the user names. The default is WikiText-2, or none if tasks or speed are measured."""
+    """Reads the text that the user names. The default is WikiText-2, or none if anything else is measured."""
     if arguments.text and arguments.split:
         raise UserError("--split is a part of --dataset; --text is read whole")
     if arguments.text:
         return read_text(arguments.text)
-    if not arguments.dataset and (arguments.tasks or arguments.speed or arguments.serve):
+    if not arguments.dataset and (arguments.tasks or arguments.answers or arguments.speed or arguments.serve):
         for option in ("split", "sliding", "max_windows"):
             name = f"--{option.replace('_', '-')}"
             require(getattr(arguments, option) is None, f"{name} has no effect without --dataset or --text")
@@ -208,11 +246,11 @@ def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None
     return load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT)
 
 
-def show_progress(rounds: Iterable[int]) -> Iterable[int]:
+def show_progress(rounds: Iterable[int], what: str) -> Iterable[int]:
     """Draws a bar on the terminal of rank 0."""
     from tqdm import tqdm
 
-    return tqdm(rounds, desc="perplexity", unit="batch", leave=False, disable=None if is_rank_0() else True)
+    return tqdm(rounds, desc=what, unit="batch", leave=False, disable=None if is_rank_0() else True)
 
 
 if __name__ == "__main__":

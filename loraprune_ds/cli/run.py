@@ -29,6 +29,7 @@ from loraprune_ds.command import (
 from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
+from loraprune_ds.train.after import measure_after
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.stop import find_launchers
 
@@ -74,6 +75,7 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             if output.start == "finished":
                 print(f"{output.path} holds this run, finished:")
+            measure_after(output.config, output.path)
             print_summary(output.path)
     except UserError as error:
         tell(error, agreed=joined)
@@ -126,6 +128,7 @@ def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> b
     """Runs on all ranks. Returns False if it was asked to stop. Collective."""
     from loraprune_ds.train.run import run
     from loraprune_ds.train.watch import Watch
+    from loraprune_ds.zero.device import empty_cache
     from loraprune_ds.zero.engine import stop_ranks
 
     gc.freeze()  # the imports left no garbage, and DeepSpeed collects twice per cut over all objects
@@ -135,6 +138,8 @@ def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> b
     finally:
         watch.close()
     stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
+    gc.collect()
+    empty_cache()  # the process that `evaluate.after` starts needs the room
     return finished
 
 

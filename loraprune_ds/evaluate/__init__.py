@@ -1,1 +1,1 @@
-"""Perplexity, zero-shot tasks and speed, of one model or side by side."""
+"""Perplexity, answers, zero-shot tasks and speed, of one model or side by side."""

@@ -1,11 +1,11 @@
 """Compares pruned models in a table and a picture. They are folders of runs, or JSON of launch/evaluate.py."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from loraprune_ds.checkpoint.layout import REPORT_FILE, STATUS_FILE, describe_method, read_status
 from loraprune_ds.errors import UserError
@@ -23,14 +23,14 @@ from loraprune_ds.evaluate.drawing import (
     make_logarithmic,
     save_picture,
 )
-from loraprune_ds.evaluate.zeroshot import mean_accuracy
+from loraprune_ds.evaluate.settings import GYM
+from loraprune_ds.evaluate.zeroshot import mean_metric, tasks_with
 from loraprune_ds.files import read_json
 from loraprune_ds.units import aligned, format_perplexity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HEAD = ("result", "method", "parameters", "removed", "perplexity", "dense", "times", "accuracy", "dense")
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
@@ -38,26 +38,62 @@ Label = tuple[str, tuple[float, float]]  # a text and its point
 Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
 
 
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _short(perplexity: float) -> str:
+    return f"{perplexity:.1f}" if perplexity < 1e4 else f"{perplexity:.1e}"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that models are compared by, and its form in the table and in the picture."""
+
+    cell: Callable[[float], str]
+    label: Callable[[float], str]
+    better: Literal["lower", "higher"] = "higher"
+
+
+MEASURES = {
+    "perplexity": Measure(format_perplexity, _short, "lower"),
+    "accuracy": Measure("{:.4f}".format, "{:.3f}".format),
+    "exact match": Measure("{:.4f}".format, "{:.3f}".format),
+    "repetition": Measure(_percent, _percent, "lower"),
+    "ended": Measure(_percent, _percent),
+    "agreement": Measure(_percent, _percent),
+    "overlap": Measure("{:.3f}".format, "{:.3f}".format),
+}
+
+
+class Value(NamedTuple):
+    """A measured number, beside the dense model's. Numbers compare only if `basis` agrees, a line for a reader."""
+
+    value: float
+    dense: float | None
+    basis: str
+
+
 @dataclass(frozen=True)
 class ComparedModel:
-    """A pruned model, from a run or an evaluation. None: not measured, not known, or not finite."""
+    """A pruned model, from a run or an evaluation."""
 
     name: str  # of the file or folder it was read from
     method: str | None  # criterion and ranking of a run
-    measured_on: str | None  # text and windows of the perplexities, which are comparable only if these agree
     parameters: int
-    removed_fraction: float | None  # of the dense model's parameters
-    perplexity: float | None
-    dense_perplexity: float | None
-    accuracy: float | None = None  # mean over the zero-shot tasks
-    dense_accuracy: float | None = None
-    tasks: tuple[str, ...] = ()
+    removed_fraction: float | None  # of the dense model's parameters. None: not known
+    measured: dict[str, Value]  # by the names of MEASURES, without those that are not finite
+
+    @property
+    def text(self) -> str:
+        """Returns the text and windows of the perplexity, or nothing if there is none."""
+        return self.measured["perplexity"].basis if "perplexity" in self.measured else ""
 
 
 def read_results(paths: Sequence[Path]) -> list[ComparedModel]:
     """Reads all results and sorts them by text, then by size."""
     models = [_read_run(path) if path.is_dir() else _read_evaluation(path) for path in paths]
-    return sorted(models, key=lambda model: (model.measured_on or "", model.removed_fraction or 0.0, model.name))
+    return sorted(models, key=lambda model: (model.text, model.removed_fraction or 0.0, model.name))
 
 
 def _read_run(folder: Path) -> ComparedModel:
@@ -71,14 +107,12 @@ def _read_run(folder: Path) -> ComparedModel:
     try:
         config, params, perplexity = report["config"], report["params"], report["perplexity"]
         protocol = config["evaluate"] | {"stride": None}
+        text = _describe(_held_out(config["data"]), protocol, config["model"]["dtype"])
+        after = report.get("after") or {}
+        measured = _tasks_and_answers(after, after.get("dense"))
+        measured |= _value("perplexity", perplexity["pruned"], perplexity["dense"], text)
         return ComparedModel(
-            name=folder.name,
-            method=describe_method(report),
-            measured_on=_describe(_held_out(config["data"]), protocol, config["model"]["dtype"]),
-            parameters=params["pruned"],
-            removed_fraction=params["removed_fraction"],
-            perplexity=_finite(perplexity["pruned"]),
-            dense_perplexity=_finite(perplexity["dense"]),
+            folder.name, describe_method(report), params["pruned"], params["removed_fraction"], measured
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of another version: {error!r}") from None
@@ -100,22 +134,41 @@ def _held_out(data: dict[str, Any]) -> str:
 def _read_evaluation(path: Path) -> ComparedModel:
     result = read_json(path)
     try:
-        text, dense, tasks = result["text"], result["dense"], result["tasks"]
-        name = text and f"{text['name']} {text['split'] or ''}".rstrip()
-        return ComparedModel(
-            name=path.stem,
-            method=result["method"],
-            measured_on=_describe(name, result["protocol"], result["dtype"]) if name else None,
-            parameters=result["cost"]["parameters"],
-            removed_fraction=result["removed_fraction"],
-            perplexity=_finite(result["perplexity"]),
-            dense_perplexity=_finite(dense["perplexity"]) if dense else None,
-            accuracy=mean_accuracy(tasks) if tasks else None,
-            dense_accuracy=mean_accuracy(dense["tasks"]) if tasks and dense else None,
-            tasks=tuple(tasks["results"]) if tasks else (),
-        )
+        text, dense = result["text"], result["dense"]
+        measured = _tasks_and_answers(result, dense)
+        if text:
+            name = f"{text['name']} {text['split'] or ''}".rstrip()
+            basis = _describe(name, result["protocol"], result["dtype"])
+            measured |= _value("perplexity", result["perplexity"], dense["perplexity"] if dense else None, basis)
+        size = result["cost"]["parameters"]
+        return ComparedModel(path.stem, result["method"], size, result["removed_fraction"], measured)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a result of launch/evaluate.py --json: {error!r}") from None
+
+
+def _tasks_and_answers(model: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Value]:
+    """Returns what an evaluation, or a run's `after`, has measured of tasks and greedy answers."""
+    tasks, answers, measured = model.get("tasks"), model.get("answers"), dict[str, Value]()
+    if tasks:
+        for name, metric in (("accuracy", "acc"), ("exact match", "exact_match")):
+            means = [mean_metric(each["tasks"], metric) for each in (model, dense) if each]
+            names = ", ".join(task.removeprefix(f"{GYM}:") for task in tasks_with(tasks, metric))
+            measured |= _value(name, means[0], means[1] if dense else None, names)
+    if answers:
+        basis = "greedy answers"
+        for name in ("repetition", "ended"):
+            beside = dense["answers"]["greedy"][name] if dense else None
+            measured |= _value(name, answers["greedy"][name], beside, basis)
+        if closeness := answers["closeness"]:
+            for name in ("agreement", "overlap"):
+                measured |= _value(name, closeness[name], None, closeness["text"])
+    return measured
+
+
+def _value(name: str, value: float | None, dense: float | None, basis: str) -> dict[str, Value]:
+    if value is None or not math.isfinite(value):
+        return {}
+    return {name: Value(value, dense if dense is not None and math.isfinite(dense) else None, basis)}
 
 
 def _describe(name: str, protocol: dict[str, Any], dtype: str) -> str:
@@ -124,53 +177,45 @@ def _describe(name: str, protocol: dict[str, Any], dtype: str) -> str:
     return f"{name}, {most}windows of {protocol['window']}{stride}, {dtype}"
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 def comparison_table(models: Sequence[ComparedModel]) -> str:
     """Builds plain text with a block for each text that perplexity was measured on. Empty columns are left out."""
     blocks = []
-    for measured_on in dict.fromkeys(model.measured_on for model in models):
-        rows = [HEAD, *(_row(model) for model in models if model.measured_on == measured_on)]
-        columns = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"-"}]
-        sides = "".join("<" if column[0] in HEAD[:2] else ">" for column in columns)
-        title = f"perplexity on {measured_on}" if measured_on else "no perplexity"
-        blocks.append("\n".join([title, *aligned(list(zip(*columns, strict=True)), sides)]))
+    for text in dict.fromkeys(model.text for model in models):
+        rows = [_row(model) for model in models if model.text == text]
+        heads = [head for head in rows[0] if any(row[head] != "-" for row in rows)]
+        names = tuple("dense" if head.startswith("dense ") else head for head in heads)
+        cells = [names, *(tuple(row[head] for head in heads) for row in rows)]
+        sides = "".join("<" if head in ("result", "method") else ">" for head in heads)
+        title = f"perplexity on {text}" if text else "no perplexity"
+        blocks.append("\n".join([title, *aligned(cells, sides)]))
     return "\n\n".join(blocks) + "\n"
 
 
-def _row(model: ComparedModel) -> tuple[str, ...]:
-    times = None
-    if model.perplexity is not None and model.dense_perplexity is not None:
-        times = model.perplexity / model.dense_perplexity
-    accuracies = (model.accuracy, model.dense_accuracy)
-    return (
-        model.name,
-        model.method or "-",
-        f"{model.parameters:,}",
-        "-" if model.removed_fraction is None else f"{100 * model.removed_fraction:.2f} %",
-        *(format_perplexity(value) for value in (model.perplexity, model.dense_perplexity, times)),
-        *("-" if value is None else f"{value:.4f}" for value in accuracies),
-    )
+def _row(model: ComparedModel) -> dict[str, str]:
+    """Returns the cells by their heads."""
+    removed = "-" if model.removed_fraction is None else f"{100 * model.removed_fraction:.2f} %"
+    row = {"result": model.name, "method": model.method or "-", "parameters": f"{model.parameters:,}"}
+    row |= {"removed": removed}
+    for name, measure in MEASURES.items():
+        value, dense, _ = model.measured.get(name, (None, None, ""))
+        row[name] = "-" if value is None else measure.cell(value)
+        row[f"dense {name}"] = "-" if dense is None else measure.cell(dense)
+        if name == "perplexity":
+            row["times"] = "-" if value is None or dense is None else format_perplexity(value / dense)
+    return row
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """Models whose quality is comparable."""
+    """Models that compare by a measure."""
 
-    quality: Literal["perplexity", "accuracy"]
-    title: str
-    models: list[tuple[ComparedModel, float, float | None]]  # and their quality, and the dense model's
-
-    def show(self, value: float) -> str:
-        if self.quality == "accuracy":
-            return f"{value:.3f}"
-        return f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
+    measure: str
+    basis: str
+    models: list[ComparedModel]
 
 
 def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
-    """Draws a panel for each text that perplexity was measured on, and one for each set of tasks."""
+    """Draws a panel for each measure, and for each text or set of tasks that it was made on."""
     panels = _panels([model for model in models if model.removed_fraction is not None])
     if not panels:
         raise UserError(
@@ -197,42 +242,39 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
 
 
 def _panels(models: Sequence[ComparedModel]) -> list[_Panel]:
-    panels = []
-    for measured_on in dict.fromkeys(model.measured_on for model in models):
-        same = [m for m in models if m.measured_on == measured_on]
-        measured = [(m, m.perplexity, m.dense_perplexity) for m in same if m.perplexity is not None]
-        panels.append(_Panel("perplexity", f"Perplexity on {measured_on}", measured))
-    for tasks in dict.fromkeys(model.tasks for model in models):
-        same = [m for m in models if m.tasks == tasks]
-        measured = [(m, m.accuracy, m.dense_accuracy) for m in same if m.accuracy is not None]
-        panels.append(_Panel("accuracy", f"Mean accuracy, zero-shot: {', '.join(tasks)}", measured))
-    return [panel for panel in panels if panel.models]
+    return [
+        _Panel(name, basis, [m for m in models if name in m.measured and m.measured[name].basis == basis])
+        for name in MEASURES
+        for basis in dict.fromkeys(model.measured[name].basis for model in models if name in model.measured)
+    ]
 
 
 def _draw_panel(axes: "Axes", panel: _Panel, styles: Styles) -> list[Label]:
     """Draws the curves. Returns the labels of their points."""
     labels: list[Label] = []
-    for method in dict.fromkeys(model.method for model, *_ in panel.models):
-        mine = [(model, value) for model, value, _ in panel.models if model.method == method]
-        x, y = [100 * (model.removed_fraction or 0.0) for model, _ in mine], [value for _, value in mine]
+    measure, all_values = MEASURES[panel.measure], [model.measured[panel.measure] for model in panel.models]
+    for method in dict.fromkeys(model.method for model in panel.models):
+        mine = [model for model in panel.models if model.method == method]
+        x = [100 * (model.removed_fraction or 0.0) for model in mine]
+        y = [model.measured[panel.measure].value for model in mine]
         # A line joins models that differ in the ratio alone, by at least half a percent point. They need no names.
         is_curve = method is not None and all(after - before >= 0.5 for before, after in pairwise(x))
         colour, marker = styles[method]
         axes.plot(x, y, color=colour, marker=marker, ls="-" if is_curve else "", lw=1.2, label=method or "evaluated")
-        names = ["" if is_curve else f" {model.name}" for model, _ in mine]
-        labels += [(panel.show(v) + name, (u, v)) for name, u, v in zip(names, x, y, strict=True)]
-    baselines = sorted({float(f"{dense:.4g}") for *_, dense in panel.models if dense is not None})
+        names = ["" if is_curve else f" {model.name}" for model in mine]
+        labels += [(measure.label(v) + name, (u, v)) for name, u, v in zip(names, x, y, strict=True)]
+    baselines = sorted({float(f"{dense:.4g}") for _, dense, _ in all_values if dense is not None})
     axes.plot([0.0] * len(baselines), baselines, color=GREY, marker="_", ls="", markersize=12, mew=2, label="dense")
-    values = [value for _, value, _ in panel.models] + baselines
-    if panel.quality == "perplexity" and max(values) > LOG_FROM * min(values):
+    values = [value for value, *_ in all_values] + baselines
+    if panel.measure == "perplexity" and max(values) > LOG_FROM * min(values):
         make_logarithmic(axes)
     axes.set_xlim(-1.5, max(2.0, *(x for _, (x, _) in labels)) * 1.08)
     axes.margins(y=0.14)
     for baseline in baselines:
         axes.axhline(baseline, color=GREY, lw=0.8, ls=":", zorder=1)
-        labels.append((panel.show(baseline), (0.0, baseline)))
-    axes.set_title(panel.title)
-    axes.set_ylabel(f"{panel.quality} ({'lower' if panel.quality == 'perplexity' else 'higher'} is better)")
+        labels.append((measure.label(baseline), (0.0, baseline)))
+    axes.set_title(f"{panel.measure.capitalize()}: {panel.basis}")
+    axes.set_ylabel(f"{panel.measure} ({measure.better} is better)")
     axes.set_xlabel("parameters removed, % of the whole model")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)  # inside it would hide a value
     return labels

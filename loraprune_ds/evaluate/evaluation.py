@@ -1,5 +1,6 @@
 """One evaluation: a model, or two side by side, on a text, on tasks, in seconds and in parameters."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from operator import mul
@@ -11,15 +12,16 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
+from loraprune_ds.evaluate.answers import Generation, Writer, encode_prompts, write_answers
+from loraprune_ds.evaluate.closeness import Labelled, frozen_head, last_hidden
 from loraprune_ds.evaluate.models import ModelSource, find_model, load_model
 from loraprune_ds.evaluate.perplexity import Batch, Losses, Perplexity, Progress, make_batches, measure_perplexity
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Served, Speed, measure_speed, serve
-from loraprune_ds.evaluate.zeroshot import check_tasks, run_tasks
+from loraprune_ds.evaluate.tasks import run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.logits import Head, logits_transform, output_head
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import token_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
@@ -37,6 +39,7 @@ class PreparedModel:
     dtype: Dtype
     tokenizer: PreTrainedTokenizerBase
     batches: list[Batch]
+    prompts: list[list[int]]  # ids of --answers
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Measurement:
     tasks: dict[str, Any] | None
     speed: Speed | None
     served: Served | None = None
+    answers: Generation | None = None
 
 
 def evaluate_merged(
@@ -88,11 +92,11 @@ def evaluate_merged(
 
 
 def evaluate(
-    paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds: rounds
+    paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds, _: rounds
 ) -> list[Measurement]:
     """Measures a model, and the dense one if `paths` names a second. Collective.
 
-    Results of tasks and speed are on rank 0 only.
+    Results of tasks, answers and speed are on rank 0 only.
     """
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
     dense = models[1].source.pretrained.shape.total_numel() if len(models) > 1 else None
@@ -103,22 +107,33 @@ def evaluate(
             measurement, model = _measure(prepared, dense, settings, comm, progress)
         measurements.append(measurement)
         loaded += [model] if model else []
+    if plan := settings.answers:
+        writers = [Writer(m, p.tokenizer, p.prompts) for m, p in zip(loaded, models, strict=True)]
+        text = settings.text and (settings.text.name, _labelled(models[0].batches, comm))
+        with fast_half_products(models[0].dtype):
+            made = write_answers(writers, plan, settings.batch_size, text, progress)
+        measurements = [replace(one, answers=answers) for one, answers in zip(measurements, made, strict=True)]
     if speed := settings.speed:
         speeds = comm.on_rank_0(lambda: measure_speed(loaded, speed)) or [None] * len(models)
         measurements = [replace(one, speed=speed) for one, speed in zip(measurements, speeds, strict=True)]
     return measurements
 
 
+def _labelled(batches: list[Batch], comm: Communicator) -> Iterator[Labelled]:
+    return ((batch.input_ids.to(comm.device), batch.labels.to(comm.device)) for batch in batches)
+
+
 def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[PreparedModel]:
     """Finds all models, checks the settings against them, and tokenises the text for each."""
-    if settings.tasks:
-        check_tasks(settings.tasks)
     models = [_prepare(path, settings) for path in paths]
     for other in models[1:]:
         pairs = zip_longest(models[0].batches, other.batches)
         if not all(a and b and torch.equal(a.input_ids, b.input_ids) for a, b in pairs):
             both = f"{paths[0]} and {other.source.path}"
             raise UserError(f"{both} read the text as different tokens: their perplexities do not compare")
+        same = models[0].tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        if settings.answers and not same:
+            raise UserError(f"{paths[0]} and {other.source.path} have different tokenizers: --answers cannot compare")
     return models
 
 
@@ -140,7 +155,8 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     if settings.text:
         start = window_start(tokenizer, source.pretrained.shape.family)
         batches = make_batches(settings.text.text, tokenizer, settings.protocol, settings.actual_batch_size, start)
-    return PreparedModel(source, dtype, tokenizer, batches)
+    prompts = encode_prompts(settings.answers, tokenizer, path, most) if settings.answers else []
+    return PreparedModel(source, dtype, tokenizer, batches, prompts)
 
 
 def choose_dtype(source: ModelSource, dtype: str | None) -> Dtype:
@@ -180,12 +196,12 @@ def _mean_context(window: int, sliding_window: int | None) -> float:
 def _measure(
     prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Communicator, progress: Progress
 ) -> tuple[Measurement, PreTrainedModel | None]:
-    """Measures all but speed, which needs all models in memory, and returns the model for that."""
+    """Measures all but answers and speed, which need all models in memory, and returns the model for these."""
     source, shape = prepared.source, prepared.source.pretrained.shape
     perplexity = tasks = model = None
     if settings.sharded and prepared.batches:
         perplexity = _measure_sharded(prepared, comm, progress)
-    elif prepared.batches or settings.tasks or settings.speed:
+    elif prepared.batches or settings.tasks or settings.needs_models_together:
         model = comm.all_or_raise(lambda: load_model(source, prepared.dtype, comm.device))
         if prepared.batches:
             perplexity = measure_perplexity(_losses_of(model), prepared.batches, comm, progress)
@@ -205,14 +221,14 @@ def _measure(
         tasks=tasks,
         speed=None,
     )
-    return measurement, model if settings.speed else None
+    return measurement, model if settings.needs_models_together else None
 
 
 def _losses_of(model: PreTrainedModel) -> Losses:
-    decoder, head = model.get_decoder(), Head(output_head(model).weight, logits_transform(model.config))
+    head = frozen_head(model)
 
     def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
-        return token_losses(decoder(input_ids=input_ids, use_cache=False).last_hidden_state, head, labels)
+        return token_losses(last_hidden(model, input_ids), head, labels)
 
     return losses
 

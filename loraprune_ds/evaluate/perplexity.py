@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # it imports DeepSpeed
 CHARACTERS_PER_TOKEN = 32  # far more than a tokenizer reaches on prose
 # (input_ids, labels), both (batch, length) -> fp32 token losses (batch, length - 1), 0 where the label is IGNORE_INDEX
 Losses = Callable[[Tensor, Tensor], Tensor]
-# Wraps the rounds of a loop to show its progress.
-Progress = Callable[[Iterable[int]], Iterable[int]]
+# Wraps the rounds of a loop to show its progress, with a word for what they do.
+Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,12 @@ class Batch:
 
     input_ids: Tensor
     predicted: int
+
+    @property
+    def labels(self) -> Tensor:
+        labels = self.input_ids.clone()
+        labels[:, : -self.predicted] = IGNORE_INDEX
+        return labels
 
 
 def make_batches(
@@ -116,23 +122,25 @@ def sliding_batches(
 
 @torch.no_grad()
 def measure_perplexity(
-    losses: Losses, batches: list[Batch], comm: "Communicator", progress: Progress = lambda rounds: rounds
+    losses: Losses, batches: list[Batch], comm: "Communicator", progress: Progress = lambda rounds, _: rounds
 ) -> Perplexity:
     """Measures the batches, dealt out to the ranks in turn. The result is the same on any number of ranks. Collective.
 
     A sharded model gathers its weights in `losses`, so a rank without a batch left repeats the first one, uncounted.
     """
     total = torch.zeros(1, dtype=torch.float64, device=comm.device)
-    for round_start in progress(range(0, len(batches), comm.world_size)):
+    for round_start in progress(range(0, len(batches), comm.world_size), "perplexity"):
         mine = round_start + comm.rank
         batch = batches[mine if mine < len(batches) else 0]
-        input_ids = batch.input_ids.to(comm.device)
-        labels = input_ids.clone()
-        labels[:, : -batch.predicted] = IGNORE_INDEX
-        loss = losses(input_ids, labels).double().sum()
+        loss = losses(batch.input_ids.to(comm.device), batch.labels.to(comm.device)).double().sum()
         if mine < len(batches):
             total += loss
     tokens = sum(len(batch.input_ids) * batch.predicted for batch in batches)
-    mean = comm.all_reduce(total).item() / tokens
-    perplexity = math.inf if mean > 700 else math.exp(mean)  # a float holds no more. NaN stays NaN
+    perplexity = exp_of_mean(comm.all_reduce(total).item(), tokens)
     return Perplexity(perplexity, tokens, sum(len(batch.input_ids) for batch in batches))
+
+
+def exp_of_mean(loss: float, tokens: int) -> float:
+    """Returns the perplexity of a summed loss. NaN stays NaN."""
+    mean = loss / tokens
+    return math.inf if mean > 700 else math.exp(mean)  # a float holds no more

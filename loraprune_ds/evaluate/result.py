@@ -5,10 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from loraprune_ds.evaluate.answers_page import KINDS, describe_plan
 from loraprune_ds.evaluate.evaluation import Measurement
 from loraprune_ds.evaluate.settings import EvaluationSettings
-from loraprune_ds.evaluate.zeroshot import mean_accuracy
-from loraprune_ds.units import aligned, format_perplexity
+from loraprune_ds.evaluate.zeroshot import mean_metric, tasks_with
+from loraprune_ds.units import aligned, format_percent, format_perplexity
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
 
@@ -26,6 +27,7 @@ def make_result(
         "batch_size": settings.actual_batch_size,
         "world_size": world_size,
         "sharded": settings.sharded,
+        "answers_plan": settings.answers and asdict(settings.answers),
         "speed_plan": settings.speed and asdict(settings.speed),
         "serve_plan": settings.serve and asdict(settings.serve),
         **provenance,
@@ -41,13 +43,13 @@ def _model_entries(model: Measurement) -> dict[str, Any]:
 def result_table(result: dict[str, Any]) -> str:
     """Builds plain text of about 100 columns at most. The dense model is on the left."""
     models = [model for model in (result["dense"], result) if model]
-    parts = (_size_rows, _quality_rows, _task_rows, _speed_rows, _served_rows)
+    parts = (_size_rows, _quality_rows, _task_rows, _answer_rows, _closeness_rows, _speed_rows, _served_rows)
     rows = [row for part in parts for row in part(models)]
     names = ["dense", "model"] if len(models) > 1 else ["model"]
     lines = [f"{name:<6} {_title(model)}" for name, model in zip(names, models, strict=True)]
     cells = [(name, *values, remark) for name, values, remark in [("", names, ""), *rows]]
     table = aligned(cells, f"<{'>' * len(models)}<")
-    return "\n".join([*lines, *_text_lines(result), "", *table]) + "\n"
+    return "\n".join([*lines, *_text_lines(result), *_answer_lines(result), "", *table]) + "\n"
 
 
 def _title(model: dict[str, Any]) -> str:
@@ -62,6 +64,19 @@ def _text_lines(result: dict[str, Any]) -> Iterable[str]:
         stride = f", one every {protocol['stride']}" if protocol["stride"] else ""
         windows = f"{result['windows']:,} windows of {protocol['window']} tokens{stride}"
         yield f"text   {text['name']}{split}: {windows}, {result['tokens']:,} predictions"
+
+
+def _answer_lines(result: dict[str, Any]) -> Iterable[str]:
+    if result["answers"] is None:
+        return
+    yield f"answers {describe_plan(result['answers_plan'])}"
+    for model in filter(None, (result["dense"], result)):
+        if not model["answers"]["chat_template"]:
+            yield f"        {model['path']} has no chat template: it continues the prompts as plain text"
+    if result["answers"]["closeness"]:
+        cost, dense = (model["cost"]["macs_per_token"]["total"] for model in (result, result["dense"]))
+        share = f"1/3 of the dense cost, here {cost / dense:.2f}"
+        yield f"draft   accepted at the overlap's rate; pays off only below about {share}"
 
 
 def _size_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
@@ -101,14 +116,36 @@ def _task_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
             if filtered and not metric.endswith("_stderr"):
                 name = f"{task} {metric}" + (f" ({filtered})" if filtered != "none" else "")
                 yield name, [_metric(result[task], metric, filtered) for result in results], ""
-    means = [mean_accuracy(model["tasks"]) for model in models]
-    if len(results[0]) > 1 and None not in means:
-        yield "mean acc", [f"{mean:.4f}" for mean in means], ""
+    for metric in ("acc", "exact_match"):
+        means = [mean_metric(model["tasks"], metric) for model in models]
+        if len(tasks_with(models[0]["tasks"], metric)) > 1:
+            yield f"mean {metric}", [f"{mean:.4f}" for mean in means], ""
 
 
 def _metric(metrics: dict[str, Any], metric: str, filtered: str) -> str:
     value, error = metrics[f"{metric},{filtered}"], metrics.get(f"{metric}_stderr,{filtered}")
     return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+
+
+def _answer_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
+    if models[0]["answers"] is None:
+        return
+    for kind in KINDS:
+        answers = [model["answers"][kind] for model in models]
+        yield f"{kind} answers, tokens", [f"{one['tokens']:.1f}" for one in answers], ""
+        yield "  that end by themselves", [format_percent(one["ended"]) for one in answers], ""
+        yield "  repeated 4-grams", [format_percent(one["repetition"]) for one in answers], ""
+        if answers[0]["dense_perplexity"] is not None:
+            cells = [format_perplexity(one["dense_perplexity"], 3) for one in answers]
+            yield "  dense model's perplexity of them", cells, ""
+
+
+def _closeness_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
+    closeness = models[-1]["answers"] and models[-1]["answers"]["closeness"]
+    if closeness:
+        yield "same most probable token", ["-", format_percent(closeness["agreement"])], f"on {closeness['text']}"
+        yield "overlap, Σ min(p, q)", ["-", f"{closeness['overlap']:.3f}"], ""
+        yield "KL(dense ‖ model), nats", ["-", f"{closeness['kl']:.3f}"], ""
 
 
 def _speed_rows(models: list[dict[str, Any]]) -> Iterable[Row]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.evaluate.prompts import AnswerSettings
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ Server = Literal["llama.cpp", "vllm"]
 SERVERS: tuple[Server, ...] = get_args(Server)
 MODULES = {"llama.cpp": "llama_cpp", "vllm": "vllm"}
 PYTHONS = {"llama.cpp": "LLAMA_CPP_PYTHON", "vllm": "VLLM_PYTHON"}  # variables that may name the Python
+GYM = "reasoning_gym"  # begins the names of its tasks, as in reasoning_gym:chain_sum. Alone it is a default set
 TOKENS_PER_BATCH = 2048  # the default: enough work for one pass, and logits of some hundred megabytes
 
 
@@ -100,11 +102,12 @@ class PerplexityProtocol:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """The zero-shot tasks."""
+    """The tasks: of lm-eval, or of reasoning-gym."""
 
-    names: tuple[str, ...]  # tasks, groups or tags of lm-eval or of `include_path`, paths of task files, or `paper`
+    # tasks, groups or tags of lm-eval or of `include_path`, paths of task files, `paper`, `GYM` or `GYM`:task
+    names: tuple[str, ...]
     include_path: Path | None = None
-    fewshot: int | None = None  # None: the default of each task, 0 for the paper's seven
+    fewshot: int | None = None  # None: the default of each task, 0 for the paper's seven and 3 for reasoning-gym
     limit: int | None = None  # documents per task, for trials
 
     def __post_init__(self) -> None:
@@ -136,13 +139,14 @@ class ServeSettings(SpeedSettings):
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to measure, and how. Text, tasks, speed or serve that are None are not measured."""
+    """What to measure, and how. Text, tasks, answers, speed or serve that are None are not measured."""
 
     protocol: PerplexityProtocol
     text: EvaluationText | None = None
     dtype: str | None = None  # None: each model's own
     batch_size: int | None = None  # windows, or requests of a task, per pass and rank. None: about TOKENS_PER_BATCH
     tasks: TaskSettings | None = None
+    answers: AnswerSettings | None = None
     speed: SpeedSettings | None = None
     serve: ServeSettings | None = None
     gguf: Literal["f16", "q8_0"] = "f16"  # the file that llama.cpp serves
@@ -150,13 +154,19 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         _check_least("--batch-size", self.batch_size, 1)
-        if self.sharded and (self.tasks or self.speed or self.serve):
-            raise UserError("--sharded measures perplexity only; --tasks, --speed and --serve need the whole model")
+        if self.sharded and (self.tasks or self.answers or self.speed or self.serve):
+            others = "--tasks, --answers, --speed and --serve"
+            raise UserError(f"--sharded measures perplexity only; {others} need the whole model")
 
     @property
     def actual_batch_size(self) -> int:
         """Returns `batch_size` or its default."""
         return self.batch_size or max(1, TOKENS_PER_BATCH // self.protocol.window)
+
+    @property
+    def needs_models_together(self) -> bool:
+        """Whether all models stay in memory after their perplexity and tasks."""
+        return bool(self.answers or self.speed)
 
 
 def _check_least(option: str, value: int | None, least: int) -> None:

@@ -118,13 +118,18 @@ class Terminated(RunError):
     exit_code = 128 + signal.SIGTERM
 
 
-def serve(paths: list[str], settings: ServeSettings, precision: str) -> list[Served]:
-    """Measures the models in a server. llama.cpp gets GGUF files of `precision`. SIGTERM raises Terminated."""
+def raise_when_terminated() -> None:
+    """Makes SIGTERM raise Terminated in this process."""
 
     def terminate(*_: object) -> NoReturn:
         raise Terminated("ended by SIGTERM")
 
     signal.signal(signal.SIGTERM, terminate)
+
+
+def serve(paths: list[str], settings: ServeSettings, precision: str) -> list[Served]:
+    """Measures the models in a server. llama.cpp gets GGUF files of `precision`. SIGTERM raises Terminated."""
+    raise_when_terminated()
     form = "hf" if settings.server == "vllm" else f"gguf-{precision}"
     with TemporaryDirectory(prefix="serve-") as scratch:
         models = [served_model(path, form, Path(scratch, str(i))) for i, path in enumerate(paths)]

@@ -77,10 +77,18 @@ def run_tasks(
     return {"results": answer["results"], "settings": reported}
 
 
-def mean_accuracy(tasks: dict[str, Any]) -> float | None:
-    """Returns the mean of plain accuracy ("acc") over the tasks that have it, or None if none has."""
-    accuracies = [metrics["acc,none"] for metrics in tasks["results"].values() if "acc,none" in metrics]
-    return sum(accuracies) / len(accuracies) if accuracies else None
+def mean_metric(tasks: dict[str, Any], metric: str) -> float | None:
+    """Returns the mean over the tasks that have the metric, or None if none has.
+
+    Args:
+        metric: "acc" of multiple choice, or "exact_match" of written answers.
+    """
+    values = [tasks["results"][name][f"{metric},none"] for name in tasks_with(tasks, metric)]
+    return sum(values) / len(values) if values else None
+
+
+def tasks_with(tasks: dict[str, Any], metric: str) -> list[str]:
+    return [name for name, metrics in tasks["results"].items() if f"{metric},none" in metrics]
 
 
 def _model_on_ranks(

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from loraprune_ds.checkpoint.layout import REPORT_FILE
 from loraprune_ds.errors import UserError, first_line, require
-from loraprune_ds.export.model_card import CARD_FILE
+from loraprune_ds.export.model_card import CARD_FILE, LOAD_HEADING, answers_section
 from loraprune_ds.files import read_json
 from loraprune_ds.model.hub import HUB_ERRORS
 
@@ -48,14 +48,14 @@ def push(folder: Path, repo: str, run: Path, results: Sequence[Path], *, private
 
 
 def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[Path]) -> None:
-    """Writes the measured results into a card's `model-index`: the pruned model and the dense one."""
+    """Writes the measured results into a card's `model-index`, of the pruned model and the dense one, and answers."""
     pruned, dense = list[EvalResult](), list[EvalResult]()
     if (run / REPORT_FILE).is_file():
         report = read_json(run / REPORT_FILE)
         pruned += _run_results(report, "pruned")
         dense += _run_results(report, "dense")
-    for path in results:
-        result = read_json(path)
+    measured_by = [read_json(path) for path in results]
+    for result in measured_by:
         pruned += _evaluation_results(result, result)
         dense += _evaluation_results(result, result["dense"] or {})
     card = ModelCard.load(card_file)
@@ -66,6 +66,10 @@ def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[P
         for entry in eval_results_to_model_index(model, measured)
     ]
     card.data["model-index"] = index or None
+    answered = next((result for result in measured_by if result.get("answers")), None)
+    if answered:
+        before, heading, after = card.text.partition(LOAD_HEADING)
+        card.text = f"{before.rstrip()}\n\n{answers_section(answered)}\n{heading}{after}"
     card.save(card_file)
 
 

@@ -1,8 +1,11 @@
 """Writes README.md of an exported model: its cut, its perplexity, and how to load it."""
 
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from loraprune_ds.config import DataConfig, ModelConfig, RunConfig
 from loraprune_ds.export.gguf_architecture import architecture_name
@@ -13,6 +16,7 @@ from loraprune_ds.units import format_perplexity
 
 CARD_FILE = "README.md"
 LOAD_HEADING = "## Load it"
+SHOWN = 5  # answers
 TEMPLATE = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -142,6 +146,25 @@ def copy_model_card(source: Path, folder: Path, how_to_load: str) -> None:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     facts = text.partition(LOAD_HEADING)[0].rstrip()
     (folder / CARD_FILE).write_text(f"{facts}\n\n{LOAD_HEADING}\n\n{how_to_load}".lstrip(), encoding="utf-8")
+
+
+def answers_section(result: dict[str, Any]) -> str:
+    """Makes a section with a few of the greedy answers in an evaluation's result, over all its kinds of prompts."""
+    prompts = result["answers_plan"]["prompts"]
+    lines = ["## Answers", "", f"Greedy, at most {result['answers_plan']['max_new_tokens']} tokens.", ""]
+    for i in sorted({i * len(prompts) // SHOWN for i in range(SHOWN)}):
+        texts = [("Prompt", "\n\n".join(message["content"] for message in prompts[i]["messages"]))]
+        for name, model in (("Dense", result["dense"]), ("Pruned", result)):
+            texts += [(name, model["answers"]["greedy"]["texts"][i]["text"])] if model else []
+        for name, text in texts:
+            lines += [f"{name}:", "", *_code_block(text), ""]
+    return "\n".join(lines)
+
+
+def _code_block(text: str) -> Iterator[str]:
+    """Indents a text by four spaces. No line of it can end that block or be read as Markdown or HTML."""
+    for line in text.splitlines() or [""]:
+        yield from (f"    {part}" for part in textwrap.wrap(line, 100, drop_whitespace=False) or [""])
 
 
 def _removed(dense: int, pruned: int) -> str:

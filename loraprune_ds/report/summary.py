@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.checkpoint.layout import (
+    ANSWERS_PAGE,
     KEPT_GROUPS_FILE,
     KEPT_GROUPS_PICTURE,
     METRICS_FILE,
@@ -13,6 +14,7 @@ from loraprune_ds.checkpoint.layout import (
     TENSORBOARD_FOLDER,
     TRAINING_PICTURE,
 )
+from loraprune_ds.evaluate.zeroshot import mean_metric, tasks_with
 from loraprune_ds.units import (
     aligned,
     format_bytes,
@@ -30,6 +32,7 @@ RESULT_FILES = (
     (KEPT_GROUPS_PICTURE, "the same as a picture"),
     (TRAINING_PICTURE, "loss, sparsity, speed and memory over the steps"),
     (METRICS_FILE, "every step, cut and evaluation"),
+    (ANSWERS_PAGE, "answers of both models, side by side"),
     (TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
 )
 SummaryRow = tuple[str, ...]  # four cells
@@ -38,7 +41,8 @@ SummaryRow = tuple[str, ...]  # four cells
 def summary_table(report: dict[str, Any], folder: Path) -> str:
     """Makes the table of a report.json in plain ASCII, at most 100 columns wide unless the folder's name is long."""
     head = ("", "dense", "pruned", "")
-    rows = [head, *_parameter_rows(report), *_target_rows(report), _perplexity_row(report), *_cost_rows(report)]
+    rows = [head, *_parameter_rows(report), *_target_rows(report), _perplexity_row(report), *_after_rows(report)]
+    rows += _cost_rows(report)
     cuts, ranks = len(report["prune_steps"]), report["world_size"]
     title = f"{report['steps']} steps, {_plural(cuts, 'cut')}, {_plural(ranks, 'ZeRO-3 rank')}"
     table = aligned(rows, "<>><")
@@ -82,6 +86,24 @@ def _perplexity_row(report: dict[str, Any]) -> SummaryRow:
         format_perplexity(perplexity["pruned"]),
         "" if after_cut is None else f"{format_perplexity(after_cut)} right after the last cut",
     )
+
+
+def _after_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
+    """Yields what `evaluate.after` has measured."""
+    pruned = report.get("after", {})
+    models = [model for model in (pruned.get("dense"), pruned) if model]
+    if pruned.get("tasks"):
+        for metric, name in (("acc", "accuracy"), ("exact_match", "exact match of written answers")):
+            means = [mean_metric(model["tasks"], metric) for model in models]
+            count = len(tasks_with(pruned["tasks"], metric))
+            if count:
+                yield (name, *(format_percent(mean) for mean in means if mean is not None), _plural(count, "task"))
+    if pruned.get("answers"):
+        greedy = [model["answers"]["greedy"] for model in models]
+        closeness = pruned["answers"]["closeness"]
+        same = f"{format_percent(closeness['agreement'])} of tokens as the dense model" if closeness else ""
+        yield ("answers that end by themselves", *(format_percent(one["ended"]) for one in greedy), same)
+        yield ("  their repeated 4-grams", *(format_percent(one["repetition"]) for one in greedy), "")
 
 
 def _cost_rows(report: dict[str, Any]) -> list[SummaryRow]:

@@ -21,6 +21,7 @@ from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.report.reporters import check_installed
+from loraprune_ds.train.after import check_after
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import SampleOrder, Samples
 from loraprune_ds.units import format_count, format_percent
@@ -47,6 +48,7 @@ class Prepared:
 def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) -> Prepared:
     """Checks the whole input on every rank. All raise the same UserError. Collective."""
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
+    comm.on_rank_0(lambda: check_after(config.evaluate.after))  # the rank that will measure
     ranks_per_node = comm.ranks_per_node()
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:

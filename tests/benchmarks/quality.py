@@ -1,4 +1,4 @@
-"""Measures the perplexity of each choice on SmolLM2-135M, over seeds. Tokens and removed fraction are equal.
+"""Measures perplexity, answers and tasks of each choice on SmolLM2-135M. Tokens and removed fraction are equal.
 
     python -m tests.benchmarks.quality --tune valid.txt --test test.raw [--other other.txt] [--work FOLDER]
                                        [--groups levers long ...] [--seeds 0 1 2] [--ranks 1]
@@ -23,6 +23,7 @@ from typing import Any
 
 from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, PURPLE, TEXT, VERMILION, save_picture
 from loraprune_ds.evaluate.settings import read_text
+from loraprune_ds.evaluate.zeroshot import mean_metric
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.report.records import read_metrics
@@ -32,6 +33,7 @@ from tests.benchmarks.two_four import expanded_model, sparse_model
 
 WINDOWS, VALIDATION_WINDOWS = 160, 64
 DENSE = "dense.json"
+WRITING = ("--dense", "embedded", "--answers", "--tasks", "reasoning_gym")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -103,8 +105,10 @@ def measure_dense(texts: dict[str, Path], work: Path) -> None:
     """Measures the dense model on the two texts for the end. Writes into the work folder."""
     path, basis = work / DENSE, basis_of(None, texts)
     if not path.exists() or read_json(path)["basis"] != basis:
-        measured = {name: perplexity("embedded", texts[name]) for name in ("test", "other")}
-        write_json(path, {"basis": basis, "perplexity": measured})
+        written = evaluated("embedded", texts["test"], *WRITING)
+        measured = {"test": written["perplexity"], "other": perplexity("embedded", texts["other"])}
+        # It reads its own answers here, so it is its own dense model.
+        write_json(path, {"basis": basis, "perplexity": measured, "writing": writing_of(written["dense"])})
 
 
 def result_path(work: Path, setting: Setting, seed: int) -> Path:
@@ -135,7 +139,8 @@ def carry_out(
     ]
     run_quickstart(arguments.ranks, settings, "--resume", "auto", peer=setting.peer)
     report = read_json(folder / "report.json")
-    measured = {name: perplexity(str(folder), texts[name]) for name in ("test", "other")}
+    written = evaluated(str(folder), texts["test"], *WRITING)
+    measured = {"test": written["perplexity"], "other": perplexity(str(folder), texts["other"])}
     report["config"] |= {"output_dir": "run"}  # no folder of this machine
     report["config"]["model"] |= {"path": setting.model}
     report["config"]["data"] |= {"path": texts["tune"].name}
@@ -146,6 +151,7 @@ def carry_out(
         "seed": seed,
         "tokens": report["steps"] * report["config"]["train"]["global_batch_size"] * report["config"]["data"]["window"],
         "perplexity": {"validation": report["perplexity"]["pruned"], **measured},
+        "writing": writing_of(written),
         # of steps and cuts: of the training alone
         "seconds": sum(x["seconds"] for x in read_metrics(folder / "metrics.jsonl") if x["kind"] in ("step", "cut")),
         "report": report,
@@ -153,11 +159,22 @@ def carry_out(
 
 
 def perplexity(model: str, text: Path) -> float:
+    return float(evaluated(model, text)["perplexity"])
+
+
+def evaluated(model: str, text: Path, *options: str) -> dict[str, Any]:
     command = [sys.executable, "launch/evaluate.py", model, "--text", str(text.resolve()), "--window", "128"]
-    command += ["--max-windows", str(WINDOWS), "--json"]
-    environment = cpu_environment(OMP_NUM_THREADS="2")
-    answer = subprocess.run(command, cwd=ROOT, check=True, env=environment, stdout=subprocess.PIPE, text=True)
-    return float(json.loads(answer.stdout)["perplexity"])
+    command += ["--max-windows", str(WINDOWS), *options, "--json"]
+    answer = subprocess.run(command, cwd=ROOT, check=True, env=cpu_environment(), stdout=subprocess.PIPE, text=True)
+    return json.loads(answer.stdout)
+
+
+def writing_of(result: dict[str, Any]) -> dict[str, float]:
+    """Returns what a user judges a model by: closeness to the dense one, greedy answers and tasks."""
+    answers = result["answers"]
+    closeness = {key: answers["closeness"][key] for key in ("agreement", "overlap")} if answers["closeness"] else {}
+    greedy = {key: answers["greedy"][key] for key in ("repetition", "ended", "dense_perplexity", "tokens")}
+    return closeness | greedy | {"exact_match": mean_metric(result["tasks"], "exact_match") or 0.0}
 
 
 def publish(work: Path) -> None:
@@ -195,13 +212,17 @@ Row = dict[str, Any]
 
 
 def rows_of(runs: Sequence[dict[str, Any]]) -> list[Row]:
-    """Builds one row per setting: mean and spread (largest minus smallest) of each perplexity over its seeds."""
+    """Builds one row per setting: mean and spread (largest minus smallest) of each measurement over its seeds.
+
+    Older runs have no answers and tasks (`writing`).
+    """
     names = list(dict.fromkeys(run["setting"] for run in runs))
     return [_row([run for run in runs if run["setting"] == name]) for name in names]
 
 
 def _row(runs: list[dict[str, Any]]) -> Row:
     params = runs[0]["report"]["params"]
+    writing = [run["writing"] for run in runs if "writing" in run]
     return {
         "setting": runs[0]["setting"],
         "group": runs[0]["group"],
@@ -209,6 +230,7 @@ def _row(runs: list[dict[str, Any]]) -> Row:
         "tokens": runs[0]["tokens"],
         "removed_linear_fraction": 1 - params["linear_pruned"] / params["linear_dense"],
         **{text: _spread([run["perplexity"][text] for run in runs]) for text in TEXTS},
+        "writing": {key: statistics.mean(run[key] for run in writing) for key in writing[0]} if writing else None,
     }
 
 

@@ -75,6 +75,7 @@ def _settings() -> list[Setting]:
     magnitude = (*SHORT, DEEP, RATE, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
     peers += [Setting("peers", f"peer-{name}", magnitude, peer=name) for name in ("wanda", "flap")]
+    peers.append(Setting("peers", "dense-tuned", (*SHORT, UNTUNED_RATE), peer="two-four"))  # its mask keeps all
     peers.append(Setting("peers", "two-four", (*SHORT, RATE), model="two-four", peer="two-four"))
     long = [
         Setting("long", f"{name}-409600", (*LONG, DEEP, UNTUNED_RATE, *changes))

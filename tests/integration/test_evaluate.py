@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,18 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.models import find_or_merge
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.lora import find_source
-from tests.integration.launching import ROOT, Ended, Launcher, fork_ranks, on_ranks, read_json, run_to_end
+from tests.integration.launching import (
+    ROOT,
+    Ended,
+    Launcher,
+    clean_environment,
+    fork_ranks,
+    launch,
+    on_ranks,
+    read_json,
+    run_to_end,
+    within,
+)
 from tests.oracle.models import make_tiny_llama
 
 EVALUATE, COMPARE = ROOT / "launch" / "evaluate.py", ROOT / "launch" / "compare.py"
@@ -171,6 +184,54 @@ def test_speed_is_measured_on_both(made: Path, tmp_path: Path) -> None:
         assert model["speed"]["prefill_tokens_per_second"] > model["speed"]["decode_tokens_per_second"] > 0
 
 
+def test_answers_of_both_models_are_written_and_shown(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "The <b>import</b> statement"}\n{"prompt": "A list is"}\n')
+    page = tmp_path / "page.html"
+    arguments = ["--answers", tmp_path / "p.jsonl", "--max-new-tokens", "6", "--page", page, "--dense", made / "dense"]
+    ended = evaluate(made, made / "run" / "checkpoints" / "step-4", *arguments, *on_text(made))
+    found = answer(ended)
+    assert f"page: {page}" in ended.err
+    for model in (found, found["dense"]):
+        texts = [text for kind in ("greedy", "sampled") for text in model["answers"][kind]["texts"]]
+        assert len(texts) == 4
+        assert all(0 <= text["tokens"] <= 6 for text in texts)
+        assert model["answers"]["greedy"]["dense_perplexity"] > 1
+    closeness = found["answers"]["closeness"]
+    assert (0 < closeness["overlap"] < 1, closeness["predictions"]) == (True, WINDOWS * (WINDOW - 1))
+    assert "&lt;b&gt;import&lt;/b&gt;" in page.read_text()
+
+
+def test_a_run_measures_answers_at_its_end(made: Path, tmp_path: Path) -> None:
+    """The run is over, so a new start has only this left. It measures in a process of its own."""
+    folder = tmp_path / "run"
+    shutil.copytree(made / "run", folder)
+    more = ["--set", f"output_dir={folder}", "--set", "evaluate.after=[answers]"]
+    ended = launch(["--config", str(made / "run.yaml"), *more]).check()
+    report, whole = read_json(folder / "report.json"), read_json(folder / "evaluation.json")
+    assert report["steps"] == 6
+    assert report["after"]["answers"]["closeness"] == whole["answers"]["closeness"]
+    assert len(whole["dense"]["answers"]["greedy"]["texts"]) == 50
+    assert "texts" not in report["after"]["answers"]["greedy"]
+    assert "answers that end by themselves" in ended.out
+    assert "answers.html      answers of both models, side by side" in ended.out
+    assert "<h2>50 code</h2>" in (folder / "answers.html").read_text()
+
+
+def test_a_stopped_evaluation_leaves_nothing_behind(made: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, str(EVALUATE), str(made / "run" / "checkpoints" / "step-4"), "--answers"]
+    command += ["--max-new-tokens", "300", "--page", str(tmp_path / "page.html"), "--json"]
+    environment = clean_environment() | {"TMPDIR": str(scratch)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    within(120, lambda: list(scratch.glob("evaluate-*/0/config.json")))  # merged, so the model will soon write
+    process.send_signal(signal.SIGTERM)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (143, "")
+    assert errors.splitlines()[-1] == "error: ended by SIGTERM"
+    assert list(tmp_path.rglob("*")) == [scratch]
+
+
 BY_HAND = """
 import json, sys
 from lm_eval import simple_evaluate
@@ -243,6 +304,11 @@ BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
     ("{here}/nothing --dataset wikitext2", "folder {here}/nothing does not exist", None),  # before a download
     (f"{DENSE} {TEXT} --split train", "--split is a part of --dataset; --text is read whole", None),
     (f"{DENSE} {TEXT} --window 1024", f"{DENSE} reads at most 512 tokens (max_position_embeddings), not 1024", None),
+    (f"{DENSE} --dense {{here}}/other --answers", f"{DENSE} and {{here}}/other have different tokenizers", make_other),
+    (f"{DENSE} --answers {{here}}", "--answers: {here} cannot be read: Is a directory", None),
+    (f"{DENSE} --page a.html", "--page has no effect without --answers", None),
+    (f"{DENSE} --answers --page {{here}}/gone/a.html", "--page {here}/gone/a.html: {here}/gone is no folder", None),
+    (f"{DENSE} --answers --sharded", "--sharded measures perplexity only", None),
     (f"{DENSE} --serve-python python3", "--serve-python has no effect without", None),
     (f"{DENSE} --rounds 2", "--rounds has no effect without --speed or --serve", None),
     (f"{DENSE} --serve vllm --gguf f16", "--gguf has no effect without --serve llama.cpp", None),

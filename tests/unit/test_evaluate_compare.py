@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from loraprune_ds.checkpoint.layout import State, Status, write_status
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.compare import ComparedModel, comparison_table, draw_comparison, read_results
+from loraprune_ds.evaluate.compare import ComparedModel, Value, comparison_table, draw_comparison, read_results
 from tests.refusals import refused
 
 
@@ -41,6 +41,10 @@ EVALUATION = {
 }
 
 
+def written(share: float) -> dict[str, Any]:
+    return {"reasoning_gym:gcd": {"exact_match,none": share, "score,none": 0.9}}
+
+
 def write_run(folder: Path, report: dict[str, Any], state: State = "finished") -> Path:
     folder.mkdir()
     (folder / "report.json").write_text(json.dumps(report))
@@ -67,24 +71,20 @@ def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -
     assert lora == ComparedModel(
         name="lora",
         method="lora, uniform",
-        measured_on="a held-out 10 % of embedded, first 64 windows of 128, bfloat16",
         parameters=800,
         removed_fraction=0.2,
-        perplexity=27.0,
-        dense_perplexity=18.0,
+        measured={"perplexity": Value(27.0, 18.0, "a held-out 10 % of embedded, first 64 windows of 128, bfloat16")},
     )
     assert (magnitude.name, magnitude.method) == ("magnitude", "magnitude, uniform")
     assert evaluated == ComparedModel(
         name="b",
         method=None,
-        measured_on="wikitext2 test, windows of 128 every 64, float32",
         parameters=750,
         removed_fraction=0.25,
-        perplexity=60.0,
-        dense_perplexity=50.0,
-        accuracy=pytest.approx(0.6),  # type: ignore[arg-type]
-        dense_accuracy=pytest.approx(0.8),  # type: ignore[arg-type]
-        tasks=("piqa", "boolq"),
+        measured={
+            "accuracy": Value(0.6, 0.8, "piqa, boolq"),
+            "perplexity": Value(60.0, 50.0, "wikitext2 test, windows of 128 every 64, float32"),
+        },
     )
     first, second = comparison_table([lora, magnitude, evaluated]).split("\n\n")
     assert [line.split()[0] for line in first.splitlines()[2:]] == ["lora", "magnitude"]
@@ -102,7 +102,7 @@ def test_a_run_and_an_evaluation_are_read_as_the_same_thing(paths: list[Path]) -
 )
 def test_the_held_out_text_is_named(data: dict[str, Any], text: str, tmp_path: Path) -> None:
     (model,) = read_results([write_run(tmp_path / "run", run_report("lora", 0.2, 27.0, **data))])
-    assert str(model.measured_on).partition(",")[0] == text
+    assert model.text.partition(",")[0] == text
 
 
 def test_a_lost_model_is_in_the_table_and_not_in_the_picture(tmp_path: Path) -> None:
@@ -140,7 +140,9 @@ def drawn(results: list[ComparedModel], monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def curve(name: str, values: dict[float, float], method: str | None) -> list[ComparedModel]:
-    return [ComparedModel(f"{name}-{x}", method, "text", 100, x, y, 20.0) for x, y in values.items()]
+    return [
+        ComparedModel(f"{name}-{x}", method, 100, x, {"perplexity": Value(y, 20.0, "text")}) for x, y in values.items()
+    ]
 
 
 def test_methods_are_curves_over_the_removed_percentage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +164,24 @@ def test_accuracy_has_its_own_panel(paths: list[Path], tmp_path: Path, monkeypat
     assert list(lines["dense"].get_ydata()) == [0.8]
     with pytest.raises(UserError, match=r"^--picture .*\.xyz cannot be written: "):
         draw_comparison(tmp_path / "picture.xyz", read_results(paths))
+
+
+def test_written_answers_have_their_own_column_and_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are never averaged with multiple choice. A run has them under `after`."""
+    pruned, dense = ({"results": {"piqa": {"acc,none": 0.5}, **written(share)}} for share in (0.1, 0.3))
+    report = run_report("lora", 0.2, 27.0) | {"after": {"tasks": pruned, "dense": {"tasks": dense}}}
+    given = EVALUATION | {"tasks": {"results": written(0.2)}, "dense": None}
+    results = read_results([write_run(tmp_path / "run", report), write_evaluation(tmp_path / "e.json", given)])
+    table = comparison_table(results)
+    assert "accuracy   dense  exact match   dense" in table
+    assert table.splitlines()[2].split()[-4:] == ["0.5000", "0.5000", "0.1000", "0.3000"]
+    assert table.splitlines()[-1].split()[-1] == "0.2000"
+    figure = drawn(results, monkeypatch, tmp_path)
+    assert [axes.get_ylabel().partition(" (")[0] for axes in figure.axes[-2:]] == ["accuracy", "exact match"]
+    assert figure.axes[-1].get_title("left") == "Exact match: gcd"
+    lines: dict[str, Any] = {str(line.get_label()): line for line in figure.axes[-1].lines}
+    assert lines["lora, uniform"].get_xydata().tolist() == [[20.0, 0.1]]
+    assert list(lines["dense"].get_ydata()) == [0.3]
 
 
 def test_labels_do_not_lie_on_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from loraprune_ds.evaluate.settings import (
     load_dataset_text,
     read_text,
 )
-from loraprune_ds.evaluate.zeroshot import PAPER_TASKS, check_tasks, mean_accuracy
+from loraprune_ds.evaluate.zeroshot import PAPER_TASKS, check_tasks, mean_metric
 from tests.refusals import refused
 
 TASK = "task: my_own\ndataset_path: json\noutput_type: multiple_choice\n"
@@ -130,10 +130,10 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch
         check_tasks(TaskSettings(("piqa",)))
 
 
-def test_mean_accuracy_is_over_the_tasks_that_have_one() -> None:
+def test_mean_metric_is_over_the_tasks_that_have_one() -> None:
     results = {"a": {"acc,none": 0.5, "acc_norm,none": 0.9}, "b": {"acc,none": 0.25}, "c": {"perplexity,none": 7.0}}
-    assert mean_accuracy({"results": results}) == 0.375
-    assert mean_accuracy({"results": {"c": results["c"]}}) is None
+    assert mean_metric({"results": results}, "acc") == 0.375
+    assert mean_metric({"results": {"c": results["c"]}}, "acc") is None
 
 
 # Settings
@@ -151,7 +151,7 @@ def test_mean_accuracy_is_over_the_tasks_that_have_one() -> None:
         (lambda: EvaluationSettings(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
         (
             lambda: EvaluationSettings(PerplexityProtocol(), tasks=TaskSettings(("piqa",)), sharded=True),
-            "--sharded measures perplexity only; --tasks, --speed and --serve need the whole model",
+            "--sharded measures perplexity only; --tasks, --answers, --speed and --serve need the whole model",
         ),
     ],
 )

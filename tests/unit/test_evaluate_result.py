@@ -11,8 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from loraprune_ds.evaluate.answers import Answers, Generation
+from loraprune_ds.evaluate.closeness import Closeness
 from loraprune_ds.evaluate.evaluation import Measurement, count_cost
 from loraprune_ds.evaluate.perplexity import Perplexity
+from loraprune_ds.evaluate.prompts import AnswerSettings
 from loraprune_ds.evaluate.result import make_result, result_table
 from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol, SpeedSettings
 from loraprune_ds.evaluate.speed import CACHE, Served, Speed
@@ -129,6 +132,24 @@ def test_models_are_compared_with_the_dense_one() -> None:
     assert found["in the layers' linears"] == ["106,168,320", "70,778,880", "33.3 % less"]
     assert found["weights, MB"] == ["538.1", "396.5", "26.3 % less"]
     assert found["mean acc"] == ["0.6250"] * 2
+
+
+def test_answers_have_rows_and_a_line_about_drafts() -> None:
+    good, bad = Answers(20.0, 0.9, 0.01, 2.0, []), Answers(128.0, 0.1, 0.5, 9.0, [])
+    pruned = replace(PRUNED, answers=Generation(False, bad, bad, Closeness("my text", 0.5, 0.625, 1.25, 100)))
+    dense = replace(DENSE, answers=Generation(True, good, good))
+    settings = replace(SETTINGS, answers=AnswerSettings("my.jsonl", "0", ()))
+    table = result_table(make_result([pruned, dense], settings, 1, {}))
+    found = rows(table)
+    assert found["greedy answers, tokens"] == found["sampled answers, tokens"] == ["20.0", "128.0"]
+    assert found["that end by themselves"] == ["90.0 %", "10.0 %"]
+    assert found["repeated 4-grams"] == ["1.0 %", "50.0 %"]
+    assert found["dense model's perplexity of them"] == ["2.000", "9.000"]
+    assert found["same most probable token"] == ["-", "50.0 %", "on my text"]
+    assert found["overlap, Σ min(p, q)"] == ["-", "0.625"]
+    assert "draft   accepted at the overlap's rate; pays off only below about 1/3 of the dense cost, here 0.74" in table
+    assert "runs/a has no chat template: it continues the prompts as plain text" in table
+    assert max(map(len, table.splitlines())) <= 100
 
 
 def test_measurements_that_were_not_made_have_no_row() -> None:

@@ -22,7 +22,7 @@ from loraprune_ds.checkpoint.layout import (
     state_text,
     write_status,
 )
-from loraprune_ds.config import LoggingConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import EvaluateConfig, LoggingConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import RankError, RunError, UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.train.context import RunStatus
@@ -116,6 +116,13 @@ def test_another_split_of_the_batch_and_another_way_of_saving_are_the_same_run(c
     assert start_with(other, "auto").start == "resume"
     faster = dataclasses.replace(config, train=TrainConfig(steps=100, learning_rate=1.0))
     assert "train.learning_rate" in refused_start(faster)
+
+
+def test_a_finished_run_may_be_measured_in_another_way(config: RunConfig) -> None:
+    leave(config, "finished")
+    evaluate = EvaluateConfig(after=["piqa"])
+    output = start_with(dataclasses.replace(config, evaluate=evaluate))
+    assert (output.start, output.config.evaluate) == ("finished", evaluate)
 
 
 FORMAT_5 = {

@@ -58,6 +58,15 @@ def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
     assert "0 steps, 0 cuts, 2 ZeRO-3 ranks" in summary_table(report_of(History()), tmp_path)
 
 
+def test_tasks_of_after_are_in_the_final_table(tmp_path: Path) -> None:
+    pruned, dense = ({"results": {"a": {"exact_match,none": x}, "b": {"exact_match,none": 0.0}}} for x in (0.2, 0.5))
+    after = {"asked": ["tasks"], "tasks": pruned, "answers": None, "dense": {"tasks": dense, "answers": None}}
+    table = summary_table(report_of(small_run()) | {"after": after}, tmp_path)
+    (row,) = [line.split() for line in table.splitlines() if line.startswith("exact match")]
+    assert row == ["exact", "match", "of", "written", "answers", "25.0", "%", "10.0", "%", "2", "tasks"]
+    assert "accuracy" not in table
+
+
 @pytest.mark.parametrize(
     ("layers", "gpus", "groups"),
     [

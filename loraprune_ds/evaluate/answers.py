@@ -1,0 +1,170 @@
+"""Answers that a model writes: their length, end and repetition, and how close it is to the dense model.
+
+Repetition is the share of an answer's 4-grams that occurred in it before, averaged over the answers (seq-rep-4 of
+Welleck et al., arXiv 1908.04319). Greedy text that repeats itself is easy to predict: read the dense model's
+perplexity next to the repetition.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.evaluate.closeness import Closeness, Labelled, frozen_head, last_hidden, measure_closeness
+from loraprune_ds.evaluate.generation import Ids, end_ids, generate
+from loraprune_ds.evaluate.perplexity import Progress, exp_of_mean
+from loraprune_ds.evaluate.prompts import AnswerSettings
+from loraprune_ds.model.token_loss import IGNORE_INDEX, token_losses
+
+AT_ONCE = 16  # answers that are written together
+GRAM = 4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One text. `tokens` counts no end token. `ended`: whether the model wrote one."""
+
+    text: str
+    tokens: int
+    ended: bool
+    repetition: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers of one kind, with their means."""
+
+    tokens: float
+    ended: float
+    repetition: float
+    dense_perplexity: float | None  # of the answers and their ends, after the prompts. None without a dense model
+    texts: list[Answer]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answers of one model."""
+
+    chat_template: bool
+    greedy: Answers
+    sampled: Answers
+    closeness: Closeness | None = None  # None without a dense model
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A loaded model and the ids of its prompts."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Ids]
+
+
+def encode_prompts(
+    settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, path: str, most: int | None
+) -> list[Ids]:
+    """Returns the ids of each prompt: by the chat template of the model `path`, or as plain text if it has none."""
+    encoded: list[Ids] = []
+    for prompt in settings.prompts:
+        where = f"--answers: {settings.name}, row {prompt.row}"
+        try:
+            if tokenizer.chat_template:
+                made: Any = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)
+            else:
+                made = tokenizer(prompt.text)
+        except Exception as error:  # a template can hold any code
+            raise UserError(f"{where}: the chat template of {path} refuses it: {one_line(error)}") from error
+        encoded.append(list(made["input_ids"]))
+        require(
+            not most or len(encoded[-1]) + settings.max_new_tokens <= most,
+            f"{where}: {path} reads at most {most} tokens (max_position_embeddings), not a prompt of "
+            f"{len(encoded[-1])} and {settings.max_new_tokens} new ones",
+        )
+    return encoded
+
+
+def write_answers(
+    writers: list[Writer],
+    settings: AnswerSettings,
+    batch_size: int | None = None,
+    text: tuple[str, Iterable[Labelled]] | None = None,
+    progress: Progress = lambda rounds, _: rounds,
+) -> list[Generation]:
+    """Returns the answers of each model. The second is the dense one, which also reads those of the first.
+
+    Args:
+        text: a name and batches, on which the two models are compared. None: the dense model's greedy answers.
+    """
+    size = batch_size or AT_ONCE
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    kinds = [{"max_new_tokens": settings.max_new_tokens} | how for how in ({"do_sample": False}, sampling)]
+    written = [[_write(writer, how, settings.seed, size, progress) for how in kinds] for writer in writers]
+    dense = writers[1] if len(writers) > 1 else None
+    made: list[Generation] = []
+    for writer, texts in zip(writers, written, strict=True):
+        greedy, sampled = (_summarise(writer, dense, ids, size) for ids in texts)
+        made.append(Generation(bool(writer.tokenizer.chat_template), greedy, sampled))
+    if dense is not None:
+        name, batches = text or ("the dense model's greedy answers", _labelled(dense, written[1][0], size))
+        made[0] = replace(made[0], closeness=measure_closeness(dense.model, writers[0].model, batches, name))
+    return made
+
+
+def _write(writer: Writer, how: dict[str, Any], seed: int, batch_size: int, progress: Progress) -> list[Ids]:
+    torch.manual_seed(seed)
+    ends = end_ids(writer.model, writer.tokenizer)
+    starts = progress(range(0, len(writer.prompts), batch_size), "answers")
+    batches = (writer.prompts[start : start + batch_size] for start in starts)
+    return [ids for batch in batches for ids in generate(writer.model, batch, ends, **how)]
+
+
+def _summarise(writer: Writer, dense: Writer | None, written: list[Ids], batch_size: int) -> Answers:
+    ends = end_ids(writer.model, writer.tokenizer)
+    answers: list[Answer] = []
+    for ids in written:
+        ended = ids[-1] in ends
+        words = ids[:-1] if ended else ids
+        text = cast(str, writer.tokenizer.decode(words))  # with special tokens, which a broken model may write
+        answers.append(Answer(text, len(words), ended, repetition(words)))
+    return Answers(
+        fmean(one.tokens for one in answers),
+        fmean(one.ended for one in answers),
+        fmean(one.repetition for one in answers),
+        dense and _perplexity(dense, _labelled(writer, written, batch_size)),
+        answers,
+    )
+
+
+def repetition(ids: Ids) -> float:
+    """Returns the share of 4-grams that occurred before. A shorter text repeats nothing."""
+    grams = [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+def _labelled(writer: Writer, written: list[Ids], batch_size: int) -> Iterator[Labelled]:
+    """Yields batches of prompts with their answers, which alone have labels."""
+    rows = list(zip(writer.prompts, written, strict=True))
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        width = max(len(prompt) + len(ids) for prompt, ids in part)
+        # No id changes the losses before it, so any fills the rows.
+        ids = torch.tensor([(prompt + new + [0] * width)[:width] for prompt, new in part], device=writer.model.device)
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        for i, (prompt, new) in enumerate(part):
+            span = slice(len(prompt), len(prompt) + len(new))
+            labels[i, span] = ids[i, span]
+        yield ids, labels
+
+
+@torch.no_grad()
+def _perplexity(dense: Writer, batches: Iterator[Labelled]) -> float:
+    total, tokens = 0.0, 0
+    for ids, labels in batches:
+        losses = token_losses(last_hidden(dense.model, ids), frozen_head(dense.model), labels)
+        total += losses.double().sum().item()
+        tokens += int((labels != IGNORE_INDEX).sum())
+    return exp_of_mean(total, tokens)

@@ -1,0 +1,169 @@
+"""Tasks with checkable answers by the package `reasoning-gym`, which makes the questions and scores the answers."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.evaluate.generation import Ids, end_ids, generate
+from loraprune_ds.evaluate.settings import GYM, TaskSettings
+from loraprune_ds.zero.comm import Communicator
+
+EASY = "easy"
+# Of 39 that were tried, SmolLM2-135M-Instruct solves these above 20 %, and better than the best constant answer:
+# tests/benchmarks/results/reasoning_gym.json
+DEFAULT = ("number_sequence", "number_sequence:easy", "products:easy")
+FEWSHOT, QUESTIONS = 3, 100
+# Question i has the seed SEED + i, so examples need a far one.
+SEED, EXAMPLES_SEED = 0, 10**6
+ROOM = 8  # tokens beyond the longest right answer
+# The scorers of these run the answer as Python, and a model can write anything.
+RUN_ANSWERS = (
+    *("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24"),
+    *("simple_integration", "spiral_matrix", "string_insertion"),
+)
+UNSTABLE = ("isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder")
+REFUSED = dict.fromkeys(RUN_ANSWERS, "its scorer runs the answer as code") | dict.fromkeys(
+    UNSTABLE, "its questions change from process to process, whatever the seed"
+)
+
+
+@dataclass(frozen=True)
+class GymTask:
+    """A task with its questions: dictionaries of reasoning-gym with `question`, `answer` and `metadata`."""
+
+    name: str  # as in the results
+    dataset: Any
+    questions: list[dict[str, Any]]
+    examples: list[dict[str, Any]]
+
+    @property
+    def digest(self) -> str:
+        """Returns the SHA-256 of all that is asked. Results are comparable only if these agree."""
+        asked = [entry["question"] for entry in (*self.examples, *self.questions)]
+        return hashlib.sha256("\0".join(asked).encode()).hexdigest()
+
+    def score(self, answer: str, question: dict[str, Any]) -> float:
+        """Returns the package's own score, from 0 to 1."""
+        try:
+            return float(self.dataset.score_answer(answer, question))
+        except Exception:  # noqa: BLE001  # some scorers raise at what they cannot read
+            return 0.0
+
+
+@cache
+def load_tasks(settings: TaskSettings) -> tuple[GymTask, ...]:
+    """Makes the questions of all tasks. Raises UserError for a task that is unknown or cannot be loaded."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise UserError(f"--tasks {GYM} needs the package reasoning-gym: pip install reasoning-gym")
+    names = [task for name in settings.names for task in (DEFAULT if name == GYM else (name.removeprefix(f"{GYM}:"),))]
+    fewshot = FEWSHOT if settings.fewshot is None else settings.fewshot
+    return tuple(_load(name, fewshot, settings.limit or QUESTIONS) for name in dict.fromkeys(names))
+
+
+def _load(name: str, fewshot: int, count: int) -> GymTask:
+    known: Any = importlib.import_module("reasoning_gym.factory")
+    task, _, level = name.partition(":")
+    require(task not in REFUSED, f"--tasks {GYM}:{name}: {REFUSED.get(task)}")
+    if task not in known.DATASETS:
+        close = difflib.get_close_matches(task, known.DATASETS.keys() - REFUSED.keys(), n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise UserError(f"--tasks: reasoning-gym knows no task {task}{hint}")
+    require(level in ("", EASY), f"--tasks {GYM}:{name}: a task takes :{EASY} or nothing behind its name")
+
+    def make(seed: int, size: int) -> Any:
+        if level:  # the first level of its curriculum
+            settings = known.create_curriculum(task).generate_configuration({"seed": seed, "size": size})
+            return known.DATASETS[task][0](settings)
+        return known.create_dataset(task, seed=seed, size=size)
+
+    try:
+        dataset, more = make(SEED, count), make(EXAMPLES_SEED, 4 * fewshot + 8)
+        questions = [dataset[i] for i in range(count)]
+        asked = {entry["question"] for entry in questions}
+        examples = [entry for entry in map(more.__getitem__, range(len(more))) if entry["question"] not in asked]
+    except Exception as error:  # a task may need settings of its own, and its generator raises anything
+        raise UserError(f"--tasks {GYM}:{name}: {one_line(error)}") from error
+    answered = all(isinstance(entry["answer"], str) for entry in (*questions, *examples))
+    require(answered, f"--tasks {GYM}:{name}: it names no right answer, so there are no examples of one")
+    require(
+        len(examples) >= fewshot,
+        f"--tasks {GYM}:{name}: it has too few different questions; lower --num-fewshot or --limit",
+    )
+    return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
+
+
+def run_tasks(
+    settings: TaskSettings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    comm: Communicator,
+) -> dict[str, Any]:
+    """Runs the tasks. Rank r takes every batch from the r-th on in steps of `world_size`. Collective.
+
+    Returns:
+        {"results": {task: {metric: value}}, "settings": …}. `exact_match` is the share of full scores.
+    """
+    tasks = load_tasks(settings)
+    results = {}
+    for task in tasks:
+        answers = greedy_answers(task, model, tokenizer, batch_size, comm)
+        scores = [task.score(answer, question) for answer, question in zip(answers, task.questions, strict=True)]
+        share = sum(score >= 1 for score in scores) / len(scores)
+        error = math.sqrt(share * (1 - share) / max(1, len(scores) - 1))
+        mean = sum(scores) / len(scores)
+        results[task.name] = {"exact_match,none": share, "exact_match_stderr,none": error, "score,none": mean}
+    reported = {
+        "reasoning_gym": version("reasoning-gym"),
+        "fewshot": len(tasks[0].examples),
+        "documents": {task.name: len(task.questions) for task in tasks},
+        "sha256": {task.name: task.digest for task in tasks},
+        "seed": SEED,
+        "chat_template": bool(tokenizer.chat_template),
+    }
+    return {"results": results, "settings": reported}
+
+
+def greedy_answers(
+    task: GymTask, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, comm: Communicator
+) -> list[str]:
+    """Answers all questions of a task, in their order. The batches are the same on any number of ranks. Collective."""
+    prompts = [_prompt(task, question["question"], tokenizer) for question in task.questions]
+    answers = tokenizer([entry["answer"] for entry in task.questions], add_special_tokens=False)["input_ids"]
+    most = max(map(len, answers)) + ROOM
+    length, positions = max(map(len, prompts)) + most, getattr(model.config, "max_position_embeddings", None)
+    fits = positions is None or length <= positions
+    require(fits, f"--tasks {task.name}: a question with its examples and answer takes {length} of {positions} tokens")
+    ends = end_ids(model, tokenizer)
+    mine: dict[int, str] = {}
+    for first in range(comm.rank * batch_size, len(prompts), comm.world_size * batch_size):
+        batch = prompts[first : first + batch_size]
+        for i, ids in enumerate(generate(model, batch, ends, max_new_tokens=most, do_sample=False), first):
+            text = str(tokenizer.decode(ids, skip_special_tokens=True))
+            mine[i] = (text if tokenizer.chat_template else text.partition("\n\n")[0]).strip()
+    everyone = {i: answer for each in comm.gather_objects(mine) for i, answer in each.items()}
+    return [everyone[i] for i in range(len(prompts))]
+
+
+def _prompt(task: GymTask, question: str, tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """Builds the token ids of the examples and a question: by the chat template, or as plain paragraphs without one."""
+    if not tokenizer.chat_template:
+        shown = [f"{entry['question']}\n{entry['answer']}\n\n" for entry in task.examples]
+        return tokenizer("".join([*shown, f"{question}\n"]))["input_ids"]
+    turns = [
+        {"role": role, "content": entry[key]}
+        for entry in task.examples
+        for role, key in (("user", "question"), ("assistant", "answer"))
+    ]
+    chat: Any = [*turns, {"role": "user", "content": question}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer(str(text), add_special_tokens=False)["input_ids"]

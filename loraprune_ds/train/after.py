@@ -1,0 +1,70 @@
+"""Measures the exported model after a run, in a process of its own. No rank holds a model any more."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.checkpoint.layout import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE
+from loraprune_ds.config import RunConfig
+from loraprune_ds.errors import RunError, UserError
+from loraprune_ds.evaluate.settings import GYM, TaskSettings
+from loraprune_ds.files import read_json, write_json, write_text
+
+ANSWERS, TASKS = "answers", "tasks"
+RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"}
+
+
+def check_after(names: list[str]) -> None:
+    """Checks that the tasks of `evaluate.after` can be loaded. UserError names the setting."""
+    if tasks := _tasks(names):
+        from loraprune_ds.evaluate.tasks import check_tasks
+
+        try:
+            check_tasks(TaskSettings(tasks))
+        except UserError as error:
+            raise UserError(str(error).replace("--tasks", "evaluate.after", 1)) from None
+
+
+def measure_after(config: RunConfig, folder: Path) -> None:
+    """Measures what `evaluate.after` asks for, unless report.json has it. On rank 0 only.
+
+    Raises:
+        RunError: the measurement failed, and stderr says why. The run stays finished.
+    """
+    names, report = config.evaluate.after, read_json(folder / REPORT_FILE)
+    if not names or report.get("after", {}).get("asked") == names:
+        return
+    from loraprune_ds.model.hub import locate_model
+
+    dense = config.model.adapter or str(locate_model(config.model))
+    command = [sys.executable, "-m", "loraprune_ds.cli.evaluate", str(folder), "--dense", dense, "--json"]
+    command += ["--dtype", config.model.dtype]
+    if ANSWERS in names:
+        command += ["--answers", "--page", str(folder / ANSWERS_PAGE)]
+    if tasks := _tasks(names):
+        command += ["--tasks", *tasks]
+    environment = {key: value for key, value in os.environ.items() if key not in RANK}
+    answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if answer.returncode != 0:
+        failed = f"evaluate.after failed with code {answer.returncode}"
+        raise RunError(f"{failed}; {folder} holds the finished run, and another start measures again")
+    write_text(folder / EVALUATION_FILE, answer.stdout)
+    result = json.loads(answer.stdout)
+    measured = {"asked": names, **_without_texts(result), "dense": _without_texts(result["dense"])}
+    write_json(folder / REPORT_FILE, report | {"after": measured})
+
+
+def _tasks(names: list[str]) -> tuple[str, ...]:
+    return tuple(GYM if name == TASKS else name for name in names if name != ANSWERS)
+
+
+def _without_texts(model: dict[str, Any]) -> dict[str, Any]:
+    """Returns the tasks and answers of a model. The answers' texts stay in the evaluation's own file."""
+    answers = model["answers"] and {
+        kind: {key: value for key, value in part.items() if key != "texts"} if isinstance(part, dict) else part
+        for kind, part in model["answers"].items()
+    }
+    return {"tasks": model["tasks"], "answers": answers}

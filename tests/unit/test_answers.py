@@ -1,0 +1,264 @@
+"""`launch/evaluate.py --answers`: prompts, texts, their measures against plain computations, the page and the card."""
+
+import json
+import math
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from loraprune_ds.evaluate.answers import Writer, encode_prompts, repetition, write_answers
+from loraprune_ds.evaluate.answers_page import answers_page
+from loraprune_ds.evaluate.closeness import measure_closeness
+from loraprune_ds.evaluate.compare import comparison_table, read_results
+from loraprune_ds.evaluate.prompts import DEFAULT, AnswerSettings, read_prompts
+from loraprune_ds.export.model_card import answers_section
+from loraprune_ds.model.logits import output_head
+from loraprune_ds.model.token_loss import IGNORE_INDEX
+from tests.oracle.models import make_tiny_llama
+from tests.refusals import refused
+from tests.unit.test_evaluate_compare import EVALUATION
+
+SIZES: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 8, "hidden": 16, "ffn": 16, "layers": 2, "vocab": 100}
+NEW, END = 12, 2
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"
+EVIL = "</pre><script>alert('&amp;')</script>\n# heading\n```\n<b>bold</b>"
+
+
+def written(folder: Path, *rows: Any) -> str:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("models")
+    return [make_tiny_llama(root / str(seed), seed=seed, **SIZES) for seed in (1, 2)]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> AnswerSettings:
+    rows = [{"prompt": text} for text in ("a", "Which colour?", "2 + 3", "x" * 30, "the end", "1, 2, 3")]
+    return read_prompts(written(tmp_path, *rows), max_new_tokens=NEW)
+
+
+def load(folder: Path, settings: AnswerSettings, template: str | None = None) -> Writer:
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return Writer(model, tokenizer, encode_prompts(settings, tokenizer, "MODEL", 512))
+
+
+# Prompts
+
+
+def test_the_shipped_prompts_are_ten_of_each_kind_and_can_be_checked_by_eye() -> None:
+    prompts = read_prompts(DEFAULT).prompts
+    kinds = [prompt.kind for prompt in prompts]
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(
+        ("chat", "summary", "extraction", "arithmetic", "code"), 10
+    )
+    assert len({prompt.text for prompt in prompts}) == 50
+    assert all(prompt.expected and len(prompt.text) < 350 for prompt in prompts)
+    assert {message["role"] for prompt in prompts for message in prompt.messages} == {"user", "assistant"}
+
+
+def test_a_row_is_a_text_or_messages(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    found = read_prompts(written(tmp_path, {"prompt": "ä", "expected": "b", "id": 7}, "", {"prompt": messages}))
+    assert [(p.row, p.text, p.expected) for p in found.prompts] == [(1, "ä", "b"), (3, "Be brief.\n\nWhy?", None)]
+    assert (found.name, found.prompts[1].messages) == ("prompts.jsonl", messages)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{prompt", "not JSON, key must be a string"),
+        ('["prompt"]', "not an object with the key prompt"),
+        ({"question": "a"}, "not an object with the key prompt"),
+        ({"prompt": " "}, "prompt must be a text, or a list of messages with role and content; neither may be empty"),
+        ({"prompt": []}, "prompt must be a text"),
+        ({"prompt": [{"role": "user"}]}, "prompt must be a text"),
+        ({"prompt": [{"role": "assistant", "content": "a"}]}, "the last message must be the user's"),
+        ({"prompt": "a", "expected": 5}, "expected must be a text; got 5"),
+        ({"prompt": "\ud800"}, "not JSON, "),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
+    path = written(tmp_path, {"prompt": "good"}, row)
+    assert refused(read_prompts, path).startswith(f"--answers: {path}, row 2: {message}")
+
+
+def test_a_file_without_prompts_and_a_prompt_without_room_are_refused(tmp_path: Path, folders: list[Path]) -> None:
+    assert refused(read_prompts, written(tmp_path)) == f"--answers: {tmp_path / 'prompts.jsonl'} is empty"
+    assert refused(read_prompts, "gone.jsonl") == "--answers: gone.jsonl cannot be read: No such file or directory"
+    assert refused(read_prompts, DEFAULT, max_new_tokens=0) == "--max-new-tokens must be at least 1; got 0"
+    path = written(tmp_path, {"prompt": "a"}, {"prompt": "b" * 501})
+    assert refused(load, folders[0], read_prompts(path, max_new_tokens=12)) == (
+        "--answers: prompts.jsonl, row 2: MODEL reads at most 512 tokens (max_position_embeddings), not a prompt of "
+        "501 and 12 new ones"
+    )
+
+
+def test_the_models_template_is_used_and_may_refuse(tmp_path: Path, folders: list[Path]) -> None:
+    settings = read_prompts(written(tmp_path, {"prompt": "Why?"}))
+    writer = load(folders[0], settings, TEMPLATE)
+    assert writer.tokenizer.decode(writer.prompts[0]) == "<user>Why?<answer>"
+    assert refused(load, folders[0], settings, "{{ raise_exception('no\nuser') }}") == (
+        "--answers: prompts.jsonl, row 1: the chat template of MODEL refuses it: no user"
+    )
+
+
+# Texts
+
+
+def test_repetition_is_the_share_of_four_grams_that_occurred_before() -> None:
+    assert [repetition(ids) for ids in ([], [1, 2, 3], [1, 2, 3, 4], [1] * 7, [1, 2, 3, 4] * 2)] == [0, 0, 0, 0.75, 0.2]
+
+
+def by_hand(writer: Writer, prompt: list[int]) -> list[int]:
+    """Writes greedily, one prompt and one token at a time, without a cache."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + NEW and (len(ids) == len(prompt) or ids[-1] != END):
+        ids.append(int(writer.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@torch.no_grad()
+def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, folders: list[Path]) -> None:
+    writers = [load(folder, settings) for folder in folders]
+    with torch.no_grad():  # so that some answers end
+        for writer in writers:
+            output_head(writer.model).weight[END] *= 2
+    expected = [by_hand(writers[0], prompt) for prompt in writers[0].prompts]
+    # A model's own settings would hide that it repeats itself.
+    writers[0].model.generation_config = GenerationConfig(repetition_penalty=9.0, eos_token_id=END, do_sample=True)
+    first, dense = write_answers(writers, settings, batch_size=4)
+    words = [ids[:-1] if ids[-1] == END else ids for ids in expected]
+    assert [one.text for one in first.greedy.texts] == [writers[0].tokenizer.decode(ids) for ids in words]
+    assert [(one.tokens, one.ended, one.repetition) for one in first.greedy.texts] == [
+        (len(ids), len(ids) < len(all_ids), repetition(ids)) for ids, all_ids in zip(words, expected, strict=True)
+    ]
+    assert 0 < first.greedy.ended == sum(one.ended for one in first.greedy.texts) / 6 < 1
+    losses = []
+    for prompt, ids in zip(writers[1].prompts, expected, strict=True):
+        logits = writers[1].model(input_ids=torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
+        losses += [-float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(ids)]
+    assert first.greedy.dense_perplexity is not None
+    assert first.greedy.dense_perplexity == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-5)
+    assert first.greedy.dense_perplexity > (dense.greedy.dense_perplexity or math.inf)
+    assert (first.chat_template, dense.closeness) == (False, None)
+    assert first.closeness is not None
+    assert (first.closeness.text, first.closeness.predictions) == (
+        "the dense model's greedy answers",
+        sum(one.tokens + one.ended for one in dense.greedy.texts),
+    )
+
+
+def test_sampling_repeats_itself_from_the_seed_and_needs_no_dense_model(
+    settings: AnswerSettings, folders: list[Path]
+) -> None:
+    (first,), (second,) = (write_answers([load(folders[0], settings)], settings) for _ in range(2))
+    assert first == second
+    assert first.sampled.texts != first.greedy.texts
+    assert first.sampled.dense_perplexity is None
+
+
+@torch.no_grad()
+def test_closeness_equals_a_plain_computation_and_a_model_is_itself(
+    settings: AnswerSettings, folders: list[Path]
+) -> None:
+    pruned, dense = (load(folder, settings).model for folder in folders)
+    ids = torch.randint(3, 100, (3, 10), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[2, :6] = IGNORE_INDEX
+    found = measure_closeness(dense, pruned, [(ids[:2], labels[:2]), (ids[2:], labels[2:])], "a text")
+    p, q = (
+        torch.cat([every[:2].flatten(0, 1), every[2, 5:]])
+        for every in (model(input_ids=ids).logits.double().softmax(-1)[:, :-1] for model in (dense, pruned))
+    )
+    assert found.predictions == len(p) == 22
+    assert found.agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    assert found.overlap == pytest.approx(p.minimum(q).sum(-1).mean().item(), rel=1e-5)
+    assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-5)
+    same = measure_closeness(dense, dense, [(ids, ids)], "a text")
+    assert (same.agreement, same.overlap, same.kl) == (1.0, pytest.approx(1.0), 0.0)
+
+
+# The page, the card and the comparison
+
+
+def answered(prompts: int, text: str = EVIL) -> dict[str, Any]:
+    """Returns an evaluation whose texts are numbered."""
+    rows = [{"row": i, "messages": [{"role": "user", "content": f"q{i} {text}"}]} for i in range(prompts)]
+
+    def model(name: str) -> dict[str, Any]:
+        one = {"tokens": 9.0, "ended": 0.5, "repetition": 0.25, "dense_perplexity": 3.0}
+        texts = [one | {"text": f"{name}{i} {text}"} for i in range(prompts)]
+        closeness = (
+            {"text": "t", "agreement": 0.75, "overlap": 0.5, "kl": 1.5, "predictions": 9} if name == "pruned" else None
+        )
+        kinds = dict.fromkeys(("greedy", "sampled"), one | {"texts": texts})
+        return {"path": f"{name}/<path>", "answers": {"chat_template": False, "closeness": closeness, **kinds}}
+
+    plan = asdict(AnswerSettings("my.jsonl", "0", ()))
+    plan["prompts"] = [row | {"kind": "<i>chat</i>", "expected": text} for row in rows]
+    return {**EVALUATION, **model("pruned"), "dense": EVALUATION["dense"] | model("dense"), "answers_plan": plan}
+
+
+class Page(HTMLParser):
+    """Collects tags, and the text of every <pre>."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        self.texts += [""] if tag == "pre" else []
+
+    def handle_data(self, data: str) -> None:
+        if self.texts and self.tags[-1] == "pre":
+            self.texts[-1] += data
+
+
+def test_the_page_escapes_every_text_and_has_both_models_side_by_side() -> None:
+    html = answers_page(answered(3))
+    page = Page(html)
+    assert not {"script", "b", "i", "path"} & set(page.tags)
+    assert "no chat template, so plain text" in html
+    assert '<meta name="viewport" content="width=device-width' in html
+    found = [text.split()[0] for text in page.texts if text.strip()]
+    assert found == [name for i in range(3) for name in (f"q{i}", *(f"dense{i}", f"pruned{i}") * 2)]
+    assert all(EVIL in text for text in page.texts)
+    alone = Page(answers_page(answered(1) | {"dense": None}))
+    assert len(alone.texts) == 3
+
+
+@pytest.mark.parametrize(("prompts", "shown"), [(50, [0, 10, 20, 30, 40]), (7, [0, 1, 2, 4, 5]), (3, [0, 1, 2])])
+def test_the_card_shows_five_answers_that_cannot_leave_their_block(prompts: int, shown: list[int]) -> None:
+    lines = answers_section(answered(prompts)).splitlines()
+    indented = [line[4:] for line in lines if line.startswith("    ")]
+    others = {line for line in lines if not line.startswith("    ")}
+    assert others == {"## Answers", "Greedy, at most 128 tokens.", "", "Prompt:", "Dense:", "Pruned:"}
+    assert [line.split()[0] for line in indented if line[:1] in "qdp"] == [
+        f"{name}{i}" for i in shown for name in ("q", "dense", "pruned")
+    ]
+
+
+def test_answers_are_columns_of_the_comparison(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(answered(1)))
+    (tmp_path / "b.json").write_text(json.dumps(EVALUATION))  # also of a version before answers
+    first, second = read_results([tmp_path / "a.json", tmp_path / "b.json"])
+    assert first.measured["ended"] == (0.5, 0.5, "greedy answers")
+    assert first.measured["agreement"] == (0.75, None, "t")
+    assert not {"ended", "agreement"} & second.measured.keys()
+    row = next(line for line in comparison_table([first, second]).splitlines() if line.startswith("a "))
+    assert row.endswith("0.8000      25.0 %  25.0 %  50.0 %  50.0 %     75.0 %    0.500")

@@ -1,0 +1,207 @@
+"""Tasks of reasoning-gym: questions by a seed, greedy answers, the package's own score. And `evaluate.after`."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_file import config_from_dict
+from loraprune_ds.errors import RunError, UserError
+from loraprune_ds.evaluate import reasoning, tasks
+from loraprune_ds.evaluate.reasoning import DEFAULT, GymTask, greedy_answers, load_tasks
+from loraprune_ds.evaluate.settings import TaskSettings
+from loraprune_ds.files import read_json, write_json
+from loraprune_ds.train import after
+from tests.oracle.models import make_tiny_llama
+from tests.refusals import refused
+from tests.unit.test_data_tokens import make_tokenizer
+
+needs_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is missing")
+SIZES: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 8, "hidden": 16, "ffn": 32, "layers": 2}
+TEMPLATE = "{% for m in messages %}<s> {{ m.content }} </s> {% endfor %}<s> w59"
+
+
+def rank_of(world_size: int, rank: int, others: tuple[dict[int, str], ...] = ()) -> Any:
+    """Stands for a Communicator."""
+    return SimpleNamespace(
+        device=torch.device("cpu"), rank=rank, world_size=world_size, gather_objects=lambda mine: [*others, mine]
+    )
+
+
+# Which tasks there are
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    settings = TaskSettings(("reasoning_gym:chain_sum", "reasoning_gym"), limit=1)
+    message = "--tasks reasoning_gym needs the package reasoning-gym: pip install reasoning-gym"
+    assert refused(tasks.check_tasks, settings) == message
+    settings = TaskSettings(("reasoning_gym:chain_sum",), include_path=Path())
+    assert refused(tasks.check_tasks, settings) == "--include-path has no effect on tasks of reasoning_gym"
+
+
+@needs_gym
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("chain_summ", "--tasks: reasoning-gym knows no task chain_summ; did you mean chain_sum, decimal_chain_sum?"),
+        ("puzzle24", "--tasks reasoning_gym:puzzle24: its scorer runs the answer as code"),
+        ("ransom_note:easy", "--tasks reasoning_gym:ransom_note:easy: its questions change from process to process"),
+        ("chain_sum:hard", "--tasks reasoning_gym:chain_sum:hard: a task takes :easy or nothing behind its name"),
+        ("gsm_symbolic:easy", "--tasks reasoning_gym:gsm_symbolic:easy: No curriculum"),
+        ("graph_color", "--tasks reasoning_gym:graph_color: it names no right answer"),
+        ("composite", "--tasks reasoning_gym:composite: Must specify at least one dataset"),
+    ],
+)
+def test_a_task_that_cannot_be_loaded_is_one_line(name: str, message: str) -> None:
+    assert refused(tasks.check_tasks, TaskSettings((f"reasoning_gym:{name}",), limit=2)).startswith(message)
+
+
+@needs_gym
+def test_questions_depend_on_the_seed_alone() -> None:
+    """Python shuffles sets by PYTHONHASHSEED. Examples are none of the questions."""
+    code = (
+        "from loraprune_ds.evaluate.reasoning import TaskSettings, load_tasks;"
+        "print(*(task.digest for task in load_tasks(TaskSettings(('reasoning_gym',)))))"
+    )
+    loaded = load_tasks(TaskSettings(("reasoning_gym",)))
+    assert [task.name for task in loaded] == [f"reasoning_gym:{name}" for name in DEFAULT]
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        answer = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert answer.stdout.split()[-len(loaded) :] == [task.digest for task in loaded]
+    for task in loaded:
+        assert (len(task.questions), len(task.examples)) == (100, 3)
+        asked = {entry["question"] for entry in task.questions}
+        assert not any(entry["question"] in asked for entry in task.examples)
+        assert all(task.score(entry["answer"], entry) == 1 for entry in task.questions)
+
+
+@needs_gym
+def test_an_answer_that_the_scorer_cannot_read_is_wrong() -> None:
+    (task,) = load_tasks(TaskSettings(("reasoning_gym:prime_factorization",), limit=1))
+    assert task.score("x", task.questions[0]) == 0.0
+    assert task.score(task.questions[0]["answer"], task.questions[0]) == 1.0
+
+
+# Answers and scores
+
+
+def words(*numbers: int) -> str:
+    return " ".join(f"w{number}" for number in numbers)
+
+
+def task_of(*lengths: int) -> GymTask:
+    """Makes questions of different lengths, so that batches need padding."""
+    entries = [{"question": words(*range(1, n + 1)), "answer": words(5, n)} for n in lengths]
+    scorer = SimpleNamespace(score_answer=lambda answer, entry: 1.0 if answer == entry["answer"] else 0.25)
+    return GymTask("reasoning_gym:made", scorer, entries[1:], entries[:1])
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(template: str | None, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        make_tiny_llama(tmp_path, vocab=70, seed=3, **SIZES), dtype=torch.float32
+    )
+    model.config.max_position_embeddings = 64
+    tokenizer = make_tokenizer(template="<s> $A")
+    tokenizer.chat_template = template
+    task = task_of(2, 9, 1, 6, 3, 4)
+    expected = []
+    for entry in task.questions:
+        first, question = task.examples[0], entry["question"]
+        plain = f"<s> {first['question']} {first['answer']} {question}"
+        chat = f"<s> {first['question']} </s> <s> {first['answer']} </s> <s> {question} </s> <s> w59"
+        ids = tokenizer(chat if template else plain, add_special_tokens=False)["input_ids"]
+        made: list[int] = []
+        while len(made) < 2 + reasoning.ROOM and made[-1:] != [tokenizer.eos_token_id]:
+            made.append(int(model(torch.tensor([ids + made])).logits[0, -1].argmax()))
+        expected.append(str(tokenizer.decode(made, skip_special_tokens=True)).strip())
+    assert len(set(expected)) > 1
+    assert greedy_answers(task, model, tokenizer, 3, rank_of(1, 0)) == expected
+    by_rank_1 = {2: expected[2], 3: expected[3]}  # of batches of two, it has the second
+    assert greedy_answers(task, model, tokenizer, 2, rank_of(2, 0, (by_rank_1,))) == expected
+    with pytest.raises(UserError, match=r"^--tasks reasoning_gym:made: a question .* takes \d+ of 64 tokens$"):
+        greedy_answers(task_of(2, 60), model, tokenizer, 2, rank_of(1, 0))
+
+
+def test_exact_match_is_the_share_of_full_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of(2, 3, 4, 6, 7)
+    right = [entry["answer"] for entry in task.questions]
+    monkeypatch.setattr(reasoning, "load_tasks", lambda settings: (task,))
+    monkeypatch.setattr(reasoning, "version", lambda package: "0")
+    monkeypatch.setattr(reasoning, "greedy_answers", lambda *given: [right[0], "w1", "w1", "w1"])
+    settings = TaskSettings(("reasoning_gym:made",))
+    found: Any = tasks.run_tasks(settings, None, make_tokenizer(), 2, rank_of(1, 0))  # pyright: ignore
+    error = (0.25 * 0.75 / 3) ** 0.5
+    metrics = {"exact_match,none": 0.25, "exact_match_stderr,none": error, "score,none": (1 + 3 * 0.25) / 4}
+    assert found["results"] == {"reasoning_gym:made": metrics}
+    about = found["settings"]["reasoning_gym"]
+    assert (about["fewshot"], about["documents"], about["chat_template"]) == (1, {"reasoning_gym:made": 4}, False)
+
+
+# After a run
+
+
+def judged(accuracy: float) -> dict[str, Any]:
+    answers = {"chat_template": True, "greedy": {"ended": 1.0, "texts": ["a"]}, "closeness": None}
+    return {"tasks": {"results": {"t": {"acc,none": accuracy}}}, "answers": answers, "perplexity": None}
+
+
+def kept(accuracy: float) -> dict[str, Any]:
+    answers = {"chat_template": True, "greedy": {"ended": 1.0}, "closeness": None}
+    return {"tasks": {"results": {"t": {"acc,none": accuracy}}}, "answers": answers}
+
+
+def run_of(*after: str) -> RunConfig:
+    return config_from_dict({"output_dir": "out", "evaluate": {"after": list(after)}})
+
+
+def test_what_is_asked_for_after_a_run_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    result = judged(0.1) | {"dense": judged(0.3)}
+
+    def measured(command: list[str], env: dict[str, str], **options: Any) -> Any:
+        assert not after.RANK & env.keys()  # it is a process of its own, not a rank
+        calls.append(command)
+        return SimpleNamespace(returncode=int(len(calls) == 1), stdout=json.dumps(result))
+
+    monkeypatch.setattr(subprocess, "run", measured)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    write_json(tmp_path / "report.json", {"steps": 3})
+    after.measure_after(run_of(), tmp_path)
+    assert not calls
+    config = run_of("answers", "piqa", "tasks")
+    with pytest.raises(RunError, match=r"^evaluate\.after failed with code 1"):
+        after.measure_after(config, tmp_path)
+    assert read_json(tmp_path / "report.json") == {"steps": 3}
+    for _ in range(2):
+        after.measure_after(config, tmp_path)
+    assert len(calls) == 2
+    page = ["--answers", "--page", str(tmp_path / "answers.html")]
+    assert calls[1][-8:] == ["--dtype", "bfloat16", *page, "--tasks", "piqa", "reasoning_gym"]
+    asked = {"asked": ["answers", "piqa", "tasks"], **kept(0.1), "dense": kept(0.3)}
+    assert read_json(tmp_path / "report.json") == {"steps": 3, "after": asked}
+    assert read_json(tmp_path / "evaluation.json") == result
+    after.measure_after(run_of("piqa"), tmp_path)
+    assert calls[2][-2:] == ["--tasks", "piqa"]
+
+
+def test_wrong_tasks_are_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasoning.load_tasks.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    after.check_after(["answers"])
+    message = "evaluate.after reasoning_gym needs the package reasoning-gym: pip install reasoning-gym"
+    assert refused(after.check_after, ["answers", "tasks"]) == message
