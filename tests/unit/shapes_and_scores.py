@@ -9,15 +9,13 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family import FAMILIES, LLAMA_LINEARS
-from loraprune_ds.model.family_row import Linear
+from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.target import make_limits
 
 KINDS = FAMILIES["llama"].kinds
-BY_NAME: dict[str, Linear] = {linear.name: linear for linear in LLAMA_LINEARS}
 
 
 def make_shape(

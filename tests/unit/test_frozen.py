@@ -19,7 +19,7 @@ from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan
 from tests.families import tiny_model
 from tests.family_cuts import FEW, MANY, draw
-from tests.numerics.int8 import open_int8
+from tests.numerics.test_int8 import open_int8
 from tests.plain_model import take
 from tests.refusals import refuses
 
