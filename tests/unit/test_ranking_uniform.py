@@ -1,0 +1,129 @@
+"""`uniform`: the same counts in every open layer, as near to the ratio as whole groups get, the best of each layer."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from loraprune_ds.config import PruneConfig
+from loraprune_ds.model.shapes import LayerShape
+from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.limits import Limits
+from loraprune_ds.pruning.ranking import rank_uniform, uniform_counts, uniform_goal
+from loraprune_ds.pruning.target import make_limits
+from tests.oracle.formula import keep_best
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape, random_limits, random_scores_of
+
+TARGETS = [0.2, 0.5, 0.75, 0.9, 0.97, 1.0]  # of the final ratio, as on the way there
+
+
+def error(limits: Limits, counts: LayerShape, ratio: float) -> float:
+    """How far off a layer's counts are, in parameters of that layer."""
+    first = limits.open_layers[0]
+    wanted = ratio * limits.dense.linear_numel() / len(limits.open_layers)
+    return abs(limits.lost(first, counts) - wanted)
+
+
+def all_counts(limits: Limits) -> list[LayerShape]:
+    first = limits.open_layers[0]
+    dense, floor = limits.dense.layers[first], limits.floor[first]
+    heads, channels = (
+        [c for c in range(floor[kind], dense[kind] + 1) if c % multiple == 0 or c == dense[kind]]
+        for kind, multiple in limits.multiples.items()
+    )
+    counts = [LayerShape(heads=h, channels=c) for h in heads for c in channels]
+    return [c for c in counts if limits.lost(first, c) <= limits.layer_budget[first]]
+
+
+def test_the_goal_comes_nearest_of_all_counts() -> None:
+    draw = random.Random(0)
+    for _ in range(400):
+        limits, ratio = random_limits(draw, uniform=True), draw.uniform(0.01, 0.95)
+        goal, allowed = uniform_goal(limits, ratio), all_counts(limits)
+        half_a_step = limits.multiples["channels"] * limits.dense.group_numel("channels") / 2
+        assert goal in allowed
+        nearest = min(error(limits, counts, ratio) for counts in allowed)
+        assert error(limits, goal, ratio) <= max(nearest, half_a_step) + 1e-6
+
+
+def test_heads_give_their_share_where_channels_can_make_up_for_the_rest() -> None:
+    """However few heads there are: 3 key-value heads cannot give 30 %, so they give one and the channels less."""
+    for ratio, heads in ((0.1, 3), (0.2, 2), (0.3, 2), (0.5, 1), (0.55, 1), (0.64, 1)):
+        goal = uniform_goal(limits_of(SMOLLM2), ratio)
+        assert goal["heads"] == heads
+        assert error(limits_of(SMOLLM2), goal, ratio) <= SMOLLM2.group_numel("channels") / 2
+
+
+def test_the_papers_model() -> None:
+    limits = make_limits(PruneConfig(ratio=0.5, channel_multiple=1), LLAMA_7B)  # 27 of 32 layers are open
+    goal = uniform_goal(limits, 0.5)
+    assert goal["heads"] == 13  # (1 − 0.5 · 32/27) · 32 = 13.04
+    assert error(limits, goal, 0.5) <= LLAMA_7B.group_numel("channels") / 2
+    rounded = uniform_goal(make_limits(PruneConfig(ratio=0.5, channel_multiple=64), LLAMA_7B), 0.5)
+    assert (rounded["heads"], rounded["channels"]) == (13, 4480)
+
+
+def test_where_channels_end_heads_give_more_and_the_other_way_round() -> None:
+    """With 1200 channels left in each layer, heads have to give more than their share."""
+    channels_end = replace(limits_of(SMOLLM2), floor=(LayerShape(heads=1, channels=1200),) * 30)
+    assert uniform_goal(channels_end, 0.4) == LayerShape(heads=1, channels=1200)
+    heads_end = limits_of(SMOLLM2, tensor_parallel=3)
+    goal = uniform_goal(heads_end, 0.4)
+    assert goal["heads"] == 3
+    assert error(heads_end, goal, 0.4) <= SMOLLM2.group_numel("channels") / 2
+
+
+def test_a_head_larger_than_what_should_go_stays() -> None:
+    """One of two heads is 28.6 % of this layer: nearer to its share of 26 %, but no channel can be given back."""
+    shape = make_shape([(2, 10)] * 2, hidden=8, head_dim=5)
+    assert uniform_goal(limits_of(shape), 0.26) == LayerShape(heads=2, channels=4)
+    assert uniform_goal(limits_of(shape), 0.29) == LayerShape(heads=1, channels=10)
+
+
+def test_counts_never_grow_on_the_way_and_end_exactly() -> None:
+    draw, generator = random.Random(1), torch.Generator().manual_seed(1)
+    for _ in range(150):
+        limits, ratio = random_limits(draw, uniform=True), draw.uniform(0.05, 0.8)
+        goal, shape = uniform_goal(limits, ratio), limits.dense
+        for fraction in TARGETS:
+            scores = random_scores_of(shape, generator)
+            keep = rank_uniform(scores, shape, limits, fraction * ratio, ratio)
+            shape = shape.after(keep)  # indexing would fail if a count grew
+            (counts,) = {shape.layers[i] for i in limits.open_layers}
+            for kind, multiple in limits.multiples.items():
+                assert counts[kind] >= goal[kind]
+                assert counts[kind] % multiple == 0 or counts[kind] == limits.dense.layers[0][kind]
+            closed = set(range(len(shape.layers))) - set(limits.open_layers)
+            assert all(shape.layers[i] == limits.dense.layers[i] for i in closed)
+        assert counts == goal
+
+
+def test_on_the_way_both_kinds_are_cut_in_proportion() -> None:
+    limits = make_limits(PruneConfig(ratio=0.5, channel_multiple=1), LLAMA_7B)
+    counts = uniform_counts(limits, 0.25, 0.5)
+    goal = uniform_goal(limits, 0.5)
+    assert abs(counts["heads"] - (32 + goal["heads"]) / 2) <= 0.5
+    assert abs(counts["channels"] - (11008 + goal["channels"]) / 2) <= 0.5
+    reached = len(limits.open_layers) * limits.lost(4, counts) / LLAMA_7B.linear_numel()
+    assert reached == pytest.approx(0.25, abs=0.005)  # half a head in every layer
+
+
+def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:
+    generator = torch.Generator().manual_seed(2)
+    shape = make_shape([(6, 50)] * 5)
+    limits = limits_of(shape, protected_first=1, protected_last=1)
+    for levels in (None, 3, 1):  # 1: all groups are tied
+        scores = random_scores_of(shape, generator, levels=levels)
+        scores[2] = LayerScores(
+            heads=scores[2]["heads"] * 1000, channels=scores[2]["channels"] / 1000
+        )  # scale between layers is nothing
+        keep = rank_uniform(scores, shape, limits, 0.3, 0.3)
+        counts = uniform_goal(limits, 0.3)
+        for i, (layer, layer_keep) in enumerate(zip(scores, keep, strict=True)):
+            wanted = counts if i in (1, 2, 3) else shape.layers[i]
+            assert layer_keep["heads"].tolist() == keep_best(layer["heads"], wanted["heads"])
+            assert layer_keep["channels"].tolist() == keep_best(layer["channels"], wanted["channels"])
+        assert gone(shape.after(keep), shape) == pytest.approx(
+            0.3 * shape.linear_numel(), abs=1.5 * shape.group_numel("channels")
+        )
