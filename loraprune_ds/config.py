@@ -320,7 +320,7 @@ class EvaluateConfig:
     batch_size: Count = 8
     # steps between evaluations during the run, which `training.png` draws. None: only before and after
     every: Count | None = None
-    # list of measurements beside the dense model when the run is over: `answers`, `tasks`, or names of tasks
+    # list of measurements of the exported and the dense model: `answers`, `tasks`, or names of tasks
     after: list[str] = field(default_factory=list)
 
 

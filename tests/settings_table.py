@@ -35,7 +35,7 @@ def settings() -> dict[str, list[Setting]]:
 def describe(section: Any, prefix: str = "") -> list[Setting]:
     comments = comments_of_fields(inspect.getsource(section))
     return [
-        Setting(prefix + field.name, in_words(field.default), meaning(comments[field.name], choices(field.type)))
+        Setting(prefix + field.name, default_of(field), meaning(comments[field.name], choices(field.type)))
         for field in dataclasses.fields(section)
     ]
 
@@ -70,9 +70,13 @@ def meaning(comment: str, words: list[str]) -> str:
     return re.sub(r"`?\bNone\b`?", "`null`", " ".join(sentences))
 
 
+def default_of(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return in_words(field.default)
+    return "required" if field.default_factory is dataclasses.MISSING else in_words(field.default_factory())
+
+
 def in_words(default: Any) -> str:
-    if default is dataclasses.MISSING:
-        return "required"
     if default is None:
         return "null"
     return str(default).lower() if isinstance(default, bool) else str(default)

@@ -20,7 +20,7 @@ from loraprune_ds.evaluate.perplexity import Progress, exp_of_mean
 from loraprune_ds.evaluate.prompts import AnswerSettings
 from loraprune_ds.model.token_loss import IGNORE_INDEX, token_losses
 
-AT_ONCE = 16  # answers that are written together
+AT_ONCE = 32  # answers that are written together
 GRAM = 4
 
 
@@ -94,13 +94,13 @@ def write_answers(
     text: tuple[str, Iterable[Labelled]] | None = None,
     progress: Progress = lambda rounds, _: rounds,
 ) -> list[Generation]:
-    """Returns the answers of each model. The second is the dense one, which also reads those of the first.
+    """Returns the answers of each model. The second is the dense one, which also reads the first one's answers.
 
     Args:
         text: a name and batches, on which the two models are compared. None: the dense model's greedy answers.
     """
     size = batch_size or AT_ONCE
-    sampling = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+    sampling = {"do_sample": True, "temperature": settings.temperature, "top_k": settings.top_k}
     kinds = [{"max_new_tokens": settings.max_new_tokens} | how for how in ({"do_sample": False}, sampling)]
     written = [[_write(writer, how, settings.seed, size, progress) for how in kinds] for writer in writers]
     dense = writers[1] if len(writers) > 1 else None

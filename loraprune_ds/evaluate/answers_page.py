@@ -50,7 +50,7 @@ def describe_plan(plan: dict[str, Any]) -> str:
     """Describes how the answers were written, in one line."""
     return (
         f"{plan['name']}: {len(plan['prompts'])} prompts, at most {plan['max_new_tokens']} tokens each; sampled at "
-        f"temperature {plan['temperature']}, top_p {plan['top_p']}, seed {plan['seed']}"
+        f"temperature {plan['temperature']}, top_k {plan['top_k']}, seed {plan['seed']}"
     )
 
 

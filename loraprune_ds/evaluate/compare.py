@@ -67,7 +67,7 @@ MEASURES = {
 
 
 class Value(NamedTuple):
-    """A measured number, beside the dense model's. Numbers compare only if `basis` agrees, a line for a reader."""
+    """Holds a measured number and the dense model's. Numbers compare only if `basis` agrees, a line for a reader."""
 
     value: float
     dense: float | None

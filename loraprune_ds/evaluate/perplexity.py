@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # it imports DeepSpeed
 CHARACTERS_PER_TOKEN = 32  # far more than a tokenizer reaches on prose
 # (input_ids, labels), both (batch, length) -> fp32 token losses (batch, length - 1), 0 where the label is IGNORE_INDEX
 Losses = Callable[[Tensor, Tensor], Tensor]
-# Wraps the rounds of a loop to show its progress, with a word for what they do.
+# Wraps the rounds of a loop to show its progress, with a word for the work.
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 

@@ -39,7 +39,7 @@ class AnswerSettings:
     prompts: tuple[Prompt, ...]
     max_new_tokens: int = 128
     temperature: float = 0.7
-    top_p: float = 0.9
+    top_k: int = 50
     seed: int = 0
 
     def __post_init__(self) -> None:

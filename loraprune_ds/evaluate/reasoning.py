@@ -18,7 +18,7 @@ from loraprune_ds.evaluate.settings import GYM, TaskSettings
 from loraprune_ds.zero.comm import Communicator
 
 EASY = "easy"
-# Of 39 that were tried, SmolLM2-135M-Instruct solves these above 20 %, and better than the best constant answer:
+# SmolLM2-135M-Instruct solves these of 39 tasks above 20 %, and better than the best constant answer:
 # tests/benchmarks/results/reasoning_gym.json
 DEFAULT = ("number_sequence", "number_sequence:easy", "products:easy")
 FEWSHOT, QUESTIONS = 3, 100
@@ -55,7 +55,7 @@ class GymTask:
         """Returns the package's own score, from 0 to 1."""
         try:
             return float(self.dataset.score_answer(answer, question))
-        except Exception:  # noqa: BLE001  # some scorers raise at what they cannot read
+        except Exception:  # noqa: BLE001  # some scorers raise at an answer that they cannot read
             return 0.0
 
 
@@ -90,7 +90,7 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
         questions = [dataset[i] for i in range(count)]
         asked = {entry["question"] for entry in questions}
         examples = [entry for entry in map(more.__getitem__, range(len(more))) if entry["question"] not in asked]
-    except Exception as error:  # a task may need settings of its own, and its generator raises anything
+    except Exception as error:  # a task may need more settings, and its generator raises anything
         raise UserError(f"--tasks {GYM}:{name}: {one_line(error)}") from error
     answered = all(isinstance(entry["answer"], str) for entry in (*questions, *examples))
     require(answered, f"--tasks {GYM}:{name}: it names no right answer, so there are no examples of one")

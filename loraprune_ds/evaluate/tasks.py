@@ -1,4 +1,4 @@
-"""Tasks by name: those of reasoning-gym have its prefix, all others are lm-eval's."""
+"""Runs tasks by name. A name with reasoning-gym's prefix is its own, all others are lm-eval's."""
 
 from dataclasses import replace
 from typing import Any

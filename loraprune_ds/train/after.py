@@ -1,4 +1,4 @@
-"""Measures the exported model after a run, in a process of its own. No rank holds a model any more."""
+"""Measures the exported model after a run, in a separate process. No rank holds a model any more."""
 
 import json
 import os

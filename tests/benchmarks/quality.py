@@ -33,7 +33,6 @@ from tests.benchmarks.two_four import expanded_model, sparse_model
 
 WINDOWS, VALIDATION_WINDOWS = 160, 64
 DENSE = "dense.json"
-WRITING = ("--dense", "embedded", "--answers", "--tasks", "reasoning_gym")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,10 +104,8 @@ def measure_dense(texts: dict[str, Path], work: Path) -> None:
     """Measures the dense model on the two texts for the end. Writes into the work folder."""
     path, basis = work / DENSE, basis_of(None, texts)
     if not path.exists() or read_json(path)["basis"] != basis:
-        written = evaluated("embedded", texts["test"], *WRITING)
-        measured = {"test": written["perplexity"], "other": perplexity("embedded", texts["other"])}
-        # It reads its own answers here, so it is its own dense model.
-        write_json(path, {"basis": basis, "perplexity": measured, "writing": writing_of(written["dense"])})
+        measured = {name: perplexity("embedded", texts[name]) for name in ("test", "other")}
+        write_json(path, {"basis": basis, "perplexity": measured, "writing": writing("embedded")})
 
 
 def result_path(work: Path, setting: Setting, seed: int) -> Path:
@@ -139,8 +136,7 @@ def carry_out(
     ]
     run_quickstart(arguments.ranks, settings, "--resume", "auto", peer=setting.peer)
     report = read_json(folder / "report.json")
-    written = evaluated(str(folder), texts["test"], *WRITING)
-    measured = {"test": written["perplexity"], "other": perplexity(str(folder), texts["other"])}
+    measured = {name: perplexity(str(folder), texts[name]) for name in ("test", "other")}
     report["config"] |= {"output_dir": "run"}  # no folder of this machine
     report["config"]["model"] |= {"path": setting.model}
     report["config"]["data"] |= {"path": texts["tune"].name}
@@ -151,7 +147,7 @@ def carry_out(
         "seed": seed,
         "tokens": report["steps"] * report["config"]["train"]["global_batch_size"] * report["config"]["data"]["window"],
         "perplexity": {"validation": report["perplexity"]["pruned"], **measured},
-        "writing": writing_of(written),
+        "writing": writing(str(folder)),
         # of steps and cuts: of the training alone
         "seconds": sum(x["seconds"] for x in read_metrics(folder / "metrics.jsonl") if x["kind"] in ("step", "cut")),
         "report": report,
@@ -159,22 +155,23 @@ def carry_out(
 
 
 def perplexity(model: str, text: Path) -> float:
-    return float(evaluated(model, text)["perplexity"])
+    windows = ("--window", "128", "--max-windows", str(WINDOWS))
+    return float(evaluated(model, "--text", str(text.resolve()), *windows)["perplexity"])
 
 
-def evaluated(model: str, text: Path, *options: str) -> dict[str, Any]:
-    command = [sys.executable, "launch/evaluate.py", model, "--text", str(text.resolve()), "--window", "128"]
-    command += ["--max-windows", str(WINDOWS), *options, "--json"]
+def writing(model: str) -> dict[str, float]:
+    """Measures what a user judges a model by: greedy answers, closeness to the dense model on its own, and tasks."""
+    answers = evaluated(model, "--dense", "embedded", "--answers")["answers"]
+    greedy = {key: answers["greedy"][key] for key in ("tokens", "ended", "repetition", "dense_perplexity")}
+    closeness = {key: answers["closeness"][key] for key in ("agreement", "overlap")}
+    tasks = evaluated(model, "--tasks", "reasoning_gym")["tasks"]
+    return greedy | closeness | {"exact_match": mean_metric(tasks, "exact_match") or 0.0}
+
+
+def evaluated(model: str, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "launch/evaluate.py", model, *options, "--json"]
     answer = subprocess.run(command, cwd=ROOT, check=True, env=cpu_environment(), stdout=subprocess.PIPE, text=True)
     return json.loads(answer.stdout)
-
-
-def writing_of(result: dict[str, Any]) -> dict[str, float]:
-    """Returns what a user judges a model by: closeness to the dense one, greedy answers and tasks."""
-    answers = result["answers"]
-    closeness = {key: answers["closeness"][key] for key in ("agreement", "overlap")} if answers["closeness"] else {}
-    greedy = {key: answers["greedy"][key] for key in ("repetition", "ended", "dense_perplexity", "tokens")}
-    return closeness | greedy | {"exact_match": mean_metric(result["tasks"], "exact_match") or 0.0}
 
 
 def publish(work: Path) -> None:
@@ -222,7 +219,7 @@ def rows_of(runs: Sequence[dict[str, Any]]) -> list[Row]:
 
 def _row(runs: list[dict[str, Any]]) -> Row:
     params = runs[0]["report"]["params"]
-    writing = [run["writing"] for run in runs if "writing" in run]
+    written = [run["writing"] for run in runs if "writing" in run]
     return {
         "setting": runs[0]["setting"],
         "group": runs[0]["group"],
@@ -230,7 +227,7 @@ def _row(runs: list[dict[str, Any]]) -> Row:
         "tokens": runs[0]["tokens"],
         "removed_linear_fraction": 1 - params["linear_pruned"] / params["linear_dense"],
         **{text: _spread([run["perplexity"][text] for run in runs]) for text in TEXTS},
-        "writing": {key: statistics.mean(run[key] for run in writing) for key in writing[0]} if writing else None,
+        "writing": {key: statistics.mean(run[key] for run in written) for key in written[0]} if written else None,
     }
 
 
