@@ -40,6 +40,7 @@ from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import resident_bytes, storage_bytes
 from loraprune_ds.zero.flat import AxisCut
 from tests.benchmarks.memory import Peak
+from tests.numerics.cutting import watched_collectives
 from tests.numerics.driver import Consecutive, assemble
 from tests.zero_bytes import elements_sent, second_copies, state_tensors, weight_shards
 
@@ -118,7 +119,6 @@ def modules(trainer: Trainer) -> list[nn.Module]:
 @contextmanager
 def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
     """Counts bytes that this rank sends by collective. All-gathers of a part of the ranks are `IN_GROUP`."""
-    backend: Any = ds_comm.comm.cdb
     sent: dict[str, int] = defaultdict(int)
     others = world_size - 1
     rules: dict[str, tuple[int, Callable[[Tensor], float]]] = {  # position of what is given, elements sent of it
@@ -127,31 +127,19 @@ def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
         "all_reduce": (0, lambda given: given.numel() if others else 0),
         "broadcast": (0, lambda given: given.numel() if others and rank == 0 else 0),
     }
-    originals = {name: getattr(backend, name) for name in rules}
 
-    def counting(name: str) -> Callable[..., Any]:
-        position, elements = rules[name]
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)][position]
-            members = kwargs.get("group")
-            group = ds_comm.get_world_size(members)
-            if members is not None and members is groups._ZERO_PARAM_INTRA_PARALLEL_GROUP:
+    def see(name: str, tensors: list[Tensor], group: Any) -> None:
+        if name in rules:
+            position, elements = rules[name]
+            given = tensors[position]
+            if group is not None and group is groups._ZERO_PARAM_INTRA_PARALLEL_GROUP:
                 assert name == "all_gather_into_tensor", f"{name} of a part of the ranks"
-                sent[IN_GROUP] += given.numel() * (group - 1) * given.element_size()
+                sent[IN_GROUP] += given.numel() * (ds_comm.get_world_size(group) - 1) * given.element_size()
             else:
                 sent[name] += int(elements(given)) * given.element_size()
-            return originals[name](*args, **kwargs)
 
-        return wrapped
-
-    for name in rules:
-        setattr(backend, name, counting(name))
-    try:
+    with watched_collectives(see):
         yield sent
-    finally:
-        for name, original in originals.items():
-            setattr(backend, name, original)
 
 
 def run_beside_plan(case: Case) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, dense_twin, first_batch, tiny_job
-from tests.oracle.mask_fisher import mask_fisher
+from tests.oracle.formula import mask_fisher
 from tests.ranks import RankPool
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS, SAMPLES = 15, 5, 4, 45, 61, 2, 12

@@ -10,11 +10,11 @@ import yaml
 
 from loraprune_ds.config import NEEDS, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import REMOVED, config_from_dict, config_value, load_config
+from tests.integration.launching import ROOT
 from tests.refusals import refused
-from tests.unit.shapes_and_scores import repository
 
 BASE = "output_dir: out\ntrain: {steps: 100}\n"
-SHIPPED = sorted((repository() / "launch" / "configs").rglob("*.yaml"))
+SHIPPED = sorted((ROOT / "launch" / "configs").rglob("*.yaml"))
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
@@ -26,7 +26,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_load(path: Path) -> None:
     config = load_config(path)
-    assert (repository() / config.deepspeed).is_file()
+    assert (ROOT / config.deepspeed).is_file()
     assert config.output_dir == f"runs/{path.stem}"
 
 

@@ -26,16 +26,10 @@ from loraprune_ds.plan.plan import (
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights, logits, split_state
 from tests.families import tiny_config
+from tests.published import sizes_of
+from tests.refusals import refuses
 
-SOURCE = {
-    "model_type": "llama",
-    "hidden_size": 512,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 1376,
-    "vocab_size": 1000,
-}
+SOURCE = sizes_of("llama", 512, 1376, 6, 8, num_key_value_heads=4, vocab_size=1000)
 SMALL = shape_from_config(SOURCE, "somewhere")
 WEIGHTS = SMALL.total_numel() * 2
 
@@ -114,8 +108,7 @@ def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: 
     assert any("--samples" in note for note in notes(make_plan(unknown)))
     planned = build_request("small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=samples)
     assert (planned.steps, planned.steps_known) == (steps, True)
-    with pytest.raises(UserError, match="--samples 5 is less"):
-        build_request("small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=5)
+    refuses("--samples 5 is less", build_request, "small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=5)
 
 
 def test_what_a_run_refuses_is_not_planned() -> None:
@@ -136,8 +129,7 @@ def test_an_impossible_cluster_is_refused() -> None:
         ({"gpu_memory": 2.0}, "--reserve"),
         ({"nodes": 10**6}, "GPUs"),
     ):
-        with pytest.raises(UserError, match=named):
-            Cluster(**wrong)  # type: ignore[arg-type]
+        refuses(named, Cluster, **wrong)
 
 
 def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) -> Request:

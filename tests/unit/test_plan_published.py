@@ -1,4 +1,4 @@
-"""Plans the shipped run configs of published models on the machines that their comments name."""
+"""Plans the shipped run configs of published models, and again every run whose peaks were recorded."""
 
 import math
 import re
@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.config_file import config_from_dict, load_config
+from loraprune_ds.files import read_json
 from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.plan.request import build_request, make_request
+from tests.benchmarks.plan_measured import HIGHEST, LOWEST, RESULT, cases, peaks, save_1b_config
+from tests.benchmarks.wide_layers import RESULT as WIDE
+from tests.benchmarks.wide_layers import wide_peaks
 from tests.published import MIXTURES, PUBLISHED
 
 CONFIGS = Path("launch/configs")
@@ -79,3 +83,26 @@ def test_with_hpz_the_largest_fit_and_gather_inside_their_nodes(folder: str, nam
     plan = make_plan(build_request(name, source, shape_from_config(source, name), config, Cluster(4, 8)))
     assert plan.fits
     assert plan.step.between_nodes < 0.01 * sum(plan.step.sent.values())
+
+
+# Every recorded run of `plan_measured.py` and `wide_layers.py`. What a process held beside its state when a step began
+# (Python's objects, kernels) is added to the plan
+
+
+@pytest.mark.parametrize("name", sorted(read_json(RESULT)))
+def test_the_peaks_of_a_recorded_run_are_planned(tmp_path: Path, name: str) -> None:
+    save_1b_config(tmp_path / "1b")
+    model, ranks = name.split(", ")
+    request = cases(model, tmp_path).request(int(ranks.split()[0]))
+    check(peaks(request, read_json(RESULT)[name]["ranks"]))
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(read_json(WIDE)) if name != "bin"])
+def test_the_peaks_of_true_widths_are_planned(tmp_path: Path, name: str) -> None:
+    check(wide_peaks(name, tmp_path, read_json(WIDE)[name]["ranks"]))
+
+
+def check(found: dict[str, tuple[int, int]]) -> None:
+    assert list(found) == ["before", "after"]
+    for when, (planned, measured) in found.items():
+        assert LOWEST <= planned / measured <= HIGHEST, (when, planned, measured)

@@ -158,9 +158,7 @@ def test_logits_per_chunk(chunk: int | None, at_once: int, expected: int, monkey
 
 @pytest.mark.parametrize("settings", [{}, {"tie": True}, {"model_type": "mistral"}], ids=str)
 def test_a_model_with_token_losses(tmp_path: Path, settings: dict[str, Any]) -> None:
-    folder = make_tiny_llama(
-        tmp_path, heads=4, kv_heads=2, head_dim=8, hidden=32, ffn=48, layers=2, vocab=97, seed=1, **settings
-    )
+    folder = make_tiny_llama(tmp_path, **settings)
     stock, model = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     names = [name for name, _ in model.named_parameters()]
     model = with_token_losses(model, chunk_tokens=7).requires_grad_(False)
