@@ -45,7 +45,6 @@ SETTINGS = (
 def run_rank(rank: int, settings: list[str], folder: Path) -> None:
     """Makes a run in this process. Writes what its steps and its pass before them took."""
     start_deepspeed(rank, 1, folder)
-    os.environ["LOCAL_RANK"] = "0"
     found: dict[str, Any] = {"losses": [], "seconds": [], "peak_bytes": [], "pass_before_seconds": 0.0, "disk_bytes": 0}
     make_step, record_teacher = Trainer.step, loop.record_teacher
 

@@ -297,6 +297,24 @@ def test_recovery_and_the_dense_models_pass_are_in_all() -> None:
     assert targets == [tokens * 512 * 2, tokens * (1000 * 8 + 12 * 8 + 4)]
 
 
+def test_a_live_teacher_is_held_and_asked_in_every_step() -> None:
+    plain = request(Cluster(1, 2))
+    live = changed(plain, train={"distill_weight": 0.5, "teacher": "live"})
+    before, after = make_plan(plain), make_plan(live)
+    held = (WEIGHTS - 2 * 1000 * 512) // 2  # all but the head
+    assert [x.state["live_teacher"] for x in after.stages] == [held] * 3
+    attention = 6 * 2 * (2 * 512 * 64) / 2  # layers, products, elements over half a window
+    operations = (2 * SMALL.linear_numel() + attention) * 64 * 64 / 2
+    for one, other in ((before.step, after.step), (before.last_step, after.last_step)):
+        added = (other.compute - one.compute) * plain.cluster.flops * plain.cluster.utilisation * 1e12
+        assert added == pytest.approx(operations)
+        assert other.sent["weights"] - one.sent["weights"] == live.micro_batches * held  # to the other rank
+    assert (after.teacher.total, teacher_pass(live)[-1]) == ((0, 0, 0), 0)
+    assert any(x["change"] == "outputs on disk" for x in suggestions(after))
+    away = make_plan(changed(live, deepspeed={"offload_param": {"device": "cpu"}}))
+    assert (away.stages[0].host["live_teacher"], away.stages[0].state.get("live_teacher")) == (held, None)
+
+
 @pytest.mark.parametrize(("samples", "gpus", "passes"), [(64, 1, 8), (64, 2, 8), (128, 2, 8), (129, 2, 16), (9, 4, 2)])
 def test_ranks_out_of_files_make_as_many_passes(samples: int, gpus: int, passes: int) -> None:
     plan = request(Cluster(1, gpus), steps=None, epochs=9, distill_weight=0.5, micro_batch_size=2, global_batch_size=8)
