@@ -81,9 +81,7 @@ def test_a_glob_and_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert files_at("wikitext") is files_at("some/dataset") is None
 
 
-def test_a_datasets_name_goes_to_datasets_with_its_files_and_split(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_datasets_name_goes_to_datasets_with_its_files_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, str | None]] = [{**row, "source": "s"} for row in INSTRUCTIONS]
     rows[2]["input"] = None  # as real data has them
 

@@ -276,9 +276,25 @@ def test_recovery_and_the_teachers_passes_are_in_all() -> None:
     assert (distilled.request.steps, longer.request.steps) == (20, 50)
     assert longer.request.pruning.schedule == distilled.request.pruning.schedule
     assert stage(distilled, "dense").phases["teacher's pass"]["targets"] == 2 * 64 * 512 * 2
-    assert distilled.step.compute > plain.step.compute
     added = 30 * distilled.last_step.total.at_least
     assert longer.in_all.at_least == pytest.approx(distilled.in_all.at_least + added)
+
+
+def test_a_teacher_is_held_and_asked_in_every_step() -> None:
+    plain = request(Cluster(1, 2))
+    distilled = changed(plain, train={"distill_weight": 0.5})
+    before, after = make_plan(plain), make_plan(distilled)
+    held = (WEIGHTS - 2 * 1000 * 512) // 2  # all but the head
+    assert [x.state["teacher"] for x in after.stages] == [held] * 3
+    attention = 6 * 2 * (2 * 512 * 64) / 2  # layers, products, elements over half a window
+    operations = (2 * SMALL.linear_numel() + attention) * 64 * 64 / 2
+    for one, other in ((before.step, after.step), (before.last_step, after.last_step)):
+        added = (other.compute - one.compute) * plain.cluster.flops * plain.cluster.utilisation * 1e12
+        assert added == pytest.approx(operations)
+        assert other.sent["weights"] - one.sent["weights"] == distilled.micro_batches * held  # to the other rank
+    assert any(x["change"] == "no distillation" for x in suggestions(after))
+    away = make_plan(changed(distilled, deepspeed={"offload_param": {"device": "cpu"}}))
+    assert (away.stages[0].host["teacher"], away.stages[0].state.get("teacher")) == (held, None)
 
 
 def test_hpz_keeps_a_copy_in_every_node_and_its_gathers_inside(tmp_path: Path) -> None:
