@@ -271,8 +271,7 @@ def test_settings_of_quality_cost_what_they_hold_and_send() -> None:
 
 def test_recovery_and_the_teachers_passes_are_in_all() -> None:
     settings: dict[str, Any] = {"distill_weight": 0.5}
-    cases: list[dict[str, Any]] = [{}, settings, settings | {"recovery_steps": 30}]
-    plain, distilled, longer = (make_plan(request(Cluster(1, 2), **x)) for x in cases)
+    distilled, longer = (make_plan(request(Cluster(1, 2), **settings, recovery_steps=x)) for x in (0, 30))
     assert (distilled.request.steps, longer.request.steps) == (20, 50)
     assert longer.request.pruning.schedule == distilled.request.pruning.schedule
     assert stage(distilled, "dense").phases["teacher's pass"]["targets"] == 2 * 64 * 512 * 2
