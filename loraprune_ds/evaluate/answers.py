@@ -26,7 +26,7 @@ GRAM = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """One text. `tokens` counts no end token. `ended`: whether the model wrote one."""
+    """One text. `tokens` counts no end token. `ended`: whether the model wrote one after a text."""
 
     text: str
     tokens: int
@@ -129,7 +129,7 @@ def _summarise(writer: Writer, dense: Writer | None, written: list[Ids], batch_s
         ended = ids[-1] in ends
         words = ids[:-1] if ended else ids
         text = cast(str, writer.tokenizer.decode(words))  # with special tokens, which a broken model may write
-        answers.append(Answer(text, len(words), ended, repetition(words)))
+        answers.append(Answer(text, len(words), ended and bool(words), repetition(words)))
     return Answers(
         fmean(one.tokens for one in answers),
         fmean(one.ended for one in answers),

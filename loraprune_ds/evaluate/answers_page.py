@@ -74,7 +74,7 @@ def _section(i: int, prompt: dict[str, Any], models: list[tuple[str, dict[str, A
         yield '<div class="side">'
         for name, model in models:
             answer = model["answers"][kind]["texts"][i]
-            end = "ended" if answer["ended"] else "cut off"
+            end = "ended" if answer["ended"] else "cut off" if answer["tokens"] else "empty"
             facts = f"{answer['tokens']} tokens, {end}, {format_percent(answer['repetition'])} repeated"
             text = escape(answer["text"]) or "<small>(nothing)</small>"
             yield f'<div class="answer"><small>{name}, {kind}: {facts}</small><pre dir="auto">{text}</pre></div>'
