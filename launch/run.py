@@ -1,4 +1,4 @@
-"""Prunes a decoder model while it fine-tunes: `deepspeed launch/run.py --config launch/configs/llama-7b.yaml`.
+"""Prunes a decoder model while it fine-tunes: `deepspeed launch/run.py --config launch/configs/paper/llama-7b.yaml`.
 
 The code is in loraprune_ds/cli/run.py, which `loraprune-ds run` runs as well.
 """

@@ -60,7 +60,6 @@ NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prune.compensate_steps": REFIT,
     "prune.compensate_decay": REFIT,
     "train.distill_temperature": DISTILLATION,
-    "train.distill_top_k": DISTILLATION,
     "data.packing": ANSWERS,
 }
 
@@ -123,6 +122,7 @@ class MixtureEntry:
     path: str
     weight: Positive | None = None  # its samples per samples of the others. None: all samples, once
     name: str | None = None
+    data_files: list[str] | None = None
     split: str | None = None
     format: DataFormat | None = None
     text_field: str | None = None
@@ -137,6 +137,7 @@ class DataSource:
 
     path: str
     name: str | None
+    data_files: list[str] | None
     split: str
     format: DataFormat
     text_field: str
@@ -154,6 +155,7 @@ class DataConfig:
     # a file, folder, glob or `datasets` name, `embedded` (Python's help topics), or a list of these: a mixture
     path: str | list[MixtureEntry] = "embedded"
     name: str | None = None  # configuration of a `datasets` data set
+    data_files: list[str] | None = None  # list of files of a `datasets` data set to fetch. None: all
     split: str = "train"  # split of a `datasets` data set
     format: DataFormat = "text"  # `text` packs documents into windows. The others train on answers alone
     text_field: str = "text"  # field with the text of a row
@@ -276,8 +278,6 @@ class TrainConfig:
     # weight w in the loss (1 - w) * cross-entropy + w * T² * KL(dense model ‖ model). 0: no distillation
     distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.0
     distill_temperature: Positive = 1.0  # temperature T, which divides the logits of the KL term
-    # number of the dense model's largest logits to store. None: its final hidden states, exact
-    distill_top_k: Count | None = None
     deterministic: bool = False  # kernels that give the same bits at every start, where torch has some
 
     def __post_init__(self) -> None:
@@ -318,8 +318,7 @@ class EvaluateConfig:
 
     window: Window = 128  # tokens of a window, with one prediction less
     max_windows: Count | None = 160  # windows to measure. None: all
-    # windows of a forward pass. Distillation's pass takes this number, or `train.micro_batch_size` if larger
-    batch_size: Count = 8
+    batch_size: Count = 8  # windows of a forward pass
     # steps between evaluations during the run, which `training.png` draws. None: only before and after
     every: Count | None = None
     # list of measurements of the exported and the dense model: `answers`, `tasks`, or names of tasks
@@ -361,22 +360,16 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        at_once = self.recorded_at_once if self.train.distill_weight else self.train.micro_batch_size
         flash = self.model.attn_implementation.startswith("flash_attention")
         require(
-            not (self.data.packing and flash and at_once > 1),
+            not (self.data.packing and flash and self.train.micro_batch_size > 1),
             f"data.packing with model.attn_implementation {self.model.attn_implementation} needs "
-            "train.micro_batch_size 1, and evaluate.batch_size 1 if train.distill_weight is set",
+            "train.micro_batch_size 1",
         )
         require(
             not (self.train.group_by_length and self.data.only_text),
             "train.group_by_length has no effect on data.format text: all its samples have data.window tokens",
         )
-
-    @property
-    def recorded_at_once(self) -> int:
-        """Returns the samples of a pass that records the dense model's outputs. No backward pass follows it."""
-        return max(self.train.micro_batch_size, self.evaluate.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the nested dictionary that `<output_dir>/config.yaml` holds."""

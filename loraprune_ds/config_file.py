@@ -41,6 +41,7 @@ REMOVED = {  # settings, and values of settings
     "train.weight_decay": Removed("LoRA trains without weight decay", 0.0),
     "train.adam_beta1": Removed("it is 0.9", 0.9),
     "train.adam_beta2": Removed("it is 0.999", 0.999),
+    "train.distill_top_k": Removed("the dense model stays on the ranks, with all its logits", None, has_effect=False),
     "train.loss_chunk_tokens": Removed("256 MiB of logits are held at once", None, has_effect=False),
     "checkpoint.copy_source": Removed(
         "loraprune-ds export makes a folder that needs no other", False, has_effect=False

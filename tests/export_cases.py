@@ -20,17 +20,11 @@ from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
+from tests.published import LLAMA_3
 
 VOCAB = 400
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "rope_theta": 5000.0,
-}
+LLAMA3 = LLAMA_3["rope_scaling"] | {"factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 5000.0}
 
 
 @dataclass(frozen=True)

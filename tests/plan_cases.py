@@ -5,13 +5,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import comm as ds_comm
 from deepspeed.utils import groups
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraprune_ds.config import (
     Compensation,
@@ -34,12 +35,14 @@ from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import logits, saved_in_layer, split_state, training_stage
 from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import resident_bytes, storage_bytes
 from loraprune_ds.zero.flat import AxisCut
 from tests.benchmarks.memory import Peak
+from tests.numerics.cutting import watched_collectives
 from tests.numerics.driver import Consecutive, assemble
-from tests.zero_bytes import elements_sent, second_copies, state_tensors
+from tests.zero_bytes import elements_sent, second_copies, state_tensors, weight_shards
 
 STEPS = 4  # the cut follows the second
 
@@ -61,6 +64,7 @@ class Case:
     compensate: Compensation = "none"
     criterion: Criterion = "lora"
     head_ratio: float | None = None
+    distilled: bool = False
 
     def request(self, world_size: int) -> Request:
         config = RunConfig(
@@ -85,6 +89,7 @@ class Case:
                 global_batch_size=self.micro_batch_size * self.micro_batches * world_size,
                 micro_batch_size=self.micro_batch_size,
                 gradient_checkpointing=self.checkpointing,
+                distill_weight=0.5 if self.distilled else 0.0,
             ),
         )
         name, per_node = str(self.folder), self.per_node or world_size
@@ -99,13 +104,21 @@ def build(request: Request) -> Trainer:
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
-    return assemble(config, pretrained, request.ds_config, Samples.of_windows(ids), Consecutive(size), STEPS)
+    trainer = assemble(config, pretrained, request.ds_config, Samples.of_windows(ids), Consecutive(size), STEPS)
+    if request.taught:
+        trainer._teacher = Teacher(pretrained, config.model, config.train, request.ds_config)
+    return trainer
+
+
+def modules(trainer: Trainer) -> list[nn.Module]:
+    """Lists the model and the teacher."""
+    teacher = trainer._teacher
+    return [trainer.model.module, *([teacher.engine.module] if teacher else [])]
 
 
 @contextmanager
 def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
     """Counts bytes that this rank sends by collective. All-gathers of a part of the ranks are `IN_GROUP`."""
-    backend: Any = ds_comm.comm.cdb
     sent: dict[str, int] = defaultdict(int)
     others = world_size - 1
     rules: dict[str, tuple[int, Callable[[Tensor], float]]] = {  # position of what is given, elements sent of it
@@ -114,31 +127,19 @@ def counted_bytes(world_size: int, rank: int) -> Iterator[dict[str, int]]:
         "all_reduce": (0, lambda given: given.numel() if others else 0),
         "broadcast": (0, lambda given: given.numel() if others and rank == 0 else 0),
     }
-    originals = {name: getattr(backend, name) for name in rules}
 
-    def counting(name: str) -> Callable[..., Any]:
-        position, elements = rules[name]
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            given = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)][position]
-            members = kwargs.get("group")
-            group = ds_comm.get_world_size(members)
-            if members is not None and members is groups._ZERO_PARAM_INTRA_PARALLEL_GROUP:
+    def see(name: str, tensors: list[Tensor], group: Any) -> None:
+        if name in rules:
+            position, elements = rules[name]
+            given = tensors[position]
+            if group is not None and group is groups._ZERO_PARAM_INTRA_PARALLEL_GROUP:
                 assert name == "all_gather_into_tensor", f"{name} of a part of the ranks"
-                sent[IN_GROUP] += given.numel() * (group - 1) * given.element_size()
+                sent[IN_GROUP] += given.numel() * (ds_comm.get_world_size(group) - 1) * given.element_size()
             else:
                 sent[name] += int(elements(given)) * given.element_size()
-            return originals[name](*args, **kwargs)
 
-        return wrapped
-
-    for name in rules:
-        setattr(backend, name, counting(name))
-    try:
+    with watched_collectives(see):
         yield sent
-    finally:
-        for name, original in originals.items():
-            setattr(backend, name, original)
 
 
 def run_beside_plan(case: Case) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, 
     return {
         "at": name,
         "planned_storages": sum(terms.values()),
-        "storages": storage_bytes(state_tensors(trainer.model)),
+        "storages": storage_bytes([*state_tensors(trainer.model), *chain(*map(weight_shards, modules(trainer)))]),
         "rss": resident_bytes() - baseline,
         "terms": terms,
     }
@@ -223,7 +224,7 @@ def _measured_step(step: int, request: Request, trainer: Trainer, baseline: int)
         IN_GROUP: {"most": planned[IN_GROUP], "counted": sent[IN_GROUP]},
         "second_copy": {
             "planned": split_state(request, shape)[0].get("second_copy", 0),
-            "counted": storage_bytes(second_copies(trainer.model.module)),
+            "counted": storage_bytes(chain(*map(second_copies, modules(trainer)))),
         },
         "lora_gradients": {
             "planned": planned["lora_gradients"],

@@ -3,7 +3,8 @@
 from typing import Any
 
 
-def _config(model_type: str, hidden: int, channels: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+def sizes_of(model_type: str, hidden: int, channels: int, layers: int, heads: int, **others: Any) -> dict[str, Any]:
+    """Returns the fields of config.json that every model has, and others."""
     sizes = {"hidden_size": hidden, "intermediate_size": channels, "num_hidden_layers": layers}
     return {"model_type": model_type, **sizes, "num_attention_heads": heads, **others}
 
@@ -63,24 +64,24 @@ GRANITE = {"num_key_value_heads": 8, "vocab_size": 49_155, "num_local_experts": 
 
 # By the name of the run config in launch/configs: config.json, and parameters as published, in billions.
 PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
-    "llama3.1-8b": (_config("llama", 4096, 14336, 32, 32, **LLAMA_3), 8.03),
-    "llama3.3-70b": (_config("llama", 8192, 28672, 80, 64, **LLAMA_3), 70.6),
-    "qwen3-8b": (_config("qwen3", 4096, 12288, 36, 32, **QWEN_3), 8.2),
-    "qwen3-32b": (_config("qwen3", 5120, 25600, 64, 64, **QWEN_3), 32.8),
+    "llama3.1-8b": (sizes_of("llama", 4096, 14336, 32, 32, **LLAMA_3), 8.03),
+    "llama3.3-70b": (sizes_of("llama", 8192, 28672, 80, 64, **LLAMA_3), 70.6),
+    "qwen3-8b": (sizes_of("qwen3", 4096, 12288, 36, 32, **QWEN_3), 8.2),
+    "qwen3-32b": (sizes_of("qwen3", 5120, 25600, 64, 64, **QWEN_3), 32.8),
     "gemma3-27b": (
-        {"model_type": "gemma3", "text_config": _config("gemma3_text", 5376, 21504, 62, 32, **GEMMA_3)},
+        {"model_type": "gemma3", "text_config": sizes_of("gemma3_text", 5376, 21504, 62, 32, **GEMMA_3)},
         27.0,
     ),
 }
 # config.json, and parameters in billions as published: all, and the active ones. GPT-OSS publishes the latter without
 # the embedding, which is added here.
 MIXTURES: dict[str, tuple[dict[str, Any], float, float]] = {
-    "Mixtral-8x7B": (_config("mixtral", 4096, 14336, 32, 32, **MIXTRAL), 46.7, 12.9),
-    "Qwen3-30B-A3B": (_config("qwen3_moe", 2048, 6144, 48, 32, moe_intermediate_size=768, **QWEN_3_MOE), 30.5, 3.3),
-    "Qwen1.5-MoE-A2.7B": (_config("qwen2_moe", 2048, 5632, 24, 16, **QWEN_2_MOE), 14.3, 2.7),
-    "OLMoE-1B-7B": (_config("olmoe", 2048, 1024, 16, 16, **OLMOE), 6.92, 1.28),
-    "granite-3.0-3b-a800m": (_config("granitemoe", 1536, 512, 32, 24, tie_word_embeddings=True, **GRANITE), 3.3, 0.88),
-    "gpt-oss-20b": (_config("gpt_oss", 2880, 2880, 24, 64, num_local_experts=32, **GPT_OSS), 20.91, 3.61 + 0.58),
-    "gpt-oss-120b": (_config("gpt_oss", 2880, 2880, 36, 64, num_local_experts=128, **GPT_OSS), 116.83, 5.13 + 0.58),
-    "Qwen3-235B-A22B": (_config("qwen3_moe", 4096, 12288, 94, 64, moe_intermediate_size=1536, **QWEN_3_MOE), 235, 22),
+    "Mixtral-8x7B": (sizes_of("mixtral", 4096, 14336, 32, 32, **MIXTRAL), 46.7, 12.9),
+    "Qwen3-30B-A3B": (sizes_of("qwen3_moe", 2048, 6144, 48, 32, moe_intermediate_size=768, **QWEN_3_MOE), 30.5, 3.3),
+    "Qwen1.5-MoE-A2.7B": (sizes_of("qwen2_moe", 2048, 5632, 24, 16, **QWEN_2_MOE), 14.3, 2.7),
+    "OLMoE-1B-7B": (sizes_of("olmoe", 2048, 1024, 16, 16, **OLMOE), 6.92, 1.28),
+    "granite-3.0-3b-a800m": (sizes_of("granitemoe", 1536, 512, 32, 24, tie_word_embeddings=True, **GRANITE), 3.3, 0.88),
+    "gpt-oss-20b": (sizes_of("gpt_oss", 2880, 2880, 24, 64, num_local_experts=32, **GPT_OSS), 20.91, 3.61 + 0.58),
+    "gpt-oss-120b": (sizes_of("gpt_oss", 2880, 2880, 36, 64, num_local_experts=128, **GPT_OSS), 116.83, 5.13 + 0.58),
+    "Qwen3-235B-A22B": (sizes_of("qwen3_moe", 4096, 12288, 94, 64, moe_intermediate_size=1536, **QWEN_3_MOE), 235, 22),
 }

@@ -1,6 +1,6 @@
 """Prunes a decoder model while it fine-tunes. One YAML is one run.
 
-deepspeed launch/run.py --config launch/configs/llama-7b.yaml
+deepspeed launch/run.py --config launch/configs/paper/llama-7b.yaml
 deepspeed --quiet --num_accelerators 2 launch/run.py --config launch/configs/quickstart.yaml     (on a CPU)
 loraprune-ds run --ranks 2 --config launch/configs/quickstart.yaml                               (the same)
 """

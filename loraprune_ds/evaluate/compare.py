@@ -24,7 +24,7 @@ from loraprune_ds.evaluate.drawing import (
     save_picture,
 )
 from loraprune_ds.evaluate.settings import GYM
-from loraprune_ds.evaluate.zeroshot import mean_metric, tasks_with
+from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.files import read_json
 from loraprune_ds.units import aligned, format_perplexity
 

@@ -8,7 +8,7 @@ from typing import Any
 from loraprune_ds.evaluate.answers_page import KINDS, describe_plan
 from loraprune_ds.evaluate.evaluation import Measurement
 from loraprune_ds.evaluate.settings import EvaluationSettings
-from loraprune_ds.evaluate.zeroshot import mean_metric, tasks_with
+from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.units import aligned, format_percent, format_perplexity
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark

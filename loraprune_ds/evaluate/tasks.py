@@ -1,14 +1,31 @@
-"""Runs tasks by name. A name with reasoning-gym's prefix is its own, all others are lm-eval's."""
+"""Tasks by name. A name with reasoning-gym's prefix is its own. All others are of EleutherAI's lm-evaluation-harness.
 
+Both are optional packages, and imported where they are used.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from loraprune_ds.errors import require
-from loraprune_ds.evaluate import reasoning, zeroshot
+from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.settings import GYM, TaskSettings
-from loraprune_ds.zero.comm import Communicator
+
+if TYPE_CHECKING:  # launch/compare.py only reads results and need not wait for them
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from loraprune_ds.zero.comm import Communicator
+
+# The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by the names of lm-eval.
+PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+PAPER = "paper"
+SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "batch_size")
 
 
 def check_tasks(settings: TaskSettings) -> None:
@@ -16,22 +33,32 @@ def check_tasks(settings: TaskSettings) -> None:
     gym, others = _of_gym(settings), _of_lm_eval(settings)
     require(bool(others.names) or settings.include_path is None, f"--include-path has no effect on tasks of {GYM}")
     if others.names:
-        zeroshot.check_tasks(others)
+        _check_lm_eval(others)
     if gym.names:
-        reasoning.load_tasks(gym)
+        from loraprune_ds.evaluate.reasoning import load_tasks
+
+        load_tasks(gym)
 
 
 def run_tasks(
     settings: TaskSettings,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     batch_size: int,
-    comm: Communicator,
+    comm: "Communicator",
 ) -> dict[str, Any] | None:
-    """Runs all tasks. Returns as `zeroshot.run_tasks`, with reasoning-gym's settings below its name. Collective."""
+    """Runs all tasks. Collective.
+
+    Returns:
+        On rank 0 {"results": {task: {metric: value}}, "settings": …}, with lm-eval's names of metrics, and
+        reasoning-gym's settings below its name. Else None.
+    """
     gym, others = _of_gym(settings), _of_lm_eval(settings)
-    judged = zeroshot.run_tasks(others, model, tokenizer, batch_size, comm) if others.names else None
-    solved = reasoning.run_tasks(gym, model, tokenizer, batch_size, comm) if gym.names else None
+    judged, solved = _run_lm_eval(others, model, tokenizer, batch_size, comm) if others.names else None, None
+    if gym.names:
+        from loraprune_ds.evaluate import reasoning
+
+        solved = reasoning.run_tasks(gym, model, tokenizer, batch_size, comm)
     if comm.rank != 0 or solved is None:
         return judged
     judged = judged or {"results": {}, "settings": {}}
@@ -41,6 +68,20 @@ def run_tasks(
     }
 
 
+def mean_metric(tasks: dict[str, Any], metric: str) -> float | None:
+    """Returns the mean over the tasks that have the metric, or None if none has.
+
+    Args:
+        metric: "acc" of multiple choice, or "exact_match" of written answers.
+    """
+    values = [tasks["results"][name][f"{metric},none"] for name in tasks_with(tasks, metric)]
+    return sum(values) / len(values) if values else None
+
+
+def tasks_with(tasks: dict[str, Any], metric: str) -> list[str]:
+    return [name for name, metrics in tasks["results"].items() if f"{metric},none" in metrics]
+
+
 def _of_gym(settings: TaskSettings) -> TaskSettings:
     names = tuple(name for name in settings.names if name.partition(":")[0] == GYM)
     return replace(settings, names=names, include_path=None)
@@ -48,3 +89,89 @@ def _of_gym(settings: TaskSettings) -> TaskSettings:
 
 def _of_lm_eval(settings: TaskSettings) -> TaskSettings:
     return replace(settings, names=tuple(name for name in settings.names if name.partition(":")[0] != GYM))
+
+
+def _check_lm_eval(settings: TaskSettings) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs the package lm-eval: pip install 'lm-eval[hf]'")
+    if settings.include_path and not settings.include_path.is_dir():
+        raise UserError(f"--include-path: {settings.include_path} is not a folder")
+    known = _task_manager(settings.include_path).all_tasks
+    for name in _expand(settings.names):
+        if name not in known and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
+            close = difflib.get_close_matches(name, known, n=3)
+            hint = f"; did you mean {', '.join(close)}?" if close else "; see `lm-eval ls tasks`"
+            raise UserError(f"--tasks: lm-eval knows no task {name}{hint}")
+
+
+def _run_lm_eval(
+    settings: TaskSettings,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    batch_size: int,
+    comm: "Communicator",
+) -> dict[str, Any] | None:
+    """Runs the tasks. Rank r takes every document from the r-th on in steps of `world_size`. Collective."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        answer = _lm_eval("").simple_evaluate(
+            _model_on_ranks(model, tokenizer, batch_size, comm),
+            tasks=list(_expand(settings.names)),
+            task_manager=_task_manager(settings.include_path),
+            num_fewshot=settings.fewshot,
+            batch_size=batch_size,
+            limit=settings.limit,
+            log_samples=False,
+        )
+    except Exception as error:  # a task file can hold any code, and `datasets` raises anything
+        raise UserError(f"--tasks {' '.join(settings.names)}: {one_line(error)}") from error
+    if comm.rank != 0:
+        return None
+    reported = {
+        "lm_eval": answer["lm_eval_version"],
+        "fewshot": answer["n-shot"],
+        "versions": answer["versions"],
+        "documents": answer["n-samples"],
+        "max_length": answer["max_length"],
+        "chat_template": answer.get("chat_template"),
+        **{key: answer["config"].get(key) for key in SEEDS},
+    }
+    return {"results": answer["results"], "settings": reported}
+
+
+def _model_on_ranks(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int, comm: "Communicator"
+) -> Any:
+    """Wraps a loaded model for lm-eval, which deals documents out to ranks only under `accelerate launch`."""
+    base: Any = _lm_eval(".models.huggingface").HFLM
+
+    class ModelOnRanks(base):
+        def __init__(self) -> None:
+            super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+            self._rank = comm.rank
+            self._world_size = comm.world_size
+
+        def all_gather(self, tensor: "Tensor") -> "Tensor":
+            """Gathers a scalar of every rank -> (world_size,)."""
+            return comm.all_gather(tensor.view(1)).flatten()
+
+        def barrier(self) -> None:
+            comm.barrier()
+
+    return ModelOnRanks()
+
+
+def _expand(names: Sequence[str]) -> list[str]:
+    expanded = [task for name in names for task in (PAPER_TASKS if name == PAPER else (name,))]
+    return list(dict.fromkeys(expanded))
+
+
+@cache
+def _task_manager(include_path: Path | None) -> Any:
+    """Makes lm-eval's index of all task files, which takes seconds."""
+    return _lm_eval(".tasks").TaskManager(include_path=include_path)
+
+
+def _lm_eval(module: str) -> Any:
+    """Imports a module of lm-eval, which may not be installed where types are checked."""
+    return importlib.import_module(f"lm_eval{module}")

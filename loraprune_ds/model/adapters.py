@@ -1,8 +1,7 @@
 """PEFT LoRA on all linears of every decoder layer, fresh or from an existing adapter."""
 
 import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -167,20 +166,6 @@ def lora_weights(module: LoraLinear, adapter: str = ADAPTER) -> tuple[nn.Paramet
     """Returns the parameters A (r, in_features) and B (out_features, r)."""
     a, b = (cast(nn.Linear, factors[adapter]).weight for factors in (module.lora_A, module.lora_B))
     return cast(nn.Parameter, a), cast(nn.Parameter, b)
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Switches LoRA off. PEFT's `disable_adapter` would also set requires_grad of parameters that ZeRO-3 has hooked."""
-    modules = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    for module in modules:
-        module._disable_adapters = True
-        assert module.disable_adapters, "PEFT has renamed the switch"
-    try:
-        yield
-    finally:
-        for module in modules:
-            module._disable_adapters = False
 
 
 def last_names(names: Iterable[str]) -> list[str]:

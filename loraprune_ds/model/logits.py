@@ -2,11 +2,9 @@
 
 Some families have a factor, a divisor or a soft cap on the product of the head. A distilled loss is
 (1 − w) · cross-entropy + w · T² · KL(teacher ‖ student). Within the KL the logits of both are divided by T
-(Hinton et al., arXiv 1503.02531). The teacher is the dense model. Its outputs for the supervised tokens are either
-  hidden states   the final ones, from which the head, which is never cut, computes the same logits again, or
-  top logits      the k largest, divided by T, as log-probabilities. All other ids are compared as one event.
-The gradient by the student's logits z is (1 − w) · (softmax(z) − label) + w · T · (softmax(z / T) − target).
-With top logits, the target distributes the mass of the other ids in the proportions of the student.
+(Hinton et al., arXiv 1503.02531). The teacher is the dense model. The head is never cut, so the teacher needs none:
+its final hidden states and the student's head make its logits. The gradient by the student's logits z is
+(1 − w) · (softmax(z) − label) + w · T · (softmax(z / T) − softmax(teacher's logits / T)).
 """
 
 from dataclasses import dataclass
@@ -21,8 +19,6 @@ from loraprune_ds.model.family import FAMILIES, family_name
 
 LOGITS_AT_ONCE = 1 << 26  # fp32 elements: 256 MiB, enough rows to keep a GPU's matrix units busy
 BUFFERS = 4  # copies of a chunk's logits at the peak of a distilled loss
-SAMPLES_PER_FILE = 64
-FILE_BYTES = 1 << 27  # a rank holds one file in memory while it records
 
 
 @dataclass(frozen=True)
@@ -86,28 +82,10 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
 
 
 @dataclass(frozen=True)
-class HiddenTeacher:
-    hidden: Tensor  # (tokens, hidden_size), the final ones
-
-
-@dataclass(frozen=True)
-class TopTeacher:
-    log_probs: Tensor  # (tokens, k) fp32
-    ids: Tensor  # (tokens, k) int64
-    rest: Tensor  # (tokens,) fp32, the probability of all other ids
-
-
-@dataclass(frozen=True)
 class Distillation:
-    teacher: HiddenTeacher | TopTeacher
+    teacher: Tensor  # its final hidden states (tokens, hidden_size)
     weight: float  # w, in (0, 1]
     temperature: float = 1.0  # T, above 0
-
-
-@dataclass(frozen=True)
-class Recording:
-    top_k: int | None  # None: hidden states, which do not depend on the temperature
-    temperature: float = 1.0
 
 
 def chunk_size(vocab_size: int, tokens: int | None = None, *, buffers: int = BUFFERS) -> int:
@@ -125,36 +103,6 @@ def chunk_with_gradient(head: Head, tokens: int | None, *, buffers: int) -> int:
     return max(1, chunk // 2) if is_larger else chunk
 
 
-def token_bytes(top_k: int | None, hidden_size: int, element_size: int) -> int:
-    """Returns the bytes on disk of one supervised token: its hidden states, or k fp32, k int32 and one fp32."""
-    return hidden_size * element_size if top_k is None else top_k * 8 + 4
-
-
-def samples_per_file(sample_bytes: int) -> int:
-    """Returns the samples in one file of a teacher whose largest sample has `sample_bytes`."""
-    return max(1, min(SAMPLES_PER_FILE, FILE_BYTES // max(1, sample_bytes)))
-
-
-def check_top_k(top_k: int | None, vocab_size: int) -> None:
-    """Refuses a `train.distill_top_k` above the vocabulary."""
-    if top_k is not None and top_k > vocab_size:
-        raise UserError(f"train.distill_top_k {top_k} is above the model's vocabulary of {vocab_size}")
-
-
-@torch.no_grad()
-def record(hidden: Tensor, head: Head, recording: Recording, chunk_tokens: int | None = None) -> dict[str, Tensor]:
-    """Returns the fields of a teacher from its final hidden states (tokens, hidden_size)."""
-    if recording.top_k is None:
-        return {"hidden": hidden}
-    parts = []
-    for rows in hidden.split(chunk_size(len(head.weight), chunk_tokens)):
-        log_probs = _log_probs(head, rows, recording.temperature)
-        values, ids = log_probs.topk(recording.top_k, dim=1)
-        parts.append((values, ids, log_probs.exp_().scatter_(1, ids, 0).sum(1)))
-    log_probs, ids, rest = (torch.cat(fields) for fields in zip(*parts, strict=True))
-    return {"log_probs": log_probs, "ids": ids, "rest": rest}
-
-
 def distilled_losses(
     hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None, distillation: Distillation, rows: slice
 ) -> Tensor:
@@ -166,7 +114,7 @@ def distilled_losses(
     total = None if transform.softcap is None else logits[:, :1] - log_probs[:, :1]
     del logits
     softened = log_probs if temperature == 1 else (log_probs / temperature).log_softmax(1)
-    target, divergence = _target(distillation, rows, head, softened)
+    target, divergence = _target(head, distillation.teacher[rows], temperature, softened)
     losses = w * temperature**2 * divergence - (1 - w) * log_probs.gather(1, labels)[:, 0]
     if gradient is not None:
         slope = log_probs.exp_() if total is None else log_probs.exp()
@@ -181,23 +129,14 @@ def distilled_losses(
     return losses
 
 
+def _target(head: Head, hidden: Tensor, temperature: float, softened: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the teacher's probabilities (tokens, vocabulary) and KL(teacher ‖ student) (tokens,), both fp32."""
+    expected = _log_probs(head, hidden, temperature)
+    target = expected.exp()
+    return target, expected.sub_(softened).mul_(target).sum(1)
+
+
 def _log_probs(head: Head, hidden: Tensor, temperature: float) -> Tensor:
     """Returns log softmax(z / T), (tokens, vocabulary) fp32, of logits z."""
     logits = head.logits(hidden).float()
     return (logits if temperature == 1 else logits.div_(temperature)).log_softmax(1)
-
-
-def _target(distillation: Distillation, rows: slice, head: Head, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the student's target (tokens, vocabulary) and KL(teacher ‖ student) (tokens,), both fp32."""
-    teacher = distillation.teacher
-    if isinstance(teacher, HiddenTeacher):
-        expected = _log_probs(head, teacher.hidden[rows], distillation.temperature)
-        target = expected.exp()
-        return target, expected.sub_(log_probs).mul_(target).sum(1)
-    known, ids, rest = teacher.log_probs[rows], teacher.ids[rows], teacher.rest[rows]
-    target = log_probs.exp().scatter_(1, ids, 0)
-    others = target.sum(1).clamp_min(torch.finfo(torch.float32).tiny)  # the student's probability of the other ids
-    divergence = (known.exp() * (known - log_probs.gather(1, ids))).sum(1)
-    divergence += torch.xlogy(rest, rest) - torch.xlogy(rest, others)
-    target.mul_((rest / others)[:, None]).scatter_(1, ids, known.exp())
-    return target, divergence

@@ -19,12 +19,10 @@ from loraprune_ds.model.logits import (
     Distillation,
     Head,
     LogitsTransform,
-    Recording,
     chunk_with_gradient,
     distilled_losses,
     logits_transform,
     output_head,
-    record,
 )
 from loraprune_ds.model.pretrained import PretrainedModel
 
@@ -138,15 +136,12 @@ class LossHead(nn.Linear):
         self,
         input: Tensor,
         labels: Tensor | None = None,
-        distillation: Distillation | Recording | None = None,
+        distillation: Distillation | None = None,
         supervised: Tensor | None = None,
-    ) -> Tensor | dict[str, Tensor]:
+    ) -> Tensor:
         if labels is None:
             return super().forward(input)  # the stock model's forward transforms the logits
         head = Head(self.weight, self.transform)
-        if isinstance(distillation, Recording):
-            rows = input.flatten(0, 1).index_select(0, supervised_positions(labels))
-            return record(rows, head, distillation, self.chunk_tokens)
         return token_losses(input, head, labels, self.chunk_tokens, distillation, supervised)
 
 
@@ -160,12 +155,12 @@ class TokenLosses:
         self,
         input_ids: Tensor,
         labels: Tensor | None = None,
-        distillation: Distillation | Recording | None = None,
+        distillation: Distillation | None = None,
         supervised: Tensor | None = None,
         position_ids: Tensor | None = None,
         **settings: Any,
     ) -> Any:
-        """Returns losses (batch, window - 1) fp32 for labels (batch, window), or a teacher's fields for a `Recording`.
+        """Returns losses (batch, window - 1) fp32 for labels (batch, window).
 
         A new text begins where `position_ids` (batch, window) start again. Attention does not reach across texts.
         """

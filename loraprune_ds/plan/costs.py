@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from loraprune_ds.model import flops
+from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import Request
-from loraprune_ds.plan.stages import full_bytes, passes_of_weights, teacher_pass
+from loraprune_ds.plan.stages import full_bytes, passes_of_weights
 from loraprune_ds.pruning.compensate import numel_sent
 
 IN_GROUP = "weights_in_group"  # inside a group of hpZ. Other bytes go to all ranks
@@ -53,8 +54,11 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
         scoring += 0 if criterion == "fisher" else 8 * lora * others
     if measures and others and (measured := request.measured(shape)):
         moments = 8 + 4 * micro * sum(numel_sent(shape.linear_shape(i, x)[1]) for i, x in measured)
+    weights = _gathers(request, request.stored(shape), passes_of_weights(request, shape) * micro, lora)
+    for term, sent in _gathers(request, request.taught, micro).items():
+        weights[term] += sent
     return {
-        **_gathers(request, shape, passes_of_weights(request, shape) * micro),
+        **weights,
         "lora_gradients": 4 * micro * lora * others,
         "scoring": scoring,
         "weight_gradients": scores * micro * others * request.gradient_shards(shape) * request.gradient_size,
@@ -72,14 +76,6 @@ def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     return _cost(request, {"cut": sent if request.world_size > 1 else 0}, 0)
 
 
-def teacher_cost(request: Request) -> Cost:
-    """Returns the cost of the dense model's pass without LoRA, and without the head unless top logits are kept."""
-    shape, (batch, batches, _) = request.shape, teacher_pass(request)
-    head = 0 if request.config.train.distill_top_k is None else 2 * shape.vocab_size * shape.hidden_size
-    per_token = 2 * flops.active_numel(shape) + 2 * _attention_product(request, shape) + head
-    return _cost(request, _gathers(request, shape, batches, lora=False), per_token * batches * batch.tokens)
-
-
 def all_steps(request: Request, final: ModelShape) -> Total:
     """Adds up all steps. Between the dense and the final shape costs fall linearly with the parameters."""
     prune, schedule, total = request.config.prune, request.pruning.schedule, Total(0, 0, 0)
@@ -93,11 +89,11 @@ def all_steps(request: Request, final: ModelShape) -> Total:
     return total
 
 
-def _gathers(request: Request, shape: ModelShape, passes: int, *, lora: bool = True) -> dict[str, int]:
+def _gathers(request: Request, weights: list[StoredTensor], passes: int, lora_shards: int = 0) -> dict[str, int]:
     """Returns the bytes of passes that gather all weights. hpZ copies LoRA again in every step."""
     others, group = request.world_size - 1, request.fetch.zero_hpz_partition_size
-    factors = lora * request.element_size * request.lora_shards(shape)
-    shards = request.shard_bytes(request.stored(shape)) + factors
+    factors = request.element_size * lora_shards
+    shards = request.shard_bytes(weights) + factors
     if group == 1:
         return {"weights": passes * shards * others, IN_GROUP: 0}
     in_group = (passes * shards - factors) * (group - 1) * (request.world_size // group)
@@ -132,4 +128,6 @@ def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> flo
         per_token += 2 * flops.met_numel(shape)
     if kind[1]:
         per_token += sum(2 * numel_sent(shape.linear_shape(i, x)[1]) for i, x in request.measured(shape))
+    if request.taught:
+        per_token += 2 * flops.active_numel(request.shape) + 2 * _attention_product(request, request.shape)
     return per_token

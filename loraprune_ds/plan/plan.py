@@ -10,13 +10,13 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.cluster import GIB, MOST_GPUS, Cluster
-from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost, teacher_cost
+from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost
 from loraprune_ds.plan.request import Request, changed
-from loraprune_ds.plan.stages import Stage, full_bytes, moment_bytes, plan_stages, teacher_pass
+from loraprune_ds.plan.stages import Stage, full_bytes, moment_bytes, plan_stages
 from loraprune_ds.pruning.target import describe_target, on_a_server
 
 MOST_NODES = 512  # that --smallest tries without --nodes
-COSTS = ("step", "last_step", "first_cut", "teacher")
+COSTS = ("step", "last_step", "first_cut")
 ONE, AGAIN = {"micro_batch_size": 1}, {"gradient_checkpointing": True}
 PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
 
@@ -44,15 +44,10 @@ class Plan:
         return cut_cost(self.request, self.request.shape, self.after)
 
     @cached_property
-    def teacher(self) -> Cost:
-        return teacher_cost(self.request)
-
-    @cached_property
     def in_all(self) -> Total:
         """The total of the run. Every cut counts as the first, which costs most."""
         cuts, steps = len(self.request.pruning.schedule.cut_steps()), all_steps(self.request, self.final)
-        parts = zip(steps, self.first_cut.total, self.teacher.total, strict=True)
-        return Total(*(step + cuts * cut + recorded for step, cut, recorded in parts))
+        return Total(*(step + cuts * cut for step, cut in zip(steps, self.first_cut.total, strict=True)))
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -115,6 +110,7 @@ def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
     changes: list[tuple[bool, str, str, dict[str, Any]]] = [  # wanted, ...
         (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", {"train": ONE}),
         (not again, "activation checkpointing", "--set train.gradient_checkpointing=true", {"train": AGAIN}),
+        (bool(request.taught), "no distillation", "--set train.distill_weight=0", {"train": {"distill_weight": 0.0}}),
         (int8 is None, "int8 weights", "--set model.frozen=int8", {"model": {"frozen": "int8"}}),
         (request.fetch.max_live_parameters > layer, "fewer gathered weights", in_json, {"deepspeed": few}),
         (on_gpu["optimizer"], "optimizer on the host", f"{files}_optimizer.json", {"deepspeed": optimizer}),
@@ -171,7 +167,7 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         "stages": [asdict(stage) | {"peak": stage.peak, "peak_phase": stage.peak_phase} for stage in plan.stages],
         "costs": {name: asdict(getattr(plan, name)) | getattr(plan, name).total._asdict() for name in COSTS},
         "in_all": plan.in_all._asdict(),
-        "disk_bytes": {"teacher": teacher_pass(request)[-1], "checkpoint": plan.checkpoint_bytes},
+        "disk_bytes": {"checkpoint": plan.checkpoint_bytes},
         "steps": request.steps,
         "cuts": len(request.pruning.schedule.cut_steps()),
         "ratio": request.pruning.schedule.ratio,
@@ -249,9 +245,8 @@ def _memory_rows(stages: list[dict[str, Any]]) -> list[str]:
 
 
 def _cost_rows(facts: dict[str, Any], *, steps_known: bool) -> list[str]:
-    """Returns a column per kind of step, for the cut and the dense model's pass, and rows for the whole run."""
-    disk, in_all = facts["disk_bytes"], facts["in_all"]
-    costs = {name: cost for name, cost in facts["costs"].items() if name != "teacher" or disk["teacher"]}
+    """Returns a column per kind of step and for the cut, and rows for the whole run."""
+    costs, in_all = facts["costs"], facts["in_all"]
     rows = [_row("", costs)]
     for term in dict.fromkeys(term for cost in costs.values() for term, sent in cost["sent"].items() if sent):
         rows.append(_row(f"GB sent: {term}", (f"{cost['sent'].get(term, 0) / 1e9:.3f}" for cost in costs.values())))
@@ -263,8 +258,7 @@ def _cost_rows(facts: dict[str, Any], *, steps_known: bool) -> list[str]:
     hours = f"{in_all['at_least'] / 3600:.1f} to {in_all['at_most'] / 3600:.1f} hours"
     steps = f"{facts['steps']:,} {'' if steps_known else 'ASSUMED '}steps, {facts['cuts']} cuts"
     rows.append(f"in all: {hours}, {in_all['bytes_sent'] / 1e9:,.0f} GB sent per rank, for {steps}")
-    sizes = f"a checkpoint {disk['checkpoint'] / 1e9:.1f} GB, the dense model's outputs {disk['teacher'] / 1e9:.1f} GB"
-    return [*rows, f"on the shared disk: {sizes}"]
+    return [*rows, f"on the shared disk: a checkpoint {facts['disk_bytes']['checkpoint'] / 1e9:.1f} GB"]
 
 
 def _row(name: str, cells: Iterable[str]) -> str:

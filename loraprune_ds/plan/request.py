@@ -12,7 +12,6 @@ from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.family_row import Linear, LinearId
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
-from loraprune_ds.model.logits import check_top_k
 from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.storage import FrozenStorage
@@ -112,6 +111,14 @@ class Request:
         """Lists the frozen tensors that ZeRO-3 shards, of a layer or of all."""
         return list(self.storage.stored(shape, self.element_size, layer).values())
 
+    @property
+    def taught(self) -> list[StoredTensor]:
+        """Lists the frozen tensors of the teacher, which has no head. None without distillation."""
+        if not self.config.train.distill_weight:
+            return []
+        stored = self.storage.stored(self.shape, self.element_size)
+        return [tensor for name, tensor in stored.items() if name != "lm_head.weight"]
+
     def stored_linear(self, shape: ModelShape, layer: int, linear: Linear) -> Iterable[StoredTensor]:
         """Returns the tensors that store the weight of a linear."""
         size = shape.linear_shape(layer, linear)
@@ -174,7 +181,7 @@ def make_request(
 ) -> Request:
     """Reads everything that a plan needs, with the arguments of launch/plan.py. Raises the errors that a run would."""
     if model in LLAMA:
-        config_path = config_path or str(SHIPPED / "launch" / "configs" / f"{model}.yaml")
+        config_path = config_path or str(SHIPPED / "launch" / "configs" / "paper" / f"{model}.yaml")
     if config_path is not None:
         config = load_config(config_path, overrides)
     else:
@@ -201,10 +208,11 @@ def build_request(
     train = config.train
     whole, source = source, text_config(source, name)
     check_family(shape.family, source, name, config.prune, packing=config.data.packing)
-    check_top_k(train.distill_top_k, shape.vocab_size)
     train.gradient_accumulation_steps(cluster.world_size)
     few = f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}"
     require(samples is None or samples >= train.global_batch_size, few)
+    if samples is None and isinstance(config.data.path, str):
+        samples = config.data.max_samples
     steps = train.steps or ASSUMED_STEPS
     if train.steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)

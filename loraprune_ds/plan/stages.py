@@ -8,7 +8,7 @@ from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
 from loraprune_ds.model.family_row import LinearId
 from loraprune_ds.model.flops import mlp_width, saved_by_layer
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
-from loraprune_ds.model.logits import chunk_size, samples_per_file, token_bytes
+from loraprune_ds.model.logits import chunk_size
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent
@@ -43,8 +43,6 @@ class Stage:
 def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[Stage]:
     """Plans the memory of the run. The first cut needs the most of all cuts; `after` is the shape after it."""
     dense, cut = training_stage("dense", request, request.shape), _cut(request, request.shape, after)
-    if request.config.train.distill_weight:
-        dense.phases["dense model's pass"] = _recording(request)
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
     if request.storage.int8:  # the export is not int8, and is evaluated when the run's own model is gone
         stock = changed(request, model={"frozen": None})
@@ -67,6 +65,7 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
         "optimizer step": {"optimizer_temporaries": stepping},
         "scoring": _scoring(request, shape) | gradients if scores else {},
         "evaluation": _evaluation(request, shape),
+        **({"teacher's pass": _teaching(request)} if request.taught else {}),
     }
     if scores:
         passes["training"] |= gradients | _observing(request, shape)
@@ -80,22 +79,21 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
 def split_state(
     request: Request, shape: ModelShape, *, stepped: bool = True, measures: bool = False
 ) -> tuple[Terms, Terms]:
-    """Returns the terms (on the GPU, in host memory). LoRA has moments once it has `stepped`.
-
-    Masters, moments, gradients and the bucket are always fp32.
-    """
-    stored, lora, e = request.stored(shape), request.lora_shards(shape), request.element_size
+    """Returns the terms (on the GPU, in host memory). LoRA has moments once it has `stepped`."""
+    lora, e = request.lora_shards(shape), request.element_size
+    frozen = [*(stored := request.stored(shape)), *(taught := request.taught)]
     terms = {
         "weights": request.shard_bytes(stored),
+        "teacher": request.shard_bytes(taught),
         "lora": e * lora,
-        "lora_masters": 4 * lora,
+        "lora_masters": 4 * lora,  # fp32, as are moments, gradients and the bucket
         "lora_moments": 8 * lora if stepped else 0,
         "lora_gradients": 4 * lora,
         "reduce_bucket": 4 * int(request.zero["reduce_bucket_size"]),
     }
-    if copies := request.second_copies(stored):
+    if copies := request.second_copies(frozen):
         terms["second_copy"] = copies
-    away = ["weights", "lora", "second_copy"] if request.offloads("param") else []
+    away = ["weights", "teacher", "lora", "second_copy"] if request.offloads("param") else []
     away += ["lora_masters", "lora_moments", "lora_gradients"] if request.offloads("optimizer") else []
     host = {name: terms.pop(name) for name in list(terms) if name in away}
     blocks = list[int]()  # of page-locked memory, which torch rounds up to powers of two
@@ -103,8 +101,8 @@ def split_state(
         host["lora_gradients_for_the_step"] = host["lora_gradients"]  # DeepSpeed's CPU optimizer has its own
         blocks += 2 * [host["lora_gradients"]] if request.offloads("optimizer", pinned=True) else []
     if request.offloads("param", pinned=True):  # frozen shards one by one, LoRA's in a buffer
-        second = [request.second_copies([x]) for x in stored] if copies else []
-        blocks += [host["lora"], *(request.shard_bytes([x]) for x in stored), *second]
+        second = [request.second_copies([x]) for x in frozen] if copies else []
+        blocks += [host["lora"], *(request.shard_bytes([x]) for x in frozen), *second]
     if blocks:
         host["pinned_rounding"] = sum((1 << (block - 1).bit_length()) - block for block in blocks)
     if measures and (linears := request.measured(shape)):
@@ -171,29 +169,11 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
     return layer, module, dequantised
 
 
-def teacher_pass(request: Request) -> tuple[PlannedBatch, int, int]:
-    """Plans the dense model's pass for `train.distill_weight`: a batch, the batches of a rank, bytes of all files.
-
-    If the number of samples is not known, the steps use each sample once. All tokens count as supervised.
-    """
-    config, hidden_size = request.config, request.shape.hidden_size
-    used = request.steps * config.train.global_batch_size if config.train.distill_weight else 0
-    samples = min(used, request.samples or used)
-    token = token_bytes(config.train.distill_top_k, hidden_size, request.element_size)
-    per_file = samples_per_file((config.data.window - 1) * token)
-    at_once = min(config.recorded_at_once, per_file)  # a batch never spans two files
-    batches = -(-samples // (per_file * request.world_size)) * -(-min(samples, per_file) // at_once)  # of the busiest
-    return request.batch(at_once, config.data.window), batches, samples * (config.data.window - 1) * token
-
-
-def _recording(request: Request) -> Terms:
-    """Returns the terms of the dense model's pass. Top logits need a chunk's logits in fp32, twice."""
-    train, shape, (batch, _, _) = request.config.train, request.shape, teacher_pass(request)
-    targets = batch.tokens * shape.hidden_size * request.element_size
-    if train.distill_top_k is not None:
-        chunk = min(batch.tokens, chunk_size(shape.vocab_size))
-        targets = chunk * shape.vocab_size * 8 + batch.tokens * (12 * train.distill_top_k + 4)
-    return _forward_pass(request, shape, batch) | {"targets": targets}
+def _teaching(request: Request) -> Terms:
+    """Returns the terms of the teacher's pass over a micro-batch."""
+    batch = request.batch(request.config.train.micro_batch_size, request.config.data.window)
+    targets = batch.tokens * request.shape.hidden_size * request.element_size
+    return _forward_pass(request, request.shape, batch, prefetches=True) | {"targets": targets}
 
 
 def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
@@ -215,10 +195,9 @@ def _training(request: Request, shape: ModelShape) -> Terms:
     batch = request.batch(train.micro_batch_size, request.config.data.window)
     head = logits(shape, batch)
     if train.distill_weight:
-        chunk, k = min(batch.tokens, chunk_size(shape.vocab_size)), train.distill_top_k
-        per_logit = (12 if k is None or e == 4 else 8) + (4 if train.distill_temperature != 1 else 0)
-        teacher = shape.hidden_size * e if k is None else 12 * k + 4  # its ids are int64 by now
-        head = chunk * shape.vocab_size * per_logit + batch.tokens * (2 * shape.hidden_size * e + teacher)
+        per_logit = 12 + (4 if train.distill_temperature != 1 else 0)
+        head = min(batch.tokens, chunk_size(shape.vocab_size)) * shape.vocab_size * per_logit
+        head += 3 * batch.tokens * shape.hidden_size * e
     gathered, saved = gathered_weights(request, shape), activations(request, shape, batch)
     return {"gathered_weights": gathered, "activations": saved, "logits": head}
 
@@ -242,10 +221,10 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
     return terms
 
 
-def _forward_pass(request: Request, shape: ModelShape, batch: PlannedBatch) -> Terms:
+def _forward_pass(request: Request, shape: ModelShape, batch: PlannedBatch, *, prefetches: bool = False) -> Terms:
     """Returns the terms of a pass without backward and without the head."""
     hidden_states = batch.tokens * (3 * batch.element_size + 4) * shape.hidden_size
-    gathered = gathered_weights(request, shape, trains=False)
+    gathered = gathered_weights(request, shape, trains=prefetches)
     return {"gathered_weights": gathered, "activations": hidden_states + forward_temporaries(shape, batch)}
 
 

@@ -14,7 +14,7 @@ from loraprune_ds.checkpoint.layout import (
     TENSORBOARD_FOLDER,
     TRAINING_PICTURE,
 )
-from loraprune_ds.evaluate.zeroshot import mean_metric, tasks_with
+from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.units import (
     aligned,
     format_bytes,

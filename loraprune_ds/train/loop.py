@@ -18,7 +18,7 @@ from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.stop import NOTHING, STOP
-from loraprune_ds.train.teacher import describe_pass, find_teacher, record_teacher
+from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 
@@ -31,11 +31,11 @@ class TrainingLoop:
     def __init__(self, context: RunContext) -> None:
         self._context, self.recorder, self.status = context, context.recorder, context.status
         config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
-        self.config, self.prepared, self._requests, self._teacher = config, prepared, context.requests, None
-        if config.train.distill_weight and self.status.step < prepared.steps:  # otherwise its files may be gone
-            self._teacher = find_teacher(context)
+        self.config, self.prepared, self._requests = config, prepared, context.requests
         self.engine = build_engine(prepared, checkpoint)
-        self.model = self.engine.model
+        self.model, self._teacher = self.engine.model, None
+        if config.train.distill_weight:
+            self._teacher = Teacher(prepared.pretrained, config.model, config.train, prepared.ds_config)
         self.pruner = Pruner(self.model, prepared.pruning, config.seed)
         if checkpoint:
             self.pruner.restore(checkpoint.pruner_state(self.model.shape.kinds), checkpoint.moments)
@@ -57,8 +57,6 @@ class TrainingLoop:
         """Makes all remaining steps. Returns False if it was asked to stop, after a checkpoint."""
         if not self._context.checkpoint:
             self._evaluate(0, "dense")
-        if not self._record_teacher():
-            return False
         for step in range(self.status.step + 1, self.prepared.steps + 1):
             self._step(step)
             request = self._trainer.requested
@@ -72,17 +70,11 @@ class TrainingLoop:
                 return False
         return True
 
-    def _record_teacher(self) -> bool:
-        """Writes the dense model's outputs if they are needed. Returns False if it was asked to stop."""
-        if self._teacher is None:
-            return True
-        if self._teacher.to_write:
-            self.recorder.show(describe_pass(self._teacher))
-        batch_size, agree = self.config.recorded_at_once, self._requests.agree
-        if record_teacher(self.engine, self._teacher, self.prepared.samples, batch_size, agree):
-            return True
-        self._context.stop()
-        return False
+    def release(self) -> None:
+        """Frees the model, its optimizer and the teacher."""
+        self.engine.release()
+        if self._teacher:
+            self._teacher.release()
 
     def _step(self, step: int) -> None:
         traces = self.config.logging.profile_steps if self.model.rank == 0 else None

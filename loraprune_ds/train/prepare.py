@@ -14,7 +14,6 @@ from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.classes import check_flash_attention, describe_attention
 from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.hub import locate_model
-from loraprune_ds.model.logits import check_top_k
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.text_part import check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
@@ -120,7 +119,6 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
     """Checks that the model can be built here and is large enough for the settings."""
     shape, positions = pretrained.shape, pretrained.config.get("max_position_embeddings")
     build_for_losses(pretrained, config.model.attn_implementation)  # as the engine will
-    check_top_k(config.train.distill_top_k, shape.vocab_size)
     hidden = shape.hidden_size
     require(config.lora.r <= hidden, f"lora.r {config.lora.r} is above the model's hidden_size {hidden}")
     for key, window in (("data.window", config.data.window), ("evaluate.window", config.evaluate.window)):

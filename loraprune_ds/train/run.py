@@ -106,7 +106,7 @@ def _train(context: RunContext) -> Outcome | None:
     context.check_owner()
     context.recorder.show("writing the merged model")
     _write_weights(context, loop.model)
-    loop.engine.release()  # or it would take memory next to the exported model, which is measured next
+    loop.release()  # or it would take memory next to the exported model, which is measured next
     target = describe_target(context.config.prune, context.prepared.pretrained.shape, loop.model.shape)
     return Outcome(loop.model.shape, loop.pruner.kept_of_dense, context.resumed_from, target)
 

@@ -159,5 +159,5 @@ class Trainer:
         inputs["supervised"] = supervised_positions(inputs["labels"])
         inputs = {name: to_device(tensor) for name, tensor in inputs.items()}
         if self._teacher is not None:
-            inputs["distillation"] = self._teacher.distillation(indices, self.model.device)
+            inputs["distillation"] = self._teacher.distillation(inputs)
         return inputs

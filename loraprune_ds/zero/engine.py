@@ -14,6 +14,7 @@ from typing import Any, cast
 import deepspeed
 import torch
 from deepspeed.utils import set_z3_leaf_module
+from torch import nn
 from torch.distributed import distributed_c10d
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,6 +26,7 @@ from loraprune_ds.model.adapters import add_lora, differentiate_input, leaf_modu
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, is_cpu
@@ -124,10 +126,8 @@ def build_training_engine(
             load_adapter(peft_model, Path(model.adapter).expanduser(), pretrained.shape, lora.r)
         if train.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        layers = decoder_layers(peft_model)
-        for module in chain.from_iterable(leaf_modules(layer, pretrained.shape) for layer in layers):
-            set_z3_leaf_module(module, True)  # ZeRO-3's hooks run once for it, not at every module inside
-        differentiate_input(layers[0])
+        _gather_as_one(peft_model, pretrained.shape)
+        differentiate_input(decoder_layers(peft_model)[0])
         optimizer = AdamW(
             [p for p in peft_model.parameters() if p.requires_grad],
             lr=train.learning_rate,
@@ -143,22 +143,35 @@ def build_training_engine(
 
 
 def build_inference_engine(
-    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any]
+    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any], *, head: bool = True
 ) -> Any:
-    """Builds the plain sharded model in evaluation mode: an engine without an optimizer. Collective."""
+    """Builds the plain sharded model in evaluation mode: an engine without an optimizer. Collective.
+
+    Args:
+        head: without it, the engine returns the decoder's outputs.
+    """
     with quiet_stdout():
-        model = _sharded_base(pretrained, attn_implementation, dtype, ds_config)
-        engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
+        model = _sharded_base(pretrained, attn_implementation, dtype, ds_config, head=head)
+        _gather_as_one(model, pretrained.shape)
+        root = model if head else model.model
+        engine, *_ = deepspeed.initialize(model=root, config=ds_config, dist_init_required=False)
     decide_releases(cast(Any, engine.optimizer).get_param_coordinator())
     engine.eval()
     return engine
 
 
+def _gather_as_one(model: nn.Module, shape: ModelShape) -> None:
+    for module in chain.from_iterable(leaf_modules(layer, shape) for layer in decoder_layers(model)):
+        set_z3_leaf_module(module, True)  # ZeRO-3's hooks run once for it, not at every module inside
+
+
 def _sharded_base(
-    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any]
+    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any], *, head: bool = True
 ) -> Any:
     comm = Communicator()
-    model = build_for_losses(pretrained, attn_implementation)
+    model: Any = build_for_losses(pretrained, attn_implementation)
+    if not head:
+        del model.lm_head
     # A single rank may find a weight that int8 cannot hold.
     comm.all_or_raise(lambda: shard_at_birth(model, pretrained.weights.read_stored, ds_config, DTYPES[dtype], comm))
     return model

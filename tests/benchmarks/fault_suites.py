@@ -27,7 +27,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "checkpoint": {"every": EVERY, "keep_last": 2},
     "evaluate": {"max_windows": 4},
 }
-LEVERS = PLAIN | {  # 256 samples: two rounds of files of the dense model's outputs
+LEVERS = PLAIN | {
     "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5}
     | {"global_batch_size": 16, "micro_batch_size": 4},
     "prune": {"channel_multiple": 1, "prune_every": 3, "criterion": "gradient", "compensate": "least_squares"},

@@ -174,15 +174,18 @@ def _named(name: str, suite: str) -> str:
 
 def fault_table(random_moments: int) -> list[Fault]:
     """Returns all faults. `random` of them strike the plain run at random moments, a fifth as many the `levers` run."""
-    kills = [("save, before pruning/ has its name", "save.pruning_before_rename@2:0:9")]
-    kills += [("save, pruning/ written", "save.pruning_written@3:1:9")]
-    callback = [Fault(f"callback: SIGKILL: {name}", point, suite="callback") for name, point in kills]
-    return [*plain_faults(random_moments), *lever_faults(random_moments // 5), *callback]
+    callback = [("save, before pruning/ has its name", "save.pruning_before_rename@2:0")]
+    callback += [("save, pruning/ written", "save.pruning_written@3:1")]
+    return [*plain_faults(random_moments), *lever_faults(random_moments // 5), *killed_at(callback, suite="callback")]
+
+
+def killed_at(points: list[tuple[str, str]], suite: str, codes: tuple[int, ...] = ()) -> list[Fault]:
+    """Returns a SIGKILL at each of the fail-points: name, and phase@n:rank."""
+    return [Fault(_named(f"SIGKILL: {name}", suite), f"{p}:9", expected_codes=codes, suite=suite) for name, p in points]
 
 
 def lever_faults(random_moments: int) -> list[Fault]:
     kills = [
-        ("the uncut model's pass, one round of files written", "teacher.file@1:1"),
         ("forward that measures inputs", "forward@9:1"),
         ("backward that keeps the true gradient", "backward@9:0"),
         ("cut, agreed on", "cut.agreed@2:0"),
@@ -196,18 +199,14 @@ def lever_faults(random_moments: int) -> list[Fault]:
         ("finish, before model/ has its name", "finish.before_rename@1:0"),
     ]
     terms = [
-        ("the uncut model's pass", "teacher.file@1:0:15", "stopped at step 0;"),
         ("cut, refitted and not yet shrunk", "cut.compensated@2:0:15", "stopped at step"),
     ]
     suite = "levers"
-    return [
-        *(Fault(_named(f"SIGKILL: {name}", suite), f"{point}:9", suite=suite) for name, point in kills),
-        *(
-            Fault(_named(f"SIGTERM: {name}", suite), point, expected_codes=(85,), line=line, suite=suite)
-            for name, point, line in terms
-        ),
-        *(random_kill(100 + seed, suite) for seed in range(random_moments)),
-    ]
+    stops = (
+        Fault(_named(f"SIGTERM: {name}", suite), point, expected_codes=(85,), line=line, suite=suite)
+        for name, point, line in terms
+    )
+    return [*killed_at(kills, suite), *stops, *(random_kill(100 + seed, suite) for seed in range(random_moments))]
 
 
 def plain_faults(random_moments: int) -> list[Fault]:
@@ -240,7 +239,7 @@ def plain_faults(random_moments: int) -> list[Fault]:
     rank_0 = "--local_rank=0"
     launcher, runner = "deepspeed.launcher.launch", "bin/deepspeed"
     return [
-        *(Fault(f"SIGKILL: {name}", f"{point}:9", expected_codes=(1, 247, 0)) for name, point in kills),
+        *killed_at(kills, "plain", (1, 247, 0)),
         *(Fault(f"SIGTERM: {name}", f"{point}:15", expected_codes=(85,), line=stopped) for name, point in terms),
         asked_too_late,
         Fault("stop file", strike=at_step(4, touch_stop), expected_codes=(85,), line=stopped),

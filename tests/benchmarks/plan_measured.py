@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from torch.multiprocessing.spawn import spawn
-from transformers import LlamaConfig
 
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.embedded import embedded_model_dir
@@ -29,28 +28,19 @@ from tests.benchmarks.running import RESULTS, ROOT, add_to, make_parser
 from tests.benchmarks.wide_layers import write_random_weights
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, planned_peak, run_beside_plan
+from tests.published import sizes_of
 from tests.ranks import start_deepspeed
 
 RESULT = RESULTS / "plan_measured.json"
 LOWEST, HIGHEST = 0.97, 1.15  # planned peaks, of the largest measured one
 DEPTHS = {"smollm2": 30, "1b": 22}
-TINY = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "vocab": 97, "seed": 0}
 LIMITED = {"stage3_max_live_parameters": 200_000_000, "stage3_max_reuse_distance": 100_000_000}
 
 
 def save_1b_config(folder: Path) -> None:
     """Saves TinyLlama's sizes."""
-    LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=DEPTHS["1b"],
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
+    others = {"num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32_000, "architectures": ["LlamaForCausalLM"]}
+    write_json(folder / "config.json", sizes_of("llama", 2048, 5632, DEPTHS["1b"], 32, **others))
 
 
 def cases(model: str, folder: Path) -> Case:
@@ -131,7 +121,7 @@ def main() -> None:
             save_1b_config(folder / "1b")
             write_random_weights(folder / "1b")
         for model in arguments.models:
-            make_tiny_llama(folder / "tiny", layers=DEPTHS[model], dtype="bfloat16", **TINY)  # type: ignore[arg-type]
+            make_tiny_llama(folder / "tiny", layers=DEPTHS[model], dtype="bfloat16")
             for world_size in arguments.ranks:
                 rows, request = measure(model, world_size, folder), cases(model, folder).request(world_size)
                 name = f"{model}, {world_size} ranks"

@@ -23,7 +23,7 @@ from typing import Any
 
 from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, PURPLE, TEXT, VERMILION, save_picture
 from loraprune_ds.evaluate.settings import read_text
-from loraprune_ds.evaluate.zeroshot import mean_metric
+from loraprune_ds.evaluate.tasks import mean_metric
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.report.records import read_metrics

@@ -73,7 +73,7 @@ CRITERIA = ("lora", "lora_squared", "gradient", "magnitude", "random")
 GLOBAL = {"ranking": "global", "ratio": 0.35}
 ALL_LEVERS: Settings = {
     "prune": {**GLOBAL, "criterion": "gradient", "score_every": 2, "compensate": "least_squares"},
-    "train": {"distill_weight": 0.5, "distill_top_k": 16, "recovery_steps": 2},
+    "train": {"distill_weight": 0.5, "recovery_steps": 2},
 }
 HALF: Settings = {"model": {"dtype": "bfloat16"}}
 CAPPED: Settings = {"prune": {**GLOBAL, "max_layer_ratio": 0.6}}

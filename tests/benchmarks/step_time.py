@@ -82,12 +82,11 @@ def main() -> None:
     small.pruner.schedule = replace(small.pruner.schedule, start=0, end=1)  # all of it in one cut: the largest there is
     cut_record = small.cut(1)
     assert cut_record is not None
-    times: dict[str, list[float]] = {"plain": [], "scoring": [], "pruned": [], "int8": []}
+    kinds = {"plain": (dense, False), "scoring": (dense, True), "pruned": (small, False), "int8": (int8, False)}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(arguments.steps + 1):
-        times["plain"].append(dense.timed_step(scoring=False))
-        times["scoring"].append(dense.timed_step(scoring=True))
-        times["pruned"].append(small.timed_step(scoring=False))
-        times["int8"].append(int8.timed_step(scoring=False))
+        for name, (trainer, scoring) in kinds.items():
+            times[name].append(trainer.timed_step(scoring=scoring))
     after_cut = times["pruned"][0]  # the first step that the smaller model makes
     timed = {name: values[1:] for name, values in times.items()}
     median = {name: statistics.median(values) for name, values in timed.items()}

@@ -34,32 +34,22 @@ from tests.benchmarks.running import RESULTS, ROOT, add_to, cpu_environment, mak
 from tests.benchmarks.wide_layers_rank import CUTS, STEPS, WINDOW, make_config
 from tests.integration.launching import on_ranks
 from tests.plan_cases import planned_peak
+from tests.published import sizes_of
 
 RESULT = RESULTS / "wide_layers.json"
 RANKS, LAYERS, VOCABULARY = 2, 2, 512
-WIDE = {"hidden_size": 8192, "num_attention_heads": 64}
+WIDE = 8192
 INT8 = "-int8"  # ends the name of a model whose linears are held as int8
-SIZES = {
-    "65b": WIDE | {"num_key_value_heads": 64, "intermediate_size": 22016},
-    "70b": WIDE | {"num_key_value_heads": 8, "intermediate_size": 28672},
-    "tiny": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 704},
-}
+# hidden size, channels, heads, key-value heads
+SIZES = {"65b": (WIDE, 22016, 64, 64), "70b": (WIDE, 28672, 64, 8), "tiny": (256, 704, 8, 4)}
 NAMES = ("65b", "65b-int8", "70b", "tiny", "tiny-int8")
 SLACK = 700_000_000  # bytes: linears fetched ahead of the layer in use, activations, what gloo and the allocator keep
 
 
 def config_json(name: str) -> dict[str, Any]:
-    fixed = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
-    }
-    return fixed | {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY} | SIZES[name.removesuffix(INT8)]
+    hidden, channels, heads, kv_heads = SIZES[name.removesuffix(INT8)]
+    sizes = sizes_of("llama", hidden, channels, LAYERS, heads, num_key_value_heads=kv_heads, vocab_size=VOCABULARY)
+    return sizes | {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
 
 
 def write_random_weights(folder: Path) -> None:
@@ -161,7 +151,7 @@ def check(result: dict[str, Any], dense: ModelShape) -> None:
         assert abs(kept / dense.linear_numel() - 0.5) < 0.01, rank["layers_at_the_end"]
         # Merging rounds every weight to bf16 once more, 2**-9 of it.
         assert abs(rank["loss_reloaded"] / rank["loss_trained"] - 1) < 2e-2, rank
-    if dense.hidden_size >= WIDE["hidden_size"]:  # other memory of a process is small next to these tensors
+    if dense.hidden_size >= WIDE:  # other memory of a process is small next to these tensors
         assert result["largest_extra_of_a_cut"] <= 3 * result["local_shard_of_a_layer"]
 
 

@@ -1,13 +1,17 @@
-"""The scripts of launch/examples on two ranks: their results load, and agree with the live model."""
+"""The scripts of launch/examples: results on two ranks load and agree with the live model; refusals are one line."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from loraprune_ds.files import write_json
 from tests.hf.results import check_results
 from tests.hf.trainers import run_example
+from tests.integration.bad_input import assert_refused
+from tests.integration.launching import ROOT, run_to_end
 from tests.oracle.models import make_tiny_llama
 from tests.ranks import RankPool
 
@@ -30,8 +34,7 @@ def write_rows(path: Path, fields: tuple[str, ...]) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("examples") / "model"
-    return make_tiny_llama(folder, heads=8, kv_heads=4, head_dim=8, hidden=64, ffn=640, layers=4, vocab=97, seed=1)
+    return make_tiny_llama(tmp_path_factory.mktemp("model"), heads=8, kv_heads=4, hidden=64, ffn=640, layers=4)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -43,3 +46,21 @@ def test_an_example_prunes_and_what_it_writes_agrees(ranks: RankPool, model: Pat
     live = ranks.run(2, run_example, script, [str(model), data, *options], ids)[0]
     check_results(model, out, ids, live, has_adapter=not own_loop)
     assert own_loop or list((out / "runs/pruning").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "line"),
+    [
+        (None, "text", "{model}/config.json does not exist"),
+        ({}, None, "{text} does not exist"),
+        ({"auto_map": {}}, "text", "{model} has layers of different widths, or no stock class; prune with "),
+    ],
+)
+def test_what_cannot_be_quantised_is_one_line(config: object, text: str | None, line: str, tmp_path: Path) -> None:
+    model, path = tmp_path / "model", tmp_path / "text.txt"
+    if config is not None:
+        write_json(model / "config.json", config)
+    if text is not None:
+        path.write_text(text)
+    command = [sys.executable, str(ROOT / "launch/examples/quantise.py"), str(model), str(path), "out"]
+    assert_refused(run_to_end(command, cwd=tmp_path), line.format(model=model, text=path), code=1)

@@ -23,10 +23,10 @@ from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names
 from loraprune_ds.files import read_json
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
+from tests.integration.launching import ROOT
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, gather_everywhere
 from tests.refusals import refused
-from tests.unit.shapes_and_scores import repository
 
 KINDS = ("heads", "channels")
 
@@ -230,7 +230,7 @@ def run_example(script: str, argv: list[str], ids: torch.Tensor) -> torch.Tensor
     with fresh_accelerate(), patch.object(sys, "argv", [script, *argv]):
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")  # accelerate itself knows no DeepSpeed on CPU ranks and would see one process
-        names = runpy.run_path(str(repository() / "launch" / "examples" / script), run_name="__main__")
+        names = runpy.run_path(str(ROOT / "launch" / "examples" / script), run_name="__main__")
         engine = names["trainer"].model_wrapped if "trainer" in names else names["model"]
         engine.eval()
         with torch.no_grad():

@@ -19,9 +19,7 @@ Make = Callable[[Path, Path], None]  # (material, here): prepares in `here` what
 
 def make_material(root: Path) -> Path:
     """Makes the inputs of a good run: model/, text.txt and run.yaml, which names no output_dir."""
-    make_tiny_llama(
-        root / "model", heads=4, kv_heads=2, head_dim=8, hidden=32, ffn=48, layers=3, vocab=259, seed=1, tie=True
-    )
+    make_tiny_llama(root / "model", layers=3, vocab=259, tie=True)
     write_text(root / "text.txt", 6_000)
     content = {
         "model": {"path": str(root / "model"), "dtype": "float32"},

@@ -22,8 +22,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with a model dense/, its run/ with cuts after steps 3 and 5, all checkpoints, and text.txt."""
     root = tmp_path_factory.mktemp("finished")
-    sizes: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 48, "ffn": 64, "layers": 3}
-    dense = make_tiny_llama(root / "dense", vocab=VOCAB, seed=3, tie=True, biases=True, **sizes)
+    sizes: Any = {"heads": 6, "kv_heads": 3, "hidden": 48, "ffn": 64, "layers": 3, "vocab": VOCAB, "seed": 3}
+    dense = make_tiny_llama(root / "dense", tie=True, biases=True, **sizes)
     byte_level_tokenizer(dense, VOCAB)
     prune = {"ratio": 0.35, "ranking": "global", "prune_every": 2, "warmup_fraction": 0.2, "cooldown_fraction": 0.2}
     config = {

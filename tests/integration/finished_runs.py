@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.integration.launching import Ended, Launcher, fork_ranks, launch, read_json, write_config, write_text
-from tests.integration.resuming import read_tensors
+from tests.integration.resuming import metrics, read_tensors
 from tests.oracle.models import make_tiny_llama
 from tests.stranger import ask_stranger
 
@@ -66,12 +66,8 @@ class Run:
     def report(self) -> dict[str, Any]:
         return read_json(self.folder / "report.json")
 
-    @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-
     def records(self, kind: str) -> list[dict[str, Any]]:
-        return [record for record in self.metrics if record["kind"] == kind]
+        return metrics(self.folder, kind)
 
     @cached_property
     def before(self) -> dict[str, Tensor]:

@@ -39,9 +39,7 @@ CUTS = [7, 12, 17]  # nothing is left to go at 18, where the last would be due
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
     """Writes a tiny model, text and config into `folder`. Adam's epsilon: see test_sharded_equals_dense.py."""
-    make_tiny_llama(
-        folder / "source", heads=8, kv_heads=4, head_dim=8, hidden=64, ffn=93, layers=3, vocab=97, seed=1, biases=True
-    )
+    make_tiny_llama(folder / "source", heads=8, kv_heads=4, hidden=64, ffn=93, layers=3, biases=True)
     words = random.Random(0)
     names = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
     lines = (" ".join(words.choice(names) for _ in range(12)) for _ in range(200))

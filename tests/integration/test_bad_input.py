@@ -47,7 +47,6 @@ WRONG = (
     Wrong("truncated weights", MODEL, ("model.safetensors is damaged",), copy_of_model(truncate("model.safetensors"))),
     Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(drop_tokenizer)),
     Wrong("no adapter", "model.adapter={here}", ("adapter_config.json does not exist",)),
-    Wrong("top k", "train.distill_weight=0.5 train.distill_top_k=300", ("distill_top_k 300", "vocabulary of 259")),
     Wrong("no data", "data.path={here}/text.txt", ("data.path", "does not exist")),
     Wrong(
         "text too short",
@@ -170,10 +169,3 @@ def test_a_read_only_folder_is_told_before_the_data_is_read(material: Path, tmp_
         given = arguments(material, tmp_path, f"output_dir={shared}/me/out", "data.path=/nowhere.txt")
         (ended,) = fork_ranks(given, tmp_path, before=be_nobody)
     assert_refused(ended, f"output_dir {shared}/me/out: {shared} is not writable")
-
-
-def test_a_tilde_in_output_dir_is_the_home_folder(material: Path, tmp_path: Path) -> None:
-    file_at("out/thesis.tex", "x")(material, tmp_path)
-    given = arguments(material, tmp_path, "output_dir=~/out")
-    (ended,) = fork_ranks(given, tmp_path, environment=lambda rank: {"HOME": str(tmp_path)})
-    assert_refused(ended, f"output_dir {tmp_path / 'out'} is not empty")

@@ -27,39 +27,31 @@ def homes(material: Path, tmp_path: Path) -> Callable[[int], dict[str, str]]:
     return lambda rank: {"HOME": str(tmp_path / f"home{rank}")}
 
 
-@pytest.mark.parametrize(("key", "name"), [("data.path", "text.txt"), ("model.path", "model")])
-def test_what_only_one_rank_lacks_is_told_of_it(
-    key: str, name: str, homes: Callable[[int], dict[str, str]], material: Path, tmp_path: Path
-) -> None:
-    first, other = fork_ranks(arguments(material, tmp_path, f"{key}=~/{name}"), tmp_path, ranks=2, environment=homes)
-    assert_refused(first, f"rank 1: {key}", f"~/{name} does not exist")
-    assert (other.code, other.err) == (2, "")
-    assert not (tmp_path / "out").exists()
-
-
-def test_other_data_on_one_rank(homes: Callable[[int], dict[str, str]], material: Path, tmp_path: Path) -> None:
-    write_text(tmp_path / "home1" / "text.txt", 6_000, start=1)
-    first, other = fork_ranks(
-        arguments(material, tmp_path, "data.path=~/text.txt"), tmp_path, ranks=2, environment=homes
-    )
-    assert_refused(first, "rank 1 reads other training data than rank 0")
-    assert (other.code, other.err) == (2, "")
-
-
 def wait_a_second() -> None:
     from loraprune_ds.train import output
 
     output.SHARED_WAIT = 1.0
 
 
-def test_an_output_folder_that_ranks_do_not_share(
-    homes: Callable[[int], dict[str, str]], material: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("setting", "name", "told"),
+    [
+        ("data.path", "text.txt", "~/text.txt does not exist"),
+        ("model.path", "model", "~/model does not exist"),
+        ("data.path", "other.txt", " reads other training data than rank 0"),
+        ("output_dir", "out", "home1/out is not the folder of rank 0"),
+    ],
+)
+def test_what_only_one_rank_lacks_or_has_is_told_of_it(
+    setting: str, name: str, told: str, homes: Callable[[int], dict[str, str]], material: Path, tmp_path: Path
 ) -> None:
-    given = arguments(material, tmp_path, "output_dir=~/out")
+    for rank in range(2):
+        write_text(tmp_path / f"home{rank}" / "other.txt", 6_000, start=rank)
+    given = arguments(material, tmp_path, f"{setting}=~/{name}")
     first, other = fork_ranks(given, tmp_path, ranks=2, environment=homes, before=wait_a_second)
-    assert_refused(first, f"rank 1: output_dir {tmp_path / 'home1' / 'out'} is not the folder of rank 0")
+    assert_refused(first, "rank 1", told, setting if name != "other.txt" else "")
     assert (other.code, other.err) == (2, "")
-    assert not (tmp_path / "home0" / "out" / "status.json").exists()
+    assert not list(tmp_path.rglob("status.json"))
 
 
 def test_a_nan_ends_the_run_on_all_ranks_and_is_told(material: Path, tmp_path: Path) -> None:
@@ -178,16 +170,10 @@ def log_collectives() -> None:
 
 def test_all_kinds_of_collectives_run_before_the_input_is_looked_at(tmp_path: Path) -> None:
     config = {"output_dir": "out", "train": {"steps": 1, "global_batch_size": 3, "micro_batch_size": 1}}
-    arguments = ["--config", str(write_config(tmp_path / "run.yaml", config))]
+    given = ["--config", str(write_config(tmp_path / "run.yaml", config))]
     logs = [tmp_path / f"log-{rank}" for rank in range(2)]
-    ended = fork_ranks(
-        arguments,
-        tmp_path,
-        ranks=2,
-        cwd=tmp_path,
-        environment=lambda rank: {LOG: str(logs[rank])},
-        before=log_collectives,
-    )
+    where = {"cwd": tmp_path, "environment": lambda rank: {LOG: str(logs[rank])}}
+    ended = fork_ranks(given, tmp_path, ranks=2, before=log_collectives, **where)  # type: ignore[arg-type]
     assert [rank.code for rank in ended] == [2, 2], ended[0].everything  # 3 samples cannot be split over 2 ranks
     for log in logs:
         called = log.read_text().split()

@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 from unittest.mock import Mock
 
 import pytest
@@ -16,12 +16,12 @@ import torch
 from gguf import GGUFReader, LlamaFileType
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.pretrained import open_pretrained
+from tests.hf.results import load, logits
 from tests.integration.launching import ROOT, Ended, read_json, run_to_end
 from tests.integration.resuming import assert_equal_tensors, read_tensors
 
@@ -55,15 +55,6 @@ def exported(source: Path, name: str, out: Path) -> Path:
     return out
 
 
-def load(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(PROMPT).logits
-
-
 @pytest.fixture(scope="session")
 def adapter(run: Path) -> Path:
     return exported(run, "adapter", run.parent / "adapter")
@@ -71,19 +62,15 @@ def adapter(run: Path) -> Path:
 
 def test_base_and_adapter_give_the_merged_model(run: Path, adapter: Path) -> None:
     base = load(adapter / "base")
-    without = logits(base)
+    without = logits(base, PROMPT)
     model = PeftModel.from_pretrained(base, str(adapter / "adapter"))
-    merged = logits(load(run / "model"))
-    torch.testing.assert_close(logits(model), merged, rtol=0, atol=SAME)
+    merged = logits(load(run / "model"), PROMPT)
+    torch.testing.assert_close(logits(model, PROMPT), merged, rtol=0, atol=SAME)
     assert (without - merged).abs().max() > 100 * SAME, "the LoRA has to matter"
     again = model.merge_and_unload()
     for name, tensor in read_tensors(run / "model").items():
         torch.testing.assert_close(again.get_parameter(name).detach(), tensor, rtol=0, atol=1e-6)
-
-
-def test_a_run_can_start_from_base_and_adapter(adapter: Path) -> None:
-    shape = open_pretrained(adapter / "base").shape
-    check_adapter(adapter / "adapter", LoraConfig(r=4), shape)
+    check_adapter(adapter / "adapter", LoraConfig(r=4), open_pretrained(adapter / "base").shape)  # a run can start so
 
 
 def test_the_finished_model_is_copied(run: Path, tmp_path: Path) -> None:
@@ -121,7 +108,7 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, unfinished: Pa
     shape, last = (open_pretrained(folder).shape for folder in (tmp_path / "hf", run / "model"))
     dense = open_pretrained(run.parent / "dense").shape
     assert dense.linear_numel() > shape.linear_numel() > last.linear_numel()
-    assert torch.isfinite(logits(load(tmp_path / "hf"))).all()
+    assert torch.isfinite(logits(load(tmp_path / "hf"), PROMPT)).all()
     tokens = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)("the import statement").input_ids
     assert tokens == AutoTokenizer.from_pretrained(run.parent / "dense")("the import statement").input_ids
     card = (tmp_path / "hf" / "README.md").read_text()

@@ -1,17 +1,14 @@
 """Runs launch/plan.py as a user does. Checks stdout (an object or a table), one line on stderr, exit codes 0, 2, 3."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from loraprune_ds.cli.plan import main
+from tests.integration.launching import ROOT, run_to_end
 
-ROOT = Path(__file__).parents[2]
 Plan = Callable[[str], int]
 
 
@@ -28,17 +25,14 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 def test_the_example_of_the_readme() -> None:
     command = "launch/plan.py llama-65b --nodes 4 --gpus-per-node 8 --gpu-memory 80 --json"
-    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}  # as on a login node
-    done = subprocess.run(
-        [sys.executable, *command.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
-    found = json.loads(done.stdout)  # exactly one object
-    assert done.returncode == 0, done.stderr
+    as_on_a_login_node = ["env", "--unset=DS_ACCELERATOR", sys.executable]
+    ended = run_to_end([*as_on_a_login_node, *command.split()], cwd=ROOT).check()
+    found = json.loads(ended.out)  # exactly one object
     assert found["parameters"] == 65_285_660_672
     assert found["fits"] is True
     assert found["world_size"] == 32
     assert found["stages"][0]["state"]["weights"] == 65_285_660_672 * 2 // 32
-    assert done.stderr == ""
+    assert ended.err == ""
 
 
 def test_what_does_not_fit_exits_with_3_and_says_what_to_change(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,11 +4,9 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
-from loraprune_ds.config import RunConfig
 from tests.integration.resuming import (
     assert_same_run,
     config_for,
@@ -20,7 +18,6 @@ from tests.integration.resuming import (
     write_run,
 )
 from tests.ranks import RankPool
-from tests.refusals import refused
 
 STEPS, RECOVERY, CUTS, STOP_AT = 8, 2, [4, 6, 8], 5
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -38,64 +35,50 @@ SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_levers(config: RunConfig, resume: str | None = None, stop_at: int | None = None) -> bool:
-    """Runs with small files of the teacher, so that a stop can come between two of them."""
-    with mock.patch("loraprune_ds.model.logits.SAMPLES_PER_FILE", 8):
-        return run_here(config, resume, stop_at)
-
-
 @pytest.fixture(scope="module")
 def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("levers")
-    ranks.run(2, run_levers, config_for(write_run(folder, **SECTIONS), folder / "out"))
+    ranks.run(2, run_here, config_for(write_run(folder, **SECTIONS), folder / "out"))
     return folder / "out"
 
 
 def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
     config = config_for(straight.parent / "config.yaml", tmp_path / "out")
-    teacher = tmp_path / "out" / "teacher"
-    assert not any(ranks.run(2, run_levers, config, None, 1))
+    assert not any(ranks.run(2, run_here, config, None, 1))
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "stopped"
-    first = {path.name: path.stat().st_mtime_ns for path in teacher.glob("*.safetensors")}
-    assert len(first) == 2  # one file of each rank
-    assert not any(ranks.run(2, run_levers, config, "auto", STOP_AT))
-    assert {path.name: path.stat().st_mtime_ns for path in teacher.glob("*.safetensors")}.items() >= first.items()
+    assert not any(ranks.run(2, run_here, config, "auto", STOP_AT))
     step = tmp_path / "out" / "checkpoints" / f"step-{STOP_AT}"
     assert len(list(step.glob("moments-*.safetensors"))) == 3  # one of each layer
-    lost, elsewhere = teacher / "targets-00003.safetensors", tmp_path / "lost"
-    lost.rename(elsewhere)
-    message = f"{lost} is missing or damaged, and the model that would write it again is cut already"
-    assert ranks.run(2, refused, run_levers, config, "auto") == [message, message]
-    elsewhere.rename(lost)
-    assert all(ranks.run(2, run_levers, config, "auto"))
+    assert all(ranks.run(2, run_here, config, "auto"))
 
     total = STEPS + RECOVERY
     assert [cut["step"] for cut in metrics(straight, "cut")] == CUTS
-    assert read_state(tmp_path / "out", total)["resumed_from"] == [STOP_AT]
+    assert read_state(tmp_path / "out", total)["resumed_from"] == [1, STOP_AT]
     assert_same_run(tmp_path / "out", straight, total)
     assert not list((straight / "checkpoints" / f"step-{total}").glob("moments-*"))  # no cut is left that needs them
-    assert not (straight / "teacher").exists()
 
 
-def test_a_kill_after_the_teacher_is_gone_leaves_a_run_that_can_be_finished(
+def test_a_kill_after_the_model_is_published_leaves_a_run_that_can_be_finished(
     ranks: RankPool, straight: Path, tmp_path: Path
 ) -> None:
-    """Kills it after the teacher's files went with the published model, before status.json says "finished"."""
+    """Kills it before status.json says "finished". An earlier version kept the teacher's outputs in a folder."""
     out = tmp_path / "out"
     shutil.copytree(straight, out)
+    (out / "teacher").mkdir()
     status = json.loads((out / "status.json").read_text())
     (out / "status.json").write_text(json.dumps(status | {"state": "running"}))
-    assert all(ranks.run(2, run_levers, config_for(straight.parent / "config.yaml", out), "auto"))
+    assert all(ranks.run(2, run_here, config_for(straight.parent / "config.yaml", out), "auto"))
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
+    assert not (out / "teacher").exists()
 
 
 def test_goes_on_with_another_number_of_ranks(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
-    """Checks the moments, each layer's on one rank, and the teacher's files. Dropout draws by rank, so it is off."""
+    """Checks the moments, each layer's on one rank. Dropout draws by rank, so it is off."""
     given, settings = straight.parent / "config.yaml", ("lora.lora_dropout=0", "train.learning_rate=1e-3")
     here, moved = (config_for(given, tmp_path / name, *settings) for name in ("here", "moved"))
-    ranks.run(2, run_levers, here)
-    ranks.run(2, run_levers, moved, None, STOP_AT)
-    assert all(ranks.run(3, run_levers, moved, "auto"))
+    ranks.run(2, run_here, here)
+    ranks.run(2, run_here, moved, None, STOP_AT)
+    assert all(ranks.run(3, run_here, moved, "auto"))
     found, expected = (contents(tmp_path / name, STEPS + RECOVERY).kept for name in ("moved", "here"))
     assert found == expected
     # sums in fp32 in another order, as in tests/numerics

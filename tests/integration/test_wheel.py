@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -11,7 +10,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from tests.integration.launching import ROOT, Ended, clean_environment, read_json, write_text
+from tests.integration.launching import ROOT, Ended, read_json, run_to_end, write_text
 
 SOURCES = ("pyproject.toml", "loraprune_ds", "launch", "ds_configs")
 
@@ -23,7 +22,7 @@ def build_wheel(folder: Path) -> Path:
     for name in SOURCES:
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy / name)
     options = ["--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", str(folder)]
-    _run(sys.executable, "-m", "pip", "wheel", *options, str(copy))
+    run_outside(sys.executable, "-m", "pip", "wheel", *options, str(copy), cwd=folder).check()
     shutil.rmtree(copy)
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -31,22 +30,19 @@ def build_wheel(folder: Path) -> Path:
 
 def install_wheel(wheel: Path, environment: Path) -> Path:
     """Makes an environment with the wheel and the other packages of this Python. Returns its folder of programs."""
-    _run(sys.executable, "-m", "venv", "--without-pip", str(environment))
+    run_outside(sys.executable, "-m", "venv", "--without-pip", str(environment), cwd=wheel.parent).check()
     python = environment / "bin" / "python"
-    _run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
+    pip = (sys.executable, "-m", "pip", "--python", str(python))
+    run_outside(*pip, "install", "--no-deps", "--no-index", str(wheel), cwd=wheel.parent).check()
     (packages,) = environment.glob("lib/python*/site-packages")
     # A path in a .pth file comes last, and the .pth files in there are not read. This checkout stays unknown.
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python.parent
 
 
-def without_checkout() -> dict[str, str]:
-    return {key: value for key, value in clean_environment().items() if key != "PYTHONPATH"}
-
-
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, env=without_checkout())
-    assert done.returncode == 0, done.stdout + done.stderr
+def run_outside(*command: str, cwd: Path, timeout: float = 300) -> Ended:
+    """Runs a command that finds nothing of this checkout."""
+    return run_to_end(command, cwd=cwd, environment={"PYTHONPATH": ""}, timeout=timeout)
 
 
 COMMANDS = ("run", "plan", "evaluate", "export", "compare")
@@ -63,14 +59,12 @@ def programs(wheel: Path) -> Path:
 
 
 def start(programs: Path, folder: Path, *arguments: str, timeout: float = 120) -> Ended:
-    command = [str(programs / "loraprune-ds"), *arguments]
-    done = subprocess.run(command, cwd=folder, env=without_checkout(), capture_output=True, text=True, timeout=timeout)
-    return Ended(done.returncode, done.stdout, done.stderr, 0.0)
+    return run_outside(str(programs / "loraprune-ds"), *arguments, cwd=folder, timeout=timeout)
 
 
 def test_the_wheel_has_every_module_config_and_json(wheel: Path) -> None:
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "loraprune_ds").rglob("*.py")}
-    given = {path.relative_to(ROOT).as_posix() for pattern in ("launch/configs/*.yaml", "ds_configs/*.json")
+    given = {path.relative_to(ROOT).as_posix() for pattern in ("launch/configs/**/*.yaml", "ds_configs/*.json")
              for path in ROOT.glob(pattern)}  # fmt: skip
     files = set(ZipFile(wheel).namelist())
     assert "loraprune_ds/model/modeling_pruned.py" in code

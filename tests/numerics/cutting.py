@@ -34,13 +34,13 @@ COLLECTIVES += ("gather", "all_gather")
 
 
 @contextmanager
-def watched_collectives(see: Callable[[str, list[Tensor]], None]) -> Iterator[None]:
-    """Calls `see` with name and tensors of every collective below DeepSpeed's own front, from any caller."""
+def watched_collectives(see: Callable[[str, list[Tensor], Any], None]) -> Iterator[None]:
+    """Calls `see` with name, tensors and group of every collective below DeepSpeed's own front, from any caller."""
     backend: Any = ds_comm.comm.cdb
 
     def watching(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            see(name, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)])
+            see(name, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)], kwargs.get("group"))
             return call(*args, **kwargs)
 
         return wrapped
@@ -55,7 +55,7 @@ def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
     """Yields (name, elements given by this rank) of every collective."""
     calls: list[tuple[str, int]] = []
 
-    def see(name: str, tensors: list[Tensor]) -> None:
+    def see(name: str, tensors: list[Tensor], _: Any) -> None:
         if name != "reduce_scatter_tensor":
             given = tensors[1] if name in ("all_gather_into_tensor", "all_to_all_single") else tensors[0]
             calls.append((name, given.numel()))
@@ -196,8 +196,8 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
     whole: dict[str, Tensor] = {}
     for layer in model.lora_factors():
         for factors in layer.values():
-            whole |= {names[len(whole)][0]: factors.grad_A}
-            whole |= {names[len(whole)][0]: factors.grad_B}
+            for gradient in (factors.grad_A, factors.grad_B):
+                whole[names[len(whole)][0]] = gradient
     trainer.pruner.score(1)
     scores = trainer.pruner.average.scores
     assert scores is not None

@@ -21,6 +21,7 @@ from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
+from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.device import storage_bytes
@@ -59,6 +60,8 @@ class Job:
     lora_alpha: float = 8
     lengths: list[int] | None = None  # tokens of each sample, whose rest is padding
     frozen: Frozen | None = None
+    distill_weight: float = 0.0
+    distill_temperature: float = 1.0
 
 
 @dataclass
@@ -166,6 +169,8 @@ def build(job: Job) -> Trainer:
             lr_scheduler="constant",
             max_grad_norm=job.max_grad_norm,
             gradient_checkpointing=job.gradient_checkpointing,
+            distill_weight=job.distill_weight,
+            distill_temperature=job.distill_temperature,
         ),
     )
     pretrained = open_for_pruning(job.folder, config.model, config.prune)
@@ -176,6 +181,8 @@ def build(job: Job) -> Trainer:
     for module in trainer.engine.deepspeed.module.modules():
         if isinstance(module, LossHead):
             module.chunk_tokens = job.loss_chunk_tokens
+    if job.distill_weight:
+        trainer._teacher = Teacher(pretrained, config.model, config.train, ds_config)
     return trainer
 
 

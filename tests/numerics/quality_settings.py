@@ -2,21 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.layout import sha256
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import PADDING_ID
-from loraprune_ds.train.stop import NOTHING, STOP
-from loraprune_ds.train.teacher import Teacher, plan_teacher, record_teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import storage_bytes
 from tests.numerics.cutting import whole_state
@@ -24,7 +19,6 @@ from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 
 INPUTS = ("self_attn.o_proj", "mlp.down_proj")
 CUT_LAYERS = (1, 2)
-FILE_SAMPLES = 5  # in a teacher's file
 
 
 @contextmanager
@@ -148,11 +142,9 @@ def gradient_scores(job: Job, *, widen: bool = False) -> dict[str, Any]:
     return {"scores": scores, "shards": shards, "whole": whole, "sent": sum(sent), "left": left, "lora": lora}
 
 
-def fisher_scores(job: Job, folder: Path | None = None) -> dict[str, Any]:
-    """Makes one step with `fisher`. Returns scores and bytes sent to score. It distils if it has a folder."""
+def fisher_scores(job: Job) -> dict[str, Any]:
+    """Makes one step with `fisher`. Returns scores and bytes sent to score."""
     trainer = build(job)
-    if folder is not None:
-        trainer._teacher, _ = record_outputs(trainer, job, folder, None, 1)
     model, score = trainer.model, trainer.pruner.score
     sent: list[int] = []
 
@@ -187,33 +179,10 @@ def train_and_cut(job: Job) -> dict[str, Tensor]:
     return whole_state(trainer)
 
 
-def record_outputs(
-    trainer: Trainer, job: Job, folder: Path, top_k: int | None, temperature: float
-) -> tuple[Teacher, list[bool]]:
-    """Makes the teacher pass, stopped inside and taken up. Returns the teacher, and what both parts returned."""
-    model, samples = trainer.model, trainer.samples
-    train = replace(trainer.config, distill_weight=0.5, distill_temperature=temperature, distill_top_k=top_k)
-    hidden_size = model.shape.hidden_size
-    plan = plan_teacher(train, samples, trainer.order, len(job.batches), hidden_size, 4)
-    plan = replace(plan, per_file=FILE_SAMPLES)
-    out = folder / f"{trainer.model.world_size}-{top_k}"
-    teacher = Teacher(out, plan, 0.5, {"dtype": job.dtype, "seed": job.seed})
-    batch_size = max(train.micro_batch_size, 3)  # a file takes two forward passes, the last of them not full
-    asked = iter([STOP])
-    passes: list[bool] = []
-    for _ in range(2):
-        model.comm.barrier()  # the other ranks' files are there
-        to_do = replace(teacher, to_write=teacher.missing())
-        passes.append(record_teacher(trainer.engine, to_do, samples, batch_size, lambda comm: next(asked, NOTHING)))
-    return teacher, passes
-
-
-def distilled_step(job: Job, folder: Path, top_k: int | None, temperature: float) -> dict[str, Any]:
-    """Makes the teacher pass and the first distilled step. Returns the files' digests and averaged LoRA gradients."""
+def first_pass(job: Job) -> dict[str, Any]:
+    """Makes the passes of the first step. Returns its loss and averaged LoRA gradients."""
     trainer = build(job)
     model, samples = trainer.model, trainer.samples
-    teacher, passes = record_outputs(trainer, job, folder, top_k, temperature)
-    trainer._teacher = teacher
     batch = trainer.order.batch(0)
     supervised = int((samples.inputs(batch)["labels"][:, 1:] != -100).sum())
     loss = float(trainer._accumulate(1, batch, supervised)) / supervised
@@ -222,10 +191,4 @@ def distilled_step(job: Job, folder: Path, top_k: int | None, temperature: float
         for name, factors in layer.items():
             gradients[f"layers.{i}.{name}.lora_A"] = factors.grad_A
             gradients[f"layers.{i}.{name}.lora_B"] = factors.grad_B
-    return {
-        "passes": passes,
-        "loss": sum(model.comm.gather_objects(loss)),
-        "gradients": gradients,
-        "files": {path.name: sha256(path) for path in sorted(teacher.folder.glob("*.safetensors"))},
-        "bytes": (sum(path.stat().st_size for path in teacher.folder.glob("*.safetensors")), teacher.plan.bytes),
-    }
+    return {"loss": sum(model.comm.gather_objects(loss)), "gradients": gradients}

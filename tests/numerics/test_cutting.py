@@ -76,14 +76,8 @@ def test_a_cut_carries_everything_bit_by_bit(ranks: RankPool, job: Job, world_si
     """It sends the elements that change owner. The old shards and buffers are freed."""
     results = ranks.run(world_size, cutting.cut_once, replace(job, dtype=dtype), KEPT_HEADS, KEPT_CHANNELS)
     before, after = results[0]["before"], results[0]["after"]
-    assert set(before) == set(after)
-    changed = 0
-    for name, tensor in before.items():
-        expected = sliced(name, tensor)
-        changed += expected.shape != tensor.shape
-        assert torch.equal(after[name], expected), name
     # per cut layer: 7 weights, 5 biases, 7 LoRA factors. These have copy, master and two moments
-    assert changed == 2 * (7 + 5 + 7 * 4)
+    assert count_sliced(results[0]) == 2 * (7 + 5 + 7 * 4)
     assert results[0]["engine_steps"][0] == 2
     assert [r["alive"] for r in results] == [0] * world_size
     if world_size > 1:
@@ -99,11 +93,8 @@ def test_lora_in_another_dtype_than_the_base_keeps_it(ranks: RankPool, job: Job,
     """Other trainers leave LoRA in fp32 on a bf16 base. One buffer for both would make all of it fp32."""
     mixed = replace(job, dtype="bfloat16")
     results = ranks.run(world_size, cutting.cut_once_with_fp32_lora, mixed, KEPT_HEADS, KEPT_CHANNELS)
-    before, after = results[0]["before"], results[0]["after"]
-    assert {tensor.dtype for tensor in before.values()} == {torch.float32, torch.bfloat16}
-    for name, tensor in before.items():
-        assert after[name].dtype == tensor.dtype, name
-        assert torch.equal(after[name], sliced(name, tensor)), name
+    assert {tensor.dtype for tensor in results[0]["before"].values()} == {torch.float32, torch.bfloat16}
+    assert count_sliced(results[0])
     assert math.isfinite(results[0]["next_loss"])
 
 
@@ -121,12 +112,7 @@ def test_what_a_cut_leaves_alone_is_not_sent(
 ) -> None:
     """Late cuts of a long schedule take channels alone, or nothing."""
     results = ranks.run(2, cutting.cut_once, replace(job, dtype="bfloat16"), heads, channels)
-    changed = 0
-    for name, tensor in results[0]["before"].items():
-        expected = sliced(name, tensor, heads, channels)
-        changed += expected.shape != tensor.shape
-        assert torch.equal(results[0]["after"][name], expected), name
-    assert changed == tensors
+    assert count_sliced(results[0], heads, channels) == tensors
     calls = [elements for name, elements in results[0]["calls"] if name == "all_to_all_single"]
     assert len(calls) == (4 if tensors else 0)
     kind = "heads" if len(heads) < KV_HEADS else "channels"
@@ -134,6 +120,16 @@ def test_what_a_cut_leaves_alone_is_not_sent(
     of_this_kind = [n for n in results[0]["before"] if ".layers.1." in n and any(linear in n for linear in linears)]
     most = sum(results[0]["before"][name].numel() for name in of_this_kind)
     assert sum(calls) < 2 * most  # two layers, and nothing of the other kind
+
+
+def count_sliced(result: dict, *kept: list[int]) -> int:
+    """Checks that every tensor is what `sliced` leaves of it, bit by bit. Returns how many have become smaller."""
+    assert set(result["before"]) == set(result["after"])
+    expected = {name: sliced(name, tensor, *kept) for name, tensor in result["before"].items()}
+    for name, tensor in result["after"].items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+    return sum(tensor.shape != result["before"][name].shape for name, tensor in expected.items())
 
 
 def sliced(name: str, tensor: Tensor, heads: list[int] = KEPT_HEADS, channels: list[int] = KEPT_CHANNELS) -> Tensor:

@@ -20,13 +20,13 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import storage_bytes
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine
+from tests.integration.launching import ROOT
 from tests.integration.resuming import assert_equal_tensors, config_for, run_here, write_run
 from tests.numerics import cutting, quality_settings
 from tests.numerics.driver import Job, build, tiny_job
 from tests.ranks import RankPool
 from tests.zero_bytes import state_tensors, weight_shards
 
-ROOT = Path(__file__).parents[2]
 BASELINE = "zero3"
 OTHERS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json") if path.stem != BASELINE)
 HEADS, CHANNELS = [0, 2], [c for c in range(45) if c % 3]
@@ -52,13 +52,11 @@ def run_all(job: Job) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def baseline(ranks: RankPool, job: Job) -> dict[str, Any]:
-    return ranks.run(2, run_all, job)[0]
-
-
-def test_the_cut_under_test_removes_something(baseline: dict[str, Any]) -> None:
-    changed = [n for n, tensor in baseline["before"].items() if tensor.shape != baseline["after"][n].shape]
+    result = ranks.run(2, run_all, job)[0]
+    changed = [n for n, tensor in result["before"].items() if tensor.shape != result["after"][n].shape]
     assert len(changed) == 2 * (7 + 5 + 7 * 4)  # of two layers, as in test_cutting.py
-    assert baseline["inference"].abs().sum() > 0
+    assert result["inference"].abs().sum() > 0
+    return result
 
 
 @pytest.mark.parametrize("name", [f"ds_configs/{name}.json" for name in OTHERS])
@@ -151,8 +149,11 @@ def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
     return shards[0], alive[0]
 
 
-def test_a_run_does_not_hold_what_it_trained_beside_what_it_measures(ranks: RankPool, tmp_path: Path) -> None:
-    folder = write_run(tmp_path, train={"steps": 2})
+@pytest.mark.parametrize("train", [{}, {"distill_weight": 0.5}], ids=["plain", "distilled"])
+def test_a_run_does_not_hold_what_it_trained_beside_what_it_measures(
+    ranks: RankPool, tmp_path: Path, train: dict[str, Any]
+) -> None:
+    folder = write_run(tmp_path, train={"steps": 2} | train)
     config = config_for(folder, tmp_path / "out", "model.dtype=bfloat16")
     ((shards, alive),) = ranks.run(1, bytes_beside_the_export, config)
     assert alive < shards  # the samples. The trained model's shards and LoRA's state are more

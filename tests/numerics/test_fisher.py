@@ -1,7 +1,6 @@
 """Scores by `fisher` on 1, 2 and 3 ZeRO-3 ranks, against an explicit mask in one dense model."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from tests.numerics import quality_settings
 from tests.numerics.driver import Job, dense_twin, first_batch, tiny_job
-from tests.oracle.mask_fisher import mask_fisher
+from tests.oracle.formula import mask_fisher
 from tests.ranks import RankPool
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, FFN, LAYERS, SAMPLES = 15, 5, 4, 45, 61, 2, 12
@@ -72,8 +71,8 @@ def test_scores_are_those_of_an_explicit_mask(
         assert result["sent"] == [8 * LAYERS * (KV_HEADS + FFN) * (world_size > 1)]  # one fp64 number per group
 
 
-def test_scores_of_a_distilled_loss_are_those_of_an_explicit_mask(ranks: RankPool, job: Job, tmp_path: Path) -> None:
+def test_scores_of_a_distilled_loss_are_those_of_an_explicit_mask(ranks: RankPool, job: Job) -> None:
     changed = replace(job, gradient_checkpointing=True, lengths=LENGTHS)
     expected = dense_scores(changed, distilled=True)
-    for result in ranks.run(2, quality_settings.fisher_scores, changed, tmp_path):
+    for result in ranks.run(2, quality_settings.fisher_scores, replace(changed, distill_weight=0.5)):
         assert_equal(result, expected)

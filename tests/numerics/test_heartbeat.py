@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 from loraprune_ds.command import SILENCE, longest_silence
 from loraprune_ds.config import DataSource, RunConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.sources import read_rows
 from loraprune_ds.train.prepare import prepare
@@ -25,7 +24,7 @@ from loraprune_ds.train.watch import GRACE, INTERVAL, LOOKS, Heartbeat
 from loraprune_ds.zero.comm import Communicator
 from tests.integration.resuming import config_for, write_run
 from tests.ranks import RankPool
-from tests.refusals import refused
+from tests.refusals import refused, refuses
 
 SHORT = 1.0  # seconds
 
@@ -99,8 +98,7 @@ def test_a_job_ends_within_two_minutes_of_a_loss() -> None:
 
 @pytest.mark.parametrize("given", ["0", "soon", "1e9", "nan"])
 def test_a_silence_that_is_none_is_refused(given: str) -> None:
-    with pytest.raises(UserError, match="LORAPRUNE_SILENCE"):
-        longest_silence({"LORAPRUNE_SILENCE": given})
+    refuses("LORAPRUNE_SILENCE", longest_silence, {"LORAPRUNE_SILENCE": given})
     assert longest_silence({}) == SILENCE
     assert longest_silence({"LORAPRUNE_SILENCE": "2.5"}) == 2.5
 

@@ -1,5 +1,6 @@
 """The plan against real ranks: storages and activations to the byte, weights sent as an upper bound."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan, run_with_second_copy, saved_activations
 from tests.ranks import RankPool
 
-SIZES: dict[str, Any] = {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 48, "ffn": 61}
-SIZES |= {"vocab": 97, "seed": 1, "biases": True}
+SIZES: dict[str, Any] = {"heads": 6, "kv_heads": 3, "hidden": 48, "ffn": 61, "biases": True}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def test_ranks_hold_and_send_what_was_planned(
 ) -> None:
     deepspeed = limited_config(tmp_path) if limited else "ds_configs/zero3.json"
     check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, checkpointing=checkpointing))
+    check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, distilled=True))
 
 
 @pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 1), (4, 2)])
@@ -43,6 +44,8 @@ def test_with_hpz_gathers_of_copies_stay_in_a_node(
         check_row(row, several=True)
         for step in row["steps"][1::2]:
             assert step[IN_GROUP]["counted"] > step["weights"]["counted"]
+    for row in ranks.run(world_size, run_with_second_copy, replace(case, distilled=True)):
+        check_row(row, several=True)
 
 
 # In bf16 a CPU keeps the mean and deviation of a LayerNorm in bf16, a GPU and the meta device in fp32.
@@ -69,16 +72,15 @@ def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool,
 
 
 def test_linears_of_a_wide_model_are_gathered_one_by_one(ranks: RankPool, tmp_path: Path) -> None:
-    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 24, "layers": 3, "vocab": 97, "seed": 1}
-    folder = make_tiny_llama(tmp_path, hidden=LEAF_LAYER_HIDDEN + 8, dtype="bfloat16", **sizes)  # type: ignore[arg-type]
+    folder = make_tiny_llama(tmp_path, hidden=LEAF_LAYER_HIDDEN + 8, ffn=24, layers=3, dtype="bfloat16")
     check_ranks(ranks, 2, Case(folder, checkpointing=True))
 
 
 @pytest.mark.parametrize(
     ("family", "world_size", "options"),
     [
-        ("llama", 1, {}),
-        ("phi3", 2, {"checkpointing": True, "criterion": "fisher"}),
+        ("llama", 1, {"distilled": True}),
+        ("phi3", 2, {"checkpointing": True, "criterion": "fisher", "distilled": True}),
         ("mixtral", 3, {"criterion": "gradient", "compensate": "least_squares", "head_ratio": 0.4}),
     ],
 )

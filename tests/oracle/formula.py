@@ -1,13 +1,16 @@
-"""Transcribes the criterion in fp64 from LoRAPrune (arXiv 2305.18403) in the most literal way, with loops.
+"""Transcribes the criteria in fp64 from their papers in the most literal way, with loops.
 
-It shares no code with the package, and has the product form of the gradient estimate, not its expansion.
+It shares no code with the package. LoRAPrune's (arXiv 2305.18403) has the product form of the gradient estimate, not
+its expansion.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # W (out, in), A (r, in), B (out, r), gA (r, in), gB (out, r)
 LoraLinear = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -98,3 +101,27 @@ def cut_gap(scores: Tensor, count: int) -> float:
     if count <= 0 or count >= len(ordered):
         return math.inf
     return (ordered[count - 1] - ordered[count]) / ordered[count - 1]
+
+
+# `fisher` by a mask that a dense model really multiplies its inputs by: Kwon et al., arXiv 2204.00656
+
+
+def mask_fisher(loss: Callable[[], Tensor], masked: Sequence[tuple[nn.Module, int]]) -> list[Tensor]:
+    """Returns Σ over tokens of (∂loss/∂mask)², (groups,) float64 of each masked module, by one mask per token.
+
+    Args:
+        loss: makes one forward pass of the whole batch, which calls the masked modules in the order given.
+        masked: modules, and the groups that their inputs consist of.
+    """
+    masks: list[Tensor] = []
+
+    def multiply(groups: int, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        samples, tokens, width = inputs[0].shape
+        masks.append(torch.ones(samples, tokens, groups, dtype=inputs[0].dtype, requires_grad=True))
+        return inputs[0] * masks[-1].repeat_interleave(width // groups, 2), *inputs[1:]
+
+    handles = [module.register_forward_pre_hook(partial(multiply, groups)) for module, groups in masked]
+    gradients = torch.autograd.grad(loss(), masks)
+    for handle in handles:
+        handle.remove()
+    return [gradient.double().square().sum((0, 1)) for gradient in gradients]

@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.launching import clean_environment, step_of
+from tests.integration.launching import ROOT, clean_environment, step_of
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "cluster.sh"
 SHIPPED = ROOT / "slurm"
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}

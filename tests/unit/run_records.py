@@ -1,22 +1,11 @@
 """A small made-up run for the tests of what a person looks at: 10 steps, cuts after steps 4 and 6, two ranks."""
 
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, History, StepRecord
+from tests.unit.shapes_and_scores import make_shape
 
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "vocab_size": 100,
-    "tie_word_embeddings": True,
-}
-DENSE = shape_from_config(CONFIG, "somewhere")
-PRUNED = DENSE.with_layers(
-    (LayerShape(heads=4, channels=96), LayerShape(heads=2, channels=40), LayerShape(heads=3, channels=50))
+DENSE, PRUNED = (
+    make_shape(layers, hidden=64, head_dim=8, queries_per_group=2)
+    for layers in ([(4, 96)] * 3, [(4, 96), (2, 40), (3, 50)])
 )
 
 

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +9,13 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family import FAMILIES, LLAMA_LINEARS
-from loraprune_ds.model.family_row import Linear
+from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.target import make_limits
 
 KINDS = FAMILIES["llama"].kinds
-BY_NAME: dict[str, Linear] = {linear.name: linear for linear in LLAMA_LINEARS}
 
 
 def make_shape(
@@ -95,7 +92,3 @@ def keep_of(kept: Iterable[tuple[list[int], list[int]]]) -> list[LayerKeep]:
 def gone(shape: ModelShape, dense: ModelShape) -> int:
     """Linear parameters removed so far."""
     return dense.linear_numel() - shape.linear_numel()
-
-
-def repository() -> Path:
-    return Path(__file__).parents[2]

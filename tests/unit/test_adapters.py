@@ -32,8 +32,7 @@ LAYERS = 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 24, "ffn": 37, "vocab": 59}
-    return make_tiny_llama(tmp_path_factory.mktemp("model"), seed=1, biases=True, layers=LAYERS, **sizes)
+    return make_tiny_llama(tmp_path_factory.mktemp("model"), ffn=37, layers=LAYERS, biases=True)
 
 
 def wrap(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, config: LoraConfig = CONFIG) -> PeftModel:

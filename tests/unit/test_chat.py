@@ -1,7 +1,6 @@
 """Conversations: their forms, whose tokens are learnt, and TRL's masks of the same templates, token by token."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.train.data.chat import Chat, ChatTemplate, read_chat
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
-from tests.refusals import refused
+from tests.refusals import refuses
 from tests.unit.test_data import numbers
 from tests.unit.test_data_load import write_json
 
@@ -111,8 +110,7 @@ def test_qwen3_can_learn_one_answer_of_a_conversation() -> None:
     tokenizer = tokenizer_with(trl_templates.qwen3_chat_template)
     assert learnt(Chat(TALKS[1]), tokenizer) == "<think>\n\n</think>\n\ntwo<|im_end|>\n"
     assert learnt(Chat(TALKS[1]), tokenizer_with(FORGETFUL)) == "two<|im_end|>\n"
-    with pytest.raises(UserError, match="its first 2 of 4 messages alone become"):
-        labels_of(Chat(TALKS[0]), tokenizer)
+    refuses("its first 2 of 4 messages alone become", labels_of, Chat(TALKS[0]), tokenizer)
 
 
 def test_the_template_alone_brings_special_tokens() -> None:
@@ -186,8 +184,7 @@ def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_pa
 
 
 def fails(message: str, rows: list[Any], folder: Path, template: str = CHATML) -> None:
-    found = refused(load, write_json(folder / "chats.jsonl", rows * 20), tokenizer_with(template))
-    assert re.search(message, found), found
+    refuses(message, load, write_json(folder / "chats.jsonl", rows * 20), tokenizer_with(template))
 
 
 def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
@@ -211,5 +208,4 @@ def test_a_template_may_name_more_roles(tmp_path: Path) -> None:
     path = write_json(tmp_path / "chats.jsonl", [row] * 20)
     named = tokenizer_with("{%- if messages[0].role == 'critic' %}{%- endif %}" + CHATML)
     assert len(load(path, named).samples) == 18
-    with pytest.raises(UserError, match="role 'critic' is none of"):
-        load(path, tokenizer_with("{#- there is no critic -#}" + CHATML))
+    refuses("role 'critic' is none of", load, path, tokenizer_with("{#- there is no critic -#}" + CHATML))

@@ -1,19 +1,34 @@
-"""Folders that appear in one rename, whatever a killed process left."""
+"""Folders and files that appear whole, in one rename or once for a node, whatever a killed process left."""
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 
 from loraprune_ds import files
 from loraprune_ds.checkpoint import layout, save
-from loraprune_ds.checkpoint.layout import FORMAT, STATE_FILE, RunState, RunTotals, ShapeSource, read_state, state_text
+from loraprune_ds.checkpoint.layout import (
+    FORMAT,
+    STATE_FILE,
+    RunState,
+    RunTotals,
+    ShapeSource,
+    Status,
+    read_state,
+    read_status,
+    state_text,
+    write_status,
+)
 from loraprune_ds.checkpoint.save import drop_old
 from loraprune_ds.errors import UserError
-from loraprune_ds.files import begin_folder, publish_folder, remove_folder
+from loraprune_ds.files import begin_folder, make_once, publish_folder, remove_folder
 from tests.refusals import refused
 
 
@@ -194,3 +209,79 @@ def test_the_devices_memory_is_given_back_before_the_ranks_gather(
     monkeypatch.setattr(save, "empty_cache", calls.empty_cache)
     save.Staging(calls.comm, tmp_path / "step-1", "step")
     assert [name for name, *_ in calls.method_calls][:2] == ["empty_cache", "comm.all_or_raise"]
+
+
+# status.json is whole at any moment, and a damaged one is named
+
+
+def test_status_comes_back_as_it_was(tmp_path: Path) -> None:
+    """A reader that opened the file before still reads it whole, because the new text went to another file."""
+    assert read_status(tmp_path) is None
+    write_status(tmp_path, Status("running", 1, 60))
+    status = Status("failed", 12, 60, error="step 12: the loss is NaN")
+    with (tmp_path / "status.json").open() as old:
+        write_status(tmp_path, status)
+        assert json.load(old)["step"] == 1
+    assert read_status(tmp_path) == status
+    assert datetime.fromisoformat(status.updated).tzinfo is not None
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+GOOD = {"state": "running", "step": 1, "steps": 2, "error": None, "updated": "2026-11-25T01:02:03+00:00"}
+GOOD |= {"mark": "a", "job": None, "format": FORMAT}
+CHANGES = [{"state": "walking"}, {"state": ["running"]}, {"step": "1"}, {"error": 3}, {"mark": None}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe\x00",
+        b'{"state": "runn',
+        b"[]",
+        json.dumps({"state": "running", "step": 1, "steps": 2}).encode(),
+        *(json.dumps(GOOD | change).encode() for change in (*CHANGES, {"format": FORMAT - 1})),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "status.json").write_bytes(content)
+    assert str(tmp_path / "status.json") in refused(read_status, tmp_path)
+
+
+# What is made once for a node, also where its file system has no locks
+
+
+def fill(folder: Path) -> None:
+    (folder / "file").write_text("whole")
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(code, "no lock")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_it_is_made_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    refuse(monkeypatch, code)
+    make_once(tmp_path / "made", fill)
+    make_once(tmp_path / "made", lambda folder: pytest.fail("it is there already"))
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_of_two_that_make_it_without_a_lock_the_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, errno.ENOSYS)
+
+    def slower(folder: Path) -> None:
+        make_once(tmp_path / "made", fill)
+        (folder / "file").write_text("later")
+
+    make_once(tmp_path / "made", slower)
+    assert (tmp_path / "made" / "file").read_text() == "whole"
+
+
+def test_another_error_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="no lock"):
+        make_once(tmp_path / "made", fill)

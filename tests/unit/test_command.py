@@ -1,16 +1,34 @@
-"""The commands in launch/ end as they should."""
+"""Ranks take settings from the environment, and the commands in launch/ end as they should."""
 
+import os
 import subprocess
 import sys
 from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from loraprune_ds.command import check_needs, tell
+from loraprune_ds.command import (
+    LAUNCHED,
+    adopt_srun_ranks,
+    check_local_rank,
+    check_needs,
+    check_ranks,
+    collective_timeout,
+    gloo_interface,
+    launcher_command,
+    srun_ranks,
+    tell,
+)
 from loraprune_ds.errors import RankError, UserError
+from tests.integration.launching import ROOT, run_to_end
+from tests.ranks import RankPool
+from tests.refusals import refused, refuses
 
-ROOT = Path(__file__).parents[2]
 BLOCKED = """
 import threading, time, torch
 from loraprune_ds.command import leave_on_error
@@ -26,10 +44,11 @@ def test_an_option_without_the_one_it_needs_is_named() -> None:
     needs = {"--num-fewshot": "--tasks", "--public": "--speed or --serve"}
     check_needs(Namespace(num_fewshot=None, tasks=[], public=False, speed=False, serve=None), needs)
     check_needs(Namespace(num_fewshot=0, tasks=["piqa"], public=True, speed=False, serve="vllm"), needs)
-    with pytest.raises(UserError, match=r"^--num-fewshot has no effect without --tasks$"):
-        check_needs(Namespace(num_fewshot=0, tasks=[], public=False), needs)
-    with pytest.raises(UserError, match=r"^--public has no effect without --speed or --serve$"):
-        check_needs(Namespace(public=True, speed=False, serve=None), needs)
+    for given, line in (
+        (Namespace(num_fewshot=0, tasks=[], public=False), "--num-fewshot has no effect without --tasks"),
+        (Namespace(public=True, speed=False, serve=None), "--public has no effect without --speed or --serve"),
+    ):
+        assert refused(check_needs, given, needs) == line
 
 
 @pytest.mark.parametrize(
@@ -60,7 +79,163 @@ def test_an_unexpected_error_ends_the_process_even_if_nothing_reads_its_tracebac
 
 
 def test_an_unexpected_error_ends_the_process_right_after_its_traceback() -> None:
-    ended = subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert ended.returncode == 1
-    assert ended.stderr.startswith("Traceback (most recent call last):")
-    assert ended.stderr.endswith("RuntimeError: out of memory\n")
+    ended = run_to_end([sys.executable, "-c", BLOCKED], cwd=ROOT, timeout=30)
+    assert ended.code == 1
+    assert ended.err.startswith("Traceback (most recent call last):")
+    assert ended.err.endswith("RuntimeError: out of memory\n")
+
+
+# What ranks take from the environment
+
+
+def test_a_rank_waits_an_hour_unless_it_is_told() -> None:  # test_the_timeout_reaches_all_process_groups tells it
+    assert collective_timeout({}) == timedelta(minutes=60)
+
+
+@pytest.mark.parametrize("given", ["", "0", "10m", "9" * 30])
+def test_a_wrong_timeout_is_one_line(given: str) -> None:
+    line = f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to 525600; got '{given}'"
+    assert refused(collective_timeout, {"DEEPSPEED_TIMEOUT": given}) == line
+
+
+def test_the_launcher_chooses_the_gpus_unless_a_number_is_given() -> None:
+    assert "--num_accelerators" not in launcher_command("some.module", None, {"CUDA_VISIBLE_DEVICES": "2,3"})
+    command = launcher_command("some.module", 3, {})
+    assert command[command.index("--num_accelerators") + 1] == "3"
+    assert command[-2:] == ["--module", "some.module"]
+    both = refused(launcher_command, "some.module", 2, {"CUDA_VISIBLE_DEVICES": "2,3"})
+    assert both.startswith("--ranks and CUDA_VISIBLE_DEVICES=2,3 both choose the GPUs")
+
+
+ALONE_OF_TWO = "WORLD_SIZE is '2', but RANK is not set; start deepspeed, torchrun or srun, or unset it"
+
+
+@pytest.mark.parametrize(
+    ("script", "variable", "line"),
+    [
+        ("run", {"DEEPSPEED_TIMEOUT": "soon"}, "DEEPSPEED_TIMEOUT must be whole minutes from 1 to 525600; got 'soon'"),
+        ("evaluate", {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599"}, ALONE_OF_TWO),
+    ],
+)
+def test_a_wrong_variable_is_reported_before_deepspeed_is_imported(
+    script: str, variable: dict[str, str], line: str, tmp_path: Path
+) -> None:
+    run = ["--config", "launch/configs/quickstart.yaml", "--set", f"output_dir={tmp_path / 'out'}"]
+    given = [f"launch/{script}.py", *(run if script == "run" else ["embedded"])]
+    ended = run_to_end([sys.executable, *given], cwd=ROOT, environment=variable, timeout=60)
+    assert (ended.code, ended.err) == (2, f"error: {line}\n")
+
+
+RANK_1_OF_2 = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+
+
+def test_a_rank_of_a_launcher_and_one_without_pass() -> None:
+    kubeflow = {key: value for key, value in RANK_1_OF_2.items() if key != "LOCAL_RANK"}
+    service = {"MASTER_PORT": "tcp://10.0.0.1:80"}  # what Kubernetes adds for a service called master
+    for environment in (RANK_1_OF_2, kubeflow, {}, {"WORLD_SIZE": "1"}, service):
+        check_ranks(environment)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"RANK": None}, ALONE_OF_TWO),
+        ({"RANK": None, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', but RANK is not set; start deepspeed,"),
+        *(({name: None}, f"RANK is '1', but {name} is not set;") for name in LAUNCHED if name != "RANK"),
+        ({"RANK": "-1"}, "RANK must be a whole number; got '-1'"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK must be a whole number; got ''"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:80"}, "MASTER_PORT must be a whole number; got 'tcp://10.0.0.1:80'"),
+        ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2; ranks are counted from 0"),
+    ],
+)
+def test_what_describes_no_rank_is_one_line(change: dict[str, str | None], line: str) -> None:
+    described = {key: value for key, value in (RANK_1_OF_2 | change).items() if value is not None}
+    assert refused(check_ranks, described).startswith(line)
+
+
+# To NCCL "eth" is eth0 and eth1.
+@pytest.mark.parametrize(
+    ("nccl", "gloo"),
+    [("ib0", "ib0"), ("=ib0", "ib0"), ("eth,ib0,eth1", "ib0"), ("eth", None), ("^ib0", None), ("", None)],
+)
+def test_gloo_takes_the_interface_that_nccl_is_told_to(tmp_path: Path, nccl: str, gloo: str | None) -> None:
+    for name in ("eth0", "eth1", "ib0", "lo"):
+        (tmp_path / name).mkdir()
+    wanted = {} if gloo is None else {"GLOO_SOCKET_IFNAME": gloo}
+    assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl}, tmp_path) == wanted
+    assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": "eth0"}, tmp_path) == {}
+
+
+def test_a_start_looks_for_its_device_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loraprune_ds.zero import engine
+
+    one_gpu = SimpleNamespace(device_count=lambda: 1, set_device=lambda number: pytest.fail("there is no such device"))
+    monkeypatch.setattr(engine, "is_cpu", lambda: False)
+    monkeypatch.setattr(engine, "accelerator", lambda: one_gpu)
+    for name, value in RANK_1_OF_2.items():
+        monkeypatch.setenv(name, value)
+    refuses(r"^rank 1 has LOCAL_RANK 1 and sees 1 accelerator; .*--gpu-bind=none, not", engine.start_ranks)
+    check_local_rank(RANK_1_OF_2, devices=2)
+
+
+def start_alone(rank: int, world_size: int, folder: Path) -> None:
+    for name in ("RANK", "GLOO_SOCKET_IFNAME"):
+        os.environ.pop(name, None)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "DEEPSPEED_TIMEOUT": "77", "NCCL_SOCKET_IFNAME": "lo"}
+    from loraprune_ds.zero.engine import start_ranks
+
+    start_ranks()
+
+
+def describe_groups() -> tuple[list[timedelta], str | None]:
+    """Returns the timeouts of the group of all ranks and of another one, and the interface of gloo."""
+    world: Any = torch.distributed.group.WORLD
+    other: Any = torch.distributed.new_group()
+    timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in (world, other)]
+    return timeouts, os.environ.get("GLOO_SOCKET_IFNAME")
+
+
+def test_the_timeout_reaches_all_process_groups() -> None:
+    pool = RankPool(setup=start_alone)
+    try:
+        assert pool.run(1, describe_groups) == [([timedelta(minutes=77)] * 2, "lo")]
+    finally:
+        pool.close()
+
+
+# Ranks that srun starts without a launcher
+
+TASK = {"SLURM_JOB_ID": "7001", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "4"}
+TASK |= {"SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+
+
+def test_a_task_of_a_step_is_a_rank() -> None:
+    ranks = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu03", "MASTER_PORT": "27003"}
+    assert srun_ranks(TASK) == ranks
+    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    assert srun_ranks(TASK | given) == ranks | given
+    batch = {"SLURM_JOB_ID": "7001", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
+    assert srun_ranks(batch) == {}  # a batch script, which starts one process without srun
+
+
+def test_the_ranks_meet_at_the_first_node_and_an_ordinary_port() -> None:
+    first = {
+        "node1": "node1",
+        "node[1-2]": "node1",
+        "gpu[007,009-012]": "gpu007",
+        "a[2-3,5],b7": "a2",
+        "login,gpu[1-4]": "login",
+        "rack[1-2]-node[03,05]": "rack1-node03",
+        "ip-10-0-0-[17-18]": "ip-10-0-0-17",
+    }
+    assert {nodes: srun_ranks(TASK | {"SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] for nodes in first} == first
+    for job in map(str, range(1, 70_000, 997)):
+        assert 20_000 <= int(srun_ranks(TASK | {"SLURM_JOB_ID": job})["MASTER_PORT"]) < 32_000, job
+
+
+def test_a_launcher_below_srun_chooses_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (TASK | {"RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    adopt_srun_ranks()
+    assert (os.environ["RANK"], os.environ.get("WORLD_SIZE")) == ("0", None)

@@ -1,11 +1,12 @@
-"""What makes up for removed inputs, as arithmetic on one linear (on real ranks: tests/numerics)."""
+"""What makes up for removed inputs, as arithmetic on one linear (on real ranks and over steps: tests/numerics)."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from loraprune_ds.errors import RunError
-from loraprune_ds.pruning.compensate import refit
+from loraprune_ds.pruning import compensate
+from loraprune_ds.pruning.compensate import add_half, half_of_product, numel_sent, refit
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 
 OUT, IN, TOKENS = 7, 12, 40
@@ -86,3 +87,21 @@ def test_a_moment_that_cannot_be_inverted_is_an_error(bad: float) -> None:
     linear, _ = made_up(3)
     with pytest.raises(RunError, match="cannot be inverted"):
         refit(linear, torch.full((IN, IN), bad), torch.arange(1, IN), 0.05)
+
+
+# Half of a second moment is computed and sent. The owner has the whole
+
+
+def integers(*shape: int, seed: int) -> Tensor:
+    """Returns small integers, of which fp32 adds thousands without rounding."""
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@pytest.mark.parametrize(("n", "sent"), [(1, 1), (4, 16), (10, 40 + 24 + 4), (12, 48 + 32 + 16)])
+def test_the_blocks_are_those_of_the_whole_product(monkeypatch: pytest.MonkeyPatch, n: int, sent: int) -> None:
+    monkeypatch.setattr(compensate, "TILE_ROWS", 4)
+    x, before = integers(20, n, seed=1), integers(n, n, seed=2)
+    half, total = half_of_product(x), before.clone()
+    assert (len(half), numel_sent(n)) == (sent, sent)
+    add_half(total, half, 0.5)
+    assert torch.equal(total, before + 0.5 * (x.T @ x))

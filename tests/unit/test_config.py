@@ -10,11 +10,11 @@ import yaml
 
 from loraprune_ds.config import NEEDS, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import REMOVED, config_from_dict, config_value, load_config
+from tests.integration.launching import ROOT
 from tests.refusals import refused
-from tests.unit.shapes_and_scores import repository
 
 BASE = "output_dir: out\ntrain: {steps: 100}\n"
-SHIPPED = sorted((repository() / "launch" / "configs").glob("*.yaml"))
+SHIPPED = sorted((ROOT / "launch" / "configs").rglob("*.yaml"))
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
@@ -26,7 +26,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_load(path: Path) -> None:
     config = load_config(path)
-    assert (repository() / config.deepspeed).is_file()
+    assert (ROOT / config.deepspeed).is_file()
     assert config.output_dir == f"runs/{path.stem}"
 
 
@@ -64,7 +64,7 @@ prune.max_layer_ratio=0 prune.max_layer_ratio=1.1 prune.protected_first=-1 prune
 prune.warmup_fraction=1 prune.warmup_fraction=0.9 prune.score_every=0 prune.compensate=mean
 prune.compensate_steps=0 prune.compensate_decay=1
 train.steps=0 train.steps=ten train.steps=10.0 train.steps=true train.epochs=0 train.recovery_steps=-1
-train.distill_weight=1.5 train.distill_weight=-1 train.distill_top_k=0 train.learning_rate=0
+train.distill_weight=1.5 train.distill_weight=-1 train.learning_rate=0
 train.learning_rate=101 train.learning_rate=fast train.learning_rate=true train.learning_rate=null
 train.learning_rate=[1] train.learning_rate=.inf train.lr_scheduler=step train.warmup_steps=-1
 train.warmup_steps=100 train.max_grad_norm=-1 train.adam_epsilon=0 train.micro_batch_size=0

@@ -1,12 +1,22 @@
-"""Samples in memory, the order of steps, who takes which part, and what dropout draws: all without another rank."""
+"""Samples, their order and who takes which part. Documents are packed and prompts masked, token by token."""
 
 import itertools
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout, starts_of
+from loraprune_ds.train.data.tokens import (
+    TEXTS_AT_ONCE,
+    collect_rows,
+    make_instruction,
+    pack_documents,
+    tokenize_instructions,
+)
 
 
 def ragged(ids: list[list[int]], window: int, labels: list[list[int]] | None = None) -> Samples:
@@ -113,3 +123,132 @@ def test_a_micro_batch_draws_the_same_dropout_on_every_number_of_ranks() -> None
 
     assert drawn(1) == drawn(2) == drawn(3) == drawn(6)
     assert len(drawn(1)) == 6
+
+
+# From texts to tokens, with tokenizers that add BOS, EOS, both or neither
+
+BOS, EOS = 1, 2
+WORDS = {"<unk>": 0, "<s>": BOS, "</s>": EOS} | {f"w{i}": 10 + i for i in range(1, 60)}
+
+
+def make_tokenizer(*, template: str = "$A", eos: str | None = "</s>") -> PreTrainedTokenizerFast:
+    """One token per word: w1 is 11, w2 is 12, ..."""
+    core = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=eos, unk_token="<unk>")
+
+
+def words(first: int, last: int) -> str:
+    return " ".join(f"w{i}" for i in range(first, last + 1))
+
+
+def rows(samples: Samples) -> tuple[list[list[int]], list[list[int]]]:
+    everything = numbers(*range(len(samples)))
+    inputs = samples.inputs(everything)
+    return inputs["input_ids"].tolist(), inputs["labels"].tolist()
+
+
+PACKED = {
+    "neither": ("$A", "</s>", [[11, 12, EOS, 13], [14, 15, EOS, 16], [17, 18, 19, 20]]),
+    "BOS": ("<s> $A", "</s>", [[BOS, 11, 12, EOS], [BOS, 13, 14, 15], [EOS, BOS, 16, 17], [18, 19, 20, 21]]),
+    "EOS": ("$A </s>", "</s>", [[11, 12, EOS, 13], [14, 15, EOS, 16], [17, 18, 19, 20]]),
+    "no EOS known": ("$A", None, [[11, 12, 13, 14], [15, 16, 17, 18]]),
+}
+
+
+@pytest.mark.parametrize(("template", "eos", "expected"), PACKED.values(), ids=PACKED.keys())
+def test_documents_are_packed_with_eos_between_and_the_tail_is_dropped(
+    template: str, eos: str | None, expected: list[list[int]]
+) -> None:
+    documents = [words(1, 2), "", words(3, 5), words(6, 11)]
+    samples = pack_documents(documents, make_tokenizer(template=template, eos=eos), 4, None)
+    ids, labels = rows(samples)
+    assert ids[: len(expected)] == expected
+    assert labels == ids
+    lengths = {"$A": 2 + 3 + 6 + (2 if eos else 0), "<s> $A": 16, "$A </s>": 14}
+    assert len(samples) == lengths[template] // 4
+
+
+def test_every_window_can_begin_with_bos() -> None:
+    """Nothing predicts the token whose place it takes."""
+    tokenizer = make_tokenizer(template="<s> $A")
+    samples = pack_documents([words(1, 2), words(3, 11)], tokenizer, 4, None, start=BOS)
+    assert rows(samples)[0] == [[BOS, 11, 12, EOS], [BOS, 13, 14, 15], [BOS, 17, 18, 19]]
+
+
+def test_max_samples_takes_the_first_windows_and_reads_no_further_than_it_must() -> None:
+    read = []
+
+    def documents():
+        for i in range(3 * TEXTS_AT_ONCE):
+            read.append(i)
+            yield words(1, 3)
+
+    whole = pack_documents([words(1, 3)] * 3 * TEXTS_AT_ONCE, make_tokenizer(), 4, None)
+    samples = pack_documents(documents(), make_tokenizer(), 4, 5)
+    assert len(whole) == (4 * 3 * TEXTS_AT_ONCE - 1) // 4
+    assert rows(samples)[0] == rows(whole)[0][:5]
+    assert len(read) == TEXTS_AT_ONCE
+    for too_little in ([words(1, 3)], []):
+        assert len(pack_documents(too_little, make_tokenizer(), 4, 2)) == 0
+
+
+def mask_prompts(
+    pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, window: int, max_samples: int | None = None
+) -> Samples:
+    return collect_rows(tokenize_instructions(pairs, tokenizer), window, max_samples)
+
+
+MASKED = {
+    "neither": ("$A", "</s>", [11, 12], [13, 14, EOS]),
+    "BOS": ("<s> $A", "</s>", [BOS, 11, 12], [13, 14, EOS]),
+    "BOS and EOS": ("<s> $A </s>", "</s>", [BOS, 11, 12], [13, 14, EOS]),
+    "no EOS known": ("<s> $A", None, [BOS, 11, 12], [13, 14]),
+}
+
+
+@pytest.mark.parametrize(("template", "eos", "prompt", "response"), MASKED.values(), ids=MASKED.keys())
+def test_the_prompt_is_masked_and_the_response_ends_with_one_eos(
+    template: str, eos: str | None, prompt: list[int], response: list[int]
+) -> None:
+    tokenizer = make_tokenizer(template=template, eos=eos)
+    samples = mask_prompts([(words(1, 2), words(3, 4))], tokenizer, 8)
+    padding = 8 - len(prompt + response)
+    ids, labels = rows(samples)
+    assert ids == [prompt + response + [0] * padding]
+    assert labels == [[IGNORE_INDEX] * len(prompt) + response + [IGNORE_INDEX] * padding]
+    assert samples.count_supervised(numbers(0)) == len(response)
+
+
+def test_a_long_response_is_cut_at_the_window_and_a_sample_without_response_is_left_out() -> None:
+    pairs = [
+        (words(1, 6), words(7, 20)),  # cut: two tokens of the response are left
+        (words(1, 8), words(9, 9)),  # the prompt fills the window
+        (words(1, 20), words(21, 22)),
+        (words(1, 2), ""),
+        ("", words(1, 3)),  # no prompt at all: the first token is not predicted
+        ("", "w1"),  # nor has it a second
+        (words(1, 7), words(8, 8)),
+    ]
+    samples = mask_prompts(pairs, make_tokenizer(eos=None), 8)
+    assert [samples.count_supervised(numbers(i)) for i in range(len(samples))] == [2, 2, 1]
+    assert rows(samples)[0][0] == [11, 12, 13, 14, 15, 16, 17, 18]
+    assert samples.left_out == 4
+    assert len(mask_prompts(pairs[:1] + pairs[3:], make_tokenizer(eos=None), 8, 2)) == 2  # max_samples is of those kept
+
+
+def test_masked_samples_cost_their_tokens_and_not_their_window() -> None:
+    samples = mask_prompts([(words(1, 2), words(3, 4))] * 100, make_tokenizer(), 512)
+    assert len(samples.columns["input_ids"]) == 500
+    assert samples.inputs(numbers(0, 99))["input_ids"].shape == (2, 8)
+
+
+def test_a_prompt_may_hold_braces_and_headings_and_its_mask_ends_where_the_response_begins() -> None:
+    tokenizer = make_tokenizer()
+    prompt = "Fill {prompt} and {0} ### Answer w1"
+    example = make_instruction(prompt, "", "w5 ### Answer w6")
+    assert prompt in example[0]
+    assert make_instruction(prompt, "{input} w9", "w5")[0].count("{input} w9") == 1
+    _, labels = rows(mask_prompts([example], tokenizer, 64))
+    assert [label for label in labels[0] if label != IGNORE_INDEX] == [15, 0, 0, 16, EOS]

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from loraprune_ds.config import DataConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.loading import cached, load_samples
 from loraprune_ds.train.data.samples import LoadedData, Samples
-from tests.refusals import refused
+from tests.refusals import refused, refuses
+from tests.unit.test_data import make_tokenizer
 from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json
-from tests.unit.test_data_tokens import make_tokenizer
 
 TOKENIZER = make_tokenizer()
 
@@ -88,8 +87,7 @@ def test_all_that_the_tokens_depend_on_makes_them_again(tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(UserError, match="has no field 'body'"):
-        load(write_json(tmp_path / "data.jsonl", documents(40)), text_field="body")
+    refuses("has no field 'body'", load, write_json(tmp_path / "data.jsonl", documents(40)), text_field="body")
     assert list(cache.iterdir()) == []
 
 

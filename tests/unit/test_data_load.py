@@ -1,7 +1,6 @@
 """Samples and held-out text of `data.path`: every kind of source, and every way to get it wrong."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +8,11 @@ import datasets
 import pytest
 
 from loraprune_ds.config import DataConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from loraprune_ds.train.data.sources import files_of, read_rows
-from tests.refusals import refused
-from tests.unit.test_data import numbers
-from tests.unit.test_data_tokens import make_tokenizer, words
+from tests.refusals import refuses
+from tests.unit.test_data import make_tokenizer, numbers, words
 
 WINDOW = 4
 TOKENIZER = make_tokenizer()
@@ -84,16 +81,17 @@ def test_a_glob_and_a_single_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert files_at("wikitext") is files_at("some/dataset") is None
 
 
-def test_a_datasets_name_goes_to_datasets_with_its_configuration_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_datasets_name_goes_to_datasets_with_its_files_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[dict[str, str | None]] = [{**row, "source": "s"} for row in INSTRUCTIONS]
     rows[2]["input"] = None  # as real data has them
 
-    def load_dataset(path: str, name: str | None, *, split: str) -> datasets.Dataset:
-        assert (path, name, split) == ("someone/data", "small", "train[:10]")
+    def load_dataset(path: str, name: str | None, *, data_files: list[str], split: str) -> datasets.Dataset:
+        assert (path, name, data_files, split) == ("someone/data", "small", ["a.json.gz"], "train[:10]")
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data = load("someone/data", name="small", split="train[:10]", format="instruction", window=40)
+    settings: dict[str, Any] = {"name": "small", "data_files": ["a.json.gz"], "split": "train[:10]"}
+    data = load("someone/data", **settings, format="instruction", window=40)
     assert len(data.samples) == 9
     assert [data.held_out.count(word) for word in ("w4", "w24", "w50")] == [1, 1, 1]  # the one row
 
@@ -158,25 +156,19 @@ def test_max_samples_cuts_tuning_and_leaves_the_held_out_text_alone(tmp_path: Pa
 # What can be wrong
 
 
-def fails(message: str, path: Path | str, **settings: Any) -> None:
-    found = refused(load, path, **settings)
-    assert re.search(message, found), found
-
-
 def test_text_shorter_than_one_global_batch_says_how_many_samples_there_are(tmp_path: Path) -> None:
     path = write_json(tmp_path / "data.json", documents(4))
     held_out = tmp_path / "held_out.txt"
     held_out.write_text("w1")
-    fails(r"4 samples of 4 tokens .* needs 5", path, minimum=5, held_out=str(held_out))
+    refuses(r"4 samples of 4 tokens .* needs 5", load, path, minimum=5, held_out=str(held_out))
     assert len(load(path, minimum=4, held_out=str(held_out)).samples) == 4
-    fails(r"one global batch needs 5 .*; data\.max_samples is 3", path, minimum=5, max_samples=3)
+    refuses(r"one global batch needs 5 .*; data\.max_samples is 3", load, path, minimum=5, max_samples=3)
 
 
 def test_a_tokenizer_of_another_model_is_found_before_training(tmp_path: Path) -> None:
     config = DataConfig(path=str(write_json(tmp_path / "data.json", documents(20))), window=WINDOW)
     load_samples(config, TOKENIZER, minimum=1, vocab_size=31)  # w20 is 30
-    with pytest.raises(UserError, match="gives id 30, but the model's vocab_size is 30"):
-        load_samples(config, TOKENIZER, minimum=1, vocab_size=30)
+    refuses("gives id 30, but the model's vocab_size is 30", load_samples, config, TOKENIZER, minimum=1, vocab_size=30)
 
 
 BAD_FILES = {
@@ -197,7 +189,7 @@ BAD_FILES = {
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES.keys())
 def test_a_bad_file_is_one_line(name: str, content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content.encode("latin-1"))
-    fails(message, tmp_path / name)
+    refuses(message, load, tmp_path / name)
 
 
 def test_a_byte_order_mark_is_dropped_and_half_of_a_character_replaced(tmp_path: Path) -> None:
@@ -209,26 +201,26 @@ def test_a_byte_order_mark_is_dropped_and_half_of_a_character_replaced(tmp_path:
 
 
 def test_a_path_that_is_not_there_is_one_line_and_no_download(tmp_path: Path) -> None:
-    fails(r"missing\.txt does not exist", tmp_path / "missing.txt")
-    fails(r"missing\.jsonl does not exist", "missing.jsonl")
-    fails(r"\./missing does not exist", "./missing")
-    fails(r"\*\.txt matches no \.txt, \.json, \.jsonl file", tmp_path / "*.txt")
-    fails(r"folder .* matches no \.txt, \.json, \.jsonl file", tmp_path)
-    fails("no file someone/data, and not available as a dataset: Couldn't reach", "someone/data")  # HF_HUB_OFFLINE=1
+    refuses(r"missing\.txt does not exist", load, tmp_path / "missing.txt")
+    refuses(r"missing\.jsonl does not exist", load, "missing.jsonl")
+    refuses(r"\./missing does not exist", load, "./missing")
+    refuses(r"\*\.txt matches no \.txt, \.json, \.jsonl file", load, tmp_path / "*.txt")
+    refuses(r"folder .* matches no \.txt, \.json, \.jsonl file", load, tmp_path)
+    refuses("no file someone/data, and not available as a dataset: Couldn't reach", load, "someone/data")
 
 
 def test_the_held_out_file_is_checked_too(tmp_path: Path) -> None:
     path = write_json(tmp_path / "data.json", documents(20))
     held_out = tmp_path / "held.txt"
-    fails("data.held_out: .*held.txt does not exist", path, held_out=str(held_out))
+    refuses("data.held_out: .*held.txt does not exist", load, path, held_out=str(held_out))
     held_out.write_text("")
-    fails("held.txt is empty", path, held_out=str(held_out))
+    refuses("held.txt is empty", load, path, held_out=str(held_out))
     held_out.write_text("w1")
-    fails("data.held_out: .* is tuned on too", tmp_path, held_out=str(held_out))
+    refuses("data.held_out: .* is tuned on too", load, tmp_path, held_out=str(held_out))
     again = tmp_path / ".." / tmp_path.name / "held.txt"
-    fails("data.held_out: .* is tuned on too", tmp_path / "*.txt", held_out=str(again))
+    refuses("data.held_out: .* is tuned on too", load, tmp_path / "*.txt", held_out=str(again))
     other = write_json(tmp_path / "held_out.json", [{"a": "b"}])
-    fails(r"data\.text_field: .*held_out\.json has no field 'text'", path, held_out=str(other))
+    refuses(r"data\.text_field: .*held_out\.json has no field 'text'", load, path, held_out=str(other))
 
 
 def test_instructions_need_their_fields_and_enough_rows(tmp_path: Path) -> None:
@@ -237,12 +229,12 @@ def test_instructions_need_their_fields_and_enough_rows(tmp_path: Path) -> None:
     few = write_json(tmp_path / "few.json", INSTRUCTIONS[:4])
     config = {"format": "instruction", "window": 64}
     given = config | {"response_field": "output"}
-    fails(r"data\.response_field: .* has no field 'output'; it has input, inst", path, **given)
+    refuses(r"data\.response_field: .* has no field 'output'; it has input, inst", load, path, **given)
     given = config | {"input_field": "context"}
-    fails(r"data\.input_field: .* has no field 'context' \(data.input_field null: there is none\)", path, **given)
-    fails(r"data\.held_out_fraction 0\.1 of the 4 instructions", few, **config)
-    fails(r"needs \.json or \.jsonl files; .*a\.txt is plain text", tmp_path / "a.txt", **config)
-    fails(r"data\.format instruction needs a data\.path", "embedded", **config)
+    refuses(r"data\.input_field: .* has no field 'context' \(data.input_field null: there", load, path, **given)
+    refuses(r"data\.held_out_fraction 0\.1 of the 4 instructions", load, few, **config)
+    refuses(r"needs \.json or \.jsonl files; .*a\.txt is plain text", load, tmp_path / "a.txt", **config)
+    refuses(r"data\.format instruction needs a data\.path", load, "embedded", **config)
 
 
 def test_instructions_without_an_input_field(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import torch
 import loraprune_ds
 from loraprune_ds.config_file import REMOVED
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
+from tests.integration.launching import ROOT
 from tests.settings_table import PAGE, settings, with_tables
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "loraprune_ds"
 FOLDERS = [ROOT / name for name in ("ds_configs", "launch", PACKAGE.name, "slurm", "tests")]
 FIRST = ROOT / "README.md"

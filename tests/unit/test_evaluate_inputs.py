@@ -10,7 +10,7 @@ import pytest
 
 from loraprune_ds.cli.evaluate import read_evaluation_text
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate import zeroshot
+from loraprune_ds.evaluate import tasks
 from loraprune_ds.evaluate.settings import (
     EvaluationSettings,
     PerplexityProtocol,
@@ -19,7 +19,7 @@ from loraprune_ds.evaluate.settings import (
     load_dataset_text,
     read_text,
 )
-from loraprune_ds.evaluate.zeroshot import PAPER_TASKS, check_tasks, mean_metric
+from loraprune_ds.evaluate.tasks import PAPER_TASKS, check_tasks, mean_metric
 from tests.refusals import refused
 
 TASK = "task: my_own\ndataset_path: json\noutput_type: multiple_choice\n"
@@ -113,7 +113,7 @@ def test_options_of_a_text_need_one(option: str) -> None:
 @needs_lm_eval
 def test_tasks_of_the_paper_and_local_ones_are_found(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(TASK)
-    assert zeroshot._expand(["lambada", "paper", "boolq"]) == ["lambada", *PAPER_TASKS]
+    assert tasks._expand(["lambada", "paper", "boolq"]) == ["lambada", *PAPER_TASKS]
     assert len(PAPER_TASKS) == 7
     check_tasks(TaskSettings(("paper", "boolq")))
     check_tasks(TaskSettings(("my_own",), include_path=tmp_path))

@@ -31,6 +31,7 @@ from loraprune_ds.pruning.target import make_limits
 from tests.families import tiny_model
 from tests.family_cuts import PROMPT, Network, dense, difference, draw, find_router, reopened, sparse_layers
 from tests.published import MIXTURES
+from tests.refusals import refuses
 
 KINDS = tuple(name for name, family in FAMILIES.items() if family.mixture)
 IN_ONE = {"gpt_oss": 4, "granitemoe": 2}  # tensors on disk that hold all experts of a layer
@@ -146,8 +147,7 @@ def test_four_bit_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
     tensors |= {f"{name}_{part}": torch.zeros(23, 60, 2, dtype=torch.uint8) for part in ("blocks", "scales")}
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=rf"{name}_blocks is stored as MXFP4.*; dequantise it first: .*Mxfp4Config"):
-        open_pretrained(tmp_path)
+    refuses(rf"{name}_blocks is stored as MXFP4.*; dequantise it first: .*Mxfp4Config", open_pretrained, tmp_path)
 
 
 def factors(experts: int, rows: int, columns: int, r: int) -> LoraFactors:
@@ -226,8 +226,7 @@ def test_an_adapter_without_lora_on_experts_is_refused(tmp_path: Path) -> None:
     shape = dense("mixtral").shape
     config = _adapter_config(LoraConfig(r=3), shape) | {"target_parameters": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="has no LoRA on down_proj, gate_up_proj; "):
-        check_adapter(tmp_path, LoraConfig(r=3), shape)
+    refuses("has no LoRA on down_proj, gate_up_proj; ", check_adapter, tmp_path, LoraConfig(r=3), shape)
 
 
 def test_the_load_of_the_router_is_counted() -> None:

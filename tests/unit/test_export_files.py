@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import begin, copy_tokenizer, finish_folder, publish
 from loraprune_ds.export.lora import merge_lora
 from loraprune_ds.export.model_card import write_model_card
@@ -18,6 +17,8 @@ from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 from tests.export_cases import CASES, dense_model, exported_config, model_card
 from tests.oracle.models import make_tokenizer
+from tests.published import sizes_of
+from tests.refusals import refuses
 
 MHA = CASES[0]
 
@@ -70,8 +71,7 @@ def test_nothing_is_visible_before_publish(tmp_path: Path) -> None:
     publish(out)
     assert [path.name for path in out.iterdir()] == ["config.json"]
     assert [path.name for path in out.parent.iterdir()] == ["model"]
-    with pytest.raises(UserError, match=f"{out} exists already"):
-        begin(out)
+    refuses(f"{out} exists already", begin, out)
     (tmp_path / "empty").mkdir()
     begin(tmp_path / "empty")
     publish(tmp_path / "empty")
@@ -140,8 +140,7 @@ def test_finished_folder_holds_config_code_and_card(
 
 @pytest.mark.parametrize("alike", [False, True])
 def test_a_card_has_the_sizes_and_asks_for_trust_where_layers_differ(tmp_path: Path, alike: bool) -> None:
-    sizes = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008}
-    config = sizes | {"model_type": "llama", "num_hidden_layers": 32, "num_attention_heads": 32}
+    config = sizes_of("llama", 4096, 11008, 32, 32, vocab_size=32000)
     dense = shape_from_config(config, "7B")
     wide, narrow = dense.layers[0], LayerShape(heads=16, channels=5504)
     pruned = dense.with_layers((narrow if alike else wide,) * 3 + (narrow,) * 28 + (narrow if alike else wide,))

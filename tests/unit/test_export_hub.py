@@ -16,7 +16,7 @@ from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.hub import check_push, write_model_index
 from tests.export_cases import CASES, dense_model, export
-from tests.unit.shapes_and_scores import repository
+from tests.integration.launching import ROOT
 from tests.unit.test_answers import answered
 
 TOKEN = "hf_of_the_test"
@@ -48,7 +48,7 @@ def push(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
     words = ["export.py", str(folder), "--out", str(folder.parent / "out"), "--push-to-hub", "me/small", *arguments]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(repository() / "launch/export.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "launch/export.py"), run_name="__main__")
     return int(ended.value.code or 0)
 
 

@@ -10,17 +10,11 @@ from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape
+from tests.published import sizes_of
 
 LAYERS = 3
-SOURCE: dict[str, Any] = {
-    "model_type": "llama",
+SOURCE = sizes_of("llama", 48, 50, LAYERS, 12, num_key_value_heads=4, vocab_size=100) | {
     "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 100,
-    "hidden_size": 48,
-    "intermediate_size": 50,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 4,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 64,

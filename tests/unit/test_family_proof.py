@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.adapters import adapters_off
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import FAMILIES, UNGATED
@@ -206,7 +205,7 @@ def test_small_modules_with_slices_of_the_source_are_the_live_cut(family: str, t
     live = with_lora(reopened(source), source.config, family)
     keep = draw(source.shape, FEW, MANY)
     live.cut(keep)
-    with adapters_off(live.model):
+    with live.model.disable_adapter():
         expected = live.logits()
     assert torch.equal(logits(reopened(replace(source, weights=source.weights.cut(keep)))), expected)
 

@@ -70,31 +70,12 @@ def test_all_ranks_together_select_the_kept_elements(seed: int) -> None:
         for rank, (plan, shard) in enumerate(zip(plans, shards, strict=True)):
             start, end = owned_range(left.numel(), case.world_size, rank)
             assert len(shard) == sum(plan.receive.values()) == end - start <= plan.new_partition
-        assert torch.equal(torch.cat(shards), left.reshape(-1)), case
+            assert torch.equal(shard, left.reshape(-1)[start:end]), (case, rank)  # the last ones may own only padding
+        assert sum(map(len, shards)) == left.numel()
         assert case.cut.new_shape == left.shape
         old_owner, new_owner = case.owners(case.unpruned.numel())[left.reshape(-1).long()], case.owners(left.numel())
         moved = old_owner[old_owner != new_owner].bincount(minlength=case.world_size)
         assert [elements_sent(case.cut, case.world_size, rank) for rank in range(case.world_size)] == moved.tolist()
-
-
-def test_a_cut_keeps_the_dtype_and_every_bit() -> None:
-    case = Case(torch.randn(6, 10).to(torch.bfloat16), AxisCut((6, 10), 1, torch.tensor([0, 3, 4, 9])), 3)
-    shards = torch.cat(exchange(case, case.plans()))
-    assert shards.dtype == torch.bfloat16
-    assert torch.equal(shards, case.left().reshape(-1))
-
-
-@pytest.mark.parametrize(
-    ("numel", "world_size", "ranges"),
-    [
-        (10, 1, [(0, 10)]),
-        (10, 4, [(0, 3), (3, 6), (6, 9), (9, 10)]),
-        (5, 4, [(0, 2), (2, 4), (4, 5), (5, 5)]),  # the last rank owns only padding
-        (2, 5, [(0, 1), (1, 2), (2, 2), (2, 2), (2, 2)]),
-    ],
-)
-def test_owned_ranges(numel: int, world_size: int, ranges: list[tuple[int, int]]) -> None:
-    assert [owned_range(numel, world_size, rank) for rank in range(world_size)] == ranges
 
 
 @pytest.mark.parametrize("mask", ["random", "first"])

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.speed import served_model
 from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.export.huggingface import begin
@@ -26,6 +25,7 @@ from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.model.weight_files import TOKENIZER_FILES, copy_named
 from tests.export_cases import CASES, VOCAB, cut, dense_model, export, exported_config
 from tests.oracle.models import make_tokenizer
+from tests.refusals import refuses
 
 PRUNED = next(case for case in CASES if case.becomes == "pruned_llama" and case.dtype == "float32")
 STOCK = next(case for case in CASES if case.becomes == "llama")
@@ -84,8 +84,7 @@ def test_a_tokenizer_that_is_code_is_refused_in_one_line(make: MakeFolder, tmp_p
     folder = make("pruned")
     code_for_the_tokenizer(folder)
     for use in (load_tokenizer, lambda folder: plain_export(folder, tmp_path / "out")):
-        with pytest.raises(UserError, match=r"its tokenizer is code of the folder, which is never run; .*$"):
-            use(folder)
+        refuses(r"its tokenizer is code of the folder, which is never run; .*$", use, folder)
     assert not (tmp_path / "out").exists()
     write_json(folder / "tokenizer_config.json", {"tokenizer_class": "Theirs"})
     assert load_tokenizer(folder)("x").input_ids
@@ -95,8 +94,7 @@ def test_the_names_of_linears_need_no_code(make: MakeFolder, tmp_path: Path) -> 
     folder = make("pruned")
     assert linear_names(folder) == linear_names(dense_model(PRUNED)) == [x.name.split(".")[-1] for x in LLAMA_LINEARS]
     write_json(folder / "config.json", read_json(folder / "config.json") | {"model_type": "theirs"})
-    with pytest.raises(UserError, match="model_type 'theirs' is not supported"):
-        linear_names(folder)
+    refuses("model_type 'theirs' is not supported", linear_names, folder)
 
 
 def test_an_export_from_a_trainer_brings_no_code_of_its_tokenizer(

@@ -1,6 +1,5 @@
 """Reads GGUF files back with gguf-py: every tensor, every size, and the errors for models that no file can hold."""
 
-import json
 import shutil
 import tracemalloc
 from pathlib import Path
@@ -16,11 +15,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf import llama3_factors, write_gguf
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.export_cases import CASES, LLAMA3, VOCAB, Case, dense_model, export, widths
 from tests.gguf_cases import byte_level_tokenizer
+from tests.refusals import edit, refuses
 
 NAMES = {
     "token_embd": "model.embed_tokens",
@@ -181,8 +180,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
 
 def edit_config(model: Path, copy: Path, **changes: Any) -> Path:
     shutil.copytree(model, copy)
-    config = json.loads((model / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | changes))
+    edit("config.json", **changes)(copy)
     return copy
 
 
@@ -201,8 +199,7 @@ def test_a_model_that_no_file_can_hold_is_refused(
     changes: dict[str, Any], message: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
     model = edit_config(models["mha"], tmp_path / "model", **changes)
-    with pytest.raises(UserError, match=rf"{message}.* formats that can: hf, adapter"):
-        convert(model, tmp_path / "m.gguf")
+    refuses(rf"{message}.* formats that can: hf, adapter", convert, model, tmp_path / "m.gguf")
 
 
 def test_a_value_beyond_f16_is_named(models: dict[str, Path], tmp_path: Path) -> None:
@@ -211,5 +208,4 @@ def test_a_value_beyond_f16_is_named(models: dict[str, Path], tmp_path: Path) ->
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 7e4
     save_file(tensors, path)
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj\.weight has values beyond 65504"):
-        convert(model, tmp_path / "m.gguf")
+    refuses(r"model\.layers\.1\.mlp\.up_proj\.weight has values beyond 65504", convert, model, tmp_path / "m.gguf")

@@ -1,6 +1,8 @@
-"""Scores of groups against the oracle, from weights split over simulated ranks."""
+"""Scores of elements and of groups against the oracle, from weights split over simulated ranks."""
 
 import math
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +12,145 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
+from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores
+from loraprune_ds.pruning import criterion
+from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard
+from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores, score_groups
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
+from loraprune_ds.zero.flat import partition_numel
+from loraprune_ds.zero.params import owned_flat
 from tests.oracle import formula
 from tests.unit.shapes_and_scores import make_shape
-from tests.unit.split_model import LayerTensors, random_layer, scores_over_ranks
 
-FP32 = 1e-5  # relative to the largest score, as in test_criterion
+# Weights split over simulated ranks in one process, every padding poisoned with NaN
+
+LayerTensors = dict[str, formula.LoraLinear]  # by linear: W, A, B, gA, gB
 SCALING, RANK = 2.5, 3
+
+
+def owned_shard(weight: Tensor, world_size: int, rank: int) -> OwnedShard:
+    """What `rank` owns of a weight, as the package reads it from a ZeRO-3 parameter."""
+    size = partition_numel(weight.numel(), world_size)
+    padded = torch.cat([weight.reshape(-1), weight.new_full((size * world_size - weight.numel(),), float("nan"))])
+    parameter: Any = torch.empty(0)
+    parameter.ds_numel, parameter.ds_tensor = weight.numel(), padded[rank * size : (rank + 1) * size]
+    flat, start = owned_flat(parameter, world_size, rank)
+    return OwnedShard(flat, start, (weight.shape[0], weight.shape[1]))
+
+
+@dataclass
+class SplitModel:
+    """One rank of the simulated ranks; `total`, once known, is what the all-reduce returns."""
+
+    shape: ModelShape
+    layers: list[LayerTensors]
+    world_size: int
+    rank: int
+    total: Tensor | None = None
+    partial: Tensor | None = None
+
+    def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
+        for layer in self.layers:
+            yield {name: LoraFactors(*t[1:], scaling=SCALING) for name, t in layer.items()}
+
+    def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
+        return owned_shard(self.layers[layer][linear.name][0], self.world_size, self.rank)
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        self.partial = values
+        return values if self.total is None else self.total
+
+
+def scores_over_ranks(
+    shape: ModelShape, layers: list[LayerTensors], world_size: int, name: Criterion, normalization: Normalization
+) -> list[LayerScores]:
+    """The scores that every one of `world_size` ranks arrives at."""
+
+    def score(rank: int, total: Tensor | None = None) -> tuple[Any, list[LayerScores]]:
+        model: Any = SplitModel(shape, layers, world_size, rank, total)
+        sums = score_groups(model, name, step=1)
+        sums.check()
+        return model, sums.by_layer(normalization)
+
+    total = torch.stack([score(rank)[0].partial for rank in range(world_size)]).sum(0)
+    return score(0, total)[1]
+
+
+# Elements
+
+FP32 = 1e-5  # relative to the largest sum: fp32 products of up to 23 terms whose parts cancel, summed in fp64
+
+
+def random_linear(
+    generator: torch.Generator, shape: tuple[int, int], r: int, scaling: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, LoraFactors, Tensor]:
+    """Returns a weight, its LoRA, and the gradient of the weight."""
+    rows, columns = shape
+    sizes = ((rows, columns), (r, columns), (rows, r), (r, columns), (rows, r), (rows, columns))
+    weight, *factors, gradient = (torch.randn(size, generator=generator, dtype=dtype) for size in sizes)
+    return weight, LoraFactors(*factors, scaling=scaling), gradient
+
+
+def oracle(name: str, weight: Tensor, factors: LoraFactors, gradient: Tensor) -> Tensor:
+    weight, a, b = weight.double(), factors.A.double(), factors.B.double()
+    if name in ("lora", "lora_squared"):
+        gradients = factors.grad_A.double(), factors.grad_B.double()
+        return formula.element_importance(weight, a, b, *gradients, factors.scaling, 2 if name == "lora_squared" else 1)
+    return ((gradient.double() if name == "gradient" else 1) * (weight + factors.scaling * b @ a)).abs()
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= FP32 * expected.abs().max())
+
+
+@pytest.mark.parametrize("scaling", [0.25, 1.0, 7.5])
+@pytest.mark.parametrize("name", ELEMENT_CRITERIA)
+def test_criteria_are_the_oracles_in_fp64(name: str, scaling: float) -> None:
+    for shape, r in (((9, 6), 3), ((3, 11), 4), ((1, 1), 2)):
+        weight, factors, gradient = random_linear(torch.Generator().manual_seed(1), shape, r, scaling, torch.float64)
+        given = (gradient,) if name == "gradient" else ()
+        found = ELEMENT_CRITERIA[name](weight.clone(), factors, *given).abs()
+        torch.testing.assert_close(found, oracle(name, weight, factors, gradient), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 17])
+def test_partial_sums_add_up_to_the_sums_of_the_whole_weight(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(criterion, "CPU_BLOCK_NUMEL", block)
+    draw, generator = random.Random(block), torch.Generator().manual_seed(block)
+    for _ in range(1000):
+        shape, r, world_size = (draw.randint(1, 23), draw.randint(1, 23)), draw.randint(1, 4), draw.randint(1, 9)
+        weight, factors, gradient = random_linear(generator, shape, r, draw.choice([0.5, 1.0, 2.0]))
+        axis, name = draw.randint(0, 1), draw.choice(["lora", "lora_squared", "gradient"])
+        total = torch.zeros(shape[axis], dtype=torch.float64)
+        for rank in range(world_size):
+            shard, of_gradient = (owned_shard(w, world_size, rank) for w in (weight, gradient))
+            given = of_gradient.flat if name == "gradient" else None
+            part = score_shard(shard, factors, ELEMENT_CRITERIA[name], axis, given)
+            assert (part.dtype, part.shape) == (torch.float64, total.shape)
+            total += part
+        assert close(total, oracle(name, weight, factors, gradient).sum(1 - axis)), (shape, world_size, axis, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_scored_in_fp32_and_left_alone(dtype: torch.dtype) -> None:
+    weight, factors, gradient = random_linear(torch.Generator().manual_seed(2), (12, 9), 2, 2.0)
+    weight = weight.to(dtype)
+    given = (weight, gradient, factors.A, factors.B, factors.grad_A, factors.grad_B)
+    before = [t.clone() for t in given]
+    for name, element in ELEMENT_CRITERIA.items():
+        of_gradient = gradient.view(-1) if name == "gradient" else None
+        shard = owned_shard(weight, 1, 0)
+        flat = shard.flat.clone()
+        sums = score_shard(shard, factors, element, 1, of_gradient)
+        assert torch.equal(shard.flat, flat), name
+        assert close(sums, oracle(name, weight, factors, gradient).sum(0)), name
+        assert all(torch.equal(b, a) for b, a in zip(before, given, strict=True)), name
+
+
+# Scores of groups
+
 SHAPES = {
     "mha": make_shape([(4, 19), (4, 19)], hidden=13, head_dim=3),
     "gqa": make_shape([(3, 17), (3, 17)], hidden=11, head_dim=5, queries_per_group=3),
@@ -37,9 +170,8 @@ class Run:
     ) -> list[LayerScores]:
         """The moving average after the last step."""
         average = MovingAverage(0.9)
-        options: dict[str, Any] = {"scaling": SCALING, "criterion": criterion, "normalization": normalization}
         for layers in self.steps:
-            average.update(scores_over_ranks(self.shape, layers, world_size=world_size, **options))
+            average.update(scores_over_ranks(self.shape, layers, world_size, criterion, normalization))
         assert average.scores is not None
         return average.scores
 
@@ -56,9 +188,16 @@ class Run:
         return averages
 
 
-def random_run(shape: ModelShape, seed: int = 0) -> Run:
-    generator = torch.Generator().manual_seed(seed)
-    first, second = ([random_layer(shape, i, RANK, generator) for i in range(len(shape.layers))] for _ in range(2))
+def random_run(shape: ModelShape) -> Run:
+    """Every term of the criterion has a say: B and gB·gA are as large as the rest."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random_layer(i: int) -> LayerTensors:
+        sizes = {linear.name: shape.linear_shape(i, linear) for linear in LLAMA_LINEARS}
+        drawn = {name: random_linear(generator, size, RANK, SCALING) for name, size in sizes.items()}
+        return {name: (weight, f.A, f.B, f.grad_A, f.grad_B) for name, (weight, f, _) in drawn.items()}
+
+    first, second = ([random_layer(i) for i in range(len(shape.layers))] for _ in range(2))
     later = [{x: (*a[x][:3], *b[x][3:]) for x in a} for a, b in zip(first, second, strict=True)]  # W, A, B of the first
     return Run(shape, [first, later])
 
@@ -71,14 +210,14 @@ def assert_same(found: list[LayerScores], expected: list[tuple[Tensor, Tensor]])
             assert (scores - oracle).abs().max() <= FP32 * oracle.max()
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("world_size", [1, 2, 9])
-def test_scores_are_the_oracles_on_any_number_of_ranks(name: str, world_size: int) -> None:
-    run = random_run(SHAPES[name])
+def test_scores_are_the_oracles_on_any_number_of_ranks(shape: str, world_size: int) -> None:
+    run = random_run(SHAPES[shape])
     cases: list[tuple[Criterion, Normalization]] = [("lora", "l2"), ("lora", "none"), ("lora_squared", "l2")]
-    for criterion, normalization in cases:
-        found = run.package(world_size=world_size, criterion=criterion, normalization=normalization)
-        power = 2 if criterion == "lora_squared" else 1
+    for name, normalization in cases:
+        found = run.package(world_size=world_size, criterion=name, normalization=normalization)
+        power = 2 if name == "lora_squared" else 1
         assert_same(found, run.oracle(power=power, normalize=normalization == "l2"))
 
 

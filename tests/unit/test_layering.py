@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import loraprune_ds
+from tests.integration.launching import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = "loraprune_ds"
 MAX_LINES = 400
 # A module imports from layers before its own, never from its own layer's other packages.

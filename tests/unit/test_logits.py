@@ -1,5 +1,6 @@
-"""Losses and logits of every family equal the stock model's, with all transforms of the head's product."""
+"""Losses and logits of every family equal the stock model's, with all transforms, and by a complete attention."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,11 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Cohere2Config, Gemma2Config, PreTrainedConfig, PreTrainedModel
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.config import Dtype, ModelConfig
+from loraprune_ds.evaluate.models import ModelSource, load_model
+from loraprune_ds.model.classes import attn_implementation, causal_lm_class, check_flash_attention, describe_attention
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.logits import Head, LogitsTransform, logits_transform, output_head
-from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.token_loss import IGNORE_INDEX, build_for_losses, with_token_losses
 from tests.families import tiny_config, tiny_model
+from tests.refusals import refuses
 
 # Where the table names a field that tests/families.py fills. Without the transform these models are other ones.
 TRANSFORMED = {
@@ -24,13 +29,9 @@ TRANSFORMED = {
 # Both sides are fp32, from the same hidden states. A logit is a sum of 60 products, a softmax one of 97, and a gradient
 # one of 97 again. Each is rounded to 6e-8, in another order. The largest error found is 1e-6 of the largest element.
 TOLERANCE = 2e-6
-
-
-def ids_and_labels() -> tuple[Tensor, Tensor]:
-    """Returns (2, 17) each. Some labels are not supervised."""
-    generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(3, 97, (2, 17), generator=generator)
-    return ids, ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, IGNORE_INDEX)
+GENERATOR = torch.Generator().manual_seed(5)
+IDS = torch.randint(3, 97, (2, 17), generator=GENERATOR)
+LABELS = IDS.masked_fill(torch.rand(IDS.shape, generator=GENERATOR) < 0.3, IGNORE_INDEX)
 
 
 def losses_and_gradient(model: PreTrainedModel, **inputs: Any) -> tuple[Any, Tensor]:
@@ -56,22 +57,20 @@ def worst(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_loss_and_gradient_are_transformers_own(family: str) -> None:
-    ids, labels = ids_and_labels()
-    expected = losses_and_gradient(tiny_model(family), input_ids=ids, labels=labels)
+    expected = losses_and_gradient(tiny_model(family), input_ids=IDS, labels=LABELS)
     for chunk in (None, 1, 7):
-        found = losses_and_gradient(with_token_losses(tiny_model(family), chunk), input_ids=ids, labels=labels)
+        found = losses_and_gradient(with_token_losses(tiny_model(family), chunk), input_ids=IDS, labels=LABELS)
         assert max(map(worst, found, expected)) < TOLERANCE, chunk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_logits_are_transformers_own_bit_by_bit(family: str, dtype: torch.dtype) -> None:
-    ids, _ = ids_and_labels()
     model = tiny_model(family, dtype=dtype)
     head = Head(output_head(model).weight, logits_transform(model.config))
     with torch.no_grad():
-        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        assert torch.equal(head.logits(hidden), model(input_ids=ids, use_cache=False).logits)
+        hidden = model.get_decoder()(input_ids=IDS, use_cache=False).last_hidden_state
+    assert torch.equal(head.logits(hidden), logits(model))
 
 
 NONE = LogitsTransform()
@@ -97,5 +96,50 @@ def test_the_config_names_the_transform(config: PreTrainedConfig, transform: Log
 def test_a_head_with_a_bias_is_refused() -> None:
     model = tiny_model("llama")
     model.lm_head = nn.Linear(60, 97)
-    with pytest.raises(UserError, match="LlamaForCausalLM: lm_head has a bias"):
-        with_token_losses(model, None)
+    refuses("LlamaForCausalLM: lm_head has a bias", with_token_losses, model, None)
+
+
+# The attention implementation computes all of the attention, with sdpa where that exists
+
+FLASH = "flash_attention_2"
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_default_becomes_eager_where_sdpa_is_not_enough(family: str) -> None:
+    """test_family_proof.py compares sdpa and eager in the others."""
+    row, capped = FAMILIES[family], family in ("gemma2", "gpt_oss")
+    assert causal_lm_class(family)._supports_sdpa != capped
+    assert attn_implementation("sdpa", row) == ("eager" if capped else "sdpa")
+    line = f"model.attn_implementation: eager instead of sdpa, which lacks {row.eager_only}"
+    assert describe_attention("sdpa", row) == (line if capped else None)
+    for asked in ("eager", FLASH):
+        assert attn_implementation(asked, row) == asked
+        assert describe_attention(asked, row) is None
+
+
+@pytest.mark.parametrize(("dtype", "reason"), [("bfloat16", "needs a GPU"), ("float32", "needs model.dtype")])
+def test_flash_attention_without_a_gpu_or_in_fp32_is_refused(dtype: Dtype, reason: str) -> None:
+    config = ModelConfig(attn_implementation=FLASH, dtype=dtype)
+    refuses(f"^model.attn_implementation {FLASH} {reason}", check_flash_attention, config)
+    check_flash_attention(ModelConfig(attn_implementation="sdpa", dtype=dtype))
+
+
+def test_flash_attention_without_its_package_is_one_line(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    named = f"model.attn_implementation {FLASH}.*: ImportError: .*$"
+    refuses(named, build_for_losses, open_pretrained(tmp_path), FLASH)
+
+
+def test_a_capped_model_is_built_and_loaded_with_its_cap(tmp_path: Path) -> None:
+    model = tiny_model("gemma2")
+    model.save_pretrained(tmp_path)
+    pretrained = open_pretrained(tmp_path)
+    assert build_for_losses(pretrained, "sdpa").config._attn_implementation == "eager"
+    loaded = load_model(ModelSource("gemma2", "checkpoint", pretrained, tmp_path), "float32", torch.device("cpu"))
+    assert torch.equal(logits(loaded), logits(model))
+    assert (logits(tiny_model("gemma2", attn_logit_softcapping=None)) - logits(model)).abs().max() > 0.1

@@ -13,7 +13,7 @@ from loraprune_ds.pruning import taps
 from loraprune_ds.pruning.taps import squared_gradients
 from tests.families import SIZES, tiny_model
 from tests.numerics.driver import random_lora
-from tests.oracle.mask_fisher import mask_fisher
+from tests.oracle.formula import mask_fisher
 from tests.oracle.models import make_batches
 from tests.unit.plain_training import Batch, PlainRun
 

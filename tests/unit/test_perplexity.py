@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.perplexity import (
     Batch,
     Perplexity,
@@ -25,15 +24,15 @@ from loraprune_ds.evaluate.settings import PerplexityProtocol
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.tokenizer import window_start
 from tests.oracle.models import make_tiny_llama, make_tokenizer
+from tests.refusals import refuses
 
 VOCAB = 97
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 20
-SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 48, "layers": 2}
 
 
 @pytest.fixture(scope="module")
 def forward(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = make_tiny_llama(tmp_path_factory.mktemp("model"), vocab=VOCAB, seed=1, **SIZES)
+    folder = make_tiny_llama(tmp_path_factory.mktemp("model"), vocab=VOCAB)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return lambda input_ids: model(input_ids=input_ids, use_cache=False).logits
 
@@ -187,10 +186,8 @@ def test_only_the_beginning_of_a_long_text_is_tokenised_if_it_has_enough_tokens(
 def test_a_text_shorter_than_a_window_is_refused() -> None:
     tokenizer = make_tokenizer(VOCAB + 200)
     message = r"^the evaluation text has 5 tokens, less than one window of 6$"
-    with pytest.raises(UserError, match=message):
-        split_windows("hello", tokenizer, 6, None)
-    with pytest.raises(UserError, match=message):
-        sliding_batches(torch.arange(5), 6, 2, None, 1)
+    refuses(message, split_windows, "hello", tokenizer, 6, None)
+    refuses(message, sliding_batches, torch.arange(5), 6, 2, None, 1)
     assert split_windows("hello", tokenizer, 5, None).shape == (1, 5)
 
 

@@ -1,5 +1,7 @@
 """The whole method in one process against the oracle: scores, cuts and carried state. Tolerances: tests/numerics."""
 
+import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from loraprune_ds.config import Criterion, PruneConfig, Ranking
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.family_row import Kind
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.step import all_groups, check_same_mask
@@ -20,7 +23,7 @@ from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.formula import cut_gap
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.plain_model import PlainModel
-from tests.unit.plain_training import Batch, PlainRun
+from tests.unit.plain_training import Batch, PlainRun, fresh_lora
 
 TOLERANCE = 1e-5
 VOCAB, LAYERS, STEPS = 97, 3, 8
@@ -98,7 +101,13 @@ def test_uniform_equals_the_oracle(tiny: Tiny) -> None:
     run = tiny.plain(max_grad_norm=0.5)
     assert_equals_oracle(tiny, run)
     assert [cut.step for cut in run.cuts] == [2, 4, 6]  # at 8 no width would change any more
-    assert run.prunable.shape.layers[0] == run.prunable.shape.layers[1] != run.prunable.shape.layers[2]
+    shape = run.prunable.shape
+    assert shape.layers[0] == shape.layers[1] != shape.layers[2]
+    for i, layer in enumerate(run.prunable.layers):
+        for linear in LLAMA_LINEARS:
+            module: Any = layer.get_submodule(linear.name)
+            sizes = (module.out_features, module.in_features), tuple(module.base_layer.weight.shape)
+            assert sizes == (shape.linear_shape(i, linear),) * 2
 
 
 def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
@@ -124,73 +133,6 @@ def test_uniform_heads_for_the_schedules_end_and_reports_what_it_reached(gqa: Ti
     left = sum(tensors[f"layers.{i}.{linear.name}.weight"].numel() for i in range(LAYERS) for linear in LLAMA_LINEARS)
     assert run.cuts[-1].reached == run.pruner.reached() == 1 - left / dense
     assert run.cuts[-1].reached == pytest.approx(0.3, abs=2 * limits.dense.group_numel("channels") / dense)
-
-
-# What a cut does
-
-
-def odd_groups(run: PlainRun) -> list[LayerKeep]:
-    """Every second head and channel, another choice in each layer."""
-    return [
-        LayerKeep(heads=torch.arange(i % 2, layer["heads"], 2), channels=torch.arange(i % 3, layer["channels"], 2))
-        for i, layer in enumerate(run.prunable.shape.layers)
-    ]
-
-
-def mask(run: PlainRun, keep: list[LayerKeep]) -> None:
-    """Zeroes what leaves where it enters the residual stream: columns of o_proj and down_proj, LoRA included."""
-    shape = run.prunable.shape
-    for name, tensor in run.tensors().items():
-        for linear in LLAMA_LINEARS:
-            if linear.axis == 1 and f".{linear.name}." in name and name.endswith((".weight", ".lora_A")):
-                layer = int(name.split(".")[1])
-                rows = shape.kept_indices(layer, linear.parts, keep[layer])
-                gone = torch.ones(tensor.shape[1], dtype=torch.bool).index_fill_(0, rows, False)
-                tensor[:, gone] = 0
-
-
-def test_masked_equals_cut(tiny: Tiny) -> None:
-    run, masked = tiny.plain(), tiny.plain()
-    for r in (run, masked):
-        r.step(1, tiny.batches[0])
-    keep, input_ids = odd_groups(run), tiny.batches[1][0]
-    before = run.logits(input_ids)
-    mask(masked, keep)
-    run.prunable.cut(keep)
-    assert (run.logits(input_ids) - before).abs().max() > 0.1
-    torch.testing.assert_close(run.logits(input_ids), masked.logits(input_ids), rtol=TOLERANCE, atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cut_carries_every_bit_and_drops_the_rest(tiny: Tiny, dtype: torch.dtype) -> None:
-    run = tiny.plain(dtype=dtype)
-    run.step(1, tiny.batches[0])
-    tensors = {name: t.clone() for name, t in run.tensors().items()}
-    moments = {name: (m.clone(), v.clone()) for name, (m, v) in run.moments().items()}
-    shape, keep = run.prunable.shape, odd_groups(run)
-    run.prunable.cut(keep)
-
-    def expected(name: str, before: Tensor) -> Tensor:
-        for linear in LLAMA_LINEARS:
-            if f".{linear.name}." in name:
-                axis_of = {"weight": linear.axis, "bias": 0, "lora_A": 1, "lora_B": 0}[name.split(".")[-1]]
-                layer = int(name.split(".")[1])
-                rows = shape.kept_indices(layer, linear.parts, keep[layer])
-                is_cut = name.endswith("weight") or axis_of == linear.axis
-                return before.index_select(axis_of, rows) if is_cut else before
-        return before
-
-    for name, tensor in run.tensors().items():
-        assert torch.equal(tensor, expected(name, tensors[name])), name
-        assert tensor.dtype == dtype
-    for name, pair in run.moments().items():
-        assert all(torch.equal(new, expected(name, old)) for new, old in zip(pair, moments[name], strict=True)), name
-    assert run.prunable.shape.layers == tuple(k.shape for k in keep)
-    for i, layer in enumerate(run.prunable.layers):
-        for linear in LLAMA_LINEARS:
-            module: Any = layer.get_submodule(linear.name)
-            assert (module.out_features, module.in_features) == run.prunable.shape.linear_shape(i, linear)
-            assert module.base_layer.weight.shape == run.prunable.shape.linear_shape(i, linear)
 
 
 # Which groups go
@@ -285,3 +227,46 @@ def test_random_pruning_draws_once(gqa: Tiny) -> None:
     first, again = (gqa.plain(replace(UNIFORM, criterion="random")).run(gqa.batches[:n] * 2) for n in (4, 4))
     assert first.kept() == again.kept()
     assert first.averages[0][0][1].argsort().tolist() == first.averages[1][0][1].argsort().tolist()
+
+
+# A LLaMA and the Phi-3 with its q, k, v and its gate, up fused have the same scores and lose the same groups
+
+FUSED = {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}
+
+
+def fuse(llama: Path, folder: Path) -> Path:
+    """Writes the LLaMA as a Phi-3 that computes the same."""
+    shutil.copytree(llama, folder)
+    config, tensors = json.loads((llama / "config.json").read_text()), load_file(llama / "model.safetensors")
+    for layer in range(config["num_hidden_layers"]):
+        for name, parts in FUSED.items():
+            block = f"model.layers.{layer}.{name.partition('.')[0]}"
+            weights = [tensors.pop(f"{block}.{part}_proj.weight") for part in parts]
+            tensors[f"model.layers.{layer}.{name}.weight"] = torch.cat(weights)
+    for name in ("attention_bias", "mlp_bias", "architectures"):
+        config.pop(name, None)
+    config |= {"model_type": "phi3", "original_max_position_embeddings": config["max_position_embeddings"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("criterion", ["lora", "magnitude"])
+def test_fused_linears_score_as_their_parts(tmp_path: Path, criterion: Criterion) -> None:
+    llama = tmp_path / "llama"  # head_dim is hidden_size / heads, as Phi-3 needs it
+    make_tiny_llama(llama, heads=10, kv_heads=5, head_dim=6, hidden=60, ffn=23, layers=2, vocab=VOCAB, seed=1)
+    batches = make_batches(steps=4, samples=6, tokens=16, vocab=VOCAB, seed=3)
+    prune = PruneConfig(
+        criterion=criterion, ratio=0.4, prune_every=2, protected_first=0, protected_last=0, channel_multiple=1
+    )
+    folders = (llama, fuse(llama, tmp_path / "phi3"))
+    loras = [fresh_lora(open_pretrained(folder).shape) for folder in folders]  # the linears of a layer share one A
+    split, fused = (
+        PlainRun(folder, lora, prune, 4, learning_rate=0.0, dtype=torch.float64).run(batches)
+        for folder, lora in zip(folders, loras, strict=True)
+    )
+    assert len(split.cuts) >= 2
+    assert fused.kept() == split.kept()
+    for wanted, found in zip(split.averages[0], fused.averages[0], strict=True):
+        for kind in (0, 1):
+            torch.testing.assert_close(found[kind], wanted[kind], rtol=1e-9, atol=0)  # fp64, other kernels

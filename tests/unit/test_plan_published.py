@@ -1,4 +1,4 @@
-"""Plans the shipped run configs of published models on the machines that their comments name."""
+"""Plans the shipped run configs of published models, and again every run whose peaks were recorded."""
 
 import math
 import re
@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.config_file import config_from_dict, load_config
+from loraprune_ds.files import read_json
 from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.plan.request import build_request, make_request
+from tests.benchmarks.plan_measured import HIGHEST, LOWEST, RESULT, cases, peaks, save_1b_config
+from tests.benchmarks.wide_layers import RESULT as WIDE
+from tests.benchmarks.wide_layers import wide_peaks
 from tests.published import MIXTURES, PUBLISHED
 
 CONFIGS = Path("launch/configs")
@@ -30,14 +34,31 @@ def test_the_run_fits_where_it_is_meant_to(name: str) -> None:
     assert plan.request.micro_batches == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "nodes", "gpus"),
-    [("llama-7b", 1, 8), ("llama-13b", 1, 8), ("llama-30b", 2, 8), ("llama-65b", 4, 8), ("llama-65b-int8", 1, 1)],
-)
-def test_the_llamas_fit_where_they_are_meant_to(name: str, nodes: int, gpus: int) -> None:
-    config, few = str(CONFIGS / f"{name}.yaml"), ["train.epochs=null", "train.steps=100"]  # so there are fewer cuts
-    request = make_request(name.removesuffix("-int8"), Cluster(nodes, gpus), config_path=config, overrides=few)
+# Nodes and GPUs that each of the paper's runs is meant for.
+PAPER = {"7b": (1, 8), "7b-single-shot": (1, 8), "13b": (1, 8), "30b": (2, 8), "65b": (4, 8), "65b-int8": (1, 1)}
+
+
+@pytest.mark.parametrize(("name", "cluster"), PAPER.items())
+def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(name: str, cluster: tuple[int, int]) -> None:
+    size, _, kind = name.partition("-")
+    request = make_request(f"llama-{size}", Cluster(*cluster), config_path=str(CONFIGS / f"paper/llama-{name}.yaml"))
+    prune, train, data = request.config.prune, request.config.train, request.config.data
     assert make_plan(request).fits
+    assert (prune.criterion, prune.normalization, prune.ranking, prune.compensate) == ("lora", "l2", "uniform", "none")
+    assert (prune.ratio, train.global_batch_size, train.recovery_steps, train.distill_weight) == (0.5, 128, 0, 0)
+    assert request.config.model.frozen == ("int8" if kind == "int8" else None)
+    if kind == "single-shot":
+        assert request.pruning.schedule.cut_steps() == [request.steps]
+        assert train.learning_rate < 1e-9  # LoRA must not learn
+        return
+    assert (train.epochs, train.learning_rate, train.lr_scheduler) == (2, 1e-4, "cosine")
+    assert data.path == ("MBZUAI/LaMini-instruction" if size == "7b" else "allenai/c4")
+    if size != "7b":
+        assert (request.steps, request.steps_known, len(data.data_files or [])) == (312, True, 1)
+
+
+def test_every_run_of_the_paper_is_held_to_it() -> None:
+    assert {path.stem.removeprefix("llama-") for path in (CONFIGS / "paper").glob("*")} == PAPER.keys()
 
 
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B", "gpt-oss-120b", "Qwen3-235B-A22B"])
@@ -55,10 +76,33 @@ def test_a_mixture_fits_on_a_node_and_gathers_a_layer_at_a_time(name: str) -> No
     assert gathered <= (2.1 * layer if layer > fetched else 2 * layer + fetched + head)
 
 
-@pytest.mark.parametrize("name", ["llama-65b", "llama3.3-70b"])
-def test_with_hpz_the_largest_fit_and_gather_inside_their_nodes(name: str) -> None:
+@pytest.mark.parametrize(("folder", "name"), [("paper", "llama-65b"), (".", "llama3.3-70b")])
+def test_with_hpz_the_largest_fit_and_gather_inside_their_nodes(folder: str, name: str) -> None:
     source = PUBLISHED[name][0] if name in PUBLISHED else read_config(name)
-    config = load_config(CONFIGS / f"{name}.yaml", ["deepspeed=ds_configs/zero3_multinode_hpz.json"])
+    config = load_config(CONFIGS / folder / f"{name}.yaml", ["deepspeed=ds_configs/zero3_multinode_hpz.json"])
     plan = make_plan(build_request(name, source, shape_from_config(source, name), config, Cluster(4, 8)))
     assert plan.fits
     assert plan.step.between_nodes < 0.01 * sum(plan.step.sent.values())
+
+
+# Every recorded run of `plan_measured.py` and `wide_layers.py`. What a process held beside its state when a step began
+# (Python's objects, kernels) is added to the plan
+
+
+@pytest.mark.parametrize("name", sorted(read_json(RESULT)))
+def test_the_peaks_of_a_recorded_run_are_planned(tmp_path: Path, name: str) -> None:
+    save_1b_config(tmp_path / "1b")
+    model, ranks = name.split(", ")
+    request = cases(model, tmp_path).request(int(ranks.split()[0]))
+    check(peaks(request, read_json(RESULT)[name]["ranks"]))
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(read_json(WIDE)) if name != "bin"])
+def test_the_peaks_of_true_widths_are_planned(tmp_path: Path, name: str) -> None:
+    check(wide_peaks(name, tmp_path, read_json(WIDE)[name]["ranks"]))
+
+
+def check(found: dict[str, tuple[int, int]]) -> None:
+    assert list(found) == ["before", "after"]
+    for when, (planned, measured) in found.items():
+        assert LOWEST <= planned / measured <= HIGHEST, (when, planned, measured)

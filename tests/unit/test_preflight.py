@@ -1,7 +1,6 @@
 """The nodes of a job agree if all are fit, and the first one names those that are not."""
 
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from loraprune_ds.zero.preflight import (
     check_visible,
     probe_file,
 )
-from tests.integration.launching import ROOT, clean_environment, free_port
+from tests.integration.launching import ROOT, free_port, run_to_end
 
 NODES = ["localhost", "gpu2", "gpu3"]  # all meet at the first one
 
@@ -87,19 +86,13 @@ def test_a_folder_that_is_not_shared_or_cannot_be_written(tmp_path: Path, monkey
 
 
 def test_gloo_that_finds_no_way_to_the_others_is_told_its_variable(tmp_path: Path) -> None:
-    arguments = ["--nodes", "localhost", "--port", str(free_port()), "--output", str(tmp_path)]
-    ended = subprocess.run(
-        [sys.executable, "launch/preflight.py", *arguments],
-        cwd=ROOT,
-        env=clean_environment() | {"GLOO_SOCKET_IFNAME": "nosuch"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ended.returncode == 1
+    command = [sys.executable, "launch/preflight.py", "--nodes", "localhost", "--port", str(free_port())]
+    command += ["--output", str(tmp_path)]
+    ended = run_to_end(command, cwd=ROOT, environment={"GLOO_SOCKET_IFNAME": "nosuch"}, timeout=120)
+    assert ended.code == 1
     expected = "gloo does not reach the other nodes, GLOO_SOCKET_IFNAME must name the network interface that does: "
-    assert f"preflight: localhost: {expected}" in ended.stderr
-    assert "nosuch" in ended.stderr
+    assert f"preflight: localhost: {expected}" in ended.err
+    assert "nosuch" in ended.err
 
 
 def test_every_rank_takes_part_and_the_speed_is_told(capsys: pytest.CaptureFixture[str]) -> None:

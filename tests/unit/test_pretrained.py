@@ -1,9 +1,11 @@
-"""A Hugging Face folder is read in parts exactly, and refused in one line when anything about it is wrong."""
+"""A Hugging Face folder is read in parts exactly, whole or cut, and refused in one line when anything is wrong."""
 
+import itertools
 import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.model import pretrained
+from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
 from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.token_loss import build_for_losses
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import Spoil, edit, refused, remove, truncate, write
+from tests.unit.shapes_and_scores import keep_of
 
-SIZES: dict[str, Any] = {"heads": 4, "kv_heads": 2, "head_dim": 6, "hidden": 24, "ffn": 37, "layers": 3, "vocab": 59}
+SIZES: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 6, "hidden": 48, "ffn": 37, "layers": 3}
 WEIGHT, INDEX = "model.layers.1.mlp.up_proj.weight", "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llama(tmp_path_factory.mktemp("intact"), seed=1, **SIZES)
+    return make_tiny_llama(tmp_path_factory.mktemp("intact"), **SIZES)
 
 
 @pytest.fixture
@@ -64,7 +69,7 @@ def split(folder: Path) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"tie": True}, {"biases": True}, {"model_type": "mistral"}], ids=str)
 def test_names_and_shapes_are_those_of_the_stock_model(tmp_path: Path, settings: dict[str, Any]) -> None:
-    folder = make_tiny_llama(tmp_path, seed=1, **{**SIZES, **settings})
+    folder = make_tiny_llama(tmp_path, **SIZES, **settings)
     stock = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     if settings.get("tie"):
         del stock["lm_head.weight"]
@@ -129,12 +134,12 @@ DAMAGE: list[tuple[Spoil, str]] = [
     (edit("config.json", attention_bias=True), "FOLDER: tensor model.layers.0.self_attn.q_proj.bias is missing"),
     (
         change(lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].t().contiguous()})),
-        f"{SINGLE}: {WEIGHT} has shape [24, 37]; config.json says [37, 24]",
+        f"{SINGLE}: {WEIGHT} has shape [48, 37]; config.json says [37, 48]",
     ),
     (stored_as(torch.int8), f"{SINGLE}: {WEIGHT} is stored as I8;"),
     (stored_as(torch.float8_e4m3fn), f"{SINGLE}: {WEIGHT} is stored as F8_E4M3;"),
     *(
-        (change(lambda tensors, name=name: tensors.update({name: torch.ones(24)})), f"{SINGLE}: {name} has no place in")
+        (change(lambda tensors, name=name: tensors.update({name: torch.ones(48)})), f"{SINGLE}: {name} has no place in")
         for name in SURPLUS
     ),
     (
@@ -187,3 +192,55 @@ def test_an_index_reaches_no_other_folder(folder: Path, tmp_path: Path) -> None:
         (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, named)}))
         first = next(iter(names))
         assert refusal(folder) == f"{INDEX}: {first} is in {named}; only files beside the index are read"
+
+
+# A cut model is read from the dense one's files as slices, bit by bit as if it had been written
+
+Kept = list[tuple[list[int], list[int]]]  # heads and channels of every layer
+
+HEAD_DIM, QUERIES_PER_GROUP = 6, 2
+UNEVEN: Kept = [([0, 1, 2, 3], [*range(0, 37, 3)]), ([1, 3], [*range(37)]), ([2], [0, 36])]
+EVEN: Kept = [([0, 2], [1, 2, 3, 30]), ([1, 2], [5, 6, 7, 8]), ([2, 3], [0, 1, 2, 36])]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "biases"])
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("dense"), biases=request.param, **SIZES)
+
+
+def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
+    """Returns the same tensors with rows and columns left out, one group after the other."""
+    left = dict(tensors)
+    for i, (heads, channels) in enumerate(kept):
+        for linear in LLAMA_LINEARS:
+            groups, width = (heads, HEAD_DIM) if linear.kind == "heads" else (channels, 1)
+            width *= QUERIES_PER_GROUP if QUERIES in linear.parts else 1
+            indices = [group * width + k for group in groups for k in range(width)]
+            name = f"model.layers.{i}.{linear.name}"
+            left[f"{name}.weight"] = left[f"{name}.weight"].index_select(linear.axis, torch.tensor(indices))
+            if linear.axis == 0 and f"{name}.bias" in left:
+                left[f"{name}.bias"] = left[f"{name}.bias"][indices]
+    return left
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 24])
+@pytest.mark.parametrize("kept", [UNEVEN, EVEN], ids=["uneven", "even"])
+def test_every_part_is_the_slice(source: Path, kept: Kept, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "READ_CHUNK", chunk)
+    dense = open_pretrained(source)
+    cut = dense.weights.cut(keep_of(kept))
+    expected = cut_by_hand(tensors_of(source), kept)
+    sizes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    assert cut.shape.parameters() == sizes
+    assert {
+        n: tuple(p.shape) for n, p in build_for_losses(replace(dense, weights=cut), "sdpa").named_parameters()
+    } == sizes
+    for name, tensor in expected.items():
+        flat, numel = tensor.reshape(-1), tensor.numel()
+        for start, end in itertools.pairwise(sorted([0, 0, 1, numel // 3, numel // 2, numel, numel])):
+            assert torch.equal(cut.read_flat(name, start, end, torch.float32), flat[start:end]), (name, start, end)
+
+
+def test_with_nothing_cut_it_is_the_model_on_disk(source: Path) -> None:
+    dense = open_pretrained(source).weights
+    assert dense.cut(keep_of([([0, 1, 2, 3], [*range(37)])] * 3)) is dense

@@ -10,8 +10,8 @@ import pytest
 
 from loraprune_ds.zero import private
 from loraprune_ds.zero.private import check_private_attributes
+from tests.integration.launching import ROOT
 from tests.refusals import refused
-from tests.unit.shapes_and_scores import repository
 
 
 def refusal() -> str:
@@ -74,7 +74,7 @@ def written_to_engine(source: str) -> set[str]:
 def test_everything_the_package_touches_is_checked() -> None:
     checked = {name for _, names in private.METHODS for name in names}
     checked |= {name for *_, names in private.ASSIGNED for name in names}
-    files = [path for path in (repository() / "loraprune_ds" / "zero").glob("*.py") if "ds_config" not in path.name]
+    files = [path for path in (ROOT / "loraprune_ds" / "zero").glob("*.py") if "ds_config" not in path.name]
     used = set().union(*(touched(path.read_text()) for path in files))
     assert used >= {"ds_tensor", "grad_position", "is_invalid_trace", "_setup_for_real_optimizer"}
     assert used - checked - PUBLIC - ONLY_WRITTEN == set()

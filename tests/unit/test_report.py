@@ -27,7 +27,7 @@ def report_of(history: History, resumed_from: tuple[int, ...] = ()) -> dict[str,
 def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
     write_json(tmp_path / "report.json", report_of(small_run(), resumed_from=(5,)))
     report = read_json(tmp_path / "report.json")
-    # By hand: embedding 100·64, norms 64·(2·3 + 1); a head 8·64·(2 + 1 + 1 + 2), a channel 3·64.
+    # By hand: embedding and head 2·50·64, norms 64·(2·3 + 1); a head 8·64·(2 + 1 + 1 + 2), a channel 3·64.
     dense = 6400 + 448 + 3 * (4 * 3072 + 96 * 192)
     pruned = dense - 3 * 3072 - (56 + 46) * 192
     params = report["params"]

@@ -14,8 +14,9 @@ from loraprune_ds.pruning import schedule as schedules
 from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.target import make_limits
+from tests.integration.launching import ROOT
 from tests.oracle.formula import cubic_target
-from tests.unit.shapes_and_scores import LLAMA_7B, repository
+from tests.unit.shapes_and_scores import LLAMA_7B
 
 
 def make_schedule(config: PruneConfig, steps: int) -> Schedule:
@@ -62,7 +63,7 @@ def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 @pytest.mark.parametrize(("name", "most"), [("llama-7b", 80), ("llama-65b", 200)])
 def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, most: int, ranking: Ranking) -> None:
-    config = replace(load_config(repository() / f"launch/configs/{name}.yaml").prune, ranking=ranking)
+    config = replace(load_config(ROOT / f"launch/configs/paper/{name}.yaml").prune, ranking=ranking)
     limits = make_limits(config, shape_from_config(read_config(name), name))
     schedule = schedules.make_schedule(config, 40_312, limits)
     cuts = schedule.cut_steps()

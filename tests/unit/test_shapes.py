@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import ATTENTION, FAMILIES, GATED, LLAMA_LINEARS
 from loraprune_ds.model.family_row import Family, Linear, Part
 from loraprune_ds.model.flops import needed_flops_per_token
@@ -17,17 +16,11 @@ from loraprune_ds.model.storage import MODEL_DTYPE
 from loraprune_ds.pruning.importance import random_scores
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
+from tests.published import sizes_of
+from tests.refusals import refuses
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 48,
-    "intermediate_size": 100,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "vocab_size": 33,
-}
+LLAMA = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
 REQUIRED = sorted(LLAMA.keys() - {"model_type", "num_key_value_heads"})
 NO_NUMBER = "config.json holds a size that is no number: "
 
@@ -84,8 +77,7 @@ def test_layers_that_differ() -> None:
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "config",
 )
 def test_what_cannot_be_is_refused(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"^somewhere: {re.escape(message)}.*$"):
-        read(config)
+    refuses(f"^somewhere: {re.escape(message)}.*$", read, config)
 
 
 @pytest.mark.parametrize(

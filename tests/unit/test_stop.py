@@ -1,14 +1,32 @@
-"""Requests from outside only set a flag. The step that honours them removes exactly their files."""
+"""Requests to stop set a flag. A rank whose launcher or peer is gone notices. A parent that is no launcher may end."""
 
+import json
 import os
+import re
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from loraprune_ds.command import launcher_command
 from loraprune_ds.train import stop
-from loraprune_ds.train.stop import NOTHING, SAVE, SAVE_FILE, STOP, STOP_FILE, RequestListener, drop_stale_requests
+from loraprune_ds.train.stop import (
+    LAUNCHERS,
+    NOTHING,
+    RUNNERS,
+    SAVE,
+    SAVE_FILE,
+    STOP,
+    STOP_FILE,
+    RequestListener,
+    drop_stale_requests,
+    program_of,
+)
+from tests.integration.launching import ROOT, clean_environment, free_port
 
 
 @pytest.fixture
@@ -84,3 +102,135 @@ def test_requests_to_an_earlier_process_are_removed_and_told(tmp_path: Path) -> 
     (tmp_path / STOP_FILE).touch()
     assert drop_stale_requests(tmp_path) == [f"{tmp_path / STOP_FILE} was there before this start: removed"]
     assert list(tmp_path.iterdir()) == []
+
+
+# Launchers and other ranks that are gone
+
+SCRIPT = """
+import os, signal, sys, time
+from loraprune_ds.train import watch
+from loraprune_ds.train.stop import find_launchers
+
+watch.INTERVAL, watch.GRACE = 0.05, 0.2
+
+class Comm:
+    rank, world_size = 1, 1
+    def gather_objects(self, mine):
+        return [(mine[0], int(sys.argv[1]) or mine[1]), mine]
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))
+watcher = watch.Watch(Comm(), 80, find_launchers())
+print(os.getpid(), os.getppid(), flush=True)
+time.sleep(20)
+"""
+GONE = "rank 1: the launcher is gone, which is a request to stop\n"
+UNSHARE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
+# A shell that starts a rank, and ends when it has read a line.
+SHELL = ["sh", "-c", '"$@" & read line', "sh"]
+
+
+def start(above: Sequence[str | Path], other: int = 0) -> subprocess.Popen[str]:
+    """A process with a Watch, whose other rank is process `other`. `above` is the command that starts it."""
+    return subprocess.Popen(
+        [*above, sys.executable, "-c", SCRIPT, str(other)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=clean_environment() | {"RANK": "0", "WORLD_SIZE": "1"},  # as Kubeflow does
+    )
+
+
+def read_ids(process: subprocess.Popen[str]) -> tuple[int, int]:
+    """Waits until the process watches. Returns its id and its parent's, as it sees them."""
+    assert process.stdout is not None
+    words = process.stdout.readline().split()
+    assert words, process.communicate()[1]
+    return int(words[0]), int(words[1])
+
+
+def test_a_rank_leaves_when_another_of_its_node_is_gone() -> None:
+    peer = subprocess.Popen(["sleep", "60"])
+    process = start([], peer.pid)
+    read_ids(process)
+    time.sleep(0.3)
+    assert process.poll() is None
+    peer.kill()  # and not reaped: a zombie is gone too
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (1, "rank 1: rank 0 is gone: leaving\n")
+    peer.wait()
+
+
+def test_a_rank_whose_launcher_is_gone_takes_it_as_a_request_to_stop(tmp_path: Path) -> None:
+    launcher = tmp_path / "torchrun"
+    launcher.symlink_to("/bin/sh")
+    process = start([launcher, *SHELL[1:]])
+    assert read_ids(process)[1] == process.pid
+    process.kill()
+    out, err = process.communicate(timeout=10)  # at its end: the rank has left
+    assert (out, err) == ("", GONE)
+
+
+def test_a_shell_may_end_before_its_run() -> None:
+    """Is `nohup python launch/run.py ... &`, then `exit`."""
+    process = start(SHELL)
+    rank, parent = read_ids(process)
+    assert parent == process.pid
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    process.wait(timeout=10)
+    time.sleep(0.5)
+    os.kill(rank, signal.SIGKILL)  # an error if it has left
+    assert process.communicate(timeout=10) == ("", "")
+
+
+def test_a_parent_outside_of_the_container_is_no_launcher() -> None:
+    """Is process 1 of a container, and what `docker exec` and `kubectl exec` start: the parent has number 0."""
+    if subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no pid namespace can be made here")
+    process = start(UNSHARE)
+    assert read_ids(process) == (1, 0)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.kill()
+    assert process.communicate(timeout=10) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "program"),
+    [
+        ("python3.11 -u -m deepspeed.launcher.launch --world_info=e30= run.py", "deepspeed.launcher.launch"),
+        ("/env/bin/python /env/bin/deepspeed --quiet launch/run.py", "deepspeed"),
+        ("/env/bin/python3 /env/bin/torchrun --nproc_per_node 2 launch/run.py", "torchrun"),
+        ("python -X dev -W ignore -um torch.distributed.run launch/run.py", "torch.distributed.run"),
+        ("slurmstepd: [7001.0]", "slurmstepd"),
+        ("bash train.sh torchrun", "bash"),
+        ("python -c import+torchrun", "import+torchrun"),
+        ("python", ""),
+        ("", ""),
+    ],
+)
+def test_a_process_counts_by_what_it_runs(command: str, program: str) -> None:
+    assert program_of(command.split(" ")) == program
+    known = program not in ("bash", "import+torchrun", "")
+    assert (program in LAUNCHERS | RUNNERS) == known
+
+
+def test_real_launchers_are_found(tmp_path: Path) -> None:
+    """Starts torchrun, and DeepSpeed's launcher as `loraprune-ds run` does."""
+    module = tmp_path / "a_rank.py"
+    module.write_text("from loraprune_ds.train.stop import find_launchers\nprint(find_launchers())\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--master_port={free_port()}", str(module)]
+    deepspeed = launcher_command("a_rank", 1, {})
+    environment = clean_environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for command in (torchrun, deepspeed)
+    ]
+    ended = [process.communicate(timeout=120) for process in started]
+    found = [re.search(r"^\[.*\]$", out, re.MULTILINE) for out, _ in ended]
+    launchers = [json.loads(line[0]) if line else said for line, said in zip(found, ended, strict=True)]
+    assert launchers[0] == [started[0].pid]
+    assert (launchers[1][1:], len(launchers[1])) == ([started[1].pid], 2)

@@ -1,4 +1,4 @@
-"""`prune.target`: parameters or a server's memory instead of a ratio."""
+"""`prune.target`: parameters or a server's memory instead of a ratio. `prune.head_ratio`: heads and channels apart."""
 
 import re
 from typing import Any
@@ -6,16 +6,17 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.config import PruneConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.config import PruneConfig, Ranking, RunConfig, TrainConfig
 from loraprune_ds.model.flops import attention_product
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.limits import limits_without_ratio
-from loraprune_ds.pruning.ranking import rank_global, rank_uniform
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.request import build_request
+from loraprune_ds.pruning.limits import Limits, limits_without_ratio
+from loraprune_ds.pruning.ranking import rank_global, rank_uniform, uniform_counts, uniform_goal
 from loraprune_ds.pruning.target import describe_target, make_limits, measure, on_a_server, server_memory
 from tests.families import MIXTURES, tiny_config
-from tests.refusals import refused
+from tests.refusals import refused, refuses
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of
 
 GIB = 2**30
@@ -120,14 +121,70 @@ def test_the_report_tells_what_was_reached() -> None:
     ],
 )
 def test_a_target_that_cannot_be_reached_is_refused(prune: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
-        make_limits(PruneConfig(**prune), LLAMA_7B)
+    refuses(f"^{re.escape(message)}", make_limits, PruneConfig(**prune), LLAMA_7B)
 
 
 def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
     named = re.search(r"at least ([\d.]+) B stay", refused(make_limits, PruneConfig(target="1B"), LLAMA_7B))
     smallest = float(named.group(1))  # type: ignore[union-attr]
     assert make_limits(PruneConfig(target=f"{smallest + 0.05}B"), LLAMA_7B).ratio
+
+
+# `prune.head_ratio`: heads and channels give different fractions, and together what `prune.ratio` asks for
+
+SHAPE = make_shape([(9, 1536)] * 10, hidden=576, head_dim=64)
+
+
+def limits_of(**prune: Any) -> Limits:
+    return make_limits(
+        PruneConfig(**({"ratio": 0.417, "channel_multiple": 1, "protected_first": 1, "protected_last": 1} | prune)),
+        SHAPE,
+    )
+
+
+@pytest.mark.parametrize(("head_ratio", "heads"), [(0.0, 9), (1 / 3, 6), (6 / 9, 3), (0.8, 2)])
+def test_uniform_takes_so_many_heads_and_makes_up_with_channels(head_ratio: float, heads: int) -> None:
+    limits = limits_of(head_ratio=head_ratio)
+    goal = uniform_goal(limits, 0.417)
+    assert goal["heads"] == heads
+    reached = 8 * limits.lost(1, goal) / SHAPE.linear_numel()
+    assert abs(reached - 0.417) < 8 * SHAPE.group_numel("channels") / SHAPE.linear_numel()
+    halfway = uniform_counts(limits, 0.2085, 0.417)
+    assert abs((9 - halfway["heads"]) - (9 - heads) / 2) <= 0.5
+
+
+@pytest.mark.parametrize("head_ratio", [0.0, 0.25, 0.75])
+def test_global_splits_its_budget_so(head_ratio: float) -> None:
+    limits = limits_of(head_ratio=head_ratio, ranking="global")
+    scores = random_scores_of(SHAPE, torch.Generator().manual_seed(0))
+    left = SHAPE.after(rank_global(scores, SHAPE, limits, 0.417))
+    assert abs(sum(9 - layer["heads"] for layer in left.layers) - head_ratio * 8 * 9) <= 1
+    reached = 1 - left.linear_numel() / SHAPE.linear_numel()
+    assert abs(reached - 0.417) < SHAPE.group_numel("channels") / SHAPE.linear_numel()
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+def test_the_planner_knows(ranking: Ranking) -> None:
+    prune = PruneConfig(
+        ratio=0.4, channel_multiple=1, head_ratio=0.2, ranking=ranking, protected_first=0, protected_last=0
+    )
+    config = RunConfig(output_dir="unused", prune=prune, train=TrainConfig(steps=20, global_batch_size=8))
+    shape = build_request("small", {}, SHAPE, config, Cluster(1, 1)).shape_at(0.4)
+    assert {layer["heads"] for layer in shape.layers} == {7}
+    assert abs(1 - shape.linear_numel() / SHAPE.linear_numel() - 0.4) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"head_ratio": 0.9, "ratio": 0.1}, r"prune.head_ratio 0.9 with prune.ratio 0.1 would take -\d+"),
+        ({"head_ratio": 0.0, "ratio": 0.75}, r"prune.head_ratio 0.0 with prune.ratio 0.75 would take 1\d\d"),
+        ({"head_ratio": 0.9, "tensor_parallel": 3}, "is more of the heads than may go: 66.7%"),
+        ({"head_ratio": 0.0, "channel_multiple": 900}, r"take 78\.2% of the channels, of which 41\.4% may go"),
+    ],
+)
+def test_what_cannot_be_is_refused(prune: dict[str, Any], message: str) -> None:
+    refuses(message, limits_of, **prune)
 
 
 def test_a_delta_net_has_a_state_in_place_of_a_cache() -> None:

@@ -23,7 +23,7 @@ from loraprune_ds.files import read_json, write_json
 from loraprune_ds.train import after
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import refused
-from tests.unit.test_data_tokens import make_tokenizer
+from tests.unit.test_data import make_tokenizer
 
 needs_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is missing")
 SIZES: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 8, "hidden": 16, "ffn": 32, "layers": 2}

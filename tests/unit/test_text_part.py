@@ -7,7 +7,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import begin, finish_folder
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.exported_config import export_config
@@ -19,6 +18,7 @@ from tests.families import tiny_config
 from tests.family_cuts import FEW, cut_and_export, difference, load, logits, reopened, with_lora
 from tests.gguf_cases import byte_level_tokenizer
 from tests.multimodal import TOWERS, multimodal
+from tests.refusals import refuses
 
 TOLERANCE = 1e-5
 pytestmark = [
@@ -112,11 +112,9 @@ def test_what_is_refused(models: dict[str, tuple[Path, PreTrainedModel]], tmp_pa
         ({"model_type": "llava", "text_config": {"model_type": "opt"}}, "model_type 'opt' is not supported"),
         ({"model_type": "llava", "text_config": llama, "vision_config": 3}, "cannot build this model from config.json"),
     ]:
-        with pytest.raises(UserError, match=f"^somewhere: .*{message}.*$"):
-            shape_from_config(config, "somewhere")
+        refuses(f"^somewhere: .*{message}.*$", shape_from_config, config, "somewhere")
     for prefixes, message in [
         ({"language_model.": "mind."}, r"its weight files hold no text part under language_model\.model\. or "),
         ({"language_model.model.norm.": "norm."}, r"tensor model\.norm\.weight is missing"),
     ]:
-        with pytest.raises(UserError, match=message):
-            open_pretrained(edited(models["llava"][0], tmp_path / str(len(message)), prefixes))
+        refuses(message, open_pretrained, edited(models["llava"][0], tmp_path / str(len(message)), prefixes))

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.model.logits import Distillation, Head, HiddenTeacher, LogitsTransform, Recording, TopTeacher, record
+from loraprune_ds.model.logits import Distillation, Head, LogitsTransform
 from loraprune_ds.model.token_loss import IGNORE_INDEX, LossHead, token_losses, with_token_losses
 from tests.oracle.models import make_tiny_llama
 
@@ -109,17 +109,14 @@ class _Held(TorchDispatchMode):
         return result
 
 
-def held(transform: LogitsTransform, dtype: torch.dtype, teacher: str | None, temperature: float) -> float:
+def held(transform: LogitsTransform, dtype: torch.dtype, *, teaches: bool, temperature: float) -> float:
     """Returns the most bytes at once, per logit of a chunk."""
     tokens, chunk, hidden_size, vocabulary = 64, 16, 2, 4096
     hidden = torch.randn(1, tokens + 1, hidden_size, dtype=dtype).requires_grad_()
     labels = torch.randint(vocabulary, (1, tokens + 1))
     weight = torch.randn(vocabulary, hidden_size, dtype=dtype)
     head = Head(weight, transform)
-    distilled = None
-    if teacher:
-        made = record(hidden.detach()[0, 1:], head, Recording(4 if teacher == "top" else None, temperature))
-        distilled = Distillation(TopTeacher(**made) if teacher == "top" else HiddenTeacher(**made), 0.5, temperature)
+    distilled = Distillation(hidden.detach()[0, 1:], 0.5, temperature) if teaches else None
     with _Held(weight) as most:
         token_losses(hidden, head, labels, chunk, distilled).sum().backward()
     return most.most / (chunk * vocabulary)
@@ -127,25 +124,21 @@ def held(transform: LogitsTransform, dtype: torch.dtype, teacher: str | None, te
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "teacher", "temperature", "planned"),
+    ("dtype", "teaches", "temperature", "planned"),
     [
-        (torch.float32, None, 1, 4),
-        (torch.bfloat16, None, 1, 6),
-        (torch.float32, "hidden", 1, 12),
-        (torch.bfloat16, "hidden", 1, 12),
-        (torch.float32, "top", 1, 8),
-        (torch.bfloat16, "top", 1, 12),
-        (torch.float32, "hidden", 2, 16),
-        (torch.bfloat16, "hidden", 2, 16),
-        (torch.float32, "top", 2, 12),
-        (torch.bfloat16, "top", 2, 16),
+        (torch.float32, False, 1, 4),
+        (torch.bfloat16, False, 1, 6),
+        (torch.float32, True, 1, 12),
+        (torch.bfloat16, True, 1, 12),
+        (torch.float32, True, 2, 16),
+        (torch.bfloat16, True, 2, 16),
     ],
 )
 def test_no_more_is_held_than_planned(
-    transform: LogitsTransform, dtype: torch.dtype, teacher: str | None, temperature: float, planned: int
+    transform: LogitsTransform, dtype: torch.dtype, *, teaches: bool, temperature: float, planned: int
 ) -> None:
     """plan/ counts these bytes for each logit of a chunk. Other tensors, such as hidden states, add less than 0.2."""
-    assert 4 < held(transform, dtype, teacher, temperature) < planned + 0.2
+    assert 4 < held(transform, dtype, teaches=teaches, temperature=temperature) < planned + 0.2
 
 
 @pytest.mark.parametrize(
@@ -165,9 +158,7 @@ def test_logits_per_chunk(chunk: int | None, at_once: int, expected: int, monkey
 
 @pytest.mark.parametrize("settings", [{}, {"tie": True}, {"model_type": "mistral"}], ids=str)
 def test_a_model_with_token_losses(tmp_path: Path, settings: dict[str, Any]) -> None:
-    folder = make_tiny_llama(
-        tmp_path, heads=4, kv_heads=2, head_dim=8, hidden=32, ffn=48, layers=2, vocab=97, seed=1, **settings
-    )
+    folder = make_tiny_llama(tmp_path, **settings)
     stock, model = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
     names = [name for name, _ in model.named_parameters()]
     model = with_token_losses(model, chunk_tokens=7).requires_grad_(False)

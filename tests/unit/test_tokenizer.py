@@ -1,18 +1,22 @@
-"""Loads tokenizers of pretrained models. Sentencepiece alone is enough, and a damaged file is one line."""
+"""Loads tokenizers of pretrained models, and reads their keys in GGUF files. A heavy test asks llama.cpp for tokens."""
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFReader, GGUFWriter, TokenType
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
+from loraprune_ds.export.gguf_tokenizer import NOT_COMPOSED, add_tokenizer, read_vocabulary
 from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
-from tests.refusals import refused
+from tests.gguf_cases import PRE_TOKENIZERS, byte_level_tokenizer, sentencepiece_tokenizer, without_sentencepiece
+from tests.refusals import refused, refuses
 
 # Tokenizers differ at repeated spaces, digits, an accent, and letters that only bytes can spell. No text begins with a
 # space, where LlamaTokenizer leaves out the extra one that sentencepiece puts before every text.
@@ -108,3 +112,117 @@ def test_an_export_begins_texts_like_the_source(
     for text in (*TEXTS, "a</s>b  c", "</s> x"):
         assert exported(text)["input_ids"] == dense(text)["input_ids"], text
     assert exported("x")["input_ids"][0] == BOS
+
+
+# The keys of tokenizers in GGUF files
+
+VOCAB = 400
+
+
+def keys_of(folder: Path, vocab_size: int = VOCAB) -> dict[str, Any]:
+    """Returns the keys about the tokenizer, without their common prefix."""
+    path = folder.with_suffix(".gguf")
+    writer = GGUFWriter(path, "llama")
+    add_tokenizer(writer, folder, vocab_size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    fields = GGUFReader(path).fields
+    prefix = "tokenizer."
+    return {k.removeprefix(prefix): f.contents() for k, f in fields.items() if k.startswith(prefix)}
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_byte_level(pre: str, tmp_path: Path) -> None:
+    keys = keys_of(byte_level_tokenizer(tmp_path / "tokenizer", VOCAB, pre))
+    fast = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    assert (keys["ggml.model"], keys["ggml.pre"]) == ("gpt2", pre)
+    assert keys["ggml.merges"] == [" ".join(pair) for pair in fast["model"]["merges"]]
+    for token, index in fast["model"]["vocab"].items():
+        assert keys["ggml.tokens"][index] == token
+    types = dict(zip(keys["ggml.tokens"], keys["ggml.token_type"], strict=True))
+    assert types["</s>"] == types["<|end|>"] == TokenType.CONTROL
+    assert types["statement names"] == TokenType.USER_DEFINED
+    assert types["Ġimport"] == TokenType.NORMAL
+    assert keys["ggml.token_type"][-1] == TokenType.UNUSED
+    assert len(keys["ggml.tokens"]) == len(set(keys["ggml.tokens"])) == VOCAB
+    ids = {name: keys[f"ggml.{name}_token_id"] for name in ("unknown", "bos", "eos")}
+    assert ids == {"unknown": 0, "bos": 1, "eos": 2}
+    assert "ggml.padding_token_id" not in keys
+    assert keys["chat_template"] == "{{ messages[0].content }}"
+    assert not keys["ggml.add_bos_token"]
+    assert not keys["ggml.add_eos_token"]
+
+
+def test_bos_and_unicode_composition_are_told(tmp_path: Path) -> None:
+    """A Qwen2 composes characters and llama.cpp does not."""
+    assert keys_of(byte_level_tokenizer(tmp_path / "bos", VOCAB, bos=True))["ggml.add_bos_token"]
+    folder = byte_level_tokenizer(tmp_path / "tokenizer", VOCAB, "qwen2")
+    assert json.loads((folder / "tokenizer.json").read_text())["normalizer"] == {"type": "NFC"}
+    assert add_tokenizer(GGUFWriter(tmp_path / "model.gguf", "llama"), folder, VOCAB) == [NOT_COMPOSED]
+
+
+def test_sentencepiece(tmp_path: Path) -> None:
+    folder = sentencepiece_tokenizer(tmp_path / "tokenizer", VOCAB)
+    keys = keys_of(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert keys["ggml.model"] == "llama"
+    assert keys["ggml.tokens"] == tokenizer.convert_ids_to_tokens(range(VOCAB))
+    assert keys["ggml.token_type"][:4] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, TokenType.BYTE]
+    assert keys["ggml.add_bos_token"]
+    assert keys["ggml.add_space_prefix"]
+    scores = keys["ggml.scores"]
+    assert scores[300] > scores[301] > scores[302]  # as sentencepiece learned them, best first
+
+
+def test_merges_give_the_order_that_sentencepiece_had(tmp_path: Path) -> None:
+    """Has only tokenizer.json, as after `save_pretrained` of transformers 5."""
+    fast = without_sentencepiece(tmp_path / "fast", VOCAB)
+    assert not (fast / "tokenizer.model").exists()
+    exact, rebuilt = read_vocabulary(tmp_path / "spm"), read_vocabulary(fast)
+    assert rebuilt.tokens == exact.tokens
+    assert rebuilt.types[3:] == exact.types[3:]
+    merged = [i for i, token in enumerate(exact.tokens) if exact.types[i] == TokenType.NORMAL and len(token) > 1]
+    assert len(merged) > 50
+    assert sorted(merged, key=lambda i: -rebuilt.scores[i]) == sorted(merged, key=lambda i: -exact.scores[i])
+
+
+# Refusals
+
+
+BYTE_LEVEL = partial(byte_level_tokenizer, vocab=VOCAB, bos=True)
+UNIGRAM = partial(sentencepiece_tokenizer, vocab=330, model_type="unigram")
+NO_NAME = r"tokenizer\.json: llama\.cpp has no name for the way .* can: hf, adapter"
+
+
+def two_bos(fast: dict[str, Any]) -> None:
+    single = fast["post_processor"]["single"]
+    single.insert(0, single[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "message"),
+    [
+        (BYTE_LEVEL, None, "tokenizer: its tokenizer has 39. tokens, its model only 300"),
+        (BYTE_LEVEL, two_bos, "more than one BOS and EOS around a text; formats that can: hf, adapter"),
+        (BYTE_LEVEL, lambda fast: fast["pre_tokenizer"].update(add_prefix_space=True), NO_NAME),
+        (BYTE_LEVEL, lambda fast: fast.update(normalizer={"type": "NFKC"}), NO_NAME),
+        (
+            partial(without_sentencepiece, vocab=VOCAB),
+            lambda fast: fast["model"]["merges"].pop(20),
+            "its merges are not those of a sentencepiece model; formats that can: hf",
+        ),
+        (UNIGRAM, None, r"tokenizer\.model: only sentencepiece models of type BPE"),
+        (Path.mkdir, None, "tokenizer has no tokenizer that can be read"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_lacks_is_refused(make: Any, change: Any, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    make(folder)
+    if change:
+        path = folder / "tokenizer.json"
+        fast = json.loads(path.read_text())
+        change(fast)
+        path.write_text(json.dumps(fast))
+    refuses(message, keys_of, folder, VOCAB if change else 300)

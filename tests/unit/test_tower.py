@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from loraprune_ds.config import ModelConfig, PruneConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
@@ -23,6 +22,7 @@ from loraprune_ds.model.text_part import LAYOUTS, check_processor, check_tower
 from loraprune_ds.model.weight_files import copy_tensors
 from tests.family_cuts import FEW, MANY, Network, cut_and_export, difference, draw, reopened, with_lora
 from tests.multimodal import inputs_with_image, multimodal
+from tests.refusals import refuses
 from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
 
 # Groups that stay. Gemma 3 wants heads that divide hidden_size. Qwen2.5-VL has no field for fewer heads.
@@ -92,19 +92,18 @@ def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], 
     name, _, folder = made
     config, shape = read_json(folder / "config.json"), open_pretrained(folder).shape
     for pruned in (None, shape.with_layers(draw_layers(shape, KEPT[name], (5, 20)))):
-        with pytest.raises(UserError, match=r"^somewhere: .*layers of one size.*prune\.ranking.*model\.text_only"):
-            check_tower(config, pruned, "somewhere")
-    with pytest.raises(UserError, match=r"^somewhere: transformers cannot build this model"):
-        check_tower(config | {"vision_config": 3}, shape, "somewhere")
+        message = r"^somewhere: .*layers of one size.*prune\.ranking.*model\.text_only"
+        refuses(message, check_tower, config, pruned, "somewhere")
+    unknown = config | {"vision_config": 3}
+    refuses(r"^somewhere: transformers cannot build this model", check_tower, unknown, shape, "somewhere")
     if name == "qwen2_5_vl":
         fewer = shape.with_layers(draw_layers(shape, FEW, FEW))
-        with pytest.raises(UserError, match=r"^somewhere: .*cannot hold model\.layers\.0\.self_attn.*head_ratio: 0"):
-            check_tower(config, fewer, "somewhere")
+        message = r"^somewhere: .*cannot hold model\.layers\.0\.self_attn.*head_ratio: 0"
+        refuses(message, check_tower, config, fewer, "somewhere")
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("preprocessor*"))
     check_processor(folder)
-    with pytest.raises(UserError, match=r"bare has none of preprocessor_config\.json, .*model\.text_only"):
-        check_processor(bare)
+    refuses(r"bare has none of preprocessor_config\.json, .*model\.text_only", check_processor, bare)
     assert open_for_pruning(folder, ModelConfig(text_only=True), PruneConfig()).tower is None
 
 

@@ -73,11 +73,6 @@ class Samples:
         """Counts the predictions of these samples that enter the loss."""
         return int((self._padded("labels", indices)[:, 1:] != IGNORE_INDEX).sum())
 
-    def supervised_counts(self) -> Tensor:
-        """Returns the predictions of each sample that enter the loss, (N,) int64."""
-        before = starts_of(self.columns["labels"] != IGNORE_INDEX)
-        return before[self.starts[1:]] - before[torch.minimum(self.starts[:-1] + 1, self.starts[1:])]
-
     def digest(self) -> str:
         """Returns the sha256 of all samples."""
         digest = hashlib.sha256(repr((sorted(self.columns), self.window)).encode())

@@ -165,7 +165,7 @@ def _load_dataset(source: DataSource) -> "Dataset":
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = load_dataset(source.path, source.name, split=source.split)
+        dataset = load_dataset(source.path, source.name, data_files=source.data_files, split=source.split)
     except (ValueError, RuntimeError, DatasetsError, *HUB_ERRORS) as error:  # RuntimeError: the data set is a script
         unavailable = f"no file {source.path}, and not available as a dataset: {first_line(error)}"
         raise UserError(f"{source.section}.path: {unavailable}") from None

@@ -18,6 +18,7 @@ from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator, current_device, is_cpu
 from tests.numerics.driver import assemble
+from tests.published import sizes_of
 
 STEPS = 1000  # more than any part makes
 
@@ -40,17 +41,8 @@ class Sizes:
     cuts: int
 
     def config_json(self) -> dict[str, Any]:
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "intermediate_size": self.channels,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": False,
-        }
+        sizes = sizes_of("llama", self.hidden, self.channels, self.layers, self.heads, vocab_size=self.vocab)
+        return sizes | {"architectures": ["LlamaForCausalLM"]}
 
 
 def sizes(name: str) -> Sizes:

@@ -1,6 +1,5 @@
 """Whole runs by their commands: every branch of the code for a GPU, fp16, and two ranks on one card."""
 
-import json
 import os
 import subprocess
 import sys
@@ -10,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.report.records import read_metrics
 from loraprune_ds.zero.device import is_cpu
 from tests.benchmarks.gpu_day.found import Found
 from tests.families import tiny_model
-from tests.integration.launching import free_port
-from tests.integration.resuming import write_run
+from tests.integration.launching import ROOT, free_port
+from tests.integration.resuming import metrics, write_run
 from tests.oracle.models import make_tokenizer
 
-ROOT = Path(__file__).parents[3]
 VOCAB = 97
 OVERLAP = ROOT / "ds_configs" / "zero3_overlap.json"
 # What a run on the card is compared in with the same run on the CPU. Each has other code on the device.
@@ -30,7 +27,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "prune.compensate=least_squares",
     ),
     "fisher, checkpointing": ("prune.criterion=fisher", "train.gradient_checkpointing=true"),
-    "distillation": ("train.distill_weight=0.5", "train.distill_top_k=8"),
+    "distillation": ("train.distill_weight=0.5",),
     "int8": ("model.frozen=int8",),
     "offload": ("deepspeed=ds_configs/zero3_offload.json",),
     "experts": ("model.path=MIXTURE",),
@@ -78,7 +75,7 @@ def beside_cpu(found: Found) -> None:
             except RuntimeError as error:  # the other settings may still tell something
                 found.row(f"{setting}: failed", 1, 0, error=str(error))
                 continue
-            losses = [[step["loss"] for step in _steps(run)] for run in runs]
+            losses = [[step["loss"] for step in metrics(run, "step")] for run in runs]
             before_a_cut = [abs(a - b) for a, b in zip(*losses, strict=True)][:2]
             found.row(f"{setting}: largest difference of a loss before a cut", max(before_a_cut), 0, losses=losses)
             found.row(f"{setting}: groups that differ", len(_groups(runs[0]) - _groups(runs[1])), 0)
@@ -96,11 +93,11 @@ def fp16(found: Found) -> None:
         write_json(folder / "fp16.json", scaled)
         config = _write_run(folder, dtype="float16", deepspeed=folder / "fp16.json")
         _launch(config, DETERMINISTIC, f"output_dir={folder / 'straight'}")
-        straight = _steps(folder / "straight")
+        straight = metrics(folder / "straight", "step")
         found.row("steps skipped, of 20", sum(step["skipped"] for step in straight))
         found.keep(losses=[step["loss"] for step in straight])
         _stop_and_go_on(config, folder / "out")
-        pairs = zip(straight, _steps(folder / "out"), strict=True)
+        pairs = zip(straight, metrics(folder / "out", "step"), strict=True)
         other = sum((a["loss"], a["skipped"]) != (b["loss"], b["skipped"]) for a, b in pairs)
         found.row("steps that differ after a stop and a resume", other, 0)
 
@@ -164,12 +161,8 @@ def _end(process: subprocess.Popen[str]) -> int:
     return process.returncode
 
 
-def _steps(output: Path) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(output / "metrics.jsonl") if line["kind"] == "step"]
-
-
 def _groups(output: Path) -> set[tuple[int, str, int]]:
     """Reads which groups a run has kept."""
-    layers = json.loads((output / "kept_groups.json").read_text())["layers"]
+    layers = read_json(output / "kept_groups.json")["layers"]
     lists = ((i, kind, x) for i, layer in enumerate(layers) for kind, x in layer.items() if isinstance(x, list))
     return {(i, kind, group) for i, kind, groups in lists for group in groups}

@@ -1,7 +1,6 @@
 """llm-compressor quantises a pruned model to W4A16 in groups of 64, by the shipped example. See tests/run_heavy.sh."""
 
 import json
-import subprocess
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -12,7 +11,7 @@ from loraprune_ds.model.embedded import embedded_model_dir
 from tests.export_cases import Case
 from tests.integration.heavy.results import ask, python_of
 from tests.integration.heavy.smollm2 import SIZES, write
-from tests.integration.launching import ROOT
+from tests.integration.launching import ROOT, run_to_end
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 
@@ -59,6 +58,6 @@ def test_a_pruned_model_keeps_its_loss_at_4_bits(tmp_path: Path) -> None:
 def test_widths_that_the_group_does_not_divide_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("text")
     command = [python_of("QUANTISE_PYTHON"), EXAMPLE, str(embedded_model_dir()), "text.txt", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: --group-size 128 does not divide a width of 576; try 64"
+    ended = run_to_end(command, cwd=tmp_path, environment={"PYTHONPATH": ""})
+    assert ended.code == 1
+    assert ended.err.splitlines()[-1] == "error: --group-size 128 does not divide a width of 576; try 64"

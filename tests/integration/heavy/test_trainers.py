@@ -69,9 +69,7 @@ def train_grpo(model: str, out: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_grpo(ranks: RankPool, tmp_path: Path) -> None:
-    folder = make_tiny_llama(
-        tmp_path / "model", heads=8, kv_heads=4, head_dim=8, hidden=64, ffn=640, layers=4, vocab=97, seed=1
-    )
+    folder = make_tiny_llama(tmp_path / "model", heads=8, kv_heads=4, hidden=64, ffn=640, layers=4)
     out, ids = tmp_path / "out", torch.arange(3, 35)[None]
     live = ranks.run(2, train_grpo, str(folder), out, ids)[0]
     check_results(folder, out, ids, live, has_adapter=True)
