@@ -27,18 +27,6 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path, *, lasting: bool) -> Iterator[Path]:
-    """Yields a temporary path. The file written there replaces `path`, flushed to the disk first if `lasting`."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")  # another process may write the same file
-    yield temporary
-    if lasting:
-        flush(temporary)
-    os.replace(temporary, path)
-    if lasting:
-        flush(path.parent)
-
-
 def staging_of(target: Path, mark: str = "") -> Path:
     """Returns the hidden sibling in which the folder `target` is built. The `mark` is of the process that builds it."""
     return target.with_name(f".{target.name}{mark and '.'}{mark}.partial")
@@ -132,8 +120,9 @@ def finite(value: Any) -> Any:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file atomically. It is not flushed to the disk, because this may run on every step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, lasting=False) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")  # another process may write the same file
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -114,14 +114,10 @@ class RunContext:
         """Whether a rank was asked to stop, where no step carries the request. If so, it is honoured. Collective."""
         if self.requests.agree(self.comm) != STOP:
             return False
-        self.stop()
-        return True
-
-    def stop(self) -> None:
-        """Honours a request to stop where nothing is left to save. Collective."""
         self.check_owner()  # the file may ask the other process
         self.requests.clear(STOP)
         self.recorder.show(f"stopped at step {self.status.step}; go on with --resume auto")
+        return True
 
     def check_owner(self) -> None:
         """Raises RunError on all ranks if another process continues this run. Collective."""

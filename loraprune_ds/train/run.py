@@ -144,7 +144,7 @@ def _finish(context: RunContext, outcome: Outcome) -> bool:
         publish(folder / MODEL_FOLDER, mark)
         fail_point("finish.after_rename")
         recorder.write_results(folder, config.to_dict(), dense.shape, outcome, peaks)
-        shutil.rmtree(folder / TEACHER_FOLDER, ignore_errors=True)  # no step needs it any more
+        shutil.rmtree(folder / TEACHER_FOLDER, ignore_errors=True)  # of an earlier version, which kept outputs
 
     comm.on_rank_0(publish_all)
     return True
