@@ -46,6 +46,7 @@ def measure_after(config: RunConfig, folder: Path) -> None:
         command += ["--answers", "--page", str(folder / ANSWERS_PAGE)]
     if tasks := _tasks(names):
         command += ["--tasks", *tasks]
+    print(f"measuring {', '.join(names)} of the exported and the dense model", flush=True)
     environment = {key: value for key, value in os.environ.items() if key not in RANK}
     answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if answer.returncode != 0:
