@@ -152,17 +152,26 @@ def _tasks_and_answers(model: dict[str, Any], dense: dict[str, Any] | None) -> d
     if tasks:
         for name, metric in (("accuracy", "acc"), ("exact match", "exact_match")):
             means = [mean_metric(each["tasks"], metric) for each in (model, dense) if each]
-            names = ", ".join(task.removeprefix(f"{GYM}:") for task in tasks_with(tasks, metric))
-            measured |= _value(name, means[0], means[1] if dense else None, names)
+            names = [task.removeprefix(f"{GYM}:") for task in tasks_with(tasks, metric)]
+            basis = ", ".join([*names, *_counts(tasks.get("settings") or {})])
+            measured |= _value(name, means[0], means[1] if dense else None, basis)
     if answers:
-        basis = "greedy answers"
+        plan = model["answers_plan"]
+        basis = f"greedy answers to {plan['name']} ({plan['sha256'][:8]}), at most {plan['max_new_tokens']} tokens"
         for name in ("repetition", "ended"):
             beside = dense["answers"]["greedy"][name] if dense else None
             measured |= _value(name, answers["greedy"][name], beside, basis)
         if closeness := answers["closeness"]:
             for name in ("agreement", "overlap"):
-                measured |= _value(name, closeness[name], None, closeness["text"])
+                on = f"{closeness['text']}, {closeness['predictions']:,} predictions"
+                measured |= _value(name, closeness[name], None, on)
     return measured
+
+
+def _counts(settings: dict[str, Any]) -> list[str]:
+    """Describes how many documents tasks had, where that is known and not all."""
+    limit, questions = settings.get("limit"), (settings.get(GYM) or {}).get("documents", {})
+    return [f"{count} questions" for count in sorted(set(questions.values()))] + ([f"limit {limit}"] if limit else [])
 
 
 def _value(name: str, value: float | None, dense: float | None, basis: str) -> dict[str, Value]:

@@ -257,8 +257,8 @@ def test_answers_are_columns_of_the_comparison(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(answered(1)))
     (tmp_path / "b.json").write_text(json.dumps(EVALUATION))  # also of a version before answers
     first, second = read_results([tmp_path / "a.json", tmp_path / "b.json"])
-    assert first.measured["ended"] == (0.5, 0.5, "greedy answers")
-    assert first.measured["agreement"] == (0.75, None, "t")
+    assert first.measured["ended"] == (0.5, 0.5, "greedy answers to my.jsonl (0), at most 128 tokens")
+    assert first.measured["agreement"] == (0.75, None, "t, 9 predictions")
     assert not {"ended", "agreement"} & second.measured.keys()
     row = next(line for line in comparison_table([first, second]).splitlines() if line.startswith("a "))
     assert row.endswith("0.8000      25.0 %  25.0 %  50.0 %  50.0 %     75.0 %    0.500")

@@ -66,6 +66,8 @@ def files_of(source: DataSource) -> list[Path] | None:
     """
     path, key = source.path, f"{source.section}.path"
     local = Path(path).expanduser()
+    hub = source.data_files is None or not (local.exists() or path == "embedded" or any(w in path for w in "*?["))
+    require(hub, f"{source.section}.data_files has no effect on {path}; it names files of a `datasets` data set")
     if local.is_file():
         require(local.suffix in SUFFIXES, f"{key}: {path} must be one of {', '.join(SUFFIXES)}")
         return [local]
