@@ -170,6 +170,16 @@ def test_sampling_repeats_itself_from_the_seed_and_needs_no_dense_model(
 
 
 @torch.no_grad()
+def test_a_diverged_model_has_answers_that_are_worth_nothing(settings: AnswerSettings, folders: list[Path]) -> None:
+    writers = [load(folder, settings) for folder in folders]
+    output_head(writers[0].model).weight.fill_(math.nan)
+    first, _ = write_answers(writers, settings)
+    assert len(first.sampled.texts) == 6
+    assert first.closeness is not None
+    assert math.isnan(first.closeness.kl)
+
+
+@torch.no_grad()
 def test_closeness_equals_a_plain_computation_and_a_model_is_itself(
     settings: AnswerSettings, folders: list[Path]
 ) -> None:
