@@ -26,7 +26,7 @@ from loraprune_ds.evaluate.drawing import (
 from loraprune_ds.evaluate.settings import GYM
 from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.files import read_json
-from loraprune_ds.units import aligned, format_perplexity
+from loraprune_ds.units import aligned, format_percent, format_perplexity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,10 +36,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
 Label = tuple[str, tuple[float, float]]  # a text and its point
 Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 def _short(perplexity: float) -> str:
@@ -59,9 +55,9 @@ MEASURES = {
     "perplexity": Measure(format_perplexity, _short, "lower"),
     "accuracy": Measure("{:.4f}".format, "{:.3f}".format),
     "exact match": Measure("{:.4f}".format, "{:.3f}".format),
-    "repetition": Measure(_percent, _percent, "lower"),
-    "ended": Measure(_percent, _percent),
-    "agreement": Measure(_percent, _percent),
+    "repetition": Measure(format_percent, format_percent, "lower"),
+    "ended": Measure(format_percent, format_percent),
+    "agreement": Measure(format_percent, format_percent),
     "overlap": Measure("{:.3f}".format, "{:.3f}".format),
 }
 
