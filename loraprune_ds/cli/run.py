@@ -75,8 +75,10 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             if output.start == "finished":
                 print(f"{output.path} holds this run, finished:")
-            measure_after(output.config, output.path)
-            print_summary(output.path)
+            try:
+                measure_after(output.config, output.path, lambda line: print(line, flush=True))
+            finally:
+                print_summary(output.path)
     except UserError as error:
         tell(error, agreed=joined)
         return error.exit_code

@@ -26,7 +26,7 @@ from loraprune_ds.evaluate.drawing import (
 from loraprune_ds.evaluate.settings import GYM
 from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.files import read_json
-from loraprune_ds.units import aligned, format_perplexity
+from loraprune_ds.units import aligned, format_percent, format_perplexity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,10 +36,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
 Label = tuple[str, tuple[float, float]]  # a text and its point
 Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
 
 
 def _short(perplexity: float) -> str:
@@ -59,9 +55,9 @@ MEASURES = {
     "perplexity": Measure(format_perplexity, _short, "lower"),
     "accuracy": Measure("{:.4f}".format, "{:.3f}".format),
     "exact match": Measure("{:.4f}".format, "{:.3f}".format),
-    "repetition": Measure(_percent, _percent, "lower"),
-    "ended": Measure(_percent, _percent),
-    "agreement": Measure(_percent, _percent),
+    "repetition": Measure(format_percent, format_percent, "lower"),
+    "ended": Measure(format_percent, format_percent),
+    "agreement": Measure(format_percent, format_percent),
     "overlap": Measure("{:.3f}".format, "{:.3f}".format),
 }
 
@@ -152,17 +148,26 @@ def _tasks_and_answers(model: dict[str, Any], dense: dict[str, Any] | None) -> d
     if tasks:
         for name, metric in (("accuracy", "acc"), ("exact match", "exact_match")):
             means = [mean_metric(each["tasks"], metric) for each in (model, dense) if each]
-            names = ", ".join(task.removeprefix(f"{GYM}:") for task in tasks_with(tasks, metric))
-            measured |= _value(name, means[0], means[1] if dense else None, names)
+            names = [task.removeprefix(f"{GYM}:") for task in tasks_with(tasks, metric)]
+            basis = ", ".join([*names, *_counts(tasks.get("settings") or {})])
+            measured |= _value(name, means[0], means[1] if dense else None, basis)
     if answers:
-        basis = "greedy answers"
+        plan = model["answers_plan"]
+        basis = f"greedy answers to {plan['name']} ({plan['sha256'][:8]}), at most {plan['max_new_tokens']} tokens"
         for name in ("repetition", "ended"):
             beside = dense["answers"]["greedy"][name] if dense else None
             measured |= _value(name, answers["greedy"][name], beside, basis)
         if closeness := answers["closeness"]:
             for name in ("agreement", "overlap"):
-                measured |= _value(name, closeness[name], None, closeness["text"])
+                on = f"{closeness['text']}, {closeness['predictions']:,} predictions"
+                measured |= _value(name, closeness[name], None, on)
     return measured
+
+
+def _counts(settings: dict[str, Any]) -> list[str]:
+    """Describes how many documents tasks had, where that is known and not all."""
+    limit, questions = settings.get("limit"), (settings.get(GYM) or {}).get("documents", {})
+    return [f"{count} questions" for count in sorted(set(questions.values()))] + ([f"limit {limit}"] if limit else [])
 
 
 def _value(name: str, value: float | None, dense: float | None, basis: str) -> dict[str, Value]:

@@ -28,7 +28,8 @@ def generate(model: PreTrainedModel, prompts: list[Ids], ends: set[int], **how: 
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     ended_by = {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
-    model.generation_config = GenerationConfig(**ended_by, **how)
+    # A diverged model has NaN among its logits. Its answers are worthless, and sampling them must not raise.
+    model.generation_config = GenerationConfig(**ended_by, **how, remove_invalid_values=True)
     write: Any = model.generate  # a decorator hides its type
     for row in write(input_ids=ids, attention_mask=mask)[:, width:].tolist():
         yield row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]

@@ -1,6 +1,5 @@
 """Tasks with checkable answers by the package `reasoning-gym`, which makes the questions and scores the answers."""
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.generation import Ids, end_ids, generate
-from loraprune_ds.evaluate.settings import GYM, TaskSettings
+from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 from loraprune_ds.zero.comm import Communicator
 
 EASY = "easy"
@@ -74,8 +73,7 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
     task, _, level = name.partition(":")
     require(task not in REFUSED, f"--tasks {GYM}:{name}: {REFUSED.get(task)}")
     if task not in known.DATASETS:
-        close = difflib.get_close_matches(task, known.DATASETS.keys() - REFUSED.keys(), n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        hint = did_you_mean(task, known.DATASETS.keys() - REFUSED.keys())
         raise UserError(f"--tasks: reasoning-gym knows no task {task}{hint}")
     require(level in ("", EASY), f"--tasks {GYM}:{name}: a task takes :{EASY} or nothing behind its name")
 

@@ -1,10 +1,11 @@
 """Settings of an evaluation. Importing them is fast, so wrong options are told before torch is imported."""
 
+import difflib
 import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -113,6 +114,12 @@ class TaskSettings:
     def __post_init__(self) -> None:
         _check_least("--num-fewshot", self.fewshot, 0)
         _check_least("--limit", self.limit, 1)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns the end of an error's line that names similar tasks, or nothing."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 Both are optional packages, and imported where they are used.
 """
 
-import difflib
 import importlib
 import importlib.util
 import logging
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.evaluate.settings import GYM, TaskSettings
+from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 
 if TYPE_CHECKING:  # launch/compare.py only reads results and need not wait for them
     from torch import Tensor
@@ -30,7 +29,7 @@ SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "ba
 
 def check_tasks(settings: TaskSettings) -> None:
     """Checks that the packages are installed and can load all tasks. Raises UserError naming the first that fails."""
-    gym, others = _of_gym(settings), _of_lm_eval(settings)
+    gym, others = _split(settings)
     require(bool(others.names) or settings.include_path is None, f"--include-path has no effect on tasks of {GYM}")
     if others.names:
         _check_lm_eval(others)
@@ -53,7 +52,7 @@ def run_tasks(
         On rank 0 {"results": {task: {metric: value}}, "settings": …}, with lm-eval's names of metrics, and
         reasoning-gym's settings below its name. Else None.
     """
-    gym, others = _of_gym(settings), _of_lm_eval(settings)
+    gym, others = _split(settings)
     judged, solved = _run_lm_eval(others, model, tokenizer, batch_size, comm) if others.names else None, None
     if gym.names:
         from loraprune_ds.evaluate import reasoning
@@ -82,13 +81,11 @@ def tasks_with(tasks: dict[str, Any], metric: str) -> list[str]:
     return [name for name, metrics in tasks["results"].items() if f"{metric},none" in metrics]
 
 
-def _of_gym(settings: TaskSettings) -> TaskSettings:
-    names = tuple(name for name in settings.names if name.partition(":")[0] == GYM)
-    return replace(settings, names=names, include_path=None)
-
-
-def _of_lm_eval(settings: TaskSettings) -> TaskSettings:
-    return replace(settings, names=tuple(name for name in settings.names if name.partition(":")[0] != GYM))
+def _split(settings: TaskSettings) -> tuple[TaskSettings, TaskSettings]:
+    """Returns the settings of reasoning-gym's tasks and of lm-eval's."""
+    gym = tuple(name for name in settings.names if name.partition(":")[0] == GYM)
+    others = tuple(name for name in settings.names if name not in gym)
+    return replace(settings, names=gym, include_path=None), replace(settings, names=others)
 
 
 def _check_lm_eval(settings: TaskSettings) -> None:
@@ -99,8 +96,7 @@ def _check_lm_eval(settings: TaskSettings) -> None:
     known = _task_manager(settings.include_path).all_tasks
     for name in _expand(settings.names):
         if name not in known and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
-            close = difflib.get_close_matches(name, known, n=3)
-            hint = f"; did you mean {', '.join(close)}?" if close else "; see `lm-eval ls tasks`"
+            hint = did_you_mean(name, known) or "; see `lm-eval ls tasks`"
             raise UserError(f"--tasks: lm-eval knows no task {name}{hint}")
 
 

@@ -90,7 +90,8 @@ def _evaluation_results(result: dict[str, Any], model: dict[str, Any]) -> Iterat
         for metric, value in metrics.items():
             name, _, variant = metric.partition(",")
             if variant and not name.endswith("_stderr") and isinstance(value, int | float):
-                yield _result(task, name, value, f"{name} ({variant}), lm-eval")
+                harness = "reasoning-gym" if task.startswith("reasoning_gym:") else "lm-eval"
+                yield _result(task, name, value, f"{name} ({variant}), {harness}")
 
 
 def _perplexity(value: float, text: str, window: int | None) -> EvalResult:

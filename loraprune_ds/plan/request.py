@@ -111,7 +111,7 @@ class Request:
         """Lists the frozen tensors that ZeRO-3 shards, of a layer or of all."""
         return list(self.storage.stored(shape, self.element_size, layer).values())
 
-    @property
+    @cached_property
     def taught(self) -> list[StoredTensor]:
         """Lists the frozen tensors of the teacher, which has no head. None without distillation."""
         if not self.config.train.distill_weight:

@@ -6,6 +6,7 @@ from typing import Any
 
 from loraprune_ds.checkpoint.layout import (
     ANSWERS_PAGE,
+    EVALUATION_FILE,
     KEPT_GROUPS_FILE,
     KEPT_GROUPS_PICTURE,
     METRICS_FILE,
@@ -33,6 +34,7 @@ RESULT_FILES = (
     (TRAINING_PICTURE, "loss, sparsity, speed and memory over the steps"),
     (METRICS_FILE, "every step, cut and evaluation"),
     (ANSWERS_PAGE, "answers of both models, side by side"),
+    (EVALUATION_FILE, "answers and tasks as data"),
     (TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
 )
 SummaryRow = tuple[str, ...]  # four cells

@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loraprune_ds.checkpoint.layout import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE
 from loraprune_ds.config import RunConfig
@@ -13,22 +14,44 @@ from loraprune_ds.errors import RunError, UserError
 from loraprune_ds.evaluate.settings import GYM, TaskSettings
 from loraprune_ds.files import read_json, write_json, write_text
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 ANSWERS, TASKS = "answers", "tasks"
 RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"}
 
 
-def check_after(names: list[str]) -> None:
-    """Checks that the tasks of `evaluate.after` can be loaded. UserError names the setting."""
+def check_after(config: RunConfig) -> None:
+    """Checks that the tasks of `evaluate.after`, and the base model of an adapter, can be found."""
+    names = config.evaluate.after
     if tasks := _tasks(names):
         from loraprune_ds.evaluate.tasks import check_tasks
 
-        try:
-            check_tasks(TaskSettings(tasks))
-        except UserError as error:
-            raise UserError(str(error).replace("--tasks", "evaluate.after", 1)) from None
+        _named(lambda: check_tasks(TaskSettings(tasks)), "--tasks")
+    if names and config.model.adapter:
+        from loraprune_ds.evaluate.models import find_model
+
+        find_model(config.model.adapter)
 
 
-def measure_after(config: RunConfig, folder: Path) -> None:
+def check_prompts(names: list[str], tokenizer: "PreTrainedTokenizerBase", path: str, positions: int | None) -> None:
+    """Checks that the model's template takes the shipped prompts, and that they fit into its positions."""
+    if ANSWERS in names:
+        from loraprune_ds.evaluate.answers import encode_prompts
+        from loraprune_ds.evaluate.prompts import DEFAULT, read_prompts
+
+        _named(lambda: encode_prompts(read_prompts(DEFAULT), tokenizer, path, positions), "--answers")
+
+
+def _named(check: Callable[[], object], option: str) -> None:
+    """Runs a check of launch/evaluate.py. Its UserError names the setting instead of the option."""
+    try:
+        check()
+    except UserError as error:
+        raise UserError(str(error).replace(option, "evaluate.after", 1)) from None
+
+
+def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object]) -> None:
     """Measures what `evaluate.after` asks for, unless report.json has it. On rank 0 only.
 
     Raises:
@@ -46,14 +69,18 @@ def measure_after(config: RunConfig, folder: Path) -> None:
         command += ["--answers", "--page", str(folder / ANSWERS_PAGE)]
     if tasks := _tasks(names):
         command += ["--tasks", *tasks]
-    environment = {key: value for key, value in os.environ.items() if key not in RANK}
+    say(f"measuring {', '.join(names)} of the exported and the dense model")
+    # With torchrun's variables the process would wait for a store that other ranks serve.
+    environment = {k: v for k, v in os.environ.items() if k not in RANK and not k.startswith("TORCHELASTIC_")}
     answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if answer.returncode != 0:
         failed = f"evaluate.after failed with code {answer.returncode}"
         raise RunError(f"{failed}; {folder} holds the finished run, and another start measures again")
     write_text(folder / EVALUATION_FILE, answer.stdout)
     result = json.loads(answer.stdout)
-    measured = {"asked": names, **_without_texts(result), "dense": _without_texts(result["dense"])}
+    plan = result["answers_plan"] and {key: value for key, value in result["answers_plan"].items() if key != "prompts"}
+    measured = {"asked": names, "answers_plan": plan}
+    measured |= _without_texts(result) | {"dense": _without_texts(result["dense"])}
     write_json(folder / REPORT_FILE, report | {"after": measured})
 
 

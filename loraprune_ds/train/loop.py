@@ -34,7 +34,7 @@ class TrainingLoop:
         self.config, self.prepared, self._requests = config, prepared, context.requests
         self.engine = build_engine(prepared, checkpoint)
         self.model, self._teacher = self.engine.model, None
-        if config.train.distill_weight:
+        if config.train.distill_weight and self.status.step < prepared.steps:
             self._teacher = Teacher(prepared.pretrained, config.model, config.train, prepared.ds_config)
         self.pruner = Pruner(self.model, prepared.pruning, config.seed)
         if checkpoint:

@@ -22,7 +22,7 @@ from loraprune_ds.pruning.ranking import shape_of_uniform
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.report.reporters import check_installed
-from loraprune_ds.train.after import check_after
+from loraprune_ds.train.after import check_after, check_prompts
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import SampleOrder, Samples
 from loraprune_ds.units import format_count, format_percent
@@ -49,7 +49,7 @@ class Prepared:
 def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) -> Prepared:
     """Checks the whole input on every rank. All raise the same UserError. Collective."""
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
-    comm.on_rank_0(lambda: check_after(config.evaluate.after))  # the rank that will measure
+    comm.on_rank_0(lambda: check_after(config))  # the rank that will measure
     ranks_per_node = comm.ranks_per_node()
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
@@ -94,6 +94,8 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
         check_processor(pretrained.folder)
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
+    positions = pretrained.config.get("max_position_embeddings")
+    check_prompts(config.evaluate.after, tokenizer, model.path, positions)
     start = window_start(tokenizer, shape.family)
     global_batch_size, vocab_size = train.global_batch_size, shape.vocab_size
     loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, start=start)

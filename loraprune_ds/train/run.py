@@ -32,6 +32,7 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import fast_half_products, peak_bytes
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.sharded import ShardedModel
+from loraprune_ds.zero.training_engine import release
 from loraprune_ds.zero.write import write_model
 
 
@@ -157,7 +158,9 @@ def _evaluate_exported(staging: Path, context: RunContext) -> EvaluationRecord:
     pretrained = comm.all_or_raise(lambda: open_pretrained(staging))
     model, batch_size = config.model, config.evaluate.batch_size
     engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config)
-    return measure_held_out(engine, prepared.windows, batch_size, comm, step=prepared.steps, name="pruned")
+    record = measure_held_out(engine, prepared.windows, batch_size, comm, step=prepared.steps, name="pruned")
+    release(engine)  # `evaluate.after` needs the room
+    return record
 
 
 def _model_card(context: RunContext, outcome: Outcome) -> ModelCard:

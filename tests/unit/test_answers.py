@@ -170,6 +170,16 @@ def test_sampling_repeats_itself_from_the_seed_and_needs_no_dense_model(
 
 
 @torch.no_grad()
+def test_a_diverged_model_has_answers_that_are_worth_nothing(settings: AnswerSettings, folders: list[Path]) -> None:
+    writers = [load(folder, settings) for folder in folders]
+    output_head(writers[0].model).weight.fill_(math.nan)
+    first, _ = write_answers(writers, settings)
+    assert len(first.sampled.texts) == 6
+    assert first.closeness is not None
+    assert math.isnan(first.closeness.kl)
+
+
+@torch.no_grad()
 def test_closeness_equals_a_plain_computation_and_a_model_is_itself(
     settings: AnswerSettings, folders: list[Path]
 ) -> None:
@@ -257,8 +267,8 @@ def test_answers_are_columns_of_the_comparison(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(answered(1)))
     (tmp_path / "b.json").write_text(json.dumps(EVALUATION))  # also of a version before answers
     first, second = read_results([tmp_path / "a.json", tmp_path / "b.json"])
-    assert first.measured["ended"] == (0.5, 0.5, "greedy answers")
-    assert first.measured["agreement"] == (0.75, None, "t")
+    assert first.measured["ended"] == (0.5, 0.5, "greedy answers to my.jsonl (0), at most 128 tokens")
+    assert first.measured["agreement"] == (0.75, None, "t, 9 predictions")
     assert not {"ended", "agreement"} & second.measured.keys()
     row = next(line for line in comparison_table([first, second]).splitlines() if line.startswith("a "))
     assert row.endswith("0.8000      25.0 %  25.0 %  50.0 %  50.0 %     75.0 %    0.500")

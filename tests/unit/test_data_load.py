@@ -203,6 +203,7 @@ def test_a_byte_order_mark_is_dropped_and_half_of_a_character_replaced(tmp_path:
 def test_a_path_that_is_not_there_is_one_line_and_no_download(tmp_path: Path) -> None:
     refuses(r"missing\.txt does not exist", load, tmp_path / "missing.txt")
     refuses(r"missing\.jsonl does not exist", load, "missing.jsonl")
+    refuses(r"data\.data_files has no effect on .*; it names files of", load, tmp_path, data_files=["a.jsonl"])
     refuses(r"\./missing does not exist", load, "./missing")
     refuses(r"\*\.txt matches no \.txt, \.json, \.jsonl file", load, tmp_path / "*.txt")
     refuses(r"folder .* matches no \.txt, \.json, \.jsonl file", load, tmp_path)

@@ -156,7 +156,9 @@ def test_exact_match_is_the_share_of_full_scores(monkeypatch: pytest.MonkeyPatch
 
 def judged(accuracy: float) -> dict[str, Any]:
     answers = {"chat_template": True, "greedy": {"ended": 1.0, "texts": ["a"]}, "closeness": None}
-    return {"tasks": {"results": {"t": {"acc,none": accuracy}}}, "answers": answers, "perplexity": None}
+    plan = {"name": "default", "prompts": ["a"]}
+    tasks = {"results": {"t": {"acc,none": accuracy}}}
+    return {"tasks": tasks, "answers": answers, "perplexity": None, "answers_plan": plan}
 
 
 def kept(accuracy: float) -> dict[str, Any]:
@@ -173,35 +175,43 @@ def test_what_is_asked_for_after_a_run_is_measured_once(tmp_path: Path, monkeypa
     result = judged(0.1) | {"dense": judged(0.3)}
 
     def measured(command: list[str], env: dict[str, str], **options: Any) -> Any:
-        assert not after.RANK & env.keys()  # it is a process of its own, not a rank
+        assert not after.RANK & env.keys()  # it is a separate process, not a rank
+        assert not any(key.startswith("TORCHELASTIC") for key in env)
         calls.append(command)
         return SimpleNamespace(returncode=int(len(calls) == 1), stdout=json.dumps(result))
 
     monkeypatch.setattr(subprocess, "run", measured)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     write_json(tmp_path / "report.json", {"steps": 3})
-    after.measure_after(run_of(), tmp_path)
+    after.measure_after(run_of(), tmp_path, print)
     assert not calls
     config = run_of("answers", "piqa", "tasks")
     with pytest.raises(RunError, match=r"^evaluate\.after failed with code 1"):
-        after.measure_after(config, tmp_path)
+        after.measure_after(config, tmp_path, print)
     assert read_json(tmp_path / "report.json") == {"steps": 3}
     for _ in range(2):
-        after.measure_after(config, tmp_path)
+        after.measure_after(config, tmp_path, print)
     assert len(calls) == 2
     page = ["--answers", "--page", str(tmp_path / "answers.html")]
     assert calls[1][-8:] == ["--dtype", "bfloat16", *page, "--tasks", "piqa", "reasoning_gym"]
-    asked = {"asked": ["answers", "piqa", "tasks"], **kept(0.1), "dense": kept(0.3)}
+    asked = {"asked": ["answers", "piqa", "tasks"], "answers_plan": {"name": "default"}}
+    asked |= kept(0.1) | {"dense": kept(0.3)}
     assert read_json(tmp_path / "report.json") == {"steps": 3, "after": asked}
     assert read_json(tmp_path / "evaluation.json") == result
-    after.measure_after(run_of("piqa"), tmp_path)
+    after.measure_after(run_of("piqa"), tmp_path, print)
     assert calls[2][-2:] == ["--tasks", "piqa"]
 
 
 def test_wrong_tasks_are_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     reasoning.load_tasks.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    after.check_after(["answers"])
+    after.check_after(run_of("answers"))
     message = "evaluate.after reasoning_gym needs the package reasoning-gym: pip install reasoning-gym"
-    assert refused(after.check_after, ["answers", "tasks"]) == message
+    assert refused(after.check_after, run_of("answers", "tasks")) == message
+    tokenizer = make_tokenizer()
+    assert refused(after.check_prompts, ["answers"], tokenizer, "MODEL", 130).startswith(
+        "evaluate.after: default, row 1: "
+    )
+    after.check_prompts(["tasks"], tokenizer, "MODEL", 130)

@@ -41,6 +41,7 @@ def read_rows(source: DataSource) -> TextRows:
     if source.path == EMBEDDED:
         refusal = f"{source.section}.format {source.format} needs a data.path; the embedded text is plain text"
         require(source.format == "text", refusal)
+        _refuse_data_files(source)
         return [{source.text_field: document} for document in embedded_text()]
     files = files_of(source)
     if files is None:
@@ -62,24 +63,30 @@ def files_of(source: DataSource) -> list[Path] | None:
     """Finds the files of a source: a file, a glob, or all files of a folder, sorted. None: its path is not local.
 
     Raises:
-        UserError: it looks like a path, but nothing is there.
+        UserError: it looks like a path, but nothing is there. Or `data_files` are named beside local ones.
     """
     path, key = source.path, f"{source.section}.path"
-    local = Path(path).expanduser()
+    local, is_glob = Path(path).expanduser(), any(wildcard in path for wildcard in "*?[")
+    if not (local.is_file() or local.is_dir() or is_glob):
+        is_path = local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~"))
+        require(not is_path, f"{key}: {path} does not exist")
+        return None
+    _refuse_data_files(source)
     if local.is_file():
         require(local.suffix in SUFFIXES, f"{key}: {path} must be one of {', '.join(SUFFIXES)}")
         return [local]
     if local.is_dir():
         where, candidates = f"folder {path}", local.rglob("*")
-    elif any(wildcard in path for wildcard in "*?["):
-        where, candidates = path, map(Path, glob(str(local), recursive=True))
     else:
-        is_path = local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~"))
-        require(not is_path, f"{key}: {path} does not exist")
-        return None
+        where, candidates = path, map(Path, glob(str(local), recursive=True))
     files = sorted(file for file in candidates if file.suffix in SUFFIXES and file.is_file())
     require(bool(files), f"{key}: {where} matches no {', '.join(SUFFIXES)} file")
     return files
+
+
+def _refuse_data_files(source: DataSource) -> None:
+    no_effect = f"{source.section}.data_files has no effect on {source.path}; it names files of a `datasets` data set"
+    require(source.data_files is None, no_effect)
 
 
 def read_text_file(path: Path) -> str:
