@@ -77,6 +77,7 @@ TINY: dict[str, dict[str, Any]] = {
     "starcoder2": {},
     "arcee": WIDE,
     "nemotron": WIDE,
+    "apertus": WIDE,
     "mixtral": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "qwen3_moe": WIDE | SPARSE,
     "qwen2_moe": SPARSE

@@ -118,8 +118,9 @@ def stack_experts(model: nn.Module) -> None:
     DeepSeek has a router's correction as a buffer, because it trains that by another rule.
     """
     for module in list(model.modules()):
-        for name in module._buffers.keys() - module._non_persistent_buffers_set:
-            if (buffer := module._buffers.pop(name)) is not None:
+        for name, buffer in list(module._buffers.items()):  # in order, for a gather joins parameters by their order
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                del module._buffers[name]
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
         for name, child in list(module.named_children()):
             weight = getattr(child, "gate_up_proj", None)

@@ -119,6 +119,7 @@ DELTA_KEYS, DELTA_VALUES, DELTA_EACH = (Part("delta", x) for x in ("delta_key", 
 DELTA_QKV = (DELTA_KEYS, DELTA_KEYS, DELTA_VALUES)
 DELTA_OUT = _columns("linear_attn.out_proj", DELTA_VALUES)
 DELTA_CONVOLUTION = Companion("linear_attn.conv1d.weight", DELTA_QKV, ("one", "kernel"))
+# transformers loads these in the model's dtype, vLLM A_log in fp32. Some checkpoints have them in fp32.
 DELTA_DECAY = tuple(Companion(f"linear_attn.{x}", (DELTA_EACH,), keep_fp32=True) for x in ("dt_bias", "A_log"))
 
 
@@ -176,7 +177,7 @@ FAMILIES: dict[str, Family] = {
     ),
     **dict.fromkeys(("glm", "glm4"), Family(ATTENTION + FUSED_GATED)),
     "starcoder2": Family((*ATTENTION, _rows("mlp.c_fc", CHANNELS), _columns("mlp.c_proj", CHANNELS))),
-    **dict.fromkeys(("nemotron", "arcee"), UNGATED),
+    **dict.fromkeys(("nemotron", "arcee", "apertus"), UNGATED),
     "mixtral": Family(
         (*ATTENTION, *_stacks("mlp.experts", *_each("block_sparse_moe", "w1", "w3", "w2"))),
         (_router("mlp.gate", "block_sparse_moe.gate.weight"),),

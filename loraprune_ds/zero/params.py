@@ -53,7 +53,7 @@ def shard_at_birth(
 
 def _zero_parameter(init: Init, shape: torch.Size, shard: Tensor) -> nn.Parameter:
     # An expanded scalar has the shape of the full tensor and the memory of one element.
-    parameter = nn.Parameter(shard.new_empty(1, device=init.local_device).expand(shape), requires_grad=False)
+    parameter = nn.Parameter(shard.new_empty((), device=init.local_device).expand(shape), requires_grad=False)
     init._convert_to_deepspeed_param(parameter)
     free_param(parameter)
     shard = shard.to(init.remote_device)  # the host under parameter offload, otherwise this rank's device

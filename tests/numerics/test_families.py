@@ -24,9 +24,9 @@ STEPS = 6
 PRUNE: dict[str, Any] = {"ratio": 0.4, "prune_every": 2, "protected_first": 0, "protected_last": 0}
 # One of each peculiarity: norms per head, biases, capped logits and scores, fused weights with counts of the forward,
 # norms over all heads, two linears in the MLP, scaled logits and one norm per layer, latent attention and a dense layer
-# before a sparse one, gated delta nets and fp32 parameters, these with experts.
+# before a sparse one, gated delta nets and fp32 parameters, these with experts, buffers of one element.
 IN_CI = ("qwen3", "qwen2", "gemma2", "phi3", "olmo2", "starcoder2", "cohere2", "deepseek_v3")
-IN_CI += ("qwen3_5_text", "qwen3_5_moe_text")
+IN_CI += ("qwen3_5_text", "qwen3_5_moe_text", "apertus")
 
 
 def measured(run: PlainRun) -> dict[str, dict[str, Tensor]]:

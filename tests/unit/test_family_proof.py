@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION
-from loraprune_ds.model.family import FAMILIES, UNGATED
+from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.family_row import Family, Kind
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
-from tests.families import TINY, WIDE, heads_divide_hidden, tiny_model
+from tests.families import heads_divide_hidden, tiny_model
 from tests.family_cuts import (
     FEW,
     MANY,
@@ -151,16 +151,6 @@ def test_a_bias_on_every_linear(family: str, tmp_path: Path) -> None:
     shape = open_pretrained(made.folder).shape
     assert shape.layers == made.shape.layers
     assert all(linear.name in shape.biases for _, linear in shape.linear_ids())
-
-
-def test_buffers_in_weight_files_are_carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apertus has two of them in each MLP, which are no default values here."""
-    monkeypatch.setitem(FAMILIES, "apertus", UNGATED)
-    monkeypatch.setitem(TINY, "apertus", WIDE)
-    test_masked_equals_cut("apertus")
-    made = export("apertus", tmp_path / "apertus", FEW, FEW)
-    assert difference(logits(load(made.folder)), made.logits) < TOLERANCE
-    assert difference(logits(reopened(open_pretrained(made.folder))), made.logits) < TOLERANCE
 
 
 UNCAPPED = [name for name, family in FAMILIES.items() if family.eager_only is None]

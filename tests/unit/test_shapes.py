@@ -56,7 +56,7 @@ def test_layers_that_differ() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (without("model_type"), "model_type None is not supported; supported: arcee, "),
+        (without("model_type"), "model_type None is not supported; supported: apertus, "),
         (without(model_type=["llama"]), "model_type ['llama'] is not supported"),
         *((without(key), f"config.json has no {key}") for key in REQUIRED),
         (without(hidden_size="wide"), NO_NUMBER),
