@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.checkpoint.layout import (
     KEPT_GROUPS_FILE,
@@ -30,7 +30,7 @@ from loraprune_ds.export.huggingface import has_tokenizer
 from loraprune_ds.export.lora import find_source
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER
-from loraprune_ds.model.classes import attn_implementation, causal_lm_class
+from loraprune_ds.model.classes import attn_implementation, causal_lm_class, config_object
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
@@ -59,12 +59,13 @@ class PruningResult:
         return read_json(path).get("layers") if path.is_file() else None
 
     def load_model(self, **options: Any) -> PreTrainedModel:
-        """Loads the model in the dtype of its files. No code of its folder is run.
+        """Loads the model in the dtype of its files, with its tower if it has one. No code of its folder is run.
 
         Args:
             options: of transformers' `from_pretrained`, such as `device_map`.
         """
-        return causal_lm_class(self.pretrained.shape.model_type).from_pretrained(self.folder, **options)
+        text_class, tower = causal_lm_class(self.pretrained.shape.model_type), self.pretrained.tower
+        return (AutoModelForImageTextToText if tower else text_class).from_pretrained(self.folder, **options)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.folder)
@@ -153,11 +154,17 @@ def _find_adapter(path: str, folder: Path) -> ModelSource:
 
 
 def load_model(source: ModelSource, dtype: str, device: torch.device) -> PreTrainedModel:
-    """Loads the whole model on `device`, in evaluation mode. An adapter is merged in fp32 and rounded once."""
-    model_class = causal_lm_class(source.pretrained.shape.model_type)
+    """Loads the model on `device`, in evaluation mode and without a tower.
+
+    An adapter is merged in fp32 and rounded once.
+    """
+    pretrained = source.pretrained
+    options: dict[str, Any] = {"attn_implementation": attn_implementation("sdpa", pretrained.shape.family)}
+    if pretrained.tower:
+        options |= {"config": config_object(pretrained.config), "key_mapping": pretrained.tower.key_mapping}
     read_dtype = torch.float32 if source.adapter else DTYPES[dtype]
-    attention = attn_implementation("sdpa", source.pretrained.shape.family)
-    model = model_class.from_pretrained(source.pretrained.folder, dtype=read_dtype, attn_implementation=attention)
+    model_class = causal_lm_class(pretrained.shape.model_type)
+    model = model_class.from_pretrained(pretrained.folder, dtype=read_dtype, **options)
     if source.adapter:
         model = _merge(model, source.adapter)
         for parameter in model.parameters():  # model.to() would round the rotary frequencies, too

@@ -1,6 +1,7 @@
 """The text part of a multimodal model, which alone is built, and its tower, which is copied from file to file."""
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ MULTIMODAL += "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe".split()
 STANDS_FOR = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 OF_ROWS = ("mrope_section", "mrope_interleaved")
 Layout = tuple[str, str]  # prefix of the decoder, prefix of the head
+OF_TEXT: Layout = ("model.", "lm_head.")
 # transformers saves the first one or two, and also reads the others.
 LAYOUTS: tuple[Layout, ...] = (
     ("language_model.model.", "language_model.lm_head."),
@@ -59,6 +61,11 @@ class Tower:
         decoder, head = self.layout
         return decoder + name.removeprefix("model.") if name.startswith("model.") else head + name.split(".", 1)[1]
 
+    @property
+    def key_mapping(self) -> dict[str, str]:
+        """By this option transformers' `from_pretrained` loads the text class."""
+        return {f"^{re.escape(prefix)}": text for prefix, text in zip(self.layout, OF_TEXT, strict=True)}
+
 
 def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns the config of a multimodal model's text part, and the config of any other model unchanged."""
@@ -89,7 +96,7 @@ def find_layout(stored: Collection[str], where: str) -> Layout:
 
 def text_tensors(stored: Collection[str], layout: Layout) -> dict[str, str]:
     """Maps the names of the text class to the names `stored` in the weight files of a multimodal model."""
-    prefixes = dict(zip(layout, ("model.", "lm_head."), strict=True))
+    prefixes = dict(zip(layout, OF_TEXT, strict=True))
     return {
         text + name.removeprefix(prefix): name
         for name in stored

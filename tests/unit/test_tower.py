@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from loraprune_ds.config import ModelConfig, PruneConfig
+from loraprune_ds.evaluate.models import find_model, load_model, open_result
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.model.text_part import LAYOUTS, check_processor, check_tower
 from loraprune_ds.model.weight_files import copy_tensors
-from tests.family_cuts import FEW, MANY, Network, cut_and_export, difference, draw, reopened, with_lora
+from tests.family_cuts import FEW, MANY, PROMPT, Network, cut_and_export, difference, draw, reopened, with_lora
 from tests.multimodal import inputs_with_image, multimodal
 from tests.refusals import refuses
 from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
@@ -83,9 +84,11 @@ def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path
     assert (export.folder / "preprocessor_config.json").is_file()
     text = read_json(export.folder / "config.json")["text_config"]
     assert text.get("mtp_num_hidden_layers", 0) == 0
-    again = open_pretrained(export.folder)
-    assert again.shape.layers == export.shape.layers
-    assert again.tower is not None
+    again = open_result(export.folder)
+    assert again.pretrained.shape.layers == export.shape.layers
+    assert difference(logits(again.load_model(**EAGER).double(), inputs), expected) < TOLERANCE
+    evaluated = load_model(find_model(str(export.folder)), "float32", torch.device("cpu"))
+    assert difference(logits(evaluated, {"input_ids": PROMPT}), export.logits) < TOLERANCE
 
 
 def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], tmp_path: Path) -> None:
