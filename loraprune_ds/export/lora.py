@@ -173,11 +173,11 @@ def write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
     linears = list(dict.fromkeys(linear for _, linear in shape.linear_ids()))
-    stacks, modules = ([x for x in linears if x.is_stack == stacked] for stacked in (True, False))
-    # PEFT has no dropout on tensors that are not modules. A shared expert has other names.
+    stacks = [in_peft(x).tensor for x in linears if x.is_stack]
+    # PEFT has no dropout on tensors that are not modules, and would take modules of a dense MLP for experts.
     of_experts = {
-        "target_modules": [linear.name for linear in modules],
-        "target_parameters": [in_peft(stack).tensor for stack in stacks],
+        "target_modules": [x.name for x in linears if x.parts and not x.is_stack],
+        "target_parameters": [*stacks, *(f"{x.name}.weight" for x in linears if not x.parts)],
         "lora_dropout": 0.0,
     }
     return {
@@ -187,7 +187,7 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": last_names(linear.name for linear in modules),
+        "target_modules": last_names(linear.name for linear in linears),
         "bias": "none",
         "inference_mode": True,
         **(of_experts if stacks else {}),

@@ -72,7 +72,9 @@ def live_shape(model: PeftModel) -> ModelShape:
     shape = base_shape(model)
 
     def groups(i: int, layer: nn.Module) -> LayerShape:
-        sizes = ((x, full_shape(base_parameter(layer, f"{x.name}.weight"))[x.axis]) for x in shape.linears(i))
+        sizes = (
+            (x, full_shape(base_parameter(layer, f"{x.name}.weight"))[x.axis]) for x in shape.linears(i) if x.parts
+        )
         return LayerShape(dict.fromkeys(shape.kinds, 0) | {x.kind: size // shape.group_width(x) for x, size in sizes})
 
     return shape.with_layers(tuple(groups(i, layer) for i, layer in enumerate(decoder_layers(model))))

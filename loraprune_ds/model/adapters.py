@@ -1,7 +1,7 @@
 """PEFT LoRA on all linears of every decoder layer, fresh or from an existing adapter."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +46,9 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
         task_type="CAUSAL_LM",
     )
     peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: FusedLoraLinear})
+    model_type, model.config.model_type = model.config.model_type, ""  # else PEFT takes a dense MLP for old experts
     wrapped = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
+    model.config.model_type = model_type
     for parameter in (p for p in wrapped.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(model.dtype)  # next to an int8 weight PEFT leaves it in fp32
     return cast(PeftModel, wrapped)
@@ -86,7 +88,7 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     start = str(settings.get("init_lora_weights"))
     targets = settings.get("target_modules") or []
     named = last_names([*targets, *(settings.get("target_parameters") or [])])
-    needed = last_names(in_peft(x).tensor if x.is_stack else x.name for _, x in shape.linear_ids())
+    needed = last_names(in_peft(x).tensor if x.is_stack else x.name for _, x in shape.linear_ids() if x.parts)
     missing = sorted(set(needed) - set(named))
     refusals = {
         "is not a plain LoRA adapter": settings.get("peft_type") != "LORA" or any(map(settings.get, VARIANTS)),
@@ -99,7 +101,7 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
         f"has lora_alpha {settings.get('lora_alpha')}; the run config says lora.lora_alpha {config.lora_alpha}": (
             settings.get("lora_alpha") != config.lora_alpha
         ),
-        f"has no LoRA on {', '.join(missing)}; the criterion needs it on all linears of a decoder layer": (
+        f"has no LoRA on {', '.join(missing)}; the criterion needs it on all linears that it scores": (
             missing and not isinstance(targets, str)  # a pattern, whose tensors are checked below
         ),
     }
@@ -120,7 +122,7 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
     expected = {
         name_in_file(layer, name): tuple(factor.shape)
         for layer in range(len(shape.layers))
-        for name, factor in _factors_in_peft(shape, layer, r).items()
+        for name, factor in _factors_in_peft(_with_lora(shape, layer, on_disk), shape, layer, r).items()
     }
     if different := sorted(expected.keys() ^ on_disk.keys()):
         verb = "lacks" if different[0] in expected else "has"
@@ -130,25 +132,30 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
             raise UserError(f"{path} does not fit the model: {name} has shape {[*sizes]}, not {[*expected[name]]}")
 
 
-def _factors_in_peft(shape: ModelShape, layer: int, r: int) -> dict[str, Tensor]:
+def _with_lora(shape: ModelShape, layer: int, names: Collection[str]) -> list[Linear]:
+    """Lists the linears of a layer with LoRA among the `names` of an adapter's file, which whole ones may lack."""
+    return [x for x in shape.linears(layer) if x.parts or name_in_file(layer, f"{x.name}.lora_A") in names]
+
+
+def _factors_in_peft(linears: Iterable[Linear], shape: ModelShape, layer: int, r: int) -> dict[str, Tensor]:
     factors = {
         f"{linear.name}.lora_{which}": torch.empty(size, device="meta")
-        for linear in shape.linears(layer)
+        for linear in linears
         for which, size in zip("AB", shape.lora_shapes(layer, linear, r), strict=True)
     }
-    return as_in_peft(factors, shape.linears(layer))
+    return as_in_peft(factors, linears)
 
 
 def load_adapter(model: PeftModel, folder: Path, shape: ModelShape, r: int) -> None:
     """Copies the weights of a checked adapter into the wrapped model, before ZeRO-3 shards them."""
     saved, own = load_file(folder / ADAPTER_WEIGHTS), dict[str, Tensor]()
     for layer in range(len(shape.layers)):
-        factors = {name: saved[name_in_file(layer, name)] for name in _factors_in_peft(shape, layer, r)}
-        factors = from_peft(factors, shape.linears(layer), r)
+        linears = _with_lora(shape, layer, saved)
+        factors = {name: saved[name_in_file(layer, name)] for name in _factors_in_peft(linears, shape, layer, r)}
+        factors = from_peft(factors, linears, r)
         own |= {name_in_file(layer, name): factor for name, factor in factors.items()}
     result = set_peft_model_state_dict(model, own)
-    wrong = [name for name in result.missing_keys if "lora_" in name] + result.unexpected_keys
-    assert not wrong, wrong
+    assert not result.unexpected_keys, result.unexpected_keys
 
 
 def name_in_file(layer: int, name: str) -> str:

@@ -5,8 +5,7 @@ A decoder layer has groups of several kinds. A group leaves as a unit.
   channels  one MLP channel.
   delta     one key head of a gated delta net with its value heads. Layers with these have no attention.
   experts   one expert of a mixture (experts.py).
-A dense layer among sparse ones has heads and no experts. Its MLP is never cut and has no LoRA, because PEFT mistakes
-linears of these names for experts.
+A dense layer among sparse ones has heads and no experts. Its MLP is whole: it is never cut, and has LoRA all the same.
 
 Along its axis a weight is a sequence of parts. A part has all groups of a layer, one after another. Each group is
 `width` rows (or columns) wide. That covers separate weights, fused ones (q|k|v, gate|up), biases and norms. All other
@@ -34,6 +33,10 @@ def _rows(name: str, *parts: Part) -> Linear:
 
 def _columns(name: str, *parts: Part) -> Linear:
     return Linear(name, 1, parts)
+
+
+def _whole(module: str, *names: str) -> tuple[Linear, ...]:
+    return tuple(Linear(f"{module}.{name}", 0) for name in names)
 
 
 ATTENTION = (
@@ -91,20 +94,19 @@ GRANITE_STACKS = _stacks(
 )
 GPT_OSS_STACKS = _stacks("mlp.experts", ("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",), transposed=True)
 EXPERT_STACKS = _stacks("mlp.experts", *_each("mlp", "gate_proj", "up_proj", "down_proj"))
-DENSE_MLP = tuple(f"{linear.name}." for linear in GATED)
-SHARED_EXPERT = ("mlp.shared_expert.", "mlp.shared_expert_gate.")
+MLP = ("gate_proj", "up_proj", "down_proj")
+DENSE_MLP = _whole("mlp", *MLP)
+SHARED_EXPERT = (*_whole("mlp.shared_expert", *MLP), *_whole("mlp", "shared_expert_gate"))
 QWEN_MOE = Family(
-    (*ATTENTION, *EXPERT_STACKS),
+    (*ATTENTION, *EXPERT_STACKS, *DENSE_MLP),
     (_router("mlp.gate"),),
     mixture=Mixture("num_experts", "moe_intermediate_size", dense=_listed),
-    uncut=DENSE_MLP,
 )
 GLM_MOE = Family(
-    QWEN_MOE.linears,
+    (*QWEN_MOE.linears, *_whole("mlp.shared_experts", *MLP)),
     (_router("mlp.gate"), Companion("mlp.gate.e_score_correction_bias", (EXPERTS,), keep_fp32=True)),
     (Runtime("mlp.gate", "num_experts", "experts"),),
     mixture=Mixture("n_routed_experts", "moe_intermediate_size", dense=_first, grouped=True),
-    uncut=(*DENSE_MLP, "mlp.shared_experts."),
 )
 # Queries and keys of a head are wider than its values. Latent queries, keys and values belong to no head.
 LATENT_ATTENTION = (
@@ -112,6 +114,7 @@ LATENT_ATTENTION = (
     Linear("self_attn.q_b_proj", 0, (Part("heads", "query"),), "query_rank", optional=True),
     Linear("self_attn.kv_b_proj", 0, (Part("heads", "key_and_value"),), "key_value_rank"),
     _columns("self_attn.o_proj", Part("heads", "value")),
+    *_whole("self_attn", "q_a_proj", "kv_a_proj_with_mqa"),
 )
 # The query of each head, then the gate of its output. A group's rows are contiguous all the same.
 GATED_ATTENTION = (_rows("self_attn.q_proj", Part("heads", "queries_and_gates")), *ATTENTION[1:])
@@ -184,12 +187,11 @@ FAMILIES: dict[str, Family] = {
         mixture=LOCAL_EXPERTS,
     ),
     "qwen3_moe": QWEN_MOE,
-    "qwen2_moe": replace(QWEN_MOE, uncut=(*DENSE_MLP, *SHARED_EXPERT)),
+    "qwen2_moe": replace(QWEN_MOE, linears=(*QWEN_MOE.linears, *SHARED_EXPERT)),
     "glm4_moe": GLM_MOE,
     "deepseek_v3": replace(
         GLM_MOE,
-        linears=(*LATENT_ATTENTION, *EXPERT_STACKS),
-        uncut=(*GLM_MOE.uncut, "self_attn.q_a_proj.", "self_attn.kv_a_proj_with_mqa."),
+        linears=(*LATENT_ATTENTION, *GLM_MOE.linears[len(ATTENTION) :]),
         widths={
             "head": lambda c: c.qk_rope_head_dim,
             "query_rank": lambda c: c.q_lora_rank or 0,
@@ -202,14 +204,16 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5_text": replace(QWEN3_5, runtime=(MLP_WIDTH, *QWEN3_5.runtime)),
     "qwen3_5_moe_text": replace(
         QWEN3_5,
-        linears=(*QWEN3_5.linears[: -len(GATED)], *EXPERT_STACKS),
+        linears=(*QWEN3_5.linears[: -len(GATED)], *EXPERT_STACKS, *SHARED_EXPERT),
         companions=(*QWEN3_5.companions, _router("mlp.gate")),
         mixture=Mixture("num_experts", "moe_intermediate_size"),
-        uncut=SHARED_EXPERT,
     ),
     # It has all of a key head together.
     "qwen3_next": Family(
-        (*GATED_ATTENTION, _rows("linear_attn.in_proj_qkvz", Part("delta", "delta_all")), DELTA_OUT, *EXPERT_STACKS),
+        (
+            *(*GATED_ATTENTION, _rows("linear_attn.in_proj_qkvz", Part("delta", "delta_all")), DELTA_OUT),
+            *(*EXPERT_STACKS, *DENSE_MLP, *SHARED_EXPERT),
+        ),
         (
             Companion("linear_attn.in_proj_ba.weight", (Part("delta", "delta_numbers"),), ("hidden",)),
             *(DELTA_CONVOLUTION, *DELTA_DECAY, _router("mlp.gate")),
@@ -221,15 +225,14 @@ FAMILIES: dict[str, Family] = {
         ),
         packs=False,
         mixture=QWEN_MOE.mixture,
-        uncut=(*DENSE_MLP, *SHARED_EXPERT),
         widths=DELTA_WIDTHS,
     ),
     # Its class computes the width of the norms from hidden_size.
     "olmoe": replace(
         QWEN_MOE,
+        linears=(*ATTENTION, *EXPERT_STACKS),
         companions=(*QWEN_MOE.companions, *WIDE_NORMS),
         mixture=Mixture("num_experts", "intermediate_size"),
-        uncut=(),
         fixed=("heads",),
     ),
     "granitemoe": Family(

@@ -36,12 +36,14 @@ class Part:
 class Linear:
     """Describes one LoRA-adapted linear of a decoder layer. A cut makes it smaller and its elements are scored.
 
+    A whole one has no parts. No cut changes it, its shape comes from the model, and a layer may lack it.
+
     A stack holds the linears of all experts of a layer, one below the other (experts.py).
     """
 
     name: str  # path inside the decoder layer, as in the weight files
     axis: Literal[0, 1]  # the axis of weight (out_features, in_features) that a cut makes smaller
-    parts: tuple[Part, ...]  # the groups along that axis, all of one kind
+    parts: tuple[Part, ...] = ()  # the groups along that axis, all of one kind
     across: Width = "hidden"  # the width of the other axis
     # Only of a stack: the names on disk of one expert's tensors in order, with {} for its number. A name without {} is
     # one tensor of three dimensions, of all experts.
@@ -51,7 +53,7 @@ class Linear:
 
     @property
     def kind(self) -> Kind:
-        return self.parts[0].kind
+        return self.parts[0].kind if self.parts else ""
 
     @property
     def is_stack(self) -> bool:
@@ -70,7 +72,7 @@ class Linear:
     @property
     def rows_are_hidden(self) -> bool:
         """True if the rows of the weight, or of each expert's, lie along the hidden axis."""
-        return self.axis == 1 or self.parts[0].width == "hidden"
+        return self.axis == 1 or any(part.width == "hidden" for part in self.parts)
 
     @property
     def expert_inputs(self) -> Width:
@@ -131,7 +133,6 @@ class Family:
     packs: bool = True  # its class keeps packed samples apart by their positions
     windows_begin_with_bos: bool = False  # it predicts badly without BOS, also in the middle of a text
     mixture: Mixture | None = None  # its MLPs are mixtures of experts
-    uncut: tuple[str, ...] = ()  # prefixes of the matrices that no cut makes smaller. They have no LoRA
     fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
     # Sizes that follow from fields of config.json, of which this gets transformers' object.
     widths: Mapping[Width, Callable[[Any], int]] = field(default_factory=dict[Width, Any])
@@ -143,7 +144,7 @@ class Family:
 
         The last is the finest. It makes up for what whole groups of the others cannot.
         """
-        return tuple(dict.fromkeys(linear.kind for linear in self.linears))
+        return tuple(dict.fromkeys(linear.kind for linear in self.linears if linear.parts))
 
     def count_fields(self, kind: Kind) -> Mapping[str, Width]:
         """Returns the fields of config.json that count the groups of a kind, and what each counts of a group."""

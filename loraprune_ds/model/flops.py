@@ -22,15 +22,7 @@ FUSED = "planned"  # our attention, by the name that transformers finds it under
 
 
 def active_numel(shape: ModelShape) -> int:
-    """Counts the linear parameters that one token meets: its chosen experts, and all matrices that are never cut."""
-    idle = sum(max(0, layer.get("experts", 0) - shape.experts_per_token) for layer in shape.layers)
-    others = (size for i in range(len(shape.layers)) for size in shape.others(i).values())
-    never_cut = sum(math.prod(size) for size in others if len(size) > 1)
-    return shape.linear_numel() + never_cut - idle * shape.group_numel("experts")
-
-
-def met_numel(shape: ModelShape) -> int:
-    """Counts the parameters with LoRA that one token meets."""
+    """Counts the linear parameters that one token meets: all, but only its chosen experts."""
     return sum(_met(shape, i, linear, shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
 
 
@@ -48,10 +40,10 @@ def _met(shape: ModelShape, layer: int, linear: Linear, size: tuple[int, int]) -
 
 def mlp_width(shape: ModelShape, layer: int) -> int:
     """Counts the channels in the MLP of a layer that one token meets at the same time."""
-    counts, matrices = shape.layers[layer], (size for size in shape.others(layer).values() if len(size) > 1)
+    counts, matrices = shape.layers[layer], shape.whole.get(layer, {}).values()
     chosen = shape.experts_per_token * shape.expert_size if counts.get("experts") else 0
-    never_cut = (rows if columns == shape.hidden_size else columns for rows, columns in matrices)
-    return max(counts.get("channels", 0), chosen, *never_cut)
+    whole = (rows if columns == shape.hidden_size else columns for rows, columns in matrices)
+    return max(counts.get("channels", 0), chosen, *whole)
 
 
 def cached_numel(shape: ModelShape) -> int:
@@ -115,6 +107,7 @@ def saved_by_layer(
     alone = source | {key: [value[index]] for key, value in lists.items()} | {"num_hidden_layers": 1}
     alone.pop("per_layer_config", None)
     one = replace(shape, layers=(shape.layers[index],), layer_others={0: shape.others(index)})
+    one = replace(one, whole={0: shape.whole.get(index, {})})
     if mixture := shape.family.mixture:
         alone |= mixture.dense([] if one.layers[0]["experts"] else [0])
     if "delta" in shape.kinds:

@@ -14,6 +14,7 @@ from loraprune_ds.model.classes import build_on_meta, config_class, config_objec
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.family import FAMILIES, find_family
 from loraprune_ds.model.family_row import Family, Width
+from loraprune_ds.model.frozen import Matrix
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.shapes import LayerShape, ModelShape, Sizes
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
@@ -103,6 +104,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         layers=_layers(where, [layer for _, layer in sizes], inside, family),
         biases=frozenset(x.name for x in family.linears if any(f"{x.name}.bias" in names for names in inside)),
         outer_parameters={name: size for name, size in parameters.items() if not name.startswith("model.layers.")},
+        whole=dict(enumerate(_whole(family, names) for names in inside)),
         absent=frozenset(x.name for x in family.linears if x.optional and f"{x.name}.weight" not in inside[0]),
         widths=widths,
         **of_experts,
@@ -224,11 +226,12 @@ def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict
     }
 
 
+def _whole(family: Family, inside: Sizes) -> dict[str, Matrix]:
+    names = (x.name for x in family.linears if not x.parts and f"{x.name}.weight" in inside)
+    return {name: cast(Matrix, inside[f"{name}.weight"]) for name in names}
+
+
 def _others(shape: ModelShape, layer: int, inside: Sizes) -> Sizes:
-    """Returns the parameters that no cut makes smaller: vectors, and the matrices that the family names."""
-    cut = _inside(shape.layer_parameters(layer), layer)
-    return {
-        name: size
-        for name, size in inside.items()
-        if (len(size) < 2 or name.startswith(shape.family.uncut)) and name not in cut
-    }
+    """Returns the vectors that no cut makes smaller. The linears' biases are not among them."""
+    of_linears = _inside(shape.layer_parameters(layer), layer)
+    return {name: size for name, size in inside.items() if len(size) < 2 and name not in of_linears}

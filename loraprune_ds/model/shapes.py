@@ -78,7 +78,8 @@ class ModelShape:
     tie_word_embeddings: bool
     layers: tuple[LayerShape, ...]
     biases: frozenset[str] = frozenset()  # names of the linears that have a bias, the same in every layer
-    # The parameters of each layer that no cut makes smaller, such as norms, by name inside it.
+    # The linears of each layer that are whole, by name inside it, and the other parameters that no cut makes smaller.
+    whole: Mapping[int, Mapping[str, Matrix]] = field(default_factory=dict[int, Mapping[str, Matrix]], hash=False)
     layer_others: Mapping[int, Sizes] = field(default_factory=dict[int, Sizes], hash=False)
     # The parameters outside the layers: embedding, final norm, untied head.
     outer_parameters: Sizes = field(default_factory=dict[str, tuple[int, ...]], hash=False)
@@ -100,8 +101,9 @@ class ModelShape:
 
     def linears(self, layer: int) -> tuple[Linear, ...]:
         """Returns the LoRA-adapted linears of a decoder layer, in the order of its forward."""
-        kinds = self.layers[layer].kinds
-        return tuple(x for x in self.family.linears if x.kind in kinds and x.name not in self.absent)
+        kinds, whole = self.layers[layer].kinds, self.whole.get(layer, {})
+        cut = (x for x in self.family.linears if x.kind in kinds and x.name not in self.absent)
+        return (*cut, *(x for x in self.family.linears if x.name in whole))
 
     def companions(self, layer: int) -> tuple[Companion, ...]:
         return tuple(other for other in self.family.companions if other.parts[0].kind in self.layers[layer].kinds)
@@ -152,6 +154,8 @@ class ModelShape:
 
     def linear_shape(self, layer: int, linear: Linear) -> tuple[int, int]:
         """Returns (out_features, in_features) of a linear at this layer's current width."""
+        if not linear.parts:
+            return self.whole[layer][linear.name]
         width, across = sum(self.part_sizes(layer, linear.parts)), self.width(linear.across)
         return (width, across) if linear.axis == 0 else (across, width)
 

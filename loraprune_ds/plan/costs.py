@@ -125,7 +125,7 @@ def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> flo
     per_token = (4 + 2 * again) * flops.active_numel(shape) + (6 + 2 * again) * flops.active_lora(shape, r)
     per_token += (7 + 2 * again) * _attention_product(request, shape) + 4 * shape.vocab_size * shape.hidden_size
     if kind[0] and request.config.prune.criterion == "gradient":
-        per_token += 2 * flops.met_numel(shape)
+        per_token += 2 * flops.active_numel(shape)
     if kind[1]:
         per_token += sum(2 * numel_sent(shape.linear_shape(i, x)[1]) for i, x in request.measured(shape))
     if request.taught:

@@ -239,7 +239,7 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
         return {}
     layers = [sum(shape.layer_lora_sizes(i, request.config.lora.r)) for i in range(len(shape.layers))]
     at_once = min(sum(layers), max(GATHERED_NUMEL // 2, *layers))
-    sizes = {shape.linear_shape(i, x) for i, x in shape.linear_ids()}
+    sizes = {shape.linear_shape(i, x) for i, x in shape.linear_ids() if x.parts}
     block = max(request.shard_numel([rows * columns]) + 2 * columns for rows, columns in sizes)  # whole rows
     return {"lora_factors": 24 * at_once, "score_blocks": 12 * min(block, DEVICE_BLOCK_NUMEL)}
 

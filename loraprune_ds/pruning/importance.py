@@ -78,7 +78,7 @@ def score_groups(
         return add_over_ranks(model, recorder.linear_ids, recorder.sums(), step)
     shape, partial = model.shape, list[Tensor]()
     for layer, factors in enumerate(model.lora_factors()):
-        for linear in shape.linears(layer):
+        for linear in (x for x in shape.linears(layer) if x.parts):
             gradient = None if recorder is None else recorder.owned(layer, linear)
             experts = split_experts(model.owned_weight(layer, linear), factors[linear.name], gradient)
             element, axis = ELEMENT_CRITERIA[criterion], linear.axis

@@ -33,7 +33,7 @@ def table() -> str:
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
 
 
-WHOLE = {".gate_proj": "dense MLPs", "shared": "shared experts", "_a_proj": "latent projections"}
+WHOLE = {"mlp.gate_proj": "dense MLPs", "shared": "shared experts", "_a_proj": "latent projections"}
 
 
 def describe(name: str, family: Family) -> tuple[str, ...]:
@@ -54,8 +54,8 @@ def notes(name: str, family: Family) -> Iterator[str]:
         yield "[experts](experts.md) leave"
     elif norms_are_wide(family):
         yield "its norms run over all heads, so a cut is not quite equal to a mask"
-    if whole := [words for part, words in WHOLE.items() if any(part in name for name in family.uncut)]:
-        yield f"{' and '.join(whole)} are not pruned and have no LoRA"
+    if whole := [words for part, words in WHOLE.items() if any(part in x.name for x in family.linears if not x.parts)]:
+        yield f"{' and '.join(whole)} are not pruned"
     if family.fixed:
         yield f"its {' and '.join(family.fixed)} stay, because its class has no field for fewer"
     if family.eager_only:
