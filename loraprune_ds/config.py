@@ -211,8 +211,8 @@ class PruneConfig:
     prune_every: Count = 10  # steps between cuts
     warmup_fraction: Fraction = 0.1  # fraction of the steps before the first cut
     cooldown_fraction: Fraction = 0.1  # fraction of the steps after the last cut
-    protected_first: CountOr0 | None = None  # first layers that are not cut. None: 10 % of the layers, at least one
-    protected_last: CountOr0 = 1  # last layers that are not cut
+    protected_first: CountOr0 | None = 0  # first layers that are not cut. None: 10 % of the layers, at least one
+    protected_last: CountOr0 = 0  # last layers that are not cut
     max_layer_ratio: PartOrAll = 1.0  # fraction of its linear parameters that a layer may lose
     channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
     tensor_parallel: Count = 1  # GPUs of a server that share the result. Kept heads and channels divide by it

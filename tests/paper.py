@@ -3,3 +3,4 @@
 from typing import Any
 
 PAPER: Any = {"criterion": "lora", "ranking": "uniform", "normalize": "l2", "compensate": "none"}
+PAPER |= {"protected_first": None, "protected_last": 1}

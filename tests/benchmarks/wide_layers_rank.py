@@ -67,7 +67,7 @@ def make_config(folder: Path, ranks: int, *, int8: bool) -> RunConfig:
         deepspeed=str(folder / "ds.json"),
         model=ModelConfig(path=str(folder / "model"), frozen="int8" if int8 else None),
         data=DataConfig(window=WINDOW),
-        prune=PruneConfig(**PAPER, ratio=0.5, channel_multiple=1, protected_first=0, protected_last=0),
+        prune=PruneConfig(**PAPER | {"ratio": 0.5, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}),
         train=TrainConfig(
             steps=STEPS,
             global_batch_size=ranks,

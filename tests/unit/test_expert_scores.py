@@ -142,7 +142,7 @@ def deep() -> ModelShape:
 
 def test_a_group_keeps_enough_for_the_router() -> None:
     """It compares groups by their best two, and takes 3 experts of two groups."""
-    config = PruneConfig(**PAPER, ratio=0.1, protected_first=0, protected_last=0)
+    config = PruneConfig(**PAPER | {"ratio": 0.1, "protected_first": 0, "protected_last": 0})
     limits = make_limits(config, deep())
     assert [layer["experts"] for layer in limits.floor] == [0, 8, 8, 8]
     assert limits.multiples["experts"] == 4

@@ -33,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gqa_biases": {"heads": 8, "kv_heads": 4, "head_dim": 4, "hidden": 32, "ffn": 41, "biases": True},
     "mistral": {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 20, "ffn": 23, "model_type": "mistral"},
 }
-UNIFORM = PruneConfig(**PAPER, ratio=0.3, channel_multiple=1, prune_every=2, protected_first=0)
+UNIFORM = PruneConfig(**PAPER | {"ratio": 0.3, "channel_multiple": 1, "prune_every": 2, "protected_first": 0})
 
 
 @dataclass(frozen=True)
