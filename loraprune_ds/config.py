@@ -50,16 +50,11 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 # Exactly one of each pair must be given.
 EITHER = {"prune": ("ratio", "target"), "train": ("steps", "epochs"), "data": ("held_out", "held_out_fraction")}
 MEMORY = (lambda prune: prune.sizes_memory, "a prune.target in bytes, such as 24GiB")
-REFIT = (lambda prune: prune.compensate != "none", "prune.compensate: least_squares")
-DISTILLATION = (lambda train: train.distill_weight > 0, "train.distill_weight")
 ANSWERS = (lambda data: not data.only_text, "data.format instruction or chat")
 # What a setting needs. Without it nothing reads the setting, and its user wanted an effect.
 NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prune.target_context": MEMORY,
     "prune.target_weight_bits": MEMORY,
-    "prune.compensate_steps": REFIT,
-    "prune.compensate_decay": REFIT,
-    "train.distill_temperature": DISTILLATION,
     "data.packing": ANSWERS,
 }
 
@@ -210,24 +205,24 @@ class PruneConfig:
     # fraction of heads, also of delta nets, to remove in layers that are cut. Channels make up the rest. None: the same
     # fraction of all
     head_ratio: Fraction | None = None
-    criterion: Criterion = "lora"  # how a group is scored
-    ranking: Ranking = "uniform"  # `uniform` keeps equal counts in all layers. `global` ranks over all layers
-    # `l2` divides a linear's scores by their norm, `step` all scores of a step by their sum. None: `l2`, or `none`
-    # with `fisher` or `global`
-    normalize: Normalization | None = None
+    criterion: Criterion = "fisher"  # how a group is scored
+    ranking: Ranking = "global"  # `global` ranks over all layers. `uniform` keeps equal counts in all layers
+    # `step` divides all scores of a step by their sum, so no step decides alone. `l2` divides a linear's by their norm
+    normalize: Normalization = "step"
     moving_average: Fraction = 0.9  # weight of earlier scores in the moving average
     prune_every: Count = 10  # steps between cuts
     warmup_fraction: Fraction = 0.1  # fraction of the steps before the first cut
     cooldown_fraction: Fraction = 0.1  # fraction of the steps after the last cut
-    protected_first: CountOr0 | None = None  # first layers that are not cut. None: 10 % of the layers, at least one
-    protected_last: CountOr0 = 1  # last layers that are not cut
+    protected_first: CountOr0 | None = 0  # first layers that are not cut. None: 10 % of the layers, at least one
+    protected_last: CountOr0 = 0  # last layers that are not cut
     max_layer_ratio: PartOrAll = 1.0  # fraction of its linear parameters that a layer may lose
     channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
     tensor_parallel: Count = 1  # GPUs of a server that share the result. Kept heads and channels divide by it
     score_every: Count = 1  # steps between scorings. The step of a cut always scores
-    compensate: Compensation = "none"  # `least_squares` refits linears that lose inputs, such as o_proj and down_proj
-    compensate_steps: Count = 2  # steps whose inputs are measured before a cut, its own step included
-    compensate_decay: Fraction = 0.5  # weight of earlier measured steps when one more is measured
+    # `least_squares` refits linears that lose inputs, such as o_proj and down_proj. None: where those leave
+    compensate: Compensation | None = None
+    compensate_steps: Count = 4  # steps whose inputs are measured before a cut, its own step included
+    compensate_decay: Fraction = 0.9  # weight of earlier measured steps when one more is measured
 
     @model_validator(mode="before")
     @classmethod
@@ -252,12 +247,6 @@ class PruneConfig:
         """Whether `target` is the memory of a server."""
         return self.target_amount is not None and self.target_amount.unit == "bytes"
 
-    @property
-    def normalization(self) -> Normalization:
-        """Returns the normalization in force. The scores of `fisher` compare without norms, in both rankings."""
-        raw = self.ranking == "global" or self.criterion == "fisher"
-        return self.normalize or ("none" if raw else "l2")
-
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
@@ -276,8 +265,8 @@ class TrainConfig:
     group_by_length: bool = False  # samples of similar length share a micro-batch, with less padding
     gradient_checkpointing: bool = False  # recomputes activations in the backward pass instead of storing them
     # weight w in the loss (1 - w) * cross-entropy + w * T² * KL(dense model ‖ model). 0: no distillation
-    distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.0
-    distill_temperature: Positive = 1.0  # temperature T, which divides the logits of the KL term
+    distill_weight: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.25
+    distill_temperature: Positive = 2.0  # temperature T, which divides the logits of the KL term
     deterministic: bool = False  # kernels that give the same bits at every start, where torch has some
 
     def __post_init__(self) -> None:
@@ -370,6 +359,17 @@ class RunConfig:
             not (self.train.group_by_length and self.data.only_text),
             "train.group_by_length has no effect on data.format text: all its samples have data.window tokens",
         )
+
+    @property
+    def recipe(self) -> str:
+        """Describes how a run scores, ranks, refits and distils."""
+        prune, train = self.prune, self.train
+        parts = [f"criterion {prune.criterion}", f"ranking {prune.ranking}"]
+        if prune.compensate == "least_squares":
+            parts.append(f"refit on the inputs of {prune.compensate_steps} steps before a cut")
+        if train.distill_weight:
+            parts.append(f"{train.distill_weight:.0%} distillation")
+        return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the nested dictionary that `<output_dir>/config.yaml` holds."""

@@ -30,6 +30,7 @@ REMOVED = {  # settings, and values of settings
     "prune.channel_share": Removed(f"channels of all experts cost more perplexity than as many whole ones {SEE}"),
     "prune.compensate=bias": Removed(f"prune.compensate: least_squares measured better on every text {SEE}"),
     "prune.criterion=reap": Removed(f"prune.criterion: lora measured better with the same steps {SEE}"),
+    "prune.normalize=None": Removed("name l2, step or none"),
     "prune.gradient_every": Removed("its name is prune.score_every"),
     "prune.min_heads": Removed("prune.max_layer_ratio is the limit of what a layer may lose", 1),
     "prune.min_channels": Removed("prune.max_layer_ratio is the limit of what a layer may lose", 1),
@@ -120,6 +121,10 @@ def forget_removed(saved: dict[str, Any]) -> dict[str, Any]:
         UserError: one of them had a value that made it another run.
     """
     kept = _without_removed(saved, recorded=True)
+    prune = kept.get("prune")
+    if isinstance(prune, dict) and prune.get("normalize", "") is None:  # the criterion and the ranking decided
+        raw = prune["ranking"] == "global" or prune["criterion"] == "fisher"
+        kept["prune"] = prune | {"normalize": "none" if raw else "l2"}
     for name, value in _dotted(kept):
         if name in REMOVED and REMOVED[name].default is not NO_DEFAULT:
             raise UserError(f"this run has {name} {value!r}, which is gone: {REMOVED[name].reason}")

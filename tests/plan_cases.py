@@ -82,6 +82,8 @@ class Case:
                 protected_last=0,
                 compensate=self.compensate,
                 criterion=self.criterion,
+                ranking="uniform",
+                normalize="l2",
                 head_ratio=self.head_ratio,
             ),
             train=TrainConfig(
@@ -100,7 +102,7 @@ class Case:
 def build(request: Request) -> Trainer:
     """Builds the package's trainer on random tokens."""
     config = request.config
-    pretrained = open_for_pruning(Path(config.model.path), config.model, config.prune)
+    pretrained = open_for_pruning(Path(config.model.path), config.model)
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)

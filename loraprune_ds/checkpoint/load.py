@@ -54,7 +54,7 @@ class TrainingCheckpoint:
         if not self.state.shape.is_source:
             return replace(dense, weights=open_stored(folder, dense.shape.after(keep), dense.weights.storage))
         if folder.resolve() != dense.folder.resolve():
-            dense = open_for_pruning(folder, self.config.model, self.config.prune)
+            dense = open_for_pruning(folder, self.config.model)
         return replace(dense, weights=dense.weights.cut(keep))
 
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:

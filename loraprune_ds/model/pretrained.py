@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraprune_ds.config import ModelConfig, PruneConfig
+from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, StoredTensor, fill
@@ -262,10 +262,10 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     return PretrainedModel(folder, config, modules, weights, tower)
 
 
-def open_for_pruning(folder: Path, model: ModelConfig, prune: PruneConfig, *, packing: bool = False) -> PretrainedModel:
+def open_for_pruning(folder: Path, model: ModelConfig, *, packing: bool = False) -> PretrainedModel:
     """Opens the model of a run as `open_pretrained`, and checks that it has everything that the run needs."""
     pretrained = open_pretrained(folder)
-    check_family(pretrained.shape.family, pretrained.config, str(folder), prune, packing=packing)
+    check_family(pretrained.shape.family, pretrained.config, str(folder), packing=packing)
     if model.text_only:
         pretrained = replace(pretrained, tower=None)
     return replace(pretrained, weights=replace(pretrained.weights, storage=FrozenStorage.from_config(model)))

@@ -7,7 +7,6 @@ from typing import Any, cast
 from huggingface_hub import hf_hub_download
 from transformers import PreTrainedModel
 
-from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, config_object, refused_in_one_line
@@ -118,7 +117,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     return shape, modules
 
 
-def check_family(family: Family, source: dict[str, Any], where: str, prune: PruneConfig, *, packing: bool) -> None:
+def check_family(family: Family, source: dict[str, Any], where: str, *, packing: bool) -> None:
     """Checks that this family can do what a run asks for. `source` is config.json.
 
     Raises:
@@ -126,15 +125,7 @@ def check_family(family: Family, source: dict[str, Any], where: str, prune: Prun
     """
     if packing and not family.packs:
         raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
-    if family.mixture is None:
-        return
-    heads_leave = prune.head_ratio and "heads" not in family.fixed
-    if prune.compensate != "none" and not heads_leave:
-        raise UserError(
-            f"prune.compensate: least_squares makes up for heads and not for experts, and all heads of {where} stay; "
-            "set prune.head_ratio, or prune.compensate: none"
-        )
-    if source.get("router_jitter_noise"):
+    if family.mixture and source.get("router_jitter_noise"):
         raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
 
 

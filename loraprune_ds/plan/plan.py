@@ -107,10 +107,12 @@ def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
     optimizer, files = {"offload_optimizer": PINNED}, "--set deepspeed=ds_configs/zero3_offload"
     both, on_gpu = optimizer | {"offload_param": PINNED}, {x: not request.offloads(x) for x in ("optimizer", "param")}
     int8, again = request.config.model.frozen, train.gradient_checkpointing
+    refits = bool(request.measured(request.shape))
     changes: list[tuple[bool, str, str, dict[str, Any]]] = [  # wanted, ...
         (train.micro_batch_size > 1, "one sample at a time", "--set train.micro_batch_size=1", {"train": ONE}),
         (not again, "activation checkpointing", "--set train.gradient_checkpointing=true", {"train": AGAIN}),
         (bool(request.taught), "no distillation", "--set train.distill_weight=0", {"train": {"distill_weight": 0.0}}),
+        (refits, "no refit", "--set prune.compensate=none", {"prune": {"compensate": "none"}}),
         (int8 is None, "int8 weights", "--set model.frozen=int8", {"model": {"frozen": "int8"}}),
         (request.fetch.max_live_parameters > layer, "fewer gathered weights", in_json, {"deepspeed": few}),
         (on_gpu["optimizer"], "optimizer on the host", f"{files}_optimizer.json", {"deepspeed": optimizer}),
@@ -183,7 +185,8 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
 
 
 def notes(plan: Plan) -> list[str]:
-    request, nodes, lines = plan.request, plan.request.cluster.nodes, list[str]()
+    request, nodes = plan.request, plan.request.cluster.nodes
+    lines = [request.config.recipe]
     if not request.steps_known:
         known = "--samples N, or --set train.epochs=null --set train.steps=N"
         lines.append(f"the run counts epochs and its data is not here: its steps are assumed ({known})")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.text_part import check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
+from loraprune_ds.pruning.limits import resolve_refit
 from loraprune_ds.pruning.ranking import shape_of_uniform, uniform_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import make_limits
@@ -207,7 +208,7 @@ def build_request(
     """Builds the request for a known shape. Raises UserError if the run config does not fit model or ranks."""
     train = config.train
     whole, source = source, text_config(source, name)
-    check_family(shape.family, source, name, config.prune, packing=config.data.packing)
+    check_family(shape.family, source, name, packing=config.data.packing)
     train.gradient_accumulation_steps(cluster.world_size)
     few = f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}"
     require(samples is None or samples >= train.global_batch_size, few)
@@ -219,6 +220,7 @@ def build_request(
     limits = make_limits(config.prune, shape)
     if source is not whole and not config.model.text_only:
         check_tower(whole, shape_of_uniform(limits) if config.prune.ranking == "uniform" else None, name)
+    config = replace(config, prune=resolve_refit(config.prune, limits))
     pruning = plan_pruning(config.prune, limits, steps)
     path, per_node, model = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.model
     ds_config = resolve_ds_config(path, shape, cluster.world_size, train, model, config.lora.r, ranks_per_node=per_node)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 
@@ -146,6 +146,19 @@ def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
         )
     shares = {kind: head_ratio * part / leaving for kind, part in numel.items()}
     return replace(limits, ratio=ratio, shares=shares | {fine: 1 - of_heads / leaving})
+
+
+def resolve_refit(config: PruneConfig, limits: Limits) -> PruneConfig:
+    """Fills in `prune.compensate`. Raises UserError if it is given, and experts alone leave."""
+    refits = any(share > 0 for kind, share in limits.shares.items() if kind != "experts")
+    if config.compensate is None:
+        return replace(config, compensate="least_squares" if refits else "none")
+    require(
+        refits or config.compensate == "none",
+        f"prune.compensate: {config.compensate} makes up for heads and channels, and here only experts leave; "
+        "set prune.head_ratio, or leave prune.compensate out",
+    )
+    return config
 
 
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:

@@ -107,7 +107,7 @@ class Pruner:
             scores = [drawn.select(keep) for drawn, keep in zip(self._random, self.kept_of_dense, strict=True)]
         else:
             self._unchecked = score_groups(self.model, criterion, step, self.recorder)
-            scores = self._unchecked.by_layer(self.config.normalization)
+            scores = self._unchecked.by_layer(self.config.normalize)
         self.average.update(scores)
 
     def cut(self, step: int, *, scored: bool = True) -> Cut | None:

@@ -117,8 +117,8 @@ class OutputFolder:
             self._refuse_foreign()
             return "fresh"
 
-    def create(self) -> None:
-        """Makes the folder and writes the resolved config into it. UserError if it cannot be written."""
+    def create(self, config: RunConfig) -> None:
+        """Makes the folder and writes the run's `config` into it. UserError if it cannot be written."""
         config_file, is_new = self.path / CONFIG_FILE, self.start == "fresh"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ class OutputFolder:
                 config_file.touch(exist_ok=False)
             remove_leftovers(self.path)
             remove_leftovers(self.path / CHECKPOINTS_FOLDER)
-            write_text(config_file, yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+            write_text(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
         except FileExistsError:
             raise UserError(
                 f"output_dir {self.path}: another start has just taken it; choose another output_dir"

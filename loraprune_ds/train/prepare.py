@@ -1,6 +1,6 @@
 """Prepares a run before any long work, to find everything that is wrong with its input."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.text_part import check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
+from loraprune_ds.pruning.limits import resolve_refit
 from loraprune_ds.pruning.ranking import shape_of_uniform
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import make_limits
@@ -81,7 +82,7 @@ def _check_profile_steps(logging: LoggingConfig, steps: int) -> None:
 
 def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepared:
     model, train, lora_rank = config.model, config.train, config.lora.r
-    pretrained = open_for_pruning(locate_model(model), model, config.prune, packing=config.data.packing)
+    pretrained = open_for_pruning(locate_model(model), model, packing=config.data.packing)
     shape = pretrained.shape
     if model.adapter:
         check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
@@ -92,6 +93,7 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
         pruned = shape_of_uniform(limits) if config.prune.ranking == "uniform" else None
         check_tower(tower.config, pruned, str(pretrained.folder))
         check_processor(pretrained.folder)
+    config = replace(config, prune=resolve_refit(config.prune, limits))
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
     positions = pretrained.config.get("max_position_embeddings")
@@ -137,7 +139,8 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
         f"on {ranks} ({device_name()})",
         f"{prepared.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens, "
         f"{len(pruning.schedule.cut_steps())} cuts to {format_percent(pruning.limits.ratio)} of the decoder layers' "
-        f"linear parameters (criterion {config.prune.criterion}, ranking {config.prune.ranking})",
+        "linear parameters",
+        config.recipe,
     ]
     if attention := describe_attention(config.model.attn_implementation, dense.family):
         lines.append(attention)

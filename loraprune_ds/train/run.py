@@ -11,6 +11,7 @@ import torch
 
 from loraprune_ds.checkpoint.layout import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
+from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RankError, fail_point
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
@@ -49,7 +50,7 @@ def run(output: OutputFolder, comm: Communicator) -> bool:
     prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
     warnings: list[str] = []
     checkpoint = find_checkpoint(output, comm, warnings) if resumes else None
-    comm.on_rank_0(lambda: _open_output(output, checkpoint, warnings))
+    comm.on_rank_0(lambda: _open_output(output, prepared.config, checkpoint, warnings))
     output.check_shared(comm)
     with _open_context(prepared, checkpoint, comm) as context:
         for line in warnings:
@@ -63,8 +64,10 @@ def run(output: OutputFolder, comm: Communicator) -> bool:
     return finished
 
 
-def _open_output(output: OutputFolder, checkpoint: TrainingCheckpoint | None, warnings: list[str]) -> None:
-    output.create()
+def _open_output(
+    output: OutputFolder, config: RunConfig, checkpoint: TrainingCheckpoint | None, warnings: list[str]
+) -> None:
+    output.create(config)
     warnings += drop_stale_requests(output.path)
     if checkpoint:
         take_over_metrics(checkpoint, output.path)

@@ -29,6 +29,7 @@ from loraprune_ds.zero.write import write_model
 from tests.benchmarks.memory import Peak, tell
 from tests.benchmarks.running import make_parser
 from tests.numerics.driver import Consecutive, assemble
+from tests.paper import PAPER
 
 STEPS, WINDOW = 3, 16
 CUTS = {1: 0.25, 2: 0.5}  # step -> fraction of the decoder's linear parameters that is gone after it
@@ -66,9 +67,14 @@ def make_config(folder: Path, ranks: int, *, int8: bool) -> RunConfig:
         deepspeed=str(folder / "ds.json"),
         model=ModelConfig(path=str(folder / "model"), frozen="int8" if int8 else None),
         data=DataConfig(window=WINDOW),
-        prune=PruneConfig(ratio=0.5, channel_multiple=1, protected_first=0, protected_last=0),
+        prune=PruneConfig(**PAPER | {"ratio": 0.5, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}),
         train=TrainConfig(
-            steps=STEPS, global_batch_size=ranks, micro_batch_size=1, learning_rate=1e-4, gradient_checkpointing=True
+            steps=STEPS,
+            global_batch_size=ranks,
+            micro_batch_size=1,
+            learning_rate=1e-4,
+            gradient_checkpointing=True,
+            distill_weight=0,
         ),
     )
 
@@ -84,7 +90,7 @@ def main() -> None:
     quiet_deepspeed()
     comm = start_ranks()
     config, phases = make_config(folder, comm.world_size, int8=arguments.int8), Phases()
-    pretrained = open_for_pruning(folder / "model", config.model, config.prune)
+    pretrained = open_for_pruning(folder / "model", config.model)
     ds_config = resolve_ds_config(
         config.deepspeed, pretrained.shape, comm.world_size, config.train, config.model, config.lora.r
     )

@@ -8,9 +8,15 @@ import deepspeed
 
 from tests.hf.trainers import train_with_callback
 from tests.numerics.driver import Job, tiny_job
+from tests.paper import PAPER
 
 STEPS = 10
-PRUNE = {"ratio": 0.4, "prune_every": 2, "cooldown_fraction": 0.3, "channel_multiple": 1}  # cuts after 3, 5 and 7
+PRUNE = PAPER | {
+    "ratio": 0.4,
+    "prune_every": 2,
+    "cooldown_fraction": 0.3,
+    "channel_multiple": 1,
+}  # cuts after 3, 5 and 7
 SAVES = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
 
 

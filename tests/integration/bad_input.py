@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.integration.launching import ROOT, Ended, read_json, write_config, write_text
 from tests.oracle.models import make_tiny_llama
+from tests.paper import PAPER
 from tests.refusals import Spoil
 
 STEPS = 4
@@ -24,8 +25,8 @@ def make_material(root: Path) -> Path:
     content = {
         "model": {"path": str(root / "model"), "dtype": "float32"},
         "data": {"path": str(root / "text.txt"), "window": 32},
-        "prune": {"channel_multiple": 1, "ratio": 0.2, "prune_every": 1},
-        "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2},
+        "prune": PAPER | {"channel_multiple": 1, "ratio": 0.2, "prune_every": 1},
+        "train": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "distill_weight": 0},
         "evaluate": {"window": 32, "max_windows": 4},
     }
     write_config(root / "run.yaml", content)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.integration.launching import Ended, Launcher, fork_ranks, launch, read_json, write_config, write_text
 from tests.integration.resuming import metrics, read_tensors
 from tests.oracle.models import make_tiny_llama
+from tests.paper import PAPER
 from tests.stranger import ask_stranger
 
 VOCAB, LAYERS, HEAD_DIM = 259, 3, 8
@@ -38,7 +39,7 @@ class Case:
         return self.name
 
 
-GLOBAL = {"ranking": "global", "ratio": 0.35}
+GLOBAL = {"ranking": "global", "normalize": "none", "ratio": 0.35}
 CHECKPOINTING = {"gradient_checkpointing": True}
 CASES = (
     Case("uniform", "llama", {**SIZES, "tie": True}),
@@ -118,9 +119,17 @@ def run_config(case: Case, source: Path, root: Path) -> dict[str, Any]:
             "cooldown_fraction": 0.2,
             "protected_first": 0,
             "protected_last": 0,
+            **PAPER,
             **case.prune,
         },
-        "train": {"steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "learning_rate": 1e-3, **case.train},
+        "train": {
+            "steps": STEPS,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "learning_rate": 1e-3,
+            "distill_weight": 0,
+        }
+        | case.train,
         "evaluate": {"window": WINDOW, "max_windows": WINDOWS, "batch_size": 5, **case.evaluate},
     }
 
@@ -130,6 +139,7 @@ import json, sys
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from tests.paper import PAPER
 
 @torch.no_grad()
 def perplexity(folder, trust, text, window, count):

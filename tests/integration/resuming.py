@@ -32,6 +32,7 @@ from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.zero.comm import Communicator
 from tests.families import tiny_model
 from tests.oracle.models import make_tiny_llama
+from tests.paper import PAPER
 
 STEPS = 20
 CUTS = [7, 12, 17]  # nothing is left to go at 18, where the last would be due
@@ -48,13 +49,15 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
         "model": {"path": str(folder / "source"), "dtype": "float32"},
         "lora": {"r": 4, "lora_dropout": 0.1},
         "data": {"path": str(folder / "text.txt"), "window": 24},
-        "prune": {"channel_multiple": 1, "ratio": 0.4, "prune_every": 5, "protected_first": 0, "protected_last": 0},
+        "prune": PAPER
+        | {"channel_multiple": 1, "ratio": 0.4, "prune_every": 5, "protected_first": 0, "protected_last": 0},
         "train": {
             "steps": STEPS,
             "global_batch_size": 6,
             "micro_batch_size": 1,
             "learning_rate": 5e-3,
             "adam_epsilon": 1e-3,
+            "distill_weight": 0,
         },
         "evaluate": {"window": 24, "max_windows": 4},
         "checkpoint": {"every": 1, "keep_last": STEPS},

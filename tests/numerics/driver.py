@@ -33,6 +33,7 @@ from loraprune_ds.zero.sharded import ShardedModel
 from tests.families import SIZES, tiny_model
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.paper import PAPER
 from tests.zero_bytes import state_tensors
 
 Options = dict[str, Any]
@@ -152,7 +153,7 @@ def build(job: Job) -> Trainer:
     gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
     world_size = torch.distributed.get_world_size()
     size = len(job.batches[0][0])
-    pinned: dict[str, Any] = {"channel_multiple": 1}  # the models are narrow
+    pinned: dict[str, Any] = PAPER | {"channel_multiple": 1}  # the models are narrow
     config = RunConfig(
         output_dir="unused",
         seed=job.seed,
@@ -173,7 +174,7 @@ def build(job: Job) -> Trainer:
             distill_temperature=job.distill_temperature,
         ),
     )
-    pretrained = open_for_pruning(job.folder, config.model, config.prune)
+    pretrained = open_for_pruning(job.folder, config.model)
     ds_config = resolve_ds_config(
         config.deepspeed, pretrained.shape, world_size, config.train, config.model, config.lora.r
     )

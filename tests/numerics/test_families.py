@@ -16,6 +16,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.family import FAMILIES
 from tests.families import families
 from tests.numerics.driver import family_job, train
+from tests.paper import PAPER
 from tests.ranks import RankPool
 from tests.unit.plain_training import PlainRun
 
@@ -55,7 +56,7 @@ def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family:
     heads_go = FAMILIES[family].mixture and "heads" not in FAMILIES[family].fixed  # else only experts would
     prune: dict[str, Any] = PRUNE | ({"head_ratio": 0.4} if heads_go else {})
     job, lora = family_job(tmp_path, family, prune, steps=STEPS)
-    config = PruneConfig(channel_multiple=1, **prune)
+    config = PruneConfig(**(PAPER | {"channel_multiple": 1} | prune))
     rounded, exact = (
         PlainRun(job.folder, lora, config, STEPS, alpha=job.lora_alpha, dtype=dtype).run(job.batches)
         for dtype in (torch.float32, torch.float64)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraprune_ds.config import ModelConfig, PruneConfig
+from loraprune_ds.config import ModelConfig
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT, Int8
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
@@ -36,7 +36,7 @@ CUT_LAYERS = (1, 2)
 
 def open_int8(folder: Path) -> PretrainedModel:
     """Opens a model whose linears are to be held as int8."""
-    return open_for_pruning(folder, ModelConfig(frozen="int8"), PruneConfig())
+    return open_for_pruning(folder, ModelConfig(frozen="int8"))
 
 
 def write_dequantised(source: Path, folder: Path, dtype: str) -> Path:
@@ -133,8 +133,8 @@ def test_so_do_experts(ranks: RankPool, tmp_path: Path, family: str) -> None:
     [
         {"gradient_checkpointing": True, "micro_batch_size": 1, "criterion": "lora_squared"},
         {"criterion": "gradient", "deepspeed": "ds_configs/zero3_offload.json"},
-        {"criterion": "magnitude", "ranking": "global"},
-        {"criterion": "fisher", "lora_dropout": 0.1},
+        {"criterion": "magnitude", "ranking": "global", "normalize": "none"},
+        {"criterion": "fisher", "normalize": "none", "lora_dropout": 0.1},
         {"criterion": "random", "dtype": "float32"},
     ],
     ids=lambda changes: changes["criterion"],

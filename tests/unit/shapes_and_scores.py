@@ -14,6 +14,7 @@ from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.target import make_limits
+from tests.paper import PAPER
 
 KINDS = FAMILIES["llama"].kinds
 
@@ -68,7 +69,7 @@ def random_shape(draw: random.Random, *, uniform: bool) -> ModelShape:
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
-    free = {"ratio": 1e-4, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}
+    free = PAPER | {"ratio": 1e-4, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}
     return make_limits(PruneConfig(**{**free, **prune}), shape)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -199,14 +198,6 @@ def test_accumulation_follows_from_the_ranks() -> None:
         message = refused(train.gradient_accumulation_steps, world_size)
         assert f"24 in micro-batches of 2 cannot be split over {world_size} ranks" in message
         assert message.endswith("world sizes that fit: 1, 2, 3, 4, 6, 12")
-
-
-@pytest.mark.parametrize(
-    ("ranking", "normalize", "expected"),
-    [("uniform", None, "l2"), ("global", None, "none"), ("uniform", "none", "none"), ("global", "step", "step")],
-)
-def test_normalisation_goes_with_the_ranking(ranking: Any, normalize: Any, expected: str) -> None:
-    assert PruneConfig(ranking=ranking, normalize=normalize).normalization == expected
 
 
 @pytest.mark.parametrize("target", ["4.5B", "4500000000", "4_500_000_000", "4500M"])

@@ -27,6 +27,7 @@ from loraprune_ds.zero.params import ScalePlan, decode_rows
 from tests.families import tiny_model
 from tests.family_cuts import PROMPT, dense, difference, find_router, sparse_layers
 from tests.oracle.models import make_batches
+from tests.paper import PAPER
 from tests.plain_model import PlainModel
 from tests.refusals import refuses
 from tests.unit.plain_training import PlainRun, fresh_lora
@@ -93,7 +94,7 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
     ratio = 5 * len(sparse) * shape.group_numel("experts") / shape.linear_numel()
     prune: dict[str, Any] = {"ratio": ratio, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
     prune |= {"protected_first": 0, "protected_last": 0, "criterion": criterion}
-    config = PruneConfig(**prune)
+    config = PruneConfig(**PAPER | prune)
     run = PlainRun(tmp_path, fresh_lora(shape), config, 1)
     run.run(make_batches(steps=1, samples=12, tokens=16, vocab=97, seed=3))
     for i, experts in useless.items():
@@ -141,7 +142,7 @@ def deep() -> ModelShape:
 
 def test_a_group_keeps_enough_for_the_router() -> None:
     """It compares groups by their best two, and takes 3 experts of two groups."""
-    config = PruneConfig(ratio=0.1, protected_first=0, protected_last=0)
+    config = PruneConfig(**PAPER | {"ratio": 0.1, "protected_first": 0, "protected_last": 0})
     limits = make_limits(config, deep())
     assert [layer["experts"] for layer in limits.floor] == [0, 8, 8, 8]
     assert limits.multiples["experts"] == 4

@@ -26,6 +26,7 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.flops import active_lora, active_numel
 from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.pruning.limits import resolve_refit
 from loraprune_ds.pruning.prunable_model import LoraFactors
 from loraprune_ds.pruning.target import make_limits
 from tests.families import tiny_model
@@ -36,8 +37,6 @@ from tests.refusals import refuses
 KINDS = tuple(name for name, family in FAMILIES.items() if family.mixture)
 IN_ONE = {"gpt_oss": 4, "granitemoe": 2}  # tensors on disk that hold all experts of a layer
 TOLERANCE = 1e-5  # sums in another order, some 1e-7 each; a wrong expert moves the logits by about 1
-REFIT = PruneConfig(compensate="least_squares")
-REFIT_OF_HEADS = PruneConfig(compensate="least_squares", head_ratio=0.2)
 
 
 def merged_stacks(network: Network) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -177,9 +176,6 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "settings", "reason"),
     [
-        ("mixtral", {}, {"prune": REFIT}, r"prune\.compensate: .*for heads and not for experts, and all heads of"),
-        ("olmoe", {}, {"prune": REFIT_OF_HEADS}, r"prune\.compensate: .*all heads of .* stay"),
-        ("mixtral", {}, {"prune": REFIT_OF_HEADS}, None),
         ("mixtral", {"router_jitter_noise": 0.1}, {}, r"config\.json has router_jitter_noise"),
         # It makes its masks without positions. tests/unit/test_data_packing.py shows the others.
         ("gpt_oss", {}, {"data": DataConfig(packing=True, format="chat")}, r"data\.packing is not supported for .*"),
@@ -193,7 +189,17 @@ def test_a_run_that_a_mixture_cannot_do_is_refused(
     saved(family, tmp_path, **changes)
     with pytest.raises(UserError, match=reason) if reason else nullcontext():
         config = RunConfig("unused", **settings)
-        open_for_pruning(tmp_path, config.model, config.prune, packing=config.data.packing)
+        open_for_pruning(tmp_path, config.model, packing=config.data.packing)
+
+
+def test_a_refit_is_chosen_where_heads_or_channels_leave() -> None:
+    def resolved(family: str, **prune: Any) -> str | None:
+        config, shape = PruneConfig(ratio=0.3, channel_multiple=1, protected_first=0, **prune), dense(family).shape
+        return resolve_refit(config, make_limits(config, shape)).compensate
+
+    assert (resolved("llama"), resolved("mixtral")) == ("least_squares", "none")
+    assert resolved("mixtral", head_ratio=0.2) == "least_squares"
+    refuses("^prune.compensate: least_squares .* only experts leave", resolved, "mixtral", compensate="least_squares")
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -220,9 +226,8 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
             nn.init.zeros_(factor)
     load_adapter(again.model, tmp_path, network.shape, 3)
     assert torch.equal(again.logits(), network.logits())
-    if whole := [
-        name for name in tensors if any(f".{x}." in name for own in network.shape.whole.values() for x in own)
-    ]:
+    linears = {f".{name}." for own in network.shape.whole.values() for name in own}
+    if whole := [name for name in tensors if any(part in name for part in linears)]:
         save_file({n: x for n, x in tensors.items() if n not in whole}, tmp_path / "adapter_model.safetensors")
         check_adapter(tmp_path, LoraConfig(r=3), network.shape)  # whole linears begin with fresh LoRA
         load_adapter(again.model, tmp_path, network.shape, 3)

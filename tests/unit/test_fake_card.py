@@ -94,7 +94,7 @@ def count_tokens(chosen: Tensor, count: int) -> list[int]:
     ("family", "settings"),
     [
         ("llama", {"criterion": "lora", **REFIT}),
-        ("llama", {"criterion": "gradient", "ranking": "global"}),
+        ("llama", {"criterion": "gradient", "ranking": "global", "normalize": "none"}),
         ("llama", {"criterion": "magnitude"}),
         ("llama", {"criterion": "random"}),
         ("phi3", {"criterion": "fisher", **REFIT}),

@@ -14,12 +14,13 @@ from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.target import make_limits
+from tests.paper import PAPER
 from tests.refusals import refused, refuses
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, random_scores_of, random_shape
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
-    return make_limits(PruneConfig(**{"ratio": 0.1, "channel_multiple": 1, **prune}), shape)
+    return make_limits(PruneConfig(**PAPER | {"ratio": 0.1, "channel_multiple": 1, **prune}), shape)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_a_multiple_that_a_layer_cannot_keep_is_refused(
     layer: tuple[int, int], prune: dict[str, Any], message: str | None
 ) -> None:
     """Layers 0 and 2 are protected. A server has to divide what they keep, too."""
-    config, shape = PruneConfig(**{"ratio": 0.01, **prune}), make_shape([layer] * 3)
+    config, shape = PruneConfig(**PAPER | {"ratio": 0.01, **prune}), make_shape([layer] * 3)
     if message is None:
         assert make_limits(config, shape).multiples == {"heads": 4, "channels": 96}
     else:

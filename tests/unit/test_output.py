@@ -46,7 +46,7 @@ def refused_start(config: RunConfig | dict[str, Any], resume: str | None = "auto
 
 def create(config: RunConfig) -> Path:
     output = start_with(config, "auto")
-    output.create()
+    output.create(config)
     return output.path
 
 
@@ -233,9 +233,9 @@ def test_a_path_may_lie_in_the_run_or_lead_to_another_for_a_new_folder(
 def test_one_fresh_start_gets_the_folder_and_the_next_removes_what_a_killed_process_left(config: RunConfig) -> None:
     first, second = start_with(config), start_with(config)
     assert (first.start, second.start) == ("fresh", "fresh")
-    first.create()
+    first.create(config)
     folder = first.path
-    refuses("another start has just taken it", second.create)
+    refuses("another start has just taken it", lambda: second.create(config))
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config.to_dict()
     (folder / ".status.json.1234.tmp").write_text("{")
     (folder / "checkpoints" / ".step-4.1234.partial").mkdir(parents=True)

@@ -22,6 +22,7 @@ from loraprune_ds.pruning.step import all_groups, check_same_mask
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.formula import cut_gap
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
+from tests.paper import PAPER
 from tests.plain_model import PlainModel
 from tests.unit.plain_training import Batch, PlainRun, fresh_lora
 
@@ -32,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gqa_biases": {"heads": 8, "kv_heads": 4, "head_dim": 4, "hidden": 32, "ffn": 41, "biases": True},
     "mistral": {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 20, "ffn": 23, "model_type": "mistral"},
 }
-UNIFORM = PruneConfig(ratio=0.3, channel_multiple=1, prune_every=2, protected_first=0)
+UNIFORM = PruneConfig(**PAPER | {"ratio": 0.3, "channel_multiple": 1, "prune_every": 2, "protected_first": 0})
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def assert_equals_oracle(tiny: Tiny, run: PlainRun, **settings: Any) -> None:
     """The oracle gets the number of groups that each cut keeps, but not which."""
     run.run(tiny.batches)
-    oracle = tiny.oracle(run, normalize=run.prune.normalization == "l2", **settings)
+    oracle = tiny.oracle(run, normalize=run.prune.normalize == "l2", **settings)
     counts = {cut.step: [(len(k["heads"]), len(k["channels"])) for k in cut.keep] for cut in run.cuts}
     records = oracle.run(tiny.batches, [run.learning_rate] * STEPS, counts)
     for step, record in enumerate(records, start=1):
@@ -111,7 +112,15 @@ def test_uniform_equals_the_oracle(tiny: Tiny) -> None:
 
 
 def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
-    prune = replace(UNIFORM, ratio=0.4, prune_every=3, ranking="global", criterion="lora_squared", protected_last=0)
+    prune = replace(
+        UNIFORM,
+        ratio=0.4,
+        prune_every=3,
+        ranking="global",
+        normalize="none",
+        criterion="lora_squared",
+        protected_last=0,
+    )
     run = tiny.plain(prune, micro_batch_size=2)
     assert_equals_oracle(tiny, run, power=2)
     largest_group = max(run.pruner.limits.dense.group_numel(kind) for kind in run.prunable.shape.kinds)

@@ -30,6 +30,7 @@ from loraprune_ds.plan.plan import (
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights, logits, split_state
 from tests.families import tiny_config
+from tests.paper import PAPER
 from tests.published import sizes_of
 from tests.refusals import refuses
 
@@ -39,11 +40,11 @@ WEIGHTS = SMALL.total_numel() * 2
 
 
 def request(cluster: Cluster, *, steps: int | None = 20, shape: ModelShape = SMALL, **train: Any) -> Request:
-    settings: dict[str, Any] = {"steps": steps, "global_batch_size": 64} | train
+    settings: dict[str, Any] = {"steps": steps, "global_batch_size": 64, "distill_weight": 0} | train
     config = RunConfig(
         output_dir="unused",
         data=DataConfig(window=64),
-        prune=PruneConfig(ratio=0.5, channel_multiple=1, prune_every=5),
+        prune=PruneConfig(**PAPER, ratio=0.5, channel_multiple=1, prune_every=5),
         train=TrainConfig(**settings),
     )
     return build_request("small", SOURCE, shape, config, cluster)
@@ -128,8 +129,8 @@ def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: 
 
 def test_what_a_run_refuses_is_not_planned() -> None:
     source = tiny_config("mixtral").to_dict()
-    refit = RunConfig("unused", prune=PruneConfig(channel_multiple=1, compensate="least_squares"))
-    with pytest.raises(UserError, match="least_squares makes up for heads and not for experts"):
+    refit = RunConfig("unused", prune=PruneConfig(ratio=0.3, protected_first=0, compensate="least_squares"))
+    with pytest.raises(UserError, match="least_squares makes up for heads and channels"):
         build_request("mixtral", source, shape_from_config(source, "mixtral"), refit, Cluster(1, 1))
 
 
@@ -276,7 +277,7 @@ def test_settings_of_quality_cost_what_they_hold_and_send() -> None:
     assert added == pytest.approx(2 * SMALL.linear_numel() * tokens)
     seldom = pruning(criterion="gradient", score_every=10)
     assert lora.in_all.bytes_sent < seldom.in_all.bytes_sent < gradient.in_all.bytes_sent
-    refit = pruning(compensate="least_squares")
+    refit = pruning(compensate="least_squares", compensate_steps=2)
     moments = 4 * (512**2 + 1376**2) * 2  # of two of the four layers that may be cut
     assert stage(refit, "dense").state == stage(lora, "dense").state | {"input_moments": moments}
     assert stage(refit, "the first cut").peak_phase == "refit"

@@ -16,6 +16,7 @@ from loraprune_ds.pruning.ranking import rank_uniform, uniform_counts, uniform_g
 from loraprune_ds.pruning.target import make_limits
 from tests.families import tiny_config
 from tests.oracle.formula import keep_best
+from tests.paper import PAPER
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape, random_limits, random_scores_of
 
 TARGETS = [0.2, 0.5, 0.75, 0.9, 0.97, 1.0]  # of the final ratio, as on the way there
@@ -98,11 +99,11 @@ def test_heads_give_their_share_where_channels_can_make_up_for_the_rest() -> Non
 
 
 def test_the_papers_model() -> None:
-    limits = make_limits(PruneConfig(ratio=0.5, channel_multiple=1), LLAMA_7B)  # 27 of 32 layers are open
+    limits = make_limits(PruneConfig(**PAPER, ratio=0.5, channel_multiple=1), LLAMA_7B)  # 27 of 32 layers are open
     goal = uniform_goal(limits, 0.5)
     assert goal["heads"] == 13  # (1 − 0.5 · 32/27) · 32 = 13.04
     assert error(limits, goal, 0.5) <= LLAMA_7B.group_numel("channels") / 2
-    rounded = uniform_goal(make_limits(PruneConfig(ratio=0.5, channel_multiple=64), LLAMA_7B), 0.5)
+    rounded = uniform_goal(make_limits(PruneConfig(**PAPER, ratio=0.5, channel_multiple=64), LLAMA_7B), 0.5)
     assert (rounded["heads"], rounded["channels"]) == (13, 4480)
 
 
@@ -142,7 +143,7 @@ def test_counts_never_grow_on_the_way_and_end_exactly() -> None:
 
 
 def test_on_the_way_both_kinds_are_cut_in_proportion() -> None:
-    limits = make_limits(PruneConfig(ratio=0.5, channel_multiple=1), LLAMA_7B)
+    limits = make_limits(PruneConfig(**PAPER, ratio=0.5, channel_multiple=1), LLAMA_7B)
     counts = uniform_counts(limits, 0.25, 0.5)
     goal = uniform_goal(limits, 0.5)
     assert abs(counts["heads"] - (32 + goal["heads"]) / 2) <= 0.5

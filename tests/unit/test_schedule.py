@@ -81,7 +81,7 @@ def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, 
 
 
 def test_a_ratio_that_changes_no_width_is_refused() -> None:
-    config = PruneConfig(ratio=1e-4, channel_multiple=128)
+    config = PruneConfig(ranking="uniform", ratio=1e-4, channel_multiple=128)
     with pytest.raises(UserError, match=r"^prune\.ratio 0\.0001 is too small .* prune\.channel_multiple 128$"):
         schedules.make_schedule(config, 100, make_limits(config, LLAMA_7B))
 

@@ -16,6 +16,7 @@ from loraprune_ds.pruning.limits import Limits, limits_without_ratio
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform, uniform_counts, uniform_goal
 from loraprune_ds.pruning.target import describe_target, make_limits, measure, on_a_server, server_memory
 from tests.families import MIXTURES, tiny_config
+from tests.paper import PAPER
 from tests.refusals import refused, refuses
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of
 
@@ -25,7 +26,7 @@ LIMITS: list[dict[str, Any]] = [{}, {"channel_multiple": 1}, {"channel_multiple"
 
 def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
     """Returns the shape after a cut with random scores."""
-    config = PruneConfig(**prune)
+    config = PruneConfig(**PAPER | prune)
     limits = make_limits(config, shape)
     scores = random_scores_of(shape, torch.Generator().manual_seed(seed))
     if config.ranking == "uniform":
@@ -35,7 +36,7 @@ def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
 
 def uniform_step(shape: ModelShape, prune: dict[str, Any], of_weight: float = 1, of_a_head: float = 0) -> float:
     """Returns the size that leaves with one step of the channels in all open layers, plus that of a head."""
-    limits = limits_without_ratio(PruneConfig(**{**prune, "target": "1GiB"}), shape)
+    limits = limits_without_ratio(PruneConfig(**(PAPER | prune | {"target": "1GiB"})), shape)
     return len(limits.open_layers) * (limits.step_numel("channels") * of_weight + of_a_head)
 
 
@@ -121,13 +122,13 @@ def test_the_report_tells_what_was_reached() -> None:
     ],
 )
 def test_a_target_that_cannot_be_reached_is_refused(prune: dict[str, Any], message: str) -> None:
-    refuses(f"^{re.escape(message)}", make_limits, PruneConfig(**prune), LLAMA_7B)
+    refuses(f"^{re.escape(message)}", make_limits, PruneConfig(**PAPER | prune), LLAMA_7B)
 
 
 def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
-    named = re.search(r"at least ([\d.]+) B stay", refused(make_limits, PruneConfig(target="1B"), LLAMA_7B))
+    named = re.search(r"at least ([\d.]+) B stay", refused(make_limits, PruneConfig(**PAPER, target="1B"), LLAMA_7B))
     smallest = float(named.group(1))  # type: ignore[union-attr]
-    assert make_limits(PruneConfig(target=f"{smallest + 0.05}B"), LLAMA_7B).ratio
+    assert make_limits(PruneConfig(**PAPER, target=f"{smallest + 0.05}B"), LLAMA_7B).ratio
 
 
 # `prune.head_ratio`: heads and channels give different fractions, and together what `prune.ratio` asks for
@@ -137,7 +138,9 @@ SHAPE = make_shape([(9, 1536)] * 10, hidden=576, head_dim=64)
 
 def limits_of(**prune: Any) -> Limits:
     return make_limits(
-        PruneConfig(**({"ratio": 0.417, "channel_multiple": 1, "protected_first": 1, "protected_last": 1} | prune)),
+        PruneConfig(
+            **(PAPER | {"ratio": 0.417, "channel_multiple": 1, "protected_first": 1, "protected_last": 1} | prune)
+        ),
         SHAPE,
     )
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from loraprune_ds.config import ModelConfig, PruneConfig
+from loraprune_ds.config import ModelConfig
 from loraprune_ds.evaluate.models import find_model, load_model, open_result
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.experts import stack_experts
@@ -107,7 +107,7 @@ def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], 
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("preprocessor*"))
     check_processor(folder)
     refuses(r"bare has none of preprocessor_config\.json, .*model\.text_only", check_processor, bare)
-    assert open_for_pruning(folder, ModelConfig(text_only=True), PruneConfig()).tower is None
+    assert open_for_pruning(folder, ModelConfig(text_only=True)).tower is None
 
 
 def draw_layers(shape: Any, *counts: tuple[int, int]) -> Any:
