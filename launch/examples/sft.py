@@ -5,12 +5,12 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 from trl import SFTConfig, SFTTrainer
 
-from loraprune_ds import LoraPruneCallback, PruneConfig
+from loraprune_ds import LoraPruneCallback, PruneConfig, linear_names
 
 parser = HfArgumentParser((PruneConfig, SFTConfig))
 prune, args, (model, data) = parser.parse_args_into_dataclasses(return_remaining_strings=True)
 rows = load_dataset("json", data_files=data, split="train")
-lora = LoraConfig(target_modules="all-linear")
+lora = LoraConfig(target_modules=linear_names(model))
 pruning = LoraPruneCallback(prune)
 trainer = SFTTrainer(model, args, train_dataset=rows, peft_config=lora, callbacks=[pruning])
 trainer.train(resume_from_checkpoint=pruning.resume(trainer.model))

@@ -83,7 +83,7 @@ def test_no_sort_of_layers_loses_more_than_its_cap(most: float) -> None:
     """At the largest ratio the narrower sort of a hybrid has reached it."""
     dense = shape_from_config(tiny_config("qwen3_5_text", head_dim=20).to_dict(), "somewhere")
     limits = limits_of(dense, ratio=0.01, max_layer_ratio=most)
-    largest = reachable(PruneConfig(), limits)[1] / dense.linear_numel()
+    largest = reachable(PruneConfig(**PAPER), limits)[1] / dense.linear_numel()
     goal = uniform_goal(limits, largest)
     assert largest > 0.7 * most
     assert limits.lost_by_all(goal) == pytest.approx(largest * dense.linear_numel())
