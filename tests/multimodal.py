@@ -1,12 +1,21 @@
 """Tiny random multimodal models, and inputs with an image."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    PreTrainedModel,
+)
 
-from tests.families import tiny_config
+from tests.families import SIZES, tiny_config
+from tests.oracle.models import make_tokenizer
 
 SIGLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIGLIP |= {"image_size": 28, "patch_size": 14}
@@ -69,6 +78,18 @@ def multimodal(outer: str) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.eval()
+
+
+def save_gemma3(folder: Path) -> None:
+    """Writes a whole Gemma 3 with tokenizer and processor, whose image tokens are letters."""
+    multimodal("gemma3").save_pretrained(folder)
+    tokenizer = make_tokenizer(SIZES["vocab_size"])
+    names = zip(("image_token", "boi_token", "eoi_token"), (IMAGE, START, END), strict=True)
+    special = {name: tokenizer.convert_ids_to_tokens(token) for name, token in names}
+    tokenizer.save_pretrained(folder)
+    named = AutoTokenizer.from_pretrained(folder, extra_special_tokens=special)
+    image_processor = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    Gemma3Processor(image_processor, named, image_seq_length=4).save_pretrained(folder)
 
 
 def inputs_with_image(outer: str) -> dict[str, Tensor]:

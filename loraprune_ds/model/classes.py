@@ -125,7 +125,7 @@ def refused_in_one_line(where: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # a config.json may hold anything
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = f"{type(error).__name__}: {one_line(error)[:200]}"  # one lists all model types
         raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}") from error
 
 

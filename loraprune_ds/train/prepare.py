@@ -12,10 +12,11 @@ from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.classes import check_flash_attention, describe_attention
+from loraprune_ds.model.exported_config import NEXT_TOKENS
 from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
-from loraprune_ds.model.text_part import check_processor, check_tower
+from loraprune_ds.model.text_part import MTP, check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.pruning.limits import resolve_refit
@@ -146,6 +147,8 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
         lines.append(attention)
     if prepared.pretrained.tower:
         lines.append("the vision tower stays as it is and comes along; only the text part is tuned and cut")
+    if prepared.pretrained.config.get(NEXT_TOKENS):
+        lines.append(f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0")
     if dense.family.mixture and config.prune.compensate != "none":
         lines.append(
             f"prune.compensate: {config.prune.compensate} refits o_proj. Nothing makes up for experts that leave"

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.integration.launching import ROOT, Ended, read_json, write_config, write_text
+from tests.multimodal import multimodal
 from tests.oracle.models import make_tiny_llama
 from tests.paper import PAPER
-from tests.refusals import Spoil
+from tests.refusals import Spoil, edit
 
 STEPS = 4
 Make = Callable[[Path, Path], None]  # (material, here): prepares in `here` what a wrong config names
@@ -61,6 +62,17 @@ def copy_of_model(change: Spoil) -> Make:
 def drop_tokenizer(model: Path) -> None:
     for path in model.glob("tokenizer*"):
         path.unlink()
+
+
+def tower(outer: str = "qwen3_5", **vision: Any) -> Make:
+    """A multimodal model without a processor, and with changes of its tower's config."""
+
+    def make(material: Path, here: Path) -> None:
+        multimodal(outer).save_pretrained(here / "model")
+        config = read_json(here / "model" / "config.json")
+        edit("config.json", vision_config=config["vision_config"] | vision)(here / "model")
+
+    return make
 
 
 def file_at(name: str, text: str) -> Make:

@@ -18,6 +18,7 @@ from tests.integration.bad_input import (
     drop_tokenizer,
     ds_config,
     file_at,
+    tower,
 )
 from tests.integration.launching import ROOT, RUN, fork_ranks, run_to_end
 from tests.refusals import edit, truncate
@@ -38,6 +39,7 @@ class Wrong:
 
 
 MODEL, DS = "model.path={here}/model", "deepspeed={here}/ds.json"
+OPEN = "prune.protected_first=0 prune.protected_last=0"
 WRONG = (
     Wrong("unknown key", "prune.rato=0.5", ("unknown key prune.rato", "ratio")),
     Wrong("unreachable ratio", "prune.ratio=0.9", ("prune.ratio 0.9 is out of reach", "at most 0.2625")),
@@ -46,6 +48,11 @@ WRONG = (
     Wrong("gpt2", MODEL, ("'gpt2'", " llama, ", " mistral, "), copy_of_model(edit("config.json", model_type="gpt2"))),
     Wrong("truncated weights", MODEL, ("model.safetensors is damaged",), copy_of_model(truncate("model.safetensors"))),
     Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(drop_tokenizer)),
+    Wrong(
+        "unknown tower", MODEL, ("model: transformers cannot build", "subconfig: any"), tower("llava", model_type="any")
+    ),
+    Wrong("tower, global", f"{MODEL} {OPEN} prune.ranking=global", ("layers of one size", "prune.ranking"), tower()),
+    Wrong("tower, no processor", f"{MODEL} {OPEN}", ("none of preprocessor_config.json", "model.text_only"), tower()),
     Wrong("no adapter", "model.adapter={here}", ("adapter_config.json does not exist",)),
     Wrong("no data", "data.path={here}/text.txt", ("data.path", "does not exist")),
     Wrong(

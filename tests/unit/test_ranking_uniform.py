@@ -17,6 +17,7 @@ from loraprune_ds.pruning.target import make_limits
 from tests.families import tiny_config
 from tests.oracle.formula import keep_best
 from tests.paper import PAPER
+from tests.refusals import refuses
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape, random_limits, random_scores_of
 
 TARGETS = [0.2, 0.5, 0.75, 0.9, 0.97, 1.0]  # of the final ratio, as on the way there
@@ -76,6 +77,11 @@ def test_layers_of_several_sorts_have_equal_counts(family: str, ratio: float, he
     gave = {kind: 1 - max(x[kind] for x in left.layers) / count for kind, count in limits.open_counts.items()}
     asked = head_ratio or (0 if dense.family.mixture else ratio)
     assert all(abs(gave[kind] - asked) < 0.11 for kind in dense.kinds[:-1])  # half a group of five
+
+
+def test_what_equal_counts_of_a_hybrid_cannot_reach_is_one_line() -> None:
+    dense = shape_from_config(tiny_config("qwen3_5_text").to_dict(), "somewhere")
+    refuses(r"^prune\.ratio 0\.99 is out of reach: .* at most 0\.\d+ can go$", limits_of, dense, ratio=0.99)
 
 
 @pytest.mark.parametrize("most", [0.45, 0.55, 0.7])

@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.evaluate.models import find_model, load_model, open_result
@@ -22,7 +23,7 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, ope
 from loraprune_ds.model.text_part import LAYOUTS, check_processor, check_tower
 from loraprune_ds.model.weight_files import copy_tensors
 from tests.family_cuts import FEW, MANY, PROMPT, Network, cut_and_export, difference, draw, reopened, with_lora
-from tests.multimodal import inputs_with_image, multimodal
+from tests.multimodal import inputs_with_image, multimodal, save_gemma3
 from tests.refusals import refuses
 from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
 
@@ -132,6 +133,23 @@ def test_the_first_qwen2_5_vl_has_its_text_outside(tmp_path: Path) -> None:
     stock: Any = AutoModelForImageTextToText
     _, info = stock.from_pretrained(export.folder, output_loading_info=True)
     assert not any(info.values()), info
+
+
+def test_the_processor_comes_along(tmp_path: Path) -> None:
+    """It makes the same inputs of a picture as the source's, which the export reads."""
+    save_gemma3(tmp_path / "whole")
+    pretrained = open_pretrained(tmp_path / "whole")
+    check_processor(pretrained.folder)
+    counts = [KEPT["gemma3"]] * len(pretrained.shape.layers)
+    export = cut_and_export(untrained(pretrained), tmp_path / "model", *counts, source=pretrained)
+    picture = Image.fromarray(torch.arange(1200, dtype=torch.uint8).view(20, 20, 3).numpy())
+    processors = (AutoProcessor.from_pretrained(folder) for folder in (tmp_path / "whole", export.folder))
+    before, after = (dict(one(text="x an image", images=[picture], return_tensors="pt")) for one in processors)
+    assert before.keys() == after.keys() >= {"input_ids", "pixel_values"}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model = open_result(export.folder).load_model()
+    other = after | {"pixel_values": -after["pixel_values"]}
+    assert difference(logits(model, after), logits(model, other)) > 1e-3
 
 
 def test_tensors_are_copied_byte_by_byte(tmp_path: Path) -> None:
