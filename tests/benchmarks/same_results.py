@@ -76,7 +76,6 @@ ALL_LEVERS: Settings = {
     "train": {"distill_weight": 0.5, "recovery_steps": 2},
 }
 HALF: Settings = {"model": {"dtype": "bfloat16"}}
-CAPPED: Settings = {"prune": {**GLOBAL, "max_layer_ratio": 0.6}}
 CHECKPOINTING: Settings = {
     "prune": {"ratio": 0.25, "protected_first": 1, "protected_last": 1},
     "train": {"gradient_checkpointing": True, "global_batch_size": 12, "micro_batch_size": 2},
@@ -94,7 +93,6 @@ LEVERS: dict[str, tuple[str, Settings]] = {
     "least squares": ("biased", {"prune": {**GLOBAL, "compensate": "least_squares"}}),
     "distillation": ("plain", {"train": {"distill_weight": 0.5}}),
     "head ratio": ("mistral", {"prune": {"head_ratio": 0.3, "channel_multiple": 2}}),
-    "capped": ("plain", CAPPED),
     "gradient checkpointing, protected": ("biased", CHECKPOINTING),
     "all levers": ("plain", ALL_LEVERS),
     "bf16": ("biased", HALF),
