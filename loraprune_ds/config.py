@@ -36,7 +36,7 @@ Window = Annotated[int, Field(ge=2)]
 Size = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Frozen = Literal["int8"]
-Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "random"]
+Criterion = Literal["lora", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "step", "none"]
 Compensation = Literal["none", "least_squares"]
@@ -220,7 +220,6 @@ class PruneConfig:
     protected_last: CountOr0 = 1  # last layers that are not cut
     channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
     tensor_parallel: Count = 1  # GPUs of a server that share the result. Kept heads and channels divide by it
-    score_every: Count = 1  # steps between scorings. The step of a cut always scores
     compensate: Compensation = "none"  # `least_squares` refits linears that lose inputs, such as o_proj and down_proj
     compensate_steps: Count = 2  # steps whose inputs are measured before a cut, its own step included
     compensate_decay: Fraction = 0.5  # weight of earlier measured steps when one more is measured

@@ -28,11 +28,6 @@ def active_numel(shape: ModelShape) -> int:
     return shape.linear_numel() + never_cut - idle * shape.group_numel("experts")
 
 
-def met_numel(shape: ModelShape) -> int:
-    """Counts the parameters with LoRA that one token meets."""
-    return sum(_met(shape, i, linear, shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
-
-
 def active_lora(shape: ModelShape, lora_rank: int) -> int:
     """Counts the elements of LoRA that one token meets."""
     ids = shape.linear_ids()

@@ -61,7 +61,7 @@ lora.lora_dropout=1 data.window=1 data.format=csv data.held_out_fraction=1 data.
 prune.ratio=0 prune.ratio=1 prune.ratio=.nan prune.head_ratio=1 prune.criterion=taylor prune.ranking=local
 prune.normalize=max prune.moving_average=1 prune.prune_every=0 prune.channel_multiple=0
 prune.protected_first=-1 prune.protected_last=-1
-prune.warmup_fraction=1 prune.warmup_fraction=0.9 prune.score_every=0 prune.compensate=mean
+prune.warmup_fraction=1 prune.warmup_fraction=0.9 prune.compensate=mean
 prune.compensate_steps=0 prune.compensate_decay=1
 train.steps=0 train.steps=ten train.steps=10.0 train.steps=true train.epochs=0 train.recovery_steps=-1
 train.distill_weight=1.5 train.distill_weight=-1 train.learning_rate=0
