@@ -309,10 +309,7 @@ BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
     (f"{DENSE} --page a.html", "--page has no effect without --answers", None),
     (f"{DENSE} --answers --page {{here}}/gone/a.html", "--page {here}/gone/a.html: {here}/gone is no folder", None),
     (f"{DENSE} --answers --sharded", "--sharded measures perplexity only", None),
-    (f"{DENSE} --serve-python python3", "--serve-python has no effect without", None),
-    (f"{DENSE} --rounds 2", "--rounds has no effect without --speed or --serve", None),
-    (f"{DENSE} --serve vllm --gguf f16", "--gguf has no effect without --serve llama.cpp", None),
-    (f"{DENSE} --serve vllm --dtype float32", "--dtype has no effect on --serve", None),
+    (f"{DENSE} --rounds 2", "--rounds has no effect without --speed", None),
     ("{made}/apart/adapter " + TEXT + " --sharded", "{made}/apart/adapter: --sharded cannot merge an adapter", None),
 )
 
