@@ -8,8 +8,8 @@
 deepspeed --quiet --num_accelerators 2 launch/evaluate.py MODEL --text FILE --sharded     (or torchrun)
 deepspeed --module loraprune_ds.cli.evaluate MODEL --text FILE --sharded            (without a checkout)
 
-MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, or `embedded`. It can also be the folder
-of a run or of one of its checkpoints. An unfinished run is measured at its newest good checkpoint.
+MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, `embedded`, or the folder of a finished
+run. launch/export.py makes a model of a checkpoint.
 
 Perplexity: the text is tokenised once, with the special tokens that the tokenizer adds at its start. It is split into
 windows side by side, and the tail is dropped. Each window of n tokens gives n - 1 predictions, summed in float64. With
@@ -27,7 +27,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
@@ -151,9 +151,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             os.environ.setdefault("TQDM_DISABLE", "1")
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
     from loraprune_ds.evaluate.evaluation import evaluate
-    from loraprune_ds.evaluate.models import merged
+    from loraprune_ds.evaluate.models import find_model
     from loraprune_ds.evaluate.result import make_result
-    from loraprune_ds.evaluate.speed import raise_when_terminated
     from loraprune_ds.evaluate.tasks import check_tasks
     from loraprune_ds.report.report import hardware, versions
     from loraprune_ds.zero.device import device_name
@@ -162,21 +161,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.verbose:
         quiet_deepspeed()
     comm = start_ranks()
-    # One rank per node downloads, converts or merges. The others then find the result in the node's cache.
+    # One rank per node downloads or converts. The others then find the result in the node's cache.
     is_first = os.environ["LOCAL_RANK"] == "0"
     names = [arguments.model, *([arguments.dense] if arguments.dense else [])]
-    if answers:
-        raise_when_terminated()  # so that a merged model is removed
     if tasks:
         comm.all_or_raise(lambda: check_tasks(tasks))
-    with merged(names, comm, is_first_on_node=is_first) as paths:
-        with comm.patient() as waiting:
-            waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-        settings = comm.all_or_raise(lambda: make_settings(arguments, measured))
-        measurements = [
-            replace(one, path=name)
-            for one, name in zip(evaluate(paths, settings, comm, show_progress), names, strict=True)
-        ]
+    with comm.patient() as waiting:
+        waiting.all_or_raise(lambda: list(map(find_model, names)) if is_first else None)
+        waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
+    settings = comm.all_or_raise(lambda: make_settings(arguments, measured))
+    measurements = evaluate(names, settings, comm, show_progress)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(measurements, settings, comm.world_size, provenance)
     stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one

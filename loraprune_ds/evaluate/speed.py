@@ -4,18 +4,15 @@ The models take turns within every round, so that other work on the machine slow
 """
 
 import inspect
-import signal
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 
-from loraprune_ds.errors import RunError
 from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.zero.device import accelerator, is_cpu
 
@@ -73,18 +70,3 @@ def _medians(rounds: Sequence[Round], settings: SpeedSettings) -> Speed:
         settings.generated / statistics.median(decode),
         max((peak for peak in peaks if peak is not None), default=None),
     )
-
-
-class Terminated(RunError):
-    """SIGTERM as an exception, so that files and servers are cleaned up."""
-
-    exit_code = 128 + signal.SIGTERM
-
-
-def raise_when_terminated() -> None:
-    """Makes SIGTERM raise Terminated in this process."""
-
-    def terminate(*_: object) -> NoReturn:
-        raise Terminated("ended by SIGTERM")
-
-    signal.signal(signal.SIGTERM, terminate)
