@@ -13,7 +13,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta, store_frozen
-from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 
@@ -26,23 +25,6 @@ def active_numel(shape: ModelShape) -> int:
     others = (size for i in range(len(shape.layers)) for size in shape.others(i).values())
     never_cut = sum(math.prod(size) for size in others if len(size) > 1)
     return shape.linear_numel() + never_cut - idle * shape.group_numel("experts")
-
-
-def met_numel(shape: ModelShape) -> int:
-    """Counts the parameters with LoRA that one token meets."""
-    return sum(_met(shape, i, linear, shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
-
-
-def active_lora(shape: ModelShape, lora_rank: int) -> int:
-    """Counts the elements of LoRA that one token meets."""
-    ids = shape.linear_ids()
-    return sum(_met(shape, i, linear, size) for i, linear in ids for size in shape.lora_shapes(i, linear, lora_rank))
-
-
-def _met(shape: ModelShape, layer: int, linear: Linear, size: tuple[int, int]) -> int:
-    """Counts the elements of a tensor that one token meets. A stack has equal parts for all experts."""
-    numel = math.prod(size)
-    return numel // shape.layers[layer]["experts"] * shape.experts_per_token if linear.is_stack else numel
 
 
 def mlp_width(shape: ModelShape, layer: int) -> int:
