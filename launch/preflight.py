@@ -7,17 +7,254 @@ nodes check that they share this folder, and that collectives pass between all h
 """
 
 import argparse
+import multiprocessing
 import os
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
 try:
-    from loraprune_ds.command import Parser, leave
-    from loraprune_ds.errors import UserError, require
+    import torch
+    from torch import distributed
+    from torch.distributed import (
+        DistError,
+        TCPStore,  # pyright: ignore[reportPrivateImportUsage]
+    )
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    from loraprune_ds.command import Parser, gloo_interface, leave
+    from loraprune_ds.errors import UserError, one_line, require
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")
 
 MOST_SECONDS = 86_400
+VERDICT_READ_WITHIN = 5.0  # seconds that the first node stays for the others to read the verdict
+VISIBLE_WITHIN = 15.0  # seconds until the others must see a file that one node has written
+GPU_NUMEL, CPU_NUMEL = 1 << 26, 1 << 18  # fp32 elements that a rank sends: 256 MiB, or 1 MiB over gloo
+REPEATS = 3
+
+
+class Unfit(Exception):
+    """Says what is wrong with this node."""
+
+
+def check_nodes(nodes: list[str], index: int, port: int, timeout: float, ranks_per_node: int, output: Path) -> bool:
+    """Checks this node, `index`, and all nodes together. Returns True if all are fit."""
+    try:
+        rendezvous = Rendezvous(nodes, index, port, timeout)
+    except Unfit as problem:
+        tell(nodes[index], str(problem))  # the other nodes cannot learn of it
+        return False
+    fit = check_together(rendezvous, ranks_per_node, output)
+    if fit and index == 0:
+        sys.stdout.write(f"preflight: all {len(nodes)} nodes are fit\n")
+    return fit
+
+
+def check_together(rendezvous: "Rendezvous", ranks_per_node: int, output: Path) -> bool:
+    """Makes one check after the other on all nodes, until a node fails one."""
+    with ExitStack() as open_files:
+
+        def write_probe() -> None:
+            probe = open_files.enter_context(probe_file(output))
+            rendezvous.store.set(f"probe {rendezvous.index}", str(probe))
+
+        def see_probe() -> None:
+            check_visible(Path(rendezvous.store.get("probe 0").decode()), rendezvous.nodes[0])
+
+        return (
+            rendezvous.agree("accelerators", lambda: check_accelerators(ranks_per_node))
+            and rendezvous.agree("output", write_probe)
+            and rendezvous.agree("shared", see_probe)
+            and rendezvous.agree("hosts", lambda: check_hosts(rendezvous))
+            and rendezvous.agree("ranks", lambda: check_ranks(rendezvous, ranks_per_node))
+        )
+
+
+def tell(node: str, problem: str) -> None:
+    sys.stderr.write(f"preflight: {node}: {problem}\n")
+
+
+class Rendezvous:
+    """Holds the store on the first node, in which the nodes report to each other."""
+
+    def __init__(self, nodes: list[str], index: int, port: int, timeout: float) -> None:
+        """Opens the store, or raises Unfit if the first node cannot be reached or its port is taken."""
+        self.nodes, self.index, self.port, self.timeout = nodes, index, port, timeout
+        limit = timedelta(seconds=timeout)
+        try:
+            self.store = TCPStore(nodes[0], port, is_master=index == 0, timeout=limit, wait_for_workers=False)
+        except DistError as error:
+            raise Unfit(f"cannot meet the others at {nodes[0]}:{port}: {str(error).splitlines()[0]}") from None
+
+    def agree(self, stage: str, check: Callable[[], None]) -> bool:
+        """Returns True if every node passes `check`. The first node names those that do not. All nodes must call it."""
+        problem = ""
+        try:
+            check()
+        except (Unfit, OSError, RuntimeError) as error:
+            problem = one_line(error)
+        self.store.set(f"{stage} {self.index}", problem)
+        if self.index > 0:
+            verdict = self._read(f"{stage} all", 2 * self.timeout)  # the first node itself waits once that long
+            if verdict is None:
+                tell(self.nodes[self.index], f"{self.nodes[0]} is gone")
+            self.store.set(f"{stage} heard {self.index}", "")
+            return verdict == "fit"
+        deadline = time.monotonic() + self.timeout
+        fit = True
+        for index, node in enumerate(self.nodes):
+            problem = self._read(f"{stage} {index}", deadline - time.monotonic())
+            if problem != "":
+                fit = False
+                tell(node, f"no answer in {self.timeout:g} s" if problem is None else problem)
+        self.store.set(f"{stage} all", "fit" if fit else "unfit")
+        deadline = time.monotonic() + VERDICT_READ_WITHIN  # the store ends with this node
+        for index in range(1, len(self.nodes)):
+            self._read(f"{stage} heard {index}", deadline - time.monotonic())
+        return fit
+
+    def _read(self, key: str, seconds: float) -> str | None:
+        """Reads what another node has set; None if it comes too late or the store is gone."""
+        try:
+            self.store.wait([key], timedelta(seconds=max(0.1, seconds)))
+            return self.store.get(key).decode()
+        except DistError:
+            return None
+
+
+def check_accelerators(ranks: int) -> None:
+    """Computes a small product on every accelerator that a rank will use."""
+    from loraprune_ds.zero.device import accelerator, is_cpu  # not at the top: the spawned ranks need no DeepSpeed
+
+    count = 1 if is_cpu() else accelerator().device_count()
+    if not is_cpu() and count < ranks:
+        raise Unfit(f"{count} accelerators for {ranks} ranks")
+    for device in range(count if is_cpu() else ranks):
+        ones = torch.ones(64, 64, device=accelerator().device_name(None if is_cpu() else device))
+        if (ones @ ones).sum().item() != 64**3:
+            raise Unfit(f"{ones.device} computes wrong numbers")
+
+
+@contextmanager
+def probe_file(folder: Path) -> Iterator[Path]:
+    """Writes a file into `folder`, or the nearest existing folder above it, and removes it at the end."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with tempfile.NamedTemporaryFile(prefix=".preflight-", dir=existing) as file:
+        yield Path(file.name)
+
+
+def check_visible(probe: Path, first_node: str) -> None:
+    """Checks that this node sees what the first one has written, since output_dir has to be shared."""
+    deadline = time.monotonic() + VISIBLE_WITHIN
+    while not probe.exists():
+        if time.monotonic() > deadline:
+            raise Unfit(f"output_dir is not shared: it has no {probe}, which {first_node} has written")
+        time.sleep(0.5)
+
+
+def check_hosts(rendezvous: Rendezvous) -> None:
+    """Adds up one number per node by gloo, which ranks use to wait for another rank's download."""
+    os.environ |= gloo_interface(os.environ)
+    try:
+        distributed.init_process_group(
+            "gloo",
+            store=PrefixStore("hosts", rendezvous.store),
+            rank=rendezvous.index,
+            world_size=len(rendezvous.nodes),
+            timeout=timedelta(seconds=rendezvous.timeout),
+        )
+        distributed.all_reduce(torch.ones(1))
+        distributed.destroy_process_group()
+    except RuntimeError as error:
+        hint = "GLOO_SOCKET_IFNAME must name the network interface that does"
+        raise Unfit(f"gloo does not reach the other nodes, {hint}: {one_line(error)}") from None
+
+
+def check_ranks(rendezvous: Rendezvous, ranks_per_node: int, backend: str | None = None) -> None:
+    """Runs collectives over one process per accelerator. The first node prints how fast an all-to-all was.
+
+    Raises:
+        Unfit: a rank failed or gave no answer. The message names it.
+    """
+    from loraprune_ds.zero.device import accelerator
+
+    backend = backend or accelerator().communication_backend_name()
+    index, world_size = rendezvous.index, len(rendezvous.nodes) * ranks_per_node
+    context, deadline = multiprocessing.get_context("spawn"), time.monotonic() + 2 * rendezvous.timeout
+    where = (rendezvous.nodes[0], rendezvous.port, rendezvous.timeout)
+    connections, processes = [], []
+    for local in range(ranks_per_node):
+        ours, theirs = context.Pipe(duplex=False)
+        rank = index * ranks_per_node + local
+        processes.append(context.Process(target=_be_rank, args=(*where, backend, rank, local, world_size, theirs)))
+        processes[-1].start()
+        theirs.close()  # otherwise the pipe would not end with the rank
+        connections.append(ours)
+    answers = [_answer(connection, deadline) for connection in connections]
+    for process in processes:
+        process.kill()
+    for rank, answer in enumerate(answers, start=index * ranks_per_node):
+        if isinstance(answer, str):
+            raise Unfit(f"rank {rank}: {answer}")
+    if index == 0 and world_size > 1:
+        exchange = f"all-to-all over {world_size} ranks by {backend}"
+        sys.stdout.write(f"preflight: {exchange}: {cast(float, answers[0]):.3g} GB/s to the slowest\n")
+
+
+def _answer(connection: Connection, deadline: float) -> float | str:
+    try:
+        return connection.recv() if connection.poll(max(0.0, deadline - time.monotonic())) else "no answer"
+    except EOFError:
+        return "no answer"
+
+
+def _be_rank(
+    host: str, port: int, timeout: float, backend: str, rank: int, local: int, world_size: int, answer: Connection
+) -> None:
+    """Runs the collectives on one rank. Answers with the speed, or a line about the problem."""
+    limit = timedelta(seconds=timeout)
+    try:
+        device = "cpu" if backend == "gloo" else f"cuda:{local}"
+        if backend != "gloo":
+            torch.cuda.set_device(local)
+        store = PrefixStore("ranks", TCPStore(host, port, is_master=False, timeout=limit))
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        slowest = _exchange(rank, world_size, device)
+        distributed.barrier()
+        distributed.destroy_process_group()
+        answer.send(slowest)
+    except (DistError, RuntimeError, ValueError) as error:
+        answer.send(one_line(error))
+
+
+def _exchange(rank: int, world_size: int, device: str) -> float:
+    """Sends a part to every rank and checks the parts that arrive. Returns the GB/s of the slowest rank."""
+    number = torch.full((1,), float(rank), device=device)
+    distributed.all_reduce(number)
+    if number.item() != sum(range(world_size)):
+        raise ValueError(f"a sum over all ranks is {number.item():g}")
+    numel = (CPU_NUMEL if device == "cpu" else GPU_NUMEL) // world_size
+    sent = torch.full((world_size * numel,), float(rank), device=device)
+    received = torch.empty_like(sent)
+    distributed.all_to_all_single(received, sent)  # connects, which takes longer than the exchange itself
+    if received.view(world_size, -1)[:, -1].tolist() != list(range(world_size)):
+        raise ValueError("an all-to-all brought wrong numbers")
+    distributed.barrier()
+    began = time.perf_counter()
+    for _ in range(REPEATS):
+        distributed.all_to_all_single(received, sent)
+    received[-1].item()  # waits for a GPU
+    seconds = (time.perf_counter() - began) / REPEATS
+    speed = torch.tensor([4e-9 * numel * (world_size - 1) / seconds], device=device)
+    distributed.all_reduce(speed, op=distributed.ReduceOp.MIN)
+    return speed.item()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +284,6 @@ def main() -> int:
     index = int(os.environ.get("SLURM_NODEID", "0"))
     try:
         import loraprune_ds.train.run  # noqa: F401 (what launch/run.py imports before its ranks meet)
-        from loraprune_ds.zero.preflight import check_nodes
     except ImportError as error:  # the other nodes cannot learn of it
         print(f"preflight: {arguments.nodes[index]}: {sys.executable}: {error}", file=sys.stderr)
         return 1

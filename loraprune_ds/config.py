@@ -29,7 +29,6 @@ Positive = Annotated[float, Field(gt=0), NUMBER]
 AtLeast0 = Annotated[float, Field(ge=0), NUMBER]
 Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
 Part = Annotated[float, Field(gt=0, lt=1), NUMBER]
-PartOrAll = Annotated[float, Field(gt=0, le=1), NUMBER]
 LearningRate = Annotated[float, Field(gt=0, le=100), NUMBER]
 Count = Annotated[int, Field(ge=1)]
 CountOr0 = Annotated[int, Field(ge=0)]
@@ -37,7 +36,7 @@ Window = Annotated[int, Field(ge=2)]
 Size = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Frozen = Literal["int8"]
-Criterion = Literal["lora", "lora_squared", "gradient", "fisher", "magnitude", "random"]
+Criterion = Literal["lora", "fisher", "magnitude", "random"]
 Ranking = Literal["uniform", "global"]
 Normalization = Literal["l2", "step", "none"]
 Compensation = Literal["none", "least_squares"]
@@ -215,10 +214,8 @@ class PruneConfig:
     cooldown_fraction: Fraction = 0.1  # fraction of the steps after the last cut
     protected_first: CountOr0 | None = 0  # first layers that are not cut. None: 10 % of the layers, at least one
     protected_last: CountOr0 = 0  # last layers that are not cut
-    max_layer_ratio: PartOrAll = 1.0  # fraction of its linear parameters that a layer may lose
     channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
     tensor_parallel: Count = 1  # GPUs of a server that share the result. Kept heads and channels divide by it
-    score_every: Count = 1  # steps between scorings. The step of a cut always scores
     # `least_squares` refits linears that lose inputs, such as o_proj and down_proj. None: where those leave
     compensate: Compensation | None = None
     compensate_steps: Count = 4  # steps whose inputs are measured before a cut, its own step included

@@ -61,9 +61,6 @@ class PlainModel:
     def reduce_to(self, owner: int, values: Tensor) -> Tensor:
         return values
 
-    def reduce_scatter(self, values: Tensor) -> Tensor:
-        return values
-
     @torch.no_grad()
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         for linear_id in linear_ids:

@@ -216,8 +216,8 @@ def _measured_step(step: int, request: Request, trainer: Trainer, baseline: int)
         trainer.step(step)
     scores, own = step <= request.pruning.schedule.last_cut, comm.bytes_sent - before
     planned = step_sent(request, shape, (scores, scores))
-    pruning = planned["scoring"] + planned["weight_gradients"] + planned["input_moments"]
-    lora_scored = scores and request.config.prune.criterion in ("lora", "gradient", "magnitude")
+    pruning = planned["scoring"] + planned["input_moments"]
+    lora_scored = scores and request.config.prune.criterion in ("lora", "magnitude")
     of_lora = 8 * request.lora_shards(shape) * (world_size - 1) if lora_scored else 0
     agreed = 5 * 8 * (world_size - 1)  # fp64 numbers for the report
     return {
@@ -230,7 +230,7 @@ def _measured_step(step: int, request: Request, trainer: Trainer, baseline: int)
         },
         "lora_gradients": {
             "planned": planned["lora_gradients"],
-            "counted": sent["reduce_scatter_tensor"] - planned["weight_gradients"],
+            "counted": sent["reduce_scatter_tensor"],
         },
         "pruning": {"planned": pruning, "counted": own - agreed},
         "resident_planned": training_stage("", request, shape, scores=scores).resident,

@@ -5,12 +5,11 @@
 %(prog)s MODEL --tasks paper
 %(prog)s runs/quickstart --dense embedded --answers --page answers.html
 %(prog)s runs/quickstart --dense embedded --tasks reasoning_gym reasoning_gym:number_sequence:easy
-%(prog)s runs/quickstart --dense embedded --serve llama.cpp --serve-python path/to/venv/bin/python
 deepspeed --quiet --num_accelerators 2 launch/evaluate.py MODEL --text FILE --sharded     (or torchrun)
 deepspeed --module loraprune_ds.cli.evaluate MODEL --text FILE --sharded            (without a checkout)
 
-MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, or `embedded`. It can also be the folder
-of a run or of one of its checkpoints. An unfinished run is measured at its newest good checkpoint.
+MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, `embedded`, or the folder of a finished
+run. launch/export.py makes a model of a checkpoint.
 
 Perplexity: the text is tokenised once, with the special tokens that the tokenizer adds at its start. It is split into
 windows side by side, and the tail is dropped. Each window of n tokens gives n - 1 predictions, summed in float64. With
@@ -48,14 +47,11 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.prompts import DEFAULT, AnswerSettings, read_prompts
 from loraprune_ds.evaluate.settings import (
     DATASETS,
-    SERVERS,
     EvaluationSettings,
     EvaluationText,
     PerplexityProtocol,
-    ServeSettings,
     SpeedSettings,
     TaskSettings,
-    find_server,
     load_dataset_text,
     read_text,
 )
@@ -66,8 +62,7 @@ TASKS_HELP = "lm-eval's names or files, `paper`, reasoning_gym:NAME, or `reasoni
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
 NEEDS = {
     **dict.fromkeys(("--include-path", "--num-fewshot", "--limit"), "--tasks"),
-    **{f"--{field.name}": "--speed or --serve" for field in ROUND},
-    "--serve-python": "--serve",
+    **{f"--{field.name}": "--speed" for field in ROUND},
     **dict.fromkeys(("--max-new-tokens", "--page"), "--answers"),
 }
 
@@ -85,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=128, metavar="TOKENS", help="default: 128")
     parser.add_argument("--sliding", type=int, metavar="STRIDE", help="sliding windows, one every STRIDE tokens")
     parser.add_argument("--max-windows", type=int, metavar="N", help="only the first N (default: all)")
-    parser.add_argument("--dtype", choices=get_args(Dtype), help="not of --serve (default: the model's own)")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="default: the model's own")
     about = "windows or answers at once (default: about 2,048 tokens)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=about)
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=TASKS_HELP)
@@ -97,12 +92,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 128)")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write the answers side by side")
     parser.add_argument("--speed", action="store_true", help="prefill and decode tokens per second")
-    parser.add_argument("--serve", choices=SERVERS, help="prefill and decode tokens per second in this server")
-    parser.add_argument("--serve-python", metavar="PYTHON", help="of the environment that has the server")
     for field in ROUND:
-        about = f"of --speed and --serve (default: {field.default})"
+        about = f"of --speed (default: {field.default})"
         parser.add_argument(f"--{field.name}", type=int, metavar="N", default=argparse.SUPPRESS, help=about)
-    parser.add_argument("--gguf", choices=("f16", "q8_0"), help="file for llama.cpp (default: f16)")
     parser.add_argument("--sharded", action="store_true", help="spread the weights over the ranks (ZeRO-3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--verbose", action="store_true", help="let the libraries speak")
@@ -151,17 +143,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     collective_timeout(os.environ)
     check_needs(arguments, NEEDS)
     tasks, answers = task_settings(arguments), answer_settings(arguments)
-    measured = {"tasks": tasks, "answers": answers, **speed_settings(arguments)}
+    measured = {"tasks": tasks, "answers": answers, "speed": speed_settings(arguments)}
     if not arguments.verbose:
         silence_libraries()  # their bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
     # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
-    from loraprune_ds.evaluate.evaluation import evaluate_merged
-    from loraprune_ds.evaluate.models import merged
+    from loraprune_ds.evaluate.evaluation import evaluate
+    from loraprune_ds.evaluate.models import find_model
     from loraprune_ds.evaluate.result import make_result
-    from loraprune_ds.evaluate.speed import raise_when_terminated
     from loraprune_ds.evaluate.tasks import check_tasks
     from loraprune_ds.report.report import hardware, versions
     from loraprune_ds.zero.device import device_name
@@ -170,18 +161,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.verbose:
         quiet_deepspeed()
     comm = start_ranks()
-    # One rank per node downloads, converts or merges. The others then find the result in the node's cache.
+    # One rank per node downloads or converts. The others then find the result in the node's cache.
     is_first = os.environ["LOCAL_RANK"] == "0"
     names = [arguments.model, *([arguments.dense] if arguments.dense else [])]
-    if answers:
-        raise_when_terminated()  # so that a merged model is removed
     if tasks:
         comm.all_or_raise(lambda: check_tasks(tasks))
-    with merged(names, comm, is_first_on_node=is_first) as paths:
-        with comm.patient() as waiting:
-            waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-        settings = comm.all_or_raise(lambda: make_settings(arguments, measured))
-        measurements = evaluate_merged(names, paths, settings, comm, show_progress)
+    with comm.patient() as waiting:
+        waiting.all_or_raise(lambda: list(map(find_model, names)) if is_first else None)
+        waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
+    settings = comm.all_or_raise(lambda: make_settings(arguments, measured))
+    measurements = evaluate(names, settings, comm, show_progress)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(measurements, settings, comm.world_size, provenance)
     stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
@@ -194,7 +183,6 @@ def make_settings(arguments: argparse.Namespace, measured: dict[str, Any]) -> Ev
         text=read_evaluation_text(arguments),
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
-        gguf=arguments.gguf or "f16",
         sharded=arguments.sharded,
         **measured,
     )
@@ -206,18 +194,9 @@ def task_settings(arguments: argparse.Namespace) -> TaskSettings | None:
     return tasks if names else None
 
 
-def speed_settings(arguments: argparse.Namespace) -> dict[str, SpeedSettings | None]:
-    """Checks the options of speed, here and in a server, before anything that takes long."""
+def speed_settings(arguments: argparse.Namespace) -> SpeedSettings | None:
     rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
-    require(arguments.gguf is None or arguments.serve == "llama.cpp", "--gguf has no effect without --serve llama.cpp")
-    speed = SpeedSettings(**rounds) if arguments.speed else None
-    if arguments.serve is None:
-        return {"speed": speed}
-    measured = arguments.speed or arguments.tasks or arguments.answers or arguments.text or arguments.dataset
-    require(measured or arguments.dtype is None, "--dtype has no effect on --serve; a server takes the model's own")
-    require(os.environ.get("WORLD_SIZE", "1") == "1", "--serve measures on one rank; start it without a launcher")
-    python = find_server(arguments.serve, arguments.serve_python)
-    return {"speed": speed, "serve": ServeSettings(server=arguments.serve, python=python, **rounds)}
+    return SpeedSettings(**rounds) if arguments.speed else None
 
 
 def answer_settings(arguments: argparse.Namespace) -> AnswerSettings | None:
@@ -238,7 +217,7 @@ def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None
         raise UserError("--split is a part of --dataset; --text is read whole")
     if arguments.text:
         return read_text(arguments.text)
-    if not arguments.dataset and (arguments.tasks or arguments.answers or arguments.speed or arguments.serve):
+    if not arguments.dataset and (arguments.tasks or arguments.answers or arguments.speed):
         for option in ("split", "sliding", "max_windows"):
             name = f"--{option.replace('_', '-')}"
             require(getattr(arguments, option) is None, f"{name} has no effect without --dataset or --text")

@@ -17,7 +17,7 @@ from loraprune_ds.evaluate.closeness import Labelled, frozen_head, last_hidden
 from loraprune_ds.evaluate.models import ModelSource, find_model, load_model
 from loraprune_ds.evaluate.perplexity import Batch, Losses, Perplexity, Progress, make_batches, measure_perplexity
 from loraprune_ds.evaluate.settings import EvaluationSettings
-from loraprune_ds.evaluate.speed import Served, Speed, measure_speed, serve
+from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.tasks import run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
@@ -78,17 +78,7 @@ class Measurement:
     perplexity: Perplexity | None
     tasks: dict[str, Any] | None
     speed: Speed | None
-    served: Served | None = None
     answers: Generation | None = None
-
-
-def evaluate_merged(
-    names: list[str], paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress
-) -> list[Measurement]:
-    """As `evaluate`, and in a server too. `paths` are what `merged` made of `names`. Collective."""
-    measurements = evaluate(paths, settings, comm, progress)
-    served = serve(paths, settings.serve, settings.gguf) if settings.serve else [None] * len(paths)
-    return [replace(m, path=name, served=s) for m, name, s in zip(measurements, names, served, strict=True)]
 
 
 def evaluate(
@@ -146,7 +136,7 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
             raise UserError(f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
     most = source.pretrained.config.get("max_position_embeddings")
     lengths = [settings.protocol.window] if settings.text else []
-    lengths += [plan.prompt + plan.generated for plan in (settings.speed, settings.serve) if plan]
+    lengths += [plan.prompt + plan.generated] if (plan := settings.speed) else []
     for length in lengths:
         if most and length > most:
             raise UserError(f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")

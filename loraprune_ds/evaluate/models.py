@@ -1,13 +1,9 @@
 """Models by the name a user gives: a Hugging Face folder, a hub id, a PEFT adapter or the folder of a run."""
 
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -25,9 +21,7 @@ from loraprune_ds.checkpoint.layout import (
 )
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, one_line
-from loraprune_ds.export.formats import NoRoom, export
 from loraprune_ds.export.huggingface import has_tokenizer
-from loraprune_ds.export.lora import find_source
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER
 from loraprune_ds.model.classes import attn_implementation, causal_lm_class, config_object
@@ -36,8 +30,7 @@ from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
 from loraprune_ds.model.tokenizer import load_tokenizer
 
-if TYPE_CHECKING:  # a user who opens a result need not wait for DeepSpeed
-    from loraprune_ds.zero.comm import Communicator
+EXPORT_FIRST = "launch/export.py --format hf makes a model of it"
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,8 @@ def open_result(folder: str | Path) -> PruningResult:
     run = folder.absolute().parent if is_model and folder.absolute().name == MODEL_FOLDER else folder
     report, status = run / REPORT_FILE, read_status(run)
     if status and status.state != "finished":
-        raise UserError(f"{folder} holds an unfinished run ({status}), which has no {MODEL_FOLDER}/ yet")
+        unfinished = f"an unfinished run ({status}), which has no {MODEL_FOLDER}/ yet"
+        raise UserError(f"{folder} holds {unfinished}; {EXPORT_FIRST}")
     if not (is_model or status or report.is_file()):
         raise UserError(f"{folder} holds no finished run and no exported model")
     return PruningResult(
@@ -113,6 +107,8 @@ def find_model(path: str) -> ModelSource:
         folder = locate_model(ModelConfig(path))
     except UserError as error:
         raise UserError(str(error).removeprefix("model.path: ")) from None
+    if (folder / STATE_FILE).exists():
+        raise UserError(f"{path} is a checkpoint; {EXPORT_FIRST}")
     if (folder / STATUS_FILE).exists():
         return _find_run(path, folder)
     if not (folder / "config.json").is_file():
@@ -180,34 +176,3 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     except (SafetensorError, RuntimeError, ValueError, TypeError, UserWarning) as error:
         raise UserError(f"adapter {adapter} does not fit its base model: {one_line(error)[:200]}") from None
     return wrapped.merge_and_unload()
-
-
-@contextmanager
-def merged(paths: list[str], comm: "Communicator", *, is_first_on_node: bool) -> Iterator[list[str]]:
-    """Finds all models and merges the LoRA of checkpoints and unfinished runs. Yields the paths to load. Collective."""
-    with ExitStack() as stack:
-        scratch = None
-        if is_first_on_node:
-            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="evaluate-")))
-        with comm.patient() as waiting:
-            paths_here = waiting.all_or_raise(
-                lambda: [find_or_merge(path, scratch / str(i)) for i, path in enumerate(paths)] if scratch else None
-            )
-        # The ranks of a node follow its first one.
-        yield next(names for names in reversed(comm.gather_objects(paths_here)[: comm.rank + 1]) if names)
-
-
-def find_or_merge(path: str, out: Path) -> str:
-    """Returns the path of a model to load: `out` for a checkpoint or an unfinished run, otherwise `path` itself."""
-    if any((Path(path) / name).is_file() for name in (STATUS_FILE, STATE_FILE)):
-        source = find_source(Path(path))
-        if source.model is None:
-            try:
-                remarks = export(source, "hf", out)
-            except NoRoom as error:
-                raise UserError(f"{path} is to be merged first: {error}; TMPDIR names another folder") from None
-            for remark in remarks:
-                sys.stderr.write(f"note: {path}: {remark}\n")
-            return str(out)
-    find_model(path)
-    return path

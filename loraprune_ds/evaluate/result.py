@@ -29,7 +29,6 @@ def make_result(
         "sharded": settings.sharded,
         "answers_plan": settings.answers and asdict(settings.answers),
         "speed_plan": settings.speed and asdict(settings.speed),
-        "serve_plan": settings.serve and asdict(settings.serve),
         **provenance,
     }
 
@@ -43,7 +42,7 @@ def _model_entries(model: Measurement) -> dict[str, Any]:
 def result_table(result: dict[str, Any]) -> str:
     """Builds plain text of about 100 columns at most. The dense model is on the left."""
     models = [model for model in (result["dense"], result) if model]
-    parts = (_size_rows, _quality_rows, _task_rows, _answer_rows, _closeness_rows, _speed_rows, _served_rows)
+    parts = (_size_rows, _quality_rows, _task_rows, _answer_rows, _closeness_rows, _speed_rows)
     rows = [row for part in parts for row in part(models)]
     names = ["dense", "model"] if len(models) > 1 else ["model"]
     lines = [f"{name:<6} {_title(model)}" for name, model in zip(names, models, strict=True)]
@@ -156,14 +155,6 @@ def _speed_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
     if speeds[0]["peak_bytes"] is not None:
         peaks = [speed["peak_bytes"] / 1e6 for speed in speeds]
         yield "peak memory beyond weights, MB", [f"{peak:,.1f}" for peak in peaks], _less(peaks)
-
-
-def _served_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
-    served = [model["served"] for model in models]
-    if served[0] is None:
-        return
-    yield f"in {served[0]['server']} {served[0]['version']}", [one["form"] for one in served], ""
-    yield from _rate_rows(served, ("prefill", "decode", "batch"))
 
 
 def _rate_rows(speeds: list[dict[str, Any]], names: Sequence[str]) -> Iterable[Row]:

@@ -2,13 +2,10 @@
 
 import difflib
 import hashlib
-import os
-import shutil
-import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.prompts import AnswerSettings
@@ -78,10 +75,6 @@ def load_dataset_text(name: str, split: str) -> EvaluationText:
     return EvaluationText(name, split, "".join(dataset.raw_line(row) for row in rows[dataset.column]))
 
 
-Server = Literal["llama.cpp", "vllm"]
-SERVERS: tuple[Server, ...] = get_args(Server)
-MODULES = {"llama.cpp": "llama_cpp", "vllm": "vllm"}
-PYTHONS = {"llama.cpp": "LLAMA_CPP_PYTHON", "vllm": "VLLM_PYTHON"}  # variables that may name the Python
 GYM = "reasoning_gym"  # begins the names of its tasks, as in reasoning_gym:chain_sum. Alone it is a default set
 TOKENS_PER_BATCH = 2048  # the default: enough work for one pass, and logits of some hundred megabytes
 
@@ -135,18 +128,9 @@ class SpeedSettings:
             _check_least(f"--{field.name}", getattr(self, field.name), 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServeSettings(SpeedSettings):
-    """A round of one sequence in a server. vLLM then answers `batch` sequences together."""
-
-    server: Server
-    python: str  # of the environment with the server
-    batch: int = 8
-
-
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to measure, and how. Text, tasks, answers, speed or serve that are None are not measured."""
+    """What to measure, and how. Text, tasks, answers or speed that are None are not measured."""
 
     protocol: PerplexityProtocol
     text: EvaluationText | None = None
@@ -155,15 +139,12 @@ class EvaluationSettings:
     tasks: TaskSettings | None = None
     answers: AnswerSettings | None = None
     speed: SpeedSettings | None = None
-    serve: ServeSettings | None = None
-    gguf: Literal["f16", "q8_0"] = "f16"  # the file that llama.cpp serves
     sharded: bool = False  # ZeRO-3 spreads the weights over the ranks, for models that fit no single device
 
     def __post_init__(self) -> None:
         _check_least("--batch-size", self.batch_size, 1)
-        if self.sharded and (self.tasks or self.answers or self.speed or self.serve):
-            others = "--tasks, --answers, --speed and --serve"
-            raise UserError(f"--sharded measures perplexity only; {others} need the whole model")
+        if self.sharded and (self.tasks or self.answers or self.speed):
+            raise UserError("--sharded measures perplexity only; --tasks, --answers and --speed need the whole model")
 
     @property
     def actual_batch_size(self) -> int:
@@ -178,23 +159,3 @@ class EvaluationSettings:
 
 def _check_least(option: str, value: int | None, least: int) -> None:
     require(value is None or value >= least, f"{option} must be at least {least}; got {value}")
-
-
-def find_server(server: Server, python: str | None) -> str:
-    """Returns the Python that has a server. `python` defaults to the server's environment variable."""
-    named = python or os.environ.get(PYTHONS[server])
-    if named is None:
-        raise UserError(f"--serve {server} needs --serve-python, or {PYTHONS[server]}: a Python with {MODULES[server]}")
-    program = shutil.which(os.path.expanduser(named))
-    if program is None:
-        raise UserError(f"--serve-python: {named} is no program")
-    look = f"import importlib.util as u, sys; sys.exit(u.find_spec({MODULES[server]!r}) is None)"
-    answer = subprocess.run([program, "-c", look], env=server_environment(), capture_output=True, check=False)
-    require(answer.returncode == 0, f"--serve {server}: {named} has no {MODULES[server]}")
-    return program
-
-
-def server_environment() -> dict[str, str]:
-    """Returns the environment without the variables of this process's packages and ranks."""
-    own = ("PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {key: value for key, value in os.environ.items() if key not in own}

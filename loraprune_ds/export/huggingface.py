@@ -6,7 +6,6 @@ rank 0  write_index(staging, ...), finish_folder(staging, ...), publish(out)
 """
 
 import shutil
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -62,14 +61,10 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
     write_model_card(folder, card, exported)
 
 
-def copy_model(model: PretrainedModel, out: Path, place: Callable[[Path, Path], object] = shutil.copyfile) -> None:
-    """Fills the folder `out` with a model's files of known names. Our modelling file is the only code in the copy.
-
-    Args:
-        place: copies or links a weight file to another path.
-    """
+def copy_model(model: PretrainedModel, out: Path) -> None:
+    """Fills the folder `out` with a model's files of known names. Our modelling file is the only code in the copy."""
     for name in weight_file_names(model.folder):
-        place(model.folder / name, out / name)
+        shutil.copyfile(model.folder / name, out / name)
     copy_named(model.folder, out, ("config.json", INDEX_FILE, *PROCESSOR_FILES, *DOCUMENTS))
     copy_tokenizer(model.folder, out)
     config = read_json(out / "config.json")

@@ -14,7 +14,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta, store_frozen
-from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 
@@ -23,19 +22,9 @@ FUSED = "planned"  # our attention, by the name that transformers finds it under
 
 def active_numel(shape: ModelShape) -> int:
     """Counts the linear parameters that one token meets: all, but only its chosen experts."""
-    return sum(_met(shape, i, linear, shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
-
-
-def active_lora(shape: ModelShape, lora_rank: int) -> int:
-    """Counts the elements of LoRA that one token meets."""
-    ids = shape.linear_ids()
-    return sum(_met(shape, i, linear, size) for i, linear in ids for size in shape.lora_shapes(i, linear, lora_rank))
-
-
-def _met(shape: ModelShape, layer: int, linear: Linear, size: tuple[int, int]) -> int:
-    """Counts the elements of a tensor that one token meets. A stack has equal parts for all experts."""
-    numel = math.prod(size)
-    return numel // shape.layers[layer]["experts"] * shape.experts_per_token if linear.is_stack else numel
+    idle = sum(max(0, layer.get("experts", 0) - shape.experts_per_token) for layer in shape.layers)
+    every = sum(math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
+    return every - idle * shape.group_numel("experts")
 
 
 def mlp_width(shape: ModelShape, layer: int) -> int:

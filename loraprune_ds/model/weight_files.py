@@ -19,6 +19,7 @@ INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model-*-of-*.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 COPIED_BYTES = 1 << 24  # at a time
+SAVE_AGAIN = "AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(other_folder)"
 Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
@@ -69,7 +70,7 @@ def weight_file_names(folder: Path) -> list[str]:
         return indexed_names(folder / INDEX_FILE)
     names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS)
     if not names:
-        raise UserError(f"{folder} has no safetensors files")
+        raise UserError(f"{folder} has no safetensors files; a model in .bin files is saved again by {SAVE_AGAIN}")
     return names
 
 

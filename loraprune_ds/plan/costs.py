@@ -61,7 +61,6 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
         **weights,
         "lora_gradients": 4 * micro * lora * others,
         "scoring": scoring,
-        "weight_gradients": scores * micro * others * request.gradient_shards(shape) * request.gradient_size,
         "input_moments": moments,
     }
 
@@ -121,11 +120,9 @@ def _attention_product(request: Request, shape: ModelShape) -> float:
 
 def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> float:
     """Returns the operations of a step per token. A multiply-add is two."""
-    again, r = request.config.train.gradient_checkpointing, request.config.lora.r
-    per_token = (4 + 2 * again) * flops.active_numel(shape) + (6 + 2 * again) * flops.active_lora(shape, r)
+    again = request.config.train.gradient_checkpointing
+    per_token = (4 + 2 * again) * flops.active_numel(shape)  # LoRA's own products are below 1 %
     per_token += (7 + 2 * again) * _attention_product(request, shape) + 4 * shape.vocab_size * shape.hidden_size
-    if kind[0] and request.config.prune.criterion == "gradient":
-        per_token += 2 * flops.active_numel(shape)
     if kind[1]:
         per_token += sum(2 * numel_sent(shape.linear_shape(i, x)[1]) for i, x in request.measured(shape))
     if request.taught:

@@ -89,11 +89,6 @@ class Request:
     def element_size(self) -> int:
         return DTYPES[self.config.model.dtype].itemsize
 
-    @property
-    def gradient_size(self) -> int:
-        """The bytes of an element of the true gradient when it is formed. fp16 is too narrow for it."""
-        return 4 if self.config.model.dtype == "float16" else self.element_size
-
     @cached_property
     def fetch(self) -> DeepSpeedZeroConfig:
         """DeepSpeed's settings for gathers, in elements. `zero_hpz_partition_size` ranks share a second copy."""
@@ -136,12 +131,6 @@ class Request:
     def lora_shards(self, shape: ModelShape) -> int:
         """Counts the elements of a rank's shards of LoRA."""
         return self.shard_numel(shape.lora_sizes(self.config.lora.r))
-
-    def gradient_shards(self, shape: ModelShape) -> int:
-        """Counts the elements of a rank's shards of the true gradient, if the criterion needs it."""
-        if self.config.prune.criterion != "gradient":
-            return 0
-        return self.shard_numel(math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
 
     def second_copies(self, tensors: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's part of hpZ's second copy. 0 without hpZ."""

@@ -58,17 +58,16 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
     factors = [StoredTensor((n,), request.element_size) for n in shape.lora_sizes(request.config.lora.r)]
     embedding = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
     written = request.element_size * max(embedding, *(shape.layer_numel(i) for i in range(len(shape.layers))))
-    gradients = {"weight_gradients": 4 * request.gradient_shards(shape)}
     stepping = 0 if request.offloads("optimizer") else 8 * request.lora_shards(shape)
     passes = {
         "training": _training(request, shape),
         "optimizer step": {"optimizer_temporaries": stepping},
-        "scoring": _scoring(request, shape) | gradients if scores else {},
+        "scoring": _scoring(request, shape) if scores else {},
         "evaluation": _evaluation(request, shape),
         **({"teacher's pass": _teaching(request)} if request.taught else {}),
     }
     if scores:
-        passes["training"] |= gradients | _observing(request, shape)
+        passes["training"] |= _observing(request, shape)
     copies = {"second_copy_of_lora": request.second_copies(factors)}
     phases = {phase: terms | copies for phase, terms in passes.items()}
     phases["export"] = {"layer_on_its_writer": 2 * written}
@@ -204,11 +203,8 @@ def _training(request: Request, shape: ModelShape) -> Terms:
 
 def _observing(request: Request, shape: ModelShape) -> Terms:
     """Returns the terms of scoring and measuring in the passes of a step."""
-    config, terms, e = request.config, Terms(), request.gradient_size
+    config, terms = request.config, Terms()
     tokens = config.train.micro_batch_size * config.data.window
-    if config.prune.criterion == "gradient":
-        widest = max(math.prod(shape.linear_shape(i, x)) for i, x in shape.linear_ids())
-        terms["whole_gradient"] = 2 * e * widest + (e + 4) * request.shard_numel([widest])
     if config.prune.criterion == "fisher":
         widths = [(x.is_stack, shape.inputs_per_token(i, x)) for i, x in shape.input_linear_ids()]
         # Dropout replaces the inputs of a stack of experts, so the originals are kept for it.

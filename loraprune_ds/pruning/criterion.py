@@ -21,9 +21,8 @@ from loraprune_ds.pruning.prunable_model import Decode, LoraFactors, OwnedShard
 CPU_BLOCK_NUMEL = 1 << 18
 DEVICE_BLOCK_NUMEL = 1 << 23
 
-# (rows of W in fp32, which it may overwrite; their LoRA factors; for `gradient` also the rows of W's gradient) ->
-# element importance up to its sign, in the shape of the rows.
-ElementCriterion = Callable[..., Tensor]
+# (rows of W in fp32, which it may overwrite; their LoRA factors) -> element importance up to its sign, in their shape.
+ElementCriterion = Callable[[Tensor, LoraFactors], Tensor]
 
 
 def effective_weight(weight: Tensor, factors: LoraFactors) -> Tensor:
@@ -42,38 +41,16 @@ def lora(weight: Tensor, factors: LoraFactors) -> Tensor:
     return gradient_estimate(factors).mul_(effective_weight(weight, factors))
 
 
-def lora_squared(weight: Tensor, factors: LoraFactors) -> Tensor:
-    """Returns (G ⊙ (W + s·B·A))², as in the paper's text."""
-    return lora(weight, factors).square_()
-
-
-def gradient(weight: Tensor, factors: LoraFactors, weight_gradient: Tensor) -> Tensor:
-    """Returns gW ⊙ (W + s·B·A), signed, which `lora` estimates (LLM-Pruner's first order, arXiv 2305.11627)."""
-    return effective_weight(weight, factors).mul_(weight_gradient)
-
-
 # `fisher` scores masks on inputs, and no elements: taps.py.
-ELEMENT_CRITERIA: dict[str, ElementCriterion] = {
-    "lora": lora,
-    "lora_squared": lora_squared,
-    "gradient": gradient,
-    "magnitude": effective_weight,
-}
+ELEMENT_CRITERIA: dict[str, ElementCriterion] = {"lora": lora, "magnitude": effective_weight}
 
 
 @torch.no_grad()
-def score_shard(
-    shard: OwnedShard,
-    factors: LoraFactors,
-    criterion: ElementCriterion,
-    axis: int,
-    weight_gradient: Tensor | None = None,
-) -> Tensor:
+def score_shard(shard: OwnedShard, factors: LoraFactors, criterion: ElementCriterion, axis: int) -> Tensor:
     """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the full weight.
 
     Blocks of rows are scored in fp32 and added up in float64: (out_features,) or (in_features,). In the first and last
-    row only the owned elements count, so the sums of the ranks add up to the sums of the weight. `weight_gradient` of
-    the owned elements is (len(shard.flat),) fp32, padding allowed.
+    row only the owned elements count, so the sums of the ranks add up to the sums of the weight.
     """
     columns = shard.shape[1]
     total = torch.zeros(shard.shape[axis], dtype=torch.float64, device=shard.flat.device)
@@ -86,12 +63,11 @@ def score_shard(
         stop = min(row + block_rows, last_row)
         low, high = max(start, row * columns), min(end, stop * columns)  # the owned part of these rows
         head, tail = low - row * columns, stop * columns - high
-        owned = [shard.flat] if weight_gradient is None else [shard.flat, weight_gradient]
-        parts = (flat[low - start : high - start] for flat in owned)
+        owned = shard.flat[low - start : high - start]
         # Zeros stand for what the first and the last row lack.
-        stored, *gradient = ((pad(x, (head, tail)) if head or tail else x).view(-1, columns) for x in parts)
+        stored = (pad(owned, (head, tail)) if head or tail else owned).view(-1, columns)
         factors_of_rows = replace(factors, B=factors.B[row:stop], grad_B=factors.grad_B[row:stop])
-        importance = criterion(shard.decode(stored, row), factors_of_rows, *gradient)
+        importance = criterion(shard.decode(stored, row), factors_of_rows)
         if head or tail:
             flat = importance.view(-1)
             flat[:head] = 0
@@ -104,9 +80,7 @@ def score_shard(
     return total
 
 
-def split_experts(
-    shard: OwnedShard, factors: LoraFactors, weight_gradient: Tensor | None = None
-) -> Iterator[tuple[OwnedShard, LoraFactors, Tensor | None]]:
+def split_experts(shard: OwnedShard, factors: LoraFactors) -> Iterator[tuple[OwnedShard, LoraFactors]]:
     """Yields what this rank owns of each expert's linear. A linear that is not a stack counts as one expert."""
     experts = len(factors.A) // factors.B.shape[1]
     rows, columns = shard.shape[0] // experts, shard.shape[1]
@@ -116,9 +90,8 @@ def split_experts(
         low = min(max(origin, 0), rows * columns)
         high = max(low, min(origin + len(shard.flat), rows * columns))
         own = slice(low - origin, high - origin)
-        gradient = None if weight_gradient is None else weight_gradient[own]
         owned = OwnedShard(shard.flat[own], low, (rows, columns), partial(_decode_below, shard.decode, i * rows))
-        yield owned, LoraFactors(*of_expert, scaling=factors.scaling), gradient
+        yield owned, LoraFactors(*of_expert, scaling=factors.scaling)
 
 
 def _decode_below(decode: Decode, above: int, stored: Tensor, first: int) -> Tensor:

@@ -16,7 +16,7 @@ from loraprune_ds.model.family_row import Kind, LinearId
 from loraprune_ds.model.shapes import LayerKeep, LayerTensors, ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.taps import MaskGradients, WeightGradients
+from loraprune_ds.pruning.taps import MaskGradients
 
 
 class LayerScores(LayerTensors):
@@ -71,18 +71,17 @@ def _divided(scores: Tensor, by: Tensor) -> Tensor:
 
 
 def score_groups(
-    model: PrunableModel, criterion: Criterion, step: int, recorder: WeightGradients | MaskGradients | None = None
+    model: PrunableModel, criterion: Criterion, step: int, recorder: MaskGradients | None = None
 ) -> GroupSums:
     """Scores all groups by what was recorded, or from the shards of the ranks: one all-reduce of O(groups)."""
-    if isinstance(recorder, MaskGradients):
+    if recorder is not None:
         return add_over_ranks(model, recorder.linear_ids, recorder.sums(), step)
     shape, partial = model.shape, list[Tensor]()
     for layer, factors in enumerate(model.lora_factors()):
         for linear in (x for x in shape.linears(layer) if x.parts):
-            gradient = None if recorder is None else recorder.owned(layer, linear)
-            experts = split_experts(model.owned_weight(layer, linear), factors[linear.name], gradient)
+            experts = split_experts(model.owned_weight(layer, linear), factors[linear.name])
             element, axis = ELEMENT_CRITERIA[criterion], linear.axis
-            sums = torch.cat([score_shard(shard, lora, element, axis, grad) for shard, lora, grad in experts])
+            sums = torch.cat([score_shard(shard, lora, element, axis) for shard, lora in experts])
             of_parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
             for part, rows in zip(linear.parts, of_parts, strict=True):
                 partial.append(rows.view(-1, shape.width(part.width)).sum(1))  # (groups,)

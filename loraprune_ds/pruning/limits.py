@@ -1,4 +1,4 @@
-"""Limits on what pruning may take from a layer: protected layers, minimum widths, a cap per layer."""
+"""Limits on what pruning may take from a layer: protected layers and minimum widths."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +17,10 @@ class Limits:
 
     dense: ModelShape
     floor: tuple[LayerShape, ...]  # fewest groups that each layer keeps: all of a protected layer
-    layer_budget: tuple[int, ...]  # most linear parameters that each layer may lose
+    open_layers: list[int]  # that are not protected
     multiples: Mapping[Kind, int]  # of which kept counts are multiples, unless they are dense counts
     shares: Mapping[Kind, float]  # each kind's part of the parameters that leave
     ratio: float  # fraction of the dense linear parameters that is gone at the end
-
-    @property
-    def open_layers(self) -> list[int]:
-        return [i for i, budget in enumerate(self.layer_budget) if budget > 0]
 
     def chunks(self, layer: int, kind: Kind, count: int) -> list[int]:
         """Returns how many groups leave in each chunk on the way from `count` down to the floor."""
@@ -37,7 +33,7 @@ class Limits:
     @property
     def open_counts(self) -> LayerShape:
         """The dense counts of each kind. `uniform` needs them to be equal in all open layers that have the kind."""
-        return self._widest(self.dense.layers, self.open_layers)
+        return self._widest(self.dense.layers)
 
     @property
     def open_numel(self) -> dict[Kind, int]:
@@ -54,22 +50,14 @@ class Limits:
         dense = self.open_counts
         return sum(numel * (dense[kind] - counts[kind]) for kind, numel in self.open_numel.items())
 
-    def narrowest(self, layers: Sequence[int]) -> Iterator[LayerShape]:
-        """Yields for each count of heads the fewest channels (or experts) that all these layers may have together."""
-        dense, floor = (self._widest(shapes, layers) for shapes in (self.dense.layers, self.floor))
-        *coarse, fine = self.dense.kinds
-        sorts = {self.dense.layers[i].kinds: i for i in layers}.values()  # one layer of each sort
+    def narrowest(self) -> Iterator[LayerShape]:
+        """Yields for each count of heads the equal counts of all open layers with the fewest channels (or experts)."""
+        dense, floor, coarse = self.open_counts, self._widest(self.floor), self.dense.kinds[:-1]
         for counts in product(*(range(floor[kind], dense[kind] + 1, self.multiples[kind]) for kind in coarse)):
-            shape = LayerShape({**dense, **dict(zip(coarse, counts, strict=True))})
-            spare = {i: self.layer_budget[i] - self.lost(i, self.within(shape, i)) for i in sorts}
-            if min(spare.values()) >= 0:
-                with_fine = (numel for i, numel in spare.items() if self.dense.layers[i][fine])
-                least = dense[fine] - min(with_fine, default=0) // self.dense.group_numel(fine)
-                least = _round_up(least, self.multiples[fine])
-                yield LayerShape({**shape, fine: min(max(least, floor[fine]), dense[fine])})
+            yield LayerShape({**floor, **dict(zip(coarse, counts, strict=True))})
 
-    def _widest(self, shapes: Sequence[LayerShape], layers: Sequence[int]) -> LayerShape:
-        return LayerShape((kind, max(shapes[i][kind] for i in layers)) for kind in self.dense.kinds)
+    def _widest(self, layers: Sequence[LayerShape]) -> LayerShape:
+        return LayerShape((kind, max(layers[i][kind] for i in self.open_layers)) for kind in self.dense.kinds)
 
     def step_numel(self, kind: Kind) -> int:
         """Counts the linear parameters of one multiple of a kind."""
@@ -90,15 +78,12 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     multiples = _multiples(config, dense, protected)
     least_experts = max(1, dense.least_experts)
     least = {kind: _round_up(least_experts if kind == "experts" else 1, n) for kind, n in multiples.items()}
-    floor, budget = list[LayerShape](), list[int]()
+    floor = list[LayerShape]()
     for i, layer in enumerate(dense.layers):
         fixed = layer.keys() if i in protected else dense.family.fixed
         floor.append(LayerShape((kind, n if kind in fixed else min(least[kind], n)) for kind, n in layer.items()))
-        # The sliver keeps 0.29 of 100 from being 28.999999999999996.
-        budget.append(0 if i in protected else math.floor(config.max_layer_ratio * dense.layer_numel(i) + 1e-6))
-    limits = Limits(dense, tuple(floor), tuple(budget), multiples, shares={}, ratio=0.0)
-    if not limits.open_layers:
-        raise UserError(f"prune.max_layer_ratio {config.max_layer_ratio} lets nothing go")
+    open_layers = [i for i in range(count) if i not in protected]
+    limits = Limits(dense, tuple(floor), open_layers, multiples, shares={}, ratio=0.0)
     counts = (limits.within(limits.open_counts, i) == dense.layers[i] for i in limits.open_layers)
     if config.ranking == "uniform" and not all(counts):
         raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
@@ -163,14 +148,10 @@ def resolve_refit(config: PruneConfig, limits: Limits) -> PruneConfig:
 
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
     """Returns the least and the most parameters that can go, up to a part of a group."""
-    if config.ranking == "uniform":
-        most = max(map(limits.lost_by_all, limits.narrowest(limits.open_layers)))
-    else:  # scores choose where a capped layer ends, so the smallest loss counts
-        most = sum(min(_final_losses(limits, i)) for i in limits.open_layers)
+    numel, removable = _open_numel(limits)
+    most, fine = sum(removable.values()), limits.dense.kinds[-1]
     if config.head_ratio is None:
         return 0, most
-    numel, removable = _open_numel(limits)
-    fine = limits.dense.kinds[-1]
     of_heads = config.head_ratio * (sum(numel.values()) - numel[fine])
     return of_heads, min(most, of_heads + removable[fine])
 
@@ -178,7 +159,7 @@ def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
 def check_reachable(config: PruneConfig, limits: Limits) -> None:
     """Raises UserError if the ratio is out of reach. The message names the largest one."""
     dense, (_, most) = limits.dense, reachable(config, limits)
-    # A ratio that equals a cap may miss it: `global` by a group, `uniform` by half a multiple of channels per layer.
+    # The largest ratio may be missed: `global` by a group, `uniform` by half a multiple of channels per layer.
     if config.ranking == "global":
         near = max(limits.step_numel(kind) for kind in dense.kinds[:-1])
     else:
@@ -188,18 +169,8 @@ def check_reachable(config: PruneConfig, limits: Limits) -> None:
         near = step * limits.open_numel[fine] / 2
     if most == 0 or limits.ratio * dense.linear_numel() > most + near:
         largest = math.floor(1e4 * most / dense.linear_numel()) / 1e4
-        cause = f"with the protected layers, minimum widths and prune.max_layer_ratio at most {largest} can go"
+        cause = f"with the protected layers and minimum widths at most {largest} can go"
         raise UserError(f"prune.ratio {limits.ratio} is out of reach: {cause}")
-
-
-def _final_losses(limits: Limits, layer: int) -> Iterator[int]:
-    """Yields the losses at which a layer has no group left that may go."""
-    floor, coarse = limits.floor[layer], limits.dense.kinds[:-1]
-    for shape in limits.narrowest([layer]):
-        lost = limits.lost(layer, shape)
-        spare = limits.layer_budget[layer] - lost
-        if all(shape[kind] == floor[kind] or limits.step_numel(kind) > spare for kind in coarse):
-            yield lost
 
 
 def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:

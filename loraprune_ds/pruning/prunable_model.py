@@ -103,10 +103,6 @@ class PrunableModel(Protocol):
         """Sums over all ranks on rank `owner`; None elsewhere. Overwrites `values`."""
         ...
 
-    def reduce_scatter(self, values: Tensor) -> Tensor:
-        """Sums flat tensors as long as a weight over all ranks. Returns the part that this rank owns of that weight."""
-        ...
-
     @property
     def loss_scale(self) -> float:
         """The factor on gradients during a backward: 1 unless fp16. Not collective."""

@@ -77,7 +77,7 @@ def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
         distance = max(abs(limits.lost_by_all(counts) - wanted), limits.multiples[fine] * numel[fine] / 2)
         return distance, sum(abs(counts[kind] - share[kind]) for kind in coarse), counts
 
-    return min(map(option, limits.narrowest(limits.open_layers)), key=lambda distances: distances[:2])[-1]
+    return min(map(option, limits.narrowest()), key=lambda distances: distances[:2])[-1]
 
 
 def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) -> int:
@@ -116,7 +116,7 @@ def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, 
     for kind in coarse:
         removal.take(kind, round(budget * limits.shares[kind]) + removal.gone_beside(kind))
     removal.take(fine, budget)
-    if budget - sum(removal.lost) > limits.step_numel(fine) / 2:  # floors or caps stopped the finest
+    if budget - removal.gone > limits.step_numel(fine) / 2:  # floors stopped the finest
         for kind in coarse:
             removal.take(kind, budget)
     return _keep_best(scores, removal.left, current)
@@ -128,25 +128,23 @@ class _Removal:
     def __init__(self, scores: list[LayerScores], current: ModelShape, limits: Limits) -> None:
         self.scores, self.current, self.limits = scores, current, limits
         self.left = [dict(layer) for layer in current.layers]
-        self.lost = [limits.lost(i, left) for i, left in enumerate(self.left)]
+        self.gone = sum(limits.lost(i, left) for i, left in enumerate(self.left))
 
     def gone_beside(self, kind: Kind) -> int:
         """Counts the parameters of the other kinds that are gone so far, earlier cuts included."""
         layers = zip(self.limits.dense.layers, self.left, strict=True)
         of_kind = sum(dense[kind] - left[kind] for dense, left in layers) * self.limits.dense.group_numel(kind)
-        return sum(self.lost) - of_kind
+        return self.gone - of_kind
 
     def take(self, kind: Kind, budget: int) -> None:
         """Removes groups of a kind while that brings the total loss nearer to `budget`."""
-        gone, numel = sum(self.lost), self.limits.dense.group_numel(kind)
+        numel = self.limits.dense.group_numel(kind)
         for layer, groups in self._candidates(kind):
-            if gone + numel / 2 > budget:
+            if self.gone + numel / 2 > budget:
                 return
-            size = groups * numel
-            if gone + size / 2 <= budget and self.lost[layer] + size <= self.limits.layer_budget[layer]:
+            if self.gone + groups * numel / 2 <= budget:
                 self.left[layer][kind] -= groups
-                self.lost[layer] += size
-                gone += size
+                self.gone += groups * numel
 
     def _candidates(self, kind: Kind) -> list[tuple[int, int]]:
         """Lists (layer, groups) of all chunks of a kind by ascending mean score, in a tie the last layer first."""

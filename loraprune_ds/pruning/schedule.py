@@ -21,7 +21,6 @@ class Schedule:
     start: int  # the last step of the warm-up
     end: int  # the last step that may cut, where the target is `ratio`
     every: int  # steps from one cut to the next
-    score_every: int = 1
     passed_over: frozenset[int] = frozenset()  # steps that cut nothing because no width would change
 
     def target(self, step: int) -> float:
@@ -44,8 +43,8 @@ class Schedule:
         return self.start < step <= self.end and due and step not in self.passed_over
 
     def is_scored(self, step: int) -> bool:
-        """Returns True for each `score_every`-th step and for steps that cut, up to the last cut."""
-        return step <= self.last_cut and ((step - 1) % self.score_every == 0 or self.is_cut(step))
+        """Returns True for each step up to the last cut."""
+        return step <= self.last_cut
 
     def precedes_cut(self, step: int, within: int) -> bool:
         """Returns True if a cut follows one of the next `within` steps, this one included."""
@@ -59,7 +58,7 @@ def make_schedule(config: PruneConfig, steps: int, limits: Limits) -> Schedule:
     end = steps - math.floor(config.cooldown_fraction * steps + 1e-6)
     if end <= start:
         raise UserError(f"train.steps {steps} leaves no step between prune.warmup_fraction and prune.cooldown_fraction")
-    schedule = Schedule(limits.ratio, start, end, config.prune_every, config.score_every)
+    schedule = Schedule(limits.ratio, start, end, config.prune_every)
     schedule = replace(schedule, passed_over=_without_a_change(schedule, config, limits))
     if not schedule.cut_steps():
         multiple = f"prune.channel_multiple {config.channel_multiple}"

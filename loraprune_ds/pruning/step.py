@@ -2,7 +2,7 @@
 
 What a trainer does in an optimizer step (train/trainer.py), and what the pruner adds to it:
 
-    with pruner.record_step(step):            lets hooks record what `gradient`, `fisher` or a refit need
+    with pruner.record_step(step):            lets hooks record what `fisher` or a refit need
         for each micro-batch:
             with pruner.record_forward(mask): loss = engine.forward(...)       (pruning/compensate.py)
             engine.backward(loss)             ZeRO-3 averages the LoRA gradients over ranks and micro-batches
@@ -44,7 +44,7 @@ from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverag
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import PruningPlan
-from loraprune_ds.pruning.taps import RECORDERS
+from loraprune_ds.pruning.taps import MaskGradients
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class Pruner:
         self.kept_of_dense = all_groups(limits.dense)
         compensates = config.compensate != "none"
         self.compensator = Compensator(model, config, schedule, limits.open_layers) if compensates else None
-        self.recorder = RECORDERS[config.criterion](model) if config.criterion in RECORDERS else None
+        self.recorder = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
         self._unchecked: GroupSums | None = None
 
     @contextmanager
     def record_step(self, step: int) -> Generator[None]:
-        """Lets hooks record what `gradient`, `fisher` or a refit need. Open it around all passes and `score`."""
+        """Lets hooks record what `fisher` or a refit need. Open it around all passes and `score`."""
         with ExitStack() as recordings:
             if self.compensator is not None:
                 recordings.enter_context(self.compensator.record_step(step))

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.experts import products
-from loraprune_ds.model.family_row import Linear
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 
@@ -83,54 +81,6 @@ class Tap(torch.autograd.Function):
         return gradient, None, None
 
 
-class OutputTap(Tap):
-    """Passes on an output that the model may change in place: OLMo clamps queries, keys and values this way."""
-
-    @staticmethod
-    def forward(ctx: Any, passed: Tensor, saved: Tensor, receive: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(saved)
-        ctx.receive = receive
-        ctx.mark_dirty(passed)  # so autograd does not take it for a view
-        return passed
-
-
-class WeightGradients(StepRecorder):
-    """Records the true gradient of every frozen linear during one step: fp32, averaged over the global batch.
-
-    The backward of a linear forms gᵀ·x in the model's dtype (fp32 for fp16) and reduce-scatters it in that dtype, as
-    DeepSpeed does by default. In bf16 this rounds once per rank. Shards are added up in fp32: during a step a rank
-    holds 4 bytes for each element that it owns, one linear's full gradient, and its padded copy. A stack has a
-    gradient for each expert, from the tokens that chose it.
-    """
-
-    def __init__(self, model: PrunableModel) -> None:
-        super().__init__()
-        self._model = model
-        for linear_id in model.shape.linear_ids():
-            module = lora_linear(model.layers[linear_id.layer], linear_id.linear)
-            module.register_forward_hook(partial(self._tap, linear_id))
-
-    def owned(self, layer: int, linear: Linear) -> Tensor:
-        """Returns the gradient of the elements of `PrunableModel.owned_weight`: (elements,) fp32."""
-        return self._recorded[LinearId(layer, linear)] / (self._model.world_size * self._model.loss_scale)
-
-    def _tap(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        x, *counts = inputs
-        # The output of the LoRA layer has the same gradient as the part from W. Unlike that part it needs a
-        # gradient in the first layer too.
-        receive = partial(self._receive, linear_id, *counts or [None])
-        return cast(Tensor, OutputTap.apply(output, x, receive)) if self._active else None
-
-    def _receive(self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor) -> None:
-        if gradient.dtype == torch.float16:  # scaled for LoRA's gradients, which are smaller than W's
-            gradient, inputs = gradient.float(), inputs.float()
-        rows, columns = (x.flatten(0, -2) for x in (gradient, inputs))
-        if linear_id.linear.transposed:
-            rows, columns = columns, rows
-        full = products(rows, columns, counts or [len(rows)])  # in the shape of W
-        self._add(linear_id, self._model.reduce_scatter(full.reshape(-1)).float())
-
-
 class MaskGradients(StepRecorder):
     """Records the importance of groups for the criterion `fisher`: the gradient of a mask on their inputs.
 
@@ -186,10 +136,3 @@ def squared_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Tensor:
             product = product.unflatten(1, (-1, width)).sum(2)
         squares[: len(product)].addcmul_(product, product)
     return squares.sum(0)
-
-
-# The criteria that need more of a step than LoRA's gradients.
-RECORDERS: dict[str, Callable[[PrunableModel], WeightGradients | MaskGradients]] = {
-    "gradient": WeightGradients,
-    "fisher": MaskGradients,
-}

@@ -41,7 +41,7 @@ def _find_ratio(config: PruneConfig, limits: Limits, amount: Amount) -> float:
     size_at = _size_of_uniform if config.ranking == "uniform" else _size_of_global
     narrowest = size_at(config, with_ratio(config, limits, most)) if most > 0 else size
     if narrowest > amount.value:
-        keeps = f"protected layers, minimum widths and prune.max_layer_ratio at least {amount.format(narrowest)} stay"
+        keeps = f"protected layers and minimum widths at least {amount.format(narrowest)} stay"
         raise UserError(f"prune.target {config.target} is out of reach: with the {keeps}")
     low, high = least, most
     while high - low > 0.5 / numel:  # `high` fits

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.zero.device import current_device
-from loraprune_ds.zero.flat import partition_numel
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
@@ -70,17 +69,6 @@ class Communicator:
             dist.reduce(values, owner, group=self.group)
             self._count(0 if self.rank == owner else values.numel(), values.element_size())
         return values if self.rank == owner else None
-
-    def reduce_scatter(self, values: Tensor) -> Tensor:
-        """Sums (n,) over all ranks. Returns this rank's shard (ceil(n / world_size),), padded with zeros."""
-        if self.world_size == 1:
-            return values
-        size = partition_numel(len(values), self.world_size)
-        padded = _padded(values, size * self.world_size)
-        shard = values.new_empty(size)
-        dist.reduce_scatter_tensor(shard, padded, group=self.group)
-        self._count(size * (self.world_size - 1), values.element_size())
-        return shard
 
     def scatter_from(self, owner: int, flat: Tensor | None, shard: Tensor) -> None:
         """Fills every rank's `shard` from a flat tensor that `owner` holds. Padding becomes zero."""
@@ -156,7 +144,8 @@ class Communicator:
         ones, before = torch.ones(self.world_size, device=self.device), self.bytes_sent
         self.all_reduce(ones.clone())
         self.all_gather(ones)
-        self.reduce_scatter(ones)
+        if self.world_size > 1:  # DeepSpeed makes these
+            dist.reduce_scatter_tensor(ones[:1].clone(), ones, group=self.group)
         self.all_to_all(ones, [1] * self.world_size, [1] * self.world_size)
         self.gather_to(0, ones)
         self.bytes_sent = before

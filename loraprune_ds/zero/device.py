@@ -27,7 +27,6 @@ PEAK_TERAFLOPS = {
     "RTX 4090": 165,
 }
 HALF = (torch.bfloat16, torch.float16)
-LARGEST_COPY = 2**24  # elements of a weight in fp32 at once: 64 MiB
 aten = torch.ops.aten
 
 
@@ -153,24 +152,6 @@ class ThroughFloat32(TorchDispatchMode):
         return product(*args, **(kwargs or {}))
 
 
-def _mm(left: Tensor, right: Tensor) -> Tensor:
-    """Multiplies (n, k) by (k, m), usually a weight, with a part of its columns in fp32 at a time."""
-    wide = left.float()
-    return torch.cat([(wide @ part.float()).to(left.dtype) for part in _columns(right, len(right))], dim=1)
-
-
-def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    wide, biases = left.float(), _columns(bias.expand(len(left), right.shape[1]), len(right))
-    parts = zip(biases, _columns(right, len(right)), strict=True)
-    sums = (torch.addmm(b.float(), wide, part.float(), beta=beta, alpha=alpha) for b, part in parts)
-    return torch.cat([columns.to(left.dtype) for columns in sums], dim=1)  # one part in fp32 at a time
-
-
-def _columns(matrix: Tensor, height: int) -> tuple[Tensor, ...]:
-    """Splits into groups of columns with at most `LARGEST_COPY` elements, each `height` high."""
-    return matrix.split(max(1, LARGEST_COPY // height), dim=1)
-
-
 def _widened(operation: Callable[..., Any]) -> Callable[..., Any]:
     """Returns `operation` on fp32 copies of half-precision activations. Attention's log-sum-exp stays fp32."""
 
@@ -188,10 +169,11 @@ def _widen(value: Any) -> Any:
 
 
 WIDENED = (
+    aten.mm,
+    aten.addmm,
     aten.bmm,
     aten.baddbmm,
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention_for_cpu_backward,
 )
-PRODUCTS: dict[Any, Callable[..., Any]] = {aten.mm.default: _mm, aten.addmm.default: _addmm}
-PRODUCTS |= {operation.default: _widened(operation) for operation in WIDENED}
+PRODUCTS: dict[Any, Callable[..., Any]] = {operation.default: _widened(operation) for operation in WIDENED}

@@ -87,9 +87,6 @@ class ShardedModel:
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         return self.comm.all_reduce(values)
 
-    def reduce_scatter(self, values: Tensor) -> Tensor:
-        return self.comm.reduce_scatter(values)
-
     @property
     def loss_scale(self) -> float:
         return float(self.zero_optimizer.loss_scale)

@@ -30,7 +30,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 LEVERS = PLAIN | {
     "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5}
     | {"global_batch_size": 16, "micro_batch_size": 4},
-    "prune": {"channel_multiple": 1, "prune_every": 3, "criterion": "gradient", "compensate": "least_squares"},
+    "prune": {"channel_multiple": 1, "prune_every": 3, "criterion": "fisher", "compensate": "least_squares"},
 }
 _ports = itertools.count(random.Random(os.getpid()).randrange(20_000, 30_000))
 

@@ -187,7 +187,7 @@ def killed_at(points: list[tuple[str, str]], suite: str, codes: tuple[int, ...] 
 def lever_faults(random_moments: int) -> list[Fault]:
     kills = [
         ("forward that measures inputs", "forward@9:1"),
-        ("backward that keeps the true gradient", "backward@9:0"),
+        ("backward that adds up gradients of masks", "backward@9:0"),
         ("cut, agreed on", "cut.agreed@2:0"),
         ("cut, refitted and not yet shrunk", "cut.compensated@2:1"),
         ("cut, between layers", "cut.layer@5:1"),

@@ -7,6 +7,8 @@ the inputs of a step. A group's score is the sum over its inputs.
 
 wanda     Σ_i |W'_ij| · ‖x_j‖₂: Wanda-sp, the structured form (Sun et al., arXiv 2306.11695; An et al., 2312.11983)
 flap      Σ_i W'_ij² · var(x_j): FLAP's metric (An et al., arXiv 2312.11983)
+gradient  Σ |∂L/∂W ⊙ W'| over all elements of a group, which `lora` estimates (LLM-Pruner, Ma et al., arXiv 2305.11627).
+          Its gradients are whole: on one rank, in a model without experts
 reap      of an expert: the mean of g(t) · ‖f(t)‖₂ over the tokens t that chose it. g is its router weight, f its output
           (REAP, Lasby et al., arXiv 2510.13999). Heads have no such score: theirs is 0
 two-four  cuts nothing, and exports zeros where the source has them (two_four.py)
@@ -29,12 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.command import leave, leave_on_error
+from loraprune_ds.config import Normalization
+from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.experts import find_experts
 from loraprune_ds.pruning.criterion import effective_weight, score_shard
 from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.pruning.taps import StepRecorder, hook_inputs
+from loraprune_ds.pruning.taps import StepRecorder, Tap, hook_inputs
 from tests.benchmarks.two_four import CutNothing, merged_where_kept
 
 
@@ -83,6 +87,38 @@ class InputSizes(StepRecorder):
             self._add(linear_id, torch.cat([x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)]))
 
 
+class WeightGradients(StepRecorder):
+    """Adds up the gradient of every frozen linear, in its own shape and fp32, over the micro-batches of a step."""
+
+    def __init__(self, model: PrunableModel) -> None:
+        super().__init__()
+        self._model = model
+        for linear_id in model.shape.linear_ids():
+            module = lora_linear(model.layers[linear_id.layer], linear_id.linear)
+            module.register_forward_hook(partial(self._tap, linear_id))
+
+    def scores(self, step: int) -> GroupSums:
+        """Sums the elements of each group."""
+        model, shape, parts = self._model, self._model.shape, list[Tensor]()
+        factors = list(model.lora_factors())
+        for linear_id in shape.linear_ids():
+            layer, linear = linear_id
+            shard = model.owned_weight(layer, linear)
+            weight = effective_weight(shard.decode(shard.flat.view(shard.shape), 0), factors[layer][linear.name])
+            sums = weight.mul_(self._recorded[linear_id]).abs_().sum(1 - linear.axis).double()
+            of_parts = sums.split(shape.part_sizes(layer, linear.parts))
+            for part, rows in zip(linear.parts, of_parts, strict=True):
+                parts.append(rows.view(-1, shape.width(part.width)).sum(1))
+        return GroupSums(shape, shape.linear_ids(), parts, step)
+
+    def _tap(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
+        # The output of the LoRA layer has the same gradient as the part from W. That part has none in the first layer.
+        return Tap.apply(output, *inputs, partial(self._receive, linear_id)) if self._active else None
+
+    def _receive(self, linear_id: LinearId, gradient: Tensor, inputs: Tensor) -> None:
+        self._add(linear_id, (gradient.flatten(0, -2).T @ inputs.flatten(0, -2)).float())
+
+
 class ExpertNorms(StepRecorder):
     """Adds up the weighted norms of every expert's outputs, and its tokens: (2, experts) float64 of this rank."""
 
@@ -114,8 +150,9 @@ class ExpertNorms(StepRecorder):
             self._add(linear_id, torch.stack([sums, sums.new_tensor(counts)]))
 
 
-PEERS: dict[str, Callable[[PrunableModel], InputSizes | ExpertNorms]] = {
+PEERS: dict[str, Callable[[PrunableModel], InputSizes | WeightGradients | ExpertNorms]] = {
     **{name: partial(InputSizes, metric) for name, metric in METRICS.items()},
+    "gradient": WeightGradients,
     "reap": ExpertNorms,
 }
 
@@ -126,6 +163,7 @@ class PeerPruner(Pruner):
     def __init__(self, peer: str, model: PrunableModel, *rest: Any) -> None:
         super().__init__(model, *rest)
         self._recorder = PEERS[peer](model)
+        self._normalize: Normalization = self.config.normalization if peer == "gradient" else "none"
 
     @contextmanager
     def record_step(self, step: int) -> Generator[None]:
@@ -135,7 +173,7 @@ class PeerPruner(Pruner):
     def score(self, step: int) -> None:
         if self.schedule.is_scored(step):
             sums = self._recorder.scores(step)
-            self.average.update(sums.by_layer("none"))
+            self.average.update(sums.by_layer(self._normalization))
             self._unchecked = sums
 
 

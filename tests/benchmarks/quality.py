@@ -27,7 +27,7 @@ from loraprune_ds.evaluate.tasks import mean_metric
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.report.records import read_metrics
-from tests.benchmarks.quality_settings import GROUPS, SETTINGS, Setting, select
+from tests.benchmarks.quality_settings import GONE, GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, make_parser, run_quickstart
 from tests.benchmarks.two_four import expanded_model, sparse_model
 
@@ -55,7 +55,7 @@ def main() -> None:
     take_over(arguments.work)
     measure_dense(texts, arguments.work)
     for setting, seed in ((setting, seed) for seed in arguments.seeds for setting in chosen):
-        path, basis = result_path(arguments.work, setting, seed), basis_of(setting, texts)
+        path, basis = result_path(arguments.work, setting.name, seed), basis_of(setting, texts)
         if not path.exists() or read_json(path)["basis"] != basis:
             write_json(path, carry_out(setting, seed, texts, basis, arguments))
             publish(arguments.work)
@@ -90,12 +90,12 @@ def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
 
 
 def take_over(work: Path) -> None:
-    """Takes over published results, perhaps from another machine, if they have today's settings."""
+    """Takes over published results, perhaps from another machine, if their settings are today's or gone."""
     published = RESULTS / "quality.json"
     for run in read_json(published)["runs"] if published.exists() else []:
-        setting = SETTINGS.get(run["setting"])
-        if setting and run["basis"]["overrides"] == list(setting.overrides):
-            path = result_path(work, setting, run["seed"])
+        name, setting = run["setting"], SETTINGS.get(run["setting"])
+        if name in GONE or (setting and run["basis"]["overrides"] == list(setting.overrides)):
+            path = result_path(work, name, run["seed"])
             if not path.exists():
                 write_json(path, run)
 
@@ -108,8 +108,8 @@ def measure_dense(texts: dict[str, Path], work: Path) -> None:
         write_json(path, {"basis": basis, "perplexity": measured, "writing": writing("embedded")})
 
 
-def result_path(work: Path, setting: Setting, seed: int) -> Path:
-    return work / "results" / f"{setting.name}-s{seed}.json"
+def result_path(work: Path, setting: str, seed: int) -> Path:
+    return work / "results" / f"{setting}-s{seed}.json"
 
 
 def carry_out(
@@ -176,8 +176,9 @@ def evaluated(model: str, *options: str) -> dict[str, Any]:
 
 def publish(work: Path) -> None:
     """Writes table, picture and JSON from every run in the work folder."""
-    runs = [run for path in (work / "results").glob("*.json") if (run := read_json(path))["setting"] in SETTINGS]
-    runs.sort(key=lambda run: (list(SETTINGS).index(run["setting"]), run["seed"]))
+    names = [*SETTINGS, *GONE]
+    runs = [run for path in (work / "results").glob("*.json") if (run := read_json(path))["setting"] in names]
+    runs.sort(key=lambda run: (names.index(run["setting"]), run["seed"]))
     rows = rows_of(runs)
     dense = read_json(work / DENSE)
     write_json(RESULTS / "quality.json", {"dense": dense, "rows": rows, "runs": runs})

@@ -28,7 +28,7 @@ from tests.numerics.driver import Job, family_job
 from tests.ranks import RankPool
 
 PRUNE = callback_run.PRUNE  # cuts after 3, 5 and 7
-REFIT = PRUNE | {"criterion": "gradient", "ranking": "global", "normalize": "none", "compensate": "least_squares"}
+REFIT = PRUNE | {"criterion": "fisher", "ranking": "global", "normalize": "none", "compensate": "least_squares"}
 SAVES = {"save_strategy": "steps", "save_steps": 2}
 COPY = "modules_to_save.default"  # where PEFT keeps the copy that trains
 

@@ -5,34 +5,26 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraprune_ds.checkpoint.layout import Status, write_status
-from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.models import find_or_merge
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.lora import find_source
 from tests.integration.launching import (
     ROOT,
     Ended,
     Launcher,
-    clean_environment,
     fork_ranks,
     launch,
     on_ranks,
     read_json,
     run_to_end,
-    within,
 )
 from tests.oracle.models import make_tiny_llama
 
@@ -132,37 +124,6 @@ def test_an_adapter_is_merged_on_the_fly(made: Path) -> None:
     assert abs(found["perplexity"] / base["perplexity"] - 1) > 1e-2
 
 
-def test_a_checkpoint_and_the_unfinished_run_it_belongs_to(made: Path, tmp_path: Path) -> None:
-    checkpoint = made / "run" / "checkpoints" / "step-4"
-    export(find_source(checkpoint), "hf", tmp_path / "merged")
-    expected = straightforward(tmp_path / "merged", made / "text.txt")
-    found = answer(evaluate(made, checkpoint, *on_text(made)))
-    assert found["perplexity"] == pytest.approx(expected, rel=1e-6)
-    assert found["path"] == str(checkpoint)
-    assert expected != pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-3)
-    run = tmp_path / "run"
-    shutil.copytree(made / "run", run)
-    shutil.rmtree(run / "model")
-    shutil.rmtree(run / "checkpoints" / "step-6")
-    write_status(run, Status("running", 5, 6))
-    ended = evaluate(made, run, *on_text(made))
-    assert answer(ended)["perplexity"] == found["perplexity"]
-    assert "taken from step-4" in ended.err
-
-
-def test_no_room_to_merge_is_told_before_anything_is_written(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    checkpoint = made / "run" / "checkpoints" / "step-4"
-    message = (
-        rf"{checkpoint} is .*model needs [\d.]+ kB in {tmp_path}, where 1.0 kB are free; TMPDIR names another folder"
-    )
-    with pytest.raises(UserError, match=message):
-        find_or_merge(str(checkpoint), tmp_path / "0")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_two_ranks_give_the_same_number(made: Path, launcher: Launcher) -> None:
     """Evaluates a whole model under one launcher, a sharded one under the other. Rank 0 alone writes."""
@@ -188,7 +149,7 @@ def test_answers_of_both_models_are_written_and_shown(made: Path, tmp_path: Path
     (tmp_path / "p.jsonl").write_text('{"prompt": "The <b>import</b> statement"}\n{"prompt": "A list is"}\n')
     page = tmp_path / "page.html"
     arguments = ["--answers", tmp_path / "p.jsonl", "--max-new-tokens", "6", "--page", page, "--dense", made / "dense"]
-    ended = evaluate(made, made / "run" / "checkpoints" / "step-4", *arguments, *on_text(made))
+    ended = evaluate(made, made / "run", *arguments, *on_text(made))
     found = answer(ended)
     assert f"page: {page}" in ended.err
     for model in (found, found["dense"]):
@@ -215,21 +176,6 @@ def test_a_run_measures_answers_at_its_end(made: Path, tmp_path: Path) -> None:
     assert "answers that end by themselves" in ended.out
     assert "answers.html      answers of both models, side by side" in ended.out
     assert "<h2>50 code</h2>" in (folder / "answers.html").read_text()
-
-
-def test_a_stopped_evaluation_leaves_nothing_behind(made: Path, tmp_path: Path) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    command = [sys.executable, str(EVALUATE), str(made / "run" / "checkpoints" / "step-4"), "--answers"]
-    command += ["--max-new-tokens", "300", "--page", str(tmp_path / "page.html"), "--json"]
-    environment = clean_environment() | {"TMPDIR": str(scratch)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    within(120, lambda: list(scratch.glob("evaluate-*/0/config.json")))  # merged, so the model will soon write
-    process.send_signal(signal.SIGTERM)
-    out, errors = process.communicate(timeout=60)
-    assert (process.returncode, out) == (143, "")
-    assert errors.splitlines()[-1] == "error: ended by SIGTERM"
-    assert list(tmp_path.rglob("*")) == [scratch]
 
 
 BY_HAND = """
@@ -301,6 +247,7 @@ TEXT, DENSE = "--text {made}/text.txt", "{made}/dense"
 BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
     ("{here}/model " + TEXT, "{here}/model has no tokenizer that can be read", drop_tokenizer),
     (f"{DENSE} --dense {{here}}/other {TEXT}", f"{DENSE} and {{here}}/other read the text as different", make_other),
+    ("{made}/run/checkpoints/step-4 " + TEXT, "{made}/run/checkpoints/step-4 is a checkpoint; launch/export.py", None),
     ("{here}/nothing --dataset wikitext2", "folder {here}/nothing does not exist", None),  # before a download
     (f"{DENSE} {TEXT} --split train", "--split is a part of --dataset; --text is read whole", None),
     (f"{DENSE} {TEXT} --window 1024", f"{DENSE} reads at most 512 tokens (max_position_embeddings), not 1024", None),
@@ -309,10 +256,7 @@ BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
     (f"{DENSE} --page a.html", "--page has no effect without --answers", None),
     (f"{DENSE} --answers --page {{here}}/gone/a.html", "--page {here}/gone/a.html: {here}/gone is no folder", None),
     (f"{DENSE} --answers --sharded", "--sharded measures perplexity only", None),
-    (f"{DENSE} --serve-python python3", "--serve-python has no effect without", None),
-    (f"{DENSE} --rounds 2", "--rounds has no effect without --speed or --serve", None),
-    (f"{DENSE} --serve vllm --gguf f16", "--gguf has no effect without --serve llama.cpp", None),
-    (f"{DENSE} --serve vllm --dtype float32", "--dtype has no effect on --serve", None),
+    (f"{DENSE} --rounds 2", "--rounds has no effect without --speed", None),
     ("{made}/apart/adapter " + TEXT + " --sharded", "{made}/apart/adapter: --sharded cannot merge an adapter", None),
 )
 

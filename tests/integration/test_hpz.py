@@ -18,7 +18,7 @@ RUN = {
     "train": {"steps": 6, "global_batch_size": 4},
 }
 PLAIN: tuple[str, ...] = ()
-LEVERS = ("prune.criterion=gradient", "prune.compensate=least_squares", "train.distill_weight=0.5", "model.frozen=int8")
+LEVERS = ("prune.criterion=fisher", "prune.compensate=least_squares", "train.distill_weight=0.5", "model.frozen=int8")
 
 
 def watch_second_copies() -> None:

@@ -1,4 +1,4 @@
-"""Stops a run with refit, true gradient, distillation and recovery twice. Resumed, it ends with the same bits."""
+"""Stops a run with `fisher`, refit, distillation and recovery twice. Resumed, it ends with the same bits."""
 
 import json
 import shutil
@@ -26,8 +26,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "prune_every": 2,
         "warmup_fraction": 0.25,
         "cooldown_fraction": 0.0,
-        "criterion": "gradient",
-        "score_every": 3,
+        "criterion": "fisher",
         "compensate": "least_squares",
     },
     "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5, "distill_temperature": 2},

@@ -1,4 +1,4 @@
-"""Runs refit, true gradient and distillation on real ranks. Returns what a dense computation is compared with."""
+"""Runs refit, `fisher` and distillation on real ranks. Returns what a dense computation is compared with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,43 +105,6 @@ def compensate_once(job: Job, *kept: list[int]) -> dict[str, Any]:
     }
 
 
-def gradient_scores(job: Job, *, widen: bool = False) -> dict[str, Any]:
-    """Makes two steps with `gradient`. `widen` sends the gradients in fp32, whatever they are formed in.
-
-    Returns:
-        The raw scores of the first step, what a rank held and sent for them, and LoRA after both.
-    """
-    trainer = build(job)
-    model, gradients = trainer.model, trainer.pruner.recorder
-    assert gradients is not None
-    score, reduce_scatter = trainer.pruner.score, model.reduce_scatter
-    shards: list[int] = []
-    whole: list[int] = []
-    sent: list[int] = []
-
-    def look_and_score(step: int) -> None:
-        shards.append(sum(shard.numel() for shard in gradients._recorded.values()))
-        score(step)
-
-    def look_and_scatter(values: Tensor) -> Tensor:
-        whole.append(len(values))
-        before = model.comm.bytes_sent
-        shard = reduce_scatter(values.float() if widen else values)
-        sent.append(model.comm.bytes_sent - before)
-        return shard
-
-    trainer.pruner.score = look_and_score  # type: ignore[method-assign]
-    model.reduce_scatter = look_and_scatter  # type: ignore[method-assign]
-    trainer.step(1)
-    scores = [as_pair(s) for s in trainer.pruner.average.scores or []]
-    left = len(gradients._recorded)
-    trainer.step(2)
-    named = dict(trainer.model.module.named_parameters())
-    assert all(p.grad is None for p in named.values() if not p.requires_grad)
-    lora = {name: gather_everywhere(model, p) for name, p in named.items() if p.requires_grad}
-    return {"scores": scores, "shards": shards, "whole": whole, "sent": sum(sent), "left": left, "lora": lora}
-
-
 def fisher_scores(job: Job) -> dict[str, Any]:
     """Makes one step with `fisher`. Returns scores and bytes sent to score."""
     trainer = build(job)
@@ -160,14 +123,6 @@ def fisher_scores(job: Job) -> dict[str, Any]:
     trainer.pruner.score = count_and_score  # type: ignore[method-assign]
     trainer.step(1)
     return {"scores": [as_pair(s) for s in trainer.pruner.average.scores or []], "sent": sent}
-
-
-def lora_after_two_steps(job: Job) -> dict[str, Tensor]:
-    trainer = build(job)
-    trainer.step(1)
-    trainer.step(2)
-    named = trainer.model.module.named_parameters()
-    return {name: gather_everywhere(trainer.model, p) for name, p in named if p.requires_grad}
 
 
 def train_and_cut(job: Job) -> dict[str, Tensor]:

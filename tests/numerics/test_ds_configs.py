@@ -82,8 +82,8 @@ def test_small_weights_stay_gathered_through_a_cut(
 
 
 def test_quality_settings_find_the_same_bits(ranks: RankPool, job: Job) -> None:
-    """Runs true gradient and compensation with weights and optimizer on the device or the host."""
-    prune = {"ratio": 0.2, "prune_every": 2, "criterion": "gradient", "compensate": "least_squares"}
+    """Runs fisher and compensation with weights and optimizer on the device or the host."""
+    prune = {"ratio": 0.2, "prune_every": 2, "criterion": "fisher", "compensate": "least_squares"}
     wanted = ranks.run(2, quality_settings.train_and_cut, replace(job, prune=prune))[0]
     for name in OTHERS:
         other = replace(job, prune=prune, deepspeed=f"ds_configs/{name}.json")

@@ -131,13 +131,13 @@ def test_so_do_experts(ranks: RankPool, tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"gradient_checkpointing": True, "micro_batch_size": 1, "criterion": "lora_squared"},
-        {"criterion": "gradient", "deepspeed": "ds_configs/zero3_offload.json"},
+        {"gradient_checkpointing": True, "micro_batch_size": 1, "criterion": "lora"},
+        {"criterion": "fisher", "deepspeed": "ds_configs/zero3_offload.json"},
         {"criterion": "magnitude", "ranking": "global", "normalize": "none"},
         {"criterion": "fisher", "normalize": "none", "lora_dropout": 0.1},
         {"criterion": "random", "dtype": "float32"},
     ],
-    ids=lambda changes: changes["criterion"],
+    ids=str,
 )
 def test_so_do_other_settings(ranks: RankPool, job: Job, tmp_path: Path, changes: dict[str, Any]) -> None:
     of_job = {key: changes[key] for key in changes.keys() & {field.name for field in fields(Job)}}

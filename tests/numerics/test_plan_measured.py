@@ -81,7 +81,7 @@ def test_linears_of_a_wide_model_are_gathered_one_by_one(ranks: RankPool, tmp_pa
     [
         ("llama", 1, {"distilled": True}),
         ("phi3", 2, {"checkpointing": True, "criterion": "fisher", "distilled": True}),
-        ("mixtral", 3, {"criterion": "gradient", "compensate": "least_squares", "head_ratio": 0.4}),
+        ("mixtral", 3, {"compensate": "least_squares", "head_ratio": 0.4}),
     ],
 )
 def test_ranks_hold_and_send_int8_weights_as_planned(
@@ -124,7 +124,7 @@ def check_row(row: dict[str, Any], *, several: bool) -> None:
 
 @pytest.mark.parametrize(
     ("world_size", "options"),
-    [(2, {}), (2, {"criterion": "gradient"}), (2, {"criterion": "fisher"}), (3, {"compensate": "least_squares"})],
+    [(2, {}), (2, {"criterion": "fisher"}), (3, {"compensate": "least_squares"})],
 )
 def test_options_send_what_was_planned(ranks: RankPool, folder: Path, world_size: int, options: dict[str, str]) -> None:
     for row in ranks.run(world_size, run_beside_plan, Case(folder, **options)):  # type: ignore[arg-type]

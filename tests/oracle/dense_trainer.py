@@ -42,7 +42,6 @@ class Settings:
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     normalize: bool = True
-    power: int = 1
     moving_average: float = 0.9
     dropout: float = 0.0  # before LoRA, drawn anew from `seed`, step and micro-batch
     seed: int = 0
@@ -198,7 +197,6 @@ class DenseTrainer:
             queries_per_group=self.queries_per_group,
             head_dim=self.head_dim,
             normalize=self.settings.normalize,
-            power=self.settings.power,
         )
 
     # The cut

@@ -22,12 +22,10 @@ def gradient_estimate(A: Tensor, B: Tensor, gA: Tensor, gB: Tensor) -> Tensor:
     return B @ A - (B - gB) @ (A - gA)
 
 
-def element_importance(
-    W: Tensor, A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, scaling: float, power: int = 1
-) -> Tensor:
-    """Computes |G ⊙ (W + s·B·A)| ** power, (out, in). `power` is 2 for the paper's text, 1 for its released code."""
+def element_importance(W: Tensor, A: Tensor, B: Tensor, gA: Tensor, gB: Tensor, scaling: float) -> Tensor:
+    """Computes |G ⊙ (W + s·B·A)|, (out, in), as the paper's released code. Its text squares this."""
     merged = W.double() + scaling * (B.double() @ A.double())
-    return (gradient_estimate(A, B, gA, gB) * merged).abs() ** power
+    return (gradient_estimate(A, B, gA, gB) * merged).abs()
 
 
 def group_scores(
@@ -37,7 +35,6 @@ def group_scores(
     queries_per_group: int,
     head_dim: int,
     normalize: bool,
-    power: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Returns (heads (num_key_value_heads,), channels (intermediate_size,)) of one decoder layer.
 
@@ -45,7 +42,7 @@ def group_scores(
     and v, its query heads' rows of q and columns of o. A channel is its rows of gate and up and its column of down.
     `normalize` gives each module's scores unit L2 norm before they are added.
     """
-    element = {name: element_importance(*tensors, scaling, power) for name, tensors in layer.items()}
+    element = {name: element_importance(*tensors, scaling) for name, tensors in layer.items()}
 
     q, k, v, o = (torch.zeros(num_key_value_heads, dtype=torch.float64) for _ in range(4))
     for group in range(num_key_value_heads):

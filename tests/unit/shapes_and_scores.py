@@ -75,8 +75,7 @@ def limits_of(shape: ModelShape, **prune: Any) -> Limits:
 
 def random_limits(draw: random.Random, *, uniform: bool, **drawn: list[Any]) -> Limits:
     """Limits that leave something to cut. `drawn` has the values of more settings to draw from."""
-    choices = {"max_layer_ratio": [0.3, 0.6, 1.0, 1.0], "channel_multiple": [1, 1, 4, 16]}
-    choices |= {"tensor_parallel": [1, 1, 1, 2], "protected_last": [0, 1], **drawn}
+    choices = {"channel_multiple": [1, 1, 4, 16], "tensor_parallel": [1, 1, 1, 2], "protected_last": [0, 1], **drawn}
     while True:
         prune = {name: draw.choice(values) for name, values in choices.items()}
         try:

@@ -41,12 +41,12 @@ raise RuntimeError("out of memory")
 
 
 def test_an_option_without_the_one_it_needs_is_named() -> None:
-    needs = {"--num-fewshot": "--tasks", "--public": "--speed or --serve"}
-    check_needs(Namespace(num_fewshot=None, tasks=[], public=False, speed=False, serve=None), needs)
-    check_needs(Namespace(num_fewshot=0, tasks=["piqa"], public=True, speed=False, serve="vllm"), needs)
+    needs = {"--num-fewshot": "--tasks", "--public": "--speed or --answers"}
+    check_needs(Namespace(num_fewshot=None, tasks=[], public=False, speed=False, answers=None), needs)
+    check_needs(Namespace(num_fewshot=0, tasks=["piqa"], public=True, speed=False, answers="file"), needs)
     for given, line in (
         (Namespace(num_fewshot=0, tasks=[], public=False), "--num-fewshot has no effect without --tasks"),
-        (Namespace(public=True, speed=False, serve=None), "--public has no effect without --speed or --serve"),
+        (Namespace(public=True, speed=False, answers=None), "--public has no effect without --speed or --answers"),
     ):
         assert refused(check_needs, given, needs) == line
 

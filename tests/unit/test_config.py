@@ -59,8 +59,8 @@ seed=1.5 seed=-1 seed=4294967296 model=embedded model.path=7 model.dtype=x lora.
 lora.lora_dropout=1 data.window=1 data.format=csv data.held_out_fraction=1 data.max_samples=0 data.packing=1
 prune.ratio=0 prune.ratio=1 prune.ratio=.nan prune.head_ratio=1 prune.criterion=taylor prune.ranking=local
 prune.normalize=max prune.moving_average=1 prune.prune_every=0 prune.channel_multiple=0
-prune.max_layer_ratio=0 prune.max_layer_ratio=1.1 prune.protected_first=-1 prune.protected_last=-1
-prune.warmup_fraction=1 prune.warmup_fraction=0.9 prune.score_every=0 prune.compensate=mean
+prune.protected_first=-1 prune.protected_last=-1
+prune.warmup_fraction=1 prune.warmup_fraction=0.9 prune.compensate=mean
 prune.compensate_steps=0 prune.compensate_decay=1
 train.steps=0 train.steps=ten train.steps=10.0 train.steps=true train.epochs=0 train.recovery_steps=-1
 train.distill_weight=1.5 train.distill_weight=-1 train.learning_rate=0
@@ -79,7 +79,7 @@ def test_a_wrong_value_names_the_key(tmp_path: Path, override: str) -> None:
 
 
 def test_a_value_at_the_edge_of_its_range(tmp_path: Path) -> None:
-    prune = "{head_ratio: 0, moving_average: 0, max_layer_ratio: 1, protected_first: 0, protected_last: 0}"
+    prune = "{head_ratio: 0, moving_average: 0, protected_first: 0, protected_last: 0}"
     train = "{steps: 1, learning_rate: 100, max_grad_norm: 0, distill_weight: 1}"
     data = "{window: 2, max_samples: 1}"
     load(tmp_path, f"output_dir: out\nseed: 4294967295\nprune: {prune}\ntrain: {train}\ndata: {data}\n")

@@ -197,18 +197,6 @@ def test_other_dtypes_are_left_alone() -> None:
         assert all(map(torch.equal, outputs(PRODUCTS["linear"], torch.float64), expected))
 
 
-@pytest.mark.parametrize("columns", [1, 5, 48, 1000])
-@pytest.mark.parametrize("name", ["linear", "linear with bias"])
-def test_a_weight_in_parts_is_the_same_product(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    product = PRODUCTS[name]
-    with ThroughFloat32():
-        whole = outputs(product, torch.bfloat16)
-        monkeypatch.setattr(device, "LARGEST_COPY", 24 * columns)
-        parts = outputs(product, torch.bfloat16)
-    for mine, expected in zip(parts, whole, strict=True):
-        torch.testing.assert_close(mine, expected, rtol=2**-8, atol=2**-8)  # one rounding of bf16
-
-
 @pytest.mark.parametrize(
     ("dtype", "has_instructions", "goes"),
     [("bfloat16", False, True), ("bfloat16", True, False), ("float16", False, True), ("float32", False, False)],

@@ -100,7 +100,7 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 def test_options_of_a_text_need_one(option: str) -> None:
     """No text is read if tasks or speed are measured, unless one is named."""
     given = {"text": None, "dataset": None, "split": None, "sliding": None, "max_windows": None}
-    arguments: Any = SimpleNamespace(**given, tasks=["piqa"], speed=False, serve=None)
+    arguments: Any = SimpleNamespace(**given, tasks=["piqa"], speed=False)
     assert read_evaluation_text(arguments) is None
     setattr(arguments, option, 3)
     with pytest.raises(UserError, match=f"--{option.replace('_', '-')} has no effect without --dataset or --text"):
@@ -151,7 +151,7 @@ def test_mean_metric_is_over_the_tasks_that_have_one() -> None:
         (lambda: EvaluationSettings(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
         (
             lambda: EvaluationSettings(PerplexityProtocol(), tasks=TaskSettings(("piqa",)), sharded=True),
-            "--sharded measures perplexity only; --tasks, --answers, --speed and --serve need the whole model",
+            "--sharded measures perplexity only; --tasks, --answers and --speed need the whole model",
         ),
     ],
 )

@@ -18,7 +18,7 @@ from loraprune_ds.evaluate.perplexity import Perplexity
 from loraprune_ds.evaluate.prompts import AnswerSettings
 from loraprune_ds.evaluate.result import make_result, result_table
 from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol, SpeedSettings
-from loraprune_ds.evaluate.speed import CACHE, Served, Speed
+from loraprune_ds.evaluate.speed import CACHE, Speed
 from loraprune_ds.model.classes import causal_lm_class, config_class
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape
@@ -153,15 +153,11 @@ def test_answers_have_rows_and_a_line_about_drafts() -> None:
 
 
 def test_measurements_that_were_not_made_have_no_row() -> None:
-    served = Served("llama.cpp", "0.3.36", "gguf-q8_0", 100.0, 10.0, None)
     bare = replace(PRUNED, perplexity=None, tasks=None, speed=None, removed_fraction=None)
     settings = EvaluationSettings(PerplexityProtocol())
     table = result_table(make_result([bare], settings, 1, {}))
     assert all(word not in table for word in ("perplexity", "tokens/s", "removed"))
     assert rows(table)["parameters"] == ["99,125,568"]
-    found = rows(result_table(make_result([replace(bare, served=served)], settings, 1, {})))
-    assert found["prefill, tokens/s"] == ["100.0"]
-    assert "batch, tokens/s" not in found
 
 
 @pytest.mark.parametrize(("value", "shown"), [(math.nan, "not finite"), (math.exp(700), "1.01e+304")])

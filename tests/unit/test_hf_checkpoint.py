@@ -90,7 +90,7 @@ def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
 def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A cut may come before the next score, with `score_every`."""
+    """A cut may come before the next score, if the next step overflows in fp16."""
     monkeypatch.setattr(checkpoint, "read_scores", lambda folder, kinds: None)
     monkeypatch.setattr(checkpoint, "read_metrics", lambda path: [])
     state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5)

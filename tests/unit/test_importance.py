@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import Criterion, Normalization
+from loraprune_ds.config import Normalization
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.family_row import Linear
@@ -64,13 +64,13 @@ class SplitModel:
 
 
 def scores_over_ranks(
-    shape: ModelShape, layers: list[LayerTensors], world_size: int, name: Criterion, normalization: Normalization
+    shape: ModelShape, layers: list[LayerTensors], world_size: int, normalization: Normalization
 ) -> list[LayerScores]:
     """The scores that every one of `world_size` ranks arrives at."""
 
     def score(rank: int, total: Tensor | None = None) -> tuple[Any, list[LayerScores]]:
         model: Any = SplitModel(shape, layers, world_size, rank, total)
-        sums = score_groups(model, name, step=1)
+        sums = score_groups(model, "lora", step=1)
         sums.check()
         return model, sums.by_layer(normalization)
 
@@ -85,20 +85,20 @@ FP32 = 1e-5  # relative to the largest sum: fp32 products of up to 23 terms whos
 
 def random_linear(
     generator: torch.Generator, shape: tuple[int, int], r: int, scaling: float, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, LoraFactors, Tensor]:
-    """Returns a weight, its LoRA, and the gradient of the weight."""
+) -> tuple[Tensor, LoraFactors]:
+    """Returns a weight and its LoRA."""
     rows, columns = shape
-    sizes = ((rows, columns), (r, columns), (rows, r), (r, columns), (rows, r), (rows, columns))
-    weight, *factors, gradient = (torch.randn(size, generator=generator, dtype=dtype) for size in sizes)
-    return weight, LoraFactors(*factors, scaling=scaling), gradient
+    sizes = ((rows, columns), (r, columns), (rows, r), (r, columns), (rows, r))
+    weight, *factors = (torch.randn(size, generator=generator, dtype=dtype) for size in sizes)
+    return weight, LoraFactors(*factors, scaling=scaling)
 
 
-def oracle(name: str, weight: Tensor, factors: LoraFactors, gradient: Tensor) -> Tensor:
+def oracle(name: str, weight: Tensor, factors: LoraFactors) -> Tensor:
     weight, a, b = weight.double(), factors.A.double(), factors.B.double()
-    if name in ("lora", "lora_squared"):
+    if name == "lora":
         gradients = factors.grad_A.double(), factors.grad_B.double()
-        return formula.element_importance(weight, a, b, *gradients, factors.scaling, 2 if name == "lora_squared" else 1)
-    return ((gradient.double() if name == "gradient" else 1) * (weight + factors.scaling * b @ a)).abs()
+        return formula.element_importance(weight, a, b, *gradients, factors.scaling)
+    return (weight + factors.scaling * b @ a).abs()
 
 
 def close(found: Tensor, expected: Tensor) -> bool:
@@ -109,10 +109,9 @@ def close(found: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("name", ELEMENT_CRITERIA)
 def test_criteria_are_the_oracles_in_fp64(name: str, scaling: float) -> None:
     for shape, r in (((9, 6), 3), ((3, 11), 4), ((1, 1), 2)):
-        weight, factors, gradient = random_linear(torch.Generator().manual_seed(1), shape, r, scaling, torch.float64)
-        given = (gradient,) if name == "gradient" else ()
-        found = ELEMENT_CRITERIA[name](weight.clone(), factors, *given).abs()
-        torch.testing.assert_close(found, oracle(name, weight, factors, gradient), rtol=1e-12, atol=1e-12)
+        weight, factors = random_linear(torch.Generator().manual_seed(1), shape, r, scaling, torch.float64)
+        found = ELEMENT_CRITERIA[name](weight.clone(), factors).abs()
+        torch.testing.assert_close(found, oracle(name, weight, factors), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 17])
@@ -121,31 +120,28 @@ def test_partial_sums_add_up_to_the_sums_of_the_whole_weight(monkeypatch: pytest
     draw, generator = random.Random(block), torch.Generator().manual_seed(block)
     for _ in range(1000):
         shape, r, world_size = (draw.randint(1, 23), draw.randint(1, 23)), draw.randint(1, 4), draw.randint(1, 9)
-        weight, factors, gradient = random_linear(generator, shape, r, draw.choice([0.5, 1.0, 2.0]))
-        axis, name = draw.randint(0, 1), draw.choice(["lora", "lora_squared", "gradient"])
+        weight, factors = random_linear(generator, shape, r, draw.choice([0.5, 1.0, 2.0]))
+        axis, name = draw.randint(0, 1), draw.choice(["lora", "magnitude"])
         total = torch.zeros(shape[axis], dtype=torch.float64)
         for rank in range(world_size):
-            shard, of_gradient = (owned_shard(w, world_size, rank) for w in (weight, gradient))
-            given = of_gradient.flat if name == "gradient" else None
-            part = score_shard(shard, factors, ELEMENT_CRITERIA[name], axis, given)
+            part = score_shard(owned_shard(weight, world_size, rank), factors, ELEMENT_CRITERIA[name], axis)
             assert (part.dtype, part.shape) == (torch.float64, total.shape)
             total += part
-        assert close(total, oracle(name, weight, factors, gradient).sum(1 - axis)), (shape, world_size, axis, name)
+        assert close(total, oracle(name, weight, factors).sum(1 - axis)), (shape, world_size, axis, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_scored_in_fp32_and_left_alone(dtype: torch.dtype) -> None:
-    weight, factors, gradient = random_linear(torch.Generator().manual_seed(2), (12, 9), 2, 2.0)
+    weight, factors = random_linear(torch.Generator().manual_seed(2), (12, 9), 2, 2.0)
     weight = weight.to(dtype)
-    given = (weight, gradient, factors.A, factors.B, factors.grad_A, factors.grad_B)
+    given = (weight, factors.A, factors.B, factors.grad_A, factors.grad_B)
     before = [t.clone() for t in given]
     for name, element in ELEMENT_CRITERIA.items():
-        of_gradient = gradient.view(-1) if name == "gradient" else None
         shard = owned_shard(weight, 1, 0)
         flat = shard.flat.clone()
-        sums = score_shard(shard, factors, element, 1, of_gradient)
+        sums = score_shard(shard, factors, element, 1)
         assert torch.equal(shard.flat, flat), name
-        assert close(sums, oracle(name, weight, factors, gradient).sum(0)), name
+        assert close(sums, oracle(name, weight, factors).sum(0)), name
         assert all(torch.equal(b, a) for b, a in zip(before, given, strict=True)), name
 
 
@@ -165,23 +161,21 @@ class Run:
     shape: ModelShape
     steps: list[list[LayerTensors]]
 
-    def package(
-        self, *, world_size: int = 1, criterion: Criterion = "lora", normalization: Normalization = "l2"
-    ) -> list[LayerScores]:
+    def package(self, *, world_size: int = 1, normalization: Normalization = "l2") -> list[LayerScores]:
         """The moving average after the last step."""
         average = MovingAverage(0.9)
         for layers in self.steps:
-            average.update(scores_over_ranks(self.shape, layers, world_size, criterion, normalization))
+            average.update(scores_over_ranks(self.shape, layers, world_size, normalization))
         assert average.scores is not None
         return average.scores
 
-    def oracle(self, *, power: int = 1, normalize: bool = True) -> list[tuple[Tensor, Tensor]]:
+    def oracle(self, *, normalize: bool = True) -> list[tuple[Tensor, Tensor]]:
         averages = []
         for i, layer in enumerate(self.shape.layers):
             heads, channels = (torch.zeros(layer[kind], dtype=torch.float64) for kind in ("heads", "channels"))
             for layers in self.steps:
                 sizes = (layer["heads"], self.shape.queries_per_group, self.shape.head_dim)
-                now = formula.group_scores(layers[i], SCALING, *sizes, normalize=normalize, power=power)
+                now = formula.group_scores(layers[i], SCALING, *sizes, normalize=normalize)
                 heads = formula.moving_average(heads, now[0], 0.9)
                 channels = formula.moving_average(channels, now[1], 0.9)
             averages.append((heads, channels))
@@ -195,7 +189,7 @@ def random_run(shape: ModelShape) -> Run:
     def random_layer(i: int) -> LayerTensors:
         sizes = {linear.name: shape.linear_shape(i, linear) for linear in LLAMA_LINEARS}
         drawn = {name: random_linear(generator, size, RANK, SCALING) for name, size in sizes.items()}
-        return {name: (weight, f.A, f.B, f.grad_A, f.grad_B) for name, (weight, f, _) in drawn.items()}
+        return {name: (weight, f.A, f.B, f.grad_A, f.grad_B) for name, (weight, f) in drawn.items()}
 
     first, second = ([random_layer(i) for i in range(len(shape.layers))] for _ in range(2))
     later = [{x: (*a[x][:3], *b[x][3:]) for x in a} for a, b in zip(first, second, strict=True)]  # W, A, B of the first
@@ -214,11 +208,10 @@ def assert_same(found: list[LayerScores], expected: list[tuple[Tensor, Tensor]])
 @pytest.mark.parametrize("world_size", [1, 2, 9])
 def test_scores_are_the_oracles_on_any_number_of_ranks(shape: str, world_size: int) -> None:
     run = random_run(SHAPES[shape])
-    cases: list[tuple[Criterion, Normalization]] = [("lora", "l2"), ("lora", "none"), ("lora_squared", "l2")]
-    for name, normalization in cases:
-        found = run.package(world_size=world_size, criterion=name, normalization=normalization)
-        power = 2 if name == "lora_squared" else 1
-        assert_same(found, run.oracle(power=power, normalize=normalization == "l2"))
+    cases: list[Normalization] = ["l2", "none"]
+    for normalization in cases:
+        found = run.package(world_size=world_size, normalization=normalization)
+        assert_same(found, run.oracle(normalize=normalization == "l2"))
 
 
 @pytest.mark.parametrize(("bad", "name"), [(math.nan, "self_attn.q_proj"), (math.inf, "mlp.down_proj")])

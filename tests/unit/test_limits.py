@@ -1,4 +1,4 @@
-"""The limits of pruning: protected layers, floors, caps, and a bound on the ratio that really can be reached."""
+"""The limits of pruning: protected layers, floors, and a bound on the ratio that really can be reached."""
 
 import random
 import re
@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig, Ranking
-from loraprune_ds.errors import UserError
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.target import make_limits
 from tests.paper import PAPER
 from tests.refusals import refused, refuses
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, random_scores_of, random_shape
+from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_shape
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
@@ -75,35 +74,6 @@ def test_a_multiple_that_a_layer_cannot_keep_is_refused(
         assert refused(make_limits, config, shape).startswith(message)
 
 
-def test_a_cap_is_a_fraction_of_the_layers_own_parameters() -> None:
-    shape = make_shape([(4, 40), (2, 20), (2, 20)])
-    limits = limits_of(shape, ranking="global", protected_first=0, max_layer_ratio=0.29)
-    assert limits.layer_budget == (int(0.29 * shape.layer_numel(0)), int(0.29 * shape.layer_numel(1)), 0)
-    shape = make_shape([(1, 100)] * 3, hidden=1, head_dim=25)  # 4·25 + 3·100 = 400 parameters; 0.29 · 400 is 115.99…
-    assert limits_of(shape, ratio=0.01, protected_first=1, max_layer_ratio=0.29).layer_budget == (0, 116, 0)
-
-
-def test_the_narrowest_shapes_by_trying_them_all() -> None:
-    draw = random.Random(0)
-    for _ in range(200):
-        shape = random_shape(draw, uniform=True)
-        multiple, cap = draw.choice([1, 1, 4, 7]), draw.choice([0.2, 0.5, 0.9, 1.0])
-        prune = {"channel_multiple": multiple, "max_layer_ratio": cap}
-        try:
-            limits = limits_of(shape, ratio=1e-9, protected_first=0, protected_last=0, **prune)
-        except UserError:
-            continue  # nothing can be cut at all
-        dense, floor = shape.layers[0], limits.floor[0]
-        allowed = [
-            c for c in range(floor["channels"], dense["channels"] + 1) if c % multiple == 0 or c == dense["channels"]
-        ]
-        narrowest = {shape["heads"]: shape["channels"] for shape in limits.narrowest([0])}
-        for heads in range(floor["heads"], dense["heads"] + 1):
-            shapes = [LayerShape(heads=heads, channels=c) for c in allowed]
-            fitting = [x["channels"] for x in shapes if limits.lost(0, x) <= limits.layer_budget[0]]
-            assert narrowest.get(heads) == min(fitting, default=None)
-
-
 # The ratio that can be reached
 
 
@@ -115,7 +85,6 @@ def random_config(draw: random.Random, ranking: Ranking, shape: ModelShape) -> P
         ranking=ranking,
         protected_first=draw.choice([0, 0, 1, 2]),
         protected_last=draw.choice([0, 0, 1]),
-        max_layer_ratio=draw.choice([0.15, 0.4, 0.5, 0.8, 1.0, 1.0]),
         channel_multiple=draw.choice([1, 1, *(multiple for multiple in (4, 16) if multiple <= narrowest)]),
         tensor_parallel=draw.choice([1, 2]) if pairs else 1,
     )
@@ -173,18 +142,10 @@ def test_a_ratio_above_it_is_refused(ranking: Ranking) -> None:
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
-@pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_7B], ids=["SmolLM2", "LLaMA-7B"])
-def test_a_cap_on_all_layers_can_be_the_ratio(ranking: Ranking, shape: ModelShape) -> None:
-    """A cap of a half and a ratio of a half go together, though whole groups stop a little below."""
-    limits_of(shape, ratio=0.5, ranking=ranking, protected_first=0, protected_last=0, max_layer_ratio=0.5)
-
-
-@pytest.mark.parametrize("ranking", ["uniform", "global"])
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
         ({"ratio": 1e-9, "channel_multiple": 1536, "tensor_parallel": 3}, r"at most 0\.0 can go"),
-        ({"max_layer_ratio": 1e-9}, r"^prune\.max_layer_ratio 1e-09 lets nothing go$"),
         ({"protected_first": 29}, r"^prune\.protected_first and prune\.protected_last protect all 30 layers"),
     ],
 )

@@ -127,7 +127,7 @@ def test_a_finished_run_may_be_measured_in_another_way(config: RunConfig) -> Non
 
 FORMAT_5 = {
     "prune": {"min_heads": 1, "min_channels": 1, "compensate_ridge": 0.05, "target_batch": 1, "target_kv_bits": 16.0}
-    | {"target_embedding_bits": 16.0},
+    | {"target_embedding_bits": 16.0, "score_every": 1, "max_layer_ratio": 1.0},
     "train": {"recovery_learning_rate": None, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999}
     | {"loss_chunk_tokens": 64},
     "checkpoint": {"copy_source": True},
@@ -136,11 +136,11 @@ FORMAT_5 = {
 
 
 def written_before(config: RunConfig, **sections: dict[str, Any]) -> None:
-    """Leaves a stopped run of a version that had 14 more settings and lacked two of the current ones."""
+    """Leaves a stopped run of a version that had 16 more settings and lacked one of the current ones."""
     leave(config)
     path = Path(config.output_dir) / "config.yaml"
     raw = yaml.safe_load(path.read_text())
-    del raw["prune"]["score_every"], raw["train"]["distill_weight"]
+    del raw["train"]["distill_weight"]
     old = {key: raw[key] | values | sections.get(key, {}) for key, values in FORMAT_5.items()}
     path.write_text(yaml.safe_dump(raw | old))
 

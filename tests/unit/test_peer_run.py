@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.classes import decoder_layers
@@ -54,6 +55,29 @@ def test_scores_follow_the_formula_of_the_peer(tmp_path: Path, name: str) -> Non
     found = [scores for pair in run.averages[0] for scores in pair]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b.double(), rtol=1e-5, atol=0)  # elements are scored in fp32
+
+
+@pytest.mark.parametrize("family", ["phi3", "starcoder2"])  # fused linears; biases, and no gate
+def test_the_true_gradient_is_that_of_merged_weights(tmp_path: Path, family: str) -> None:
+    run, batch = tiny_run(tmp_path, family)
+    run.pruner = PeerPruner("gradient", cast(Any, run.prunable), run.plan, 0)
+    tensors, shape = run.tensors(), run.prunable.shape
+    model = tiny_model(family, seed=1).double()
+    expected = [{kind: torch.zeros(n, dtype=torch.float64) for kind, n in x.items()} for x in shape.layers]
+    weights = {x: model.get_parameter(f"model.layers.{x.layer}.{x.linear.name}.weight") for x in shape.linear_ids()}
+    for (i, linear), weight in weights.items():
+        a, b = (tensors[f"layers.{i}.{linear.name}.lora_{factor}"] for factor in "AB")
+        weight.data.add_(8 / len(a) * b @ a)
+    predictions = model(input_ids=batch[0], use_cache=False).logits[:, :-1].flatten(0, 1)
+    cross_entropy(predictions, batch[1][:, 1:].flatten()).backward()
+    for (i, linear), weight in weights.items():
+        sums = (weight * cast(Tensor, weight.grad)).abs().sum(1 - linear.axis)
+        for part, of_part in zip(linear.parts, sums.split(shape.part_sizes(i, linear.parts)), strict=True):
+            expected[i][part.kind] += of_part.view(-1, shape.width(part.width)).sum(1).detach()
+    run.step(1, batch)
+    for layer, wanted in zip(run.averages[0], expected, strict=True):
+        for found, of_kind in zip(layer, wanted.values(), strict=True):
+            torch.testing.assert_close(found, of_kind, rtol=1e-5, atol=0)  # gradients and elements are in fp32
 
 
 def test_reap_is_the_mean_of_router_weight_times_output_norm() -> None:

@@ -267,16 +267,10 @@ def test_settings_of_quality_cost_what_they_hold_and_send() -> None:
     def pruning(**prune: Any) -> Plan:
         return make_plan(changed(plain, prune=prune))
 
-    lora, fisher, gradient = (pruning(criterion=x) for x in ("lora", "fisher", "gradient"))
+    lora, fisher = (pruning(criterion=x) for x in ("lora", "fisher"))
     groups = sum(sum(layer.values()) for layer in SMALL.layers)
     assert fisher.step.sent["scoring"] == 8 * groups < lora.step.sent["scoring"]
-    assert fisher.last_step == lora.last_step == gradient.last_step
-    assert gradient.step.sent["weight_gradients"] == plain.micro_batches * 2 * SMALL.linear_numel() // 2
-    tokens = 16 * 64 / 2
-    added = (gradient.step.compute - lora.step.compute) * plain.cluster.flops * plain.cluster.utilisation * 1e12
-    assert added == pytest.approx(2 * SMALL.linear_numel() * tokens)
-    seldom = pruning(criterion="gradient", score_every=10)
-    assert lora.in_all.bytes_sent < seldom.in_all.bytes_sent < gradient.in_all.bytes_sent
+    assert fisher.last_step == lora.last_step
     refit = pruning(compensate="least_squares", compensate_steps=2)
     moments = 4 * (512**2 + 1376**2) * 2  # of two of the four layers that may be cut
     assert stage(refit, "dense").state == stage(lora, "dense").state | {"input_moments": moments}

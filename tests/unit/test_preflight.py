@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.zero import preflight
-from loraprune_ds.zero.preflight import (
+from launch import preflight
+from launch.preflight import (
     Rendezvous,
     Unfit,
     check_accelerators,

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.model import pretrained
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.model import hub, pretrained
 from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import build_for_losses
@@ -146,7 +147,10 @@ DAMAGE: list[tuple[Spoil, str]] = [
         lambda folder: save(folder, {WEIGHT: tensors_of(folder)[WEIGHT]}, "more.safetensors"),
         f"more.safetensors: {WEIGHT} is in {SINGLE}, too",
     ),
-    (remove(SINGLE), "FOLDER has no safetensors files"),
+    (
+        lambda folder: (folder / SINGLE).rename(folder / "pytorch_model.bin"),
+        "FOLDER has no safetensors files; a model in",
+    ),
     (lambda folder: (folder / SINGLE).rename(folder / "adapter_model.safetensors"), "FOLDER has no safetensors files"),
     (remove("config.json"), "config.json does not exist"),
     (write("config.json", "[1, 2]"), "config.json must hold a JSON object"),
@@ -244,3 +248,12 @@ def test_every_part_is_the_slice(source: Path, kept: Kept, chunk: int, monkeypat
 def test_with_nothing_cut_it_is_the_model_on_disk(source: Path) -> None:
     dense = open_pretrained(source).weights
     assert dense.cut(keep_of([([0, 1, 2, 3], [*range(37)])] * 3)) is dense
+
+
+def test_a_hub_model_is_downloaded_without_other_formats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert (repository, revision, "*.bin" in allow_patterns) == ("some/model", "main", False)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    assert hub.locate_model(ModelConfig("some/model", revision="main")) == tmp_path

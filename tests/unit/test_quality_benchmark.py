@@ -7,8 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config_file import load_config
+from loraprune_ds.files import read_json
 from tests.benchmarks.quality import basis_of, parse_arguments
-from tests.benchmarks.quality_settings import SETTINGS, select
+from tests.benchmarks.quality_settings import GONE, SETTINGS, select
+from tests.benchmarks.running import RESULTS
 from tests.benchmarks.two_four import expanded_model
 from tests.oracle.models import make_tiny_llama
 
@@ -36,6 +38,11 @@ def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tokens == (int(last) if last in ("10240", "20480", "409600") else 81_920), setting.name
     with pytest.raises(SystemExit, match="no setting best"):
         select([], ["best"])
+
+
+def test_every_published_row_is_a_setting_or_one_that_is_gone() -> None:
+    published = {row["setting"] for row in read_json(RESULTS / "quality.json")["rows"]}
+    assert set(GONE) <= published <= {*SETTINGS, *GONE}
 
 
 RECIPES = {

@@ -93,11 +93,10 @@ def test_a_run_too_short_to_cut_is_refused() -> None:
         make_schedule(PruneConfig(warmup_fraction=0.5, cooldown_fraction=0.5 - 1e-15), 100_000_000)
 
 
-@pytest.mark.parametrize(("every", "scored"), [(1, list(range(1, 10))), (4, [1, 4, 5, 7, 9]), (99, [1, 4, 7, 9])])
-def test_scores_every_kth_step_and_before_each_cut(every: int, scored: list[int]) -> None:
-    schedule = make_schedule(PruneConfig(prune_every=3, criterion="gradient", score_every=every), 10)
+def test_every_step_up_to_the_last_cut_scores() -> None:
+    schedule = make_schedule(PruneConfig(prune_every=3), 10)
     assert schedule.cut_steps() == [4, 7, 9]
-    assert [step for step in range(1, 11) if schedule.is_scored(step)] == scored
+    assert [step for step in range(1, 11) if schedule.is_scored(step)] == list(range(1, 10))
     assert [step for step in range(1, 11) if schedule.precedes_cut(step, within=2)] == [3, 4, 6, 7, 8, 9]
     seldom = Schedule(0.5, 0, 10, 5, passed_over=frozenset({10}))  # the last cut would change no width
     assert (seldom.last_cut, [step for step in range(6, 11) if seldom.is_scored(step)]) == (5, [])

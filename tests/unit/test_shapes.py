@@ -166,5 +166,5 @@ def test_each_ranking_reaches_the_target(three: ModelShape) -> None:
         of_kind = sum(LAYER[kind] - layer[kind] for layer in left.layers) * three.group_numel(kind)
         share = limits.shares[kind] * gone(left, three)
         assert abs(of_kind - share) <= three.group_numel(kind)
-    narrowest = {tuple(layer.values()) for layer in limits.narrowest([1])}
+    narrowest = {tuple(layer.values()) for layer in limits.narrowest()}
     assert narrowest == {(h, e, 1) for h in range(1, 5) for e in range(1, 7)}

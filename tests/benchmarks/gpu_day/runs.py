@@ -21,11 +21,7 @@ OVERLAP = ROOT / "ds_configs" / "zero3_overlap.json"
 # What a run on the card is compared in with the same run on the CPU. Each has other code on the device.
 SETTINGS: dict[str, tuple[str, ...]] = {
     "lora": (),
-    "gradient, global, least_squares": (
-        "prune.criterion=gradient",
-        "prune.ranking=global",
-        "prune.compensate=least_squares",
-    ),
+    "global, least_squares": ("prune.ranking=global", "prune.compensate=least_squares"),
     "fisher, checkpointing": ("prune.criterion=fisher", "train.gradient_checkpointing=true"),
     "distillation": ("train.distill_weight=0.5",),
     "int8": ("model.frozen=int8",),

@@ -90,6 +90,6 @@ def test_the_tour(tmp_path: Path) -> None:
     python = os.environ["LLAMA_CPP_PYTHON"]
     assert len(ask(python, "-c", snippet(EXPORT, "llama_cpp"), cwd=tmp_path).stdout.split()) > 3
 
-    command = [*documented(EXPORT, "--serve llama.cpp"), "--prompt", "64", "--generated", "8", "--rounds", "1"]
+    command = [*documented(EXPORT, "--server llama.cpp"), "--prompt", "64", "--generated", "8", "--rounds", "1"]
     timed = start(command, {"path/to/venv/bin/python": python})
-    assert "decode, tokens/s" in timed.out
+    assert "decode_tokens_per_second" in timed.out

@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.settings import Server, ServeSettings, find_server
-from loraprune_ds.evaluate.speed import Served, ServedModel, measure_serving, served_model
+from tests.benchmarks.serving import Plan, Served, ServedModel, measure_serving, served_model
 from tests.families import tiny_model
 from tests.integration.launching import process_state, within
 
 LLAMA_CPP = """
 import os
 __version__ = "1.2"
-assert "RANK" not in os.environ and "of the caller" not in os.environ["PYTHONPATH"]
+assert "of the caller" not in os.environ["PYTHONPATH"]
 
 class Llama:
     def __init__(self, path, **options):
@@ -71,18 +70,6 @@ class LLM:
             clock[0] += len(prompts) * (1 + parameters.max_tokens / 2) * next(slowness)
             file.write(f"{len(prompts)} of {tokens} write {parameters.max_tokens}, {self.loaded}\\n")
 """
-EVALUATION = """
-import sys
-from loraprune_ds.command import leave, tell
-from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.settings import ServeSettings
-from loraprune_ds.evaluate.speed import serve
-try:
-    serve([sys.argv[2]], ServeSettings(server="vllm", python=sys.argv[1], prompt=5, generated=2, rounds=1), "f16")
-except UserError as error:  # as main() has it
-    tell(error)
-    leave(error.exit_code)
-"""
 
 
 @pytest.fixture
@@ -97,7 +84,6 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     program.chmod(0o755)
     monkeypatch.setenv("SAID", str(tmp_path / "said"))
     monkeypatch.setenv("PYTHONPATH", "of the caller")
-    monkeypatch.setenv("RANK", "0")
     return str(program)
 
 
@@ -105,8 +91,8 @@ def gguf(name: str, vocabulary: int = 8) -> ServedModel:
     return ServedModel(Path(f"{name}.gguf"), "gguf-f16", vocabulary)
 
 
-def short(server: Server, python: str, **changes: int) -> ServeSettings:
-    return ServeSettings(server=server, python=python, **{"prompt": 5, "generated": 2, "rounds": 1} | changes)
+def short(server: str, python: str, **changes: int) -> Plan:
+    return Plan(server, python, **{"prompt": 5, "generated": 2, "rounds": 1} | changes)
 
 
 def test_models_take_turns_in_llama_cpp(python: str, tmp_path: Path) -> None:
@@ -126,7 +112,7 @@ def test_vllm_answers_one_and_a_batch(python: str, tmp_path: Path) -> None:
     turn = ["1 of {5} write 1", "1 of {5} write 3", "3 of {5} write 2"]
     assert (tmp_path / "said").read_text().splitlines() == [f"{said}, transformers, trust True" for said in turn] * 4
     # The fake takes a second per prompt and half a second per token, twice that in the median round.
-    assert served == Served("vllm", "0.9", "hf", 5 / 3.0, 2 / 2.0, 3 * 2 / (3 * 4.0))
+    assert served == Served("0.9", "hf", 5 / 3.0, 2 / 2.0, 3 * 2 / (3 * 4.0))
 
 
 @pytest.mark.parametrize(("family", "model_impl"), [("llama", "auto"), ("qwen2", "transformers")])
@@ -147,36 +133,18 @@ def test_a_server_that_ends_is_one_line(name: str, line: str, python: str) -> No
         measure_serving([gguf(name)], short("llama.cpp", python))
 
 
-def test_a_python_without_the_server_is_named(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_PYTHON", raising=False)
-    with pytest.raises(UserError, match=r"^--serve vllm needs --serve-python, or VLLM_PYTHON: a Python with vllm$"):
-        find_server("vllm", None)
-    with pytest.raises(UserError, match=r"^--serve-python: nowhere/python is no program$"):
-        find_server("vllm", "nowhere/python")
-    with pytest.raises(UserError, match=r"^--serve llama.cpp: .* has no llama_cpp$"):
-        find_server("llama.cpp", sys.executable)
-    assert find_server("llama.cpp", python) == python
-    monkeypatch.setenv("VLLM_PYTHON", python)
-    assert find_server("vllm", None) == python
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_an_evaluation_that_is_ended_ends_its_server(number: signal.Signals, python: str, tmp_path: Path) -> None:
+def test_a_benchmark_that_is_killed_ends_its_server(python: str, tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path / "model")
-    scratch, said = tmp_path / "scratch", tmp_path / "said"
-    scratch.mkdir()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(scratch), "BUSY": "1"}
-    command = [sys.executable, "-c", EVALUATION, python, str(tmp_path / "model")]
-    evaluation = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    said = tmp_path / "said"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "BUSY": "1"}
+    command = [sys.executable, "-m", "tests.benchmarks.serving", str(tmp_path / "model")]
+    benchmark = subprocess.Popen([*command, "--server", "vllm", "--python", python], env=environment)
     pids = list(map(int, within(60, lambda: said.read_text().split() if said.exists() else [])))
-    evaluation.send_signal(number)
-    _, errors = evaluation.communicate(timeout=30)
+    benchmark.kill()
+    benchmark.wait()
     try:
         assert within(10, lambda: all(process_state(pid) in ("", "Z") for pid in pids))
     finally:
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    if number == signal.SIGTERM:
-        assert (evaluation.returncode, list(scratch.iterdir())) == (143, [])
-        assert errors == "error: ended by SIGTERM\n"
