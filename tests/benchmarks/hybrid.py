@@ -110,10 +110,10 @@ def train_dense(text: Path, work: Path, seconds: float) -> None:
         optimizer.zero_grad()
         step, part = step + 1, (time.monotonic() - start) / seconds
         if step % 50 == 0 or part >= 1:
-            print(f"dense step {step}: loss {float(loss):.3f}", file=sys.stderr, flush=True)
+            print(f"dense step {step}: loss {loss.item():.3f}", file=sys.stderr, flush=True)
     with torch.no_grad():
         windows = unseen[: len(unseen) // WINDOW * WINDOW].view(-1, WINDOW)[:64]
-        print(f"held-out loss {float(loss_of(model, windows)):.3f}", file=sys.stderr, flush=True)
+        print(f"held-out loss {loss_of(model, windows).item():.3f}", file=sys.stderr, flush=True)
     tokenizer.save_pretrained(work / "model")
     model.save_pretrained(work / "model")
 
