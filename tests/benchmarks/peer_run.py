@@ -173,7 +173,7 @@ class PeerPruner(Pruner):
     def score(self, step: int) -> None:
         if self.schedule.is_scored(step):
             sums = self._recorder.scores(step)
-            self.average.update(sums.by_layer(self._normalization))
+            self.average.update(sums.by_layer(self._normalize))
             self._unchecked = sums
 
 
