@@ -49,8 +49,12 @@ if ((gpus == 0)); then
 fi
 prepare
 
+# The config is read before anything is removed, so that a typo loses nothing.
+folder=$(python launch/run.py --config "$CONFIG" "${arguments[@]}" --show output_dir)
+if $fresh && [[ -e $folder/status.json || -d $folder/checkpoints ]]; then rm -rf "$folder"; fi
 if ((gpus == 0)); then
-  echo "Tuning and pruning on 2 CPU ranks (about 5 minutes the first time)"
+  echo "Tuning and pruning on 2 CPU ranks"
+  arguments=(--set "train.steps=$(python launch/quickstart_steps.py "$folder")" "${arguments[@]}")
   launcher=(deepspeed --quiet --num_accelerators 2)
 else
   ranks=$(choose_ranks "$gpus")
@@ -65,9 +69,4 @@ else
 fi
 # The launcher's default port may be taken, for example by another run.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-if $fresh; then
-  # The config is read before anything is removed, so that a typo loses nothing.
-  folder=$(python launch/run.py --config "$CONFIG" "${arguments[@]}" --show output_dir)
-  if [[ -e $folder/status.json || -d $folder/checkpoints ]]; then rm -rf "$folder"; fi
-fi
 exec "${launcher[@]}" --master_port "$port" launch/run.py --config "$CONFIG" --resume auto "${arguments[@]}"

@@ -27,10 +27,7 @@ def check_files(model: Path, text: Path) -> None:
         if not path.is_file():
             sys.exit(f"error: {path} does not exist")
     if "auto_map" in json.loads((model / "config.json").read_text()):
-        sys.exit(
-            f"error: {model} has layers of different widths, or no stock class; prune with prune.ranking=uniform, "
-            "prune.protected_first=0 and prune.protected_last=0, as launch/configs/recipe-stock.yaml does"
-        )
+        sys.exit(f"error: {model} has layers of different widths, or no stock class; prune with prune.ranking=uniform")
 
 
 def main() -> None:

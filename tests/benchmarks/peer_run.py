@@ -163,7 +163,7 @@ class PeerPruner(Pruner):
     def __init__(self, peer: str, model: PrunableModel, *rest: Any) -> None:
         super().__init__(model, *rest)
         self._recorder = PEERS[peer](model)
-        self._normalize: Normalization = self.config.normalization if peer == "gradient" else "none"
+        self._normalize: Normalization = self.config.normalize if peer == "gradient" else "none"
 
     @contextmanager
     def record_step(self, step: int) -> Generator[None]:
@@ -173,7 +173,7 @@ class PeerPruner(Pruner):
     def score(self, step: int) -> None:
         if self.schedule.is_scored(step):
             sums = self._recorder.scores(step)
-            self.average.update(sums.by_layer(self._normalization))
+            self.average.update(sums.by_layer(self._normalize))
             self._unchecked = sums
 
 

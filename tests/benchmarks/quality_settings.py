@@ -1,4 +1,4 @@
-"""Names the runs of quality.py, by group. Each changes the plain method at equal budget and removed fraction."""
+"""Names the runs of quality.py, by group. Each changes the plain method, or the default recipe, at equal budget."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,18 @@ from dataclasses import dataclass
 REFIT = "prune.compensate=least_squares"
 DISTILL = "train.distill_weight=0.5"
 QUARTER, WARM = "train.distill_weight=0.25", "train.distill_temperature=2"
-FISHER = "prune.criterion=fisher"
-GLOBAL = "prune.ranking=global"
+FISHER = ("prune.criterion=fisher", "prune.normalize=none")
+GLOBAL = ("prune.ranking=global", "prune.normalize=none")
 EVERY_STEP = ("prune.compensate_steps=4", "prune.compensate_decay=0.9")  # measured for the refit
 INT8 = "model.frozen=int8"
+UNIFORM = "prune.ranking=uniform"
+PROTECTED = ("prune.protected_first=null", "prune.protected_last=1")
+# The published code's method, which was the default of earlier versions.
+PLAIN = (
+    *("prune.criterion=lora", UNIFORM, "prune.normalize=l2", *PROTECTED),
+    *("prune.compensate=none", "prune.compensate_steps=2", "prune.compensate_decay=0.5"),
+    *("train.distill_weight=0", "train.distill_temperature=1"),
+)
 STOCK = ("prune.protected_first=0", "prune.protected_last=0")  # every layer alike: stock classes load the result
 
 # 81,920 and 409,600 tokens, in windows of 128. A cut follows every 5 % of the steps, as in the published runs. In the
@@ -33,13 +41,17 @@ class Setting:
 
 
 def _short(group: str, name: str, *changes: str, model: str = "mha") -> Setting:
-    return Setting(group, name, (*SHORT, DEEP, RATE, *changes), model)
+    return Setting(group, name, (*SHORT, DEEP, RATE, *PLAIN, *changes), model)
+
+
+def _recipe(name: str, *changes: str, budget: tuple[str, ...] = SHORT, model: str = "mha") -> Setting:
+    return Setting("recipe", "-".join(filter(None, ("recipe", name))), (*budget, DEEP, RATE, *changes), model)
 
 
 def _settings() -> list[Setting]:
-    refit = (FISHER, REFIT)
+    refit = (*FISHER, REFIT)
     tuned = (*refit, *EVERY_STEP)
-    general = (*refit, DISTILL, GLOBAL, *EVERY_STEP)
+    general = (*refit, DISTILL, *GLOBAL, *EVERY_STEP)
     quarter = (*general, QUARTER, WARM)
     stock = (*refit, *STOCK, *EVERY_STEP)
     late = (*stock, "prune.cooldown_fraction=0.5")
@@ -47,11 +59,11 @@ def _settings() -> list[Setting]:
         _short("levers", "plain"),
         _short("levers", "refit", REFIT),
         _short("levers", "distillation", DISTILL),
-        _short("fisher", "fisher", FISHER),
+        _short("fisher", "fisher", *FISHER),
         _short("fisher", "fisher-refit", *refit),
         _short("fisher", "fisher-refit-multiple-64", *refit, "prune.channel_multiple=64"),
         _short("fisher", "fisher-refit-multiple-128", *refit, "prune.channel_multiple=128"),
-        _short("fisher", "fisher-refit-distillation-global", *refit, DISTILL, GLOBAL),
+        _short("fisher", "fisher-refit-distillation-global", *refit, DISTILL, *GLOBAL),
         _short("fisher", "fisher-refit-distillation-global-4-steps", *general),
         _short("fisher", "fisher-refit-stock", *refit, *STOCK),
         _short("fisher", "fisher-refit-4-steps-half", *tuned, HALF),
@@ -68,13 +80,13 @@ def _settings() -> list[Setting]:
         _short("int8", "plain-int8", INT8),
         _short("int8", "fisher-refit-int8", *refit, INT8),
     ]
-    magnitude = (*SHORT, DEEP, RATE, "prune.criterion=magnitude")
+    magnitude = (*SHORT, DEEP, RATE, *PLAIN, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
     peers += [Setting("peers", f"peer-{name}", magnitude, peer=name) for name in ("wanda", "flap", "gradient")]
-    peers.append(Setting("peers", "dense-tuned", (*SHORT, UNTUNED_RATE), peer="two-four"))  # its mask keeps all
-    peers.append(Setting("peers", "two-four", (*SHORT, RATE), model="two-four", peer="two-four"))
+    peers.append(Setting("peers", "dense-tuned", (*SHORT, UNTUNED_RATE, *PLAIN), peer="two-four"))  # its mask keeps all
+    peers.append(Setting("peers", "two-four", (*SHORT, RATE, *PLAIN), model="two-four", peer="two-four"))
     long = [
-        Setting("long", f"{name}-409600", (*LONG, DEEP, UNTUNED_RATE, *changes))
+        Setting("long", f"{name}-409600", (*LONG, DEEP, UNTUNED_RATE, *PLAIN, *changes))
         for name, changes in {
             "plain": (),
             "fisher-refit-4-steps": tuned,
@@ -83,7 +95,7 @@ def _settings() -> list[Setting]:
         }.items()
     ]
     light = [
-        Setting("light", f"{name}-light", (*SHORT, LIGHT, UNTUNED_RATE, *changes))
+        Setting("light", f"{name}-light", (*SHORT, LIGHT, UNTUNED_RATE, *PLAIN, *changes))
         for name, changes in {"plain": (), "general-0.25-temperature-2": quarter}.items()
     ]
     gqa = [
@@ -91,7 +103,25 @@ def _settings() -> list[Setting]:
         _short("gqa", "gqa-fisher-refit-4-steps", *tuned, model="gqa"),
         _short("gqa", "gqa-plain-stock", *STOCK, model="gqa"),
     ]
-    return [*short, *peers, *long, *light, *gqa]
+    protected = [
+        _recipe("protected", *PROTECTED),
+        _recipe("protected-uniform", *PROTECTED, UNIFORM),
+        _recipe("protected-first-half", *PROTECTED, "prune.cooldown_fraction=0.5"),
+        _recipe("protected-no-distillation", *PROTECTED, "train.distill_weight=0"),
+    ]
+    recipe = [
+        _recipe(""),
+        _recipe("uniform", UNIFORM),
+        _recipe("8e-3", "train.learning_rate=8e-3"),
+        _recipe("2e-3", UNTUNED_RATE),
+        _recipe("lora", "prune.criterion=lora"),
+        _recipe("15", LIGHT),
+        _recipe("30", "prune.ratio=0.3"),
+        _recipe("half", HALF),
+        _recipe("gqa", model="gqa"),
+        _recipe("409600", UNTUNED_RATE, budget=LONG),
+    ]
+    return [*short, *peers, *long, *light, *gqa, *protected, *recipe]
 
 
 SETTINGS = {setting.name: setting for setting in _settings()}
