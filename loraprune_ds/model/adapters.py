@@ -46,9 +46,10 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
         task_type="CAUSAL_LM",
     )
     peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: FusedLoraLinear})
-    model_type, model.config.model_type = model.config.model_type, ""  # else PEFT takes a dense MLP for old experts
+    own: Any = model.config
+    model_type, own.model_type = own.model_type, ""  # else PEFT takes a dense MLP for experts of transformers 4
     wrapped = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
-    model.config.model_type = model_type
+    own.model_type = model_type
     for parameter in (p for p in wrapped.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(model.dtype)  # next to an int8 weight PEFT leaves it in fp32
     return cast(PeftModel, wrapped)
