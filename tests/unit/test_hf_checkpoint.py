@@ -63,6 +63,11 @@ def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
     for given in (PruneConfig(), PruneConfig(ratio=0.4), CONFIG):
         state = checkpoint._read(tmp_path, given, COMM)
         assert PruningCheckpoint(tmp_path, state, cast(Any, None)).config == CONFIG
+    (path.parent / layout.MANIFEST).unlink()
+    old = {"criterion": "fisher", "ranking": "uniform", "normalize": None, "compensate": "none", "compensate_steps": 2}
+    path.write_text(json.dumps(STATE | {"prune": asdict(CONFIG) | old}))  # of a version with other defaults
+    layout.write_manifest(path.parent, {path.name: layout.seal(path)})
+    assert checkpoint._read(tmp_path, CONFIG, COMM).prune == asdict(CONFIG) | old | {"normalize": "none"}
     path.write_text(path.read_text() + "\n")
     refuses(r"state\.json is damaged: its checksum differs", checkpoint._read, tmp_path, CONFIG, COMM)
 

@@ -27,6 +27,7 @@ from loraprune_ds.errors import RankError, RunError, UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.train.context import RunStatus
 from loraprune_ds.train.output import OutputFolder
+from tests.paper import PAPER
 from tests.refusals import refused, refuses
 
 
@@ -125,10 +126,16 @@ def test_a_finished_run_may_be_measured_in_another_way(config: RunConfig) -> Non
     assert (output.start, output.config.evaluate) == ("finished", evaluate)
 
 
+# The defaults that a run of an earlier version has recorded. `normalize: null` was `l2` for these.
+OLD_PRUNE = PAPER | {"compensate_steps": 2, "compensate_decay": 0.5}
+OLD_TRAIN: dict[str, Any] = {"distill_weight": 0.0, "distill_temperature": 1.0}
 FORMAT_5 = {
-    "prune": {"min_heads": 1, "min_channels": 1, "compensate_ridge": 0.05, "target_batch": 1, "target_kv_bits": 16.0}
+    "prune": OLD_PRUNE
+    | {"normalize": None, "min_heads": 1, "min_channels": 1}
+    | {"compensate_ridge": 0.05, "target_batch": 1, "target_kv_bits": 16.0}
     | {"target_embedding_bits": 16.0, "score_every": 1, "max_layer_ratio": 1.0},
-    "train": {"recovery_learning_rate": None, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999}
+    "train": OLD_TRAIN
+    | {"recovery_learning_rate": None, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999}
     | {"loss_chunk_tokens": 64},
     "checkpoint": {"copy_source": True},
     "logging": {"progress": False, "verbose": True},
@@ -136,11 +143,10 @@ FORMAT_5 = {
 
 
 def written_before(config: RunConfig, **sections: dict[str, Any]) -> None:
-    """Leaves a stopped run of a version that had 16 more settings and lacked one of the current ones."""
+    """Leaves a stopped run of a version that had 16 more settings and other defaults."""
     leave(config)
     path = Path(config.output_dir) / "config.yaml"
     raw = yaml.safe_load(path.read_text())
-    del raw["train"]["distill_weight"]
     old = {key: raw[key] | values | sections.get(key, {}) for key, values in FORMAT_5.items()}
     path.write_text(yaml.safe_dump(raw | old))
 
@@ -148,7 +154,8 @@ def written_before(config: RunConfig, **sections: dict[str, Any]) -> None:
 def test_a_run_with_settings_that_are_gone_goes_on(config: RunConfig) -> None:
     written_before(config, prune={"ratio": 0.25})
     resumed = OutputFolder({"output_dir": config.output_dir}, "auto")
-    assert resumed.config == dataclasses.replace(config, prune=PruneConfig(ratio=0.25))
+    assert resumed.config.prune == PruneConfig(**OLD_PRUNE, ratio=0.25)
+    assert resumed.config.train == TrainConfig(**OLD_TRAIN, steps=100)
     assert resumed.start == "resume"
 
 

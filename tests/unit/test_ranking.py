@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from loraprune_ds.config import Normalization, PruneConfig
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
-from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global
 from tests.unit.shapes_and_scores import SMOLLM2, gone, limits_of, make_shape, random_limits, random_scores_of
@@ -123,3 +124,21 @@ def test_rounding_never_breaks_a_multiple() -> None:
         tied = [LayerScores(heads=torch.ones(1), channels=value.expand(173)) for _ in range(2)]
         left = shape.after(rank_global(tied, shape, limits, target))
         assert [layer["channels"] for layer in left.layers] == [173, 128]
+
+
+@pytest.mark.parametrize(("normalize", "left_whole"), [(PruneConfig().normalize, []), ("none", [2])])
+def test_one_step_with_large_gradients_leaves_no_layer_whole(normalize: Normalization, left_whole: list[int]) -> None:
+    """In step 5 of 20 the scores of layer 2 are a million times as large. Without the default they decide for good."""
+    shape, generator = make_shape([(4, 60)] * 6), torch.Generator().manual_seed(3)
+    linears, average = shape.input_linear_ids(), MovingAverage(0.9)
+    for step in range(20):
+        parts = [
+            torch.rand(shape.layers[i][linear.parts[0].kind], generator=generator).double() for i, linear in linears
+        ]
+        if step == 5:
+            parts = [scores * 1e6 if layer == 2 else scores for (layer, _), scores in zip(linears, parts, strict=True)]
+        average.update(GroupSums(shape, linears, parts, step).by_layer(normalize))
+    scores = average.on_host()
+    assert scores is not None
+    pruned = shape.after(rank_global(scores, shape, limits_of(shape, ranking="global"), 0.4))
+    assert [i for i, layer in enumerate(pruned.layers) if layer == shape.layers[i]] == left_whole
