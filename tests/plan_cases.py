@@ -79,6 +79,7 @@ class Case:
                 prune_every=1,
                 warmup_fraction=0.25,
                 cooldown_fraction=0.5,
+                protected_first=None,
                 protected_last=0,
                 compensate=self.compensate,
                 criterion=self.criterion,

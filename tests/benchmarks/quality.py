@@ -189,18 +189,18 @@ def publish(work: Path) -> None:
 
 LINES = {  # setting -> colour, marker, words of the legend
     "plain": (ORANGE, "o", "lora (plain)"),
-    "fisher": (GREEN, "^", "fisher"),
-    "fisher-refit-4-steps": (BLUE, "D", "fisher, refit (recipe tuned)"),
-    "fisher-refit-distillation-global-4-steps": (PURPLE, "v", "fisher, refit, distillation, global (recipe general)"),
+    "recipe": (GREEN, "^", "the default recipe"),
+    "fisher-refit-4-steps": (BLUE, "D", "fisher, refit"),
+    "fisher-refit-distillation-global-4-steps": (PURPLE, "v", "fisher, refit, 1/2 distillation, global"),
     "general-0.25-temperature-2": (VERMILION, "s", "fisher, refit, 1/4 distillation, global"),
 }
 PANELS = (  # what the axis shows, the suffixes of the settings elsewhere on it, its label and ticks
     ("tokens", ("-409600",), "tokens of training, 41.7 % removed", {81_920: "81,920", 409_600: "409,600"}),
     (
         "removed_linear_fraction",
-        ("-light", "-half"),
+        ("-light", "-15", "-30", "-half"),
         "removed, 81,920 tokens",
-        {0.148: "14.8 %", 0.417: "41.7 %", 0.5: "50 %"},
+        {0.148: "14.8 %", 0.3: "30 %", 0.417: "41.7 %", 0.5: "50 %"},
     ),
 )
 TEXTS_DRAWN = {"test": "WikiText-2 test (dashed: dense)", "other": "other text (dashed: dense)"}

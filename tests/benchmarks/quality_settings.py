@@ -104,7 +104,6 @@ def _settings() -> list[Setting]:
         _short("gqa", "gqa-plain-stock", *STOCK, model="gqa"),
     ]
     protected = [
-        _recipe("protected", *PROTECTED),
         _recipe("protected-uniform", *PROTECTED, UNIFORM),
         _recipe("protected-first-half", *PROTECTED, "prune.cooldown_fraction=0.5"),
         _recipe("protected-no-distillation", *PROTECTED, "train.distill_weight=0"),

@@ -112,6 +112,7 @@ def run_config(case: Case, source: Path, root: Path) -> dict[str, Any]:
         "lora": {"r": 4},
         "data": {"path": str(root / "text.txt"), "held_out": str(root / "held_out.txt"), "window": WINDOW},
         "prune": {
+            **PAPER,
             "channel_multiple": 1,
             "ratio": 0.4,
             "prune_every": 2,
@@ -119,7 +120,6 @@ def run_config(case: Case, source: Path, root: Path) -> dict[str, Any]:
             "cooldown_fraction": 0.2,
             "protected_first": 0,
             "protected_last": 0,
-            **PAPER,
             **case.prune,
         },
         "train": {
@@ -139,7 +139,6 @@ import json, sys
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from tests.paper import PAPER
 
 @torch.no_grad()
 def perplexity(folder, trust, text, window, count):

@@ -2,15 +2,17 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, load_config
 from loraprune_ds.files import read_json
 from loraprune_ds.model.read_shape import read_config, shape_from_config
-from loraprune_ds.plan.cluster import Cluster
-from loraprune_ds.plan.plan import make_plan
+from loraprune_ds.plan.cluster import GIB, Cluster
+from loraprune_ds.plan.plan import Plan, make_plan
 from loraprune_ds.plan.request import build_request, make_request
 from tests.benchmarks.plan_measured import HIGHEST, LOWEST, RESULT, cases, peaks, save_1b_config
 from tests.benchmarks.wide_layers import RESULT as WIDE
@@ -21,17 +23,45 @@ CONFIGS = Path("launch/configs")
 NODES = {"one": 1, "two": 2, "four": 4}
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_the_run_fits_where_it_is_meant_to(name: str) -> None:
-    source, billions = PUBLISHED[name]
-    shape = shape_from_config(source, name)
+MODERN = {**PUBLISHED, "qwen3-30b-a3b": MIXTURES["Qwen3-30B-A3B"]}
+
+
+@pytest.mark.parametrize("name", MODERN)
+def test_the_run_fits_where_it_is_meant_to_as_the_page_says(name: str) -> None:
+    source, billions, *_ = MODERN[name]
+    shape, path = shape_from_config(source, name), CONFIGS / f"{name}.yaml"
     assert shape.total_numel() / 1e9 == pytest.approx(billions, rel=0.003)  # as published, rounded
-    path = CONFIGS / f"{name}.yaml"
     meant = re.search(r"Meant for (\w+) nodes? of 8 GPUs", path.read_text())
     assert meant
     plan = make_plan(build_request(name, source, shape, load_config(path), Cluster(NODES[meant[1]], 8)))
     assert plan.fits
     assert plan.request.micro_batches == 1
+    assert row(path, plan) in (CONFIGS / "README.md").read_text()
+
+
+def test_one_gpu_holds_the_run_of_a_node() -> None:
+    source, path = PUBLISHED["llama3.1-8b"][0], CONFIGS / "llama3.1-8b.yaml"
+    plan = make_plan(build_request("8b", source, shape_from_config(source, "8b"), load_config(path), Cluster(1, 1)))
+    assert plan.fits
+    assert row(path, plan) in (CONFIGS / "README.md").read_text()
+
+
+def row(path: Path, plan: Plan) -> str:
+    total, request = plan.in_all, plan.request
+    hours, memory = f"{total.at_least / 3600:.1f} to {total.at_most / 3600:.1f}", plan.device_bytes / GIB
+    sent, saved = total.bytes_sent / 1e9, plan.checkpoint_bytes / 1e9
+    return f"| `{path.name}` | {request.world_size} | {memory:.0f} | {hours} | {sent:,.0f} | {saved:.0f} |"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_other_config_has_the_recipe(path: Path) -> None:
+    config, default = load_config(path), RunConfig("unused")
+    assert replace(config.prune, ratio=0.5, prune_every=10, channel_multiple=64) == default.prune
+    assert (config.train.distill_weight, config.train.distill_temperature) == (0.25, 2.0)
+    if config.model.path != "embedded":
+        tokens = (config.train.steps or 0) * config.train.global_batch_size * config.data.window
+        assert config.data.format == "chat"
+        assert 10e6 <= tokens <= 100e6
 
 
 # Nodes and GPUs that each of the paper's runs is meant for.
