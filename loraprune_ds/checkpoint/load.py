@@ -40,6 +40,17 @@ class TrainingCheckpoint:
         """The settings of the run that wrote it."""
         return config_from_dict(forget_removed(self.state.config))
 
+    def as_begun(self, dense: PretrainedModel) -> PretrainedModel:
+        """Returns the dense model as this run has it. Runs of earlier versions have no LoRA on whole linears."""
+        whole = [(i, name) for i, names in dense.shape.whole.items() for name in names]
+        if not whole or self._has_lora(*whole[0]):
+            return dense
+        return replace(dense, weights=replace(dense.weights, shape=dense.shape.without_whole()))
+
+    def _has_lora(self, layer: int, name: str) -> bool:
+        with safe_open(self.folder / layout.layer_file(layer), framework="pt") as file:
+            return f"{name}.lora_A.master" in file.keys()
+
     def shape_folder(self) -> Path:
         """Returns the folder of its frozen weights. A source that has moved is found at `model.path`."""
         shape = self.state.shape
@@ -54,7 +65,7 @@ class TrainingCheckpoint:
         if not self.state.shape.is_source:
             return replace(dense, weights=open_stored(folder, dense.shape.after(keep), dense.weights.storage))
         if folder.resolve() != dense.folder.resolve():
-            dense = open_for_pruning(folder, self.config.model)
+            dense = self.as_begun(open_for_pruning(folder, self.config.model))
         return replace(dense, weights=dense.weights.cut(keep))
 
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:

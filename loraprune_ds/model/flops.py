@@ -24,6 +24,8 @@ def active_numel(shape: ModelShape) -> int:
     """Counts the linear parameters that one token meets: all, but only its chosen experts."""
     idle = sum(max(0, layer.get("experts", 0) - shape.experts_per_token) for layer in shape.layers)
     every = sum(math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
+    others = (size for i in range(len(shape.layers)) for size in shape.others(i).values())
+    every += sum(math.prod(size) for size in others if len(size) > 1)  # whole linears without LoRA
     return every - idle * shape.group_numel("experts")
 
 

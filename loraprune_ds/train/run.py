@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,6 +51,8 @@ def run(output: OutputFolder, comm: Communicator) -> bool:
     prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
     warnings: list[str] = []
     checkpoint = find_checkpoint(output, comm, warnings) if resumes else None
+    if checkpoint:
+        prepared = replace(prepared, pretrained=checkpoint.as_begun(prepared.pretrained))
     comm.on_rank_0(lambda: _open_output(output, prepared.config, checkpoint, warnings))
     output.check_shared(comm)
     with _open_context(prepared, checkpoint, comm) as context:
