@@ -31,7 +31,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     sizes = {"heads": KV_HEADS * QUERIES, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
     sizes |= {"layers": LAYERS, "biases": True}
     prune = {"ratio": 0.2, "prune_every": 1, "warmup_fraction": 0.5, "compensate": "least_squares"}
-    prune |= {"compensate_steps": 4, "compensate_decay": 0.5}  # from the first step on: the first cut follows the fourth
+    prune |= {"compensate_steps": 4, "compensate_decay": 0.5}  # from the first step: the first cut follows the fourth
     return tiny_job(folder, prune, steps=6, model=sizes)
 
 
