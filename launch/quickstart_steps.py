@@ -7,10 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import yaml
-
-from loraprune_ds.zero.device import fast_half_products
+from loraprune_ds.train.output import EarlierRun
 
 CHOICES = (50, 30, 20)
 LIMIT = 10.0  # minutes
@@ -22,6 +19,10 @@ PRODUCTS = 0.3
 
 def product_seconds() -> float:
     """Times a product of 128 tokens with an MLP weight of SmolLM2 on one core, in bf16, as the run computes it."""
+    import torch  # takes seconds, and a run that has begun needs no product
+
+    from loraprune_ds.zero.device import fast_half_products
+
     torch.set_num_threads(1)
     tokens, weight = (torch.ones(rows, 576, dtype=torch.bfloat16) for rows in (128, 1536))
     seconds = list[float]()
@@ -38,9 +39,8 @@ def minutes(steps: int, product: float) -> float:
 
 
 def main() -> None:
-    begun = Path(sys.argv[1]) / "config.yaml"
-    if begun.exists():
-        print(yaml.safe_load(begun.read_text())["train"]["steps"])
+    if begun := EarlierRun(Path(sys.argv[1])).config:
+        print(begun["train"]["steps"])
         return
     product = product_seconds()
     steps = next((n for n in CHOICES if minutes(n, product) <= LIMIT), CHOICES[-1])

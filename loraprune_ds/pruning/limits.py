@@ -130,7 +130,7 @@ def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
     if config.head_ratio is None:
         return 0, most
     of_heads = config.head_ratio * numel["heads"]
-    return of_heads, min(most, of_heads + sum(removable.values()) - removable["heads"])
+    return of_heads, min(most, of_heads + most - removable["heads"])
 
 
 def check_reachable(config: PruneConfig, limits: Limits) -> None:
