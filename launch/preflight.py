@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import cast
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reports every wait in many lines, and reads it once
 try:
     import torch
     from torch import distributed
@@ -32,6 +33,8 @@ try:
     from loraprune_ds.errors import UserError, one_line, require
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")
+except ImportError as broken:  # a library of torch that does not load, for example
+    sys.exit(f"error: {sys.executable} on {os.uname().nodename}: {broken}")
 
 MOST_SECONDS = 86_400
 VERDICT_READ_WITHIN = 5.0  # seconds that the first node stays for the others to read the verdict
@@ -280,7 +283,6 @@ def main() -> int:
     except UserError as error:
         print(f"preflight: error: {error}", file=sys.stderr)
         return error.exit_code
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reports every wait in many lines
     index = int(os.environ.get("SLURM_NODEID", "0"))
     try:
         import loraprune_ds.train.run  # noqa: F401 (what launch/run.py imports before its ranks meet)

@@ -49,8 +49,10 @@ if ((gpus == 0)); then
 fi
 prepare
 
-# The config is read before anything is removed, so that a typo loses nothing.
-folder=$(python launch/run.py --config "$CONFIG" "${arguments[@]}" --show output_dir)
+if $fresh || ((gpus == 0)); then
+  # The config is read before anything is removed, so that a typo loses nothing.
+  folder=$(python launch/run.py --config "$CONFIG" "${arguments[@]}" --show output_dir)
+fi
 if $fresh && [[ -e $folder/status.json || -d $folder/checkpoints ]]; then rm -rf "$folder"; fi
 if ((gpus == 0)); then
   echo "Tuning and pruning on 2 CPU ranks"

@@ -13,6 +13,14 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from loraprune_ds.config import RunConfig
 
 PAGE = Path(__file__).parents[1] / "launch" / "configs" / "README.md"
+# Rarely worth a change: their rows come last, below a row that says so.
+ADVANCED = {
+    *(f"prune.{key}" for key in ("normalize", "moving_average", "warmup_fraction", "cooldown_fraction", "head_ratio")),
+    *(f"prune.{key}" for key in ("protected_first", "protected_last", "compensate_steps", "compensate_decay")),
+    *(f"train.{key}" for key in ("adam_epsilon", "max_grad_norm", "distill_temperature", "deterministic")),
+    *("evaluate.batch_size", "logging.profile_steps"),
+}
+DIVIDER = "| *advanced* | | |\n"
 HEADER = "| key | default | meaning |\n|---|---|---|\n"
 
 
@@ -85,7 +93,9 @@ def in_words(default: Any) -> str:
 def with_tables(page: str) -> str:
     """Replaces the first table below the heading of each section."""
     for name, rows in settings().items():
-        table = HEADER + "".join(f"| `{row.key}` | `{row.default}` | {row.meaning} |\n" for row in rows)
+        lines = {row.key: f"| `{row.key}` | `{row.default}` | {row.meaning} |\n" for row in rows}
+        plain, advanced = ([lines[key] for key in lines if (key in ADVANCED) == last] for last in (False, True))
+        table = "".join([HEADER, *plain, *([DIVIDER, *advanced] if advanced else [])])
         old = re.search(rf"^### {name}\n[^|#]*^((?:\|.*\n)+)", page, re.MULTILINE)
         assert old, f"no table below {name}"
         page = page[: old.start(1)] + table.replace("`required`", "required") + page[old.end(1) :]

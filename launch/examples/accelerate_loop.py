@@ -20,6 +20,7 @@ rows = load_dataset("json", data_files=data, split="train").map(lambda row: toke
 loader = DataLoader(rows.with_format("torch", ["input_ids"]), batch_size=1)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 pruning = Pruning.attach(model, optimizer, PruneConfig(ratio=0.3, prune_every=2), steps=len(loader))
+model.train()
 for batch in loader:
     pruning.begin_step()
     accelerator.backward(model(**batch, labels=batch["input_ids"]).loss)

@@ -136,7 +136,8 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
             raise UserError(f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
     most = source.pretrained.config.get("max_position_embeddings")
     lengths = [settings.protocol.window] if settings.text else []
-    lengths += [plan.prompt + plan.generated] if (plan := settings.speed) else []
+    if settings.speed:
+        lengths.append(settings.speed.prompt + settings.speed.generated)
     for length in lengths:
         if most and length > most:
             raise UserError(f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")

@@ -1,7 +1,7 @@
 """The result of an evaluation: as JSON, which launch/compare.py reads, and as a table for people."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -151,18 +151,13 @@ def _speed_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
     speeds = [model["speed"] for model in models]
     if speeds[0] is None:
         return
-    yield from _rate_rows(speeds, ("prefill", "decode"))
+    for name in ("prefill", "decode"):
+        values = [speed[f"{name}_tokens_per_second"] for speed in speeds]
+        ratio = f"{values[1] / values[0]:.2f} times as fast" if len(values) > 1 else ""
+        yield f"{name}, tokens/s", [f"{value:,.1f}" for value in values], ratio
     if speeds[0]["peak_bytes"] is not None:
         peaks = [speed["peak_bytes"] / 1e6 for speed in speeds]
         yield "peak memory beyond weights, MB", [f"{peak:,.1f}" for peak in peaks], _less(peaks)
-
-
-def _rate_rows(speeds: list[dict[str, Any]], names: Sequence[str]) -> Iterable[Row]:
-    for name in names:
-        values = [speed[f"{name}_tokens_per_second"] for speed in speeds]
-        if None not in values:
-            ratio = f"{values[1] / values[0]:.2f} times as fast" if len(values) > 1 else ""
-            yield f"{name}, tokens/s", [f"{value:,.1f}" for value in values], ratio
 
 
 def _less(values: list[Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
@@ -16,7 +16,9 @@ from loraprune_ds.export.huggingface import begin, copy_model, publish
 from loraprune_ds.export.lora import ExportSource, open_newest, write_adapter, write_model
 from loraprune_ds.export.model_card import copy_model_card
 from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.units import format_bytes
 
 HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/`, the LoRA that was tuned on it in `adapter/`, for further tuning.
 
@@ -58,6 +60,10 @@ def export(source: ExportSource, name: str, out: Path) -> list[str]:
 def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
     if source.model is None:
         unmerged, remarks = open_newest(source.checkpoints)
+        needed = unmerged.shape.total_numel() * DTYPES[unmerged.config.model.dtype].itemsize
+        free = shutil.disk_usage(folder).free
+        sizes = f"{format_bytes(needed)} in {folder.parent}, where {format_bytes(free)} are free"
+        require(needed <= free, f"the merged model needs {sizes}")
         write_model(unmerged, folder, merge=True)
         return remarks
     copy_model(open_pretrained(source.model), folder)

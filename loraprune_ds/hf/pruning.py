@@ -257,6 +257,8 @@ class Pruning:
         require(self._forward.active, f"step {step}: the optimizer made an update, but begin_step was not called")
         require(self._update is None, f"step {step}: the optimizer made two updates between begin_step and end_step")
         rows = self._scorer.exchange(self._forward.take_tokens())
+        unseen = f"step {step}: no forward pass was in training mode, so none was recorded; call model.train() before"
+        require(any(tokens for tokens, *_ in rows), unseen)
         self._scorer.score(step, rows)
         self._update = float(self.model.zero_optimizer.optimizer.param_groups[0]["lr"]), rows
 

@@ -52,11 +52,12 @@ def kept_indices(out: Path, dense: Any) -> list[dict[str, Tensor]]:
 
 
 def is_slice(base: Any, dense: Any, kept: list[dict[str, Tensor]]) -> bool:
-    """Returns whether the linears of a pruned base are slices of the dense model's, bit by bit."""
+    """Returns whether the linears that lost outputs are slices of the dense ones, bit by bit. A refit spares them."""
     return all(
         torch.equal(weight(dense, i, name).index_select(axis, rows[kind]), weight(base, i, name))
         for i, rows in enumerate(kept)
         for name, (kind, axis) in LINEARS.items()
+        if axis == 0
     )
 
 

@@ -8,12 +8,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.lora import find_source
 from tests.integration.launching import (
@@ -122,6 +124,16 @@ def test_an_adapter_is_merged_on_the_fly(made: Path) -> None:
     assert (both["perplexity"], both["kind"]) == (found["perplexity"], "adapter")
     base = answer(evaluate(made, made / "apart" / "base", *on_text(made)))
     assert abs(found["perplexity"] / base["perplexity"] - 1) > 1e-2
+
+
+def test_no_room_to_merge_is_told_before_anything_is_written(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    message = rf"model needs [\d.]+ kB in {tmp_path}, where 1.0 kB are free"
+    with pytest.raises(UserError, match=message):
+        export(find_source(made / "run" / "checkpoints" / "step-4"), "hf", tmp_path / "0")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])

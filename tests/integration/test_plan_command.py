@@ -92,7 +92,7 @@ def test_bad_input_is_one_line(plan: Plan, capsys: pytest.CaptureFixture[str], a
 
 def test_a_server_gets_what_fits_beside_the_weights(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
     """SmolLM2-135M: 134,515,008 parameters, 3 key-value heads of 64 in 30 layers."""
-    target = "--set prune.target=0.3GiB --set prune.target_context=8192"
+    target = "--set prune.ranking=uniform --set prune.target=0.3GiB --set prune.target_context=8192"
     assert plan(f"embedded --gpus-per-node 1 {target} --server-memory 0.5 --json") == 0
     found = json.loads(capsys.readouterr().out)
     dense, pruned = found["serving"]

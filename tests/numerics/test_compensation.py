@@ -31,7 +31,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     sizes = {"heads": KV_HEADS * QUERIES, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
     sizes |= {"layers": LAYERS, "biases": True}
     prune = {"ratio": 0.2, "prune_every": 1, "warmup_fraction": 0.5, "compensate": "least_squares"}
-    prune["compensate_steps"] = 4  # from the first step on: the first cut follows the fourth
+    prune |= {"compensate_steps": 4, "compensate_decay": 0.5}  # from the first step: the first cut follows the fourth
     return tiny_job(folder, prune, steps=6, model=sizes)
 
 
@@ -96,7 +96,7 @@ def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, wo
 def test_a_mixture_refits_its_heads_alone(ranks: RankPool, tmp_path: Path) -> None:
     """Experts leave in the same cut. Their inputs are not measured, and nothing of the others changes."""
     prune = {"ratio": 0.2, "head_ratio": 0.2, "prune_every": 1, "warmup_fraction": 0.5, "compensate": "least_squares"}
-    prune["compensate_steps"] = 4
+    prune |= {"compensate_steps": 4, "compensate_decay": 0.5}
     mixture, _ = family_job(tmp_path, "mixtral", prune, steps=6, model={"num_hidden_layers": LAYERS})
     experts = [e for e in range(23) if e % 4]
     results = ranks.run(2, quality_settings.compensate_once, mixture, HEADS, experts)

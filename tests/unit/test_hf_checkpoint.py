@@ -182,10 +182,12 @@ def test_an_update_comes_after_the_scores_and_alone_when_pruning_has_let_go() ->
     assert calls == ["scores", "update", "update"]
 
 
-def attach(monkeypatch: pytest.MonkeyPatch, *, overflow: bool = False) -> tuple[Pruning, Mock, Callable[[], None]]:
+def attach(
+    monkeypatch: pytest.MonkeyPatch, *, overflow: bool = False, tokens: float = 5.0
+) -> tuple[Pruning, Mock, Callable[[], None]]:
     """Returns a `Pruning` over stand-ins, their parts, and what it does right before an update."""
-    tokens, overflowed = torch.tensor(5.0), torch.tensor(float("inf") if overflow else 1.0)
-    watch, update, pruner = Mock(active=False, take_tokens=lambda: tokens), Mock(), Mock(schedule=Mock(last_cut=0))
+    overflowed, taken = torch.tensor(float("inf") if overflow else 1.0), torch.tensor(tokens)
+    watch, update, pruner = Mock(active=False, take_tokens=lambda: taken), Mock(), Mock(schedule=Mock(last_cut=0))
     model = Mock(device="cpu", rank=0, zero_optimizer=Mock(optimizer=Mock(param_groups=[{"lr": 0.1}])))
     model.gradient_sum.return_value, model.nonfinite_layer.return_value = overflowed, 0
     model.weight_bytes.return_value, model.comm.gather_objects = [1], lambda layer: [layer]
@@ -222,3 +224,9 @@ def test_calls_out_of_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     refuses("end_step was called in step 1, but the optimizer has made no update", pruning.end_step)
     before_update()
     refuses("made two updates between begin_step and end_step", before_update)
+
+
+def test_a_loop_that_forgot_train_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pruning, _, before_update = attach(monkeypatch, tokens=0.0)
+    pruning.begin_step()
+    refuses(r"step 1: no forward pass was in training mode.*model\.train\(\)", before_update)
