@@ -205,7 +205,9 @@ class PruneConfig:
     # fraction of all
     head_ratio: Fraction | None = None
     criterion: Criterion = "fisher"  # how a group is scored
-    ranking: Ranking = "global"  # `global` ranks over all layers. `uniform` keeps equal counts in all layers
+    # `global` ranks over all layers. `uniform` keeps equal counts in all layers. None: `uniform` where a tower stays,
+    # otherwise `global`
+    ranking: Ranking | None = None
     # `step` divides all scores of a step by their sum, so no step decides alone. `l2` divides a linear's by their norm
     normalize: Normalization = "step"
     moving_average: Fraction = 0.9  # weight of earlier scores in the moving average

@@ -125,6 +125,8 @@ def forget_removed(saved: dict[str, Any]) -> dict[str, Any]:
         UserError: one of them had a value that made it another run.
     """
     kept = _without_removed(saved, recorded=True)
+    if isinstance(model := kept.get("model"), dict):
+        kept["model"] = {"text_only": True} | model  # before this setting, no result had a tower
     prune = kept.get("prune")
     if isinstance(prune, dict) and prune.get("normalize", "") is None:  # the criterion and the ranking decided
         raw = prune["ranking"] == "global" or prune["criterion"] == "fisher"

@@ -81,7 +81,7 @@ class ModelCard:
     dense: ModelShape
     pruned: ModelShape
     criterion: str
-    ranking: str
+    ranking: str | None
     data: str  # of the recovery training
     steps: int
     perplexity_data: str

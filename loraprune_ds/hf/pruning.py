@@ -46,10 +46,9 @@ from loraprune_ds.hf.live import (
 from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.weight_files import drop_auto_maps
-from loraprune_ds.pruning.limits import resolve_refit
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.pruning.target import describe_target, make_limits
+from loraprune_ds.pruning.target import describe_target, resolve
 from loraprune_ds.report.records import CutRecord, History, Sink, StepRecord, write_history
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.recorder import Recorder
@@ -125,8 +124,7 @@ class Pruning:
         check_model(peft_model, base_shape(peft_model))
         sharded = share_model(peft_model, zero, live_shape(peft_model))
         dense = checkpoint.dense if checkpoint else sharded.shape
-        limits = make_limits(config, dense)
-        pruner = Pruner(sharded, plan_pruning(resolve_refit(config, limits), limits, steps), seed)
+        pruner = Pruner(sharded, plan_pruning(*resolve(config, dense), steps), seed)
         dtype, history, step, resumed_from = base_dtype(peft_model, dense), History(), 0, list[int]()
         if checkpoint:
             history, step = checkpoint.restore(pruner), checkpoint.state.step

@@ -190,7 +190,7 @@ def notes(plan: Plan) -> list[str]:
     if not request.steps_known:
         known = "--samples N, or --set train.epochs=null --set train.steps=N"
         lines.append(f"the run counts epochs and its data is not here: its steps are assumed ({known})")
-    if request.config.prune.ranking == "global":
+    if request.config.prune.ranking != "uniform":
         lines.append("prune.ranking global is planned as if it took from all layers alike")
     if plan.step.communication > plan.step.compute and nodes > 1 and request.fetch.zero_hpz_partition_size == 1:
         setting = "--set deepspeed=ds_configs/zero3_multinode_hpz.json"

@@ -18,10 +18,9 @@ from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.text_part import check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
-from loraprune_ds.pruning.limits import resolve_refit
 from loraprune_ds.pruning.ranking import shape_of_uniform, uniform_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
-from loraprune_ds.pruning.target import make_limits
+from loraprune_ds.pruning.target import resolve
 from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
 from loraprune_ds.zero.flat import partition_numel
 
@@ -206,10 +205,11 @@ def build_request(
     steps = train.steps or ASSUMED_STEPS
     if train.steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    limits = make_limits(config.prune, shape)
-    if source is not whole and not config.model.text_only:
-        check_tower(whole, shape_of_uniform(limits) if config.prune.ranking == "uniform" else None, name)
-    config = replace(config, prune=resolve_refit(config.prune, limits))
+    tower = source is not whole and not config.model.text_only
+    prune, limits = resolve(config.prune, shape, tower=tower)
+    if tower:
+        check_tower(whole, shape_of_uniform(limits) if prune.ranking == "uniform" else None, name)
+    config = replace(config, prune=prune)
     pruning = plan_pruning(config.prune, limits, steps)
     path, per_node, model = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.model
     ds_config = resolve_ds_config(path, shape, cluster.world_size, train, model, config.lora.r, ranks_per_node=per_node)

@@ -73,6 +73,8 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
+    if config.ranking == "uniform" and dense.family.mixture:  # only runs of earlier versions have no LoRA in dense MLPs
+        protected |= {i for i, layer in enumerate(dense.layers) if not layer["experts"] and not dense.whole.get(i)}
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)
@@ -160,7 +162,7 @@ def check_reachable(config: PruneConfig, limits: Limits) -> None:
     """Raises UserError if the ratio is out of reach. The message names the largest one."""
     dense, (_, most) = limits.dense, reachable(config, limits)
     # The largest ratio may be missed: `global` by a group, `uniform` by half a multiple of channels per layer.
-    if config.ranking == "global":
+    if config.ranking != "uniform":
         near = max(limits.step_numel(kind) for kind in dense.kinds[:-1])
     else:
         fine = dense.kinds[-1]

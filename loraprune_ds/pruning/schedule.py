@@ -72,7 +72,7 @@ def _without_a_change(schedule: Schedule, config: PruneConfig, limits: Limits) -
     With multiples `global` waits until each open layer could lose one more on average, and keeps the last step.
     """
     fine = limits.dense.kinds[-1]
-    if config.ranking == "global" and limits.multiples[fine] == 1:
+    if config.ranking != "uniform" and limits.multiples[fine] == 1:
         return frozenset()
     goal = uniform_goal(limits, schedule.ratio) if config.ranking == "uniform" else None
     chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()

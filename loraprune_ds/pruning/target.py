@@ -1,17 +1,37 @@
 """How much a run removes in all: `prune.ratio`, or the ratio that brings the model down to `prune.target`."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.flops import cached_numel, state_numel
 from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.pruning.limits import Limits, check_reachable, limits_without_ratio, reachable, with_ratio
+from loraprune_ds.pruning.limits import (
+    Limits,
+    check_reachable,
+    limits_without_ratio,
+    reachable,
+    resolve_refit,
+    with_ratio,
+)
 from loraprune_ds.pruning.ranking import shape_of_uniform
 from loraprune_ds.units import Amount
 
 BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and biases
+
+
+def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> tuple[PruneConfig, Limits]:
+    """Fills in `prune.ranking` and `prune.compensate`, and makes the limits. Raises UserError as `make_limits`.
+
+    Args:
+        tower: whether the result has the tower of a multimodal model.
+    """
+    if config.ranking is None:
+        config = replace(config, ranking="uniform" if tower else "global")
+    limits = make_limits(config, dense)
+    return resolve_refit(config, limits), limits
 
 
 def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:

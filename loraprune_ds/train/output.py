@@ -32,7 +32,7 @@ CONFIG_FILE = "config.yaml"
 # A run that is shown or measured otherwise, or elsewhere, is the same run.
 NOT_THE_RUN = ("logging", "output_dir", "evaluate.after")
 # A resumed run may also change how it saves and how it splits a global batch.
-MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "train.micro_batch_size")
+MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "model.text_only", "train.micro_batch_size")
 SHARED_WAIT = 60.0  # seconds; a network file system may remember for half a minute that a file was missing
 
 

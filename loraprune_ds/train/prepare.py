@@ -19,10 +19,9 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.text_part import MTP, check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
-from loraprune_ds.pruning.limits import resolve_refit
 from loraprune_ds.pruning.ranking import shape_of_uniform
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
-from loraprune_ds.pruning.target import make_limits
+from loraprune_ds.pruning.target import make_limits, resolve
 from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.after import check_after, check_prompts
 from loraprune_ds.train.data.loading import load_samples
@@ -46,6 +45,12 @@ class Prepared:
     steps: int  # including the recovery
     pruning: PruningPlan
     ds_config: dict[str, Any]  # with every "auto" replaced
+
+    def with_model(self, pretrained: PretrainedModel) -> "Prepared":
+        """Plans the same run of another dense model."""
+        prune, steps = self.config.prune, self.steps - self.config.train.recovery_steps
+        pruning = plan_pruning(prune, make_limits(prune, pretrained.shape), steps)
+        return replace(self, pretrained=pretrained, pruning=pruning)
 
 
 def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) -> Prepared:
@@ -89,12 +94,14 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
         check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
     path = find_ds_config(config.deepspeed)
     ds_config = resolve_ds_config(path, shape, world_size, train, model, lora_rank, ranks_per_node=ranks_per_node)
-    limits = make_limits(config.prune, shape)  # its errors come before the data, which may take long to read
-    if tower := pretrained.tower:
-        pruned = shape_of_uniform(limits) if config.prune.ranking == "uniform" else None
+    tower = pretrained.tower
+    # Its errors come before the data, which may take long to read.
+    prune, limits = resolve(config.prune, shape, tower=tower is not None)
+    if tower:
+        pruned = shape_of_uniform(limits) if prune.ranking == "uniform" else None
         check_tower(tower.config, pruned, str(pretrained.folder))
         check_processor(pretrained.folder)
-    config = replace(config, prune=resolve_refit(config.prune, limits))
+    config = replace(config, prune=prune)
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
     positions = pretrained.config.get("max_position_embeddings")
@@ -146,7 +153,7 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
     if attention := describe_attention(config.model.attn_implementation, dense.family):
         lines.append(attention)
     if prepared.pretrained.tower:
-        lines.append("the vision tower stays as it is and comes along; only the text part is tuned and cut")
+        lines.append("only the text part is tuned and cut. The vision tower comes along, which needs equal layers")
     if prepared.pretrained.config.get(NEXT_TOKENS):
         lines.append(f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0")
     if dense.family.mixture and config.prune.compensate != "none":

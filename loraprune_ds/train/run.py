@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,7 +51,7 @@ def run(output: OutputFolder, comm: Communicator) -> bool:
     warnings: list[str] = []
     checkpoint = find_checkpoint(output, comm, warnings) if resumes else None
     if checkpoint:
-        prepared = replace(prepared, pretrained=checkpoint.as_begun(prepared.pretrained))
+        prepared = prepared.with_model(checkpoint.as_begun(prepared.pretrained))
     comm.on_rank_0(lambda: _open_output(output, prepared.config, checkpoint, warnings))
     output.check_shared(comm)
     with _open_context(prepared, checkpoint, comm) as context:

@@ -4,6 +4,7 @@ The tolerance and its reason are those of test_resume.py.
 """
 
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -82,12 +83,19 @@ def run_as_before(config: RunConfig, resume: str | None = None, stop_at: int | N
         return run_here(config, resume, stop_at)
 
 
-@pytest.mark.parametrize(("family", "frozen", "linears"), [("qwen2_moe", None, 10), ("deepseek_v3", "int8", 8)])
+@pytest.mark.parametrize(
+    ("family", "frozen", "linears", "prune"),
+    [
+        ("qwen2_moe", None, 10, {}),
+        ("deepseek_v3", "int8", 8, {"ranking": "uniform", "head_ratio": 0.2}),  # no heads of its dense layer left
+    ],
+)
 def test_a_run_that_began_without_lora_on_whole_linears_goes_on_without(
-    ranks: RankPool, tmp_path: Path, family: str, frozen: str | None, linears: int
+    ranks: RankPool, tmp_path: Path, family: str, frozen: str | None, linears: int, prune: dict[str, Any]
 ) -> None:
     train = {"steps": STEPS, "distill_weight": 0.5}  # the teacher's linears are stored like the student's
-    config = write_run(tmp_path, **SECTIONS | {"train": train, "model": {"frozen": frozen}})
+    prune = SECTIONS["prune"] | prune
+    config = write_run(tmp_path, **SECTIONS | {"train": train, "model": {"frozen": frozen}, "prune": prune})
     changed, straight, out = write_family(tmp_path, family), tmp_path / "straight", tmp_path / "out"
     ranks.run(2, run_as_before, config_for(config, straight, changed))
     assert not any(ranks.run(2, run_as_before, config_for(config, out, changed), None, STOP))

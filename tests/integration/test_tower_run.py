@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from loraprune_ds.config_file import load_config
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.lora import find_source
 from loraprune_ds.files import write_json
@@ -26,7 +27,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
     """The checkpoint gives the same model. Only the adapter's base is the text class."""
-    config, out = write_run(tmp_path, prune={"prune_every": 3}, train={"steps": STEPS}), tmp_path / "out"
+    config, out = (
+        write_run(tmp_path, prune={"ranking": None, "prune_every": 3}, train={"steps": STEPS}),
+        tmp_path / "out",
+    )
     source = tmp_path / "whole"
     shutil.copytree(tmp_path / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
     shutil.copy(tmp_path / "source" / "tokenizer_config.json", source)
@@ -39,6 +43,7 @@ def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
     loaded, info = model.from_pretrained(out / "model", output_loading_info=True)
     assert not any(info.values()), info
     assert type(loaded) is type(whole)
+    assert load_config(out / "config.yaml").prune.ranking == "uniform"
     cut, left = metrics(out, "cut")[-1], open_pretrained(out / "model").shape.layers
     assert {kind: [layer[kind] for layer in left] for kind in left[0]} == {kind: cut[kind] for kind in left[0]}
     assert 0 < left[0]["delta"] < 5

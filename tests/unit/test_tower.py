@@ -15,16 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from loraprune_ds.config import ModelConfig
+from loraprune_ds.config import ModelConfig, PruneConfig, Ranking
+from loraprune_ds.config_file import forget_removed
 from loraprune_ds.evaluate.models import find_model, load_model, open_result
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.model.text_part import LAYOUTS, check_processor, check_tower
 from loraprune_ds.model.weight_files import copy_tensors
+from loraprune_ds.pruning.target import resolve
 from tests.family_cuts import FEW, MANY, PROMPT, Network, cut_and_export, difference, draw, reopened, with_lora
 from tests.multimodal import inputs_with_image, multimodal, save_gemma3
 from tests.refusals import refuses
+from tests.unit.shapes_and_scores import make_shape
 from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
 
 # Groups that stay. Gemma 3 wants heads that divide hidden_size. Qwen2.5-VL has no field for fewer heads.
@@ -90,6 +93,19 @@ def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path
     assert difference(logits(again.load_model(**EAGER).double(), inputs), expected) < TOLERANCE
     evaluated = load_model(find_model(str(export.folder)), "float32", torch.device("cpu"))
     assert difference(logits(evaluated, {"input_ids": PROMPT}), export.logits) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("given", "tower", "found"), [(None, True, "uniform"), (None, False, "global"), ("global", True, "global")]
+)
+def test_a_tower_decides_on_a_ranking_that_is_not_given(given: Ranking | None, tower: bool, found: str) -> None:
+    shape = make_shape([(4, 128)] * 3)
+    assert resolve(PruneConfig(ranking=given), shape, tower=tower)[0].ranking == found
+
+
+def test_a_recorded_run_without_the_setting_has_no_tower() -> None:
+    assert forget_removed({"model": {"path": "somewhere"}}) == {"model": {"path": "somewhere", "text_only": True}}
+    assert forget_removed({"model": {"text_only": False}}) == {"model": {"text_only": False}}
 
 
 def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], tmp_path: Path) -> None:
