@@ -38,6 +38,15 @@ GEMMA_3: dict[str, Any] = {
     "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
     "sliding_window": 1024,
 }
+# The sizes that both have. Three of four layers are delta nets: that is their class's default, with heads of 128.
+QWEN_3_6: dict[str, Any] = {
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "vocab_size": 248_320,
+    "max_position_embeddings": 262_144,
+    "mtp_num_hidden_layers": 1,
+    "tie_word_embeddings": False,
+}
 GPT_OSS: dict[str, Any] = {
     "num_key_value_heads": 8,
     "head_dim": 64,
@@ -55,6 +64,11 @@ GPT_OSS: dict[str, Any] = {
     },
     "sliding_window": 128,
 }
+QWEN_3_VL = QWEN_3 | {"max_position_embeddings": 262_144, "rope_theta": 5_000_000}
+QWEN_3_6_27B = QWEN_3_6 | {"num_key_value_heads": 4, "linear_num_value_heads": 48}
+QWEN_3_6_MOE = QWEN_3_6 | {"num_key_value_heads": 2, "linear_num_value_heads": 32}
+QWEN_3_6_MOE |= {"num_experts": 256, "num_experts_per_tok": 8}
+QWEN_3_6_MOE |= {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
 QWEN_3_MOE = QWEN_3 | {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}
 MIXTRAL = {"num_key_value_heads": 8, "vocab_size": 32_000, "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN_2_MOE = {"num_key_value_heads": 16, "vocab_size": 151_936, "num_experts": 60, "num_experts_per_tok": 4}
@@ -62,15 +76,25 @@ QWEN_2_MOE |= {"moe_intermediate_size": 1408, "shared_expert_intermediate_size":
 OLMOE = {"num_key_value_heads": 16, "vocab_size": 50_304, "num_experts": 64, "num_experts_per_tok": 8}
 GRANITE = {"num_key_value_heads": 8, "vocab_size": 49_155, "num_local_experts": 40, "num_experts_per_tok": 8}
 
-# By the name of the run config in launch/configs: config.json, and parameters as published, in billions.
+
+def multimodal(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config.json of a model with a tower."""
+    return {"model_type": model_type, "text_config": text, "tie_word_embeddings": text.get("tie_word_embeddings", True)}
+
+
+# By the name of the run config in launch/configs: config.json, and parameters as published, in billions. Towers and
+# layers for further tokens do not count: of Qwen3.6 27B's 27.781 in all, 0.461 and 0.425.
 PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "llama3.1-8b": (sizes_of("llama", 4096, 14336, 32, 32, **LLAMA_3), 8.03),
     "llama3.3-70b": (sizes_of("llama", 8192, 28672, 80, 64, **LLAMA_3), 70.6),
     "qwen3-8b": (sizes_of("qwen3", 4096, 12288, 36, 32, **QWEN_3), 8.2),
     "qwen3-32b": (sizes_of("qwen3", 5120, 25600, 64, 64, **QWEN_3), 32.8),
-    "gemma3-27b": (
-        {"model_type": "gemma3", "text_config": sizes_of("gemma3_text", 5376, 21504, 62, 32, **GEMMA_3)},
-        27.0,
+    "gemma3-27b": (multimodal("gemma3", sizes_of("gemma3_text", 5376, 21504, 62, 32, **GEMMA_3)), 27.0),
+    "qwen3-vl-8b": (multimodal("qwen3_vl", sizes_of("qwen3_vl_text", 4096, 12288, 36, 32, **QWEN_3_VL)), 8.191),
+    "qwen3.6-27b": (multimodal("qwen3_5", sizes_of("qwen3_5_text", 5120, 17408, 64, 24, **QWEN_3_6_27B)), 26.896),
+    "qwen3.6-35b-a3b": (
+        multimodal("qwen3_5_moe", sizes_of("qwen3_5_moe_text", 2048, 512, 40, 16, **QWEN_3_6_MOE)),
+        34.661,
     ),
 }
 # config.json, and parameters in billions as published: all, and the active ones. GPT-OSS publishes the latter without

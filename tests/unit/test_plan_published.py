@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,24 +40,35 @@ def test_the_run_fits_where_it_is_meant_to_as_the_page_says(name: str) -> None:
     assert row(path, plan) in (CONFIGS / "README.md").read_text()
 
 
-def test_one_gpu_holds_the_run_of_a_node() -> None:
-    source, path = PUBLISHED["llama3.1-8b"][0], CONFIGS / "llama3.1-8b.yaml"
-    plan = make_plan(build_request("8b", source, shape_from_config(source, "8b"), load_config(path), Cluster(1, 1)))
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("llama3.1-8b", []),
+        ("qwen3-vl-8b", []),
+        ("qwen3.6-27b", ["model.frozen=int8", "prune.compensate=none"]),
+        ("qwen3.6-35b-a3b", ["model.frozen=int8", "train.distill_weight=0"]),
+    ],
+)
+def test_one_gpu_holds_the_run_of_a_node(name: str, overrides: list[str]) -> None:
+    source, path = PUBLISHED[name][0], CONFIGS / f"{name}.yaml"
+    shape, config = shape_from_config(source, name), load_config(path, overrides)
+    plan = make_plan(build_request(name, source, shape, config, Cluster(1, 1)))
     assert plan.fits
-    assert row(path, plan) in (CONFIGS / "README.md").read_text()
+    assert row(path, plan, overrides) in (CONFIGS / "README.md").read_text()
 
 
-def row(path: Path, plan: Plan) -> str:
+def row(path: Path, plan: Plan, overrides: Sequence[str] = ()) -> str:
     total, request = plan.in_all, plan.request
     hours, memory = f"{total.at_least / 3600:.1f} to {total.at_most / 3600:.1f}", plan.device_bytes / GIB
     sent, saved = total.bytes_sent / 1e9, plan.checkpoint_bytes / 1e9
-    return f"| `{path.name}` | {request.world_size} | {memory:.0f} | {hours} | {sent:,.0f} | {saved:.0f} |"
+    run = ", ".join(f"`{part}`" for part in (path.name, *overrides))
+    return f"| {run} | {request.world_size} | {memory:.0f} | {hours} | {sent:,.0f} | {saved:.0f} |"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_other_config_has_the_recipe(path: Path) -> None:
     config, default = load_config(path), RunConfig("unused")
-    assert replace(config.prune, ratio=0.5, prune_every=10, channel_multiple=64) == default.prune
+    assert replace(config.prune, ratio=0.5, prune_every=10, channel_multiple=64, tensor_parallel=1) == default.prune
     assert (config.train.distill_weight, config.train.distill_temperature) == (0.25, 2.0)
     if config.model.path != "embedded":
         tokens = (config.train.steps or 0) * config.train.global_batch_size * config.data.window
