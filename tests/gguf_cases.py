@@ -11,7 +11,7 @@ TRAINING_TEXT = [f"the import statement defines {i} names, isn't it, in one two 
 TEXTS = [
     "The  import statement\n\tdef f(x): return 2024 + x",
     " lead and trail  ",
-    "it's 3.14159, names' defined; don't ünïcode 日本 🙂",
+    "it's 3.14159, names' defined; don't ünïcode 日本 हिन्दी 🙂",
     "a\n\n\n b\t\tc",
     "x",
 ]
@@ -34,6 +34,9 @@ PRE_TOKENIZERS = {
     "smollm": SMOLLM,
     "llama-bpe": split_by(rf"{ENDINGS}|{BEFORE}\p{{L}}+|\p{{N}}{{1,3}}|{AFTER}"),
     "qwen2": split_by(rf"{ENDINGS}|{BEFORE}\p{{L}}+|\p{{N}}|{AFTER}"),
+    "qwen35": split_by(
+        rf"{ENDINGS}|{BEFORE}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
     "gpt-4o": split_by(
         rf"{BEFORE}{UPPER}*{LOWER}+{ENDINGS}?|{BEFORE}{UPPER}+{LOWER}*{ENDINGS}?|\p{{N}}{{1,3}}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"

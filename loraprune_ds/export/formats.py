@@ -97,6 +97,7 @@ def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> 
     pretrained = open_pretrained(model)
     path = folder / f"{source.name}-{precision}.gguf"
     remarks += write_gguf(pretrained, path, precision, source.name)
+    remarks += ["it reads text alone: the tower is not in the file"] * (pretrained.tower is not None)
     dtype, arch = pretrained.config.get("dtype"), architecture_name(pretrained.shape)
     how_to_load = HOW_TO_LOAD_GGUF.format(file=path.name, dtype=dtype, precision=precision, arch=arch)
     copy_model_card(model, folder, how_to_load + "".join(f"\n{remark}\n" for remark in remarks))

@@ -10,7 +10,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFile
 from gguf.constants import MODEL_ARCH_NAMES
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.gguf_architecture import Architecture, architecture_of
+from loraprune_ds.export.gguf_architecture import Architecture, architecture_of, attention_interval
 from loraprune_ds.export.gguf_tensors import Array, GgufTensor, Precision, plan_tensors, read_tensor
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
 from loraprune_ds.model.classes import config_object, sliding_window
@@ -81,14 +81,14 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
     heads = [layer["heads"] for layer in shape.layers]
     queries = [shape.query_heads(layer) for layer in shape.layers]
     channels = [layer.get("channels", shape.expert_size) for layer in shape.layers]
-    if any(0 in layer.values() for layer in shape.layers):  # a dense layer has these instead
+    if any(layer.get("experts") == 0 for layer in shape.layers):  # a dense layer has these instead
         channels = [config.intermediate_size]
     writer.add_block_count(len(shape.layers))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)
-    writer.add_head_count(queries[0] if shape.is_uniform else queries)
+    writer.add_head_count(max(queries) if shape.is_uniform else queries)  # a delta net has none
     latent = shape.widths.get("key_value_rank")  # which all heads share
-    writer.add_head_count_kv(1 if latent else heads[0] if shape.is_uniform else heads)
+    writer.add_head_count_kv(1 if latent else max(heads) if shape.is_uniform else heads)
     writer.add_feed_forward_length(channels[0] if shape.is_uniform else channels)
     if shape.family.mixture:
         writer.add_expert_count(shape.layers[-1]["experts"])
@@ -99,6 +99,9 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
     # Without these llama.cpp takes hidden_size / heads, which is wrong after a cut.
     writer.add_key_length(latent + shape.head_dim if latent else shape.head_dim)
     writer.add_value_length(latent or shape.head_dim)
+    if architecture.delta:
+        writer.add_full_attention_interval(attention_interval(config))
+        writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
     if latent:
         writer.add_key_length_mla(shape.width("query"))
         writer.add_value_length_mla(shape.width("value"))
@@ -119,6 +122,9 @@ def _add_rope(
         raise UserError(f"{where}: GGUF cannot hold {what} ({', '.join(architecture.ropes)} it can); {FORMATS_LEFT}")
     writer.add_rope_dimension_count(int(head_dim * part))
     writer.add_rope_freq_base(full["rope_theta"])
+    if architecture.delta:  # the pairs that turn by time, height and width, equal in a text
+        pairs = int(head_dim * part) // 2
+        writer.add_rope_dimension_sections([(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0])
     if sliding:
         writer.add_rope_freq_base_swa(sliding["rope_theta"])
     if rope_type in ("linear", "yarn"):

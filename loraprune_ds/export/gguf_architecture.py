@@ -46,6 +46,7 @@ class Architecture:
     odd_depth: int = 0  # with this number of layers it divides scores by sqrt(hidden_size // query heads), not head_dim
     partial: bool = False  # it can rotate a part of each head
     gating: ExpertGatingFuncType | None = None  # how a router makes weights of scores, where the file must say it
+    delta: bool = False  # it has gated delta nets, whose keys are as wide as their values
     lite: tuple[int, ...] = ()  # depths at which queries must not be latent. At all others they must be
 
     def of(self, shape: ModelShape) -> MODEL_ARCH:
@@ -82,6 +83,18 @@ MOE_NUMBERS = {
     "routed_scaling_factor": "add_expert_weights_scale",
     "norm_topk_prob": "add_expert_weights_norm",
 }
+DELTA = Architecture(
+    MODEL_ARCH.QWEN35,
+    numbers={
+        "linear_conv_kernel_dim": "add_ssm_conv_kernel",
+        "linear_key_head_dim": "add_ssm_state_size",
+        "linear_num_key_heads": "add_ssm_group_count",
+        "linear_num_value_heads": "add_ssm_time_step_rank",
+    },
+    norm_offset=1.0,
+    partial=True,
+    delta=True,
+)
 FINAL_CAP = {"final_logit_softcapping": "add_final_logit_softcapping"}
 GEMMA = Architecture(MODEL_ARCH.GEMMA, activation="gelu_pytorch_tanh", norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
@@ -128,6 +141,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         gating=ExpertGatingFuncType.SIGMOID,
         lite=(26, 27),
     ),
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": replace(
+        DELTA,
+        uniform=MODEL_ARCH.QWEN35MOE,
+        numbers=DELTA.numbers | {"shared_expert_intermediate_size": "add_expert_shared_feed_forward_length"},
+    ),
     "granite": Architecture(MODEL_ARCH.GRANITE, neighbours=True, numbers=GRANITE_NUMBERS),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, neighbours=True, rope_period=4),
     "seed_oss": Architecture(MODEL_ARCH.SEED_OSS, biases=QKV),
@@ -152,6 +171,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         odd_depth=62,
     ),
 }
+
+
+def attention_interval(config: Any) -> int:
+    """Returns n if every n-th layer has full attention. `architecture_of` has checked the others."""
+    return [*config.layer_types, "full_attention"].index("full_attention") + 1
 
 
 def architecture_name(shape: ModelShape) -> str | None:
@@ -190,10 +214,13 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
     for key, only in architecture.only.items():
         if (value := getattr(config, key, only)) != only:
             yield f"{key} {value!r}"
+    if architecture.delta and config.linear_key_head_dim != config.linear_value_head_dim:
+        yield f"linear_value_head_dim {config.linear_value_head_dim} beside {config.linear_key_head_dim}"
     if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):
         yield f"{layers} layers with q_lora_rank {config.q_lora_rank}"
     for period, key, usual, special in (
         (architecture.window_period, "layer_types", "sliding_attention", "full_attention"),
+        (architecture.delta and attention_interval(config), "layer_types", "linear_attention", "full_attention"),
         (architecture.rope_period, "no_rope_layers", 1, 0),
     ):
         if period and getattr(config, key) != [usual if (i + 1) % period else special for i in range(layers)]:

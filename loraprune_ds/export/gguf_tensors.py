@@ -28,6 +28,7 @@ Array = np.ndarray[Any, Any]
 Precision = Literal["f16", "q8_0"]
 MATRIX_TYPES = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0}
 ROUTER, SHARED_GATE = ".ffn_gate_inp", ".ffn_gate_inp_shexp"
+CONVOLUTION, DELTA_NET, GATED_NORM, A_LOG = ".ssm_conv1d", ".linear_attn.", "linear_attn.norm", ".A_log"
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 BIAS = "_proj_bias"  # ends the name of biases with a row for each expert
 # The last name of a stack -> its parts in llama.cpp. A stock GGUF converter gives the tensors these names, too.
@@ -58,6 +59,15 @@ class Part(NamedTuple):
     stack: Stack | None = None
 
 
+class ValueHeads(NamedTuple):
+    """How a tensor of a gated delta net has its value heads, `each` of them per key head one after another."""
+
+    keys: int
+    each: int
+    start: int  # rows before them
+    columns: bool  # they are columns
+
+
 @dataclass(frozen=True)
 class GgufTensor:
     """One tensor of the file. Its values are (value + offset) · factor."""
@@ -71,6 +81,8 @@ class GgufTensor:
     heads: int = 0  # query or key heads whose rows are stored in llama.cpp's order. 0 for all other tensors
     offset: float = 0.0
     factor: float = 1.0
+    value_heads: ValueHeads | None = None
+    decay: bool = False  # llama.cpp has -exp(value)
 
     @property
     def nbytes(self) -> int:
@@ -93,6 +105,7 @@ def plan_tensors(
                 arch_name = MODEL_ARCH_NAMES[arch]
                 raise UserError(f"{where}: llama.cpp's {arch_name} has no place for {part_name}; {FORMATS_LEFT}")
             part_shape = part.shape[1:] if SHARED_GATE in name else part.shape  # a vector there
+            part_shape = (part.shape[0], *part.shape[2:]) if CONVOLUTION in name else part_shape
             module = part_name.rpartition(".")[0]
             inner = module.split(".", 3)[-1] if module.startswith("model.layers.") else module
             tensors.append(
@@ -104,8 +117,10 @@ def plan_tensors(
                     part.start,
                     part.stack,
                     heads=part_shape[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
-                    offset=architecture.norm_offset if inner.endswith("norm") else 0.0,
+                    offset=architecture.norm_offset if inner.endswith("norm") and inner != GATED_NORM else 0.0,
                     factor=architecture.attention_factor(config, shape) if inner == architecture.scaled else 1.0,
+                    value_heads=_value_heads(source, shape),
+                    decay=source.endswith(A_LOG),
                 )
             )
     return tensors
@@ -119,6 +134,10 @@ def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
     values = flat.view(tensor.shape).numpy()
     if tensor.heads:
         values = permute(values, tensor.heads)
+    if tensor.value_heads:
+        values = tile(values, tensor.value_heads)
+    if tensor.decay:
+        values = -np.exp(values)
     if (tensor.offset, tensor.factor) != (0.0, 1.0):
         values = (values + np.float32(tensor.offset)) * np.float32(tensor.factor)
     if tensor.type is GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
@@ -134,6 +153,23 @@ def permute(rows: Array, heads: int) -> Array:
     """
     split = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
+
+
+def tile(values: Array, heads: ValueHeads) -> Array:
+    """Puts value heads in the order of llama.cpp: the first of each key head, then the second of each."""
+    rows = values.T if heads.columns else values
+    split = rows[heads.start :].reshape(heads.keys, heads.each, -1, *rows.shape[1:])
+    tiled = np.concatenate([rows[: heads.start], split.swapaxes(0, 1).reshape(-1, *rows.shape[1:])])
+    return np.ascontiguousarray(tiled.T if heads.columns else tiled)
+
+
+def _value_heads(source: str, shape: ModelShape) -> ValueHeads | None:
+    """Returns None for a tensor without value heads."""
+    if DELTA_NET not in source or source.endswith(f"{GATED_NORM}.weight"):
+        return None
+    keys = shape.layers[int(source.split(".")[2])]["delta"]
+    start = 2 * keys * shape.width("delta_key") if "in_proj_qkv" in source or "conv1d" in source else 0
+    return ValueHeads(keys, shape.width("delta_count"), start, "out_proj" in source)
 
 
 def _parts(source: str, size: tuple[int, ...], shape: ModelShape, in_turn: bool) -> Iterable[Part]:
@@ -186,15 +222,15 @@ def _expert_parts(
 
 
 def _on_disk(source: str, pieces: Mapping[str, Pieces]) -> str:
-    """Returns the name in weight files, as gguf-py knows it: sinks are a weight, and a correction is a bias."""
+    """Returns the name in weight files, as gguf-py knows it: sinks are a weight, corrections and steps are biases."""
     name = pieces[source].names[0] if source in pieces else source
-    name = name.replace(CORRECTION, CORRECTION.replace("_bias", ".bias"))
-    return name if name.endswith((".weight", ".bias")) else f"{name}.weight"
+    name = name.replace(CORRECTION, CORRECTION.replace("_bias", ".bias")).replace("dt_bias", "dt_proj.bias")
+    return name if name.endswith((".weight", ".bias", A_LOG)) else f"{name}.weight"
 
 
 def _type(name: str, size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
-    """Returns the type that stores a tensor: fp32 for vectors, routers and the biases of experts."""
-    if len(size) == 1 or ROUTER in name or name.endswith(".bias"):
+    """Returns the type that stores a tensor: fp32 for vectors, routers, convolutions and the biases of experts."""
+    if len(size) == 1 or ROUTER in name or CONVOLUTION in name or name.endswith(".bias"):
         return GGMLQuantizationType.F32
     matrix_type = MATRIX_TYPES[precision]
     block, _ = GGML_QUANT_SIZES[matrix_type]

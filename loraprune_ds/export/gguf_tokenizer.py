@@ -26,8 +26,9 @@ TEKKEN_PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Published in the tokenizer.json of Qwen2 and of Phi-4-mini.
+# Published in the tokenizer.json of Qwen2, Qwen3.5 and Phi-4-mini.
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN35_PATTERN = QWEN2_PATTERN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 GPT4O_PATTERN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -39,6 +40,7 @@ PRE_TOKENIZERS = {
     ("digits", "words"): "smollm",
     (LLAMA3_PATTERN, "bytes"): "llama-bpe",
     (QWEN2_PATTERN, "bytes"): "qwen2",
+    (QWEN35_PATTERN, "bytes"): "qwen35",
     (GPT4O_PATTERN, "bytes"): "gpt-4o",
     (TEKKEN_PATTERN, "bytes"): "tekken",
 }

@@ -113,6 +113,34 @@ def test_latent_keys_and_values_come_apart(convert: Any) -> None:
     assert value(convert("glm4_moe")[0], "glm4moe.rope.dimension_count") == 8
 
 
+def test_value_heads_of_delta_nets_change_places(convert: Any) -> None:
+    """llama.cpp has the first value head of each key head, then the second of each. Here 2 keys have 3 values each."""
+    reader, found, sources = convert("qwen3_5_text")
+    name = "model.layers.2.linear_attn"
+
+    def in_order(of_values: np.ndarray) -> np.ndarray:
+        heads = of_values.reshape(2, 3, -1, *of_values.shape[1:])
+        return np.stack([heads[key, i] for i in range(3) for key in range(2)]).reshape(of_values.shape)
+
+    rows = {"in_proj_z.weight": "attn_gate", "in_proj_a.weight": "ssm_alpha", "in_proj_b.weight": "ssm_beta"}
+    for ours, theirs in rows.items():
+        wanted = in_order(sources[f"{name}.{ours}"]).astype(np.float16)
+        np.testing.assert_array_equal(found[f"blk.2.{theirs}.weight"], wanted)
+    for ours, theirs, kind in (("in_proj_qkv", "attn_qkv", np.float16), ("conv1d", "ssm_conv1d", np.float32)):
+        keys, of_values = np.split(sources[f"{name}.{ours}.weight"].squeeze(), [2 * 2 * 16])
+        wanted = np.concatenate([keys, in_order(of_values)]).astype(kind)
+        np.testing.assert_array_equal(found[f"blk.2.{theirs}.weight"], wanted)
+    columns = in_order(sources[f"{name}.out_proj.weight"].T).T
+    np.testing.assert_array_equal(found["blk.2.ssm_out.weight"], columns.astype(np.float16))
+    np.testing.assert_array_equal(found["blk.2.ssm_dt.bias"], in_order(sources[f"{name}.dt_bias"]))
+    np.testing.assert_allclose(found["blk.2.ssm_a"], -np.exp(in_order(sources[f"{name}.A_log"])), rtol=1e-6)
+    np.testing.assert_array_equal(found["blk.2.ssm_norm.weight"], sources[f"{name}.norm.weight"])
+    np.testing.assert_allclose(found["blk.3.attn_q_norm.weight"], sources["model.layers.3.self_attn.q_norm.weight"] + 1)
+    wanted = {"ssm.group_count": 2, "ssm.time_step_rank": 6, "ssm.state_size": 16, "ssm.inner_size": 96}
+    wanted |= {"ssm.conv_kernel": 4, "full_attention_interval": 2, "attention.head_count": 4, "rope.dimension_count": 4}
+    assert {key: value(reader, f"qwen35.{key}") for key in wanted} == wanted
+
+
 @pytest.mark.parametrize(("layers", "divisor"), [(7, 16), (62, 24)])
 def test_norms_and_attention_scale_of_gemma3(layers: int, divisor: int, convert: Any) -> None:
     """llama.cpp divides scores by sqrt(head_dim), but by sqrt(hidden_size // query heads) in a Gemma 3 of 62 layers."""
@@ -153,6 +181,13 @@ def test_numbers_of_granite(convert: Any) -> None:
         ("qwen3_moe", (), {"norm_topk_prob": False}, "hold norm_topk_prob False in llama.cpp's qwen3moe"),
         ("qwen2_moe", ((2, 7), (2, 7)), {}, "hold self_attn.q_proj with 48 outputs in llama.cpp's qwen2moe"),
         ("glm4_moe", ((2, 8), (2, 8)), GROUPS, "hold n_group 4 in llama.cpp's glm4moe"),
+        ("qwen3_5_text", (), {"linear_value_head_dim": 8}, "hold linear_value_head_dim 8 beside 16 in llama.cpp's"),
+        (
+            "qwen3_5_text",
+            (),
+            {"layer_types": ["full_attention", *["linear_attention"] * 4]},
+            "this order of layer_types in",
+        ),
         ("deepseek_v3", (), {"q_lora_rank": None}, "hold 2 layers with q_lora_rank None in llama.cpp's deepseek2"),
         ("deepseek_v3", (), {"num_hidden_layers": 26}, "hold 26 layers with q_lora_rank 32 in llama.cpp's deepseek2"),
         ("deepseek_v3", (), {"rope_parameters": UNEVEN}, "hold rope scaling yarn of its own mscale"),

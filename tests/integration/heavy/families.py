@@ -26,6 +26,17 @@ NOT_ASKED = ("deepseek_v3", "apertus", "qwen3_5_text", "qwen3_5_moe_text", "qwen
 VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items() if name not in NOT_ASKED}
 VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
 GROUPS = {"n_routed_experts": 24, "n_group": 4, "topk_group": 2}  # that a router first chooses from
+# Keys as wide as values, and three value heads for each key head, as in Qwen3.6 27B.
+NETS: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "layer_types": ["linear_attention", "full_attention"] * 2 + ["linear_attention"],
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 12,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 96,
+}
 # Depths and settings that show a family's peculiarities.
 SPECIAL: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},
@@ -58,6 +69,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 8,
         "v_head_dim": 12,
     },
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), NETS),
     "olmoe": {"num_key_value_heads": 8, "head_dim": 12, "clip_qkv": None},
 }
 

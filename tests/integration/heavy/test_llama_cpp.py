@@ -73,6 +73,7 @@ TOKENIZERS: dict[str, Callable[[Path, int], Path]] = {
     "gpt-2": byte_level_tokenizer,
     "smollm": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "smollm"),
     "qwen2": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "qwen2"),
+    "qwen35": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "qwen35"),
     "gpt-4o": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "gpt-4o"),
     "llama-bpe": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "llama-bpe", bos=True),
     "sentencepiece": sentencepiece_tokenizer,
