@@ -38,10 +38,12 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
     headers = {name: header for name, header in read_headers(folder).items() if name.startswith(MTP)}
     count, shape = dense.config.get(NEXT_TOKENS, 1), dense.shape
     require(FC in headers and count, f"{folder} has no layers that predict further tokens ({FC})")
-    require(pruned.is_uniform, f"layers that predict further tokens ({MTP}*) need equal layers: prune.ranking: uniform")
+    settings = "prune.ranking: uniform, prune.protected_first: 0 and prune.protected_last: 0"
+    require(pruned.is_uniform, f"layers that predict further tokens ({MTP}*) need layers of one size: {settings}")
     sort = next(i for i, layer in enumerate(shape.layers) if {"heads", shape.kinds[-1]} <= layer.kinds)
     layer, counts = shape.layers[sort], pruned.layers[sort]
-    is_cut = shape.with_layers(pruned.layers) == pruned and all(counts[kind] <= n for kind, n in layer.items())
+    same = shape.with_layers(pruned.layers).parameters() == pruned.parameters()
+    is_cut = same and all(counts[kind] <= n for kind, n in layer.items())
     require(is_cut, f"{folder} is not the dense model: its sizes do not fit the pruned one's")
     layers = range(count)
     own = replace(
