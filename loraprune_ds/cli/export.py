@@ -12,6 +12,7 @@ gguf-q8_0  llama.cpp, 8 bit
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from loraprune_ds.command import Parser, check_needs, tell
@@ -30,6 +31,7 @@ def parse_arguments() -> argparse.Namespace:
         help="a Hugging Face model (the default), base and LoRA apart, or a file for llama.cpp",
     )
     parser.add_argument("--out", type=Path, help="new folder for the result (default: ./NAME-FORMAT)")
+    parser.add_argument("--mtp", metavar="DENSE", help="keep this model's layers for further tokens, cut to fit")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result, to a private repository")
     parser.add_argument("--public", action="store_true", help="make that repository public, if it is new")
     parser.add_argument(
@@ -60,14 +62,17 @@ def convert(arguments: argparse.Namespace) -> None:
     check_needs(arguments, NEEDS)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # These imports take seconds.
+    from loraprune_ds.config import ModelConfig
     from loraprune_ds.export.formats import export
     from loraprune_ds.export.hub import check_push, push
     from loraprune_ds.export.lora import find_source
+    from loraprune_ds.model.hub import locate_model
 
     repo: str | None = arguments.push_to_hub
     if repo is not None:
         check_push(repo, arguments.results)
-    for remark in export(find_source(source), arguments.format, out):
+    mtp = arguments.mtp and locate_model(ModelConfig(arguments.mtp), "--mtp: ")
+    for remark in export(replace(find_source(source), mtp=mtp), arguments.format, out):
         print(f"note: {remark}")
     print(f"{arguments.format}: {out}")
     if repo is not None:

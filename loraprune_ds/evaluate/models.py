@@ -103,10 +103,7 @@ def find_model(path: str) -> ModelSource:
     """Finds the model named `path`: a folder, `embedded` or a hub id, which is downloaded."""
     if Path(path).is_file():
         raise UserError(f"{path} is a file; a model is a folder or a hub id")
-    try:
-        folder = locate_model(ModelConfig(path))
-    except UserError as error:
-        raise UserError(str(error).removeprefix("model.path: ")) from None
+    folder = locate_model(ModelConfig(path), key="")
     if (folder / STATE_FILE).exists():
         raise UserError(f"{path} is a checkpoint; {EXPORT_FIRST}")
     if (folder / STATUS_FILE).exists():

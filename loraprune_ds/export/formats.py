@@ -15,9 +15,12 @@ from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, copy_model, publish
 from loraprune_ds.export.lora import ExportSource, open_newest, write_adapter, write_model
 from loraprune_ds.export.model_card import copy_model_card
+from loraprune_ds.export.mtp import add_mtp, cut_mtp
 from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.text_part import MTP
+from loraprune_ds.model.weight_files import read_headers
 from loraprune_ds.units import format_bytes
 
 HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/`, the LoRA that was tuned on it in `adapter/`, for further tuning.
@@ -45,6 +48,7 @@ print(model("The import statement", max_tokens=32, temperature=0)["choices"][0][
 
 def export(source: ExportSource, name: str, out: Path) -> list[str]:
     """Writes format `name` of `FORMATS` into the new folder `out`, atomically. Returns remarks for the user."""
+    require(name == "hf" or source.mtp is None, "--mtp needs --format hf")
     try:
         staging = begin(out)
         try:
@@ -60,14 +64,19 @@ def export(source: ExportSource, name: str, out: Path) -> list[str]:
 def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
     if source.model is None:
         unmerged, remarks = open_newest(source.checkpoints)
+        mtp = source.mtp and cut_mtp(source.mtp, unmerged.shape)
         needed = unmerged.shape.total_numel() * DTYPES[unmerged.config.model.dtype].itemsize
         free = shutil.disk_usage(folder).free
         sizes = f"{format_bytes(needed)} in {folder.parent}, where {format_bytes(free)} are free"
         require(needed <= free, f"the merged model needs {sizes}")
         write_model(unmerged, folder, merge=True)
-        return remarks
-    copy_model(open_pretrained(source.model), folder)
-    return []
+    else:
+        pretrained, remarks = open_pretrained(source.model), list[str]()
+        has_them = source.mtp and any(name.startswith(MTP) for name in read_headers(source.model))
+        require(not has_them, f"{source.model} has layers that predict further tokens ({MTP}*) already")
+        mtp = source.mtp and cut_mtp(source.mtp, pretrained.shape)
+        copy_model(pretrained, folder)
+    return [*remarks, add_mtp(mtp, folder)] if mtp else remarks
 
 
 def _write_adapter(source: ExportSource, folder: Path) -> list[str]:

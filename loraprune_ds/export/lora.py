@@ -42,6 +42,7 @@ class ExportSource:
     name: str  # for file names
     model: Path | None
     checkpoints: list[Path]
+    mtp: Path | None = None  # a dense model whose layers that predict further tokens are kept (mtp.py)
 
 
 def find_source(path: Path) -> ExportSource:

@@ -15,17 +15,17 @@ HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, OSError)  # type: ignore[assignment]
 
 
-def locate_model(config: ModelConfig) -> Path:
-    """Finds the local folder of `model.path`: a folder, the embedded default, or a hub id, which is downloaded."""
+def locate_model(config: ModelConfig, key: str = "model.path: ") -> Path:
+    """Finds the local folder of `config.path`: a folder, the embedded default, or a hub id, which is downloaded."""
     if config.path == EMBEDDED:
         return embedded_model_dir()
     folder = Path(config.path).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
-        raise UserError(f"model.path: folder {config.path} does not exist")
+        raise UserError(f"{key}folder {config.path} does not exist")
     try:
         return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=HUB_FILES))
     except HUB_ERRORS as error:
         reason = first_line(error)
-        raise UserError(f"model.path: no folder {config.path}, and not available from the hub: {reason}") from None
+        raise UserError(f"{key}no folder {config.path}, and not available from the hub: {reason}") from None

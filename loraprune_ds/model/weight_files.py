@@ -161,6 +161,16 @@ def write_index(folder: Path, entries: list[dict[str, int]]) -> None:
     (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
+def add_weight_file(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Adds a weight file of this name to a model's folder, and writes the index anew."""
+    weight_map = {tensor: path.name for tensor, (_, _, path) in read_headers(folder).items()}
+    save_file(dict(tensors), folder / name, metadata={"format": "pt"})
+    weight_map |= dict.fromkeys(tensors, name)
+    paths = {folder / file for file in weight_map.values()}
+    total_size = sum(path.stat().st_size - _read_header(path)[0] for path in paths)
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
 def named_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
     """Yields the files with these names, links included: the hub's cache has only links."""
     for pattern in patterns:

@@ -32,7 +32,7 @@ def rank_uniform(
     """
     counts = uniform_counts(limits, target, final)
     wanted = [counts if i in limits.open_layers else layer for i, layer in enumerate(current.layers)]
-    return _keep_best(scores, wanted, current)
+    return keep_best(scores, wanted, current)
 
 
 def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
@@ -86,7 +86,7 @@ def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) ->
     return min((min(max(c, lowest), highest) for c in (below, below + multiple)), key=lambda c: abs(c - count))
 
 
-def _keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], current: ModelShape) -> list[LayerKeep]:
+def keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], current: ModelShape) -> list[LayerKeep]:
     """Keeps the given number of groups of every layer, those with the highest scores."""
     return [
         LayerKeep(
@@ -119,7 +119,7 @@ def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, 
     if budget - removal.gone > limits.step_numel(fine) / 2:  # floors stopped the finest
         for kind in coarse:
             removal.take(kind, budget)
-    return _keep_best(scores, removal.left, current)
+    return keep_best(scores, removal.left, current)
 
 
 class _Removal:

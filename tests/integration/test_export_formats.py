@@ -166,6 +166,8 @@ def test_bad_input_is_one_line(run: Path, unfinished: Path, tmp_path: Path) -> N
         check_error(export(unfinished, "--out", out), f"{out} cannot be made: Error while serializing: No space left")
     check_error(export(run / "model", "--format", "adapter", "--out", out), "model has no checkpoint with its LoRA")
     check_error(export(run, "--out", unfinished), "exists already")
+    check_error(export(run, "--mtp", tmp_path / "no", "--out", out), f"--mtp: folder {tmp_path}/no does not exist")
+    check_error(export(run, "--mtp", run / "model", "--out", out), "model has no layers that predict further tokens")
     shutil.rmtree(unfinished / "checkpoints")
     check_error(export(unfinished, "--out", out), "holds an unfinished run (stopped at step 4 of 6)")
     model = tmp_path / "model"

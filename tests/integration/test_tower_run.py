@@ -1,6 +1,7 @@
 """A whole run on a multimodal model: the text part is cut on two ranks, and the tower is copied."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from tests.integration.resuming import config_for, metrics, run_here, write_run
 from tests.multimodal import multimodal
 from tests.ranks import RankPool
+from tests.unit.test_mtp import add_head
 
 STEPS = 6
 PROCESSOR = "preprocessor_config.json"
@@ -26,7 +28,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
-    """The checkpoint gives the same model. Only the adapter's base is the text class."""
+    """The checkpoint gives the same model, and the layers for further tokens. The adapter's base is the text class."""
     config, out = (
         write_run(tmp_path, prune={"ranking": None, "prune_every": 3}, train={"steps": STEPS}),
         tmp_path / "out",
@@ -37,6 +39,7 @@ def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
     write_json(source / PROCESSOR, {"image_processor_type": "any", "auto_map": {"AutoProcessor": "code.Any"}})
     whole = multimodal("qwen3_5")
     whole.save_pretrained(source)
+    add_head(source, 1)
     ranks.run(2, run_here, config_for(config, out, f"model.path={source}"))
 
     model: Any = AutoModelForImageTextToText
@@ -53,9 +56,10 @@ def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
     assert "Images were not tuned" in (out / "model" / "README.md").read_text()
 
     unfinished = tmp_path / "unfinished"
-    export(find_source(out / "checkpoints" / f"step-{STEPS}"), "hf", unfinished)
+    export(replace(find_source(out / "checkpoints" / f"step-{STEPS}"), mtp=source), "hf", unfinished)
     found, wanted = weights(unfinished), weights(out / "model")
-    assert found.keys() == wanted.keys()
+    assert {name for name in found if not name.startswith("mtp.")} == wanted.keys()
+    assert found["mtp.layers.0.mlp.up_proj.weight"].shape == (left[0]["channels"], 60)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     export(find_source(out), "adapter", tmp_path / "adapter")
     assert open_pretrained(tmp_path / "adapter" / "base").tower is None

@@ -1,0 +1,89 @@
+"""Keeps the layers that predict further tokens (MTP). They are cut to the counts of the pruned model.
+
+A server builds them by the same config.json as the others, and verifies what they predict. No forward of a run passes
+them, so they have no scores and are not tuned: of each kind the groups with the largest weights stay.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from loraprune_ds.errors import UserError, require
+from loraprune_ds.files import read_json, write_json
+from loraprune_ds.model.exported_config import NEXT_TOKENS
+from loraprune_ds.model.pretrained import ModelWeights, check_weights, open_pretrained
+from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
+from loraprune_ds.model.text_part import MTP
+from loraprune_ds.model.weight_files import add_weight_file, as_on_disk, read_headers
+from loraprune_ds.pruning.importance import GroupSums
+from loraprune_ds.pruning.ranking import keep_best
+
+MTP_FILE = "mtp.safetensors"
+FC = f"{MTP}fc.weight"  # joins a token's embedding and the last hidden state, before the first of these layers
+LAYERS, IN_FILE = "model.layers.", f"{MTP}layers."
+NOTE = f"{MTP_FILE} has the layers that predict further tokens, cut by the norms of their weights and not tuned"
+
+
+def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
+    """Opens these layers of a dense model, and cuts them to the counts that `pruned` has in layers of their sort.
+
+    Raises:
+        UserError: the model in `folder` has none, or `pruned` is no cut of it or has layers of different sizes. Or as
+            `check_weights`.
+    """
+    dense = open_pretrained(folder)
+    headers = {name: header for name, header in read_headers(folder).items() if name.startswith(MTP)}
+    count, shape = dense.config.get(NEXT_TOKENS, 1), dense.shape
+    require(FC in headers and count, f"{folder} has no layers that predict further tokens ({FC})")
+    settings = "prune.ranking: uniform, prune.protected_first: 0 and prune.protected_last: 0"
+    require(pruned.is_uniform, f"layers that predict further tokens ({MTP}*) need layers of one size: {settings}")
+    sort = next(i for i, layer in enumerate(shape.layers) if {"heads", shape.kinds[-1]} <= layer.kinds)
+    layer, counts = shape.layers[sort], pruned.layers[sort]
+    same = shape.with_layers(pruned.layers).parameters() == pruned.parameters()
+    is_cut = same and all(counts[kind] <= n for kind, n in layer.items())
+    require(is_cut, f"{folder} is not the dense model: its sizes do not fit the pruned one's")
+    layers = range(count)
+    own = replace(
+        shape,
+        layers=(layer,) * count,
+        whole=dict.fromkeys(layers, shape.whole[sort]),
+        layer_others=dict.fromkeys(layers, shape.others(sort)),
+        outer_parameters={name: size for name, (size, _, _) in headers.items() if not name.startswith(IN_FILE)},
+    )
+    try:
+        names = {name.replace(IN_FILE, LAYERS): name for name in headers}
+        weights = check_weights(folder, headers, names, own, "config.json")
+    except UserError as error:
+        raise UserError(str(error).replace(LAYERS, IN_FILE)) from None
+    return weights.cut(_largest(weights, counts))
+
+
+def _largest(weights: ModelWeights, counts: LayerShape) -> list[LayerKeep]:
+    """Keeps these counts of groups in each layer, those with the largest sums of squared weights."""
+    shape, sums = weights.shape, list[Tensor]()
+    linear_ids = [linear_id for linear_id in shape.linear_ids() if linear_id.linear.parts]
+    for i, linear in linear_ids:
+        weight = weights.read_full(f"{LAYERS}{i}.{linear.name}.weight", torch.float32)
+        squares = weight.square_().sum(1 - linear.axis, dtype=torch.float64)
+        of_parts = torch.split(squares, shape.part_sizes(i, linear.parts))
+        sums += (x.view(-1, shape.width(part.width)).sum(1) for part, x in zip(linear.parts, of_parts, strict=True))
+    scores = GroupSums(shape, linear_ids, sums, step=0).by_layer("none")
+    return keep_best(scores, [counts] * len(scores), shape)
+
+
+def add_mtp(weights: ModelWeights, folder: Path) -> str:
+    """Writes what `cut_mtp` returned into the folder of the pruned model, in the dtype of its files. Returns a note."""
+    with safe_open(weights.files[FC], framework="pt") as file:
+        dtype = file.get_tensor(FC).dtype
+    tensors = {name: weights.read_full(name, dtype) for name in weights.shape.parameters()}
+    on_disk = as_on_disk(tensors, weights.shape.pieces(), lambda name: name.replace(LAYERS, IN_FILE))
+    add_weight_file(folder, MTP_FILE, on_disk)
+    config = read_json(folder / "config.json")
+    text = config.get("text_config", config)
+    if NEXT_TOKENS in text:
+        text[NEXT_TOKENS] = len(weights.shape.layers)
+    write_json(folder / "config.json", config)
+    return NOTE

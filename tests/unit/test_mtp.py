@@ -1,0 +1,168 @@
+"""The layers that predict further tokens, kept by an export: stock layers that compute what the masked ones do.
+
+transformers has no class of the whole head. Here its decoder layers are those of a causal LM without any others, which
+transformers loads. Differences: as in test_family_proof.py.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from loraprune_ds.export import formats
+from loraprune_ds.export.lora import find_source
+from loraprune_ds.files import read_json, write_json
+from loraprune_ds.model.classes import causal_lm_class, config_object, decoder_layers
+from loraprune_ds.model.experts import stack_experts
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shapes import LayerKeep
+from loraprune_ds.model.weight_files import INDEX_FILE
+from tests.families import SIZES, tiny_model
+from tests.family_cuts import FEW, MANY, cut_and_export, difference, load, logits, reopened, with_lora
+from tests.integration.resuming import read_tensors
+from tests.multimodal import multimodal
+from tests.refusals import edit, refuses
+from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
+
+HIDDEN, HEADS = SIZES["hidden_size"], SIZES["num_key_value_heads"]
+OTHERS = {"fc": (HIDDEN, 2 * HIDDEN), "norm": (HIDDEN,), "pre_fc_norm_embedding": (HIDDEN,)}
+OTHERS |= {"pre_fc_norm_hidden": (HIDDEN,)}
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+FIELD = "mtp_num_hidden_layers"
+NEXT = "qwen3_next"  # is published without the field
+# A family or a multimodal type, how many layers there are, and whether all experts are one tensor as published.
+CASES = [("qwen3_5_text", 2, False), ("qwen3_5_moe_text", 1, True), (NEXT, 1, False), ("qwen3_5", 1, False)]
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # renamed, and PEFT asks
+
+
+def as_head(config: dict[str, Any], count: int) -> dict[str, Any]:
+    """Describes a causal LM that has only layers for further tokens."""
+    return config | {"num_hidden_layers": count, "layer_types": ["full_attention"] * count}
+
+
+def make_head(config: dict[str, Any], count: int) -> PreTrainedModel:
+    torch.manual_seed(7)
+    model: Any = causal_lm_class(config["model_type"])
+    model = model._from_config(config_object(as_head(config, count)), **EAGER).eval()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape).mul(0.25).bfloat16().float()
+    return model
+
+
+def add_head(folder: Path, count: int, *, fused: bool = False) -> PreTrainedModel:
+    """Puts layers for further tokens in bf16 beside the tensors of a model. Returns them."""
+    head = make_head(open_pretrained(folder).config, count)
+    head.save_pretrained(folder / "head")
+    layers = load_file(folder / "head" / "model.safetensors")
+    if fused:
+        layers = {name: x for name, x in layers.items() if ".experts." not in name}
+        layers |= {name: x.detach() for name, x in head.named_parameters() if ".experts." in name}
+    shutil.rmtree(folder / "head")
+    tensors = {f"mtp.{name.removeprefix('model.')}": x for name, x in layers.items() if "model.layers" in name}
+    tensors |= {f"mtp.{name}.weight": torch.randn(size) for name, size in OTHERS.items()}
+    tensors = load_file(folder / "model.safetensors") | {name: x.bfloat16() for name, x in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return head
+
+
+def cut(folder: Path, out: Path, *counts: tuple[int, int]) -> Path:
+    pretrained = open_pretrained(folder)
+    network = with_lora(reopened(pretrained), pretrained.config, "source")
+    return cut_and_export(network, out, *counts, source=pretrained).folder
+
+
+def export(pruned: Path, source: Path, out: Path, name: str = "hf") -> list[str]:
+    return formats.export(replace(find_source(pruned), mtp=source), name, out)
+
+
+def largest(layer: nn.Module, heads: int, others: int) -> LayerKeep:
+    """Chooses by the squares of a group's weights, written without the table."""
+    weights = dict(layer.named_parameters())
+
+    def squares(name: str, groups: int, axis: int) -> Tensor:
+        return weights[name].double().movedim(axis, 0).reshape(groups, -1).square().sum(1)
+
+    attention = [
+        squares(f"self_attn.{x}_proj.weight", HEADS, axis) for x, axis in (("q", 0), ("k", 0), ("v", 0), ("o", 1))
+    ]
+    experts = "mlp.experts.down_proj" in weights
+    mlp = [("experts.gate_up_proj", 0), ("experts.down_proj", 0)] if experts else []
+    mlp = mlp or [("gate_proj.weight", 0), ("up_proj.weight", 0), ("down_proj.weight", 1)]
+    channels = [squares(f"mlp.{name}", SIZES["intermediate_size"], axis) for name, axis in mlp]
+    best = (
+        sum(scores, torch.zeros(())).topk(kept).indices for scores, kept in ((attention, heads), (channels, others))
+    )
+    return LayerKeep(zip(("heads", "experts" if experts else "channels"), (x.sort().values for x in best), strict=True))
+
+
+@pytest.mark.parametrize(("name", "count", "fused"), CASES)
+def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    whole = multimodal(name) if name == "qwen3_5" else tiny_model(name, **({} if name == NEXT else {FIELD: count}))
+    whole.save_pretrained(source)
+    head = add_head(source, count, fused=fused)
+    pruned = cut(source, tmp_path / "pruned", FEW, FEW)
+    (note,) = export(pruned, source, out)
+    assert "not tuned" in note
+
+    before, given, found = read_tensors(pruned), read_tensors(source), read_tensors(out)
+    assert all(torch.equal(found[x], tensor) for x, tensor in before.items())
+    assert all(torch.equal(found[f"mtp.{x}.weight"], given[f"mtp.{x}.weight"]) for x in OTHERS)
+    assert {x.dtype for name, x in found.items() if name not in before} == {torch.bfloat16}  # as in the source
+    index = read_json(out / INDEX_FILE)
+    assert index["weight_map"].keys() == found.keys()
+    assert index["metadata"]["total_size"] == sum(x.numel() * x.element_size() for x in found.values())
+    config = read_json(out / "config.json")
+    assert config.get("text_config", config).get(FIELD) == (None if name == NEXT else count)
+    stock: Any = AutoModelForImageTextToText if name == "qwen3_5" else type(whole)
+    _, info = stock.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+
+    # The layers as the stock class of the exported config takes them
+    text = open_pretrained(out).config
+    assert (text["num_key_value_heads"], text["num_attention_heads"]) == (3, 6)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    write_json(alone / "config.json", as_head(text, count))
+    tensors = {f"model.{x.removeprefix('mtp.')}": tensor for x, tensor in found.items() if x.startswith("mtp.layers")}
+    tensors |= {x: p.detach() for x, p in head.named_parameters() if "layers" not in x}
+    save_file(tensors, alone / "model.safetensors", metadata={"format": "pt"})
+    _, info = cast(Any, type(head)).from_pretrained(alone, output_loading_info=True)
+    assert not any(info.values()), info
+    whole_logits = logits(head.double())
+    shape = shape_from_config(json.loads(head.config.to_json_string(use_diff=False)), name)
+    keep = [largest(layer, *FEW) for layer in decoder_layers(head)]
+    stack_experts(head)
+    mask(cast(Any, SimpleNamespace(model=head, shape=shape)), keep)
+    expected = logits(head)
+    assert difference(logits(load(alone).double()), expected) < TOLERANCE
+    assert difference(whole_logits, expected) > MATTERS
+
+
+def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
+    source, bare, kept, out = (tmp_path / name for name in ("source", "bare", "kept", "out"))
+    tiny_model("qwen3_5_text", **{FIELD: 1}).save_pretrained(bare)
+    shutil.copytree(bare, source)
+    add_head(source, 1)
+    equal, unequal = cut(source, tmp_path / "equal", FEW, FEW), cut(source, tmp_path / "unequal", FEW, MANY)
+    refuses(r"bare has no layers that predict further tokens \(mtp\.fc", export, equal, bare, out)
+    refuses(r"mtp\.\*\) need layers of one size: prune\.ranking: uniform", export, unequal, source, out)
+    refuses(r"^--mtp needs --format hf$", export, equal, source, out, "gguf-f16")
+    export(equal, source, kept)
+    refuses(r"kept has layers that predict further tokens \(mtp\.\*\) already", export, kept, source, out)
+    for name, sizes in (("wider", {"head_dim": 16}), ("smaller", {"intermediate_size": 12})):
+        tiny_model("qwen3_5_text", **{FIELD: 1}, **sizes).save_pretrained(tmp_path / name)
+        add_head(tmp_path / name, 1)
+        refuses(rf"{name} is not the dense model", export, equal, tmp_path / name, out)
+    edit("config.json", **{FIELD: 2})(source)
+    refuses(r"source: tensor mtp\.layers\.1\.self_attn\.q_proj\.weight is missing", export, equal, source, out)
+    assert not out.exists()
