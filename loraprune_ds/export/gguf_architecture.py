@@ -145,7 +145,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_5_moe_text": replace(
         DELTA,
         uniform=MODEL_ARCH.QWEN35MOE,
-        numbers=DELTA.numbers | {"shared_expert_intermediate_size": "add_expert_shared_feed_forward_length"},
+        numbers={**DELTA.numbers, "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length"},
     ),
     "granite": Architecture(MODEL_ARCH.GRANITE, neighbours=True, numbers=GRANITE_NUMBERS),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, neighbours=True, rope_period=4),

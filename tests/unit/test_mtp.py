@@ -38,6 +38,7 @@ OTHERS = {"fc": (HIDDEN, 2 * HIDDEN), "norm": (HIDDEN,), "pre_fc_norm_embedding"
 OTHERS |= {"pre_fc_norm_hidden": (HIDDEN,)}
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 FIELD = "mtp_num_hidden_layers"
+ONE: dict[str, Any] = {FIELD: 1}
 NEXT = "qwen3_next"  # is published without the field
 # A family or a multimodal type, how many layers there are, and whether all experts are one tensor as published.
 CASES = [("qwen3_5_text", 2, False), ("qwen3_5_moe_text", 1, True), (NEXT, 1, False), ("qwen3_5", 1, False)]
@@ -107,7 +108,8 @@ def largest(layer: nn.Module, heads: int, others: int) -> LayerKeep:
 @pytest.mark.parametrize(("name", "count", "fused"), CASES)
 def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
-    whole = multimodal(name) if name == "qwen3_5" else tiny_model(name, **({} if name == NEXT else {FIELD: count}))
+    field: dict[str, Any] = {} if name == NEXT else {FIELD: count}
+    whole = multimodal(name) if name == "qwen3_5" else tiny_model(name, **field)
     whole.save_pretrained(source)
     head = add_head(source, count, fused=fused)
     pruned = cut(source, tmp_path / "pruned", FEW, FEW)
@@ -150,7 +152,7 @@ def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, tmp_p
 
 def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     source, bare, kept, out = (tmp_path / name for name in ("source", "bare", "kept", "out"))
-    tiny_model("qwen3_5_text", **{FIELD: 1}).save_pretrained(bare)
+    tiny_model("qwen3_5_text", **ONE).save_pretrained(bare)
     shutil.copytree(bare, source)
     add_head(source, 1)
     equal, unequal = cut(source, tmp_path / "equal", FEW, FEW), cut(source, tmp_path / "unequal", FEW, MANY)
@@ -159,8 +161,9 @@ def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:
     refuses(r"^--mtp needs --format hf$", export, equal, source, out, "gguf-f16")
     export(equal, source, kept)
     refuses(r"kept has layers that predict further tokens \(mtp\.\*\) already", export, kept, source, out)
-    for name, sizes in (("wider", {"head_dim": 16}), ("smaller", {"intermediate_size": 12})):
-        tiny_model("qwen3_5_text", **{FIELD: 1}, **sizes).save_pretrained(tmp_path / name)
+    others: dict[str, dict[str, Any]] = {"wider": {"head_dim": 16}, "smaller": {"intermediate_size": 12}}
+    for name, sizes in others.items():
+        tiny_model("qwen3_5_text", **ONE, **sizes).save_pretrained(tmp_path / name)
         add_head(tmp_path / name, 1)
         refuses(rf"{name} is not the dense model", export, equal, tmp_path / name, out)
     edit("config.json", **{FIELD: 2})(source)
