@@ -50,6 +50,18 @@ DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 SPARSE = {"moe_intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3}
+LATENT = {
+    "num_attention_heads": 5,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 23,
+    "num_experts_per_tok": 3,
+}
+GROUPED = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 # More fields of config.json. The caps and factors are such that a model without them is clearly another one.
 TINY: dict[str, dict[str, Any]] = {
     "llama": WIDE,
@@ -64,10 +76,14 @@ TINY: dict[str, dict[str, Any]] = {
     "exaone4": BOTH,
     "ernie4_5": WIDE,
     "hunyuan_v1_dense": WIDE,
+    **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), WIDE),
     "gemma": WIDE,
     "gemma2": GEMMA | {"final_logit_softcapping": 8.0, "attn_logit_softcapping": 1.5},
+    "vaultgemma": GEMMA | {"final_logit_softcapping": 8.0, "attn_logit_softcapping": 1.5},
     "gemma3_text": GEMMA | {"final_logit_softcapping": 10.0},
     "granite": SCALED,
+    "hyperclovax": WIDE | SCALED | {"logits_scaling": 0.3},
+    "cohere": {"logit_scale": 0.3, "use_qk_norm": True},
     "cohere2": WIDE | BOTH | {"logit_scale": 0.3},
     "olmo2": {},
     "olmo3": BOTH,
@@ -78,6 +94,8 @@ TINY: dict[str, dict[str, Any]] = {
     "arcee": WIDE,
     "nemotron": WIDE,
     "apertus": WIDE,
+    "jais2": WIDE,
+    "minimax_m2": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3, "rotary_dim": 6},
     "mixtral": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "qwen3_moe": WIDE | SPARSE,
     "qwen2_moe": SPARSE
@@ -94,20 +112,9 @@ TINY: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
         "first_k_dense_replace": 1,
     },
-    "deepseek_v3": {
-        "num_attention_heads": 5,
-        "q_lora_rank": 12,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 6,
-        "moe_intermediate_size": 8,
-        "n_routed_experts": 23,
-        "num_experts_per_tok": 3,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
+    "deepseek_v3": LATENT | GROUPED,
+    "deepseek_v2": LATENT | GROUPED | {"hidden_size": 30},  # 4 heads do not divide it
+    "glm4_moe_lite": LATENT | {"intermediate_size": 31},
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
     "qwen3_next": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
@@ -116,7 +123,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].mixture)
-MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3")  # their first layer is dense, and the second one sparse
+MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")  # their first layer is dense, and the second one sparse
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:

@@ -133,7 +133,7 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
         **_layer_sizes(widest, shape),
     }
     if mixture := shape.family.mixture:
-        sizes |= mixture.dense([i for i, layer in enumerate(shape.layers) if not layer["experts"]])
+        sizes |= mixture.dense([i for i, layer in enumerate(shape.layers) if not layer["experts"]], len(shape.layers))
     if not shape.is_uniform:
         sizes["per_layer_config"] = {str(i): _layer_sizes(layer, shape) for i, layer in enumerate(shape.layers)}
     return sizes

@@ -96,6 +96,7 @@ class Companion:
     across: tuple[Width, ...] = ()  # the widths of the other axes. A vector has none
     on_disk: str | None = None  # its name on disk, if that differs
     keep_fp32: bool = False  # it is fp32 in every model
+    optional: bool = False  # some models of the family lack it
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ class Mixture:
     count: str  # the number of experts
     size: str  # the width of one
     new_count: str = "num_local_experts"  # transformers 5 writes `count` under this name. It reads both
-    dense: Callable[[list[int]], dict[str, Any]] = lambda _: {}  # the layers without experts -> the fields that say so
-    grouped: bool = False  # the router first chooses `topk_group` of `n_group` groups, by the best two of each
+    # The layers without experts and the number of all -> the fields that say so.
+    dense: Callable[[list[int], int], dict[str, Any]] = lambda dense, layers: {}
+    best_of_group: int = 0  # if > 0 the router first chooses `topk_group` of `n_group` groups, by so many of each
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def saved_by_layer(
     one = replace(shape, layers=(shape.layers[index],), layer_others={0: shape.others(index)})
     one = replace(one, whole={0: shape.whole.get(index, {})})
     if mixture := shape.family.mixture:
-        alone |= mixture.dense([] if one.layers[0]["experts"] else [0])
+        alone |= mixture.dense([] if one.layers[0]["experts"] else [0], 1)
     if "delta" in shape.kinds:
         alone["layer_types"] = ["linear_attention" if one.layers[0]["delta"] else "full_attention"]
     return _saved(json.dumps(alone), one, tokens, dtype, storage, lora_rank, dropout, eager)

@@ -1,5 +1,6 @@
 """Reads a model's sizes: its counts from config.json, and every parameter's shape from modules without weights."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, config_object, refused_in_one_line
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.family import FAMILIES, find_family
-from loraprune_ds.model.family_row import Family, Width
+from loraprune_ds.model.family_row import Family, Linear, Width
 from loraprune_ds.model.frozen import Matrix
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.shapes import LayerShape, ModelShape, Sizes
@@ -104,7 +105,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         biases=frozenset(x.name for x in family.linears if any(f"{x.name}.bias" in names for names in inside)),
         outer_parameters={name: size for name, size in parameters.items() if not name.startswith("model.layers.")},
         whole=dict(enumerate(_whole(family, names) for names in inside)),
-        absent=frozenset(x.name for x in family.linears if x.optional and f"{x.name}.weight" not in inside[0]),
+        absent=frozenset(_absent(family, inside)),
         widths=widths,
         **of_experts,
     )
@@ -162,6 +163,14 @@ def _layers(where: str, sizes: list[LayerShape], inside: list[Sizes], family: Fa
     )
 
 
+def _absent(family: Family, inside: list[Sizes]) -> Iterator[str]:
+    """Yields the names of optional linears and companions that no layer has."""
+    for x in (*family.linears, *family.companions):
+        parameter = f"{x.name}.weight" if isinstance(x, Linear) else x.name
+        if x.optional and not any(parameter in names for names in inside):
+            yield x.name
+
+
 def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int) -> None:
     for i, (queries, layer) in enumerate(sizes):
         heads = layer["heads"]
@@ -204,11 +213,11 @@ def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict
     if family.mixture is None:
         return {}
     groups, chosen = (
-        int(config.get(field, getattr(defaults, field))) if family.mixture.grouped else 1
+        int(config.get(field, getattr(defaults, field)) or 1) if family.mixture.best_of_group else 1
         for field in ("n_group", "topk_group")
     )
     per_token = int(config["num_experts_per_tok"])
-    of_each = max(2 * family.mixture.grouped, -(-per_token // chosen))  # the router compares the best two of each
+    of_each = max(family.mixture.best_of_group, -(-per_token // chosen))
     return {
         "expert_size": int(config[family.mixture.size]),
         "experts_per_token": per_token,

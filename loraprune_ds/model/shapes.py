@@ -87,7 +87,7 @@ class ModelShape:
     experts_per_token: int = 0
     least_experts: int = 0  # the router needs this many
     expert_groups: int = 1  # groups of experts, of equal size, that the router chooses from
-    absent: frozenset[str] = frozenset()  # names of linears of the family that the model lacks
+    absent: frozenset[str] = frozenset()  # names of linears and companions of the family that the model lacks
     widths: Mapping[Width, int] = field(default_factory=dict[Width, int], hash=False)  # of the family's `widths`
 
     @property
@@ -106,7 +106,8 @@ class ModelShape:
         return (*cut, *(x for x in self.family.linears if x.name in whole))
 
     def companions(self, layer: int) -> tuple[Companion, ...]:
-        return tuple(other for other in self.family.companions if other.parts[0].kind in self.layers[layer].kinds)
+        kinds = self.layers[layer].kinds
+        return tuple(x for x in self.family.companions if x.parts[0].kind in kinds and x.name not in self.absent)
 
     def others(self, layer: int) -> Sizes:
         """Returns the parameters of this layer that no cut makes smaller, by name inside it."""

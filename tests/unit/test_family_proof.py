@@ -66,17 +66,17 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
 def mask_router(gate: Any, kept: Tensor) -> None:
     """Computes routers once more, as their papers have them: softmax or corrected sigmoid, the largest add up to 1."""
 
-    def route(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def route(hidden: Tensor, correction: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden.flatten(0, -2) @ gate.weight.T + getattr(gate, "bias", 0)
         others = torch.ones(logits.shape[1], dtype=torch.bool).index_fill(0, kept, False)
-        if hasattr(gate, CORRECTION):
+        if (added := getattr(gate, CORRECTION, correction)) is not None:
             scores = logits.sigmoid()
-            chosen = (scores + gate.e_score_correction_bias).masked_fill(others, -torch.inf).topk(gate.top_k).indices
+            chosen = (scores + added).masked_fill(others, -torch.inf).topk(gate.top_k).indices
         else:
             scores = logits.masked_fill(others, -torch.inf).softmax(1)
             chosen = scores.topk(gate.top_k).indices
         weights = scores.gather(1, chosen)
-        if getattr(gate, "norm_topk_prob", True):
+        if getattr(gate, "norm_topk_prob", not hasattr(gate, "topk_method")):  # DeepSeek-V2's weights stay as they are
             weights = weights / weights.sum(1, keepdim=True)
         return logits, weights * getattr(gate, "routed_scaling_factor", 1.0), chosen
 
