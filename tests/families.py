@@ -118,12 +118,29 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
     "qwen3_next": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
+    "gemma4_text": BOTH
+    | SPARSE
+    | {
+        "enable_moe_block": True,
+        "head_dim": 8,
+        "global_head_dim": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "top_k_experts": 3,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": 97,
+        "final_logit_softcapping": 10.0,
+    },
     "olmoe": {"intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3, "clip_qkv": 0.5},
     "granitemoe": SCALED | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
+EQUAL = tuple(name for name in TINY if FAMILIES[name].equal_layers)
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].mixture)
-MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")  # their first layer is dense, and the second one sparse
+# Their first layer is dense, and the second one sparse.
+MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
@@ -134,11 +151,13 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape, ...]:
     """Returns the layers of a model with these numbers of heads, and of channels or experts, where a layer has any."""
 
-    def other(kind: str, own: int, heads: int, others: int) -> int:
-        return own if kind in shape.family.fixed or own == 0 else heads if kind in ("heads", "delta") else others
+    def other(layer: int, kind: str, own: int, heads: int, others: int) -> int:
+        if kind in shape.family.fixed or own == 0:
+            return own
+        return heads if kind in ("heads", "delta") else others * shape.times(layer, kind)
 
-    layers = zip(shape.layers, counts, strict=True)
-    return tuple(LayerShape((kind, other(kind, own, *new)) for kind, own in layer.items()) for layer, new in layers)
+    layers = enumerate(zip(shape.layers, counts, strict=True))
+    return tuple(LayerShape((kind, other(i, kind, own, *x)) for kind, own in layer.items()) for i, (layer, x) in layers)
 
 
 def norms_are_wide(family: Family) -> bool:
@@ -196,5 +215,5 @@ def tiny_model(
         stored = model.state_dict().keys()
         for name, buffer in model.named_buffers():
             if name in stored:  # a router's correction: more would leave experts that no token chooses
-                buffer.normal_(0, 0.03, generator=generator)
+                buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.03)
     return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`

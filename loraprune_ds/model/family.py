@@ -190,10 +190,33 @@ QWEN3_5 = Family(
 LLAMA_LINEARS = ATTENTION + GATED
 LLAMA = Family(LLAMA_LINEARS, runtime=(MLP_WIDTH,))
 GEMMA = replace(LLAMA, windows_begin_with_bos=True)
-CAPPED_GEMMA = replace(
-    GEMMA, softcap="final_logit_softcapping", eager_only="a cap on scores (attn_logit_softcapping)"
-)
+CAPPED_GEMMA = replace(GEMMA, softcap="final_logit_softcapping", eager_only="a cap on scores (attn_logit_softcapping)")
 UNGATED = Family((*ATTENTION, _rows("mlp.up_proj", CHANNELS), _columns("mlp.down_proj", CHANNELS)))
+
+
+def _gemma4_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Gives the sizes of full attention the published names, which servers read. transformers saves them otherwise."""
+    if not (own := config.get("per_layer_config")):
+        return config
+    full, rest = next(iter(own.values())), {key: value for key, value in config.items() if key != "per_layer_config"}
+    names = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
+    return rest | {name: full[field] for name, field in names.items() if field in full}
+
+
+def _gemma4_doubled(c: Any) -> range:
+    shared = c.num_kv_shared_layers if c.use_double_wide_mlp else 0
+    return range(c.num_hidden_layers - shared, c.num_hidden_layers)
+
+
+def _gemma4_around(c: Any, layer: int) -> tuple[list[int], dict[str, Any]]:
+    """The last layer has full attention. Layers that share keys and values need one of each type before them."""
+    types, last = list(c.layer_types), c.num_hidden_layers - 1
+    full, shared = types.index("full_attention"), c.num_kv_shared_layers
+    shares = layer > last - shared
+    chosen = [*map(types.index, sorted(set(types))), layer, last] if shares else [layer, full]
+    return chosen, {"num_kv_shared_layers": 2 * shares, "layer_types": [types[i] for i in chosen]}
+
+
 LLAMA_LIKE = "llama mistral ministral ministral3 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense"
 LLAMA_LIKE += " cwm internlm3 iquestcoder"
 FAMILIES: dict[str, Family] = {
@@ -264,6 +287,24 @@ FAMILIES: dict[str, Family] = {
         packs=False,
         mixture=QWEN_MOE.mixture,
         widths=DELTA_WIDTHS,
+    ),
+    # Sliding and full attention differ in the width and number of heads, and share the count of queries. So heads stay.
+    "gemma4_text": replace(
+        GEMMA,
+        linears=(
+            *_whole("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+            *GATED,
+            *_stacks("experts", ("experts.gate_up_proj",), ("experts.down_proj",)),
+            *(Linear(f"per_layer_{name}", 0) for name in ("input_gate", "projection")),
+        ),
+        companions=(_router("router.proj"), Companion("router.per_expert_scale", (EXPERTS,))),
+        runtime=(),
+        softcap="final_logit_softcapping",
+        mixture=Mixture("num_experts", "moe_intermediate_size", chosen="top_k_experts", optional=True),
+        explicit=_gemma4_fields,
+        doubled=_gemma4_doubled,
+        around=_gemma4_around,
+        equal_layers=True,
     ),
     # Its class computes the width of the norms from hidden_size.
     "olmoe": replace(

@@ -1,6 +1,6 @@
 """Describes a row of the table of families (family.py): a layer's tensors, and what lies along their axes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -118,6 +118,8 @@ class Mixture:
     new_count: str = "num_local_experts"  # transformers 5 writes `count` under this name. It reads both
     # The layers without experts and the number of all -> the fields that say so.
     dense: Callable[[list[int], int], dict[str, Any]] = lambda dense, layers: {}
+    chosen: str = "num_experts_per_tok"  # how many a token chooses
+    optional: bool = False  # some models of the family have none
     best_of_group: int = 0  # if > 0 the router first chooses `topk_group` of `n_group` groups, by so many of each
 
 
@@ -138,6 +140,13 @@ class Family:
     fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
     # Sizes that follow from fields of config.json, of which this gets transformers' object.
     widths: Mapping[Width, Callable[[Any], int]] = field(default_factory=dict[Width, Any])
+    # Names sizes in config.json that the class has from other fields.
+    explicit: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
+    # By transformers' object: the layers that have twice the channels that config.json says.
+    doubled: Callable[[Any], Iterable[int]] | None = None
+    # And a small model that has a layer: the layers to take, and fields of it.
+    around: Callable[[Any, int], tuple[list[int], dict[str, Any]]] = lambda config, layer: ([layer], {})
+    equal_layers: bool = False  # a modelling file cannot hold layers that differ
     vllm: Literal["auto", "transformers"] = "auto"  # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
 
     @property
