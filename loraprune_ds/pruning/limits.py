@@ -78,7 +78,7 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
-    if config.ranking == "uniform" and "experts" in dense.kinds:  # only runs of before have no LoRA in dense MLPs
+    if config.ranking == "uniform" and dense.experts_per_token:  # only runs of before have no LoRA in dense MLPs
         protected |= {i for i, layer in enumerate(dense.layers) if not layer["experts"] and not dense.whole.get(i)}
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
@@ -96,7 +96,7 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     if config.ranking == "uniform" and not all(counts):
         raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
     numel = _open_numel(limits)[0]
-    if "experts" in dense.kinds:  # heads are few there, and stay
+    if dense.experts_per_token:  # heads are few there, and stay
         numel |= dict.fromkeys(dense.kinds[:-1], 0)
     return replace(limits, shares={kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
 

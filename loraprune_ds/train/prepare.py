@@ -156,7 +156,7 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
         lines.append("only the text part is tuned and cut. The vision tower comes along, which needs equal layers")
     if prepared.pretrained.config.get(NEXT_TOKENS):
         lines.append(f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0")
-    if "experts" in dense.kinds and config.prune.compensate != "none":
+    if dense.experts_per_token and config.prune.compensate != "none":
         lines.append(
             f"prune.compensate: {config.prune.compensate} refits o_proj. Nothing makes up for experts that leave"
         )
