@@ -118,6 +118,17 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
     "qwen3_next": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "granitemoehybrid": SCALED
+    | {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 23,
+        "mamba_n_heads": 10,
+        "mamba_d_state": 6,
+        "mamba_chunk_size": 8,
+        "mamba_d_head": 12,
+    },
     "gemma4_text": BOTH
     | SPARSE
     | {

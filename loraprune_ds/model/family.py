@@ -194,6 +194,20 @@ CAPPED_GEMMA = replace(GEMMA, softcap="final_logit_softcapping", eager_only="a c
 UNGATED = Family((*ATTENTION, _rows("mlp.up_proj", CHANNELS), _columns("mlp.down_proj", CHANNELS)))
 
 
+def _lfm2_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Writes the width of the MLP, which the class has from other fields."""
+    width, multiple = (
+        config.get("block_ff_dim", config.get("intermediate_size", 12288)),
+        config.get("block_multiple_of", 256),
+    )
+    if config.get("block_auto_adjust_ff_dim", True):
+        factor = config.get("block_ffn_dim_multiplier", 1.0)
+        width = int(2 * width / 3)
+        width = width if factor is None else multiple * -(-int(factor * width) // multiple)
+    rest = {key: value for key, value in config.items() if key != "block_ff_dim"}
+    return rest | {"intermediate_size": width, "block_auto_adjust_ff_dim": False}
+
+
 def _gemma4_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Gives the sizes of full attention the published names, which servers read. transformers saves them otherwise."""
     if not (own := config.get("per_layer_config")):
@@ -214,7 +228,7 @@ def _gemma4_around(c: Any, layer: int) -> tuple[list[int], dict[str, Any]]:
     full, shared = types.index("full_attention"), c.num_kv_shared_layers
     shares = layer > last - shared
     chosen = [*map(types.index, sorted(set(types))), layer, last] if shares else [layer, full]
-    return chosen, {"num_kv_shared_layers": 2 * shares, "layer_types": [types[i] for i in chosen]}
+    return chosen, {"num_kv_shared_layers": 2 * shares}
 
 
 LLAMA_LIKE = "llama mistral ministral ministral3 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense"
@@ -288,6 +302,28 @@ FAMILIES: dict[str, Family] = {
         mixture=QWEN_MOE.mixture,
         widths=DELTA_WIDTHS,
     ),
+    # Its short convolutions are as wide as the residual stream.
+    "lfm2": Family(
+        (
+            *(*ATTENTION[:3], _columns("self_attn.out_proj", QUERIES), *_whole("conv", "in_proj", "out_proj")),
+            *(_rows(f"feed_forward.{name}", CHANNELS) for name in ("w1", "w3")),
+            _columns("feed_forward.w2", CHANNELS),
+        ),
+        packs=False,
+        explicit=_lfm2_fields,
+    ),
+    # The inner width of its Mamba is a multiple of hidden_size.
+    "granitemoehybrid": Family(
+        (
+            *(*ATTENTION, *_whole("mamba", "in_proj")),
+            _rows("shared_mlp.input_linear", CHANNELS, CHANNELS),
+            _columns("shared_mlp.output_linear", CHANNELS),
+        ),
+        logit_divisor="logits_scaling",
+        packs=False,
+        without_lora=("mamba.out_proj",),
+        counts={"channels": "shared_intermediate_size"},
+    ),
     # Sliding and full attention differ in the width and number of heads, and share the count of queries. So heads stay.
     "gemma4_text": replace(
         GEMMA,
@@ -342,6 +378,7 @@ WITHOUT_ROW = {
     "helium": "its o_proj has hidden_size inputs, so no head can leave",
     "kimi_k2": "transformers has no class for it",
     "kimi_linear": "its linear attention has a decay for each channel of a head, which the table has no groups for",
+    "nemotron_h": "PEFT refuses LoRA on its out_proj, and its files name layers otherwise than its class",
     "phimoe": "its router draws experts at random while it trains",
 }
 

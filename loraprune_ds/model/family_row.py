@@ -138,6 +138,8 @@ class Family:
     windows_begin_with_bos: bool = False  # it predicts badly without BOS, also in the middle of a text
     mixture: Mixture | None = None  # its MLPs are mixtures of experts
     fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
+    without_lora: tuple[str, ...] = ()  # matrices that stay, and that fused kernels read past LoRA
+    counts: Mapping[Kind, str] = field(default_factory=dict[Kind, str])  # count fields that are not COUNT_FIELDS
     # Sizes that follow from fields of config.json, of which this gets transformers' object.
     widths: Mapping[Width, Callable[[Any], int]] = field(default_factory=dict[Width, Any])
     # Names sizes in config.json that the class has from other fields.
@@ -159,4 +161,6 @@ class Family:
 
     def count_fields(self, kind: Kind) -> Mapping[str, Width]:
         """Returns the fields of config.json that count the groups of a kind, and what each counts of a group."""
+        if kind in self.counts:
+            return {self.counts[kind]: "one"}
         return {self.mixture.count: "one"} if self.mixture and kind == "experts" else COUNT_FIELDS[kind]

@@ -98,7 +98,8 @@ def saved_by_layer(
         eager: with transformers' eager attention instead of a fused kernel.
     """
     depth = int(source["num_hidden_layers"])
-    chosen, fields = shape.family.around(config_object(source), index)
+    made: Any = config_object(source)
+    chosen, fields = shape.family.around(made, index)
     lists = {key: value for key, value in source.items() if isinstance(value, list) and len(value) == depth}
     few = source | {key: [value[i] for i in chosen] for key, value in lists.items()}
     few |= {"num_hidden_layers": len(chosen)} | fields
@@ -106,8 +107,8 @@ def saved_by_layer(
     layers = tuple(shape.layers[i] for i in chosen)
     if mixture := shape.family.mixture:
         few |= mixture.dense([n for n, layer in enumerate(layers) if not layer.get("experts")], len(layers))
-    if "delta" in shape.kinds:
-        few["layer_types"] = ["linear_attention" if layer["delta"] else "full_attention" for layer in layers]
+    if types := getattr(made, "layer_types", None):
+        few["layer_types"] = [types[i] for i in chosen]
     small = replace(
         shape,
         layers=layers,

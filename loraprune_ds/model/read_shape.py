@@ -239,6 +239,8 @@ def _whole(family: Family, inside: Sizes) -> dict[str, Matrix]:
 
 
 def _others(shape: ModelShape, layer: int, inside: Sizes) -> Sizes:
-    """Returns the vectors that no cut makes smaller. The linears' biases are not among them."""
+    """Returns the other parameters that no cut makes smaller. An unknown matrix is not among them."""
     of_linears = _inside(shape.layer_parameters(layer), layer)
-    return {name: size for name, size in inside.items() if len(size) < 2 and name not in of_linears}
+    left = {name: size for name, size in inside.items() if name not in of_linears}
+    known = [f"{name}.weight" for name in shape.family.without_lora]
+    return {name: size for name, size in left.items() if len(size) != 2 or name in known}
