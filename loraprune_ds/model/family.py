@@ -196,13 +196,10 @@ UNGATED = Family((*ATTENTION, _rows("mlp.up_proj", CHANNELS), _columns("mlp.down
 
 def _lfm2_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Writes the width of the MLP, which the class has from other fields."""
-    width, multiple = (
-        config.get("block_ff_dim", config.get("intermediate_size", 12288)),
-        config.get("block_multiple_of", 256),
-    )
+    width = config.get("block_ff_dim", config.get("intermediate_size", 12288))
     if config.get("block_auto_adjust_ff_dim", True):
-        factor = config.get("block_ffn_dim_multiplier", 1.0)
-        width = int(2 * width / 3)
+        width, factor = int(2 * width / 3), config.get("block_ffn_dim_multiplier", 1.0)
+        multiple = config.get("block_multiple_of", 256)
         width = width if factor is None else multiple * -(-int(factor * width) // multiple)
     rest = {key: value for key, value in config.items() if key != "block_ff_dim"}
     return rest | {"intermediate_size": width, "block_auto_adjust_ff_dim": False}

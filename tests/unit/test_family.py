@@ -23,7 +23,8 @@ DENSE, FEWER = (SIZES["num_key_value_heads"], SIZES["intermediate_size"]), (3, 1
 LAYERS = SIZES["num_hidden_layers"]
 # transformers does not name all axes.
 WITHOUT_PLAN = {"hunyuan_v1_dense", "gpt_oss", "granitemoe", "deepseek_v3", "glm4_moe_lite"}
-WITHOUT_PLAN |= {name for name in FAMILIES if "delta" in FAMILIES[name].kinds}  # and does not shard such nets
+# And it does not shard hybrids.
+WITHOUT_PLAN |= {name for name in FAMILIES if "delta" in FAMILIES[name].kinds} | {"lfm2", "granitemoehybrid"}
 
 
 def config_json(family: str, **changes: Any) -> dict[str, Any]:

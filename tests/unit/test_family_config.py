@@ -14,7 +14,7 @@ from tests.families import EQUAL, SIZES, layers_with, tiny_config
 
 COUNTS = {
     *("num_attention_heads", "num_key_value_heads", "head_dim", "per_layer_config"),
-    *("intermediate_size", "num_local_experts", "num_experts"),
+    *("intermediate_size", "shared_intermediate_size", "num_local_experts", "num_experts"),
     *("global_head_dim", "num_global_key_value_heads"),  # the published names
     *("n_routed_experts", "num_nextn_predict_layers", "mtp_num_hidden_layers"),
     *("linear_num_key_heads", "linear_num_value_heads"),
