@@ -72,6 +72,7 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": WIDE,
     "smollm3": {"no_rope_layers": [1, 0]},
     "seed_oss": WIDE | {"attention_dropout": 0.0, "residual_dropout": 0.0},  # else both are random while it trains
+    "helium": {"head_dim": 6},
     "olmo": {"clip_qkv": 0.1},
     "exaone4": BOTH,
     "ernie4_5": WIDE,

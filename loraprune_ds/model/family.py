@@ -339,6 +339,8 @@ FAMILIES: dict[str, Family] = {
         around=_gemma4_around,
         equal_layers=True,
     ),
+    # Its class has hidden_size inputs in o_proj.
+    "helium": replace(LLAMA, fixed=("heads",)),
     # Its class computes the width of the norms from hidden_size.
     "olmoe": replace(
         QWEN_MOE,
@@ -372,7 +374,6 @@ FAMILIES: dict[str, Family] = {
 WITHOUT_ROW = {
     "llama4": "its experts weigh their inputs, and run on every token",
     "phi": "its head has a bias, which no loss here adds",
-    "helium": "its o_proj has hidden_size inputs, so no head can leave",
     "kimi_k2": "transformers has no class for it",
     "kimi_linear": "its linear attention has a decay for each channel of a head, which the table has no groups for",
     "nemotron_h": "PEFT refuses LoRA on its out_proj, and its files name layers otherwise than its class",

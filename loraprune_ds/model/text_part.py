@@ -71,7 +71,8 @@ def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns the config of a multimodal model's text part, or of another model, with all sizes of the family."""
     text = _text_part(config, where) if config.get("model_type") in MULTIMODAL else config
     family = FAMILIES.get(family_name(str(text.get("model_type"))))
-    return family.explicit(text) if family else text
+    with refused_in_one_line(where):
+        return family.explicit(text) if family else text
 
 
 def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:
