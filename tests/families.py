@@ -50,6 +50,18 @@ DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 SPARSE = {"moe_intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3}
+LATENT = {
+    "num_attention_heads": 5,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "moe_intermediate_size": 8,
+    "n_routed_experts": 23,
+    "num_experts_per_tok": 3,
+}
+GROUPED = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 # More fields of config.json. The caps and factors are such that a model without them is clearly another one.
 TINY: dict[str, dict[str, Any]] = {
     "llama": WIDE,
@@ -60,14 +72,19 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": WIDE,
     "smollm3": {"no_rope_layers": [1, 0]},
     "seed_oss": WIDE | {"attention_dropout": 0.0, "residual_dropout": 0.0},  # else both are random while it trains
+    "helium": {"head_dim": 6},
     "olmo": {"clip_qkv": 0.1},
     "exaone4": BOTH,
     "ernie4_5": WIDE,
     "hunyuan_v1_dense": WIDE,
+    **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), WIDE),
     "gemma": WIDE,
     "gemma2": GEMMA | {"final_logit_softcapping": 8.0, "attn_logit_softcapping": 1.5},
+    "vaultgemma": GEMMA | {"final_logit_softcapping": 8.0, "attn_logit_softcapping": 1.5},
     "gemma3_text": GEMMA | {"final_logit_softcapping": 10.0},
     "granite": SCALED,
+    "hyperclovax": WIDE | SCALED | {"logits_scaling": 0.3},
+    "cohere": {"logit_scale": 0.3, "use_qk_norm": True},
     "cohere2": WIDE | BOTH | {"logit_scale": 0.3},
     "olmo2": {},
     "olmo3": BOTH,
@@ -78,6 +95,8 @@ TINY: dict[str, dict[str, Any]] = {
     "arcee": WIDE,
     "nemotron": WIDE,
     "apertus": WIDE,
+    "jais2": WIDE,
+    "minimax_m2": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3, "rotary_dim": 6},
     "mixtral": WIDE | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "qwen3_moe": WIDE | SPARSE,
     "qwen2_moe": SPARSE
@@ -94,29 +113,46 @@ TINY: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
         "first_k_dense_replace": 1,
     },
-    "deepseek_v3": {
-        "num_attention_heads": 5,
-        "q_lora_rank": 12,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 6,
-        "moe_intermediate_size": 8,
-        "n_routed_experts": 23,
-        "num_experts_per_tok": 3,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
+    "deepseek_v3": LATENT | GROUPED,
+    "deepseek_v2": LATENT | GROUPED | {"hidden_size": 30},  # 4 heads do not divide it
+    "glm4_moe_lite": LATENT | {"intermediate_size": 31},
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
     "qwen3_next": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "granitemoehybrid": SCALED
+    | {
+        "layer_types": ["linear_attention", "full_attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 23,
+        "mamba_n_heads": 10,
+        "mamba_d_state": 6,
+        "mamba_chunk_size": 8,
+        "mamba_d_head": 12,
+    },
+    "gemma4_text": BOTH
+    | SPARSE
+    | {
+        "enable_moe_block": True,
+        "head_dim": 8,
+        "global_head_dim": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "top_k_experts": 3,
+        "hidden_size_per_layer_input": 6,
+        "vocab_size_per_layer_input": 97,
+        "final_logit_softcapping": 10.0,
+    },
     "olmoe": {"intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3, "clip_qkv": 0.5},
     "granitemoe": SCALED | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
+EQUAL = tuple(name for name in TINY if FAMILIES[name].equal_layers)
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].mixture)
-MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3")  # their first layer is dense, and the second one sparse
+# Their first layer is dense, and the second one sparse.
+MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
@@ -127,11 +163,13 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape, ...]:
     """Returns the layers of a model with these numbers of heads, and of channels or experts, where a layer has any."""
 
-    def other(kind: str, own: int, heads: int, others: int) -> int:
-        return own if kind in shape.family.fixed or own == 0 else heads if kind in ("heads", "delta") else others
+    def other(layer: int, kind: str, own: int, heads: int, others: int) -> int:
+        if kind in shape.family.fixed or own == 0:
+            return own
+        return heads if kind in ("heads", "delta") else others * shape.times(layer, kind)
 
-    layers = zip(shape.layers, counts, strict=True)
-    return tuple(LayerShape((kind, other(kind, own, *new)) for kind, own in layer.items()) for layer, new in layers)
+    layers = enumerate(zip(shape.layers, counts, strict=True))
+    return tuple(LayerShape((kind, other(i, kind, own, *x)) for kind, own in layer.items()) for i, (layer, x) in layers)
 
 
 def norms_are_wide(family: Family) -> bool:
@@ -189,5 +227,5 @@ def tiny_model(
         stored = model.state_dict().keys()
         for name, buffer in model.named_buffers():
             if name in stored:  # a router's correction: more would leave experts that no token chooses
-                buffer.normal_(0, 0.03, generator=generator)
+                buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.03)
     return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`

@@ -78,7 +78,8 @@ def sparse_layers(shape: ModelShape) -> list[int]:
 
 def find_router(layer: nn.Module) -> Any:
     """Returns the module of a decoder layer that chooses experts."""
-    return next(module for module in layer.modules() if hasattr(module, "top_k") and hasattr(module, "weight"))
+    routers = (module for module in layer.modules() if hasattr(module, "top_k") and hasattr(module, "weight"))
+    return next(routers, None) or layer.get_submodule("router.proj")
 
 
 def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from loraprune_ds.model.family import FAMILIES
 from tests.families import SIZES, tiny_config
 from tests.oracle.models import make_tokenizer
 
@@ -37,6 +38,7 @@ TOWERS = {
     "smolvlm": ("llama", "smolvlm_vision", True),
     "qwen2_5_vl": ("qwen2", "", False),
     "qwen3_vl": ("qwen3", "", False),
+    "gemma4": ("gemma4_text", "gemma4_vision", True),
     "qwen3_5": ("qwen3_5_text", "", True),
     "qwen3_5_moe": ("qwen3_5_moe_text", "", False),
 }
@@ -51,11 +53,26 @@ TEXT: dict[str, dict[str, Any]] = {
         "head_dim": 12,
         "rope_parameters": OF_ROWS | {"mrope_section": [2, 2, 2], "mrope_interleaved": True},
     },
+    # Its last two layers share keys and values, and have twice the channels.
+    "gemma4": {
+        "enable_moe_block": False,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+    },
     "qwen3_5": QWEN3_5,
     "qwen3_5_moe": QWEN3_5,
 }
 VISION: dict[str, dict[str, Any]] = {
     "gemma3": {"image_size": 16, "patch_size": 4},
+    "gemma4": {
+        "patch_size": 4,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 16,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+    },
     "qwen2_5_vl": {"window_size": 8, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"deepstack_visual_indexes": [0]},
 }
@@ -64,11 +81,14 @@ VISION: dict[str, dict[str, Any]] = {
 def multimodal(outer: str) -> PreTrainedModel:
     """Makes a tiny random multimodal model, in evaluation mode."""
     family, tower, tied = TOWERS[outer]
-    text = tiny_config(family).to_dict() | {"final_logit_softcapping": None, "tie_word_embeddings": tied}
+    text = FAMILIES[family].explicit(tiny_config(family).to_dict())
+    text |= {"final_logit_softcapping": None, "tie_word_embeddings": tied}
     vision = (SIGLIP | {"model_type": tower} if tower else QWEN) | VISION.get(outer, {})
     more: dict[str, Any] = {} if tower else dict(OF_QWEN)
     if outer == "gemma3":
         more = {"mm_tokens_per_image": 4, "image_token_id": IMAGE}
+    if outer == "gemma4":
+        more = {"audio_config": None, "image_token_id": IMAGE, "video_token_id": 91}
     config = AutoConfig.for_model(
         outer, text_config=text | TEXT.get(outer, {}), vision_config=vision, tie_word_embeddings=tied, **more
     )
@@ -101,6 +121,10 @@ def inputs_with_image(outer: str) -> dict[str, Tensor]:
     if outer == "gemma3":
         pixels = torch.randn(1, 3, 16, 16, generator=generator).double()
         return {"input_ids": ids, "pixel_values": pixels, "token_type_ids": is_image}
+    if outer == "gemma4":
+        at = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)[None]
+        pixels = torch.rand(1, 16, 48, generator=generator).double()
+        return {"input_ids": ids, "pixel_values": pixels, "image_position_ids": at, "mm_token_type_ids": is_image}
     ids[0, 3], ids[0, 8] = START, END
     pixels, grid = torch.randn(16, 48, generator=generator).double(), torch.tensor([[1, 4, 4]])
     return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": is_image}

@@ -65,6 +65,7 @@ class Case:
     criterion: Criterion = "lora"
     head_ratio: float | None = None
     distilled: bool = False
+    protected_first: int | None = None
 
     def request(self, world_size: int) -> Request:
         config = RunConfig(
@@ -79,7 +80,7 @@ class Case:
                 prune_every=1,
                 warmup_fraction=0.25,
                 cooldown_fraction=0.5,
-                protected_first=None,
+                protected_first=self.protected_first,
                 protected_last=0,
                 compensate=self.compensate,
                 criterion=self.criterion,

@@ -164,7 +164,10 @@ def count_cost(shape: ModelShape, config: dict[str, Any], window: int, element_s
     made = config_object(config)
     narrow = _mean_context(window, sliding_window(made))
     layers = DynamicCache(config=made).layers  # transformers reads there which layers have a sliding window
-    contexts = [narrow if getattr(layer, "is_sliding", False) else _mean_context(window, None) for layer in layers]
+    sliding = [getattr(layer, "is_sliding", False) for layer in layers]
+    # Layers without keys and values of their own are not there.
+    sliding += [kind == "sliding_attention" for kind in getattr(made, "layer_types", None) or ()][len(layers) :]
+    contexts = [narrow if is_narrow else _mean_context(window, None) for is_narrow in sliding]
     heads = [shape.query_heads(layer) for layer in shape.layers]
     context = sum(map(mul, contexts, heads)) / sum(heads)
     linear, head = active_numel(shape), shape.vocab_size * shape.hidden_size

@@ -36,7 +36,8 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 
 def config_object(config: dict[str, Any]) -> PreTrainedConfig:
     """Makes transformers' object of config.json, with all defaults. Does not change nested settings of `config`."""
-    return config_class(config["model_type"]).from_dict(copy.deepcopy(config))
+    plain = PreTrainedConfig._decode_special_floats(copy.deepcopy(config))  # transformers writes infinity as a dict
+    return config_class(config["model_type"]).from_dict(plain)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:

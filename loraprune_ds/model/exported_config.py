@@ -87,6 +87,7 @@ def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> 
     config = copy.deepcopy(source)
     text = config.get("text_config", config)  # the first Qwen2.5-VL have these fields outside
     mixture = shape.family.mixture
+    text |= shape.family.explicit(text)
     for part in (config, text):
         for key in DROPPED | ({mixture.new_count} if mixture else set()):
             part.pop(key, None)
@@ -107,7 +108,7 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
     dropped = DROPPED | ({mixture.new_count} if mixture else set())
     if model_type == "mistral" and model_type != shape.model_type:
         dropped |= {"attention_bias", "mlp_bias"}  # a Mistral never has these
-    config = {key: value for key, value in source.items() if key not in dropped}
+    config = {key: value for key, value in shape.family.explicit(source).items() if key not in dropped}
     config |= _sizes(shape) | _rope(source, family_name(shape.model_type)) | _family_options(source, shape, model_type)
     config |= {NEXT_TOKENS: 0} if source.get(NEXT_TOKENS) else {}
     config |= {
@@ -124,7 +125,8 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
 
 def _sizes(shape: ModelShape) -> dict[str, Any]:
     """Returns each layer's sizes, and as global ones the widest layer's: a reader of only these reserves enough."""
-    widest = LayerShape((kind, max(layer[kind] for layer in shape.layers)) for kind in shape.kinds)
+    counted = shape.counted
+    widest = LayerShape((kind, max(layer[kind] for layer in counted)) for kind in shape.kinds)
     sizes: dict[str, Any] = {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
@@ -133,9 +135,10 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
         **_layer_sizes(widest, shape),
     }
     if mixture := shape.family.mixture:
-        sizes |= mixture.dense([i for i, layer in enumerate(shape.layers) if not layer["experts"]])
+        dense = [i for i, layer in enumerate(counted) if not layer.get("experts")]
+        sizes |= mixture.dense(dense, len(counted))
     if not shape.is_uniform:
-        sizes["per_layer_config"] = {str(i): _layer_sizes(layer, shape) for i, layer in enumerate(shape.layers)}
+        sizes["per_layer_config"] = {str(i): _layer_sizes(layer, shape) for i, layer in enumerate(counted)}
     return sizes
 
 
@@ -151,7 +154,8 @@ def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
     # for each kind of layer. 4 can scale only full attention.
     settings = source.get("rope_scaling") or source.get("rope_parameters") or {}
     full = dict(settings.get("full_attention", settings))
-    if family not in DEFAULT_POSITIONS and (OLD_ROPE & source.keys() or "rope_theta" not in full):
+    unknown = full.get("rope_type") == "proportional"  # to transformers 4
+    if unknown or (family not in DEFAULT_POSITIONS and (OLD_ROPE & source.keys() or "rope_theta" not in full)):
         return {}  # both versions read the source's settings, and each family has its own defaults
     theta = full.pop("rope_theta", None) or source.get("rope_theta") or DEFAULT_ROPE_THETA
     legacy_type = full.pop("type", None)

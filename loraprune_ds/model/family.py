@@ -53,6 +53,11 @@ WIDE_NORMS = (
     Companion("self_attn.q_norm.weight", (QUERIES,)),
     Companion("self_attn.k_norm.weight", (KEYS,)),
 )
+# Norms of each head with a weight for each.
+NORM_OF_EACH_HEAD = tuple(
+    Companion(f"self_attn.{x}_norm.weight", (Part("heads", n),), ("head",), optional=True)
+    for x, n in (("q", "query_count"), ("k", "one"))
+)
 
 MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")
 
@@ -79,16 +84,28 @@ def _router(name: str, on_disk: str | None = None) -> Companion:
     return Companion(f"{name}.weight", (EXPERTS,), ("hidden",), on_disk)
 
 
-def _listed(dense: list[int]) -> dict[str, Any]:
+def _listed(dense: list[int], layers: int) -> dict[str, Any]:
     return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
 
 
-def _first(dense: list[int]) -> dict[str, Any]:
+NO_FURTHER_TOKENS = {"num_nextn_predict_layers": 0}  # those layers are no part of the model
+
+
+def _first(dense: list[int], layers: int) -> dict[str, Any]:
     assert dense == [*range(len(dense))]
-    return {"first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}  # those are no part of the model
+    return {"first_k_dense_replace": len(dense)} | NO_FURTHER_TOKENS
+
+
+def _types(dense: list[int], layers: int) -> dict[str, Any]:
+    return {"mlp_layer_types": ["dense" if i in dense else "sparse" for i in range(layers)]} | NO_FURTHER_TOKENS
 
 
 LOCAL_EXPERTS = Mixture("num_local_experts", "intermediate_size")
+MIXTRAL = Family(
+    (*ATTENTION, *_stacks("mlp.experts", *_each("block_sparse_moe", "w1", "w3", "w2"))),
+    (_router("mlp.gate", "block_sparse_moe.gate.weight"),),
+    mixture=LOCAL_EXPERTS,
+)
 GRANITE_STACKS = _stacks(
     "block_sparse_moe.experts", ("block_sparse_moe.input_linear.weight",), ("block_sparse_moe.output_linear.weight",)
 )
@@ -102,11 +119,12 @@ QWEN_MOE = Family(
     (_router("mlp.gate"),),
     mixture=Mixture("num_experts", "moe_intermediate_size", dense=_listed),
 )
+ROUTED_EXPERTS = Mixture("n_routed_experts", "moe_intermediate_size", dense=_first, best_of_group=2)
 GLM_MOE = Family(
     (*QWEN_MOE.linears, *_whole("mlp.shared_experts", *MLP)),
     (_router("mlp.gate"), Companion("mlp.gate.e_score_correction_bias", (EXPERTS,), keep_fp32=True)),
     (Runtime("mlp.gate", "num_experts", "experts"),),
-    mixture=Mixture("n_routed_experts", "moe_intermediate_size", dense=_first, grouped=True),
+    mixture=ROUTED_EXPERTS,
 )
 # Queries and keys of a head are wider than its values. Latent queries, keys and values belong to no head.
 LATENT_ATTENTION = (
@@ -115,6 +133,18 @@ LATENT_ATTENTION = (
     Linear("self_attn.kv_b_proj", 0, (Part("heads", "key_and_value"),), "key_value_rank"),
     _columns("self_attn.o_proj", Part("heads", "value")),
     *_whole("self_attn", "q_a_proj", "kv_a_proj_with_mqa"),
+)
+LATENT_MOE = replace(
+    GLM_MOE,
+    linears=(*LATENT_ATTENTION, *GLM_MOE.linears[len(ATTENTION) :]),
+    widths={
+        "head": lambda c: c.qk_rope_head_dim,
+        "query_rank": lambda c: c.q_lora_rank or 0,
+        "key_value_rank": lambda c: c.kv_lora_rank,
+        "query": lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim,
+        "key_and_value": lambda c: c.qk_nope_head_dim + c.v_head_dim,
+        "value": lambda c: c.v_head_dim,
+    },
 )
 # The query of each head, then the gate of its output. A group's rows are contiguous all the same.
 GATED_ATTENTION = (_rows("self_attn.q_proj", Part("heads", "queries_and_gates")), *ATTENTION[1:])
@@ -160,15 +190,55 @@ QWEN3_5 = Family(
 LLAMA_LINEARS = ATTENTION + GATED
 LLAMA = Family(LLAMA_LINEARS, runtime=(MLP_WIDTH,))
 GEMMA = replace(LLAMA, windows_begin_with_bos=True)
+CAPPED_GEMMA = replace(GEMMA, softcap="final_logit_softcapping", eager_only="a cap on scores (attn_logit_softcapping)")
 UNGATED = Family((*ATTENTION, _rows("mlp.up_proj", CHANNELS), _columns("mlp.down_proj", CHANNELS)))
+
+
+def _lfm2_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Writes the width of the MLP, which the class has from other fields."""
+    width = config.get("block_ff_dim", config.get("intermediate_size", 12288))
+    if config.get("block_auto_adjust_ff_dim", True):
+        width, factor = int(2 * width / 3), config.get("block_ffn_dim_multiplier", 1.0)
+        multiple = config.get("block_multiple_of", 256)
+        width = width if factor is None else multiple * -(-int(factor * width) // multiple)
+    rest = {key: value for key, value in config.items() if key != "block_ff_dim"}
+    return rest | {"intermediate_size": width, "block_auto_adjust_ff_dim": False}
+
+
+def _gemma4_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Gives the sizes of full attention the published names, which servers read. transformers saves them otherwise."""
+    if not (own := config.get("per_layer_config")):
+        return config
+    full, rest = next(iter(own.values())), {key: value for key, value in config.items() if key != "per_layer_config"}
+    names = {"global_head_dim": "head_dim", "num_global_key_value_heads": "num_key_value_heads"}
+    return rest | {name: full[field] for name, field in names.items() if field in full}
+
+
+def _gemma4_doubled(c: Any) -> range:
+    shared = c.num_kv_shared_layers if c.use_double_wide_mlp else 0
+    return range(c.num_hidden_layers - shared, c.num_hidden_layers)
+
+
+def _gemma4_around(c: Any, layer: int) -> tuple[list[int], dict[str, Any]]:
+    """The last layer has full attention. Layers that share keys and values need one of each type before them."""
+    types, last = list(c.layer_types), c.num_hidden_layers - 1
+    full, shared = types.index("full_attention"), c.num_kv_shared_layers
+    shares = layer > last - shared
+    chosen = [*map(types.index, sorted(set(types))), layer, last] if shares else [layer, full]
+    return chosen, {"num_kv_shared_layers": 2 * shares}
+
+
 LLAMA_LIKE = "llama mistral ministral ministral3 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense"
+LLAMA_LIKE += " cwm internlm3 iquestcoder"
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(LLAMA_LIKE.split(), LLAMA),
     "qwen2": replace(LLAMA, vllm="transformers"),  # vLLM's own class takes hidden_size // query heads for head_dim
     "gemma": GEMMA,
-    "gemma2": replace(GEMMA, softcap="final_logit_softcapping", eager_only="a cap on scores (attn_logit_softcapping)"),
+    **dict.fromkeys(("gemma2", "vaultgemma"), CAPPED_GEMMA),
     "gemma3_text": replace(GEMMA, softcap="final_logit_softcapping"),
     "granite": replace(LLAMA, logit_divisor="logits_scaling"),
+    "hyperclovax": replace(LLAMA, logit_scale="logits_scaling"),
+    "cohere": replace(LLAMA, logit_scale="logit_scale", companions=NORM_OF_EACH_HEAD),
     "cohere2": replace(LLAMA, logit_scale="logit_scale", vllm="transformers"),  # its own class gives other logits
     **dict.fromkeys(("olmo2", "olmo3"), replace(LLAMA, companions=WIDE_NORMS)),
     "phi3": Family(
@@ -180,27 +250,29 @@ FAMILIES: dict[str, Family] = {
     ),
     **dict.fromkeys(("glm", "glm4"), Family(ATTENTION + FUSED_GATED)),
     "starcoder2": Family((*ATTENTION, _rows("mlp.c_fc", CHANNELS), _columns("mlp.c_proj", CHANNELS))),
-    **dict.fromkeys(("nemotron", "arcee", "apertus"), UNGATED),
-    "mixtral": Family(
-        (*ATTENTION, *_stacks("mlp.experts", *_each("block_sparse_moe", "w1", "w3", "w2"))),
-        (_router("mlp.gate", "block_sparse_moe.gate.weight"),),
-        mixture=LOCAL_EXPERTS,
+    **dict.fromkeys(("nemotron", "arcee", "apertus", "jais2"), UNGATED),
+    "mixtral": MIXTRAL,
+    "minimax_m2": replace(
+        MIXTRAL,
+        companions=(
+            *MIXTRAL.companions,
+            Companion(
+                *("mlp.e_score_correction_bias", (EXPERTS,), ()),
+                on_disk="block_sparse_moe.e_score_correction_bias",
+                keep_fp32=True,
+            ),
+            *WIDE_NORMS,
+        ),
     ),
     "qwen3_moe": QWEN_MOE,
     "qwen2_moe": replace(QWEN_MOE, linears=(*QWEN_MOE.linears, *SHARED_EXPERT)),
     "glm4_moe": GLM_MOE,
-    "deepseek_v3": replace(
-        GLM_MOE,
-        linears=(*LATENT_ATTENTION, *GLM_MOE.linears[len(ATTENTION) :]),
-        widths={
-            "head": lambda c: c.qk_rope_head_dim,
-            "query_rank": lambda c: c.q_lora_rank or 0,
-            "key_value_rank": lambda c: c.kv_lora_rank,
-            "query": lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim,
-            "key_and_value": lambda c: c.qk_nope_head_dim + c.v_head_dim,
-            "value": lambda c: c.v_head_dim,
-        },
+    "deepseek_v3": LATENT_MOE,
+    # Its router has no correction.
+    "deepseek_v2": replace(
+        LATENT_MOE, companions=GLM_MOE.companions[:1], mixture=replace(ROUTED_EXPERTS, best_of_group=1)
     ),
+    "glm4_moe_lite": replace(LATENT_MOE, mixture=replace(ROUTED_EXPERTS, dense=_types)),
     "qwen3_5_text": replace(QWEN3_5, runtime=(MLP_WIDTH, *QWEN3_5.runtime)),
     "qwen3_5_moe_text": replace(
         QWEN3_5,
@@ -227,6 +299,48 @@ FAMILIES: dict[str, Family] = {
         mixture=QWEN_MOE.mixture,
         widths=DELTA_WIDTHS,
     ),
+    # Its short convolutions are as wide as the residual stream.
+    "lfm2": Family(
+        (
+            *(*ATTENTION[:3], _columns("self_attn.out_proj", QUERIES), *_whole("conv", "in_proj", "out_proj")),
+            *(_rows(f"feed_forward.{name}", CHANNELS) for name in ("w1", "w3")),
+            _columns("feed_forward.w2", CHANNELS),
+        ),
+        packs=False,
+        explicit=_lfm2_fields,
+    ),
+    # The inner width of its Mamba is a multiple of hidden_size.
+    "granitemoehybrid": Family(
+        (
+            *(*ATTENTION, *_whole("mamba", "in_proj")),
+            _rows("shared_mlp.input_linear", CHANNELS, CHANNELS),
+            _columns("shared_mlp.output_linear", CHANNELS),
+        ),
+        logit_divisor="logits_scaling",
+        packs=False,
+        without_lora=("mamba.out_proj",),
+        counts={"channels": "shared_intermediate_size"},
+    ),
+    # Sliding and full attention differ in the width and number of heads, and share the count of queries. So heads stay.
+    "gemma4_text": replace(
+        GEMMA,
+        linears=(
+            *_whole("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+            *GATED,
+            *_stacks("experts", ("experts.gate_up_proj",), ("experts.down_proj",)),
+            *(Linear(f"per_layer_{name}", 0) for name in ("input_gate", "projection")),
+        ),
+        companions=(_router("router.proj"), Companion("router.per_expert_scale", (EXPERTS,))),
+        runtime=(),
+        softcap="final_logit_softcapping",
+        mixture=Mixture("num_experts", "moe_intermediate_size", chosen="top_k_experts", optional=True),
+        explicit=_gemma4_fields,
+        doubled=_gemma4_doubled,
+        around=_gemma4_around,
+        equal_layers=True,
+    ),
+    # Its class has hidden_size inputs in o_proj.
+    "helium": replace(LLAMA, fixed=("heads",)),
     # Its class computes the width of the norms from hidden_size.
     "olmoe": replace(
         QWEN_MOE,
@@ -256,6 +370,16 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# Types that are asked for and have no row, and why.
+WITHOUT_ROW = {
+    "llama4": "its experts weigh their inputs, and run on every token",
+    "phi": "its head has a bias, which no loss here adds",
+    "kimi_k2": "transformers has no class for it",
+    "kimi_linear": "its linear attention has a decay for each channel of a head, which the table has no groups for",
+    "nemotron_h": "PEFT refuses LoRA on its out_proj, and its files name layers otherwise than its class",
+    "phimoe": "its router draws experts at random while it trains",
+}
+
 
 def family_name(model_type: str) -> str:
     return model_type.removeprefix(PRUNED)
@@ -272,5 +396,7 @@ def find_family(model_type: object, where: str, others: str = "") -> Family:
     """
     if isinstance(model_type, str) and family_name(model_type) in FAMILIES:
         return FAMILIES[family_name(model_type)]
+    reason = WITHOUT_ROW.get(str(model_type).removesuffix("_text"))
     supported = ", ".join(sorted(FAMILIES)) + others
-    raise UserError(f"{where}: model_type {model_type!r} is not supported; supported: {supported}")
+    refusal = f"{where}: model_type {model_type!r} is not supported{f', because {reason}' if reason else ''}"
+    raise UserError(f"{refusal}; supported: {supported}")

@@ -1,6 +1,6 @@
 """Describes a row of the table of families (family.py): a layer's tensors, and what lies along their axes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -96,6 +96,7 @@ class Companion:
     across: tuple[Width, ...] = ()  # the widths of the other axes. A vector has none
     on_disk: str | None = None  # its name on disk, if that differs
     keep_fp32: bool = False  # it is fp32 in every model
+    optional: bool = False  # some models of the family lack it
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,11 @@ class Mixture:
     count: str  # the number of experts
     size: str  # the width of one
     new_count: str = "num_local_experts"  # transformers 5 writes `count` under this name. It reads both
-    dense: Callable[[list[int]], dict[str, Any]] = lambda _: {}  # the layers without experts -> the fields that say so
-    grouped: bool = False  # the router first chooses `topk_group` of `n_group` groups, by the best two of each
+    # The layers without experts and the number of all -> the fields that say so.
+    dense: Callable[[list[int], int], dict[str, Any]] = lambda dense, layers: {}
+    chosen: str = "num_experts_per_tok"  # how many a token chooses
+    optional: bool = False  # some models of the family have none
+    best_of_group: int = 0  # if > 0 the router first chooses `topk_group` of `n_group` groups, by so many of each
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,17 @@ class Family:
     windows_begin_with_bos: bool = False  # it predicts badly without BOS, also in the middle of a text
     mixture: Mixture | None = None  # its MLPs are mixtures of experts
     fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
+    without_lora: tuple[str, ...] = ()  # matrices that stay, and that fused kernels read past LoRA
+    counts: Mapping[Kind, str] = field(default_factory=dict[Kind, str])  # count fields that are not COUNT_FIELDS
     # Sizes that follow from fields of config.json, of which this gets transformers' object.
     widths: Mapping[Width, Callable[[Any], int]] = field(default_factory=dict[Width, Any])
+    # Names sizes in config.json that the class has from other fields.
+    explicit: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
+    # By transformers' object: the layers that have twice the channels that config.json says.
+    doubled: Callable[[Any], Iterable[int]] | None = None
+    # And a small model that has a layer: the layers to take, and fields of it.
+    around: Callable[[Any, int], tuple[list[int], dict[str, Any]]] = lambda config, layer: ([layer], {})
+    equal_layers: bool = False  # a modelling file cannot hold layers that differ
     vllm: Literal["auto", "transformers"] = "auto"  # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
 
     @property
@@ -148,4 +161,6 @@ class Family:
 
     def count_fields(self, kind: Kind) -> Mapping[str, Width]:
         """Returns the fields of config.json that count the groups of a kind, and what each counts of a group."""
+        if kind in self.counts:
+            return {self.counts[kind]: "one"}
         return {self.mixture.count: "one"} if self.mixture and kind == "experts" else COUNT_FIELDS[kind]

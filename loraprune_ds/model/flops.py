@@ -13,10 +13,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import add_lora
-from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta, store_frozen
+from loraprune_ds.model.classes import build_on_meta, config_object, decoder_layers, shrink_on_meta, store_frozen
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 
+WHOLE_QUERIES, WHOLE_KEYS = "self_attn.q_proj", "self_attn.k_proj"  # where heads stay
 FUSED = "planned"  # our attention, by the name that transformers finds it under
 
 
@@ -41,7 +42,8 @@ def cached_numel(shape: ModelShape) -> int:
     """Counts the elements a token adds to the KV cache in all layers. Latent attention caches one key for all heads."""
     if latent := shape.widths.get("key_value_rank"):
         return len(shape.layers) * (latent + shape.head_dim)
-    return 2 * sum(layer["heads"] for layer in shape.layers) * shape.head_dim
+    whole = sum(layer[WHOLE_KEYS][0] for layer in shape.whole.values() if WHOLE_KEYS in layer)
+    return 2 * (sum(layer.get("heads", 0) for layer in shape.layers) * shape.head_dim + whole)
 
 
 def state_numel(shape: ModelShape) -> int:
@@ -57,7 +59,9 @@ def attention_product(shape: ModelShape, window: float) -> float:
     by the key, by the query, and to add the value. That equals two products over half a window here.
     """
     width = sum(shape.widths.get(of, shape.head_dim) for of in ("query", "value")) / 2
-    return 2 * sum(map(shape.query_heads, shape.layers)) * width * window + 6 * state_numel(shape)
+    queries = (shape.query_heads(layer) * width for layer in shape.layers if "heads" in layer)
+    whole = (layer[WHOLE_QUERIES][0] for layer in shape.whole.values() if WHOLE_QUERIES in layer)
+    return 2 * (sum(queries) + sum(whole)) * window + 6 * state_numel(shape)
 
 
 def needed_flops_per_token(shape: ModelShape, window: float) -> float:
@@ -94,22 +98,33 @@ def saved_by_layer(
         eager: with transformers' eager attention instead of a fused kernel.
     """
     depth = int(source["num_hidden_layers"])
+    made: Any = config_object(source)
+    chosen, fields = shape.family.around(made, index)
     lists = {key: value for key, value in source.items() if isinstance(value, list) and len(value) == depth}
-    alone = source | {key: [value[index]] for key, value in lists.items()} | {"num_hidden_layers": 1}
-    alone.pop("per_layer_config", None)
-    one = replace(shape, layers=(shape.layers[index],), layer_others={0: shape.others(index)})
-    one = replace(one, whole={0: shape.whole.get(index, {})})
+    few = source | {key: [value[i] for i in chosen] for key, value in lists.items()}
+    few |= {"num_hidden_layers": len(chosen)} | fields
+    few.pop("per_layer_config", None)
+    layers = tuple(shape.layers[i] for i in chosen)
     if mixture := shape.family.mixture:
-        alone |= mixture.dense([] if one.layers[0]["experts"] else [0])
-    if "delta" in shape.kinds:
-        alone["layer_types"] = ["linear_attention" if one.layers[0]["delta"] else "full_attention"]
-    return _saved(json.dumps(alone), one, tokens, dtype, storage, lora_rank, dropout, eager)
+        few |= mixture.dense([n for n, layer in enumerate(layers) if not layer.get("experts")], len(layers))
+    if types := getattr(made, "layer_types", None):
+        few["layer_types"] = [types[i] for i in chosen]
+    small = replace(
+        shape,
+        layers=layers,
+        layer_others={n: shape.others(i) for n, i in enumerate(chosen)},
+        whole={n: shape.whole.get(i, {}) for n, i in enumerate(chosen)},
+        doubled=frozenset(n for n, i in enumerate(chosen) if i in shape.doubled),
+    )
+    at = chosen.index(index)
+    return _saved(json.dumps(few), small, at, tokens, dtype, storage, lora_rank, dropout, eager)
 
 
 @cache
 def _saved(
     source: str,
     shape: ModelShape,
+    index: int,
     size: tuple[int, int],
     dtype: torch.dtype,
     storage: FrozenStorage,
@@ -117,7 +132,7 @@ def _saved(
     dropout: bool,
     eager: bool,
 ) -> int:
-    """Counts the storages that the only layer saves, its input included, the shared rotary angles excluded."""
+    """Counts the storages that a layer saves, its input included, the shared rotary angles excluded."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
     causal_lm: Any = build_on_meta(json.loads(source), "eager" if eager else FUSED)
     shrink_on_meta(causal_lm, shape)
@@ -138,7 +153,7 @@ def _saved(
         others.extend(x for x in pytree.tree_leaves((positional[1:], named)) if isinstance(x, Tensor))
         hooks.__enter__()
 
-    layer = decoder_layers(model)[0]
+    layer = decoder_layers(model)[index]
     layer.register_forward_pre_hook(enter, with_kwargs=True)
     layer.register_forward_hook(lambda *_: hooks.__exit__())
     tokens = torch.zeros(size, dtype=torch.int64, device="meta")

@@ -22,7 +22,7 @@ from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, N
 from loraprune_ds.model.read_shape import check_family, read_model
 from loraprune_ds.model.shapes import LayerKeep, ModelShape, Pieces
 from loraprune_ds.model.storage import MODEL_DTYPE, FrozenStorage, Slice
-from loraprune_ds.model.text_part import MTP, Tower, find_layout, text_config, text_tensors
+from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, text_config, text_tensors
 from loraprune_ds.model.weight_files import Headers, read_headers
 
 HEAD = "lm_head.weight"
@@ -247,7 +247,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     shape, modules = read_model(config, where)
     headers = read_headers(folder)
     names, tower = {name: name for name in headers}, None
-    if config is not full:
+    if full.get("model_type") in MULTIMODAL:
         layout = find_layout(headers, where)
         names = text_tensors(headers, layout)
         others = {name: file for name, (_, _, file) in headers.items() if not name.startswith((*layout, MTP))}

@@ -1,5 +1,6 @@
 """Reads a model's sizes: its counts from config.json, and every parameter's shape from modules without weights."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +13,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, config_object, refused_in_one_line
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.family import FAMILIES, find_family
-from loraprune_ds.model.family_row import Family, Width
+from loraprune_ds.model.family_row import Family, Linear, Width
 from loraprune_ds.model.frozen import Matrix
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.shapes import LayerShape, ModelShape, Sizes
@@ -79,7 +80,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         defaults = config_class(config["model_type"])
         sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(num_layers)]
         vocab_size = int(config["vocab_size"])
-        widths = _widths(config, where, family)
+        widths, doubled = _of_class(config, where, family)
         head_dim = widths.get("head") or config.get("head_dim", getattr(defaults, "head_dim", None))
         head_dim = int(head_dim or hidden // int(config["num_attention_heads"]))
         of_experts = _expert_sizes(config, defaults, family)
@@ -97,17 +98,20 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         model_type=config["model_type"],
         hidden_size=hidden,
         head_dim=head_dim,
-        queries_per_group=sizes[0][0] // sizes[0][1]["heads"],
+        queries_per_group=sizes[0][0] // sizes[0][1].get("heads", 1),
         vocab_size=vocab_size,
         tie_word_embeddings="lm_head.weight" not in parameters,
         layers=_layers(where, [layer for _, layer in sizes], inside, family),
+        doubled=doubled,
         biases=frozenset(x.name for x in family.linears if any(f"{x.name}.bias" in names for names in inside)),
         outer_parameters={name: size for name, size in parameters.items() if not name.startswith("model.layers.")},
         whole=dict(enumerate(_whole(family, names) for names in inside)),
-        absent=frozenset(x.name for x in family.linears if x.optional and f"{x.name}.weight" not in inside[0]),
+        absent=frozenset(_absent(family, inside)),
         widths=widths,
         **of_experts,
     )
+    layers = tuple(LayerShape((x, n * shape.times(i, x)) for x, n in y.items()) for i, y in enumerate(shape.layers))
+    shape = shape.with_layers(layers)
     shape = replace(shape, layer_others={i: _others(shape, i, names) for i, names in enumerate(inside)})
     expected = shape.parameters()
     for name in sorted(expected.keys() | parameters.keys()):
@@ -153,8 +157,8 @@ def _find_family(config: dict[str, Any], where: str) -> Family:
 def _layers(where: str, sizes: list[LayerShape], inside: list[Sizes], family: Family) -> tuple[LayerShape, ...]:
     """Returns the groups of each layer. It has groups of a kind if it has a linear of that kind."""
     own = [{x.kind for x in family.linears if f"{x.name}.weight" in names} for names in inside]
-    kinds = [kind for kind in family.kinds if any(kind in of_layer for of_layer in own)]
-    if family.mixture and "experts" not in kinds:
+    kinds = [kind for kind in sizes[0] if any(kind in of_layer for of_layer in own)]
+    if family.mixture and not family.mixture.optional and "experts" not in kinds:
         raise UserError(f"{where}: no layer has experts; such a model is saved as one of a dense family")
     return tuple(
         LayerShape((kind, layer[kind] if kind in of_layer else 0) for kind in kinds)
@@ -162,10 +166,18 @@ def _layers(where: str, sizes: list[LayerShape], inside: list[Sizes], family: Fa
     )
 
 
+def _absent(family: Family, inside: list[Sizes]) -> Iterator[str]:
+    """Yields the names of optional linears and companions that no layer has."""
+    for x in (*family.linears, *family.companions):
+        parameter = f"{x.name}.weight" if isinstance(x, Linear) else x.name
+        if x.optional and not any(parameter in names for names in inside):
+            yield x.name
+
+
 def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int) -> None:
     for i, (queries, layer) in enumerate(sizes):
-        heads = layer["heads"]
-        if queries % heads or queries // heads != sizes[0][0] // sizes[0][1]["heads"]:
+        heads = layer.get("heads", 1)
+        if queries % heads or queries // heads != sizes[0][0] // sizes[0][1].get("heads", 1):
             raise UserError(
                 f"{where}: layer {i} has {queries} query heads for {heads} key-value heads; every layer must have "
                 "the same whole number of query heads per key-value head"
@@ -180,6 +192,8 @@ def _layer_sizes(config: dict[str, Any], defaults: Any, family: Family) -> tuple
     heads = config.get("num_key_value_heads", getattr(defaults, "num_key_value_heads", None)) or queries
     counts = config | {"num_key_value_heads": heads}
     fields = {kind: next(iter(family.count_fields(kind))) for kind in family.kinds}
+    if family.mixture and family.mixture.optional and not config.get(fields["experts"]):
+        del fields["experts"]
     return queries, LayerShape((kind, int(counts[field])) for kind, field in fields.items())
 
 
@@ -191,24 +205,26 @@ def _old_names(config: dict[str, Any], family: Family) -> dict[str, Any]:
     return config | {mixture.count: config[mixture.new_count]}
 
 
-def _widths(config: dict[str, Any], where: str, family: Family) -> dict[Width, int]:
-    if not family.widths:
-        return {}
+def _of_class(config: dict[str, Any], where: str, family: Family) -> tuple[dict[Width, int], frozenset[int]]:
+    """Returns the family's widths, and the layers with twice the channels."""
+    if not family.widths and family.doubled is None:
+        return {}, frozenset()
     with refused_in_one_line(where):
         made = config_object(config)
-    return {width: int(of(made)) for width, of in family.widths.items()}
+    doubled = family.doubled(made) if family.doubled else ()
+    return {width: int(of(made)) for width, of in family.widths.items()}, frozenset(doubled)
 
 
 def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict[str, Any]:
     """Returns the fields of a `ModelShape` about experts."""
-    if family.mixture is None:
+    if family.mixture is None or (family.mixture.optional and not config.get(family.mixture.count)):
         return {}
     groups, chosen = (
-        int(config.get(field, getattr(defaults, field))) if family.mixture.grouped else 1
+        int(config.get(field, getattr(defaults, field)) or 1) if family.mixture.best_of_group else 1
         for field in ("n_group", "topk_group")
     )
-    per_token = int(config["num_experts_per_tok"])
-    of_each = max(2 * family.mixture.grouped, -(-per_token // chosen))  # the router compares the best two of each
+    per_token = int(config[family.mixture.chosen])
+    of_each = max(family.mixture.best_of_group, -(-per_token // chosen))
     return {
         "expert_size": int(config[family.mixture.size]),
         "experts_per_token": per_token,
@@ -223,6 +239,8 @@ def _whole(family: Family, inside: Sizes) -> dict[str, Matrix]:
 
 
 def _others(shape: ModelShape, layer: int, inside: Sizes) -> Sizes:
-    """Returns the vectors that no cut makes smaller. The linears' biases are not among them."""
+    """Returns the other parameters that no cut makes smaller. An unknown matrix is not among them."""
     of_linears = _inside(shape.layer_parameters(layer), layer)
-    return {name: size for name, size in inside.items() if len(size) < 2 and name not in of_linears}
+    left = {name: size for name, size in inside.items() if name not in of_linears}
+    known = [f"{name}.weight" for name in shape.family.without_lora]
+    return {name: size for name, size in left.items() if len(size) != 2 or name in known}

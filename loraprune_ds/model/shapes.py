@@ -73,7 +73,7 @@ class ModelShape:
     model_type: str
     hidden_size: int
     head_dim: int
-    queries_per_group: int  # num_attention_heads / num_key_value_heads, the same in every layer
+    queries_per_group: int  # num_attention_heads / num_key_value_heads, the same in every layer. All, if heads stay
     vocab_size: int
     tie_word_embeddings: bool
     layers: tuple[LayerShape, ...]
@@ -87,7 +87,8 @@ class ModelShape:
     experts_per_token: int = 0
     least_experts: int = 0  # the router needs this many
     expert_groups: int = 1  # groups of experts, of equal size, that the router chooses from
-    absent: frozenset[str] = frozenset()  # names of linears of the family that the model lacks
+    absent: frozenset[str] = frozenset()  # names of linears and companions of the family that the model lacks
+    doubled: frozenset[int] = frozenset()  # layers that have twice the channels that config.json says
     widths: Mapping[Width, int] = field(default_factory=dict[Width, int], hash=False)  # of the family's `widths`
 
     @property
@@ -106,7 +107,8 @@ class ModelShape:
         return (*cut, *(x for x in self.family.linears if x.name in whole))
 
     def companions(self, layer: int) -> tuple[Companion, ...]:
-        return tuple(other for other in self.family.companions if other.parts[0].kind in self.layers[layer].kinds)
+        kinds = self.layers[layer].kinds
+        return tuple(x for x in self.family.companions if x.parts[0].kind in kinds and x.name not in self.absent)
 
     def others(self, layer: int) -> Sizes:
         """Returns the parameters of this layer that no cut makes smaller, by name inside it."""
@@ -142,7 +144,17 @@ class ModelShape:
         return [self.layers[layer][part.kind] * self.width(part.width) for part in parts]
 
     def query_heads(self, layer: LayerShape) -> int:
-        return layer["heads"] * self.queries_per_group
+        return layer.get("heads", 1) * self.queries_per_group
+
+    def times(self, layer: int, kind: Kind) -> int:
+        """Counts the groups of a layer for each that config.json says it has."""
+        return 2 if kind == "channels" and layer in self.doubled else 1
+
+    @property
+    def counted(self) -> list[LayerShape]:
+        """The counts of groups of each layer, as config.json says them."""
+        layers = enumerate(self.layers)
+        return [LayerShape((kind, count // self.times(i, kind)) for kind, count in x.items()) for i, x in layers]
 
     def kept_indices(self, layer: int, parts: tuple[Part, ...], keep: LayerKeep) -> Tensor:
         """Returns the rows (or columns) that stay along the axis of these parts, ascending int64."""
@@ -286,7 +298,7 @@ class ModelShape:
     @property
     def is_uniform(self) -> bool:
         """True if all layers with groups of a kind have the same number, so that a stock model class can hold them."""
-        return all(len({layer[kind] for layer in self.layers} - {0}) == 1 for kind in self.kinds)
+        return all(len({layer[kind] for layer in self.counted} - {0}) == 1 for kind in self.kinds)
 
 
 def group_indices(groups: Tensor, width: int) -> Tensor:

@@ -15,13 +15,13 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import config_class, config_object, parameters_on_meta, refused_in_one_line
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import multimodal_config
-from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.weight_files import PROCESSOR_FILES
 
 # Without an image their forward equals the text class's, and their weight files have one of LAYOUTS.
 MULTIMODAL = "gemma3 mistral3 llava llava_next llava_onevision vipllava internvl idefics3 smolvlm".split()
-MULTIMODAL += "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe".split()
+MULTIMODAL += "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe gemma4".split()
 # Text classes without a causal LM, and the family that computes the same where all rows of positions are equal.
 STANDS_FOR = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 OF_ROWS = ("mrope_section", "mrope_interleaved")
@@ -68,9 +68,14 @@ class Tower:
 
 
 def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns the config of a multimodal model's text part, and the config of any other model unchanged."""
-    if config.get("model_type") not in MULTIMODAL:
-        return config
+    """Returns the config of a multimodal model's text part, or of another model, with all sizes of the family."""
+    text = _text_part(config, where) if config.get("model_type") in MULTIMODAL else config
+    family = FAMILIES.get(family_name(str(text.get("model_type"))))
+    with refused_in_one_line(where):
+        return family.explicit(text) if family else text
+
+
+def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:
     with refused_in_one_line(where):
         made = config_object(config)
         inner = made.get_text_config()

@@ -15,7 +15,7 @@ from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.storage import FrozenStorage
-from loraprune_ds.model.text_part import check_tower, text_config
+from loraprune_ds.model.text_part import MULTIMODAL, check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
 from loraprune_ds.pruning.ranking import shape_of_uniform, uniform_counts
@@ -205,7 +205,7 @@ def build_request(
     steps = train.steps or ASSUMED_STEPS
     if train.steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
-    tower = source is not whole and not config.model.text_only
+    tower = whole.get("model_type") in MULTIMODAL and not config.model.text_only
     prune, limits = resolve(config.prune, shape, tower=tower)
     if tower:
         check_tower(whole, shape_of_uniform(limits) if prune.ranking == "uniform" else None, name)

@@ -37,13 +37,17 @@ class Limits:
 
     @property
     def open_numel(self) -> dict[Kind, int]:
-        """The linear parameters of one group of every open layer that has such groups."""
-        layers = [self.dense.layers[i] for i in self.open_layers]
-        return {kind: self.dense.group_numel(kind) * sum(x[kind] > 0 for x in layers) for kind in self.dense.kinds}
+        """The linear parameters of one group, as config.json counts them, of every open layer that has such groups."""
+        numel = dict.fromkeys(self.dense.kinds, 0)
+        for i in self.open_layers:
+            for kind in self.dense.layers[i].kinds:
+                numel[kind] += self.dense.times(i, kind) * self.dense.group_numel(kind)
+        return numel
 
     def within(self, counts: Mapping[Kind, int], layer: int) -> LayerShape:
         """Returns what a layer has of equal counts: those of its kinds."""
-        return LayerShape((kind, counts[kind] if own else 0) for kind, own in self.dense.layers[layer].items())
+        own = self.dense.layers[layer].items()
+        return LayerShape((kind, counts[kind] * self.dense.times(layer, kind) if n else 0) for kind, n in own)
 
     def lost_by_all(self, counts: Mapping[Kind, int]) -> int:
         """Counts the linear parameters that open layers with these equal counts have lost."""
@@ -57,7 +61,8 @@ class Limits:
             yield LayerShape({**floor, **dict(zip(coarse, counts, strict=True))})
 
     def _widest(self, layers: Sequence[LayerShape]) -> LayerShape:
-        return LayerShape((kind, max(layers[i][kind] for i in self.open_layers)) for kind in self.dense.kinds)
+        times = self.dense.times
+        return LayerShape((x, max(layers[i][x] // times(i, x) for i in self.open_layers)) for x in self.dense.kinds)
 
     def step_numel(self, kind: Kind) -> int:
         """Counts the linear parameters of one multiple of a kind."""
@@ -73,7 +78,7 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     count = len(dense.layers)
     first = -(-count // 10) if config.protected_first is None else config.protected_first
     protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
-    if config.ranking == "uniform" and dense.family.mixture:  # only runs of earlier versions have no LoRA in dense MLPs
+    if config.ranking == "uniform" and dense.experts_per_token:  # only runs of before have no LoRA in dense MLPs
         protected |= {i for i, layer in enumerate(dense.layers) if not layer["experts"] and not dense.whole.get(i)}
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
@@ -83,14 +88,15 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     floor = list[LayerShape]()
     for i, layer in enumerate(dense.layers):
         fixed = layer.keys() if i in protected else dense.family.fixed
-        floor.append(LayerShape((kind, n if kind in fixed else min(least[kind], n)) for kind, n in layer.items()))
+        few = {kind: min(least[kind] * dense.times(i, kind), n) for kind, n in layer.items() if kind not in fixed}
+        floor.append(LayerShape(layer | few))
     open_layers = [i for i in range(count) if i not in protected]
     limits = Limits(dense, tuple(floor), open_layers, multiples, shares={}, ratio=0.0)
     counts = (limits.within(limits.open_counts, i) == dense.layers[i] for i in limits.open_layers)
     if config.ranking == "uniform" and not all(counts):
         raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
     numel = _open_numel(limits)[0]
-    if dense.family.mixture:  # heads are few there, and stay
+    if dense.experts_per_token:  # heads are few there, and stay
         numel |= dict.fromkeys(dense.kinds[:-1], 0)
     return replace(limits, shares={kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
 
@@ -118,6 +124,8 @@ def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
     dense, head_ratio = limits.dense, config.head_ratio
     if head_ratio is None:
         return replace(limits, ratio=ratio)
+    keeps = f"prune.head_ratio {head_ratio}: a {dense.model_type} keeps its heads; leave it out"
+    require("heads" in dense.kinds or head_ratio == 0, keeps)
     numel, removable = _open_numel(limits)
     *coarse, fine = dense.kinds
     others, most_others = numel.pop(fine), removable.pop(fine)

@@ -31,7 +31,8 @@ def rank_uniform(
     so no count has to grow again. `scores` and the result belong to the current groups.
     """
     counts = uniform_counts(limits, target, final)
-    wanted = [counts if i in limits.open_layers else layer for i, layer in enumerate(current.layers)]
+    layers = enumerate(current.layers)
+    wanted = [limits.within(counts, i) if i in limits.open_layers else layer for i, layer in layers]
     return keep_best(scores, wanted, current)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.flops import cached_numel, state_numel
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.limits import (
@@ -19,6 +19,7 @@ from loraprune_ds.pruning.limits import (
 from loraprune_ds.pruning.ranking import shape_of_uniform
 from loraprune_ds.units import Amount
 
+EQUAL = "has layers of one size: set prune.ranking: uniform, prune.protected_first: 0 and prune.protected_last: 0"
 BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and biases
 
 
@@ -28,9 +29,12 @@ def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> t
     Args:
         tower: whether the result has the tower of a multimodal model.
     """
+    equal = dense.family.equal_layers
     if config.ranking is None:
-        config = replace(config, ranking="uniform" if tower else "global")
+        config = replace(config, ranking="uniform" if tower or equal else "global")
+    require(not equal or config.ranking == "uniform", f"{dense.model_type} {EQUAL}")
     limits = make_limits(config, dense)
+    require(not equal or shape_of_uniform(limits).is_uniform, f"{dense.model_type} {EQUAL}")
     return resolve_refit(config, limits), limits
 
 

@@ -157,7 +157,7 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
     if prepared.pretrained.config.get(NEXT_TOKENS):
         gone = f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0"
         lines.append(f"{gone}. launch/export.py --mtp keeps them, cut to fit")
-    if dense.family.mixture and config.prune.compensate != "none":
+    if dense.experts_per_token and config.prune.compensate != "none":
         lines.append(
             f"prune.compensate: {config.prune.compensate} refits o_proj. Nothing makes up for experts that leave"
         )

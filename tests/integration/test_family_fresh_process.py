@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES
-from tests.families import SIZES
+from tests.families import EQUAL, SIZES
 from tests.family_cuts import FEW, MANY, PROMPT, Export, difference, export
 from tests.stranger import OTHER_TRANSFORMERS, ask_stranger
 
@@ -65,6 +65,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Found:
     made = {}
     for family in FAMILIES:
         for name, counts in COUNTS.items():
+            counts = (FEW, FEW) if family in EQUAL else counts
             if OTHER_TRANSFORMERS and family in ALL_HEADS:
                 counts = [(SIZES["num_key_value_heads"], experts) for _, experts in counts]
             made[f"{family}-{name}"] = export(family, root / f"{family}-{name}", *counts)

@@ -9,7 +9,7 @@ import torch
 
 from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
 from loraprune_ds.plan.costs import IN_GROUP
-from tests.families import TINY, families, tiny_model
+from tests.families import EQUAL, TINY, families, tiny_model
 from tests.oracle.models import make_tiny_llama
 from tests.plan_cases import Case, run_beside_plan, run_with_second_copy, saved_activations
 from tests.ranks import RankPool
@@ -53,18 +53,20 @@ LAYER_NORM = ("olmo", "starcoder2", "nemotron")
 # Beside sinks, eager attention looks for the largest score of each of 10 heads and 16 tokens.
 MAXIMA = {"gpt_oss": 8 * 10 * 16}
 # Routers with groups keep their choice of 3 experts, and a mask of 23, of 16 tokens.
-CHOICES: dict[str, int] = dict.fromkeys(("glm4_moe", "deepseek_v3"), 16 * (8 * 3 + 23))
+CHOICES: dict[str, int] = dict.fromkeys(("glm4_moe", "deepseek_v3", "glm4_moe_lite"), 16 * (8 * 3 + 23))
 # On a CPU sdpa keeps probabilities where values are narrower than keys, unlike on a GPU.
-AS_WIDE: dict[str, dict[str, Any]] = {"deepseek_v3": {"v_head_dim": 12}}
+AS_WIDE = {name: {"v_head_dim": 12} for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")}
 
 
-# Four norms and capped scores; fused weights; biases, no gate, LayerNorm; experts.
-@pytest.mark.parametrize("family", families("gemma2", "phi3", "starcoder2", "mixtral"))
+# Four norms and capped scores; fused weights; biases, no gate, LayerNorm; experts; these with latent attention; these
+# with attention that stays.
+@pytest.mark.parametrize("family", families("gemma2", "phi3", "starcoder2", "mixtral", "glm4_moe_lite", "gemma4_text"))
 def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool, tmp_path: Path, family: str) -> None:
     folder, longer = (save_tiny(tmp_path / str(layers), family, layers) for layers in (3, 4))
-    check_ranks(ranks, 2, Case(folder, deepspeed=limited_config(tmp_path), checkpointing=family in ("qwen3", "phi3")))
+    case = Case(folder, deepspeed=limited_config(tmp_path), protected_first=0 if family in EQUAL else None)
+    check_ranks(ranks, 2, replace(case, checkpointing=family in ("qwen3", "phi3")))
     dtype = "float32" if family in LAYER_NORM else "bfloat16"
-    three, four = (ranks.run(1, saved_activations, Case(x, dtype=dtype))[0] for x in (folder, longer))
+    three, four = (ranks.run(1, saved_activations, replace(case, folder=x, dtype=dtype))[0] for x in (folder, longer))
     # Only floats are counted. The plan also has three indices of the experts' tokens.
     indices = 3 * 8 * 16 * TINY[family].get("num_experts_per_tok", 0)
     indices += MAXIMA.get(family, 0) + CHOICES.get(family, 0)
@@ -93,9 +95,7 @@ def test_ranks_hold_and_send_int8_weights_as_planned(
 
 def save_tiny(folder: Path, family: str, layers: int) -> Path:
     lists: dict[str, Any] = {
-        key: value * (layers // 2) + value[: layers % 2]
-        for key, value in TINY[family].items()
-        if isinstance(value, list)
+        key: value[:1] + value[1:] * (layers - 1) for key, value in TINY[family].items() if isinstance(value, list)
     }
     model = tiny_model(family, dtype=torch.bfloat16, num_hidden_layers=layers, **lists, **AS_WIDE.get(family, {}))
     model.save_pretrained(folder)

@@ -15,9 +15,9 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.text_part import LAYOUTS, MULTIMODAL
 from tests.export_cases import model_card
 from tests.families import tiny_config
-from tests.family_cuts import FEW, cut_and_export, difference, load, logits, reopened, with_lora
+from tests.family_cuts import FEW, PROMPT, cut_and_export, difference, load, logits, reopened, with_lora
 from tests.gguf_cases import byte_level_tokenizer
-from tests.multimodal import TOWERS, multimodal
+from tests.multimodal import IMAGE, TOWERS, multimodal
 from tests.refusals import refuses
 
 TOLERANCE = 1e-5
@@ -58,8 +58,11 @@ def test_the_text_part_is_read_cut_and_exported(
     family, _, tied = TOWERS[outer]
     assert (pretrained.shape.model_type, pretrained.shape.tie_word_embeddings) == (family, tied)
     text = reopened(pretrained)
-    assert difference(logits(text), logits(whole)) < TOLERANCE
-    made = cut_and_export(with_lora(text, pretrained.config, outer), tmp_path / "model", FEW, FEW)
+    words = PROMPT.clamp(max=IMAGE - 1)  # Gemma 4 replaces the token of an image that is not there
+    assert difference(logits(text, words), logits(whole, words)) < TOLERANCE
+    made = cut_and_export(
+        with_lora(text, pretrained.config, outer), tmp_path / "model", *[FEW] * len(pretrained.shape.layers)
+    )
     stock = load(made.folder)
     assert stock.config.model_type == family
     assert difference(logits(stock), made.logits) < TOLERANCE

@@ -31,7 +31,7 @@ from tests.unit.shapes_and_scores import make_shape
 from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
 
 # Groups that stay. Gemma 3 wants heads that divide hidden_size. Qwen2.5-VL has no field for fewer heads.
-KEPT = {"gemma3": FEW, "qwen2_5_vl": (5, 13), "qwen3_vl": MANY, "qwen3_5": MANY, "qwen3_5_moe": FEW}
+KEPT = {"gemma3": FEW, "gemma4": FEW, "qwen2_5_vl": (5, 13), "qwen3_vl": MANY, "qwen3_5": MANY, "qwen3_5_moe": FEW}
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # renamed, and PEFT asks
@@ -111,7 +111,8 @@ def test_a_recorded_run_without_the_setting_has_no_tower() -> None:
 def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], tmp_path: Path) -> None:
     name, _, folder = made
     config, shape = read_json(folder / "config.json"), open_pretrained(folder).shape
-    for pruned in (None, shape.with_layers(draw_layers(shape, KEPT[name], (5, 20)))):
+    same = [KEPT[name]] * len(shape.layers)
+    for pruned in (None, shape.with_layers(draw_layers(shape, *same[1:], (5, 20)))):
         message = r"^somewhere: .*layers of one size.*prune\.ranking.*model\.text_only"
         refuses(message, check_tower, config, pruned, "somewhere")
     unknown = config | {"vision_config": 3}

@@ -1,0 +1,73 @@
+"""The tables of families in loraprune_ds/model/README.md: what leaves and stays, how it is stored, who serves it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from loraprune_ds.export.gguf_architecture import ARCHITECTURES
+from loraprune_ds.model.family import FAMILIES, WITHOUT_ROW
+from loraprune_ds.model.family_row import Family
+from tests.families import heads_divide_hidden, norms_are_wide
+from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
+from tests.multimodal import TOWERS
+
+PAGE = Path(__file__).parents[1] / "loraprune_ds" / "model" / "README.md"
+HEADER = ("families", "leaves", "stays", "stored as", "GGUF", "vLLM", "text of", "note")
+STAYS = {
+    "q_proj": "attention",
+    "mlp.gate_proj": "dense MLPs",
+    "shared": "shared experts",
+    "_a_proj": "latent projections",
+    "conv.": "convolutions",
+    "mamba.": "Mamba",
+}
+IN_VLLM = {"auto": "equal", "transformers": "equal, by transformers"}
+
+
+def with_tables(page: str) -> str:
+    """Replaces the table of families, and that of refused types below it."""
+    for header, rows in ((HEADER, family_rows()), (("refused", "because"), WITHOUT_ROW.items())):
+        begin = page.index(f"|{header[0]}|")
+        lines = [header, ("---",) * len(header), *rows]
+        table = "".join(f"|{'|'.join(line)}|\n" for line in lines)
+        page = page[:begin] + table + page[page.index("|\n\n", begin) + 2 :]
+    return page
+
+
+def family_rows() -> list[tuple[str, ...]]:
+    """Describes every family. Families with equal cells share a row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name, family in FAMILIES.items():
+        rows.setdefault(describe(name, family), []).append(name)
+    return [(", ".join(names), *cells) for cells, names in rows.items()]
+
+
+def describe(name: str, family: Family) -> tuple[str, ...]:
+    whole = [x.name for x in family.linears if not x.parts]
+    stays = [*family.fixed, *(words for part, words in STAYS.items() if any(part in x for x in whole))]
+    stored = "stock if heads divide hidden_size" if heads_divide_hidden(name) else "stock"
+    found = ARCHITECTURES.get(name)
+    gguf = "" if found is None else "equal" if found.unequal is None else "any"
+    vllm = "any" if name in VLLM_ANY_LAYERS else IN_VLLM[VLLM[name]] if name in VLLM else ""
+    towers = ", ".join(outer for outer, (text, *_) in TOWERS.items() if text == name)
+    leaves = [kind for kind in family.kinds if kind not in family.fixed]
+    cells = (", ".join(leaves), ", ".join(stays), "stock alone" if family.equal_layers else stored, gguf, vllm, towers)
+    return *cells, "; ".join(notes(name, family))
+
+
+def notes(name: str, family: Family) -> Iterator[str]:
+    if name == "llama":
+        yield "else mistral, or with biases the modelling file"
+    if norms_are_wide(family):
+        yield "norms over all heads: a cut is not quite a mask"
+    if family.eager_only:
+        yield f"eager: sdpa lacks {family.eager_only}"
+    if not family.packs:
+        yield "no packing"
+    if family.windows_begin_with_bos:
+        yield "windows begin with BOS"
+    if name == "phi3":
+        yield "long rotary factors need the modelling file once heads leave"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_tables(PAGE.read_text()))
