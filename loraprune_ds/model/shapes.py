@@ -59,6 +59,7 @@ class Pieces(NamedTuple):
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
+    transposed: bool = False  # each matrix is so in the files
 
     def keep_rows(self, rows: Tensor) -> "Pieces":
         """Returns the pieces that hold these rows of the parameter. Each piece is kept whole or dropped."""
@@ -238,11 +239,12 @@ class ModelShape:
             shapes[f"{prefix}{companion.name}"] = (rows, *map(self.width, companion.across))
         return shapes | {f"{prefix}{name}": size for name, size in self.others(layer).items()}
 
-    def pieces(self, fused: bool = False) -> dict[str, Pieces]:
+    def pieces(self, fused: bool = False, transposed: bool = False) -> dict[str, Pieces]:
         """Returns the tensors on disk of each parameter that is not stored under its own name and shape.
 
         Args:
             fused: the stacks are on disk as transformers has them in memory, each in one tensor of three dimensions.
+            transposed: as `fused`, and each expert's matrix is transposed.
         """
         pieces: dict[str, Pieces] = {}
         for i, layer in enumerate(self.layers):
@@ -250,12 +252,12 @@ class ModelShape:
             for linear in (x for x in self.linears(i) if x.is_stack):
                 name, experts = f"{prefix}{linear.name}.weight", layer[linear.kind]
                 rows, columns = shapes[name]
-                on_disk = (f"{linear.name}_proj",) if fused else linear.on_disk
+                on_disk = (f"{linear.name}_proj",) if fused or transposed else linear.on_disk
                 names, shape = tuple(prefix + x for x in on_disk), (experts, rows // experts, columns)
                 if "{}" in names[0]:
                     names = tuple(x.format(expert) for expert in range(experts) for x in names)
                     shape = (rows // len(names), columns)
-                pieces[name] = Pieces(names, shape)
+                pieces[name] = Pieces(names, shape, transposed)
             for companion in (x for x in self.companions(i) if x.on_disk):
                 name = prefix + companion.name
                 pieces[name] = Pieces((f"{prefix}{companion.on_disk}",), shapes[name])
