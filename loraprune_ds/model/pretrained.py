@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, StoredTensor, fill
+from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, Pieces, StoredTensor, fill
 from loraprune_ds.model.read_shape import check_family, read_model
-from loraprune_ds.model.shapes import LayerKeep, ModelShape, Pieces
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import MODEL_DTYPE, FrozenStorage, Slice
 from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, text_config, text_tensors
 from loraprune_ds.model.weight_files import Headers, read_headers

@@ -5,14 +5,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Self, TypeVar, cast
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.family_row import Companion, Family, Kind, Linear, LinearId, Part, Width
-from loraprune_ds.model.frozen import Matrix
+from loraprune_ds.model.frozen import Matrix, Pieces
 
 T = TypeVar("T")
 
@@ -49,22 +49,6 @@ class LayerKeep(LayerTensors):
 
 
 Sizes = Mapping[str, tuple[int, ...]]  # shapes by name
-
-
-class Pieces(NamedTuple):
-    """Names the tensors on disk that make up one parameter, stacked along axis 0. Each has this shape.
-
-    A single one may have three dimensions.
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    transposed: bool = False  # each matrix is so in the files
-
-    def keep_rows(self, rows: Tensor) -> "Pieces":
-        """Returns the pieces that hold these rows of the parameter. Each piece is kept whole or dropped."""
-        kept: list[int] = cast(Any, rows[:: self.shape[0]] // self.shape[0]).tolist()
-        return self._replace(names=tuple(self.names[i] for i in kept))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.shapes import Pieces
+from loraprune_ds.model.frozen import Pieces
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model-*-of-*.safetensors"
