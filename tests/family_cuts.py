@@ -22,7 +22,8 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
-from loraprune_ds.model.weight_files import as_on_disk, copy_tensors, write_index, write_weight_file
+from loraprune_ds.model.text_part import in_files
+from loraprune_ds.model.weight_files import copy_tensors, write_index, write_weight_file
 from tests.export_cases import model_card
 from tests.families import SIZES, layers_with, norms_are_wide, tiny_model
 from tests.plain_model import PlainModel
@@ -120,8 +121,7 @@ def cut_and_export(
     network.cut(draw(before, *counts))
     merged: Any = network.model.merge_and_unload()
     tower = source.tower if source else None
-    name_on_disk = tower.name_on_disk if tower else str
-    tensors = as_on_disk(dict(merged.named_parameters()), network.shape.pieces(), name_on_disk)
+    tensors = in_files(dict(merged.named_parameters()), network.shape, tower)
     exported = export_config(network.config, network.shape, "float32", tower and tower.config)
     staging, count = begin(folder), 1 + (tower is not None)
     entries = [write_weight_file(staging, 0, count, tensors)]

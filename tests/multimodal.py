@@ -39,6 +39,7 @@ TOWERS = {
     "qwen2_5_vl": ("qwen2", "", False),
     "qwen3_vl": ("qwen3", "", False),
     "gemma4": ("gemma4_text", "gemma4_vision", True),
+    "qwen3_vl_moe": ("qwen3_moe", "", False),
     "qwen3_5": ("qwen3_5_text", "", True),
     "qwen3_5_moe": ("qwen3_5_moe_text", "", False),
 }
@@ -50,6 +51,11 @@ TEXT: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"model_type": "qwen2_5_vl_text", "rope_parameters": OF_ROWS},
     "qwen3_vl": {
         "model_type": "qwen3_vl_text",
+        "head_dim": 12,
+        "rope_parameters": OF_ROWS | {"mrope_section": [2, 2, 2], "mrope_interleaved": True},
+    },
+    "qwen3_vl_moe": {
+        "model_type": "qwen3_vl_moe_text",
         "head_dim": 12,
         "rope_parameters": OF_ROWS | {"mrope_section": [2, 2, 2], "mrope_interleaved": True},
     },
@@ -75,6 +81,7 @@ VISION: dict[str, dict[str, Any]] = {
     },
     "qwen2_5_vl": {"window_size": 8, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"deepstack_visual_indexes": [0]},
+    "qwen3_vl_moe": {"deepstack_visual_indexes": [0]},
 }
 
 

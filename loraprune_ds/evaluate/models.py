@@ -28,6 +28,7 @@ from loraprune_ds.model.classes import attn_implementation, causal_lm_class, con
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
+from loraprune_ds.model.text_part import in_files
 from loraprune_ds.model.tokenizer import load_tokenizer
 
 EXPORT_FIRST = "launch/export.py --format hf makes a model of it"
@@ -157,7 +158,13 @@ def load_model(source: ModelSource, dtype: str, device: torch.device) -> PreTrai
         options |= {"config": config_object(pretrained.config), "key_mapping": pretrained.tower.key_mapping}
     read_dtype = torch.float32 if source.adapter else DTYPES[dtype]
     model_class = causal_lm_class(pretrained.shape.model_type)
-    model = model_class.from_pretrained(pretrained.folder, dtype=read_dtype, **options)
+    folder: Path | None = pretrained.folder
+    weights = pretrained.weights
+    if weights.transposed:  # which the text class does not read
+        tensors = {name: weights.read_full(name, read_dtype) for name in weights.shape.parameters()}
+        options = {**options, "state_dict": in_files(tensors, weights.shape, None), "key_mapping": None}
+        folder = None
+    model = model_class.from_pretrained(folder, dtype=read_dtype, **options)
     if source.adapter:
         model = _merge(model, source.adapter)
         for parameter in model.parameters():  # model.to() would round the rotary frequencies, too

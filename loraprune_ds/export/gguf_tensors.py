@@ -21,8 +21,9 @@ from loraprune_ds.export.gguf_architecture import PARTS, Architecture
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import Linear
+from loraprune_ds.model.frozen import Pieces
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.shapes import ModelShape, Pieces
+from loraprune_ds.model.shapes import ModelShape
 
 Array = np.ndarray[Any, Any]
 Precision = Literal["f16", "q8_0"]

@@ -29,7 +29,8 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.weight_files import as_on_disk, copy_tensors, weight_file_count, write_index, write_weight_file
+from loraprune_ds.model.text_part import in_files
+from loraprune_ds.model.weight_files import copy_tensors, weight_file_count, write_index, write_weight_file
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 
 MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
@@ -129,16 +130,16 @@ def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
 def write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
     """Writes the Hugging Face model that the run would export now, or its base. One layer is in memory at a time."""
     config, shape, state, tower = unmerged.config, unmerged.shape, unmerged.checkpoint.state, unmerged.dense.tower
-    layers, pieces, dtype = len(shape.layers), shape.pieces(), DTYPES[config.model.dtype]
+    layers, dtype = len(shape.layers), DTYPES[config.model.dtype]
     own, entries = weight_file_count(layers), list[dict[str, int]]()
-    count, name_on_disk = own + (tower is not None), tower.name_on_disk if tower else str
+    count = own + (tower is not None)
     for k in range(own):
         is_layer, prefix = k < layers, f"model.layers.{k}."  # the last file has all that belongs to no layer
         names = [n for n in shape.parameters() if (n.startswith(prefix) if is_layer else "model.layers." not in n)]
         tensors = {name: unmerged.base.read_full(name, dtype) for name in names}
         if merge and is_layer:
             _merge_layer(unmerged, k, tensors)
-        entries.append(write_weight_file(folder, k, count, as_on_disk(tensors, pieces, name_on_disk)))
+        entries.append(write_weight_file(folder, k, count, in_files(tensors, shape, tower)))
     if tower:
         entries.append(copy_tensors(tower.files, folder, own, count))
     write_index(folder, entries)

@@ -12,7 +12,7 @@ A storage format names the tensors that store a weight and converts between them
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, TypeVar, get_args
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,22 @@ READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs litt
 Matrix = tuple[int, int]
 Rows = TypeVar("Rows", int, Tensor)
 ReadPart = Callable[[int, int], Tensor]  # (start, end) -> the flat elements [start, end) of a weight, fp32
+
+
+class Pieces(NamedTuple):
+    """Names the tensors on disk that make up one parameter, stacked along axis 0. Each has this shape.
+
+    A single one may have three dimensions.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool = False  # each matrix is so in the files
+
+    def keep_rows(self, rows: Tensor) -> "Pieces":
+        """Returns the pieces that hold these rows of the parameter. Each piece is kept whole or dropped."""
+        kept: list[int] = cast(Any, rows[:: self.shape[0]] // self.shape[0]).tolist()
+        return self._replace(names=tuple(self.names[i] for i in kept))
 
 
 def describe_dtype(model: ModelConfig) -> str:

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, StoredTensor, fill
+from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, Pieces, StoredTensor, fill
 from loraprune_ds.model.read_shape import check_family, read_model
-from loraprune_ds.model.shapes import LayerKeep, ModelShape, Pieces
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import MODEL_DTYPE, FrozenStorage, Slice
 from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, text_config, text_tensors
 from loraprune_ds.model.weight_files import Headers, read_headers
@@ -53,6 +53,7 @@ class ModelWeights:
     names_on_disk: Mapping[str, str]
     pieces: Mapping[str, Pieces]
     slices: Mapping[str, Slice] = field(default_factory=dict)
+    transposed: bool = False  # so is the matrix of each expert in the files
     storage: FrozenStorage = MODEL_DTYPE
 
     def cut(self, keep: Sequence[LayerKeep]) -> "ModelWeights":
@@ -80,7 +81,8 @@ class ModelWeights:
             return self._read_pieces(self.pieces[name], start, end, dtype)
         shard = torch.empty(end - start, dtype=dtype)
         with safe_open(self.files[name], framework="pt") as file:
-            view = file.get_slice(self.names_on_disk[name])
+            view: Any = file.get_slice(self.names_on_disk[name])
+            view = Transposed(view) if self.transposed and len(view.get_shape()) == 3 else view
             *on_disk, width = view.get_shape() if len(view.get_shape()) > 1 else (*view.get_shape(), 1)
             kept = self.slices.get(name, Slice(0, torch.arange(math.prod(on_disk))))
             columns = len(kept.keep) if kept.axis == 1 else width
@@ -114,7 +116,7 @@ class ModelWeights:
         try:
             return stored_as.read(tensor, shape, start, end, read_weight, dtype)
         except NotFinite:
-            names, size = self.pieces.get(weight, Pieces((weight,), shape))
+            names, size, _ = self.pieces.get(weight, Pieces((weight,), shape))
             parts = ((x, self.read_flat(x, 0, math.prod(size), torch.float32)) for x in names)
             bad = next(x for x, values in parts if not torch.isfinite(values).all())
             raise UserError(f"{self.files[bad]}: {bad} has an inf or NaN, which int8 cannot hold") from None
@@ -139,6 +141,20 @@ class ModelWeights:
             for i, linear in self.shape.linear_ids()
             if isinstance(stored_as := self.storage.format_of(self.shape, linear), Int8)
         }
+
+
+class Transposed:
+    """Reads a tensor of three dimensions as if each matrix were transposed."""
+
+    def __init__(self, view: Any) -> None:
+        self._view = view
+
+    def get_shape(self) -> list[int]:
+        experts, rows, columns = self._view.get_shape()
+        return [experts, columns, rows]
+
+    def __getitem__(self, at: tuple[int, slice]) -> Tensor:
+        return self._view[at[0], :, at[1]].T
 
 
 def _rows(view: Any, start: int, end: int) -> Tensor:
@@ -184,16 +200,20 @@ def check_weights(
     Raises:
         UserError: a tensor is missing, surplus or quantized, or has another shape.
     """
-    pieces = shape.pieces(fused=any(name.endswith(FUSED_EXPERTS) for name in names))
+    experts = next((name for name in names if name.endswith(FUSED_EXPERTS)), None)
+    pieces = shape.pieces(fused=experts is not None)
+    transposed = any(experts in x.names and headers[names[experts]][0] != x.shape for x in pieces.values() if experts)
     renamed = {stack.names[0]: name for name, stack in pieces.items() if len(stack.names) == 1}
     names = {renamed.get(name, name): in_file for name, in_file in names.items()}
     headers = {name: headers[in_file] for name, in_file in names.items()}
     expected = on_disk.stored(shape, 2)
-    for name, (parts, size) in pieces.items():
+    for name, (parts, size, _) in pieces.items():
+        size = (size[0], size[2], size[1]) if transposed and len(size) == 3 else size
         expected |= dict.fromkeys([renamed.get(part, part) for part in parts], expected.pop(name)._replace(shape=size))
     _check_tensors(folder, headers, expected, described_by)
     files = {name: headers[name][2] for name in expected}
-    return ModelWeights(shape, files, names, {name: stack for name, stack in pieces.items() if len(stack.names) > 1})
+    several = {name: stack for name, stack in pieces.items() if len(stack.names) > 1}
+    return ModelWeights(shape, files, names, several, transposed=transposed)
 
 
 def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, StoredTensor], described_by: str) -> None:

@@ -5,14 +5,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, Self, TypeVar, cast
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.family_row import Companion, Family, Kind, Linear, LinearId, Part, Width
-from loraprune_ds.model.frozen import Matrix
+from loraprune_ds.model.frozen import Matrix, Pieces
 
 T = TypeVar("T")
 
@@ -49,21 +49,6 @@ class LayerKeep(LayerTensors):
 
 
 Sizes = Mapping[str, tuple[int, ...]]  # shapes by name
-
-
-class Pieces(NamedTuple):
-    """Names the tensors on disk that make up one parameter, stacked along axis 0. Each has this shape.
-
-    A single one may have three dimensions.
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-
-    def keep_rows(self, rows: Tensor) -> "Pieces":
-        """Returns the pieces that hold these rows of the parameter. Each piece is kept whole or dropped."""
-        kept: list[int] = cast(Any, rows[:: self.shape[0]] // self.shape[0]).tolist()
-        return self._replace(names=tuple(self.names[i] for i in kept))
 
 
 @dataclass(frozen=True)
@@ -238,11 +223,12 @@ class ModelShape:
             shapes[f"{prefix}{companion.name}"] = (rows, *map(self.width, companion.across))
         return shapes | {f"{prefix}{name}": size for name, size in self.others(layer).items()}
 
-    def pieces(self, fused: bool = False) -> dict[str, Pieces]:
+    def pieces(self, fused: bool = False, transposed: bool = False) -> dict[str, Pieces]:
         """Returns the tensors on disk of each parameter that is not stored under its own name and shape.
 
         Args:
             fused: the stacks are on disk as transformers has them in memory, each in one tensor of three dimensions.
+            transposed: as `fused`, and each expert's matrix is transposed.
         """
         pieces: dict[str, Pieces] = {}
         for i, layer in enumerate(self.layers):
@@ -250,12 +236,12 @@ class ModelShape:
             for linear in (x for x in self.linears(i) if x.is_stack):
                 name, experts = f"{prefix}{linear.name}.weight", layer[linear.kind]
                 rows, columns = shapes[name]
-                on_disk = (f"{linear.name}_proj",) if fused else linear.on_disk
+                on_disk = (f"{linear.name}_proj",) if fused or transposed else linear.on_disk
                 names, shape = tuple(prefix + x for x in on_disk), (experts, rows // experts, columns)
                 if "{}" in names[0]:
                     names = tuple(x.format(expert) for expert in range(experts) for x in names)
                     shape = (rows // len(names), columns)
-                pieces[name] = Pieces(names, shape)
+                pieces[name] = Pieces(names, shape, transposed)
             for companion in (x for x in self.companions(i) if x.on_disk):
                 name = prefix + companion.name
                 pieces[name] = Pieces((f"{prefix}{companion.on_disk}",), shapes[name])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from loraprune_ds.errors import UserError
@@ -17,13 +17,18 @@ from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import multimodal_config
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.weight_files import PROCESSOR_FILES
+from loraprune_ds.model.weight_files import PROCESSOR_FILES, as_on_disk
 
 # Without an image their forward equals the text class's, and their weight files have one of LAYOUTS.
 MULTIMODAL = "gemma3 mistral3 llava llava_next llava_onevision vipllava internvl idefics3 smolvlm".split()
-MULTIMODAL += "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe gemma4".split()
+MULTIMODAL += "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe qwen3_vl_moe gemma4".split()
 # Text classes without a causal LM, and the family that computes the same where all rows of positions are equal.
-STANDS_FOR = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+STANDS_FOR: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl_text": {"model_type": "qwen2"},
+    "qwen3_vl_text": {"model_type": "qwen3"},
+    "qwen3_vl_moe_text": {"model_type": "qwen3_moe", "norm_topk_prob": True},
+}
+TRANSPOSED = ("qwen3_vl_moe",)  # their files have the experts of a layer in one tensor, each transposed
 OF_ROWS = ("mrope_section", "mrope_interleaved")
 Layout = tuple[str, str]  # prefix of the decoder, prefix of the head
 OF_TEXT: Layout = ("model.", "lm_head.")
@@ -67,6 +72,14 @@ class Tower:
         return {f"^{re.escape(prefix)}": text for prefix, text in zip(self.layout, OF_TEXT, strict=True)}
 
 
+def in_files(tensors: Mapping[str, Tensor], shape: ModelShape, tower: Tower | None) -> dict[str, Tensor]:
+    """Returns tensors as the weight files have them of the text class, or of the class with this tower."""
+    if tower is None:
+        return as_on_disk(tensors, shape.pieces())
+    pieces = shape.pieces(transposed=tower.config["model_type"] in TRANSPOSED)
+    return as_on_disk(tensors, pieces, tower.name_on_disk)
+
+
 def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns the config of a multimodal model's text part, or of another model, with all sizes of the family."""
     text = _text_part(config, where) if config.get("model_type") in MULTIMODAL else config
@@ -83,7 +96,7 @@ def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:
     if inner.model_type in STANDS_FOR:
         text = json.loads(inner.to_json_string(use_diff=False))
         rope = {key: value for key, value in text["rope_parameters"].items() if key not in OF_ROWS}
-        return text | tied | {"model_type": STANDS_FOR[inner.model_type], "rope_parameters": rope}
+        return text | tied | {"rope_parameters": rope} | STANDS_FOR[inner.model_type]
     text = config.get("text_config") or {}
     defaults = config_class(text["model_type"]) if text.get("model_type") in FAMILIES else None
     sizes = {name: getattr(defaults, name) for name in TEXT_SIZES if hasattr(defaults, name)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.shapes import Pieces
+from loraprune_ds.model.frozen import Pieces
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model-*-of-*.safetensors"
@@ -145,8 +145,9 @@ def as_on_disk(
     """Splits or reshapes stacks of experts into the tensors of a weight file (`ModelShape.pieces`)."""
     on_disk: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        names, shape = pieces.get(name, Pieces((name,), tensor.shape))
-        on_disk |= zip(map(name_on_disk, names), tensor.reshape(len(names), *shape), strict=True)
+        names, shape, transposed = pieces.get(name, Pieces((name,), tensor.shape))
+        parts = tensor.reshape(len(names), *shape)
+        on_disk |= zip(map(name_on_disk, names), parts.mT if transposed else parts, strict=True)
     return on_disk
 
 

@@ -16,10 +16,9 @@ from loraprune_ds.config import Dtype
 from loraprune_ds.errors import RunError, one_line
 from loraprune_ds.model.adapters import lora_linear, plain_parameter
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.text_part import Tower
+from loraprune_ds.model.text_part import Tower, in_files
 from loraprune_ds.model.weight_files import (
     INDEX_FILE,
-    as_on_disk,
     copy_tensors,
     weight_file_count,
     weight_file_name,
@@ -81,11 +80,11 @@ def write_model(
         tower: belongs to the model and is copied.
     """
     own = weight_file_count(len(model.layers))
-    count, name_on_disk = own + (tower is not None), tower.name_on_disk if tower else str
+    count = own + (tower is not None)
     mine: dict[int, dict[str, int]] = {}
     writes = LocalWrites(model.comm, folder)
     for indices in owner_rounds(own, model.world_size):
-        collected = {k: _file_tensors(model, k, DTYPES[dtype], tensors_of, trained, name_on_disk) for k in indices}
+        collected = {k: _file_tensors(model, k, DTYPES[dtype], tensors_of, trained, tower) for k in indices}
         for k, tensors in collected.items():
             if tensors:  # this rank's. The other owners write theirs at the same time
                 writes.do(lambda k=k, tensors=tensors: mine.update({k: write_weight_file(folder, k, count, tensors)}))
@@ -107,7 +106,7 @@ def _file_tensors(
     dtype: torch.dtype,
     tensors_of: TensorsOf,
     trained: bool,
-    name_on_disk: Callable[[str], str],
+    tower: Tower | None,
 ) -> dict[str, Tensor]:
     """Gathers layer k on its owner. After the last layer come embedding, norm and head. Empty elsewhere. Collective."""
     shape, owner, keep_fp32, tensors = model.shape, model.owner(k), model.shape.keep_fp32, dict[str, Tensor]()
@@ -124,7 +123,7 @@ def _file_tensors(
     others = {prefix + name: plain_parameter(parent, name, trained=trained) for name in names}
     for name, tensor in collect_named(others, owner, model.comm).items():
         tensors[name] = tensor if name in keep_fp32 else tensor.to(dtype)
-    return as_on_disk(tensors, shape.pieces(), name_on_disk)
+    return in_files(tensors, shape, tower)
 
 
 def frozen_tensors(linear: CollectedLinear) -> dict[str, Tensor]:
