@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.closeness import Closeness, Labelled, frozen_head, last_hidden, measure_closeness
-from loraprune_ds.evaluate.generation import Ids, end_ids, generate
+from loraprune_ds.evaluate.models import Ids, end_ids, generate
 from loraprune_ds.evaluate.perplexity import Progress, exp_of_mean
 from loraprune_ds.evaluate.prompts import AnswerSettings
 from loraprune_ds.model.token_loss import IGNORE_INDEX, token_losses

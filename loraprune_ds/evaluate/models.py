@@ -1,6 +1,7 @@
-"""Models by the name a user gives: a Hugging Face folder, a hub id, a PEFT adapter or the folder of a run."""
+"""Models by the name a user gives: a folder, a hub id, a PEFT adapter or a run. And the texts that they write."""
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.checkpoint.layout import (
     KEPT_GROUPS_FILE,
@@ -31,6 +32,7 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
 from loraprune_ds.model.text_part import in_files
 from loraprune_ds.model.tokenizer import load_tokenizer
 
+Ids = list[int]
 EXPORT_FIRST = "launch/export.py --format hf makes a model of it"
 
 
@@ -180,3 +182,29 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     except (SafetensorError, RuntimeError, ValueError, TypeError, UserWarning) as error:
         raise UserError(f"adapter {adapter} does not fit its base model: {one_line(error)[:200]}") from None
     return wrapped.merge_and_unload()
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the ids that end a text, named by the model's settings or by its tokenizer."""
+    settings: Any = model.generation_config
+    named = settings.eos_token_id if settings else None
+    ids = (*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id)
+    return {token for token in ids if isinstance(token, int)}
+
+
+def generate(model: PreTrainedModel, prompts: list[Ids], ends: set[int], **how: Any) -> Iterator[Ids]:
+    """Yields the new ids for each prompt of a batch, with the id that ends them if the model wrote one.
+
+    Args:
+        ends: ids that end a text, see `end_ids`.
+        how: settings of generation such as max_new_tokens. They replace the model's own, which may forbid repetition.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    ended_by = {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
+    # A diverged model has NaN among its logits. Its answers are worthless, and sampling them must not raise.
+    model.generation_config = GenerationConfig(**ended_by, **how, remove_invalid_values=True)
+    write: Any = model.generate  # a decorator hides its type
+    for row in write(input_ids=ids, attention_mask=mask)[:, width:].tolist():
+        yield row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]

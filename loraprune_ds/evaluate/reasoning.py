@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.evaluate.generation import Ids, end_ids, generate
+from loraprune_ds.evaluate.models import Ids, end_ids, generate
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 from loraprune_ds.zero.comm import Communicator
 
