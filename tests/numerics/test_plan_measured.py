@@ -97,7 +97,7 @@ def save_tiny(folder: Path, family: str, layers: int) -> Path:
     lists: dict[str, Any] = {
         key: value[:1] + value[1:] * (layers - 1) for key, value in TINY[family].items() if isinstance(value, list)
     }
-    model = tiny_model(family, dtype=torch.bfloat16, num_hidden_layers=layers, **lists, **AS_WIDE.get(family, {}))
+    model = tiny_model(family, dtype=torch.bfloat16, num_hidden_layers=layers, **(lists | AS_WIDE.get(family, {})))
     model.save_pretrained(folder)
     return folder
 
