@@ -35,9 +35,9 @@ WIDE_NORMS = (
     Companion("self_attn.k_norm.weight", (KEYS,)),
 )
 # Norms of each head with a weight for each.
-NORM_OF_EACH_HEAD = tuple(
-    Companion(f"self_attn.{x}_norm.weight", (Part("heads", n),), ("head",), optional=True)
-    for x, n in (("q", "query_count"), ("k", "one"))
+NORM_OF_EACH_HEAD = (
+    Companion("self_attn.q_norm.weight", (Part("heads", "query_count"),), ("head",), optional=True),
+    Companion("self_attn.k_norm.weight", (Part("heads"),), ("head",), optional=True),
 )
 
 MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")
