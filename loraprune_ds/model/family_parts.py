@@ -37,7 +37,7 @@ WIDE_NORMS = (
 # Norms of each head with a weight for each.
 NORM_OF_EACH_HEAD = (
     Companion("self_attn.q_norm.weight", (Part("heads", "query_count"),), ("head",), optional=True),
-    Companion("self_attn.k_norm.weight", (Part("heads", "one"),), ("head",), optional=True),
+    Companion("self_attn.k_norm.weight", (Part("heads"),), ("head",), optional=True),
 )
 
 MLP_WIDTH = Runtime("mlp", "intermediate_size", "channels")

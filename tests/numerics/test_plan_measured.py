@@ -55,7 +55,8 @@ MAXIMA = {"gpt_oss": 8 * 10 * 16}
 # Routers with groups keep their choice of 3 experts, and a mask of 23, of 16 tokens.
 CHOICES: dict[str, int] = dict.fromkeys(("glm4_moe", "deepseek_v3", "glm4_moe_lite"), 16 * (8 * 3 + 23))
 # On a CPU sdpa keeps probabilities where values are narrower than keys, unlike on a GPU.
-AS_WIDE = {name: {"v_head_dim": 12} for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")}
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+AS_WIDE: dict[str, dict[str, Any]] = {name: {"v_head_dim": 12} for name in LATENT}
 
 
 # Four norms and capped scores; fused weights; biases, no gate, LayerNorm; experts; these with latent attention; these

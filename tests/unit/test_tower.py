@@ -4,6 +4,7 @@ Differences: as in test_family_proof.py.
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,9 +22,11 @@ from loraprune_ds.evaluate.models import find_model, load_model, open_result
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.text_part import LAYOUTS, check_processor, check_tower
 from loraprune_ds.model.weight_files import copy_tensors
 from loraprune_ds.pruning.target import resolve
+from tests.families import tiny_config
 from tests.family_cuts import FEW, MANY, PROMPT, Network, cut_and_export, difference, draw, reopened, with_lora
 from tests.multimodal import inputs_with_image, multimodal, save_gemma3
 from tests.refusals import refuses
@@ -102,6 +105,15 @@ def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path
 def test_a_tower_decides_on_a_ranking_that_is_not_given(given: Ranking | None, tower: bool, found: str) -> None:
     shape = make_shape([(4, 128)] * 3)
     assert resolve(PruneConfig(ranking=given), shape, tower=tower)[0].ranking == found
+
+
+def test_gemma_4_has_equal_layers_without_its_tower_too() -> None:
+    shape = shape_from_config(tiny_config("gemma4_text").to_dict(), "somewhere")
+    equal = PruneConfig(ratio=0.2, channel_multiple=1, protected_first=0, protected_last=0)
+    assert resolve(equal, shape)[0].ranking == "uniform"
+    for unequal in (replace(equal, ranking="global"), replace(equal, protected_last=1)):
+        refuses(r"^gemma4_text has layers of one size: set prune\.ranking: uniform, ", resolve, unequal, shape)
+    refuses(r"^prune\.head_ratio 0\.1: a gemma4_text keeps its heads", resolve, replace(equal, head_ratio=0.1), shape)
 
 
 def test_a_recorded_run_without_the_setting_has_no_tower() -> None:
