@@ -93,7 +93,7 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
     shape = open_pretrained(tmp_path).shape
     ratio = 5 * len(sparse) * shape.group_numel("experts") / shape.linear_numel()
     prune: dict[str, Any] = {"ratio": ratio, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
-    prune |= {"protected_first": 0, "protected_last": 0, "criterion": criterion}
+    prune |= {"protected_first": 0, "protected_last": 0, "criterion": criterion, "channel_multiple": 1}
     config = PruneConfig(**PAPER | prune)
     run = PlainRun(tmp_path, fresh_lora(shape), config, 1)
     run.run(make_batches(steps=1, samples=12, tokens=16, vocab=97, seed=3))

@@ -20,11 +20,10 @@ from tests.refusals import refuses
 
 # Where the table names a field that tests/families.py fills. Without the transform these models are other ones.
 TRANSFORMED = {
-    "gemma2": LogitsTransform(softcap=8.0),
-    "gemma3_text": LogitsTransform(softcap=10.0),
-    "granite": LogitsTransform(divisor=3.0),
-    "granitemoe": LogitsTransform(divisor=3.0),
-    "cohere2": LogitsTransform(scale=0.3),
+    **dict.fromkeys(("gemma2", "vaultgemma"), LogitsTransform(softcap=8.0)),
+    **dict.fromkeys(("gemma3_text", "gemma4_text"), LogitsTransform(softcap=10.0)),
+    **dict.fromkeys(("granite", "granitemoe", "granitemoehybrid"), LogitsTransform(divisor=3.0)),
+    **dict.fromkeys(("cohere", "cohere2", "hyperclovax"), LogitsTransform(scale=0.3)),
 }
 # Both sides are fp32, from the same hidden states. A logit is a sum of 60 products, a softmax one of 97, and a gradient
 # one of 97 again. Each is rounded to 6e-8, in another order. The largest error found is 1e-6 of the largest element.
@@ -112,7 +111,7 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_default_becomes_eager_where_sdpa_is_not_enough(family: str) -> None:
     """test_family_proof.py compares sdpa and eager in the others."""
-    row, capped = FAMILIES[family], family in ("gemma2", "gpt_oss")
+    row, capped = FAMILIES[family], family in ("gemma2", "gpt_oss", "vaultgemma")
     assert causal_lm_class(family)._supports_sdpa != capped
     assert attn_implementation("sdpa", row) == ("eager" if capped else "sdpa")
     line = f"model.attn_implementation: eager instead of sdpa, which lacks {row.eager_only}"
