@@ -255,7 +255,9 @@ def saved_activations(case: Case) -> dict[str, int]:
     request = case.request(world_size)
     trainer = build(request)
     parameters = list(trainer.model.module.parameters())
-    kept: dict[int, int] = {}
+    kept: dict[
+        int, torch.UntypedStorage
+    ] = {}  # a part of a graph that is not needed may go, and its memory be used again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -263,7 +265,7 @@ def saved_activations(case: Case) -> dict[str, int]:
             storage.data_ptr() not in {p.untyped_storage().data_ptr() for p in parameters}
             and (tensor.is_floating_point() or tensor.dtype == torch.uint8)  # which is the mask of a dropout
         ):
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage
         return tensor
 
     ids = trainer.samples.inputs(torch.arange(case.micro_batch_size))["input_ids"]
@@ -273,7 +275,7 @@ def saved_activations(case: Case) -> dict[str, int]:
     batch, shape = request.batch(case.micro_batch_size, case.window), request.shape
     layers = [saved_in_layer(request, shape, i, batch) for i in range(len(shape.layers))]
     return {
-        "counted": sum(kept.values()),
+        "counted": sum(storage.nbytes() for storage in kept.values()),
         "layers": sum(layers),
         "last_layer": layers[-1],
         "logits": logits(shape, batch),
