@@ -47,6 +47,33 @@ QWEN_3_6: dict[str, Any] = {
     "mtp_num_hidden_layers": 1,
     "tie_word_embeddings": False,
 }
+# The sizes that both have. Every sixth layer has full attention, whose values are its keys.
+GEMMA_4: dict[str, Any] = {
+    "head_dim": 256,
+    "global_head_dim": 512,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size": 262_144,
+    "max_position_embeddings": 262_144,
+    "sliding_window": 1024,
+    "final_logit_softcapping": 30.0,
+}
+GLM_LITE: dict[str, Any] = {
+    "num_key_value_heads": 20,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1536,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "vocab_size": 154_880,
+    "max_position_embeddings": 202_752,
+    "num_nextn_predict_layers": 1,
+}
 GPT_OSS: dict[str, Any] = {
     "num_key_value_heads": 8,
     "head_dim": 64,
@@ -69,6 +96,9 @@ QWEN_3_6_27B = QWEN_3_6 | {"num_key_value_heads": 4, "linear_num_value_heads": 4
 QWEN_3_6_MOE = QWEN_3_6 | {"num_key_value_heads": 2, "linear_num_value_heads": 32}
 QWEN_3_6_MOE |= {"num_experts": 256, "num_experts_per_tok": 8}
 QWEN_3_6_MOE |= {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
+GEMMA_4_31B = GEMMA_4 | {"num_key_value_heads": 16, "num_global_key_value_heads": 4}
+GEMMA_4_MOE = GEMMA_4 | {"num_key_value_heads": 8, "num_global_key_value_heads": 2, "enable_moe_block": True}
+GEMMA_4_MOE |= {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
 QWEN_3_MOE = QWEN_3 | {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}
 MIXTRAL = {"num_key_value_heads": 8, "vocab_size": 32_000, "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN_2_MOE = {"num_key_value_heads": 16, "vocab_size": 151_936, "num_experts": 60, "num_experts_per_tok": 4}
@@ -83,7 +113,8 @@ def multimodal(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
 
 
 # By the name of the run config in launch/configs: config.json, and parameters as published, in billions. Towers and
-# layers for further tokens do not count: of Qwen3.6 27B's 27.781 in all, 0.461 and 0.425.
+# layers for further tokens do not count: of Qwen3.6 27B's 27.781 in all, 0.461 and 0.425. llama.cpp counts those of
+# Gemma 4 and GLM-4.7-Flash in their weights.
 PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "llama3.1-8b": (sizes_of("llama", 4096, 14336, 32, 32, **LLAMA_3), 8.03),
     "llama3.3-70b": (sizes_of("llama", 8192, 28672, 80, 64, **LLAMA_3), 70.6),
@@ -96,6 +127,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
         multimodal("qwen3_5_moe", sizes_of("qwen3_5_moe_text", 2048, 512, 40, 16, **QWEN_3_6_MOE)),
         34.661,
     ),
+    "gemma4-31b": (multimodal("gemma4", sizes_of("gemma4_text", 5376, 21504, 60, 32, **GEMMA_4_31B)), 30.70),
+    "gemma4-26b-a4b": (multimodal("gemma4", sizes_of("gemma4_text", 2816, 2112, 30, 16, **GEMMA_4_MOE)), 25.23),
+    "glm-4.7-flash": (sizes_of("glm4_moe_lite", 2048, 10240, 47, 20, **GLM_LITE), 29.94),
 }
 # config.json, and parameters in billions as published: all, and the active ones. GPT-OSS publishes the latter without
 # the embedding, which is added here.

@@ -119,15 +119,15 @@ def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:
 
 
 @contextmanager
-def refused_in_one_line(where: str) -> Iterator[None]:
-    """Turns what transformers raises about a config.json into a UserError that names `where`."""
+def refused_in_one_line(where: str, advice: str = "") -> Iterator[None]:
+    """Turns what transformers raises about a config.json into a UserError that names `where` and ends with `advice`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # a config.json may hold anything
-        reason = f"{type(error).__name__}: {one_line(error)[:200]}"  # one lists all model types
-        raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}") from error
+        reason = f"{type(error).__name__}: {one_line(error)[:200].rstrip('.')}"  # one lists all model types
+        raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}{advice}") from error
 
 
 @contextmanager

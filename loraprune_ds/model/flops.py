@@ -157,8 +157,8 @@ def _saved(
     layer.register_forward_pre_hook(enter, with_kwargs=True)
     layer.register_forward_hook(lambda *_: hooks.__exit__())
     tokens = torch.zeros(size, dtype=torch.int64, device="meta")
-    # With a mask, else transformers looks at the ids for padding. It would look into the mask of a delta net, too.
-    mask = dict.fromkeys(("full_attention", "linear_attention")) if "delta" in shape.kinds else tokens.bool()
+    # A mask of four dimensions is taken as it is. transformers would look into another, or into ids without one.
+    mask = tokens.new_empty(size[0], 1, size[1], size[1], dtype=torch.bool)
     causal_lm.model(input_ids=tokens, attention_mask=mask, use_cache=False)
     apart = {tensor.untyped_storage()._cdata for tensor in others}
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}

@@ -150,7 +150,8 @@ def check_processor(folder: Path) -> None:
 
 def _decoder_sizes(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
     """Builds the stock multimodal class without weights, and returns the shapes of its decoder."""
-    with refused_in_one_line(where), parameters_on_meta():
+    advice = f"; for another number of heads set prune.tensor_parallel or prune.head_ratio, {OR_TEXT}"
+    with refused_in_one_line(where, advice), parameters_on_meta():
         made = config_object(config)
         stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(made)]
         decoder: nn.Module = stock._from_config(made, dtype=torch.float32).get_decoder()

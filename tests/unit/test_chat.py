@@ -113,6 +113,15 @@ def test_qwen3_can_learn_one_answer_of_a_conversation() -> None:
     refuses("its first 2 of 4 messages alone become", labels_of, Chat(TALKS[0]), tokenizer)
 
 
+@pytest.mark.parametrize("messages", TALKS)
+@pytest.mark.parametrize("thought", ["<think>", "<think></think>"])  # as in GLM-4.7-Flash, and in Gemma 4 31B
+def test_a_thought_in_the_prompt_alone_changes_nothing(thought: str, messages: list[dict[str, str]]) -> None:
+    before, prompt, after = CHATML.rpartition("assistant\\n")
+    tokenizer = tokenizer_with(before + prompt + thought + after)
+    assert thought in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert labels_of(Chat(messages), tokenizer) == labels_of(Chat(messages), tokenizer_with(CHATML))
+
+
 def test_the_template_alone_brings_special_tokens() -> None:
     tokenizer, adding = tokenizer_with(CHATML), tokenizer_with(CHATML)
     with_bos = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
@@ -191,7 +200,7 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     good = {"messages": TALKS[0]}
     with pytest.raises(UserError, match=r"needs a chat template, and the tokenizer of .* has none"):
         load(tmp_path / "missing.jsonl", tokenizer_with(None))  # found before anything is read
-    fails(r"template of .* has no \{% generation %\}, and its first 1 of 4", [good], tmp_path, FORGETFUL)
+    fails(r"template of .* has no \{% generation %\}, and its first 2 of 4", [good], tmp_path, FORGETFUL)
     fails(r"refuses a conversation of system, user: System role", [{"messages": [
         {"role": "system", "content": "s"}, user("a")]}], tmp_path, GEMMA)  # fmt: skip
     fails(r"refuses a conversation of user", [{"messages": [{"role": "user", "content": 5}]}], tmp_path)

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import DataConfig, LoraConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.flops import saved_by_layer
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
@@ -29,7 +31,7 @@ from loraprune_ds.plan.plan import (
 )
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights, logits, split_state
-from tests.families import tiny_config
+from tests.families import tiny_config, tiny_model
 from tests.paper import PAPER
 from tests.published import sizes_of
 from tests.refusals import refuses
@@ -108,6 +110,32 @@ def test_a_delta_net_keeps_the_chunks_of_its_rule() -> None:
     delta, attention = (size(index=i, tokens=(1, 16 * chunk)) for i in range(2))
     assert delta > 4 * 10 * 16 * chunk * chunk * 4 > attention
     assert delta < 2.1 * size(index=0, tokens=(1, 8 * chunk))
+
+
+@pytest.mark.parametrize(("family", "kind"), [("lfm2", "conv"), ("granitemoehybrid", "linear_attention")])
+def test_one_more_convolution_or_mamba_keeps_as_planned_on_a_cpu(family: str, kind: str) -> None:
+    (less, _), (more, planned) = (kept_on_a_cpu(family, [kind] * count + ["full_attention"]) for count in (2, 3))
+    assert more - less == planned
+
+
+def kept_on_a_cpu(family: str, types: list[str]) -> tuple[int, int]:
+    """Returns the bytes that autograd keeps of a forward pass, and those that are planned for the second layer."""
+    model, kept = tiny_model(family, num_hidden_layers=len(types), layer_types=types), list[Tensor]()
+    source, lora, ids = model.config.to_dict(), LoraConfig(), torch.ones(2, 16, dtype=torch.int64)
+    shape = shape_from_config(source, "tiny")
+    network = add_lora(model, shape, lora, seed=0).train()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(input_ids=ids, use_cache=False)
+    weights = {x.untyped_storage()._cdata for x in network.parameters()}
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
+    settings: dict[str, Any] = {"storage": FrozenStorage(), "lora_rank": lora.r, "dropout": True, "eager": True}
+    planned = saved_by_layer(source, shape, 1, (2, 16), torch.float32, **settings)
+    return sum(size for key, size in storages.items() if key not in weights), planned
 
 
 def test_logits_are_bounded_by_their_chunk() -> None:

@@ -47,6 +47,9 @@ def test_the_run_fits_where_it_is_meant_to_as_the_page_says(name: str) -> None:
         ("qwen3-vl-8b", []),
         ("qwen3.6-27b", ["model.frozen=int8", "prune.compensate=none"]),
         ("qwen3.6-35b-a3b", ["model.frozen=int8", "train.distill_weight=0"]),
+        ("gemma4-31b", ["model.frozen=int8", "prune.compensate=none"]),
+        ("gemma4-26b-a4b", ["model.frozen=int8"]),
+        ("glm-4.7-flash", ["model.frozen=int8"]),
     ],
 )
 def test_one_gpu_holds_the_run_of_a_node(name: str, overrides: list[str]) -> None:

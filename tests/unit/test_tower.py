@@ -130,10 +130,13 @@ def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], 
         refuses(message, check_tower, config, pruned, "somewhere")
     unknown = config | {"vision_config": 3}
     refuses(r"^somewhere: transformers cannot build this model", check_tower, unknown, shape, "somewhere")
-    if name == "qwen2_5_vl":
-        fewer = shape.with_layers(draw_layers(shape, FEW, FEW))
-        message = r"^somewhere: .*cannot hold model\.layers\.0\.self_attn.*head_ratio: 0"
-        refuses(message, check_tower, config, fewer, "somewhere")
+    counts, message = {
+        "qwen2_5_vl": (FEW, r"cannot hold model\.layers\.0\.self_attn.*head_ratio: 0"),
+        "gemma3": (MANY, r"heads \(8\); .*set prune\.tensor_parallel or prune\.head_ratio, or model\.text_only"),
+    }.get(name, (None, ""))
+    if counts:
+        fewer = shape.with_layers(draw_layers(shape, counts, counts))
+        refuses(rf"^somewhere: .*{message}", check_tower, config, fewer, "somewhere")
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("preprocessor*"))
     check_processor(folder)

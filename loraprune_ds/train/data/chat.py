@@ -1,7 +1,7 @@
 """Tokenises conversations with the tokenizer's chat template. Only the assistant's turns enter the loss.
 
 A template with `{% generation %}` marks them. Otherwise a turn lies between two prefixes: the rendered first messages
-before and with it. The complete conversation must begin with both.
+before and with it. The complete conversation must begin with both, but for a thought that its prompt begins.
 """
 
 import json
@@ -149,6 +149,9 @@ class ChatTemplate:
             return len(text)
         prefix, _ = self._render(chat, count, prompt=prompt)
         if not text.startswith(prefix):
+            if prompt and text.startswith(self._render(chat, count)[0]):
+                differ = (i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b)
+                return next(differ, len(text))  # the prompt begins a thought, this answer has none
             raise UserError(
                 f"data.format chat: the chat template of {self.name} has no {{% generation %}}, and its first {count} "
                 f"of {len(chat.messages)} messages alone become {prefix[-60:]!r}, which the whole does not have there; "
