@@ -255,9 +255,7 @@ def saved_activations(case: Case) -> dict[str, int]:
     request = case.request(world_size)
     trainer = build(request)
     parameters = list(trainer.model.module.parameters())
-    kept: dict[
-        int, torch.UntypedStorage
-    ] = {}  # a part of a graph that is not needed may go, and its memory be used again
+    kept: dict[int, torch.UntypedStorage] = {}  # held: a delta net drops a part of its graph, and its memory with it
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
