@@ -63,6 +63,7 @@ class Case:
     dropout: float = 0.0
     compensate: Compensation = "none"
     criterion: Criterion = "lora"
+    ratio: float = 0.4
     head_ratio: float | None = None
     distilled: bool = False
     protected_first: int | None = None
@@ -76,7 +77,7 @@ class Case:
             data=DataConfig(window=self.window),
             prune=PruneConfig(
                 channel_multiple=1,
-                ratio=0.4,
+                ratio=self.ratio,
                 prune_every=1,
                 warmup_fraction=0.25,
                 cooldown_fraction=0.5,

@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 STEPS, STOP, WINDOW = 8, 5, 24
 SECTIONS = {
     "lora": {"lora_dropout": 0.0},
-    "prune": {"prune_every": 3},
+    "prune": {"prune_every": 3, "ratio": 0.25},  # no more of a helium can go
     "train": {"steps": STEPS},
     "evaluate": {"window": WINDOW},
     "checkpoint": {"every": None},
