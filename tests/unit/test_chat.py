@@ -31,6 +31,7 @@ GEMMA = trl_templates.gemma_chat_template
 FORGETFUL = """{%- for message in messages %}{%- if loop.last or message.role == 'user' %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+COUNTING = "{{ messages|length }}" + CHATML
 SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
 
 
@@ -105,12 +106,14 @@ def test_a_completion_is_learnt_where_trl_learns_it(template: str) -> None:
     assert labels == [IGNORE_INDEX] * length + whole[length:]
 
 
-def test_qwen3_can_learn_one_answer_of_a_conversation() -> None:
+def test_qwen3_learns_the_last_answer_of_a_conversation() -> None:
     """Its template takes the thinking out of earlier turns, so a prefix of a conversation is not a prefix."""
     tokenizer = tokenizer_with(trl_templates.qwen3_chat_template)
     assert learnt(Chat(TALKS[1]), tokenizer) == "<think>\n\n</think>\n\ntwo<|im_end|>\n"
     assert learnt(Chat(TALKS[1]), tokenizer_with(FORGETFUL)) == "two<|im_end|>\n"
-    refuses("its first 2 of 4 messages alone become", labels_of, Chat(TALKS[0]), tokenizer)
+    assert learnt(Chat(TALKS[0]), tokenizer) == "<think>\n\n</think>\n\nYes.\n\nIt\tworks \n<|im_end|>\n"
+    assert learnt(Chat(TALKS[0]), tokenizer_with(FORGETFUL)) == "Yes.\n\nIt\tworks \n<|im_end|>\n"
+    refuses("its first 4 of 5 messages alone become", labels_of, Chat(TALKS[2]), tokenizer)  # after it comes a question
 
 
 @pytest.mark.parametrize("messages", TALKS)
@@ -200,7 +203,7 @@ def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     good = {"messages": TALKS[0]}
     with pytest.raises(UserError, match=r"needs a chat template, and the tokenizer of .* has none"):
         load(tmp_path / "missing.jsonl", tokenizer_with(None))  # found before anything is read
-    fails(r"template of .* has no \{% generation %\}, and its first 2 of 4", [good], tmp_path, FORGETFUL)
+    fails(r"template of .* has no \{% generation %\}, and its first 3 of 4", [good], tmp_path, COUNTING)
     fails(r"refuses a conversation of system, user: System role", [{"messages": [
         {"role": "system", "content": "s"}, user("a")]}], tmp_path, GEMMA)  # fmt: skip
     fails(r"refuses a conversation of user", [{"messages": [{"role": "user", "content": 5}]}], tmp_path)

@@ -1,7 +1,8 @@
 """Tokenises conversations with the tokenizer's chat template. Only the assistant's turns enter the loss.
 
 A template with `{% generation %}` marks them. Otherwise a turn lies between two prefixes: the rendered first messages
-before and with it. The complete conversation must begin with both, but for a thought that its prompt begins.
+before and with it. The complete conversation begins with both, but for a thought that its prompt begins. Where a template
+changes earlier turns it does not, and only the last answer is learnt.
 """
 
 import json
@@ -137,14 +138,22 @@ class ChatTemplate:
         template = self._tokenizer.get_chat_template(tools=chat.tools)
         text, spans = self._render(chat, len(chat.messages), mark=GENERATION.search(template) is not None)
         if spans is not None:
-            begin = self._end(chat, chat.context, text) if chat.context else 0
-            return text, [span for span in spans if span[0] >= begin]
+            begin = self._end(chat, chat.context, text, needed=True) if chat.context else 0
+            return text, [span for span in spans if span[0] >= (begin or 0)]
         first = max(1, chat.context)  # nothing prompts a first message
         turns = [i for i in range(first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"]
-        return text, [(self._end(chat, i, text, prompt=True), self._end(chat, i + 1, text)) for i in turns]
+        spans = list[Span]()
+        for i in turns:  # some templates change earlier answers, such as Qwen3's, which drops their thinking
+            needed = i == turns[-1]
+            begin, end = (
+                self._end(chat, i, text, prompt=True, needed=needed),
+                self._end(chat, i + 1, text, needed=needed),
+            )
+            spans += [(begin, end)] if begin is not None and end is not None else []
+        return text, spans
 
-    def _end(self, chat: Chat, count: int, text: str, *, prompt: bool = False) -> int:
-        """Returns where the first `count` messages end in the complete `text`, which must begin with them."""
+    def _end(self, chat: Chat, count: int, text: str, *, prompt: bool = False, needed: bool) -> int | None:
+        """Returns where the first `count` messages end in the complete `text`. None if it does not begin with them."""
         if count == len(chat.messages):
             return len(text)
         prefix, _ = self._render(chat, count, prompt=prompt)
@@ -152,6 +161,8 @@ class ChatTemplate:
             if prompt and text.startswith(self._render(chat, count)[0]):
                 differ = (i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b)
                 return next(differ, len(text))  # the prompt begins a thought, this answer has none
+            if not needed:
+                return None
             raise UserError(
                 f"data.format chat: the chat template of {self.name} has no {{% generation %}}, and its first {count} "
                 f"of {len(chat.messages)} messages alone become {prefix[-60:]!r}, which the whole does not have there; "
