@@ -1,8 +1,8 @@
 """Tokenises conversations with the tokenizer's chat template. Only the assistant's turns enter the loss.
 
 A template with `{% generation %}` marks them. Otherwise a turn lies between two prefixes: the rendered first messages
-before and with it. The complete conversation begins with both, but for a thought that its prompt begins. Where a template
-changes earlier turns it does not, and only the last answer is learnt.
+before and with it. The complete conversation begins with both, but for a thought that its prompt begins. Where a
+template changes earlier turns it does not, and only the last answer is learnt.
 """
 
 import json
