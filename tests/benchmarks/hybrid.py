@@ -63,7 +63,8 @@ def main() -> None:
         if key not in rows:
             print(f"{key} ...", file=sys.stderr, flush=True)
             rows[key] = run(work, (CHOICES | ONCE)[name], seed, arguments)
-            content = {"runs": rows, "minutes": arguments.minutes, "steps": arguments.steps, **origin()}
+            settings = {"minutes": arguments.minutes, "steps": arguments.steps, "ranks": arguments.ranks}
+            content = {"runs": rows, **settings, **origin()}
             arguments.result.write_text(json.dumps(content, indent=1) + "\n")
 
 
