@@ -98,7 +98,7 @@ def saved_by_layer(
         eager: with transformers' eager attention instead of a fused kernel.
     """
     depth = int(source["num_hidden_layers"])
-    made: Any = config_object(source)
+    made = _config_object(json.dumps(source))
     chosen, fields = shape.family.around(made, index)
     lists = {key: value for key, value in source.items() if isinstance(value, list) and len(value) == depth}
     few = source | {key: [value[i] for i in chosen] for key, value in lists.items()}
@@ -118,6 +118,11 @@ def saved_by_layer(
     )
     at = chosen.index(index)
     return _saved(json.dumps(few), small, at, tokens, dtype, storage, lora_rank, dropout, eager)
+
+
+@cache
+def _config_object(source: str) -> Any:
+    return config_object(json.loads(source))
 
 
 @cache

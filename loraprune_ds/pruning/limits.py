@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 
 from loraprune_ds.config import PruneConfig
@@ -30,12 +31,12 @@ class Limits:
         first = count % multiple or multiple
         return [first] + [multiple] * ((count - first - floor) // multiple)
 
-    @property
+    @cached_property
     def open_counts(self) -> LayerShape:
         """The dense counts of each kind. `uniform` needs them to be equal in all open layers that have the kind."""
         return self._widest(self.dense.layers)
 
-    @property
+    @cached_property
     def open_numel(self) -> dict[Kind, int]:
         """The linear parameters of one group, as config.json counts them, of every open layer that has such groups."""
         numel = dict.fromkeys(self.dense.kinds, 0)
