@@ -15,7 +15,7 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.exported_config import NEXT_TOKENS
 from loraprune_ds.model.pretrained import ModelWeights, check_weights, open_pretrained
-from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
+from loraprune_ds.model.shapes import EQUAL_LAYERS, LayerKeep, LayerShape, ModelShape
 from loraprune_ds.model.text_part import MTP
 from loraprune_ds.model.weight_files import add_weight_file, as_on_disk, read_headers
 from loraprune_ds.pruning.importance import GroupSums
@@ -38,8 +38,7 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
     headers = {name: header for name, header in read_headers(folder).items() if name.startswith(MTP)}
     count, shape = dense.config.get(NEXT_TOKENS, 1), dense.shape
     require(FC in headers and count, f"{folder} has no layers that predict further tokens ({FC})")
-    settings = "prune.ranking: uniform, prune.protected_first: 0 and prune.protected_last: 0"
-    require(pruned.is_uniform, f"layers that predict further tokens ({MTP}*) need layers of one size: {settings}")
+    require(pruned.is_uniform, f"layers that predict further tokens ({MTP}*) need layers of one size: {EQUAL_LAYERS}")
     sort = next(i for i, layer in enumerate(shape.layers) if {"heads", shape.kinds[-1]} <= layer.kinds)
     layer, counts = shape.layers[sort], pruned.layers[sort]
     same = shape.with_layers(pruned.layers).parameters() == pruned.parameters()

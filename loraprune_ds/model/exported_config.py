@@ -86,13 +86,12 @@ def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> 
     """Returns config.json of a multimodal model whose text part has the sizes of `shape`, which are equal layers."""
     config = copy.deepcopy(source)
     text = config.get("text_config", config)  # the first Qwen2.5-VL have these fields outside
-    mixture = shape.family.mixture
     text |= shape.family.explicit(text)
     for part in (config, text):
-        for key in DROPPED | ({mixture.new_count} if mixture else set()):
+        for key in _dropped(shape):
             part.pop(key, None)
         part |= {"dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": shape.tie_word_embeddings}
-    text |= _sizes(shape) | ({NEXT_TOKENS: 0} if text.get(NEXT_TOKENS) else {})
+    text |= _sizes(shape) | _no_next_tokens(text)
     return config | {"transformers_version": version("transformers")}
 
 
@@ -104,14 +103,12 @@ def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str) -> dict[str, Any]:
-    mixture = shape.family.mixture
-    dropped = DROPPED | ({mixture.new_count} if mixture else set())
+    dropped = _dropped(shape)
     if model_type == "mistral" and model_type != shape.model_type:
         dropped |= {"attention_bias", "mlp_bias"}  # a Mistral never has these
     config = {key: value for key, value in shape.family.explicit(source).items() if key not in dropped}
     config |= _sizes(shape) | _rope(source, family_name(shape.model_type)) | _family_options(source, shape, model_type)
-    config |= {NEXT_TOKENS: 0} if source.get(NEXT_TOKENS) else {}
-    config |= {
+    config |= _no_next_tokens(source) | {
         "architectures": [causal_lm_class(model_type).__name__],
         "model_type": model_type,
         "tie_word_embeddings": shape.tie_word_embeddings,
@@ -121,6 +118,15 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
         "transformers_version": version("transformers"),
     }
     return config
+
+
+def _dropped(shape: ModelShape) -> set[str]:
+    mixture = shape.family.mixture
+    return DROPPED | ({mixture.new_count} if mixture else set())
+
+
+def _no_next_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    return {NEXT_TOKENS: 0} if config.get(NEXT_TOKENS) else {}
 
 
 def _sizes(shape: ModelShape) -> dict[str, Any]:

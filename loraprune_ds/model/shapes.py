@@ -15,6 +15,8 @@ from loraprune_ds.model.family_row import Companion, Family, Kind, Linear, Linea
 from loraprune_ds.model.frozen import Matrix, Pieces
 
 T = TypeVar("T")
+# Settings that leave layers of one size.
+EQUAL_LAYERS = "prune.ranking: uniform, prune.protected_first: 0 and prune.protected_last: 0"
 
 
 class PerKind(dict[Kind, T]):

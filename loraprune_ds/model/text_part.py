@@ -16,7 +16,7 @@ from loraprune_ds.model.classes import config_class, config_object, parameters_o
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import multimodal_config
 from loraprune_ds.model.family import FAMILIES, family_name
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shapes import EQUAL_LAYERS, ModelShape
 from loraprune_ds.model.weight_files import PROCESSOR_FILES, as_on_disk
 
 # Without an image their forward equals the text class's, and their weight files have one of LAYOUTS.
@@ -133,8 +133,7 @@ def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -
         UserError: it will not, or it needs an unknown tower. The line names `where`, the folder or hub id.
     """
     if pruned is None or not pruned.is_uniform:
-        settings = "prune.ranking: uniform, prune.protected_first: 0 and prune.protected_last: 0"
-        raise UserError(f"{where}: a stock class with a tower has layers of one size: set {settings}, {OR_TEXT}")
+        raise UserError(f"{where}: a stock class with a tower has layers of one size: set {EQUAL_LAYERS}, {OR_TEXT}")
     found = _decoder_sizes(multimodal_config(config, pruned, "float32"), where)
     for name, size in pruned.parameters().items():
         if name.startswith("model.") and found.get(name.removeprefix("model.")) != size:

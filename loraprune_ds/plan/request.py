@@ -18,9 +18,9 @@ from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.text_part import MULTIMODAL, check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
-from loraprune_ds.pruning.ranking import shape_of_uniform, uniform_counts
+from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
-from loraprune_ds.pruning.target import resolve
+from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
 from loraprune_ds.zero.flat import partition_numel
 
@@ -208,7 +208,7 @@ def build_request(
     tower = whole.get("model_type") in MULTIMODAL and not config.model.text_only
     prune, limits = resolve(config.prune, shape, tower=tower)
     if tower:
-        check_tower(whole, shape_of_uniform(limits) if prune.ranking == "uniform" else None, name)
+        check_tower(whole, final_shape(prune, limits), name)
     config = replace(config, prune=prune)
     pruning = plan_pruning(config.prune, limits, steps)
     path, per_node, model = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.model

@@ -7,7 +7,7 @@ from typing import Any
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.flops import cached_numel, state_numel
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.shapes import EQUAL_LAYERS, LayerShape, ModelShape
 from loraprune_ds.pruning.limits import (
     Limits,
     check_reachable,
@@ -19,7 +19,6 @@ from loraprune_ds.pruning.limits import (
 from loraprune_ds.pruning.ranking import shape_of_uniform
 from loraprune_ds.units import Amount
 
-EQUAL = "has layers of one size: set prune.ranking: uniform, prune.protected_first: 0 and prune.protected_last: 0"
 BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and biases
 
 
@@ -32,10 +31,17 @@ def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> t
     equal = dense.family.equal_layers
     if config.ranking is None:
         config = replace(config, ranking="uniform" if tower or equal else "global")
-    require(not equal or config.ranking == "uniform", f"{dense.model_type} {EQUAL}")
     limits = make_limits(config, dense)
-    require(not equal or shape_of_uniform(limits).is_uniform, f"{dense.model_type} {EQUAL}")
+    if equal:
+        final = final_shape(config, limits)
+        fits = final is not None and final.is_uniform
+        require(fits, f"{dense.model_type} has layers of one size: set {EQUAL_LAYERS}")
     return resolve_refit(config, limits), limits
+
+
+def final_shape(config: PruneConfig, limits: Limits) -> ModelShape | None:
+    """Returns the shape that a run ends with. None if scores decide what each layer keeps."""
+    return shape_of_uniform(limits) if config.ranking == "uniform" else None
 
 
 def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:

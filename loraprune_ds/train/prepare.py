@@ -19,9 +19,8 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.text_part import MTP, check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
-from loraprune_ds.pruning.ranking import shape_of_uniform
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
-from loraprune_ds.pruning.target import make_limits, resolve
+from loraprune_ds.pruning.target import final_shape, make_limits, resolve
 from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.after import check_after, check_prompts
 from loraprune_ds.train.data.loading import load_samples
@@ -48,6 +47,8 @@ class Prepared:
 
     def with_model(self, pretrained: PretrainedModel) -> "Prepared":
         """Plans the same run of another dense model."""
+        if pretrained is self.pretrained:
+            return self
         prune, steps = self.config.prune, self.steps - self.config.train.recovery_steps
         pruning = plan_pruning(prune, make_limits(prune, pretrained.shape), steps)
         return replace(self, pretrained=pretrained, pruning=pruning)
@@ -98,8 +99,7 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     # Its errors come before the data, which may take long to read.
     prune, limits = resolve(config.prune, shape, tower=tower is not None)
     if tower:
-        pruned = shape_of_uniform(limits) if prune.ranking == "uniform" else None
-        check_tower(tower.config, pruned, str(pretrained.folder))
+        check_tower(tower.config, final_shape(prune, limits), str(pretrained.folder))
         check_processor(pretrained.folder)
     config = replace(config, prune=prune)
     _check_model(config, pretrained)

@@ -8,7 +8,7 @@ template changes earlier turns it does not, and only the last answer is learnt.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -85,6 +85,10 @@ def _message(value: Any) -> Message:
     return {key: item for key, item in value.items() if item is not None}  # Arrow fills what a message lacks with null
 
 
+class NotAPrefix(UserError):
+    """A conversation does not begin with its first messages, rendered alone."""
+
+
 class ChatTemplate:
     """Renders conversations as text and finds the characters of the assistant.
 
@@ -138,22 +142,18 @@ class ChatTemplate:
         template = self._tokenizer.get_chat_template(tools=chat.tools)
         text, spans = self._render(chat, len(chat.messages), mark=GENERATION.search(template) is not None)
         if spans is not None:
-            begin = self._end(chat, chat.context, text, needed=True) if chat.context else 0
-            return text, [span for span in spans if span[0] >= (begin or 0)]
+            begin = self._end(chat, chat.context, text) if chat.context else 0
+            return text, [span for span in spans if span[0] >= begin]
         first = max(1, chat.context)  # nothing prompts a first message
         turns = [i for i in range(first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"]
         spans = list[Span]()
         for i in turns:  # some templates change earlier answers, such as Qwen3's, which drops their thinking
-            needed = i == turns[-1]
-            begin, end = (
-                self._end(chat, i, text, prompt=True, needed=needed),
-                self._end(chat, i + 1, text, needed=needed),
-            )
-            spans += [(begin, end)] if begin is not None and end is not None else []
+            with nullcontext() if i == turns[-1] else suppress(NotAPrefix):
+                spans.append((self._end(chat, i, text, prompt=True), self._end(chat, i + 1, text)))
         return text, spans
 
-    def _end(self, chat: Chat, count: int, text: str, *, prompt: bool = False, needed: bool) -> int | None:
-        """Returns where the first `count` messages end in the complete `text`. None if it does not begin with them."""
+    def _end(self, chat: Chat, count: int, text: str, *, prompt: bool = False) -> int:
+        """Returns where the first `count` messages end in the complete `text`. Raises NotAPrefix."""
         if count == len(chat.messages):
             return len(text)
         prefix, _ = self._render(chat, count, prompt=prompt)
@@ -161,9 +161,7 @@ class ChatTemplate:
             if prompt and text.startswith(self._render(chat, count)[0]):
                 differ = (i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b)
                 return next(differ, len(text))  # the prompt begins a thought, this answer has none
-            if not needed:
-                return None
-            raise UserError(
+            raise NotAPrefix(
                 f"data.format chat: the chat template of {self.name} has no {{% generation %}}, and its first {count} "
                 f"of {len(chat.messages)} messages alone become {prefix[-60:]!r}, which the whole does not have there; "
                 "mark the assistant's turns in chat_template.jinja"
