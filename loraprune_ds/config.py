@@ -48,7 +48,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 # Exactly one of each pair must be given.
 EITHER = {"prune": ("ratio", "target"), "train": ("steps", "epochs"), "data": ("held_out", "held_out_fraction")}
-MEMORY = (lambda prune: prune.sizes_memory, "a prune.target in bytes, such as 24GiB")
+MEMORY = (lambda prune: prune.sizes_memory, "a prune.target or prune.sizes in bytes, such as 24GiB")
 ANSWERS = (lambda data: not data.only_text, "data.format instruction or chat")
 # What a setting needs. Without it nothing reads the setting, and its user wanted an effect.
 NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -66,7 +66,7 @@ def check_settings(section: Any, name: str) -> None:
     """
     one, other = EITHER[name]
     require(
-        (getattr(section, one) is None) != (getattr(section, other) is None),
+        getattr(section, "sizes", None) or (getattr(section, one) is None) != (getattr(section, other) is None),
         f"give exactly one of {name}.{one} and {name}.{other}; null takes one away",
     )
     for setting, (is_read, needed) in NEEDS.items():
@@ -199,6 +199,8 @@ class PruneConfig:
 
     ratio: Part | None = 0.5  # fraction of the decoder layers' linear parameters to remove. None: `target` decides
     target: Size | None = None  # instead of `ratio`: parameters of the model (`4.5B`) or memory of a server (`24GiB`)
+    # instead of both: a list of such ratios and targets. The run exports a model at each, and goes on to the next
+    sizes: Annotated[list[Size], Field(min_length=1)] | None = None
     target_context: Count = 4096  # for a target in bytes: tokens in the server's KV cache, over all sequences
     target_weight_bits: Positive = 16.0  # for a target in bytes: bits per parameter of the linears, with scales
     # fraction of heads, also of delta nets, to remove in layers that are cut. Channels make up the rest. None: the same
@@ -226,11 +228,13 @@ class PruneConfig:
     @model_validator(mode="before")
     @classmethod
     def _target_replaces_default(cls, given: Any) -> Any:
-        return replace_default(given, "ratio", "target")
+        return replace_default(replace_default(given, "ratio", "target"), "ratio", "sizes")
 
     def __post_init__(self) -> None:
         if self.target is not None:
             read_amount(self.target, "prune.target")  # refuses any other form
+        for size in self.sizes or ():
+            read_amount(size, "prune.sizes")
         check_settings(self, "prune")
         require(
             self.warmup_fraction + self.cooldown_fraction < 1,
@@ -243,8 +247,9 @@ class PruneConfig:
 
     @property
     def sizes_memory(self) -> bool:
-        """Whether `target` is the memory of a server."""
-        return self.target_amount is not None and self.target_amount.unit == "bytes"
+        """Whether `target` or one of `sizes` is the memory of a server."""
+        amounts = [read_amount(size, "prune") for size in (self.target, *(self.sizes or ())) if size is not None]
+        return any(amount.unit == "bytes" for amount in amounts)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -255,7 +260,8 @@ class TrainConfig:
     micro_batch_size: Count = 2  # samples of one forward pass on a rank
     steps: Count | None = None  # optimizer steps with cuts
     epochs: Positive | None = None  # the same, as passes over the samples
-    recovery_steps: CountOr0 = 0  # steps after these, without cuts
+    # steps after these, without cuts. With prune.sizes after those of each size, or a list with a number for each
+    recovery_steps: CountOr0 | list[CountOr0] = 0
     learning_rate: LearningRate = 1e-4  # largest learning rate
     lr_scheduler: Scheduler = "linear"  # `linear` and `cosine` fall to zero
     warmup_steps: CountOr0 = 0  # steps in which the learning rate rises
@@ -354,10 +360,21 @@ class RunConfig:
             f"data.packing with model.attn_implementation {self.model.attn_implementation} needs "
             "train.micro_batch_size 1",
         )
+        sizes, numbers = len(self.prune.sizes or [""]), len(self.recovery)
+        require(
+            numbers == sizes,
+            f"train.recovery_steps has {numbers} numbers where prune.sizes makes {sizes}; give one number for all",
+        )
         require(
             not (self.train.group_by_length and self.data.only_text),
             "train.group_by_length has no effect on data.format text: all its samples have data.window tokens",
         )
+
+    @property
+    def recovery(self) -> list[int]:
+        """The recovery steps after each of `prune.sizes`, or of the whole run."""
+        steps = self.train.recovery_steps
+        return steps if isinstance(steps, list) else [steps] * len(self.prune.sizes or [""])
 
     @property
     def recipe(self) -> str:

@@ -80,7 +80,7 @@ class Plan:
 def make_plan(request: Request) -> Plan:
     """Plans the whole run."""
     cuts = request.pruning.schedule.cut_steps()
-    after, final = (request.shape_at(request.pruning.schedule.target(step)) for step in (cuts[0], cuts[-1]))
+    after, final = request.shape_at(cuts[0]), request.shape_at(cuts[-1])
     return Plan(request, after, final, plan_stages(request, after, final))
 
 

@@ -18,7 +18,6 @@ from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.text_part import MULTIMODAL, check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
-from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
@@ -63,10 +62,13 @@ class Request:
     shape: ModelShape
     config: RunConfig
     cluster: Cluster
-    steps: int  # the recovery included
     pruning: PruningPlan
     ds_config: dict[str, Any]  # with every "auto" replaced
     samples: int | None = None  # in the training data, if known
+
+    @property
+    def steps(self) -> int:
+        return self.pruning.steps
 
     @property
     def steps_known(self) -> bool:
@@ -145,14 +147,14 @@ class Request:
         section = self.zero.get(f"offload_{what}") or {}
         return section.get("device") == "cpu" and (not pinned or bool(section.get("pin_memory")))
 
-    def shape_at(self, target: float) -> ModelShape:
-        """Returns the shape once `target` of the linear parameters is gone. With `global` all layers lose the same."""
+    def shape_at(self, step: int) -> ModelShape:
+        """Returns the shape after a step. With `global` all layers lose the same."""
         dense, limits, layers = self.shape, self.pruning.limits, list(self.shape.layers)
-        open_layers = limits.open_layers
-        if self.config.prune.ranking == "uniform":
-            counts = uniform_counts(limits, target, limits.ratio)
+        open_layers, section = limits.open_layers, self.pruning.schedule.section(step)
+        if counts := section.counts(limits, step):
             layers = [limits.within(counts, i) for i in range(len(layers))]
         else:
+            target = section.target(step)
             for kind, share in limits.shares.items():
                 numel = sum(layers[i][kind] * dense.group_numel(kind) for i in open_layers)
                 stays = 1 - target * dense.linear_numel() * share / max(1, numel)
@@ -210,14 +212,13 @@ def build_request(
     if tower:
         check_tower(whole, final_shape(prune, limits), name)
     config = replace(config, prune=prune)
-    pruning = plan_pruning(config.prune, limits, steps)
+    pruning = plan_pruning(config.prune, limits, steps, config.recovery)
     path, per_node, model = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.model
     ds_config = resolve_ds_config(path, shape, cluster.world_size, train, model, config.lora.r, ranks_per_node=per_node)
     size = zero_settings(ds_config).zero_hpz_partition_size
     bad = f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
     require(size % per_node == 0 or per_node % size == 0, bad)
-    steps += train.recovery_steps
-    return Request(name, source, shape, config, cluster, steps, pruning, ds_config, samples)
+    return Request(name, source, shape, config, cluster, pruning, ds_config, samples)
 
 
 def changed(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Request:

@@ -46,7 +46,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
     if request.storage.int8:  # the export is not int8, and is evaluated when the run's own model is gone
         stock = changed(request, model={"frozen": None})
-        shape = stock.shape_at(stock.pruning.schedule.ratio)
+        shape = stock.shape_at(stock.steps)
         weights = {"weights": stock.shard_bytes(stock.stored(shape))}
         stages.append(Stage("exported", weights, {"evaluation": _evaluation(stock, shape)}, {}))
     return stages

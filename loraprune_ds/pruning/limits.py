@@ -11,6 +11,8 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 
+Bounds = tuple[LayerShape, LayerShape]  # the fewest and the most groups of each kind in every open layer
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -55,11 +57,16 @@ class Limits:
         dense = self.open_counts
         return sum(numel * (dense[kind] - counts[kind]) for kind, numel in self.open_numel.items())
 
-    def narrowest(self) -> Iterator[LayerShape]:
+    @property
+    def bounds(self) -> Bounds:
+        """The equal counts that all open layers may have."""
+        return self._widest(self.floor), self.open_counts
+
+    def narrowest(self, bounds: Bounds) -> Iterator[LayerShape]:
         """Yields for each count of heads the equal counts of all open layers with the fewest channels (or experts)."""
-        dense, floor, coarse = self.open_counts, self._widest(self.floor), self.dense.kinds[:-1]
-        for counts in product(*(range(floor[kind], dense[kind] + 1, self.multiples[kind]) for kind in coarse)):
-            yield LayerShape({**floor, **dict(zip(coarse, counts, strict=True))})
+        (least, most), coarse = bounds, self.dense.kinds[:-1]
+        for counts in product(*(range(least[kind], most[kind] + 1, self.multiples[kind]) for kind in coarse)):
+            yield LayerShape({**least, **dict(zip(coarse, counts, strict=True))})
 
     def _widest(self, layers: Sequence[LayerShape]) -> LayerShape:
         times = self.dense.times
@@ -181,7 +188,7 @@ def check_reachable(config: PruneConfig, limits: Limits) -> None:
     if most == 0 or limits.ratio * dense.linear_numel() > most + near:
         largest = math.floor(1e4 * most / dense.linear_numel()) / 1e4
         cause = f"with the protected layers and minimum widths at most {largest} can go"
-        raise UserError(f"prune.ratio {limits.ratio} is out of reach: {cause}")
+        raise UserError(f"prune.{'sizes' if config.sizes else 'ratio'} {limits.ratio} is out of reach: {cause}")
 
 
 def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:

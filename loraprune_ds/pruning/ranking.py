@@ -16,55 +16,47 @@ from torch import Tensor
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.limits import Limits
+from loraprune_ds.pruning.limits import Bounds, Limits
 
 
-def rank_uniform(
-    scores: list[LayerScores], current: ModelShape, limits: Limits, target: float, final: float
-) -> list[LayerKeep]:
-    """Keeps equal counts in every open layer, the best groups of each by its own scores (the paper's ranking).
+def rank_uniform(scores: list[LayerScores], current: ModelShape, limits: Limits, counts: LayerShape) -> list[LayerKeep]:
+    """Keeps equal `counts` in every open layer, the best groups of each by its own scores (the paper's ranking).
 
     Layers of several sorts, such as those with a delta net and those with attention, have the counts of their kinds.
-
-    The counts come nearest to `target`, the fraction of the dense linear parameters that should be gone after this cut,
-    and in the end to `final`. Channels make up for what heads cannot reach. On the way all kinds are cut in proportion,
-    so no count has to grow again. `scores` and the result belong to the current groups.
+    `scores` and the result belong to the current groups.
     """
-    counts = uniform_counts(limits, target, final)
     layers = enumerate(current.layers)
     wanted = [limits.within(counts, i) if i in limits.open_layers else layer for i, layer in layers]
     return keep_best(scores, wanted, current)
 
 
-def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
-    """Returns the counts that every open layer keeps when `target` is due on the way to `final`."""
-    return counts_on_the_way(limits, uniform_goal(limits, final), target / final)
-
-
-def counts_on_the_way(limits: Limits, goal: LayerShape, part: float) -> LayerShape:
-    """Returns the counts at a part of the way from the dense ones to `goal`. They never grow with `part`."""
-    dense = limits.open_counts
-    counts = {kind: count - round(part * (count - goal[kind])) for kind, count in dense.items()}
+def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerShape:
+    """Returns the counts at a part of the way down the bounds, all kinds in proportion. They never grow with `part`."""
+    goal, start = bounds
+    counts = {kind: count - round(part * (count - goal[kind])) for kind, count in start.items()}
     return LayerShape(
-        (kind, _nearest_multiple(count, goal[kind], dense[kind], limits.multiples[kind]))
+        (kind, _nearest_multiple(count, goal[kind], start[kind], limits.multiples[kind]))
         for kind, count in counts.items()
     )
 
 
-def shape_of_uniform(limits: Limits) -> ModelShape:
+def shape_of_uniform(limits: Limits, bounds: Bounds | None = None) -> ModelShape:
     """Returns the shape that `uniform` ends with."""
-    goal, open_layers = uniform_goal(limits, limits.ratio), set(limits.open_layers)
+    goal, open_layers = uniform_goal(limits, limits.ratio, bounds), set(limits.open_layers)
     layers = enumerate(limits.dense.layers)
     return limits.dense.with_layers(tuple(limits.within(goal, i) if i in open_layers else x for i, x in layers))
 
 
-def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
-    """Returns the counts that every open layer keeps at the end, as near to `ratio` as possible.
+def uniform_goal(limits: Limits, ratio: float, bounds: Bounds | None = None) -> LayerShape:
+    """Returns the counts that every open layer keeps in the end, as near to `ratio` as possible.
 
     Channels fill up what heads leave. Of all counts within half a step of the channels from the target, those win
     that are closest to the share of the heads.
+
+    Args:
+        bounds: of the counts, narrower than those of the limits.
     """
-    dense, (*coarse, fine) = limits.open_counts, limits.dense.kinds
+    dense, (*coarse, fine), bounds = limits.open_counts, limits.dense.kinds, bounds or limits.bounds
     wanted = ratio * limits.dense.linear_numel()  # parameters that leave
     numel = {kind: max(1, part) for kind, part in limits.open_numel.items()}
     share = {kind: dense[kind] - wanted * limits.shares[kind] / numel[kind] for kind in coarse}
@@ -73,12 +65,12 @@ def uniform_goal(limits: Limits, ratio: float) -> LayerShape:
         """Fills the counts up with channels: (distance to the target, distance to the shares, counts)."""
         missing = wanted - limits.lost_by_all({**narrowest, fine: dense[fine]})
         count = dense[fine] - missing / numel[fine]
-        channels = _nearest_multiple(count, narrowest[fine], dense[fine], limits.multiples[fine])
+        channels = _nearest_multiple(count, narrowest[fine], bounds[1][fine], limits.multiples[fine])
         counts = LayerShape({**narrowest, fine: channels})
         distance = max(abs(limits.lost_by_all(counts) - wanted), limits.multiples[fine] * numel[fine] / 2)
         return distance, sum(abs(counts[kind] - share[kind]) for kind in coarse), counts
 
-    return min(map(option, limits.narrowest()), key=lambda distances: distances[:2])[-1]
+    return min(map(option, limits.narrowest(bounds)), key=lambda distances: distances[:2])[-1]
 
 
 def _nearest_multiple(count: float, lowest: int, highest: int, multiple: int) -> int:

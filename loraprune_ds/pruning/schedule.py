@@ -1,46 +1,96 @@
 """The plan of a run's pruning: within which limits, at which steps, and how much should be gone by then."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.pruning.limits import Limits
-from loraprune_ds.pruning.ranking import counts_on_the_way, uniform_goal
+from loraprune_ds.pruning.ranking import counts_on_the_way
+from loraprune_ds.pruning.target import Size, plan_sizes
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The cubic schedule (Zhu & Gupta, arXiv 1710.01878): ratio · (1 − (1 − t)³) between warm-up and cool-down.
+class Section:
+    """The steps on the way to one size: warm-up, cuts, cool-down, recovery.
+
+    The cubic schedule (Zhu & Gupta, arXiv 1710.01878), from what is gone before to the size's ratio r:
+    before + (r − before) · (1 − (1 − t)³) between warm-up and cool-down.
 
     Steps count from 1. Step s is the s-th optimizer update, and a cut follows it.
     """
 
-    ratio: float
+    size: Size
+    before: float  # the ratio of the size before
+    first: int  # the last step before the section
     start: int  # the last step of the warm-up
-    end: int  # the last step that may cut, where the target is `ratio`
+    end: int  # the last step that may cut, where the target is the size's ratio
+    recovery: int  # the last step before the recovery
+    last: int  # the last step of the section
     every: int  # steps from one cut to the next
     passed_over: frozenset[int] = frozenset()  # steps that cut nothing because no width would change
 
     def target(self, step: int) -> float:
         """Returns the fraction of the dense linear parameters that should be gone after `step`."""
         t = (step - self.start) / (self.end - self.start)
-        return self.ratio * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
+        return self.before + (self.size.ratio - self.before) * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
 
-    def cut_steps(self) -> list[int]:
-        """Lists every `every`-th step after the warm-up and the last step before the cool-down, if a width changes."""
-        return [step for step in range(self.start + 1, self.end + 1) if self.is_cut(step)]
-
-    @cached_property
-    def last_cut(self) -> int:
-        """The last step that cuts, which may be before `end`."""
-        return max(self.cut_steps(), default=self.end)
+    def counts(self, limits: Limits, step: int) -> LayerShape | None:
+        """Returns the counts that every open layer should have after `step`. None unless the ranking is `uniform`."""
+        if self.size.bounds is None:
+            return None
+        part = (self.target(step) - self.before) / (self.size.ratio - self.before)
+        return counts_on_the_way(limits, self.size.bounds, part)
 
     def is_cut(self, step: int) -> bool:
         """Returns True if a cut follows this step."""
         due = (step - self.start) % self.every == 0 or step == self.end
         return self.start < step <= self.end and due and step not in self.passed_over
+
+    @cached_property
+    def cut_steps(self) -> list[int]:
+        """Every `every`-th step after the warm-up and the last step before the cool-down, if a width changes."""
+        return [step for step in range(self.start + 1, self.end + 1) if self.is_cut(step)]
+
+    @property
+    def last_cut(self) -> int:
+        """The last step that cuts, which may be before `end`."""
+        return max(self.cut_steps, default=self.end)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run: a section for each size."""
+
+    sections: list[Section]
+
+    @property
+    def ratio(self) -> float:
+        """The fraction of the dense linear parameters that is gone in the end."""
+        return self.sections[-1].size.ratio
+
+    def section(self, step: int) -> Section:
+        """Returns the section of a step. Steps after the last section belong to it."""
+        return next((section for section in self.sections if step <= section.last), self.sections[-1])
+
+    def target(self, step: int) -> float:
+        """Returns the fraction of the dense linear parameters that should be gone after `step`."""
+        return self.section(step).target(step)
+
+    def cut_steps(self) -> list[int]:
+        """Lists the steps that a cut follows."""
+        return [step for section in self.sections for step in section.cut_steps]
+
+    @property
+    def last_cut(self) -> int:
+        return self.sections[-1].last_cut
+
+    def is_cut(self, step: int) -> bool:
+        """Returns True if a cut follows this step."""
+        return self.section(step).is_cut(step)
 
     def is_scored(self, step: int) -> bool:
         """Returns True for each step up to the last cut."""
@@ -50,40 +100,54 @@ class Schedule:
         """Returns True if a cut follows one of the next `within` steps, this one included."""
         return any(self.is_cut(s) for s in range(step, step + within))
 
+    def size_after(self, step: int) -> str | None:
+        """Returns the name of the size that is done after this step. None for the last one, which ends the run."""
+        return next((section.size.name for section in self.sections[:-1] if section.last == step), None)
 
-def make_schedule(config: PruneConfig, steps: int, limits: Limits) -> Schedule:
-    """Makes the schedule of a run of `steps` steps. Raises UserError if no step is left to cut or changes a width."""
+    def cycles(self) -> list[int]:
+        """Lists the steps of each cycle of the learning rate: those with cuts, and those of each recovery."""
+        parts = [n for x in self.sections for n in (x.recovery - x.first, x.last - x.recovery)]
+        return [steps for steps in parts if steps]
+
+
+def make_section(config: PruneConfig, limits: Limits, size: Size, earlier: Section | None, steps: int) -> Section:
+    """Makes the section of a size from its steps with cuts, after the `earlier` one.
+
+    Raises UserError if no step is left to cut or changes a width.
+    """
+    first, before = (earlier.last, earlier.size.ratio) if earlier else (0, 0.0)
     # The sliver keeps 0.29 of 100 steps from being 28.999999999999996.
-    start = math.floor(config.warmup_fraction * steps + 1e-6)
-    end = steps - math.floor(config.cooldown_fraction * steps + 1e-6)
+    start = first + math.floor(config.warmup_fraction * steps + 1e-6)
+    end = first + steps - math.floor(config.cooldown_fraction * steps + 1e-6)
+    to = f" for prune.sizes {size.name}" if size.name else ""
     if end <= start:
-        raise UserError(f"train.steps {steps} leaves no step between prune.warmup_fraction and prune.cooldown_fraction")
-    schedule = Schedule(limits.ratio, start, end, config.prune_every)
-    schedule = replace(schedule, passed_over=_without_a_change(schedule, config, limits))
-    if not schedule.cut_steps():
+        raise UserError(
+            f"train.steps {steps}{to} leaves no step between prune.warmup_fraction and prune.cooldown_fraction"
+        )
+    section = Section(size, before, first, start, end, first + steps, first + steps, config.prune_every)
+    section = replace(section, passed_over=_without_a_change(section, limits))
+    if not section.cut_steps:
         multiple = f"prune.channel_multiple {config.channel_multiple}"
-        raise UserError(f"prune.ratio {limits.ratio:.6g} is too small to change a width with {multiple}")
-    return schedule
+        raise UserError(f"prune.ratio {size.ratio:.6g}{to} is too small to change a width with {multiple}")
+    return section
 
 
-def _without_a_change(schedule: Schedule, config: PruneConfig, limits: Limits) -> frozenset[int]:
+def _without_a_change(section: Section, limits: Limits) -> frozenset[int]:
     """Finds the steps whose cut would change no width of `uniform`.
 
     With multiples `global` waits until each open layer could lose one more on average, and keeps the last step.
     """
-    fine = limits.dense.kinds[-1]
-    if config.ranking != "uniform" and limits.multiples[fine] == 1:
+    fine, is_uniform = limits.dense.kinds[-1], section.size.bounds is not None
+    if not is_uniform and limits.multiples[fine] == 1:
         return frozenset()
-    goal = uniform_goal(limits, schedule.ratio) if config.ranking == "uniform" else None
     chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
     unchanged, before = list[int](), None
-    for step in (0, *schedule.cut_steps()):
-        target = schedule.target(step)
-        now = round(target / chunk) if goal is None else counts_on_the_way(limits, goal, target / schedule.ratio)
+    for step in (section.first, *section.cut_steps):
+        now = section.counts(limits, step) or round(section.target(step) / chunk)
         if now == before:
             unchanged.append(step)
         before = now
-    return frozenset(unchanged) - (frozenset() if goal else {schedule.end})
+    return frozenset(unchanged) - (frozenset() if is_uniform else {section.end})
 
 
 def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int:
@@ -99,7 +163,24 @@ class PruningPlan:
     limits: Limits
     schedule: Schedule
 
+    @property
+    def steps(self) -> int:
+        """The steps of the run, recoveries included."""
+        return self.schedule.sections[-1].last
 
-def plan_pruning(config: PruneConfig, limits: Limits, steps: int) -> PruningPlan:
-    """Plans the pruning of a run of `steps` steps, within its `make_limits`. Raises UserError as `make_schedule`."""
-    return PruningPlan(config, limits, make_schedule(config, steps, limits))
+
+def plan_pruning(config: PruneConfig, limits: Limits, steps: int, recovery: Sequence[int] = ()) -> PruningPlan:
+    """Plans the pruning of a run within its `make_limits`. Raises UserError as `make_section` and `plan_sizes`.
+
+    Args:
+        steps: with cuts. Sizes share them in proportion to what they remove.
+        recovery: steps after those of each size, in the order of `prune.sizes`.
+    """
+    sections, shared = list[Section](), 0
+    for size in plan_sizes(config, limits):
+        until = round(steps * size.ratio / limits.ratio)
+        section = make_section(config, limits, size, sections[-1] if sections else None, until - shared)
+        rest = recovery[size.place] if recovery else 0
+        sections.append(replace(section, last=section.recovery + rest))
+        shared = until
+    return PruningPlan(config, limits, Schedule(sections))

@@ -115,7 +115,7 @@ class Pruner:
 
         Args:
             scored: False if the step's gradients overflowed in fp16. The next cut then takes over this one's groups.
-                The last cut has no next one and uses the earlier scores.
+                The last cut of a size has no next one and uses the earlier scores.
 
         Raises:
             RunError: a score is not finite, no score was updated since the last cut, or a rank computed another mask.
@@ -123,14 +123,14 @@ class Pruner:
         if self._unchecked is not None:
             self._unchecked.check()  # at no cost here: the update has waited for the device
             self._unchecked = None
-        if not self.schedule.is_cut(step) or (not scored and step < self.schedule.last_cut):
+        if not self.schedule.is_cut(step) or (not scored and step < self.schedule.section(step).last_cut):
             return None
         began = time.perf_counter()
         target = self.schedule.target(step)
         average = self.average.on_host()
         if average is None or (scored and self.average.updates_since_cut == 0):
             raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
-        keep = self._rank(average, target)
+        keep = self._rank(average, step)
         check_same_mask(keep, self.model, step)
         if self.model.shape.after(keep).layers == self.model.shape.layers:
             return None
@@ -160,11 +160,11 @@ class Pruner:
         """Returns the fraction of the dense decoder-layer linear parameters that is gone."""
         return 1 - self.model.shape.linear_numel() / self.limits.dense.linear_numel()
 
-    def _rank(self, scores: list[LayerScores], target: float) -> list[LayerKeep]:
-        shape = self.model.shape
-        if self.config.ranking == "uniform":
-            return rank_uniform(scores, shape, self.limits, target, self.schedule.ratio)
-        return rank_global(scores, shape, self.limits, target)
+    def _rank(self, scores: list[LayerScores], step: int) -> list[LayerKeep]:
+        counts = self.schedule.section(step).counts(self.limits, step)
+        if counts is None:
+            return rank_global(scores, self.model.shape, self.limits, self.schedule.target(step))
+        return rank_uniform(scores, self.model.shape, self.limits, counts)
 
 
 def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:

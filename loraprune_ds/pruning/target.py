@@ -1,7 +1,7 @@
-"""How much a run removes in all: `prune.ratio`, or the ratio that brings the model down to `prune.target`."""
+"""How much a run removes: `prune.ratio`, or what `prune.target` or each of `prune.sizes` asks for."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraprune_ds.config import PruneConfig
@@ -9,6 +9,7 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.flops import cached_numel, state_numel
 from loraprune_ds.model.shapes import EQUAL_LAYERS, LayerShape, ModelShape
 from loraprune_ds.pruning.limits import (
+    Bounds,
     Limits,
     check_reachable,
     limits_without_ratio,
@@ -16,8 +17,8 @@ from loraprune_ds.pruning.limits import (
     resolve_refit,
     with_ratio,
 )
-from loraprune_ds.pruning.ranking import shape_of_uniform
-from loraprune_ds.units import Amount
+from loraprune_ds.pruning.ranking import shape_of_uniform, uniform_goal
+from loraprune_ds.units import Amount, read_amount
 
 BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and biases
 
@@ -31,7 +32,7 @@ def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> t
     equal = dense.family.equal_layers
     if config.ranking is None:
         config = replace(config, ranking="uniform" if tower or equal else "global")
-    limits = make_limits(config, dense)
+    limits = make_limits(config := with_largest_size(config, dense), dense)
     if equal:
         final = final_shape(config, limits)
         fits = final is not None and final.is_uniform
@@ -50,53 +51,111 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     Raises UserError if settings conflict, or if the ratio or target is out of reach. The message names the largest
     ratio or the smallest size.
     """
-    limits, amount = limits_without_ratio(config, dense), config.target_amount
-    ratio = config.ratio if amount is None else _find_ratio(config, limits, amount)
+    limits, ratio = limits_without_ratio(config, dense), config.ratio
+    if config.target is not None:
+        ratio = _find_ratio(config, limits, "prune.sizes" if config.sizes else "prune.target", config.target)
     assert ratio is not None, "the config has a ratio or a target"
     limits = with_ratio(config, limits, ratio)
     check_reachable(config, limits)
     return limits
 
 
-def _find_ratio(config: PruneConfig, limits: Limits, amount: Amount) -> float:
-    """Finds the ratio that reaches `prune.target`.
+def with_largest_size(config: PruneConfig, dense: ModelShape) -> PruneConfig:
+    """Makes the size that removes most the run's ratio or target. Raises UserError if another one is given."""
+    if config.sizes is None:
+        return config
+    limits = limits_without_ratio(config, dense)
+    largest = max(config.sizes, key=lambda size: _ratio_of(config, limits, size))
+    fraction = _fraction(largest)
+    for key, given, own in (("ratio", config.ratio, fraction), ("target", config.target, largest)):
+        agrees = given is None or (given == own and (key == "ratio") == (fraction is not None))
+        require(agrees, f"prune.{key} {given} is not the largest cut of prune.sizes, which is {largest}; leave it out")
+    return replace(config, ratio=fraction, target=None if fraction else largest)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One of the sizes that a run makes, or its only one."""
+
+    name: str | None  # as given in `prune.sizes`. None: the run has no sizes
+    place: int  # in `prune.sizes`
+    ratio: float  # fraction of the dense linear parameters that is gone
+    bounds: Bounds | None = None  # `uniform`: the equal counts that it ends with, and those that it starts from
+
+
+def plan_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
+    """Lists the sizes of a run in the order of what they remove. Raises UserError for equal ones.
+
+    With `uniform` the counts of each lie between those of the size before and those of the last: none has to grow.
+    """
+    end, start = uniform_goal(limits, limits.ratio) if config.ranking == "uniform" else None, limits.open_counts
+    if config.sizes is None:
+        return [Size(None, 0, limits.ratio, None if end is None else (end, start))]
+    places = range(len(config.sizes))
+    sizes, names, before = list[Size](), config.sizes, 0.0
+    for place in sorted(places, key=lambda i: _ratio_of(config, limits, names[i])):
+        bounds, is_last = None if end is None else (end, start), len(sizes) + 1 == len(names)
+        ratio = limits.ratio if is_last else _ratio_of(config, limits, names[place], bounds)
+        if bounds is not None:
+            bounds = (uniform_goal(limits, ratio, bounds), start)
+        removes = ratio > before and (bounds is None or bounds[0] != start)
+        require(removes, f"prune.sizes: {names[place]} removes no more than {sizes[-1].name if sizes else 'nothing'}")
+        sizes.append(Size(names[place], place, ratio, bounds))
+        before, start = ratio, start if bounds is None else bounds[0]
+    return sizes
+
+
+def _fraction(size: str) -> float | None:
+    """Returns a size that is a fraction to remove. None for parameters and memory."""
+    amount = read_amount(size, "prune.sizes")
+    return amount.value if amount.unit == "parameters" and amount.value < 1 else None
+
+
+def _ratio_of(config: PruneConfig, limits: Limits, size: str, bounds: Bounds | None = None) -> float:
+    """Returns what one of `prune.sizes` removes, as a ratio."""
+    fraction, free = _fraction(size), replace(config, head_ratio=None)  # the shares of the last size are those of all
+    return _find_ratio(free, limits, "prune.sizes", size, bounds) if fraction is None else fraction
+
+
+def _find_ratio(config: PruneConfig, limits: Limits, key: str, asked: str, bounds: Bounds | None = None) -> float:
+    """Finds the ratio that reaches a number of parameters or the memory of a server.
 
     `uniform` ends at or below the target, within one step of its widths. `global` ends within one group of it.
     """
-    size, numel = measure(config, limits.dense), limits.dense.linear_numel()
+    amount, numel = read_amount(asked, key), limits.dense.linear_numel()
+    size = measure(config, limits.dense, amount)
     if size <= amount.value:
-        has = amount.format(size)
-        raise UserError(f"prune.target {config.target} takes nothing from the dense model, which has {has}")
+        raise UserError(f"{key} {asked} takes nothing from the dense model, which has {amount.format(size)}")
+
+    def size_at(ratio: float) -> float:
+        at = with_ratio(config, limits, ratio)
+        if config.ranking == "uniform":
+            return measure(config, shape_of_uniform(at, bounds), amount)
+        return _size_of_global(config, at, amount)
+
     least, most = (gone / numel for gone in reachable(config, limits))
-    size_at = _size_of_uniform if config.ranking == "uniform" else _size_of_global
-    narrowest = size_at(config, with_ratio(config, limits, most)) if most > 0 else size
+    narrowest = size_at(most) if most > 0 else size
     if narrowest > amount.value:
         keeps = f"protected layers and minimum widths at least {amount.format(narrowest)} stay"
-        raise UserError(f"prune.target {config.target} is out of reach: with the {keeps}")
+        raise UserError(f"{key} {asked} is out of reach: with the {keeps}")
     low, high = least, most
     while high - low > 0.5 / numel:  # `high` fits
         middle = (low + high) / 2
-        too_large = size_at(config, with_ratio(config, limits, middle)) > amount.value
-        low, high = (middle, high) if too_large else (low, middle)
+        low, high = (middle, high) if size_at(middle) > amount.value else (low, middle)
     if config.head_ratio and high - least < 1 / numel:
-        raise UserError(f"prune.head_ratio {config.head_ratio} alone takes more than prune.target {config.target} asks")
+        raise UserError(f"prune.head_ratio {config.head_ratio} alone takes more than {key} {asked} asks")
     return high
 
 
-def _size_of_uniform(config: PruneConfig, limits: Limits) -> float:
-    """Returns the size at the final widths of `uniform`."""
-    return measure(config, shape_of_uniform(limits))
-
-
-def _size_of_global(config: PruneConfig, limits: Limits) -> float:
+def _size_of_global(config: PruneConfig, limits: Limits, amount: Amount) -> float:
     """Returns the size once each kind has lost its share, from whichever layers."""
     dense, leaving = limits.dense, limits.ratio * limits.dense.linear_numel()
-    size = dense_size = measure(config, dense)
+    size = dense_size = measure(config, dense, amount)
     for kind, share in limits.shares.items():
         index = max(range(len(dense.layers)), key=lambda i: dense.layers[i][kind])  # some have no groups of this kind
         layers = list(dense.layers)
         layers[index] = LayerShape({**layers[index], kind: layers[index][kind] - 1})
-        of_a_group = dense_size - measure(config, dense.with_layers(tuple(layers)))
+        of_a_group = dense_size - measure(config, dense.with_layers(tuple(layers)), amount)
         size -= of_a_group * leaving * share / dense.group_numel(kind)
     return size
 
@@ -122,10 +181,9 @@ def _state_bytes(shape: ModelShape) -> int:
     return 4 * state_numel(shape)
 
 
-def measure(config: PruneConfig, shape: ModelShape) -> float:
-    """Returns the size of a model in the unit of `prune.target`."""
-    in_bytes = config.target_amount is not None and config.target_amount.unit == "bytes"
-    return sum(server_memory(config, shape).values()) if in_bytes else shape.total_numel()
+def measure(config: PruneConfig, shape: ModelShape, amount: Amount) -> float:
+    """Returns the size of a model in the unit of an amount."""
+    return sum(server_memory(config, shape).values()) if amount.unit == "bytes" else shape.total_numel()
 
 
 def describe_target(config: PruneConfig, dense: ModelShape, pruned: ModelShape) -> dict[str, Any] | None:
@@ -134,5 +192,5 @@ def describe_target(config: PruneConfig, dense: ModelShape, pruned: ModelShape) 
     if amount is None:
         return None
     entry = {"asked": config.target, "unit": amount.unit, "value": amount.value}
-    entry |= {"dense": measure(config, dense), "reached": measure(config, pruned)}
+    entry |= {"dense": measure(config, dense, amount), "reached": measure(config, pruned, amount)}
     return entry | (server_memory(config, pruned) if amount.unit == "bytes" else {})

@@ -73,9 +73,8 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     if checkpoint is not None:
         model = replace(model, adapter=None)  # the checkpoint has its LoRA
         frozen = checkpoint.frozen_model(frozen)
-    engine = build_training_engine(
-        frozen, prepared.ds_config, prepared.steps, model, config.lora, config.train, config.seed
-    )
+    cycles = prepared.pruning.schedule.cycles()
+    engine = build_training_engine(frozen, prepared.ds_config, cycles, model, config.lora, config.train, config.seed)
     if checkpoint is None:
         return engine
     state = checkpoint.state

@@ -41,16 +41,20 @@ class Prepared:
     samples: Samples
     order: SampleOrder
     windows: Tensor  # (windows, evaluate.window) token ids of the held-out text
-    steps: int  # including the recovery
+    pruning_steps: int  # without recoveries
     pruning: PruningPlan
     ds_config: dict[str, Any]  # with every "auto" replaced
+
+    @property
+    def steps(self) -> int:
+        return self.pruning.steps
 
     def with_model(self, pretrained: PretrainedModel) -> "Prepared":
         """Plans the same run of another dense model."""
         if pretrained is self.pretrained:
             return self
-        prune, steps = self.config.prune, self.steps - self.config.train.recovery_steps
-        pruning = plan_pruning(prune, make_limits(prune, pretrained.shape), steps)
+        limits = make_limits(self.config.prune, pretrained.shape)
+        pruning = plan_pruning(self.config.prune, limits, self.pruning_steps, self.config.recovery)
         return replace(self, pretrained=pretrained, pruning=pruning)
 
 
@@ -79,7 +83,7 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     config.train.gradient_accumulation_steps(world_size)
     check_installed(config.logging.report_to or ())
     if config.train.steps is not None:
-        _check_profile_steps(config.logging, config.train.steps + config.train.recovery_steps)
+        _check_profile_steps(config.logging, config.train.steps + sum(config.recovery))
 
 
 def _check_profile_steps(logging: LoggingConfig, steps: int) -> None:
@@ -112,17 +116,17 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     lengths = loaded.samples.lengths() if train.group_by_length else None
     order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
     pruning_steps = train.steps or steps_for_epochs(train.epochs or 1, loaded.epoch_length, global_batch_size)
-    train.check_warmup(pruning_steps)
-    steps = pruning_steps + train.recovery_steps
-    _check_profile_steps(config.logging, steps)
+    pruning = plan_pruning(config.prune, limits, pruning_steps, config.recovery)
+    train.check_warmup(pruning.schedule.cycles()[0])
+    _check_profile_steps(config.logging, pruning.steps)
     return Prepared(
         config=config,
         pretrained=pretrained,
         samples=loaded.samples,
         order=order,
         windows=split_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows, start),
-        steps=steps,
-        pruning=plan_pruning(config.prune, limits, pruning_steps),
+        pruning_steps=pruning_steps,
+        pruning=pruning,
         ds_config=ds_config,
     )
 

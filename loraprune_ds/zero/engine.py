@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from itertools import chain
@@ -90,17 +90,15 @@ def quiet_stdout() -> Iterator[None]:
         yield
 
 
-def learning_rate_factor(config: TrainConfig, steps: int, step: int) -> float:
+def learning_rate_factor(config: TrainConfig, cycles: Sequence[int], step: int) -> float:
     """Returns the schedule's factor on the learning rate at a 0-based step.
 
-    It warms up linearly, then stays, or falls to zero linearly or as a cosine. The recovery at the end of `steps` has a
-    separate schedule without a warm-up, because Adam's moments exist already.
+    It warms up linearly, then stays, or falls to zero linearly or as a cosine. Each of the `cycles`, in steps, has its
+    own schedule. Those after the first have no warm-up, because Adam's moments exist already.
     """
-    main = steps - config.recovery_steps
-    if config.recovery_steps and step >= main:
-        recovery = replace(config, warmup_steps=0, recovery_steps=0)
-        return learning_rate_factor(recovery, config.recovery_steps, step - main)
-    steps = main
+    steps, *others = cycles
+    if others and step >= steps:
+        return learning_rate_factor(replace(config, warmup_steps=0), others, step - steps)
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
@@ -112,7 +110,7 @@ def learning_rate_factor(config: TrainConfig, steps: int, step: int) -> float:
 def build_training_engine(
     pretrained: PretrainedModel,
     ds_config: dict[str, Any],
-    steps: int,
+    cycles: Sequence[int],
     model: ModelConfig,
     lora: LoraConfig,
     train: TrainConfig,
@@ -135,7 +133,7 @@ def build_training_engine(
             eps=train.adam_epsilon,
             weight_decay=0.0,
         )
-        schedule: Any = LambdaLR(optimizer, lambda step: learning_rate_factor(train, steps, step))
+        schedule: Any = LambdaLR(optimizer, lambda step: learning_rate_factor(train, cycles, step))
         engine, *_ = deepspeed.initialize(
             model=peft_model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config, dist_init_required=False
         )

@@ -26,7 +26,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.weight_files import write_index, write_weight_file
 from loraprune_ds.plan.cluster import Cluster
-from loraprune_ds.plan.request import build_request
+from loraprune_ds.plan.request import build_request, changed
 from loraprune_ds.plan.stages import split_state
 from loraprune_ds.zero.flat import partition_numel
 from tests.benchmarks.memory import Watched, told, watch
@@ -127,7 +127,7 @@ def wide_peaks(name: str, folder: Path, ranks: list[dict[str, Any]]) -> dict[str
     for when, steps in {"before": [1], "after": range(2, STEPS + 1)}.items():
         both = list[tuple[int, int]]()
         for step in steps:
-            at = request.shape_at(gone[step - 1]) if step > 1 else request.shape
+            at = changed(request, prune={"ratio": gone[step - 1]}).shape_at(STEPS) if step > 1 else request.shape
             planned = planned_peak(request, at, scores=step <= len(CUTS))
             state = sum(split_state(request, at, stepped=step > 1)[0].values())
             for row in (rank["phases"] for rank in ranks):

@@ -18,7 +18,7 @@ from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig,
 from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
-from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.pruning.schedule import Section
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
@@ -35,7 +35,7 @@ STEPS, WINDOW = 3, 16
 CUTS = {1: 0.25, 2: 0.5}  # step -> fraction of the decoder's linear parameters that is gone after it
 
 
-class FixedSchedule(Schedule):
+class FixedSection(Section):
     """Cuts at the given steps only."""
 
     def target(self, step: int) -> float:
@@ -125,7 +125,7 @@ def train_and_export(
 ) -> dict[str, Any]:
     """Runs all that needs the training engine, which ends with this call."""
     given = (config, pretrained, ds_config, Samples.of_windows(ids), Consecutive(comm.world_size), STEPS)
-    trainer = phases.measure("load", lambda: assemble(*given, FixedSchedule(0.5, 0, max(CUTS), 1)))
+    trainer = phases.measure("load", lambda: assemble(*given, FixedSection))
     model = trainer.model
     losses = train(trainer, phases)
     described = export_config(pretrained.config, model.shape, "bfloat16").config

@@ -201,8 +201,8 @@ def train_alone(job: Job, follows: list[dict[str, Any]] | None = None) -> list[d
     pruner, rows = trainer.pruner, list[dict[str, Any]]()
     rank = pruner._rank
 
-    def follow(scores: list[LayerScores], target: float) -> list[LayerKeep]:
-        chosen, theirs = rank(scores, target), follows[len(rows)]["kept"] if follows else []
+    def follow(scores: list[LayerScores], step: int) -> list[LayerKeep]:
+        chosen, theirs = rank(scores, step), follows[len(rows)]["kept"] if follows else []
         for layer, groups in enumerate(theirs):
             for kind, kept in zip(KINDS, groups, strict=True):
                 of, own = scores[layer][kind], chosen[layer][kind]

@@ -3,7 +3,7 @@
 import gc
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, ope
 from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.schedule import Schedule, plan_pruning
+from loraprune_ds.pruning.schedule import Schedule, Section, plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
@@ -189,12 +189,14 @@ def build(job: Job) -> Trainer:
 
 def assemble(
     config: RunConfig, pretrained: PretrainedModel, ds_config: dict[str, Any], samples: Samples, order: Any, steps: int,
-    schedule: Schedule | None = None,
+    section: type[Section] = Section,
 ) -> Trainer:  # fmt: skip
     """Puts a trainer together over a fresh engine."""
-    engine = build_training_engine(pretrained, ds_config, steps, config.model, config.lora, config.train, config.seed)
+    engine = build_training_engine(pretrained, ds_config, [steps], config.model, config.lora, config.train, config.seed)
     plan = plan_pruning(config.prune, make_limits(config.prune, pretrained.shape), steps)
-    pruner = Pruner(engine.model, replace(plan, schedule=schedule or plan.schedule), config.seed)
+    (only,) = plan.schedule.sections
+    schedule = Schedule([section(**{field.name: getattr(only, field.name) for field in fields(only)})])
+    pruner = Pruner(engine.model, replace(plan, schedule=schedule), config.seed)
     return Trainer(engine, pruner, samples, order, config.train, dtype=config.model.dtype, seed=config.seed)
 
 

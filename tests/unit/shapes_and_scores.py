@@ -13,6 +13,7 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
+from loraprune_ds.pruning.ranking import counts_on_the_way, uniform_goal
 from loraprune_ds.pruning.target import make_limits
 from tests.paper import PAPER
 
@@ -45,6 +46,11 @@ def make_shape(
 
 SMOLLM2 = make_shape([(3, 1536)] * 30, hidden=576, head_dim=64, queries_per_group=3)
 LLAMA_7B = make_shape([(32, 11008)] * 32, hidden=4096, head_dim=128)
+
+
+def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
+    """The counts of `uniform` where `target` is due on the way to `final`."""
+    return counts_on_the_way(limits, (uniform_goal(limits, final), limits.open_counts), target / final)
 
 
 def random_scores_of(shape: ModelShape, generator: torch.Generator, *, levels: int | None = None) -> list[LayerScores]:

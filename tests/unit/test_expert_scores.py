@@ -31,6 +31,7 @@ from tests.paper import PAPER
 from tests.plain_model import PlainModel
 from tests.refusals import refuses
 from tests.unit.plain_training import PlainRun, fresh_lora
+from tests.unit.shapes_and_scores import uniform_counts
 from tests.unit.test_experts import KINDS, TOLERANCE, factors
 
 
@@ -161,7 +162,7 @@ def test_every_group_loses_as_many(ranking: Any) -> None:
     ]
     limits = make_limits(config, shape)
     if ranking == "uniform":
-        keep = rank_uniform(scores, shape, limits, 0.3, 0.3)
+        keep = rank_uniform(scores, shape, limits, uniform_counts(limits, 0.3, 0.3))
     else:
         keep = rank_global(scores, shape, limits, 0.3)
     assert not len(keep[0]["experts"])

@@ -69,7 +69,7 @@ def scored_and_refitted(run: PlainRun, *, device: torch.device) -> list[Tensor]:
     assert pruner._unchecked is None or pruner._unchecked.check() is None
     scores = pruner.average.on_host()
     assert scores is not None
-    keep = pruner._rank(scores, RATIO)
+    keep = pruner._rank(scores, pruner.schedule.last_cut)
     if pruner.compensator is not None:
         pruner.compensator.compensate(keep, 1)
     pruner.average.cut(keep)

@@ -15,7 +15,7 @@ from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.target import make_limits
 from tests.paper import PAPER
 from tests.refusals import refused, refuses
-from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_shape
+from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_shape, uniform_counts
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
@@ -114,7 +114,7 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
         limits = make_limits(config, shape)
         scores = random_scores_of(shape, generator)
         if ranking == "uniform":
-            keep = rank_uniform(scores, shape, limits, most, most)
+            keep = rank_uniform(scores, shape, limits, uniform_counts(limits, most, most))
             step = len(limits.open_layers) * limits.multiples["channels"] * shape.group_numel("channels") / 2
         else:
             keep = rank_global(scores, shape, limits, most)

@@ -17,7 +17,6 @@ from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import LayerKeep
-from loraprune_ds.pruning.ranking import uniform_counts
 from loraprune_ds.pruning.step import all_groups, check_same_mask
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.formula import cut_gap
@@ -25,6 +24,7 @@ from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.paper import PAPER
 from tests.plain_model import PlainModel
 from tests.unit.plain_training import Batch, PlainRun, fresh_lora
+from tests.unit.shapes_and_scores import uniform_counts
 
 TOLERANCE = 1e-5
 VOCAB, LAYERS, STEPS = 97, 3, 8

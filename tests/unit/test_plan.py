@@ -311,7 +311,8 @@ def test_recovery_and_the_teachers_passes_are_in_all() -> None:
     settings: dict[str, Any] = {"distill_weight": 0.5}
     distilled, longer = (make_plan(request(Cluster(1, 2), **settings, recovery_steps=x)) for x in (0, 30))
     assert (distilled.request.steps, longer.request.steps) == (20, 50)
-    assert longer.request.pruning.schedule == distilled.request.pruning.schedule
+    cuts = [plan.request.pruning.schedule.cut_steps() for plan in (longer, distilled)]
+    assert cuts[0] == cuts[1] != []
     assert stage(distilled, "dense").phases["teacher's pass"]["targets"] == 2 * 64 * 512 * 2
     added = 30 * distilled.last_step.total.at_least
     assert longer.in_all.at_least == pytest.approx(distilled.in_all.at_least + added)

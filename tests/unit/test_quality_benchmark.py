@@ -31,7 +31,7 @@ def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = parse_arguments().ranks
     for setting in SETTINGS.values():
         config = load_config("launch/configs/quickstart.yaml", setting.overrides)
-        tokens = (config.train.steps or 0) + config.train.recovery_steps
+        tokens = (config.train.steps or 0) + sum(config.recovery)
         tokens *= config.train.global_batch_size * config.data.window
         assert config.train.gradient_accumulation_steps(ranks) in (1, 2)
         last = setting.name.rpartition("-")[2]

@@ -12,13 +12,22 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
-from loraprune_ds.pruning.ranking import rank_uniform, uniform_counts, uniform_goal
+from loraprune_ds.pruning.ranking import rank_uniform, uniform_goal
 from loraprune_ds.pruning.target import make_limits
 from tests.families import tiny_config
 from tests.oracle.formula import keep_best
 from tests.paper import PAPER
 from tests.refusals import refuses
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape, random_limits, random_scores_of
+from tests.unit.shapes_and_scores import (
+    LLAMA_7B,
+    SMOLLM2,
+    gone,
+    limits_of,
+    make_shape,
+    random_limits,
+    random_scores_of,
+    uniform_counts,
+)
 
 TARGETS = [0.2, 0.5, 0.75, 0.9, 0.97, 1.0]  # of the final ratio, as on the way there
 
@@ -65,7 +74,9 @@ def test_layers_of_several_sorts_have_equal_counts(family: str, ratio: float, he
     """A delta net has no attention, and a dense layer among sparse ones no experts. A stock class holds the result."""
     dense = shape_from_config(tiny_config(family).to_dict(), family)
     limits = limits_of(dense, ratio=ratio, head_ratio=head_ratio)
-    left = dense.after(rank_uniform(random_scores_of(dense, torch.Generator()), dense, limits, ratio, ratio))
+    left = dense.after(
+        rank_uniform(random_scores_of(dense, torch.Generator()), dense, limits, uniform_counts(limits, ratio, ratio))
+    )
     assert left.is_uniform
     assert limits.lost_by_all(uniform_goal(limits, ratio)) == gone(left, dense)
     sizes = [range(limits.floor[1][kind] or 1, count + 1) for kind, count in limits.open_counts.items()]
@@ -124,7 +135,7 @@ def test_counts_never_grow_on_the_way_and_end_exactly() -> None:
         goal, shape = uniform_goal(limits, ratio), limits.dense
         for fraction in TARGETS:
             scores = random_scores_of(shape, generator)
-            keep = rank_uniform(scores, shape, limits, fraction * ratio, ratio)
+            keep = rank_uniform(scores, shape, limits, uniform_counts(limits, fraction * ratio, ratio))
             shape = shape.after(keep)  # indexing would fail if a count grew
             (counts,) = {shape.layers[i] for i in limits.open_layers}
             for kind, multiple in limits.multiples.items():
@@ -154,7 +165,7 @@ def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:
         scores[2] = LayerScores(
             heads=scores[2]["heads"] * 1000, channels=scores[2]["channels"] / 1000
         )  # scale between layers is nothing
-        keep = rank_uniform(scores, shape, limits, 0.3, 0.3)
+        keep = rank_uniform(scores, shape, limits, uniform_counts(limits, 0.3, 0.3))
         counts = uniform_goal(limits, 0.3)
         for i, (layer, layer_keep) in enumerate(zip(scores, keep, strict=True)):
             wanted = counts if i in (1, 2, 3) else shape.layers[i]

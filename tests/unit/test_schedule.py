@@ -10,19 +10,17 @@ from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.read_shape import read_config, shape_from_config
-from loraprune_ds.pruning import schedule as schedules
-from loraprune_ds.pruning.ranking import uniform_counts
-from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.pruning.target import make_limits
+from loraprune_ds.pruning.schedule import Schedule, Section, plan_pruning
+from loraprune_ds.pruning.target import Size, make_limits
 from tests.integration.launching import ROOT
 from tests.oracle.formula import cubic_target
-from tests.unit.shapes_and_scores import LLAMA_7B
+from tests.unit.shapes_and_scores import LLAMA_7B, uniform_counts
 
 
 def make_schedule(config: PruneConfig, steps: int) -> Schedule:
     """The schedule on a model so large that each cut changes a width."""
     config = replace(config, channel_multiple=1)
-    return schedules.make_schedule(config, steps, make_limits(config, LLAMA_7B))
+    return plan_pruning(config, make_limits(config, LLAMA_7B), steps).schedule
 
 
 def test_target_is_the_oracles_where_the_borders_are_whole_steps() -> None:
@@ -65,17 +63,18 @@ def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
 def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, most: int, ranking: Ranking) -> None:
     config = replace(load_config(ROOT / f"launch/configs/paper/{name}.yaml").prune, ranking=ranking)
     limits = make_limits(config, shape_from_config(read_config(name), name))
-    schedule = schedules.make_schedule(config, 40_312, limits)
+    schedule = plan_pruning(config, limits, 40_312).schedule
+    section = schedule.sections[0]
     cuts = schedule.cut_steps()
     assert 30 < len(cuts) <= most
     if ranking == "global":
-        assert cuts[-1] == schedule.end
+        assert cuts[-1] == section.end
         return
     counts = [uniform_counts(limits, schedule.target(step), schedule.ratio) for step in (0, *cuts)]
     assert all(now != before for before, now in pairwise(counts))
     assert counts[-1] == uniform_counts(limits, schedule.ratio, schedule.ratio)
     assert all(layer["channels"] % 128 == 0 for layer in counts)
-    due = [step for step in range(schedule.start + 1, schedule.end + 1) if (step - schedule.start) % 10 == 0]
+    due = [step for step in range(section.start + 1, section.end + 1) if (step - section.start) % 10 == 0]
     widths = {uniform_counts(limits, schedule.target(step), schedule.ratio) for step in due[::50]}
     assert widths <= set(counts)  # no width of the schedule is left out
 
@@ -83,7 +82,7 @@ def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, 
 def test_a_ratio_that_changes_no_width_is_refused() -> None:
     config = PruneConfig(ranking="uniform", ratio=1e-4, channel_multiple=128)
     with pytest.raises(UserError, match=r"^prune\.ratio 0\.0001 is too small .* prune\.channel_multiple 128$"):
-        schedules.make_schedule(config, 100, make_limits(config, LLAMA_7B))
+        plan_pruning(config, make_limits(config, LLAMA_7B), 100)
 
 
 def test_a_run_too_short_to_cut_is_refused() -> None:
@@ -98,5 +97,6 @@ def test_every_step_up_to_the_last_cut_scores() -> None:
     assert schedule.cut_steps() == [4, 7, 9]
     assert [step for step in range(1, 11) if schedule.is_scored(step)] == list(range(1, 10))
     assert [step for step in range(1, 11) if schedule.precedes_cut(step, within=2)] == [3, 4, 6, 7, 8, 9]
-    seldom = Schedule(0.5, 0, 10, 5, passed_over=frozenset({10}))  # the last cut would change no width
+    section = Section(Size(None, 0, 0.5), 0.0, 0, 0, 10, 10, 10, 5, passed_over=frozenset({10}))
+    seldom = Schedule([section])  # the last cut would change no width
     assert (seldom.last_cut, [step for step in range(6, 11) if seldom.is_scored(step)]) == (5, [])

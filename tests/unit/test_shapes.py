@@ -18,7 +18,7 @@ from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
 from tests.published import sizes_of
 from tests.refusals import refuses
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape, uniform_counts
 
 LLAMA = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
 REQUIRED = sorted(LLAMA.keys() - {"model_type", "num_key_value_heads"})
@@ -155,7 +155,7 @@ def test_a_group_of_the_third_kind_leaves_with_its_rows(three: ModelShape) -> No
 
 def test_each_ranking_reaches_the_target(three: ModelShape) -> None:
     limits, scores = limits_of(three, ratio=0.5, protected_first=1), random_scores(three, 0)
-    left = three.after(rank_uniform(scores, three, limits, 0.5, 0.5))
+    left = three.after(rank_uniform(scores, three, limits, uniform_counts(limits, 0.5, 0.5)))
     assert left.layers[0] == LAYER  # protected
     assert len(set(left.layers[1:])) == 1
     assert all(left.layers[1][kind] < LAYER[kind] for kind in three.kinds)
@@ -166,5 +166,5 @@ def test_each_ranking_reaches_the_target(three: ModelShape) -> None:
         of_kind = sum(LAYER[kind] - layer[kind] for layer in left.layers) * three.group_numel(kind)
         share = limits.shares[kind] * gone(left, three)
         assert abs(of_kind - share) <= three.group_numel(kind)
-    narrowest = {tuple(layer.values()) for layer in limits.narrowest()}
+    narrowest = {tuple(layer.values()) for layer in limits.narrowest(limits.bounds)}
     assert narrowest == {(h, e, 1) for h in range(1, 5) for e in range(1, 7)}

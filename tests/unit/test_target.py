@@ -13,12 +13,12 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.pruning.limits import Limits, limits_without_ratio
-from loraprune_ds.pruning.ranking import rank_global, rank_uniform, uniform_counts, uniform_goal
+from loraprune_ds.pruning.ranking import rank_global, rank_uniform, uniform_goal
 from loraprune_ds.pruning.target import describe_target, make_limits, measure, on_a_server, server_memory
 from tests.families import EQUAL, MIXTURES, tiny_config
 from tests.paper import PAPER
 from tests.refusals import refused, refuses
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of, uniform_counts
 
 GIB = 2**30
 LIMITS: list[dict[str, Any]] = [{}, {"channel_multiple": 1}, {"channel_multiple": 128}]
@@ -30,7 +30,7 @@ def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
     limits = make_limits(config, shape)
     scores = random_scores_of(shape, torch.Generator().manual_seed(seed))
     if config.ranking == "uniform":
-        return shape.after(rank_uniform(scores, shape, limits, limits.ratio, limits.ratio))
+        return shape.after(rank_uniform(scores, shape, limits, uniform_counts(limits, limits.ratio, limits.ratio)))
     return shape.after(rank_global(scores, shape, limits, limits.ratio))
 
 
@@ -87,7 +87,8 @@ def test_a_servers_memory_is_reached(ranking: str, bits: dict[str, float]) -> No
     config = PruneConfig(target=f"{asked // GIB}GiB", **prune)
     of_a_head = 2 * 128 * 8192 * 4 * 2
     step = uniform_step(LLAMA_7B, prune, config.target_weight_bits / 8, of_a_head)
-    distance = asked - measure(config, pruned)
+    assert config.target_amount
+    distance = asked - measure(config, pruned, config.target_amount)
     assert (0 if ranking == "uniform" else -step) <= distance <= step
 
 
@@ -171,7 +172,7 @@ def test_the_planner_knows(ranking: Ranking) -> None:
         ratio=0.4, channel_multiple=1, head_ratio=0.2, ranking=ranking, protected_first=0, protected_last=0
     )
     config = RunConfig(output_dir="unused", prune=prune, train=TrainConfig(steps=20, global_batch_size=8))
-    shape = build_request("small", {}, SHAPE, config, Cluster(1, 1)).shape_at(0.4)
+    shape = build_request("small", {}, SHAPE, config, Cluster(1, 1)).shape_at(20)
     assert {layer["heads"] for layer in shape.layers} == {7}
     assert abs(1 - shape.linear_numel() / SHAPE.linear_numel() - 0.4) < 0.01
 

@@ -105,7 +105,7 @@ def make_trainer(size: Sizes, request: Request) -> Trainer:
     batch = config.train.global_batch_size
     ids = torch.randint(3, size.vocab, (batch, size.window), generator=torch.Generator().manual_seed(0))
     samples = Samples.of_windows(ids)
-    return assemble(config, model, request.ds_config, samples, SameBatch(batch), STEPS, request.pruning.schedule)
+    return assemble(config, model, request.ds_config, samples, SameBatch(batch), STEPS)
 
 
 def device_bytes() -> dict[str, int]:

@@ -96,7 +96,7 @@ def test_llama_cpp_holds_what_the_target_counts(name: str, tmp_path: Path) -> No
     done = ask(python, "-c", LLAMA_CPP, file, str(config.target_context), cwd=tmp_path)
     weights, cache = mebibytes("model", done.stderr), mebibytes("KV", done.stderr)
     assert config.target_amount is not None
-    row = {"case": name, "target": config.target_amount.value, "reached": measure(config, shape)}
+    row = {"case": name, "target": config.target_amount.value, "reached": measure(config, shape, config.target_amount)}
     row |= {"weights": {"counted": counted["weights"], "reported": weights}}
     row |= {"kv_cache": {"counted": counted["kv_cache"], "reported": cache}}
     record(f"llama.cpp {name}", f"llama-cpp-python {done.stdout.strip()}", [row], MEMORY_FILE)
