@@ -333,7 +333,6 @@ class LoggingConfig:
 
     # list of reporters, which get config, steps, cuts and pictures. None: `tensorboard`
     report_to: list[Reporter] | None = None
-    profile_steps: list[Count] | None = None  # list of steps whose torch.profiler trace rank 0 writes to `profile/`
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -53,6 +53,7 @@ REMOVED = {  # settings, and values of settings
     ),
     "logging.progress": Removed("a terminal gets a live line, a file plain lines", True, has_effect=False),
     "logging.tensorboard": Removed("logging.report_to names all that get the records; [] is none"),
+    "logging.profile_steps": Removed("a script can open torch.profiler around a run", None, has_effect=False),
     "logging.verbose": Removed("DeepSpeed and transformers tell errors only", False, has_effect=False),
 }
 

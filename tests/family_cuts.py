@@ -16,7 +16,7 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers, shrink_on_meta
-from loraprune_ds.model.experts import stack_experts
+from loraprune_ds.model.experts import Experts, stack_experts
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import PretrainedModel
@@ -81,6 +81,10 @@ def find_router(layer: nn.Module) -> Any:
     """Returns the module of a decoder layer that chooses experts."""
     routers = (module for module in layer.modules() if hasattr(module, "top_k") and hasattr(module, "weight"))
     return next(routers, None) or layer.get_submodule("router.proj")
+
+
+def find_experts(layer: nn.Module) -> Experts:
+    return next(module for module in layer.modules() if isinstance(module, Experts))
 
 
 def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:

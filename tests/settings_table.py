@@ -18,7 +18,7 @@ ADVANCED = {
     *(f"prune.{key}" for key in ("normalize", "moving_average", "warmup_fraction", "cooldown_fraction", "head_ratio")),
     *(f"prune.{key}" for key in ("protected_first", "protected_last", "compensate_steps", "compensate_decay")),
     *(f"train.{key}" for key in ("adam_epsilon", "max_grad_norm", "distill_temperature", "deterministic")),
-    *("evaluate.batch_size", "logging.profile_steps"),
+    "evaluate.batch_size",
 }
 DIVIDER = "| *advanced* | | |\n"
 HEADER = "| key | default | meaning |\n|---|---|---|\n"

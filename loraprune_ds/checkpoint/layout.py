@@ -23,7 +23,6 @@ KEPT_GROUPS_PICTURE = "kept_groups.png"
 TRAINING_PICTURE = "training.png"
 EVALUATION_FILE = "evaluation.json"  # of `evaluate.after`, as `launch/evaluate.py --json` prints it
 ANSWERS_PAGE = "answers.html"
-ROUTER_PICTURE = "router_load.png"
 MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"

@@ -12,10 +12,8 @@ MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, 
 run. launch/export.py makes a model of a checkpoint.
 
 Perplexity: the text is tokenised once, with the special tokens that the tokenizer adds at its start. It is split into
-windows side by side, and the tail is dropped. Each window of n tokens gives n - 1 predictions, summed in float64. With
---sliding S a window begins every S tokens and predicts only the tokens that no earlier window held, so every token but
-the first is predicted once. Both numbers are the same on any number of ranks. For a Gemma, BOS replaces the first token
-of each window.
+windows side by side, and the tail is dropped. Each window of n tokens gives n - 1 predictions, summed in float64. The
+result is the same on any number of ranks. For a Gemma, BOS replaces the first token of each window.
 
 Answers: one process writes them, after perplexity and tasks. A row of PROMPTS.jsonl is {"prompt": "2 + 3?"}, where the
 prompt may be a list of messages. Optional are "kind" and "expected", which the page shows. With --dense, next-token
@@ -78,7 +76,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--split", help=f"of --dataset (default: {DEFAULT_SPLIT})")
     parser.add_argument("--window", type=int, default=128, metavar="TOKENS", help="default: 128")
-    parser.add_argument("--sliding", type=int, metavar="STRIDE", help="sliding windows, one every STRIDE tokens")
     parser.add_argument("--max-windows", type=int, metavar="N", help="only the first N (default: all)")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="default: the model's own")
     about = "windows or answers at once (default: about 2,048 tokens)"
@@ -179,7 +176,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def make_settings(arguments: argparse.Namespace, measured: dict[str, Any]) -> EvaluationSettings:
     return EvaluationSettings(
-        PerplexityProtocol(arguments.window, arguments.sliding, arguments.max_windows),
+        PerplexityProtocol(arguments.window, arguments.max_windows),
         text=read_evaluation_text(arguments),
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
@@ -218,7 +215,7 @@ def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None
     if arguments.text:
         return read_text(arguments.text)
     if not arguments.dataset and (arguments.tasks or arguments.answers or arguments.speed):
-        for option in ("split", "sliding", "max_windows"):
+        for option in ("split", "max_windows"):
             name = f"--{option.replace('_', '-')}"
             require(getattr(arguments, option) is None, f"{name} has no effect without --dataset or --text")
         return None

@@ -102,8 +102,7 @@ def _read_run(folder: Path) -> ComparedModel:
     report = read_json(path)
     try:
         config, params, perplexity = report["config"], report["params"], report["perplexity"]
-        protocol = config["evaluate"] | {"stride": None}
-        text = _describe(_held_out(config["data"]), protocol, config["model"]["dtype"])
+        text = _describe(_held_out(config["data"]), config["evaluate"], config["model"]["dtype"])
         after = report.get("after") or {}
         measured = _tasks_and_answers(after, after.get("dense"))
         measured |= _value("perplexity", perplexity["pruned"], perplexity["dense"], text)
@@ -178,7 +177,7 @@ def _value(name: str, value: float | None, dense: float | None, basis: str) -> d
 
 def _describe(name: str, protocol: dict[str, Any], dtype: str) -> str:
     most = "" if protocol["max_windows"] is None else f"first {protocol['max_windows']} "
-    stride = f" every {protocol['stride']}" if protocol["stride"] else ""
+    stride = f" every {protocol['stride']}" if protocol.get("stride") else ""  # of earlier versions
     return f"{name}, {most}windows of {protocol['window']}{stride}, {dtype}"
 
 

@@ -1,6 +1,6 @@
 """One evaluation: a model, or two side by side, on a text, on tasks, in seconds and in parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from operator import mul
@@ -15,7 +15,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.answers import Generation, Writer, encode_prompts, write_answers
 from loraprune_ds.evaluate.closeness import Labelled, frozen_head, last_hidden
 from loraprune_ds.evaluate.models import ModelSource, find_model, load_model
-from loraprune_ds.evaluate.perplexity import Batch, Losses, Perplexity, Progress, make_batches, measure_perplexity
+from loraprune_ds.evaluate.perplexity import Losses, Perplexity, Progress, measure_perplexity, split_windows
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.tasks import run_tasks
@@ -38,7 +38,7 @@ class PreparedModel:
     source: ModelSource
     dtype: Dtype
     tokenizer: PreTrainedTokenizerBase
-    batches: list[Batch]
+    batches: Sequence[Tensor]  # of windows of the text, (rows, window) each
     prompts: list[list[int]]  # ids of --answers
 
 
@@ -109,8 +109,8 @@ def evaluate(
     return measurements
 
 
-def _labelled(batches: list[Batch], comm: Communicator) -> Iterator[Labelled]:
-    return ((batch.input_ids.to(comm.device), batch.labels.to(comm.device)) for batch in batches)
+def _labelled(batches: Sequence[Tensor], comm: Communicator) -> Iterator[Labelled]:
+    return ((ids, ids) for ids in (batch.to(comm.device) for batch in batches))
 
 
 def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[PreparedModel]:
@@ -118,7 +118,7 @@ def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[Prepa
     models = [_prepare(path, settings) for path in paths]
     for other in models[1:]:
         pairs = zip_longest(models[0].batches, other.batches)
-        if not all(a and b and torch.equal(a.input_ids, b.input_ids) for a, b in pairs):
+        if not all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs):
             both = f"{paths[0]} and {other.source.path}"
             raise UserError(f"{both} read the text as different tokens: their perplexities do not compare")
         same = models[0].tokenizer.get_vocab() == other.tokenizer.get_vocab()
@@ -142,10 +142,11 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
         if most and length > most:
             raise UserError(f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    batches: list[Batch] = []
+    batches: Sequence[Tensor] = ()
     if settings.text:
-        start = window_start(tokenizer, source.pretrained.shape.family)
-        batches = make_batches(settings.text.text, tokenizer, settings.protocol, settings.actual_batch_size, start)
+        start, protocol = window_start(tokenizer, source.pretrained.shape.family), settings.protocol
+        windows = split_windows(settings.text.text, tokenizer, protocol.window, protocol.max_windows, start)
+        batches = windows.split(settings.actual_batch_size)
     prompts = encode_prompts(settings.answers, tokenizer, path, most) if settings.answers else []
     return PreparedModel(source, dtype, tokenizer, batches, prompts)
 

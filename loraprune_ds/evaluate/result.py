@@ -60,8 +60,7 @@ def _text_lines(result: dict[str, Any]) -> Iterable[str]:
     text, protocol = result["text"], result["protocol"]
     if text:
         split = f", split {text['split']}" if text["split"] else ""
-        stride = f", one every {protocol['stride']}" if protocol["stride"] else ""
-        windows = f"{result['windows']:,} windows of {protocol['window']} tokens{stride}"
+        windows = f"{result['windows']:,} windows of {protocol['window']} tokens"
         yield f"text   {text['name']}{split}: {windows}, {result['tokens']:,} predictions"
 
 

@@ -81,16 +81,13 @@ TOKENS_PER_BATCH = 2048  # the default: enough work for one pass, and logits of 
 
 @dataclass(frozen=True)
 class PerplexityProtocol:
-    """Perplexity on windows of `window` tokens: fixed ones, or sliding ones that begin every `stride` tokens."""
+    """Perplexity on windows of `window` tokens, side by side."""
 
     window: int = 128
-    stride: int | None = None
     max_windows: int | None = None
 
     def __post_init__(self) -> None:
         require(self.window >= 2, f"--window must be at least 2 tokens; got {self.window}")
-        if self.stride is not None and not 1 <= self.stride < self.window:
-            raise UserError(f"--sliding must be from 1 to one less than --window {self.window}; got {self.stride}")
         _check_least("--max-windows", self.max_windows, 1)
 
 

@@ -14,13 +14,11 @@ LoRA's A and B are still factors of that range, so only the products differ.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.frozen import DENSE, FrozenLinear, StorageFormat, stored_tensors
@@ -126,42 +124,6 @@ def stack_experts(model: nn.Module) -> None:
             weight = getattr(child, "gate_up_proj", None)
             if isinstance(weight, nn.Parameter) and weight.ndim == 3:
                 setattr(module, name, Experts(child))
-
-
-def find_experts(layer: nn.Module) -> list[Experts]:
-    return [module for module in layer.modules() if isinstance(module, Experts)]
-
-
-class RouterLoad:
-    """Counts how often each expert of every layer is chosen in the first passes while it is open."""
-
-    def __init__(self, layers: Iterable[nn.Module], passes: int) -> None:
-        self._experts = [find_experts(layer) for layer in layers]
-        self._passes = passes
-        self._counts: list[list[Tensor]] = [[] for _ in self._experts]
-        self._hooks: list[RemovableHandle] = []
-
-    def __enter__(self) -> Self:
-        for counts, of_layer in zip(self._counts, self._experts, strict=True):
-            self._hooks += [experts.register_forward_pre_hook(partial(self._see, counts)) for experts in of_layer]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _see(self, counts: list[Tensor], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if len(counts) < self._passes:
-            counts.append(torch.bincount(inputs[1].flatten(), minlength=cast(Experts, module).experts))
-
-    def sums(self, add_over_ranks: Callable[[Tensor], Tensor], device: torch.device) -> list[list[int]]:
-        """Returns the counts of all ranks, by layer and expert, or nothing without experts. Collective."""
-        if not any(self._experts):
-            return []
-        sizes = [sum(experts.experts for experts in of_layer) for of_layer in self._experts]
-        none = [torch.zeros(size, dtype=torch.int64, device=device) for size in sizes]
-        counts = torch.cat([sum(of_layer, zero) for of_layer, zero in zip(self._counts, none, strict=True)])
-        return [cast(list[int], part.tolist()) for part in torch.split(add_over_ranks(counts), sizes)]
 
 
 def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:

@@ -99,7 +99,8 @@ def plan_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
         if bounds is not None:
             bounds = (uniform_goal(limits, ratio, bounds), start)
         removes = ratio > before and (bounds is None or bounds[0] != start)
-        require(removes, f"prune.sizes: {names[place]} removes no more than {sizes[-1].name if sizes else 'nothing'}")
+        least = f"removes no more than {sizes[-1].name}" if sizes else "is too small to change a width"
+        require(removes, f"prune.sizes: {names[place]} {least}")
         sizes.append(Size(names[place], place, ratio, bounds))
         before, start = ratio, start if bounds is None else bounds[0]
     return sizes

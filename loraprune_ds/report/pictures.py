@@ -1,4 +1,4 @@
-"""Draws the pictures of a run: the groups that every layer kept, the training, and the load of experts."""
+"""Draws the pictures of a run: the groups that every layer kept, and the training."""
 
 import math
 from collections.abc import Sequence
@@ -45,7 +45,6 @@ MOST_CELLS_APART = 64  # which have a gap between them
 MOST_NUMBERED = 48  # layers whose counts are written down
 # Evaluations on the way need no words.
 NAMES: dict[EvaluationName, str] = {"dense": "dense", "after_last_cut": "after the last cut", "pruned": "exported"}
-LOADS: dict[EvaluationName, str] = {"dense": "Router's load, dense", "after_last_cut": "after the last cut"}
 # The title and colour of a kind.
 PANELS: dict[Kind, tuple[str, str]] = {
     "heads": ("Key-value heads", BLUE),
@@ -206,46 +205,6 @@ def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[
     axes.plot(steps, top, color=colour, lw=1.6, drawstyle="steps-pre")
     axes.fill_between(steps, bottom, top, step="pre", color=colour, alpha=0.25, lw=0)
     axes.set(title=title, ylabel=unit, ylim=(0, 1.08 * max([*top, 1 / scale])))
-
-
-def draw_router_load(path: Path, dense: ModelShape, kept: Sequence[LayerKeep], history: History) -> None:
-    """Draws the router's load: a strip per layer and a cell per expert of the dense model, darker with more tokens.
-
-    Without experts, or without both measurements, it draws nothing.
-    """
-    measured = {name: record.expert_choices for name in LOADS if (record := history.evaluation(name))}
-    if len(measured) < len(LOADS) or not all(measured.values()):
-        return
-    import matplotlib
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    all_of_them = [range(layer["experts"]) for layer in dense.layers]
-    places = {"dense": all_of_them, "after_last_cut": [keep["experts"].tolist() for keep in kept]}
-    most = max(map(len, all_of_them))
-    loads = {name: [load(c, at, most) for c, at in zip(measured[name], places[name], strict=True)] for name in LOADS}
-    largest = max(x for strips in loads.values() for strip in strips for x in strip if not math.isnan(x))
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(11, _height_of(dense)), layout="constrained")
-        panels = figure.subplots(1, len(LOADS), sharey=True)
-        shades = LinearSegmentedColormap.from_list("load", ["white", ORANGE, "black"]).with_extremes(bad="#DDDDDD")
-        for axes, (name, title) in zip(panels, LOADS.items(), strict=True):
-            image = axes.imshow(loads[name], cmap=shades, vmin=0, vmax=largest, aspect="auto", interpolation="nearest")
-            axes.set(title=title, xlabel="expert of the dense model, grey is removed")
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        panels[0].set_ylabel("decoder layer")
-        panels[0].yaxis.set_major_locator(MaxNLocator(12, integer=True))
-        figure.colorbar(image, ax=panels, label="tokens, 1 is an even share")
-        _save(figure, path)
-
-
-def load(choices: Sequence[int], places: Sequence[int], experts: int) -> list[float]:
-    """Returns the load of each expert of the dense model: 1 is an even share, NaN a removed expert."""
-    strip, total = [math.nan] * experts, max(1, sum(choices))
-    for place, count in zip(places, choices, strict=True):
-        strip[place] = count * len(choices) / total
-    return strip
 
 
 def _mark_cuts(axes: "Axes", cuts: Sequence[CutRecord]) -> None:

@@ -92,7 +92,6 @@ class EvaluationRecord:
     perplexity: float
     tokens: int  # number of predictions
     windows: int
-    expert_choices: list[list[int]] = field(default_factory=list)  # of each expert in every layer, where it has some
 
 
 Record = StepRecord | CutRecord | EvaluationRecord
@@ -129,12 +128,8 @@ class History:
         lists[type(record)].append(record)
 
     def perplexity(self, name: EvaluationName) -> float | None:
-        evaluation = self.evaluation(name)
-        return None if evaluation is None else evaluation.perplexity
-
-    def evaluation(self, name: EvaluationName) -> EvaluationRecord | None:
         """Returns the latest measurement of that name."""
-        return next((e for e in reversed(self.evaluations) if e.name == name), None)
+        return next((e.perplexity for e in reversed(self.evaluations) if e.name == name), None)
 
 
 def history_from(metrics: Iterable[dict[str, Any]]) -> History:

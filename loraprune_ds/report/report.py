@@ -59,7 +59,6 @@ def make_report(
         "target": outcome.target,
         "serving": _serving(outcome.pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
-        "router_load": _router_load(history),
         "world_size": len(peak_bytes),
         "steps": steps[-1].step if steps else 0,
         "prune_steps": [{k: v for k, v in asdict(cut).items() if k not in KINDS} for cut in cuts],
@@ -99,19 +98,6 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
         "tensor_parallel": [size for size in range(1, together + 1) if together % size == 0],
         "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
     }
-
-
-def _router_load(history: History) -> dict[str, Any] | None:
-    """Returns how the router spread the held-out text over the experts. None without experts."""
-    load: dict[str, Any] = {}
-    for name in ("dense", "after_last_cut"):
-        evaluation = history.evaluation(name)
-        if evaluation is not None and evaluation.expert_choices:
-            choices = evaluation.expert_choices
-            # The share of the most chosen expert times the number of experts: 1 if all are chosen equally.
-            shares = [max(layer, default=0) * len(layer) / max(1, sum(layer)) for layer in choices]
-            load[name] = {"choices": choices, "largest_share": shares}
-    return load or None
 
 
 def _seconds_per_step(steps: Sequence[StepRecord], resumed_from: Sequence[int]) -> float | None:

@@ -1,18 +1,14 @@
 """Goes through the steps of a run: train, cut, evaluate, save, and stop when asked."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import RunTotals
-from loraprune_ds.evaluate.perplexity import fixed_batches, measure_perplexity
+from loraprune_ds.evaluate.perplexity import measure_perplexity
 from loraprune_ds.files import finite
-from loraprune_ds.model.experts import RouterLoad
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
@@ -21,8 +17,6 @@ from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
-
-PROFILE_FOLDER = "profile"  # traces of single steps, for chrome://tracing or https://ui.perfetto.dev
 
 
 class TrainingLoop:
@@ -77,9 +71,7 @@ class TrainingLoop:
             self._teacher.release()
 
     def _step(self, step: int) -> None:
-        traces = self.config.logging.profile_steps if self.model.rank == 0 else None
-        with profiled(self._context.folder / PROFILE_FOLDER, step, traces or ()):
-            record = self._trainer.step(step)
+        record = self._trainer.step(step)
         self.recorder.write(record)
         self._totals = replace(self._totals, tokens=self._totals.tokens + record.tokens, perplexity=None)
         if cut := self._trainer.cut(step):
@@ -99,11 +91,7 @@ class TrainingLoop:
 
     def _evaluate(self, step: int, name: EvaluationName) -> None:
         windows, batch_size = self.prepared.windows, self.config.evaluate.batch_size
-        model = self.model
-        own_passes = range(model.rank, -(-len(windows) // batch_size), model.world_size)  # others are repetitions
-        with RouterLoad(model.layers, len(own_passes)) as load:
-            record = measure_held_out(self.engine.infer, windows, batch_size, model.comm, step=step, name=name)
-        record = replace(record, expert_choices=load.sums(model.sum_over_ranks, model.device))
+        record = measure_held_out(self.engine.infer, windows, batch_size, self.model.comm, step=step, name=name)
         self.recorder.write(record)
         measured = "perplexity_dense" if name == "dense" else "perplexity"
         self._totals = replace(self._totals, **{measured: finite(record.perplexity)})
@@ -117,18 +105,6 @@ def measure_held_out(
     Args:
         windows: (windows, evaluate.window) token ids.
     """
-    batches = fixed_batches(windows, batch_size)
+    batches = windows.split(batch_size)
     result = measure_perplexity(lambda ids, labels: infer(input_ids=ids, labels=labels), batches, comm)
     return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)
-
-
-@contextmanager
-def profiled(folder: Path, step: int, steps: Sequence[int]) -> Iterator[None]:
-    """Profiles this step if it is among `steps`, and writes its trace into the folder."""
-    if step not in steps:
-        yield
-        return
-    with torch.profiler.profile() as profiler:
-        yield
-    folder.mkdir(exist_ok=True)
-    profiler.export_chrome_trace(str(folder / f"step-{step}.json"))

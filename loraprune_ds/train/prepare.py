@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loraprune_ds.config import LoggingConfig, RunConfig
+from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
@@ -82,13 +82,6 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     check_flash_attention(config.model)
     config.train.gradient_accumulation_steps(world_size)
     check_installed(config.logging.report_to or ())
-    if config.train.steps is not None:
-        _check_profile_steps(config.logging, config.train.steps + sum(config.recovery))
-
-
-def _check_profile_steps(logging: LoggingConfig, steps: int) -> None:
-    last = max(logging.profile_steps or [0])
-    require(last <= steps, f"logging.profile_steps names step {last}, but the run ends at step {steps}")
 
 
 def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepared:
@@ -118,7 +111,6 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     pruning_steps = train.steps or steps_for_epochs(train.epochs or 1, loaded.epoch_length, global_batch_size)
     pruning = plan_pruning(config.prune, limits, pruning_steps, config.recovery)
     train.check_warmup(pruning.schedule.cycles()[0])
-    _check_profile_steps(config.logging, pruning.steps)
     return Prepared(
         config=config,
         pretrained=pretrained,

@@ -18,7 +18,7 @@ from loraprune_ds.config import LoggingConfig
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.report.pictures import draw_kept_groups, draw_router_load, draw_training
+from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import (
     CutRecord,
     EvaluationRecord,
@@ -171,7 +171,6 @@ class Recorder:
         fail_point("finish.reported")
         draw_training(pictures[0], self.history)
         draw_kept_groups(pictures[1], dense, kept)
-        draw_router_load(folder / layout.ROUTER_PICTURE, dense, kept, self.history)
         self.show_pictures(pictures)
 
     def show_pictures(self, paths: Sequence[Path]) -> None:

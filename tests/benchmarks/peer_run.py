@@ -33,13 +33,13 @@ from torch import Tensor, nn
 from loraprune_ds.command import leave, leave_on_error
 from loraprune_ds.config import Normalization
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.experts import find_experts
 from loraprune_ds.pruning.criterion import effective_weight, score_shard
 from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.taps import StepRecorder, Tap, hook_inputs
 from tests.benchmarks.two_four import CutNothing, merged_where_kept
+from tests.family_cuts import find_experts
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ExpertNorms(StepRecorder):
         self._model = model
         self._linear_ids = [x for x in model.shape.input_linear_ids() if x.linear.is_stack]
         for linear_id in self._linear_ids:
-            (experts,) = find_experts(model.layers[linear_id.layer])
+            experts = find_experts(model.layers[linear_id.layer])
             experts.register_forward_pre_hook(self._route)
             experts.down.register_forward_hook(partial(self._see, linear_id))
 

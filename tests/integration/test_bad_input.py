@@ -62,11 +62,6 @@ WRONG = (
         file_at("short.txt", "Only a few words here, and that is all. " * 3),
     ),
     Wrong("ranks, no download", "train.global_batch_size=6 model.path=nobody/nothing", ("over 2 ranks",), ranks=2),
-    Wrong(
-        "profile of epochs",
-        "logging.profile_steps=[99] train.steps=null train.epochs=0.1",
-        ("names step 99", "ends at step"),
-    ),
     Wrong("LoRA rank", "lora.r=4096", ("lora.r 4096", "hidden_size 32")),
     Wrong("window", "data.window=4096", ("data.window 4096", "512 positions")),
     Wrong("attention", "model.attn_implementation=flash", ("cannot build this model", "attn_implementation flash")),

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.evaluate.perplexity import fixed_batches, measure_perplexity
+from loraprune_ds.evaluate.perplexity import measure_perplexity
 from tests.numerics.driver import Job, Outcome, assert_same_outcome, build, dense_twin, run_steps, tiny_job, train
 from tests.oracle.dense_trainer import DenseTrainer, StepRecord
 from tests.oracle.formula import cut_gap
@@ -130,7 +130,7 @@ def train_and_measure(job: Job) -> tuple[Outcome, float]:
     outcome = run_steps(trainer, job)
     engine, comm = trainer.engine.deepspeed, trainer.model.comm
     engine.eval()
-    batches = fixed_batches(torch.cat([ids for ids, _ in job.batches])[:7], 2)
+    batches = torch.cat([ids for ids, _ in job.batches])[:7].split(2)
     measured = measure_perplexity(lambda ids, labels: engine(input_ids=ids, labels=labels), batches, comm)
     return outcome, measured.perplexity
 

@@ -69,7 +69,7 @@ train.learning_rate=[1] train.learning_rate=.inf train.lr_scheduler=step train.w
 train.warmup_steps=100 train.max_grad_norm=-1 train.adam_epsilon=0 train.micro_batch_size=0
 train.global_batch_size=0 train.global_batch_size=9
 evaluate.window=1 evaluate.max_windows=0 evaluate.batch_size=0 evaluate.every=0 checkpoint.every=0
-checkpoint.keep_last=0 logging.profile_steps=[0] logging.profile_steps=x
+checkpoint.keep_last=0
 """.split()
 
 

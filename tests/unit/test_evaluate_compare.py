@@ -37,7 +37,7 @@ EVALUATION = {
     "tasks": {"results": {"piqa": {"acc,none": 0.5}, "boolq": {"acc,none": 0.7}}},
     "dense": {"perplexity": 50.0, "tasks": {"results": {"piqa": {"acc,none": 0.8}, "boolq": {"acc,none": 0.8}}}},
     "text": {"name": "wikitext2", "split": "test", "sha256": "0"},
-    "protocol": {"window": 128, "stride": 64, "max_windows": None},
+    "protocol": {"window": 128, "stride": 64, "max_windows": None},  # of a version with sliding windows
 }
 
 

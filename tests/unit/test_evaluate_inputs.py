@@ -96,10 +96,10 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
         load_dataset_text("wikitext2", "test")
 
 
-@pytest.mark.parametrize("option", ["split", "sliding", "max_windows"])
+@pytest.mark.parametrize("option", ["split", "max_windows"])
 def test_options_of_a_text_need_one(option: str) -> None:
     """No text is read if tasks or speed are measured, unless one is named."""
-    given = {"text": None, "dataset": None, "split": None, "sliding": None, "max_windows": None}
+    given = {"text": None, "dataset": None, "split": None, "max_windows": None}
     arguments: Any = SimpleNamespace(**given, tasks=["piqa"], speed=False)
     assert read_evaluation_text(arguments) is None
     setattr(arguments, option, 3)
@@ -143,8 +143,6 @@ def test_mean_metric_is_over_the_tasks_that_have_one() -> None:
     ("make", "message"),
     [
         (lambda: PerplexityProtocol(window=1), "--window must be at least 2 tokens; got 1"),
-        (lambda: PerplexityProtocol(stride=128), "--sliding must be from 1 to one less than --window 128; got 128"),
-        (lambda: PerplexityProtocol(stride=0), "--sliding must be from 1 to one less than --window 128; got 0"),
         (lambda: PerplexityProtocol(max_windows=0), "--max-windows must be at least 1; got 0"),
         (lambda: SpeedSettings(generated=0), "--generated must be at least 1; got 0"),
         (lambda: TaskSettings(("piqa",), fewshot=-1), "--num-fewshot must be at least 0; got -1"),

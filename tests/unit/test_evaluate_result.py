@@ -67,7 +67,7 @@ PRUNED = replace(
     speed=Speed(1500.0, 30.0, 1_500_000),
 )
 SETTINGS = EvaluationSettings(
-    PerplexityProtocol(128, None, 160), text=EvaluationText("wikitext2", "test", "text"), speed=SpeedSettings()
+    PerplexityProtocol(128, 160), text=EvaluationText("wikitext2", "test", "text"), speed=SpeedSettings()
 )
 WINDOW = 24
 
@@ -171,7 +171,7 @@ def test_the_object_has_the_first_models_values_on_top() -> None:
     again = json.loads(json.dumps(result, allow_nan=False))
     assert (again["perplexity"], again["tokens"], again["windows"]) == (75.0, 20320, 160)
     assert (again["dense"]["perplexity"], again["removed_fraction"]) == (50.0, 0.25)
-    assert again["protocol"] == {"window": 128, "stride": None, "max_windows": 160}
+    assert again["protocol"] == {"window": 128, "max_windows": 160}
     assert again["text"]["split"] == "test"
     assert (again["world_size"], again["batch_size"], again["versions"]) == (2, 16, {"torch": "2"})
     assert again["speed_plan"] == {"prompt": 512, "generated": 32, "rounds": 5}

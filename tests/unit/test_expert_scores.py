@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.experts import CORRECTION, find_experts
+from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
@@ -25,7 +25,7 @@ from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan, decode_rows
 from tests.families import tiny_model
-from tests.family_cuts import PROMPT, dense, difference, find_router, sparse_layers
+from tests.family_cuts import PROMPT, dense, difference, find_experts, find_router, sparse_layers
 from tests.oracle.models import make_batches
 from tests.paper import PAPER
 from tests.plain_model import PlainModel
@@ -121,7 +121,7 @@ def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) ->
         return hook
 
     for i in sparse_layers(network.shape):
-        find_experts(decoder_layers(network.model)[i])[0].down.register_forward_hook(masked(i))
+        find_experts(decoder_layers(network.model)[i]).down.register_forward_hook(masked(i))
     with recorder.record():
         network.model(input_ids=PROMPT, use_cache=False).logits.square().mean().backward()
         found = {x.layer: sums for x, sums in zip(linear_ids, recorder.sums(), strict=True) if x.linear.is_stack}

@@ -20,7 +20,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.lora import _adapter_config, merge_lora
 from loraprune_ds.model.adapters import check_adapter, load_adapter, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.experts import RouterLoad, as_in_peft
+from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.flops import active_numel
@@ -30,7 +30,7 @@ from loraprune_ds.pruning.limits import resolve_refit
 from loraprune_ds.pruning.prunable_model import LoraFactors
 from loraprune_ds.pruning.target import make_limits
 from tests.families import tiny_model
-from tests.family_cuts import PROMPT, Network, dense, difference, draw, find_router, reopened, sparse_layers
+from tests.family_cuts import PROMPT, Network, dense, difference, draw, reopened, sparse_layers
 from tests.published import MIXTURES
 from tests.refusals import refuses
 
@@ -241,21 +241,6 @@ def test_an_adapter_without_lora_on_experts_is_refused(tmp_path: Path) -> None:
     config = _adapter_config(LoraConfig(r=3), shape) | {"target_parameters": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     refuses("has no LoRA on down_proj, gate_up_proj; ", check_adapter, tmp_path, LoraConfig(r=3), shape)
-
-
-def test_the_load_of_the_router_is_counted() -> None:
-    network, routed = dense("mixtral"), list[Tensor]()
-    layers = decoder_layers(network.model)
-    for layer in layers:
-        find_router(layer).register_forward_hook(lambda module, inputs, output: routed.append(output[2]))
-    with RouterLoad(layers, passes=2) as load:
-        for _ in range(3):
-            network.logits()
-    found = load.sums(lambda counts: counts, torch.device("cpu"))
-    assert found == [[2 * int((routed[i] == e).sum()) for e in range(23)] for i in range(2)]
-    network.logits()
-    assert load.sums(lambda counts: counts, torch.device("cpu")) == found
-    assert RouterLoad(decoder_layers(dense("llama").model), 1).sums(lambda counts: counts, torch.device("cpu")) == []
 
 
 @pytest.mark.parametrize("name", MIXTURES)

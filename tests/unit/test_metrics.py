@@ -10,14 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.report.records import EvaluationRecord, MetricsLog, Record, history_from, read_metrics
 from loraprune_ds.report.reporters import TensorBoardLog
 from loraprune_ds.train import recorder
-from loraprune_ds.train.loop import profiled
 from loraprune_ds.train.recorder import Progress
 from tests.refusals import refuses
 from tests.unit.run_records import cut_record, small_run, step_record
@@ -212,15 +210,3 @@ def test_time_left_follows_the_latest_steps(monkeypatch: pytest.MonkeyPatch) -> 
     assert left[-1] == "0:00, 1:31 left"
     shown.write(replace(cut_record(9, before=2000, after=1000, reached=0.2), seconds=4.0))
     assert clock(shown._step_line(step_record(10))) == "0:00, 3:00 left"  # 90 of (4 · 1 + 4) / 4 s
-
-
-def test_named_steps_leave_a_trace(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        with profiled(tmp_path / "profile", step, [2]):
-            torch.mm(torch.ones(4, 4), torch.ones(4, 4))
-    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["step-2.json"]
-    events = json.loads((tmp_path / "profile" / "step-2.json").read_text())["traceEvents"]
-    assert any(event.get("name") == "aten::mm" for event in events)
-    with profiled(tmp_path / "none", 1, ()):
-        pass
-    assert not (tmp_path / "none").exists()

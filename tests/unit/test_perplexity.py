@@ -1,7 +1,7 @@
 """Perplexity equals a computation token by token, for any batch size and number of ranks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,16 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.evaluate.perplexity import (
-    Batch,
     Perplexity,
-    fixed_batches,
-    make_batches,
     measure_perplexity,
-    sliding_batches,
     split_windows,
     tokenize,
 )
-from loraprune_ds.evaluate.settings import PerplexityProtocol
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.tokenizer import window_start
 from tests.oracle.models import make_tiny_llama, make_tokenizer
@@ -52,7 +47,7 @@ def losses_of(forward: Any) -> Any:
     return losses
 
 
-def measure(forward: Any, batches: list[Batch]) -> Perplexity:
+def measure(forward: Any, batches: Sequence[Tensor]) -> Perplexity:
     return measure_perplexity(losses_of(forward), batches, rank_of(1, 0))
 
 
@@ -60,18 +55,18 @@ def token_ids(count: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-def slow_perplexity(forward: Any, windows: list[Tensor], first: list[int]) -> float:
-    """Computes one token at a time. `first`: the first token of each window that counts."""
+def slow_perplexity(forward: Any, windows: Iterable[Tensor]) -> float:
+    """Computes one token at a time."""
     losses = []
-    for window, start in zip(windows, first, strict=True):
+    for window in windows:
         with torch.no_grad():
             logits = forward(window[None])[0].double()
-        for t in range(start, len(window)):
+        for t in range(1, len(window)):
             losses.append(float(torch.logsumexp(logits[t - 1], 0) - logits[t - 1, window[t]]))
     return math.exp(math.fsum(losses) / len(losses))
 
 
-def over_ranks(forward: Any, batches: list[Batch], world_size: int) -> list[Perplexity]:
+def over_ranks(forward: Any, batches: Sequence[Tensor], world_size: int) -> list[Perplexity]:
     """Returns the result of each simulated rank. All must run the model equally often."""
     parts: list[Tensor] = []
     calls = [0] * world_size
@@ -98,37 +93,10 @@ def test_it_is_the_mean_over_all_tokens_for_any_batches_and_ranks(
 ) -> None:
     """With 7 windows most batch sizes leave a smaller last batch, and most ranks an unequal share."""
     windows = token_ids(7 * 16).view(7, 16)
-    expected = slow_perplexity(forward, list(windows), [1] * 7)
+    expected = slow_perplexity(forward, windows)
     assert expected > 5  # not every model gives this number
-    for found in over_ranks(forward, fixed_batches(windows, batch_size), world_size):
+    for found in over_ranks(forward, windows.split(batch_size), world_size):
         assert found == Perplexity(pytest.approx(expected, rel=1e-6), 7 * 15, 7)  # type: ignore[arg-type]
-
-
-# Sliding windows
-
-
-@pytest.mark.parametrize("tokens", [16, 17, 20, 21, 40, 43])
-@pytest.mark.parametrize("stride", [1, 4, 15])
-def test_sliding_predicts_every_token_once_with_the_longest_context(forward: Any, tokens: int, stride: int) -> None:
-    ids = token_ids(tokens, seed=tokens)
-    windows, first = [ids[:16]], [1]
-    counted = 16
-    while counted < tokens:
-        start = len(windows) * stride
-        windows.append(ids[start : start + 16])
-        first.append(counted - start)
-        counted = min(start + 16, tokens)
-    found = measure(forward, sliding_batches(ids, 16, stride, None, 3))
-    assert found.perplexity == pytest.approx(slow_perplexity(forward, windows, first), rel=1e-6)
-    assert (found.tokens, found.windows) == (tokens - 1, len(windows))
-
-
-def test_sliding_windows_can_be_limited_and_spread_over_ranks(forward: Any) -> None:
-    ids = token_ids(60)
-    limited = sliding_batches(ids, 16, 8, 3, 2)
-    expected = measure(forward, sliding_batches(ids[:32], 16, 8, None, 2))
-    for found in over_ranks(forward, limited, 3):
-        assert found == Perplexity(pytest.approx(expected.perplexity, rel=1e-6), 31, 3)  # type: ignore[arg-type]
 
 
 # From text to windows
@@ -144,18 +112,14 @@ def test_windows_are_the_text_tokenised_once_with_the_tail_dropped() -> None:
     assert split_windows(TEXT, tokenizer, 32, 10_000).tolist() == windows.tolist()
 
 
-@pytest.mark.parametrize("stride", [None, 1, 12])
-def test_every_window_can_begin_with_bos(stride: int | None) -> None:
+def test_every_window_can_begin_with_bos() -> None:
     """BOS replaces a token that is not predicted, so the predictions are the same."""
     tokenizer, bos = make_tokenizer(VOCAB + 200), 1
-    protocol = PerplexityProtocol(window=16, stride=stride, max_windows=9)
-    plain = make_batches(TEXT, tokenizer, protocol, 4)
-    batches = make_batches(TEXT, tokenizer, protocol, 4, bos)
-    for before, after in zip(plain, batches, strict=True):
-        assert after.predicted == before.predicted < after.input_ids.shape[1]
-        assert (after.input_ids[:, 0] == bos).all()
-        assert (before.input_ids[:, 0] != bos).all()
-        assert torch.equal(after.input_ids[:, 1:], before.input_ids[:, 1:])
+    before, after = (split_windows(TEXT, tokenizer, 16, 9, start) for start in (None, bos))
+    assert len(before) == 9
+    assert (after[:, 0] == bos).all()
+    assert (before[:, 0] != bos).all()
+    assert torch.equal(after[:, 1:], before[:, 1:])
 
 
 def test_only_gemmas_windows_begin_with_bos() -> None:
@@ -187,7 +151,6 @@ def test_a_text_shorter_than_a_window_is_refused() -> None:
     tokenizer = make_tokenizer(VOCAB + 200)
     message = r"^the evaluation text has 5 tokens, less than one window of 6$"
     refuses(message, split_windows, "hello", tokenizer, 6, None)
-    refuses(message, sliding_batches, torch.arange(5), 6, 2, None, 1)
     assert split_windows("hello", tokenizer, 5, None).shape == (1, 5)
 
 
@@ -201,13 +164,13 @@ def test_a_hopeless_model_has_an_infinite_perplexity_and_a_broken_one_none(value
         logits[..., 0] = value  # token 0 is never in the text
         return logits
 
-    found = measure(forward, fixed_batches(token_ids(2 * 8).view(2, 8), 1)).perplexity
+    found = measure(forward, token_ids(2 * 8).view(2, 8).split(1)).perplexity
     assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_losses_are_summed_in_fp64() -> None:
     losses = 600 + torch.rand(8, 31, generator=torch.Generator().manual_seed(1))
-    batches = fixed_batches(token_ids(8 * 32).view(8, 32), 8)
+    batches = [token_ids(8 * 32).view(8, 32)]
     found = measure_perplexity(lambda input_ids, labels: losses, batches, rank_of(1, 0)).perplexity
     assert found == pytest.approx(math.exp(math.fsum(losses.flatten().tolist()) / losses.numel()), rel=1e-9)
 
@@ -220,5 +183,5 @@ def test_low_precision_logits_are_enough_and_have_no_graph() -> None:
         assert not logits[ids].requires_grad
         return logits[ids]
 
-    found = measure(forward, fixed_batches(windows, 8)).perplexity
-    assert found == pytest.approx(slow_perplexity(forward, list(windows), [1] * 64), rel=1e-6)
+    found = measure(forward, windows.split(8)).perplexity
+    assert found == pytest.approx(slow_perplexity(forward, windows), rel=1e-6)

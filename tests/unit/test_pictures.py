@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.report import pictures
-from loraprune_ds.report.pictures import draw_kept_groups, draw_router_load, draw_training
+from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
-from tests.families import tiny_config
 from tests.unit.run_records import DENSE, cut_record, small_run, step_record
 
 Counts = Sequence[tuple[int, int]]  # of heads and channels, per layer
@@ -144,25 +142,3 @@ def test_pictures_of_odd_runs_are_drawn(tmp_path: Path, figures: list[Any]) -> N
         draw_training(tmp_path / f"{name}.png", history)
         assert is_png(tmp_path / f"{name}.png")
         assert len(figures[-1].axes) == 5  # an infinite perplexity has no place on an axis
-
-
-def test_a_strip_of_experts_per_layer_before_and_after(tmp_path: Path, figures: list[Any]) -> None:
-    shape = shape_from_config(tiny_config("mixtral", num_local_experts=4).to_dict(), "somewhere")
-    kept = [LayerKeep(heads=torch.arange(5), experts=torch.tensor(experts)) for experts in ([1, 2, 3], [0, 1, 3])]
-    before, after = [[3, 3, 3, 3], [6, 2, 2, 2]], [[2, 2, 8], [4, 4, 4]]
-    evaluations = [
-        EvaluationRecord(0, "dense", 5.0, 10, 1, before),
-        EvaluationRecord(6, "after_last_cut", 5.0, 10, 1, after),
-    ]
-    history = History(evaluations=evaluations)
-    draw_router_load(tmp_path / "router_load.png", shape, kept, history)
-    assert is_png(tmp_path / "router_load.png")
-    dense, pruned = (axes.get_images()[0].get_array() for axes in figures[0].axes[:2])
-    assert dense.tolist() == [[1, 1, 1, 1], [2, pytest.approx(2 / 3), pytest.approx(2 / 3), pytest.approx(2 / 3)]]
-    assert pruned.filled(-1).tolist() == [[-1, 0.5, 0.5, 2], [1, 1, -1, 1]]
-
-
-def test_a_run_without_experts_has_no_such_picture(tmp_path: Path) -> None:
-    kept = [LayerKeep(heads=torch.arange(4), channels=torch.arange(96)) for _ in DENSE.layers]
-    draw_router_load(tmp_path / "router_load.png", DENSE, kept, small_run())
-    assert not list(tmp_path.iterdir())

@@ -117,7 +117,6 @@ def _write_run(folder: Path, *, dtype: str, deepspeed: Path = OVERLAP) -> Path:
         model={"dtype": dtype},
         prune={"ratio": 0.3, "prune_every": 4, "channel_multiple": 8},
         train={"steps": 20, "global_batch_size": 8, "micro_batch_size": 4, "learning_rate": 1e-3},
-        logging={"profile_steps": [3]},
     )
     path.write_text(path.read_text() + f"deepspeed: {deepspeed}\n")
     return path
