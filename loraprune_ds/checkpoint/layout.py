@@ -20,6 +20,7 @@ REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.jsonl"
 KEPT_GROUPS_FILE = "kept_groups.json"
 KEPT_GROUPS_PICTURE = "kept_groups.png"
+SHELF_PICTURE = "shelf.png"  # of a run with several sizes
 TRAINING_PICTURE = "training.png"
 EVALUATION_FILE = "evaluation.json"  # of `evaluate.after`, as `launch/evaluate.py --json` prints it
 ANSWERS_PAGE = "answers.html"
@@ -46,6 +47,11 @@ def check_format(version: object, path: Path) -> None:
             f"{path} has format {version}; this version of loraprune_ds reads format {FORMAT}: "
             "finish the run with the version that began it, or start it again in another folder"
         )
+
+
+def size_folder(name: str) -> str:
+    """Names the folder of an earlier size's export."""
+    return f"{MODEL_FOLDER}-{name.replace(' ', '')}"
 
 
 def step_folder(root: Path, step: int) -> Path:

@@ -88,11 +88,12 @@ class ComparedModel:
 
 def read_results(paths: Sequence[Path]) -> list[ComparedModel]:
     """Reads all results and sorts them by text, then by size."""
-    models = [_read_run(path) if path.is_dir() else _read_evaluation(path) for path in paths]
+    models = [model for path in paths for model in (_read_run(path) if path.is_dir() else [_read_evaluation(path)])]
     return sorted(models, key=lambda model: (model.text, model.removed_fraction or 0.0, model.name))
 
 
-def _read_run(folder: Path) -> ComparedModel:
+def _read_run(folder: Path) -> list[ComparedModel]:
+    """Reads a run, or each size of its shelf."""
     status = read_status(folder)
     if status is None:
         raise UserError(f"{folder / STATUS_FILE} does not exist")
@@ -106,9 +107,14 @@ def _read_run(folder: Path) -> ComparedModel:
         after = report.get("after") or {}
         measured = _tasks_and_answers(after, after.get("dense"))
         measured |= _value("perplexity", perplexity["pruned"], perplexity["dense"], text)
-        return ComparedModel(
-            folder.name, describe_method(report), params["pruned"], params["removed_fraction"], measured
-        )
+        method = describe_method(report)
+        models = [ComparedModel(folder.name, method, params["pruned"], params["removed_fraction"], measured)]
+        for row in (report.get("shelf") or [])[:-1]:  # the last one is the run's model
+            of_size = _value("perplexity", row["perplexity"], perplexity["dense"], text)
+            of_size |= _tasks_and_answers(row.get("after") or {}, None)
+            name = f"{folder.name}/{row['folder']}"
+            models.append(ComparedModel(name, method, row["parameters"], row["removed_fraction"], of_size))
+        return models
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of another version: {error!r}") from None
 

@@ -39,7 +39,7 @@ class LoraPruneCallback(TrainerCallback):
     """Scores and cuts the model of one Trainer while it trains.
 
     At the end `output_dir` has report.json, kept_groups.json, metrics.jsonl and their pictures. Each checkpoint has a
-    folder `pruning/`.
+    folder `pruning/`. With `PruneConfig.sizes`, `output_dir` gets each size as `model-<size>`, and the last as `model`.
 
     Args:
         steps: optimizer steps that the schedule is a fraction of. Default: all steps of the Trainer.
@@ -147,8 +147,9 @@ class LoraPruneCallback(TrainerCallback):
         self.pruning.begin_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Makes the cut that is due. The Trainer logs, evaluates and saves after this."""
+        """Makes the cut that is due, then saves a size that is done. The Trainer logs, evaluates and saves after it."""
         self.pruning.end_step()
+        self.pruning.save_size(str(args.output_dir), self._tokenizer)
         _forget_overwritten(args, state, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -23,7 +23,7 @@ from typing import Any, cast
 from peft import PeftModel
 from torch import nn
 
-from loraprune_ds.checkpoint.layout import METRICS_FILE
+from loraprune_ds.checkpoint.layout import METRICS_FILE, MODEL_FOLDER, size_folder
 from loraprune_ds.checkpoint.load import keep_to_lists
 from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.config import Dtype, PruneConfig
@@ -211,6 +211,13 @@ class Pruning:
         """Writes the pruned model with LoRA merged in. Collective. Raises UserError if the folder is not empty."""
         self._export(Path(folder), tokenizer, lambda linear: merged_tensors(linear, self.dtype), trained=True)
 
+    def save_size(self, folder: str | Path, tokenizer: Any = None) -> None:
+        """Writes the model of one of `prune.sizes` into `folder`, if one is done and not written yet. Collective."""
+        size, is_done = self.pruner.schedule.size_after(self.step), self.step in self.pruner.schedule.ends()
+        target = Path(folder) / (size_folder(size) if size else MODEL_FOLDER)
+        if is_done and not self.model.comm.gather_objects(target.exists())[0]:
+            self.save_model(target, tokenizer)
+
     def save_base(self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None) -> None:
         """Writes the pruned base without LoRA, and makes the adapter on disk name it as its base. Collective.
 
@@ -233,7 +240,7 @@ class Pruning:
         model = {"path": model_name(self.peft_model), "dtype": self.dtype}
         config = {"seed": self.seed, "steps": self.steps, "model": model, "prune": asdict(pruner.config)}
         target = describe_target(pruner.config, dense, pruned)
-        outcome = Outcome(pruned, pruner.kept_of_dense, self.resumed_from, target)
+        outcome = Outcome(pruned, pruner.kept_of_dense, self.resumed_from, target, pruner.schedule.ends())
         comm, history = self.model.comm, self.recorder.history
         peaks = comm.gather_objects(peak_bytes())
         comm.on_rank_0(lambda: write_history(folder / METRICS_FILE, history))

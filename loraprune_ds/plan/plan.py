@@ -174,6 +174,10 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         "cuts": len(request.pruning.schedule.cut_steps()),
         "ratio": request.pruning.schedule.ratio,
         "target": describe_target(prune, request.shape, plan.final),
+        "sizes": [
+            {"size": size, "step": step, "parameters": request.shape_at(step).total_numel()}
+            for step, size in request.pruning.schedule.ends().items()
+        ],
         "serving": [{"model": name} | on_a_server(prune, shape, (server_gib or 0) * GIB) for name, shape in served],
         "notes": notes(plan),
         "cluster": asdict(cluster),
@@ -222,6 +226,8 @@ def plan_table(plan: Plan, facts: dict[str, Any]) -> str:
     if (target := facts["target"]) and (amount := request.config.prune.target_amount):
         reached = f"{amount.format(target['reached'])} reached by prune.ratio {facts['ratio']:.4f}"
         lines.append(f"prune.target {target['asked']}: {reached}")
+    for row in facts["sizes"]:
+        lines.append(f"prune.sizes {row['size']}: {row['parameters']:,} parameters at step {row['step']:,}")
     lines += ["", *_memory_rows(facts["stages"]), "", *_cost_rows(facts, steps_known=request.steps_known)]
     lines += ["", verdict(plan), *(f"note: {note}" for note in facts["notes"])]
     for served in facts["serving"]:

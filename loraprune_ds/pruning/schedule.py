@@ -100,9 +100,13 @@ class Schedule:
         """Returns True if a cut follows one of the next `within` steps, this one included."""
         return any(self.is_cut(s) for s in range(step, step + within))
 
+    def ends(self) -> dict[int, str]:
+        """Returns the last step of each of `prune.sizes`, with its name."""
+        return {section.last: section.size.name for section in self.sections if section.size.name}
+
     def size_after(self, step: int) -> str | None:
         """Returns the name of the size that is done after this step. None for the last one, which ends the run."""
-        return next((section.size.name for section in self.sections[:-1] if section.last == step), None)
+        return self.ends().get(step) if step < self.sections[-1].last else None
 
     def cycles(self) -> list[int]:
         """Lists the steps of each cycle of the learning rate: those with cuts, and those of each recovery."""

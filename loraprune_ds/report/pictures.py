@@ -20,7 +20,7 @@ from loraprune_ds.evaluate.drawing import (
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, History, StepRecord
-from loraprune_ds.units import format_perplexity
+from loraprune_ds.units import format_percent, format_perplexity
 
 if TYPE_CHECKING:  # takes a second to import, so only where a picture is drawn
     import numpy as np
@@ -205,6 +205,37 @@ def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[
     axes.plot(steps, top, color=colour, lw=1.6, drawstyle="steps-pre")
     axes.fill_between(steps, bottom, top, step="pre", color=colour, alpha=0.25, lw=0)
     axes.set(title=title, ylabel=unit, ylim=(0, 1.08 * max([*top, 1 / scale])))
+
+
+def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None) -> None:
+    """Draws perplexity over the parameters of each size, beside the `dense` model's, and agreement if it is known.
+
+    Args:
+        shelf: the rows of report.json. It draws nothing where no perplexity is known.
+    """
+    points = [(row["parameters"] / 1e6, row["perplexity"], row) for row in shelf if row["perplexity"]]
+    if not points:
+        return
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        x, y, rows = zip(*points, strict=True)
+        axes.plot(x, y, color=VERMILION, lw=1.2, marker="o", markersize=5)
+        if dense is not None:
+            axes.axhline(dense, color=CUT, lw=0.8, ls=":")
+        if max(y) > LOG_FROM * min(y):
+            make_logarithmic(axes)
+        axes.margins(x=0.3, y=0.25)
+        axes.set(title="Sizes of one run", xlabel="parameters, millions", ylabel="perplexity, held-out text")
+        figure.draw_without_rendering()  # settles where the points are
+        for at, row in zip(zip(x, y, strict=True), rows, strict=True):
+            same = row.get("agreement")
+            text = f"{row['size']}: {format_perplexity(at[1])}" + (f", agrees {format_percent(same)}" if same else "")
+            label_beside(axes, text, at, color=TEXT)
+        _save(figure, path)
 
 
 def _mark_cuts(axes: "Axes", cuts: Sequence[CutRecord]) -> None:

@@ -17,7 +17,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.step import Cut
 from loraprune_ds.units import format_bytes, format_duration, format_percent
 
-EvaluationName = Literal["dense", "after_last_cut", "pruned", "step"]
+EvaluationName = Literal["dense", "after_last_cut", "pruned", "size", "step"]
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loraprune_ds.checkpoint.layout import KEPT_GROUPS_FILE
+from loraprune_ds.checkpoint.layout import KEPT_GROUPS_FILE, MODEL_FOLDER, size_folder
 from loraprune_ds.files import write_text
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.flops import cached_numel
+from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.report.records import History, StepRecord
 
 KINDS = ("heads", "channels", "experts", "delta")  # which a cut record counts per layer
@@ -34,6 +35,7 @@ class Outcome:
     kept_of_dense: list[LayerKeep]  # per layer, the kept groups as indices into the dense model
     resumed_from: list[int]  # the steps at which the run was resumed
     target: dict[str, Any] | None = None  # `prune.target` and the size reached
+    sizes: dict[int, str] = field(default_factory=dict)  # the last step of each of `prune.sizes`, with its name
 
 
 def make_report(
@@ -57,6 +59,7 @@ def make_report(
     return {
         "params": _parameters(dense, outcome.pruned),
         "target": outcome.target,
+        "shelf": _shelf(dense, history, outcome.sizes),
         "serving": _serving(outcome.pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
         "world_size": len(peak_bytes),
@@ -87,6 +90,30 @@ def _parameters(dense: ModelShape, pruned: ModelShape) -> dict[str, Any]:
         "linear_dense": dense.linear_numel(),
         "linear_pruned": pruned.linear_numel(),
     }
+
+
+def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[dict[str, Any]]:
+    """Returns a row per size, from the first to the last. KV bytes are those of a token in 16 bits."""
+    rows = list[dict[str, Any]]()
+    for step, size in sizes.items():
+        shape, is_last = dense, step == max(sizes)
+        for cut in [cut for cut in history.cuts if cut.step <= step][-1:]:  # none if nothing could go
+            layers = zip(*(getattr(cut, kind) for kind in dense.kinds), strict=True)
+            shape = dense.with_layers(tuple(LayerShape(zip(dense.kinds, counts, strict=True)) for counts in layers))
+        measured = [e for e in history.evaluations if e.step == step and e.name == ("pruned" if is_last else "size")]
+        rows.append(
+            {
+                "size": size,
+                "folder": MODEL_FOLDER if is_last else size_folder(size),
+                "step": step,
+                "tokens": sum(s.tokens for s in history.steps if s.step <= step),
+                "parameters": shape.total_numel(),
+                "removed_fraction": 1 - shape.total_numel() / dense.total_numel(),
+                "kv_bytes_per_token": 2 * cached_numel(shape),
+                "perplexity": measured[-1].perplexity if measured else None,
+            }
+        )
+    return rows
 
 
 def _serving(pruned: ModelShape) -> dict[str, list[int]]:

@@ -12,6 +12,7 @@ from loraprune_ds.checkpoint.layout import (
     METRICS_FILE,
     MODEL_FOLDER,
     REPORT_FILE,
+    SHELF_PICTURE,
     TENSORBOARD_FOLDER,
     TRAINING_PICTURE,
 )
@@ -32,6 +33,7 @@ RESULT_FILES = (
     (KEPT_GROUPS_FILE, "the groups that every layer kept"),
     (KEPT_GROUPS_PICTURE, "the same as a picture"),
     (TRAINING_PICTURE, "loss, sparsity, speed and memory over the steps"),
+    (SHELF_PICTURE, "perplexity over the sizes"),
     (METRICS_FILE, "every step, cut and evaluation"),
     (ANSWERS_PAGE, "answers of both models, side by side"),
     (EVALUATION_FILE, "answers and tasks as data"),
@@ -48,7 +50,21 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
     cuts, ranks = len(report["prune_steps"]), report["world_size"]
     title = f"{report['steps']} steps, {_plural(cuts, 'cut')}, {_plural(ranks, 'ZeRO-3 rank')}"
     table = aligned(rows, "<>><")
-    return "\n".join([title, "", *table, "", _serving_line(report["serving"]), *_results(folder)]) + "\n"
+    shelf = _shelf_rows(report.get("shelf") or [])
+    return "\n".join([title, "", *table, "", *shelf, _serving_line(report["serving"]), *_results(folder)]) + "\n"
+
+
+def _shelf_rows(shelf: list[dict[str, Any]]) -> Iterable[str]:
+    """Yields a table with a line per size."""
+    if not shelf:
+        return
+    rows = [("size", "parameters", "removed", "KV per token", "perplexity", "agreement", "model")]
+    for row in shelf:
+        same = row.get("agreement")
+        cells = format_count(row["parameters"]), format_percent(row["removed_fraction"])
+        cells += format_bytes(row["kv_bytes_per_token"]), format_perplexity(row["perplexity"])
+        rows.append((row["size"], *cells, "-" if same is None else format_percent(same), f"{row['folder']}/"))
+    yield from (*aligned(rows, "<>>>>><"), "")
 
 
 def _serving_line(serving: dict[str, list[int]]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraprune_ds.checkpoint.layout import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE
+from loraprune_ds.checkpoint.layout import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE, SHELF_PICTURE
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError, UserError
 from loraprune_ds.evaluate.settings import GYM, TaskSettings
@@ -63,25 +63,45 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
     from loraprune_ds.model.hub import locate_model
 
     dense = config.model.adapter or str(locate_model(config.model))
-    command = [sys.executable, "-m", "loraprune_ds.cli.evaluate", str(folder), "--dense", dense, "--json"]
-    command += ["--dtype", config.model.dtype]
-    if ANSWERS in names:
-        command += ["--answers", "--page", str(folder / ANSWERS_PAGE)]
-    if tasks := _tasks(names):
-        command += ["--tasks", *tasks]
+    options = ["--dense", dense, "--json", "--dtype", config.model.dtype]
+    options += ["--answers"] if ANSWERS in names else []
+    tasks = _tasks(names)
+    tasks = ["--tasks", *tasks] if tasks else []
+    shelf = report.get("shelf") or []
+    for row in shelf[:-1]:
+        say(f"measuring {', '.join(names)} of {row['folder']}/")
+        row["after"] = _measured(json.loads(_evaluate(folder, [str(folder / row["folder"]), *options, *tasks])))
     say(f"measuring {', '.join(names)} of the exported and the dense model")
+    page = ["--page", str(folder / ANSWERS_PAGE)] if ANSWERS in names else []
+    text = _evaluate(folder, [str(folder), *options, *page, *tasks])
+    write_text(folder / EVALUATION_FILE, text)
+    after = {"asked": names} | _measured(json.loads(text))
+    for row, measured in zip(shelf, [*(row["after"] for row in shelf[:-1]), after], strict=False):
+        closeness = (measured["answers"] or {}).get("closeness")
+        row["agreement"] = closeness and closeness["agreement"]
+    write_json(folder / REPORT_FILE, report | {"after": after})
+    if shelf:
+        from loraprune_ds.report.pictures import draw_shelf
+
+        draw_shelf(folder / SHELF_PICTURE, shelf, report["perplexity"]["dense"])
+
+
+def _evaluate(folder: Path, arguments: list[str]) -> str:
+    """Runs launch/evaluate.py, and returns its JSON."""
+    command = [sys.executable, "-m", "loraprune_ds.cli.evaluate", *arguments]
     # With torchrun's variables the process would wait for a store that other ranks serve.
     environment = {k: v for k, v in os.environ.items() if k not in RANK and not k.startswith("TORCHELASTIC_")}
     answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if answer.returncode != 0:
         failed = f"evaluate.after failed with code {answer.returncode}"
         raise RunError(f"{failed}; {folder} holds the finished run, and another start measures again")
-    write_text(folder / EVALUATION_FILE, answer.stdout)
-    result = json.loads(answer.stdout)
+    return answer.stdout
+
+
+def _measured(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns what report.json keeps of an evaluation."""
     plan = result["answers_plan"] and {key: value for key, value in result["answers_plan"].items() if key != "prompts"}
-    measured = {"asked": names, "answers_plan": plan}
-    measured |= _without_texts(result) | {"dense": _without_texts(result["dense"])}
-    write_json(folder / REPORT_FILE, report | {"after": measured})
+    return {"answers_plan": plan} | _without_texts(result) | {"dense": _without_texts(result["dense"])}
 
 
 def _tasks(names: list[str]) -> tuple[str, ...]:

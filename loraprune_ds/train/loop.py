@@ -13,6 +13,7 @@ from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.exports import export_size
 from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.train.trainer import Trainer
@@ -30,6 +31,7 @@ class TrainingLoop:
         self.model, self._teacher = self.engine.model, None
         if config.train.distill_weight and self.status.step < prepared.steps:
             self._teacher = Teacher(prepared.pretrained, config.model, config.train, prepared.ds_config)
+        self._schedule = prepared.pruning.schedule
         self.pruner = Pruner(self.model, prepared.pruning, config.seed)
         if checkpoint:
             self.pruner.restore(checkpoint.pruner_state(self.model.shape.kinds), checkpoint.moments)
@@ -52,10 +54,13 @@ class TrainingLoop:
         if not self._context.checkpoint:
             self._evaluate(0, "dense")
         for step in range(self.status.step + 1, self.prepared.steps + 1):
+            if size := self._schedule.size_after(step - 1):  # here, so that a resumed run catches up on it
+                export_size(self._context, self.model, size, step - 1)
             self._step(step)
             request = self._trainer.requested
             every = self.config.checkpoint.every or self.prepared.steps
-            if request != NOTHING or step % every == 0 or step == self.prepared.steps:
+            is_end = step == self.prepared.steps or self._schedule.size_after(step)
+            if request != NOTHING or step % every == 0 or is_end:
                 self._save(step)
             self.status.update(step)
             self._requests.clear(request)
@@ -77,8 +82,10 @@ class TrainingLoop:
         if cut := self._trainer.cut(step):
             self.recorder.write(cut)
         every = self.config.evaluate.every
-        if step == self.prepared.pruning.schedule.last_cut:
+        if step == self._schedule.last_cut:
             self._evaluate(step, "after_last_cut")
+        elif self._schedule.size_after(step):
+            self._evaluate(step, "size")
         elif every is not None and step % every == 0:
             self._evaluate(step, "step")
 

@@ -146,6 +146,9 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
         "linear parameters",
         config.recipe,
     ]
+    if ends := pruning.schedule.ends():
+        sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
+        lines.append(f"exports each size on the way: {sizes}")
     if attention := describe_attention(config.model.attn_implementation, dense.family):
         lines.append(attention)
     if prepared.pretrained.tower:

@@ -18,7 +18,7 @@ from loraprune_ds.config import LoggingConfig
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.report.pictures import draw_kept_groups, draw_training
+from loraprune_ds.report.pictures import draw_kept_groups, draw_shelf, draw_training
 from loraprune_ds.report.records import (
     CutRecord,
     EvaluationRecord,
@@ -42,6 +42,7 @@ EVALUATED = {
     "dense": "dense model",
     "after_last_cut": "right after the last cut",
     "pruned": "exported model",
+    "size": "a size is done",
     "step": "held-out text",
 }
 
@@ -171,6 +172,9 @@ class Recorder:
         fail_point("finish.reported")
         draw_training(pictures[0], self.history)
         draw_kept_groups(pictures[1], dense, kept)
+        if shelf := report["shelf"]:
+            draw_shelf(folder / layout.SHELF_PICTURE, shelf, report["perplexity"]["dense"])
+            pictures.append(folder / layout.SHELF_PICTURE)
         self.show_pictures(pictures)
 
     def show_pictures(self, paths: Sequence[Path]) -> None:

@@ -13,17 +13,16 @@ from loraprune_ds.checkpoint.layout import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RankError, fail_point
-from loraprune_ds.export.huggingface import begin, finish_folder, publish
-from loraprune_ds.export.lora import merged_tensors
-from loraprune_ds.export.model_card import ModelCard, card_of_run, write_model_card
+from loraprune_ds.export.huggingface import finish_folder, publish
+from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.files import staging_of
-from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.records import EvaluationRecord
 from loraprune_ds.report.report import Outcome
 from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.context import RunContext, RunStatus
+from loraprune_ds.train.exports import exported_config, make_card, write_weights
 from loraprune_ds.train.loop import TrainingLoop, measure_held_out
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.prepare import Prepared, describe_run, prepare
@@ -32,9 +31,7 @@ from loraprune_ds.train.stop import RequestListener, drop_stale_requests
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import fast_half_products, peak_bytes
 from loraprune_ds.zero.engine import build_inference_engine
-from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.training_engine import release
-from loraprune_ds.zero.write import write_model
 
 
 def run(output: OutputFolder, comm: Communicator) -> bool:
@@ -111,24 +108,11 @@ def _train(context: RunContext) -> Outcome | None:
         return None
     context.check_owner()
     context.recorder.show("writing the merged model")
-    _write_weights(context, loop.model)
+    write_weights(context, loop.model, context.folder / MODEL_FOLDER)
     loop.release()  # or it would take memory next to the exported model, which is measured next
     target = describe_target(context.config.prune, context.prepared.pretrained.shape, loop.model.shape)
-    return Outcome(loop.model.shape, loop.pruner.kept_of_dense, context.resumed_from, target)
-
-
-def _write_weights(context: RunContext, model: ShardedModel) -> None:
-    """Writes the weights with LoRA merged in, into the staging folder of `model/`. Collective."""
-    target, mark, dtype = context.folder / MODEL_FOLDER, context.status.mark, context.config.model.dtype
-
-    def make_room() -> None:
-        if target.exists():  # of a process that was killed before its report
-            shutil.rmtree(target)
-        begin(target, mark)
-
-    model.comm.on_rank_0(make_room)
-    tower, staging = context.prepared.pretrained.tower, staging_of(target, mark)
-    write_model(model, staging, dtype, lambda linear: merged_tensors(linear, dtype), tower=tower)
+    ends = loop.pruner.schedule.ends()
+    return Outcome(loop.model.shape, loop.pruner.kept_of_dense, context.resumed_from, target, ends)
 
 
 def _finish(context: RunContext, outcome: Outcome) -> bool:
@@ -136,8 +120,12 @@ def _finish(context: RunContext, outcome: Outcome) -> bool:
     config, comm, recorder, folder = context.config, context.comm, context.recorder, context.folder
     mark, dense = context.status.mark, context.prepared.pretrained
     staging = staging_of(folder / MODEL_FOLDER, mark)
-    exported = export_config(dense.config, outcome.pruned, config.model.dtype, dense.tower and dense.tower.config)
-    comm.on_rank_0(lambda: finish_folder(staging, exported, dense.folder, _model_card(context, outcome)))
+    exported = exported_config(context, outcome.pruned)
+
+    def card() -> ModelCard:
+        return make_card(context, outcome.pruned, context.prepared.steps, "pruned")
+
+    comm.on_rank_0(lambda: finish_folder(staging, exported, dense.folder, card()))
     if context.stop_requested():
         return False
     recorder.write(_evaluate_exported(staging, context))
@@ -145,7 +133,7 @@ def _finish(context: RunContext, outcome: Outcome) -> bool:
     context.check_owner()
 
     def publish_all() -> None:
-        write_model_card(staging, _model_card(context, outcome), exported)
+        write_model_card(staging, card(), exported)
         fail_point("finish.before_rename")
         publish(folder / MODEL_FOLDER, mark)
         fail_point("finish.after_rename")
@@ -166,17 +154,3 @@ def _evaluate_exported(staging: Path, context: RunContext) -> EvaluationRecord:
     record = measure_held_out(engine, prepared.windows, batch_size, comm, step=prepared.steps, name="pruned")
     release(engine)  # `evaluate.after` needs the room
     return record
-
-
-def _model_card(context: RunContext, outcome: Outcome) -> ModelCard:
-    """Makes the export's README, with the perplexities known so far."""
-    prepared, history = context.prepared, context.recorder.history
-    return card_of_run(
-        context.config,
-        prepared.pretrained.shape,
-        outcome.pruned,
-        steps=prepared.steps,
-        windows=len(prepared.windows),
-        perplexity_dense=history.perplexity("dense"),
-        perplexity_pruned=history.perplexity("pruned"),
-    )

@@ -1,0 +1,70 @@
+"""Exports models of a run: the final one in `model/`, and one for each earlier size in `model-<size>/`."""
+
+import shutil
+from pathlib import Path
+
+from loraprune_ds.checkpoint.layout import size_folder
+from loraprune_ds.errors import fail_point
+from loraprune_ds.export.huggingface import begin, finish_folder, publish
+from loraprune_ds.export.lora import merged_tensors
+from loraprune_ds.export.model_card import ModelCard, card_of_run
+from loraprune_ds.files import staging_of
+from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.report.records import EvaluationName
+from loraprune_ds.train.context import RunContext
+from loraprune_ds.zero.sharded import ShardedModel
+from loraprune_ds.zero.write import write_model
+
+
+def write_weights(context: RunContext, model: ShardedModel, target: Path) -> None:
+    """Writes the weights with LoRA merged in, into the staging folder of `target`. Collective."""
+    mark, dtype = context.status.mark, context.config.model.dtype
+
+    def make_room() -> None:
+        if target.exists():  # of a process that was killed before its report
+            shutil.rmtree(target)
+        begin(target, mark)
+
+    model.comm.on_rank_0(make_room)
+    tower, staging = context.prepared.pretrained.tower, staging_of(target, mark)
+    write_model(model, staging, dtype, lambda linear: merged_tensors(linear, dtype), tower=tower)
+
+
+def exported_config(context: RunContext, pruned: ModelShape) -> ExportedConfig:
+    """Makes the config of a model that the run exports."""
+    dense = context.prepared.pretrained
+    return export_config(dense.config, pruned, context.config.model.dtype, dense.tower and dense.tower.config)
+
+
+def export_size(context: RunContext, model: ShardedModel, name: str, step: int) -> None:
+    """Exports the model of a size that is done after `step`, unless an earlier start did. Collective."""
+    target, mark, dense = context.folder / size_folder(name), context.status.mark, context.prepared.pretrained
+    if model.comm.gather_objects(target.exists())[0]:
+        return
+    context.recorder.show(f"writing {target.name}/")
+    write_weights(context, model, target)
+    exported, card = exported_config(context, model.shape), make_card(context, model.shape, step, "size")
+    context.check_owner()
+
+    def publish_size() -> None:
+        finish_folder(staging_of(target, mark), exported, dense.folder, card)
+        fail_point("size.before_rename")
+        publish(target, mark)
+        fail_point("size.after_rename")
+
+    model.comm.on_rank_0(publish_size)
+
+
+def make_card(context: RunContext, pruned: ModelShape, step: int, measured: EvaluationName) -> ModelCard:
+    """Makes an export's README, with the perplexities known so far. `measured` names that of the export."""
+    prepared, history = context.prepared, context.recorder.history
+    return card_of_run(
+        context.config,
+        prepared.pretrained.shape,
+        pruned,
+        steps=step,
+        windows=len(prepared.windows),
+        perplexity_dense=history.perplexity("dense"),
+        perplexity_pruned=history.perplexity(measured),
+    )
