@@ -32,7 +32,7 @@ def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> t
     equal = dense.family.equal_layers
     if config.ranking is None:
         config = replace(config, ranking="uniform" if tower or equal else "global")
-    limits = make_limits(config := with_largest_size(config, dense), dense)
+    limits = make_limits(config, dense)
     if equal:
         final = final_shape(config, limits)
         fits = final is not None and final.is_uniform
@@ -46,12 +46,13 @@ def final_shape(config: PruneConfig, limits: Limits) -> ModelShape | None:
 
 
 def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
-    """Makes the limits of a run, whose ratio is `prune.ratio` or follows from `prune.target`.
+    """Makes the limits of a run, whose ratio is `prune.ratio` or follows from `prune.target` or the largest size.
 
     Raises UserError if settings conflict, or if the ratio or target is out of reach. The message names the largest
     ratio or the smallest size.
     """
-    limits, ratio = limits_without_ratio(config, dense), config.ratio
+    config, limits = with_largest_size(config, dense), limits_without_ratio(config, dense)
+    ratio = config.ratio
     if config.target is not None:
         ratio = _find_ratio(config, limits, "prune.sizes" if config.sizes else "prune.target", config.target)
     assert ratio is not None, "the config has a ratio or a target"

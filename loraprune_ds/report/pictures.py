@@ -225,7 +225,8 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
         x, y, rows = zip(*points, strict=True)
         axes.plot(x, y, color=VERMILION, lw=1.2, marker="o", markersize=5)
         if dense is not None:
-            axes.axhline(dense, color=CUT, lw=0.8, ls=":")
+            axes.axhline(dense, color=CUT, lw=1, ls=":", label=f"dense model: {format_perplexity(dense)}")
+            axes.legend(**LEGEND_ABOVE)
         if max(y) > LOG_FROM * min(y):
             make_logarithmic(axes)
         axes.margins(x=0.3, y=0.25)

@@ -1,4 +1,4 @@
-"""Stops a run with `fisher`, refit, distillation and recovery twice. Resumed, it ends with the same bits."""
+"""Stops a run with `fisher`, refit, distillation, two sizes and recoveries. Resumed, it ends with the same bits."""
 
 import json
 import shutil
@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 
+from loraprune_ds.checkpoint.layout import sha256
+from loraprune_ds.evaluate.compare import read_results
+from loraprune_ds.files import read_json
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.report.summary import summary_table
 from tests.integration.resuming import (
     assert_same_run,
     config_for,
@@ -19,7 +24,8 @@ from tests.integration.resuming import (
 )
 from tests.ranks import RankPool
 
-STEPS, RECOVERY, CUTS, STOP_AT = 8, 2, [4, 6, 8], 5
+STEPS, RECOVERY, CUTS, FIRST = 8, [1, 2], [3, 4, 9, 10], 6  # `prune.sizes` is not sorted
+TOTAL, SIZE = STEPS + sum(RECOVERY), "model-0.2/model-00002-of-00004.safetensors"
 SECTIONS: dict[str, dict[str, Any]] = {
     "prune": {
         "channel_multiple": 1,
@@ -28,6 +34,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "cooldown_fraction": 0.0,
         "criterion": "fisher",
         "compensate": "least_squares",
+        "ratio": None,
+        "sizes": [0.4, 0.2],
     },
     "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5, "distill_temperature": 2},
     "checkpoint": {"every": None},
@@ -45,16 +53,17 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
     config = config_for(straight.parent / "config.yaml", tmp_path / "out")
     assert not any(ranks.run(2, run_here, config, None, 1))
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "stopped"
-    assert not any(ranks.run(2, run_here, config, "auto", STOP_AT))
-    step = tmp_path / "out" / "checkpoints" / f"step-{STOP_AT}"
+    assert not any(ranks.run(2, run_here, config, "auto", FIRST))
+    assert not (tmp_path / "out" / "model-0.2").exists()  # the next start exports it
+    step = tmp_path / "out" / "checkpoints" / f"step-{FIRST}"
     assert len(list(step.glob("moments-*.safetensors"))) == 3  # one of each layer
     assert all(ranks.run(2, run_here, config, "auto"))
 
-    total = STEPS + RECOVERY
     assert [cut["step"] for cut in metrics(straight, "cut")] == CUTS
-    assert read_state(tmp_path / "out", total)["resumed_from"] == [1, STOP_AT]
-    assert_same_run(tmp_path / "out", straight, total)
-    assert not list((straight / "checkpoints" / f"step-{total}").glob("moments-*"))  # no cut is left that needs them
+    assert read_state(tmp_path / "out", TOTAL)["resumed_from"] == [1, FIRST]
+    assert_same_run(tmp_path / "out", straight, TOTAL)
+    assert sha256(tmp_path / "out" / SIZE) == sha256(straight / SIZE)
+    assert not list((straight / "checkpoints" / f"step-{TOTAL}").glob("moments-*"))  # no cut is left that needs them
 
 
 def test_a_kill_after_the_model_is_published_leaves_a_run_that_can_be_finished(
@@ -76,15 +85,50 @@ def test_goes_on_with_another_number_of_ranks(ranks: RankPool, straight: Path, t
     given, settings = straight.parent / "config.yaml", ("lora.lora_dropout=0", "train.learning_rate=1e-3")
     here, moved = (config_for(given, tmp_path / name, *settings) for name in ("here", "moved"))
     ranks.run(2, run_here, here)
-    ranks.run(2, run_here, moved, None, STOP_AT)
+    ranks.run(2, run_here, moved, None, FIRST - 1)
     assert all(ranks.run(3, run_here, moved, "auto"))
-    found, expected = (contents(tmp_path / name, STEPS + RECOVERY).kept for name in ("moved", "here"))
+    found, expected = (contents(tmp_path / name, TOTAL).kept for name in ("moved", "here"))
     assert found == expected
     # sums in fp32 in another order, as in tests/numerics
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "here"), abs=1e-5)
 
 
-def test_the_recovery_starts_at_the_learning_rate_again(straight: Path) -> None:
+def test_the_learning_rate_rises_for_each_recovery_and_each_size(straight: Path) -> None:
     rates = [step["learning_rate"] for step in metrics(straight, "step")]
-    assert rates == pytest.approx([5e-3 * (1 - s / STEPS) for s in range(STEPS)] + [5e-3, 2.5e-3])
+    assert rates == pytest.approx([5e-3 * part for n in (4, 2, 4, 1) for part in (1 - s / n for s in range(n))])
     assert metrics(straight, "step")[-1]["sparsity"] == pytest.approx(metrics(straight, "cut")[-1]["reached"])
+
+
+def test_a_size_is_exported_once_and_whole(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
+    """Goes on from the end of the first size, with its model there, and killed while it was written."""
+    out, written = tmp_path / "out", dict[str, Any]()
+    config = config_for(straight.parent / "config.yaml", out)
+    for left in ("model-0.2", ".model-0.2.1234.partial"):
+        shutil.copytree(straight, out)
+        shutil.rmtree(out / "checkpoints" / f"step-{TOTAL}")
+        (out / "model-0.2").rename(out / left)
+        (out / left / "written").touch()
+        (out / "status.json").write_text((out / "status.json").read_text().replace("finished", "running"))
+        assert all(ranks.run(2, run_here, config, "auto"))
+        written[left] = (out / "model-0.2" / "written").exists()
+        assert sha256(out / SIZE) == sha256(straight / SIZE)
+        shutil.rmtree(out)
+    assert list(written.values()) == [True, False]
+
+
+def test_the_shelf(straight: Path) -> None:
+    report = read_json(straight / "report.json")
+    first, last = report["shelf"]
+    assert [first["size"], first["folder"], first["step"]] == ["0.2", "model-0.2", FIRST]
+    assert [last["size"], last["folder"], last["step"]] == ["0.4", "model", TOTAL]
+    assert last["parameters"] == report["params"]["pruned"] < first["parameters"] < report["params"]["dense"]
+    assert last["perplexity"] == report["perplexity"]["pruned"]
+    assert first["perplexity"] is not None
+    assert first["tokens"] * TOTAL == last["tokens"] * FIRST
+    for row in (first, last):
+        model = open_pretrained(straight / row["folder"]).shape
+        assert model.total_numel() == row["parameters"]
+        assert row["kv_bytes_per_token"] == 2 * 2 * model.head_dim * sum(layer["heads"] for layer in model.layers)
+    models = [model.name for model in read_results([straight])]
+    assert models == ["out/model-0.2", "out"]
+    assert "0.2 " in summary_table(report, straight)

@@ -14,11 +14,13 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.pruning.limits import Limits, limits_without_ratio
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform, uniform_goal
-from loraprune_ds.pruning.target import describe_target, make_limits, measure, on_a_server, server_memory
+from loraprune_ds.pruning.schedule import plan_pruning
+from loraprune_ds.pruning.target import describe_target, make_limits, measure, on_a_server, plan_sizes, server_memory
+from loraprune_ds.units import read_amount
 from tests.families import EQUAL, MIXTURES, tiny_config
 from tests.paper import PAPER
 from tests.refusals import refused, refuses
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape, random_scores_of, uniform_counts
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, random_scores_of, uniform_counts
 
 GIB = 2**30
 LIMITS: list[dict[str, Any]] = [{}, {"channel_multiple": 1}, {"channel_multiple": 128}]
@@ -198,3 +200,53 @@ def test_a_delta_net_has_a_state_in_place_of_a_cache() -> None:
     assert attention_product(shape, 50) == 2 * 10 * 12 * 50 + 2 * 3 * state
     memory = server_memory(config, shape)["weights"] + 4 * state + 2 * per_token * 7
     assert on_a_server(config, shape, memory)["tokens"] == 7
+
+
+# `prune.sizes`: several models of one run
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+@pytest.mark.parametrize("sizes", [["0.5", "0.2", "0.35"], ["4B", "0.2", "10GiB"]])
+def test_sizes_are_reached_one_after_another_and_no_count_grows(sizes: list[str], ranking: Ranking) -> None:
+    config = PruneConfig(sizes=sizes, ranking=ranking, head_ratio=0.3)
+    limits = make_limits(config, LLAMA_7B)
+    plan = plan_pruning(config, limits, 400, [10, 20, 30])
+    sections = plan.schedule.sections
+    assert [section.size.name for section in sections] == [sizes[1], sizes[2], sizes[0]]  # by what they remove
+    assert [section.last - section.recovery for section in sections] == [20, 30, 10]
+    assert plan.steps == 460
+    scores, current = random_scores_of(LLAMA_7B, torch.Generator().manual_seed(0)), LLAMA_7B
+    for section in sections:
+        counts = section.counts(limits, section.end)
+        if counts:
+            keep = rank_uniform(scores, current, limits, counts)
+        else:
+            keep = rank_global(scores, current, limits, section.target(section.end))
+        current = current.after(keep)
+        scores = [layer.select(kept) for layer, kept in zip(scores, keep, strict=True)]
+        assert section.size.name
+        amount = read_amount(section.size.name, "size")
+        if amount.value < 1:
+            assert gone(current, LLAMA_7B) / LLAMA_7B.linear_numel() == pytest.approx(amount.value, abs=0.005)
+        else:
+            assert measure(config, current, amount) == pytest.approx(amount.value, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"sizes": ["0.5", "0.50"]}, r"prune.sizes: 0.50 removes no more than 0.5"),
+        ({"sizes": ["0.2", "0.99"]}, r"prune.sizes 0.99 is out of reach: .* at most 0.98\d+ can go"),
+        ({"sizes": ["0.2", "9B"]}, r"prune.sizes 9B takes nothing from the dense model, which has 6.48 B"),
+        ({"sizes": ["0.2", "10MB"]}, r"prune.sizes 10MB is out of reach: .* stay"),
+        (
+            {"sizes": ["0.2", "0.5"], "ratio": 0.4},
+            r"prune.ratio 0.4 is not the largest cut of prune.sizes, which is 0.5",
+        ),
+        ({"sizes": ["0.2", "0.5"], "target": "4B"}, r"prune.target 4B is not the largest cut of prune.sizes"),
+        ({"sizes": ["0.2", "half"]}, r"prune.sizes must be parameters, such as 4.5B, or memory, .* got 'half'"),
+    ],
+)
+def test_sizes_that_cannot_be_made_are_refused(prune: dict[str, Any], message: str) -> None:
+    refuses(message, lambda: plan_sizes(config := PruneConfig(**prune), make_limits(config, LLAMA_7B)))
+    assert make_limits(PruneConfig(sizes=["0.2", "0.5"], ratio=0.5), LLAMA_7B).ratio == 0.5
