@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.integration.resuming import (
+    REFITS,
     assert_same_run,
     config_for,
     contents,
@@ -21,14 +22,7 @@ from tests.ranks import RankPool
 
 STEPS, RECOVERY, CUTS, STOP_AT = 8, 2, [4, 6, 8], 5
 SECTIONS: dict[str, dict[str, Any]] = {
-    "prune": {
-        "channel_multiple": 1,
-        "prune_every": 2,
-        "warmup_fraction": 0.25,
-        "cooldown_fraction": 0.0,
-        "criterion": "fisher",
-        "compensate": "least_squares",
-    },
+    "prune": REFITS | {"criterion": "fisher"},
     "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5, "distill_temperature": 2},
     "checkpoint": {"every": None},
 }
