@@ -11,7 +11,7 @@ import textwrap
 import time
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -88,6 +88,15 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
             return
     sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
     sys.stderr.flush()
+
+
+def run_command(work: Callable[[], int | None]) -> int:
+    """Returns the exit code: 0, or that of `work`, or 2 for unusable input."""
+    try:
+        return work() or 0
+    except UserError as error:
+        tell(error)
+        return error.exit_code
 
 
 def leave(code: int) -> NoReturn:

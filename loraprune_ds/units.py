@@ -59,11 +59,10 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
-def format_clock(seconds: float) -> str:
-    """Writes 75 as '1:15', 7500 as '2:05:00'."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def format_change(before: float, after: float) -> str:
+    """Writes a change from 4 to 3 as '25.0 % less'."""
+    percent = format_percent(abs(after / before - 1))
+    return "unchanged" if percent == format_percent(0) else f"{percent} {'less' if after < before else 'more'}"
 
 
 def format_percent(fraction: float) -> str:

@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from loraprune_ds.command import Parser, tell
+from loraprune_ds.command import Parser, run_command
 from loraprune_ds.errors import UserError
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -27,13 +27,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns the exit code: 0, or 2 for unusable input."""
-    try:
-        compare(parse_arguments())
-    except UserError as error:
-        tell(error)
-        return error.exit_code
-    return 0
+    return run_command(lambda: compare(parse_arguments()))
 
 
 def compare(arguments: argparse.Namespace) -> None:

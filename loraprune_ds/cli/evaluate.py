@@ -42,15 +42,17 @@ from loraprune_ds.command import (
 )
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.evaluate.prompts import DEFAULT, AnswerSettings, read_prompts
 from loraprune_ds.evaluate.settings import (
     DATASETS,
+    DEFAULT_PROMPTS,
+    AnswerSettings,
     EvaluationSettings,
     EvaluationText,
     PerplexityProtocol,
     SpeedSettings,
     TaskSettings,
     load_dataset_text,
+    read_prompts,
     read_text,
 )
 from loraprune_ds.files import finite, write_text
@@ -84,8 +86,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="more task files")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
     parser.add_argument("--limit", type=int, metavar="N", help="documents per task, to try things")
-    about = f"let the model write, and measure how (without a file: {DEFAULT}, 50 shipped prompts)"
-    parser.add_argument("--answers", nargs="?", const=DEFAULT, metavar="PROMPTS.jsonl", help=about)
+    about = f"let the model write, and measure how (without a file: {DEFAULT_PROMPTS}, 50 shipped prompts)"
+    parser.add_argument("--answers", nargs="?", const=DEFAULT_PROMPTS, metavar="PROMPTS.jsonl", help=about)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 128)")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write the answers side by side")
     parser.add_argument("--speed", action="store_true", help="prefill and decode tokens per second")
@@ -110,14 +112,12 @@ def main() -> int:
         tell(error, agreed=False)  # lm-eval can fail on one rank alone
         return error.exit_code
     if is_rank_0():
-        from loraprune_ds.evaluate.result import result_table
+        from loraprune_ds.evaluate.result import answers_page, result_table
 
         text = json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if arguments.json else result_table(result)
         with stdout:
             stdout.write(text)
         if arguments.page:
-            from loraprune_ds.evaluate.answers_page import answers_page
-
             write_text(arguments.page, answers_page(result))
             print(f"page: {arguments.page}", file=sys.stderr)
     return 0

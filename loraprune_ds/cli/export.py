@@ -15,8 +15,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from loraprune_ds.command import Parser, check_needs, tell
-from loraprune_ds.errors import UserError
+from loraprune_ds.command import Parser, check_needs, run_command
 
 NEEDS = {"--public": "--push-to-hub", "--results": "--push-to-hub"}
 
@@ -46,13 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns the exit code: 0, or 2 for unusable input."""
-    try:
-        convert(parse_arguments())
-    except UserError as error:
-        tell(error)
-        return error.exit_code
-    return 0
+    return run_command(lambda: convert(parse_arguments()))
 
 
 def convert(arguments: argparse.Namespace) -> None:

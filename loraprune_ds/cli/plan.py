@@ -15,7 +15,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from loraprune_ds.command import Parser, silence_libraries, tell
+from loraprune_ds.command import Parser, run_command, silence_libraries, tell
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.plan.cluster import Cluster
 
@@ -45,18 +45,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    try:
-        arguments = parse_arguments()
-        if arguments.explain:
-            print(FORMULAS.read_text(), end="")
-            return 0
-        return plan(arguments)
-    except UserError as error:
-        tell(error)
-        return error.exit_code
+    return run_command(lambda: plan(parse_arguments()))
 
 
 def plan(arguments: argparse.Namespace) -> int:
+    if arguments.explain:
+        print(FORMULAS.read_text(), end="")
+        return 0
     cluster = Cluster(**{key: value for key, value in vars(arguments).items() if key in CLUSTER})
     gib = arguments.server_memory
     require(gib is None or 0 < gib < float("inf"), f"--server-memory must be a number above 0; got {gib}")

@@ -3,6 +3,10 @@
 Repetition is the share of an answer's 4-grams that occurred in it before, averaged over the answers (seq-rep-4 of
 Welleck et al., arXiv 1908.04319). Greedy text that repeats itself is easy to predict: read the dense model's
 perplexity next to the repetition.
+
+The pruned model's next-token probabilities q are compared with the dense model's, p. The overlap is the mean of
+Σ min(p, q). Speculative sampling accepts this share of the tokens that q drafts for p (Leviathan et al., arXiv
+2211.17192).
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,17 +15,19 @@ from statistics import fmean
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.evaluate.closeness import Closeness, Labelled, frozen_head, last_hidden, measure_closeness
 from loraprune_ds.evaluate.models import Ids, end_ids, generate
 from loraprune_ds.evaluate.perplexity import Progress, exp_of_mean
-from loraprune_ds.evaluate.prompts import AnswerSettings
+from loraprune_ds.evaluate.settings import AnswerSettings
+from loraprune_ds.model.logits import Head, chunk_size, logits_transform, output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX, token_losses
 
 AT_ONCE = 32  # answers that are written together
 GRAM = 4
+Labelled = tuple[Tensor, Tensor]  # input_ids and labels, both (rows, length). IGNORE_INDEX: not predicted
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,17 @@ class Answers:
     repetition: float
     dense_perplexity: float | None  # of the answers and their ends, after the prompts. None without a dense model
     texts: list[Answer]
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """Two models on a text, averaged over `predictions` tokens."""
+
+    text: str
+    agreement: float  # share of tokens where both find the same one most probable
+    overlap: float
+    kl: float  # KL(dense ‖ pruned), in nats
+    predictions: int
 
 
 @dataclass(frozen=True)
@@ -168,3 +185,36 @@ def _perplexity(dense: Writer, batches: Iterator[Labelled]) -> float:
         total += losses.double().sum().item()
         tokens += int((labels != IGNORE_INDEX).sum())
     return exp_of_mean(total, tokens)
+
+
+@torch.no_grad()
+def measure_closeness(
+    dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[Labelled], text: str
+) -> Closeness:
+    """Compares next-token probabilities on the labelled tokens of a text that both read as the same ids."""
+    heads = [frozen_head(model) for model in (dense, pruned)]
+    vocabulary = min(len(head.weight) for head in heads)  # an embedding may be padded
+    total, count = torch.zeros(3, dtype=torch.float64), 0
+    for input_ids, labels in batches:
+        predicted = labels[:, 1:] != IGNORE_INDEX
+        hidden = [last_hidden(model, input_ids)[:, :-1][predicted] for model in (dense, pruned)]
+        for rows in zip(*(part.split(chunk_size(vocabulary)) for part in hidden), strict=True):
+            log_p, log_q = (
+                head.logits(part)[:, :vocabulary].float().log_softmax(1) for head, part in zip(heads, rows, strict=True)
+            )
+            p, q = log_p.exp(), log_q.exp()
+            same = (p.argmax(1) == q.argmax(1)).sum()
+            total += torch.stack([same, p.minimum(q).sum(), (p * (log_p - log_q)).sum()]).double().cpu()
+            count += len(p)
+    agreement, overlap, kl = (total / count).tolist()
+    return Closeness(text, agreement, overlap, kl, count)
+
+
+def last_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Returns the final hidden states (batch, length, hidden_size) of ids (batch, length)."""
+    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def frozen_head(model: PreTrainedModel) -> Head:
+    """Returns the head that makes logits of them."""
+    return Head(output_head(model).weight, logits_transform(model.config))

@@ -12,8 +12,15 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.answers import Generation, Writer, encode_prompts, write_answers
-from loraprune_ds.evaluate.closeness import Labelled, frozen_head, last_hidden
+from loraprune_ds.evaluate.answers import (
+    Generation,
+    Labelled,
+    Writer,
+    encode_prompts,
+    frozen_head,
+    last_hidden,
+    write_answers,
+)
 from loraprune_ds.evaluate.models import ModelSource, find_model, load_model
 from loraprune_ds.evaluate.perplexity import Losses, Perplexity, Progress, measure_perplexity, split_windows
 from loraprune_ds.evaluate.settings import EvaluationSettings
@@ -221,11 +228,7 @@ def _measure(
 
 def _losses_of(model: PreTrainedModel) -> Losses:
     head = frozen_head(model)
-
-    def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
-        return token_losses(last_hidden(model, input_ids), head, labels)
-
-    return losses
+    return lambda ids, labels: token_losses(last_hidden(model, ids), head, labels)
 
 
 def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Progress) -> Perplexity:
@@ -237,10 +240,8 @@ def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Prog
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     }
     engine = build_inference_engine(prepared.source.pretrained, "sdpa", prepared.dtype, ds_config)
-
-    def losses(input_ids: Tensor, labels: Tensor) -> Tensor:
-        return engine(input_ids=input_ids, labels=labels)
-
-    perplexity = measure_perplexity(losses, prepared.batches, comm, progress)
+    perplexity = measure_perplexity(
+        lambda ids, labels: engine(input_ids=ids, labels=labels), prepared.batches, comm, progress
+    )
     release(engine)  # the next model needs the room
     return perplexity

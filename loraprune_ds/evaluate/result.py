@@ -1,17 +1,47 @@
-"""The result of an evaluation: as JSON, which launch/compare.py reads, and as a table for people."""
+"""The result of an evaluation: as JSON, which launch/compare.py reads, as a table, and its answers as a page.
+
+The page is one HTML file: no server, no script, all texts escaped.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from html import escape
 from typing import Any
 
-from loraprune_ds.evaluate.answers_page import KINDS, describe_plan
 from loraprune_ds.evaluate.evaluation import Measurement
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
-from loraprune_ds.units import aligned, format_percent, format_perplexity
+from loraprune_ds.units import aligned, format_change, format_percent, format_perplexity
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
+KINDS = ("greedy", "sampled")
+# Columns become rows where two do not fit, as on a phone.
+STYLE = """
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { max-width: 72rem; margin: 0 auto; padding: 0 0.8rem 3rem; }
+.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 0.6rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.2rem 0; font: 0.9rem/1.4 ui-monospace, monospace; }
+.prompt { border-left: 3px solid #0072b2; padding-left: 0.7rem; }
+.answer { border: 1px solid #8886; border-radius: 0.3rem; padding: 0.4rem 0.6rem; min-width: 0; }
+small { color: #767676; }
+h1, p { overflow-wrap: anywhere; }
+"""
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
 
 
 def make_result(
@@ -83,7 +113,7 @@ def _size_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
     yield (
         "parameters",
         [f"{cost['parameters']:,}" for cost in costs],
-        "" if removed is None else f"{100 * removed:.1f} % removed",
+        "" if removed is None else f"{format_percent(removed)} removed",
     )
     macs = [cost["macs_per_token"] for cost in costs]
     context = f"MACs per token at {macs[-1]['mean_context']:g} of context, M"
@@ -160,7 +190,51 @@ def _speed_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
 
 
 def _less(values: list[Any]) -> str:
-    if len(values) < 2 or not values[0]:
-        return ""
-    change = values[1] / values[0] - 1
-    return f"{100 * abs(change):.1f} % {'less' if change <= 0 else 'more'}"
+    return format_change(*values) if len(values) > 1 and values[0] else ""
+
+
+def answers_page(result: dict[str, Any]) -> str:
+    """Builds the page from the object of `--json`. The dense model is on the left."""
+    plan = result["answers_plan"]
+    models = [(name, model) for name, model in (("dense", result["dense"]), ("model", result)) if model]
+    lines = [f"{name}: {model['path']}. {_describe(model['answers'])}" for name, model in models]
+    parts = [f"<p>{escape(line)}</p>" for line in (*lines, describe_plan(plan))]
+    for i, prompt in enumerate(plan["prompts"]):
+        parts += _section(i, prompt, models)
+    return PAGE.format(title=escape(f"Answers of {result['path']}"), style=STYLE, body="\n".join(parts))
+
+
+def describe_plan(plan: dict[str, Any]) -> str:
+    """Describes how the answers were written, in one line."""
+    return (
+        f"{plan['name']}: {len(plan['prompts'])} prompts, at most {plan['max_new_tokens']} tokens each; sampled at "
+        f"temperature {plan['temperature']}, top_k {plan['top_k']}, seed {plan['seed']}"
+    )
+
+
+def _describe(answers: dict[str, Any]) -> str:
+    parts = [
+        f"{kind}: {answers[kind]['tokens']:.1f} tokens, {format_percent(answers[kind]['ended'])} end by themselves, "
+        f"{format_percent(answers[kind]['repetition'])} of 4-grams repeated"
+        for kind in KINDS
+    ]
+    return "; ".join(parts) + ("" if answers["chat_template"] else "; no chat template, so plain text")
+
+
+def _section(i: int, prompt: dict[str, Any], models: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
+    yield f"<section><h2>{escape(str(i + 1))} {escape(prompt['kind'] or '')}</h2>"
+    for message in prompt["messages"]:
+        role = "" if len(prompt["messages"]) == 1 else f"<small>{escape(message['role'])}</small>"
+        yield f'<div class="prompt">{role}<pre dir="auto">{escape(message["content"])}</pre></div>'
+    if prompt["expected"]:
+        yield f"<p><small>expected:</small> {escape(prompt['expected'])}</p>"
+    for kind in KINDS:
+        yield '<div class="side">'
+        for name, model in models:
+            answer = model["answers"][kind]["texts"][i]
+            end = "ended" if answer["ended"] else "cut off" if answer["tokens"] else "empty"
+            facts = f"{answer['tokens']} tokens, {end}, {format_percent(answer['repetition'])} repeated"
+            text = escape(answer["text"]) or "<small>(nothing)</small>"
+            yield f'<div class="answer"><small>{name}, {kind}: {facts}</small><pre dir="auto">{text}</pre></div>'
+        yield "</div>"
+    yield "</section>"

@@ -10,7 +10,6 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,7 +21,7 @@ from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft, from
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS
+from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS, read_header
 
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # of an export with LoRA unmerged
 ADAPTER = "default"
@@ -115,11 +114,7 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
 def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:  # also checks the length of the file
-            on_disk = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    on_disk = {name: shape for name, (shape, _) in read_header(path).items()}
     expected = {
         name_in_file(layer, name): tuple(factor.shape)
         for layer in range(len(shape.layers))

@@ -24,10 +24,7 @@ from loraprune_ds.model.modeling_pruned import pruned_classes
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 
-
-@cache
-def _pruned(family: str) -> tuple[Any, Any, Any]:
-    return pruned_classes(family)
+_pruned = cache(pruned_classes)  # each family has one set of classes
 
 
 def config_class(model_type: str) -> type[PreTrainedConfig]:

@@ -86,8 +86,7 @@ def saved_by_layer(
     dtype: torch.dtype,
     *,
     storage: FrozenStorage,
-    lora_rank: int,
-    dropout: bool,
+    lora: LoraConfig,
     eager: bool,
 ) -> int:
     """Returns the bytes that one decoder layer saves without gradient checkpointing.
@@ -117,7 +116,7 @@ def saved_by_layer(
         doubled=frozenset(n for n, i in enumerate(chosen) if i in shape.doubled),
     )
     at = chosen.index(index)
-    return _saved(json.dumps(few), small, at, tokens, dtype, storage, lora_rank, dropout, eager)
+    return _saved(json.dumps(few), small, at, tokens, dtype, storage, lora, eager)
 
 
 @cache
@@ -133,8 +132,7 @@ def _saved(
     size: tuple[int, int],
     dtype: torch.dtype,
     storage: FrozenStorage,
-    rank: int,
-    dropout: bool,
+    lora: LoraConfig,
     eager: bool,
 ) -> int:
     """Counts the storages that a layer saves, its input included, the shared rotary angles excluded."""
@@ -143,7 +141,7 @@ def _saved(
     shrink_on_meta(causal_lm, shape)
     store_frozen(causal_lm, shape, storage)
     with torch.device("meta"):
-        model = add_lora(causal_lm, shape, LoraConfig(r=rank, lora_dropout=0.5 if dropout else 0.0), seed=0)
+        model = add_lora(causal_lm, shape, lora, seed=0)
     model.to(device="meta", dtype=dtype).train()
     causal_lm.enable_input_require_grads()  # as every layer's but the first
     kept, others = list[Tensor](), list[Tensor](model.parameters())

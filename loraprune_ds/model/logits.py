@@ -114,7 +114,11 @@ def distilled_losses(
     total = None if transform.softcap is None else logits[:, :1] - log_probs[:, :1]
     del logits
     softened = log_probs if temperature == 1 else (log_probs / temperature).log_softmax(1)
-    target, divergence = _target(head, distillation.teacher[rows], temperature, softened)
+    expected = head.logits(distillation.teacher[rows]).float()
+    expected = (expected if temperature == 1 else expected.div_(temperature)).log_softmax(1)
+    target = expected.exp()  # the teacher's probabilities
+    divergence = expected.sub_(softened).mul_(target).sum(1)  # KL(teacher ‖ student)
+    del expected
     losses = w * temperature**2 * divergence - (1 - w) * log_probs.gather(1, labels)[:, 0]
     if gradient is not None:
         slope = log_probs.exp_() if total is None else log_probs.exp()
@@ -127,16 +131,3 @@ def distilled_losses(
         del log_probs, softened, target  # before the slope is rounded
         gradient.copy_(slope.to(head.weight.dtype) @ head.weight)
     return losses
-
-
-def _target(head: Head, hidden: Tensor, temperature: float, softened: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the teacher's probabilities (tokens, vocabulary) and KL(teacher ‖ student) (tokens,), both fp32."""
-    expected = _log_probs(head, hidden, temperature)
-    target = expected.exp()
-    return target, expected.sub_(softened).mul_(target).sum(1)
-
-
-def _log_probs(head: Head, hidden: Tensor, temperature: float) -> Tensor:
-    """Returns log softmax(z / T), (tokens, vocabulary) fp32, of logits z."""
-    logits = head.logits(hidden).float()
-    return (logits if temperature == 1 else logits.div_(temperature)).log_softmax(1)

@@ -91,7 +91,8 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     if min(num_layers, hidden, vocab_size, head_dim, *(n for queries, x in sizes for n in (queries, *x.values()))) < 1:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
-    modules = _build(config, where)
+    with refused_in_one_line(where):
+        modules = build_on_meta(config)
     parameters: Sizes = {name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
     inside = [_inside(parameters, i) for i in range(num_layers)]
     shape = ModelShape(
@@ -131,11 +132,6 @@ def check_family(family: Family, source: dict[str, Any], where: str, *, packing:
         raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
     if family.mixture and source.get("router_jitter_noise"):
         raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
-
-
-def _build(config: dict[str, Any], where: str) -> PreTrainedModel:
-    with refused_in_one_line(where):
-        return build_on_meta(config)
 
 
 def _inside(parameters: Sizes, layer: int) -> Sizes:

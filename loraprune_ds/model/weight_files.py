@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,23 @@ def read_headers(folder: Path) -> Headers:
             raise UserError(f"{path} is missing; {INDEX_FILE} names it")
         if not os.access(path, os.R_OK):
             raise UserError(f"{path} cannot be read: permission denied")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    view = file.get_slice(name)
-                    if name in headers:
-                        raise UserError(f"{path}: {name} is in {headers[name][2].name}, too")
-                    headers[name] = tuple(view.get_shape()), view.get_dtype(), path
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}") from None
-    check_no_surplus(folder, WEIGHT_FILES, names, INDEX_FILE)
+        for name, (shape, dtype) in read_header(path).items():
+            if name in headers:
+                raise UserError(f"{path}: {name} is in {headers[name][2].name}, too")
+            headers[name] = shape, dtype, path
+    if surplus := sorted(path for path in folder.glob(WEIGHT_FILES) if path.name not in names):
+        raise UserError(f"{surplus[0]} is one weight file too many; {INDEX_FILE} does not name it")
     return headers
+
+
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Reads shape and dtype of each tensor in a safetensors file, whose length is checked."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            views = {name: file.get_slice(name) for name in file.keys()}
+            return {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
 
 
 def weight_file_names(folder: Path) -> list[str]:
@@ -85,12 +91,6 @@ def indexed_names(index: Path) -> list[str]:
     return sorted(set(map(str, weight_map.values())))
 
 
-def check_no_surplus(folder: Path, pattern: str, names: Collection[str], index: str) -> None:
-    """Refuses a weight file that matches `pattern` and that the index does not name."""
-    if surplus := sorted(path for path in folder.glob(pattern) if path.name not in names):
-        raise UserError(f"{surplus[0]} is one weight file too many; {index} does not name it")
-
-
 def weight_file_count(num_layers: int) -> int:
     """Counts the files of a model: one for each layer, and one for embedding, final norm and head."""
     return num_layers + 1
@@ -110,7 +110,7 @@ def write_weight_file(folder: Path, index: int, count: int, tensors: Mapping[str
 
 def copy_tensors(files: Mapping[str, Path], folder: Path, index: int, count: int) -> dict[str, int]:
     """Copies tensors of other weight files, byte by byte, into a new one. Returns its entry as `write_weight_file`."""
-    headers = {path: _read_header(path) for path in set(files.values())}
+    headers = {path: _raw_header(path) for path in set(files.values())}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     sizes, sources = dict[str, int](), list[tuple[Path, int, int]]()
     for name, path in files.items():
@@ -132,7 +132,7 @@ def copy_tensors(files: Mapping[str, Path], folder: Path, index: int, count: int
     return sizes
 
 
-def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
+def _raw_header(path: Path) -> tuple[int, dict[str, Any]]:
     """Returns where the data of a safetensors file begins, and what its header says of each tensor."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -157,9 +157,11 @@ def write_index(folder: Path, entries: list[dict[str, int]]) -> None:
     for index, entry in enumerate(entries):
         assert not weight_map.keys() & entry.keys(), "a tensor is in two files"
         weight_map |= dict.fromkeys(entry, weight_file_name(index, len(entries)))
-    total_size = sum(sum(entry.values()) for entry in entries)
-    content = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    _write_index(folder, weight_map, sum(sum(entry.values()) for entry in entries))
+
+
+def _write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def add_weight_file(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -168,8 +170,7 @@ def add_weight_file(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> N
     save_file(dict(tensors), folder / name, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(tensors, name)
     paths = {folder / file for file in weight_map.values()}
-    total_size = sum(path.stat().st_size - _read_header(path)[0] for path in paths)
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+    _write_index(folder, weight_map, sum(path.stat().st_size - _raw_header(path)[0] for path in paths))
 
 
 def named_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:

@@ -270,5 +270,5 @@ def logits(shape: ModelShape, batch: PlannedBatch) -> int:
 def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
     """Returns the bytes that autograd keeps of a layer without checkpointing."""
     lora, dtype, size = request.config.lora, DTYPES[request.config.model.dtype], (batch.samples, batch.window)
-    options = {"lora_rank": lora.r, "dropout": lora.lora_dropout > 0, "eager": batch.eager}
-    return saved_by_layer(request.source, shape, index, size, dtype, storage=request.storage, **options)
+    options = {"storage": request.storage, "lora": lora, "eager": batch.eager}
+    return saved_by_layer(request.source, shape, index, size, dtype, **options)

@@ -61,7 +61,8 @@ def draw_kept_groups(path: Path, dense: ModelShape, kept: Sequence[LayerKeep]) -
     from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(11, _height_of(dense)), layout="constrained")
+        height = 1.3 + min(max(0.115 * len(dense.layers), 1.4), 9.0)
+        figure = Figure(figsize=(11, height), layout="constrained")
         most = {kind: max(layer[kind] for layer in dense.layers) for kind in dense.kinds}
         widths = [width for kind in dense.kinds for width in (3 if most[kind] <= MOST_CELLS_APART else 6, 1)]
         axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
@@ -74,10 +75,6 @@ def draw_kept_groups(path: Path, dense: ModelShape, kept: Sequence[LayerKeep]) -
         axes[0].set(ylabel="decoder layer", ylim=(len(dense.layers) - 0.5, -0.5))
         axes[0].yaxis.set_major_locator(MaxNLocator(12, integer=True))
         _save(figure, path)
-
-
-def _height_of(dense: ModelShape) -> float:
-    return 1.3 + min(max(0.115 * len(dense.layers), 1.4), 9.0)
 
 
 def _draw_strips(axes: "Axes", kept: Sequence["Groups"], had: Sequence[int], colour: str) -> None:

@@ -20,6 +20,7 @@ from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.units import (
     aligned,
     format_bytes,
+    format_change,
     format_count,
     format_duration,
     format_percent,
@@ -131,8 +132,8 @@ def _cost_rows(report: dict[str, Any]) -> list[SummaryRow]:
     used, still_used = (max(resident[key]) if resident[key] else None for key in ("before", "after"))
     return [
         _row("time per step", seconds["before"], seconds["after"], format_duration, _speed_up),
-        _row("weights per rank", before, after, format_bytes, _change),
-        _row("memory in use per rank", used, still_used, format_bytes, _change),
+        _row("weights per rank", before, after, format_bytes, format_change),
+        _row("memory in use per rank", used, still_used, format_bytes, format_change),
     ]
 
 
@@ -145,13 +146,6 @@ def _row(
 ) -> SummaryRow:
     cells = ("-" if value is None else written(value) for value in (before, after))
     return (name, *cells, compared(before, after) if before and after else "")
-
-
-def _change(before: float, after: float) -> str:
-    percent = format_percent(abs(after / before - 1))
-    if percent == format_percent(0):
-        return "unchanged"
-    return f"{percent} {'less' if after < before else 'more'}"
 
 
 def _speed_up(before: float, after: float) -> str:

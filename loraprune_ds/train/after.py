@@ -38,9 +38,9 @@ def check_prompts(names: list[str], tokenizer: "PreTrainedTokenizerBase", path: 
     """Checks that the model's template takes the shipped prompts, and that they fit into its positions."""
     if ANSWERS in names:
         from loraprune_ds.evaluate.answers import encode_prompts
-        from loraprune_ds.evaluate.prompts import DEFAULT, read_prompts
+        from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, read_prompts
 
-        _named(lambda: encode_prompts(read_prompts(DEFAULT), tokenizer, path, positions), "--answers")
+        _named(lambda: encode_prompts(read_prompts(DEFAULT_PROMPTS), tokenizer, path, positions), "--answers")
 
 
 def _named(check: Callable[[], object], option: str) -> None:

@@ -15,8 +15,7 @@ from loraprune_ds.train.checkpoints import Checkpoints, build_engine
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.exports import export_size
 from loraprune_ds.train.stop import NOTHING, STOP
-from loraprune_ds.train.teacher import Teacher
-from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.train.trainer import Teacher, Trainer
 from loraprune_ds.zero.comm import Communicator
 
 

@@ -34,7 +34,7 @@ from loraprune_ds.report.records import (
 )
 from loraprune_ds.report.report import Outcome, make_report, write_kept_groups
 from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog
-from loraprune_ds.units import format_bytes, format_clock, format_percent, format_perplexity
+from loraprune_ds.units import format_bytes, format_percent, format_perplexity
 from loraprune_ds.zero.device import device_name
 
 LATEST = 10  # steps that the time left is estimated from, because steps get faster with every cut
@@ -117,9 +117,9 @@ class Progress:
             self.show(self._step_line(record))
 
     def _step_line(self, record: StepRecord) -> str:
-        clock = format_clock(self._clock() - self._started)
+        clock = tqdm.format_interval(self._clock() - self._started)
         if self._latest:
-            clock += f", {format_clock((self.steps - record.step) * fmean(self._latest))} left"
+            clock += f", {tqdm.format_interval((self.steps - record.step) * fmean(self._latest))} left"
         parts = [
             f"step {record.step:>{len(str(self.steps))}}/{self.steps}",
             clock,

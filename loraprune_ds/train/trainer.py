@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import Dtype, TrainConfig
+from loraprune_ds.config import Dtype, ModelConfig, TrainConfig
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.flops import needed_flops_per_token
+from loraprune_ds.model.logits import Distillation
+from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.token_loss import supervised_positions
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import CutRecord, StepRecord, cut_record
 from loraprune_ds.train.data.samples import BatchOrder, Samples, rank_micro_batches, seed_dropout
 from loraprune_ds.train.stop import NOTHING
-from loraprune_ds.train.teacher import Teacher
 from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, reserved_bytes, resident_bytes, to_device
+from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.optimizer import decide
 from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.training_engine import TrainingEngine
+from loraprune_ds.zero.training_engine import TrainingEngine, release
 
 
 class PruningSteps:
@@ -67,6 +69,31 @@ class PruningSteps:
         is_finite = math.isfinite(rows[self._model.rank][0])
         find = self._model.nonfinite_layer if is_finite else self._model.nonfinite_weights
         return self._model.comm.gather_objects(find())
+
+
+class Teacher:
+    """Holds the source's decoder in a separate engine, sharded, stored as `model.frozen` says, in evaluation mode.
+
+    It has no LoRA, is never scored, cut or saved, and draws no random numbers. It needs no head, since the
+    student's is never cut.
+    """
+
+    def __init__(
+        self, pretrained: PretrainedModel, model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any]
+    ) -> None:
+        self.engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, ds_config, head=False)
+        self._weight, self._temperature = train.distill_weight, train.distill_temperature
+
+    @torch.no_grad()
+    def distillation(self, inputs: dict[str, Any]) -> Distillation:
+        """Makes one forward pass. Returns the final hidden states of the supervised tokens. Collective."""
+        positions = inputs.get("position_ids")
+        decoded = self.engine(input_ids=inputs["input_ids"], position_ids=positions, use_cache=False)
+        rows = decoded.last_hidden_state.flatten(0, 1).index_select(0, inputs["supervised"])
+        return Distillation(rows, self._weight, self._temperature)
+
+    def release(self) -> None:
+        release(self.engine)
 
 
 class Trainer:

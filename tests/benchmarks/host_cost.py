@@ -30,24 +30,49 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from loraprune_ds.config import LoraConfig as Settings
+from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import reshard
+from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, partition_numel
 from tests.benchmarks.gpu_day.engine import SameBatch
-from tests.benchmarks.growth import BATCH, WIDTHS, WINDOW, build
 from tests.benchmarks.running import make_parser, record
+from tests.numerics.driver import Consecutive, assemble
 from tests.oracle.models import make_tiny_llama
 from tests.ranks import RankPool
 
-RANKS, DEPTHS = 2, (6, 18)
+WIDTHS: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 16, "hidden": 128, "ffn": 352, "vocab": 512}
+RANKS, DEPTHS, WINDOW, BATCH = 2, (6, 18), 32, 4
 CUT, LAST = 30, 37  # steps are scored up to the cut
 HIDDEN, HEADS, HEAD_DIM, FFN, LAYERS, RANK = 8192, 64, 128, 22016, 80, 8  # LLaMA-65B
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 # On each rank
+
+
+def build(model: Path, world_size: int, cut_step: int) -> Trainer:
+    config = RunConfig(
+        output_dir="unused",
+        model=ModelConfig(path=str(model)),
+        prune=PruneConfig(ratio=0.5, channel_multiple=1, protected_first=0, protected_last=0),
+        train=TrainConfig(steps=cut_step, global_batch_size=BATCH, micro_batch_size=BATCH // world_size),
+    )
+    pretrained = open_pretrained(model)
+    ds_config = resolve_ds_config(
+        "ds_configs/zero3.json", pretrained.shape, world_size, config.train, config.model, config.lora.r
+    )
+    # No weight stays gathered from forward to backward, as in a model that does not fit. DeepSpeed's own limits are far
+    # above these small widths.
+    ds_config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+    ids = torch.randint(pretrained.shape.vocab_size, (cut_step * BATCH, WINDOW))
+    schedule = Schedule(0.5, cut_step - 1, cut_step, 1)
+    return assemble(config, pretrained, ds_config, Samples.of_windows(ids), Consecutive(BATCH), cut_step, schedule)
 
 
 def cpu_seconds(comm: Communicator, action: Callable[[], object]) -> float:

@@ -94,18 +94,7 @@ def run_to_end(
     command: Sequence[str], *, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 300
 ) -> Ended:
     """Runs a command in its own session. Fails at the deadline, and kills all that it started."""
-    environment = clean_environment() | dict(environment or {})
-    began = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    began, process = time.monotonic(), start(command, cwd, environment)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -113,6 +102,15 @@ def run_to_end(
         out, err = process.communicate()
         raise AssertionError(f"no end after {timeout:g} s\n--- stdout\n{out}\n--- stderr\n{err}") from None
     return Ended(process.returncode, out, err, time.monotonic() - began)
+
+
+def start(
+    command: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None, stdout: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
+    """Starts a command in its own session."""
+    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": subprocess.PIPE, "text": True}
+    environment = clean_environment() | dict(environment or {})
+    return subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes)
 
 
 def clean_environment() -> dict[str, str]:

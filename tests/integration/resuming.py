@@ -36,6 +36,8 @@ from tests.paper import PAPER
 
 STEPS = 20
 CUTS = [7, 12, 17]  # nothing is left to go at 18, where the last would be due
+# Of 8 steps: cuts after 4, 6 and 8, each with a refit.
+REFITS = {"prune_every": 2, "warmup_fraction": 0.25, "cooldown_fraction": 0.0, "compensate": "least_squares"}
 
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:

@@ -15,7 +15,6 @@ COUNTS = {"layers": (FEW, MANY)}  # with other layers by our modelling file
 if OTHER_TRANSFORMERS:  # else the others are stock classes, which test_family_proof.py loads
     COUNTS |= {"few": (FEW, FEW), "many": (MANY, MANY)}
 ALL_HEADS = ("qwen2_moe", "granitemoe")  # transformers 4.57 takes hidden_size / heads for their head_dim
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # renamed, and PEFT asks
 
 STRANGER = """
 import json, sys

@@ -11,6 +11,7 @@ from loraprune_ds.export.lora import ExportSource, find_source
 from loraprune_ds.model.frozen import SCALE, WEIGHT
 from tests.families import MIXTURES, families
 from tests.integration.resuming import (
+    REFITS,
     assert_equal_tensors,
     assert_same_run,
     config_for,
@@ -27,13 +28,7 @@ from tests.ranks import RankPool
 STEPS, CUTS, STOP_AT = 8, [4, 6, 8], 5
 SECTIONS: dict[str, dict[str, Any]] = {
     "model": {"dtype": "bfloat16", "frozen": "int8"},
-    "prune": {
-        "channel_multiple": 1,
-        "prune_every": 2,
-        "warmup_fraction": 0.25,
-        "cooldown_fraction": 0.0,
-        "compensate": "least_squares",
-    },
+    "prune": REFITS,
     "train": {"steps": STEPS, "distill_weight": 0.5},
     "checkpoint": {"every": None},
 }

@@ -21,6 +21,7 @@ from tests.integration.launching import (
     launch,
     process_state,
     read_json,
+    start,
     step_of,
     within,
 )
@@ -36,16 +37,8 @@ def start_node(node: int, config: Path, hosts: Path, port: int) -> subprocess.Po
     """Starts one launcher with one rank, in its own process group."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", f"--hostfile={hosts}", "--no_ssh"]
     launcher += [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    return subprocess.Popen(
-        [*launcher, str(RUN), "--config", str(config)],
-        cwd=ROOT,
-        env=clean_environment() | {"LORAPRUNE_SILENCE": str(SILENCE)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = [*launcher, str(RUN), "--config", str(config)]
+    return start(command, ROOT, {"LORAPRUNE_SILENCE": str(SILENCE)}, subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(("how", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])

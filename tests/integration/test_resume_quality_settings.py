@@ -13,6 +13,7 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.report.summary import summary_table
 from tests.integration.resuming import (
+    REFITS,
     assert_same_run,
     config_for,
     contents,
@@ -27,16 +28,7 @@ from tests.ranks import RankPool
 STEPS, RECOVERY, CUTS, FIRST = 8, [1, 2], [3, 4, 9, 10], 6  # `prune.sizes` is not sorted
 TOTAL, SIZE = STEPS + sum(RECOVERY), "model-0.2/model-00002-of-00004.safetensors"
 SECTIONS: dict[str, dict[str, Any]] = {
-    "prune": {
-        "channel_multiple": 1,
-        "prune_every": 2,
-        "warmup_fraction": 0.25,
-        "cooldown_fraction": 0.0,
-        "criterion": "fisher",
-        "compensate": "least_squares",
-        "ratio": None,
-        "sizes": [0.4, 0.2],
-    },
+    "prune": REFITS | {"criterion": "fisher", "ratio": None, "sizes": [0.4, 0.2]},
     "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5, "distill_temperature": 2},
     "checkpoint": {"every": None},
 }

@@ -21,8 +21,7 @@ from loraprune_ds.pruning.schedule import Schedule, Section, plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import make_limits
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
-from loraprune_ds.train.teacher import Teacher
-from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.train.trainer import Teacher, Trainer
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.device import storage_bytes
 from loraprune_ds.zero.ds_config import resolve_ds_config

@@ -11,11 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from loraprune_ds.evaluate.answers import Writer, encode_prompts, repetition, write_answers
-from loraprune_ds.evaluate.answers_page import answers_page
-from loraprune_ds.evaluate.closeness import measure_closeness
+from loraprune_ds.evaluate.answers import Writer, encode_prompts, measure_closeness, repetition, write_answers
 from loraprune_ds.evaluate.compare import comparison_table, read_results
-from loraprune_ds.evaluate.prompts import DEFAULT, AnswerSettings, read_prompts
+from loraprune_ds.evaluate.result import answers_page
+from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, AnswerSettings, read_prompts
 from loraprune_ds.export.model_card import answers_section
 from loraprune_ds.model.logits import output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX
@@ -58,7 +57,7 @@ def load(folder: Path, settings: AnswerSettings, template: str | None = None) ->
 
 
 def test_the_shipped_prompts_are_ten_of_each_kind_and_can_be_checked_by_eye() -> None:
-    prompts = read_prompts(DEFAULT).prompts
+    prompts = read_prompts(DEFAULT_PROMPTS).prompts
     kinds = [prompt.kind for prompt in prompts]
     assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(
         ("chat", "summary", "extraction", "arithmetic", "code"), 10
@@ -97,7 +96,7 @@ def test_a_bad_row_is_named(tmp_path: Path, row: Any, message: str) -> None:
 def test_a_file_without_prompts_and_a_prompt_without_room_are_refused(tmp_path: Path, folders: list[Path]) -> None:
     assert refused(read_prompts, written(tmp_path)) == f"--answers: {tmp_path / 'prompts.jsonl'} is empty"
     assert refused(read_prompts, "gone.jsonl") == "--answers: gone.jsonl cannot be read: No such file or directory"
-    assert refused(read_prompts, DEFAULT, max_new_tokens=0) == "--max-new-tokens must be at least 1; got 0"
+    assert refused(read_prompts, DEFAULT_PROMPTS, max_new_tokens=0) == "--max-new-tokens must be at least 1; got 0"
     path = written(tmp_path, {"prompt": "a"}, {"prompt": "b" * 501})
     assert refused(load, folders[0], read_prompts(path, max_new_tokens=12)) == (
         "--answers: prompts.jsonl, row 2: MODEL reads at most 512 tokens (max_position_embeddings), not a prompt of "

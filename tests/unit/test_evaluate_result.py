@@ -11,13 +11,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from loraprune_ds.evaluate.answers import Answers, Generation
-from loraprune_ds.evaluate.closeness import Closeness
+from loraprune_ds.evaluate.answers import Answers, Closeness, Generation
 from loraprune_ds.evaluate.evaluation import Measurement, count_cost
 from loraprune_ds.evaluate.perplexity import Perplexity
-from loraprune_ds.evaluate.prompts import AnswerSettings
 from loraprune_ds.evaluate.result import make_result, result_table
-from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol, SpeedSettings
+from loraprune_ds.evaluate.settings import (
+    AnswerSettings,
+    EvaluationSettings,
+    EvaluationText,
+    PerplexityProtocol,
+    SpeedSettings,
+)
 from loraprune_ds.evaluate.speed import CACHE, Speed
 from loraprune_ds.model.classes import causal_lm_class, config_class
 from loraprune_ds.model.read_shape import shape_from_config

@@ -41,10 +41,7 @@ from tests.family_cuts import (
 TOLERANCE = 1e-5
 MATTERS = 0.1  # a smaller difference would not show that a group is gone
 NARROW = (1, 6)  # of those that FEW leaves
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # renamed, and PEFT asks
-    pytest.mark.usefixtures("fresh_transformers"),
-]
+pytestmark = pytest.mark.usefixtures("fresh_transformers")
 
 
 # Masks, written without the table's indices: a group is an equal share of what its linear reads

@@ -16,10 +16,7 @@ from tests.integration.heavy.families import GROUPS, deep, serve
 from tests.refusals import refuses
 from tests.unit.test_gguf import tensors_of, value
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
-    pytest.mark.usefixtures("fresh_transformers"),
-]
+pytestmark = pytest.mark.usefixtures("fresh_transformers")
 Tensors = dict[str, np.ndarray]
 UNEVEN = YARN["rope_parameters"] | {"mscale": 0.7, "mscale_all_dim": 1.0}
 

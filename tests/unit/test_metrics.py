@@ -206,7 +206,7 @@ def test_time_left_follows_the_latest_steps(monkeypatch: pytest.MonkeyPatch) -> 
     for step, seconds in enumerate([30, 4, 4, 4, 4, 1, 1, 1, 1], start=1):  # the first one is a warm-up
         shown.write(step_record(step, seconds=seconds))
         left.append(clock(stream.getvalue().splitlines()[-1]))
-    assert left[:2] == ["0:00", "0:00, 6:32 left"]  # 98 steps of 4 s
-    assert left[-1] == "0:00, 1:31 left"
+    assert left[:2] == ["00:00", "00:00, 06:32 left"]  # 98 steps of 4 s
+    assert left[-1] == "00:00, 01:31 left"
     shown.write(replace(cut_record(9, before=2000, after=1000, reached=0.2), seconds=4.0))
-    assert clock(shown._step_line(step_record(10))) == "0:00, 3:00 left"  # 90 of (4 · 1 + 4) / 4 s
+    assert clock(shown._step_line(step_record(10))) == "00:00, 03:00 left"  # 90 of (4 · 1 + 4) / 4 s

@@ -42,7 +42,6 @@ ONE: dict[str, Any] = {FIELD: 1}
 NEXT = "qwen3_next"  # is published without the field
 # A family or a multimodal type, how many layers there are, and whether all experts are one tensor as published.
 CASES = [("qwen3_5_text", 2, False), ("qwen3_5_moe_text", 1, True), (NEXT, 1, False), ("qwen3_5", 1, False)]
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # renamed, and PEFT asks
 
 
 def as_head(config: dict[str, Any], count: int) -> dict[str, Any]:

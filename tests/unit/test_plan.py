@@ -105,8 +105,8 @@ def test_a_delta_net_keeps_the_chunks_of_its_rule() -> None:
     """Of each value head in fp32: some matrices of chunk by chunk. Attention keeps no square."""
     source = tiny_config("qwen3_5_text", num_hidden_layers=2).to_dict()
     shape, chunk = shape_from_config(source, "tiny"), 64
-    settings: dict[str, Any] = {"dtype": torch.bfloat16, "storage": FrozenStorage(), "lora_rank": 8}
-    size = partial(saved_by_layer, source, shape, dropout=False, eager=False, **settings)
+    settings: dict[str, Any] = {"dtype": torch.bfloat16, "storage": FrozenStorage()}
+    size = partial(saved_by_layer, source, shape, lora=LoraConfig(lora_dropout=0.0), eager=False, **settings)
     delta, attention = (size(index=i, tokens=(1, 16 * chunk)) for i in range(2))
     assert delta > 4 * 10 * 16 * chunk * chunk * 4 > attention
     assert delta < 2.1 * size(index=0, tokens=(1, 8 * chunk))
@@ -133,7 +133,7 @@ def kept_on_a_cpu(family: str, types: list[str]) -> tuple[int, int]:
         network(input_ids=ids, use_cache=False)
     weights = {x.untyped_storage()._cdata for x in network.parameters()}
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
-    settings: dict[str, Any] = {"storage": FrozenStorage(), "lora_rank": lora.r, "dropout": True, "eager": True}
+    settings: dict[str, Any] = {"storage": FrozenStorage(), "lora": lora, "eager": True}
     planned = saved_by_layer(source, shape, 1, (2, 16), torch.float32, **settings)
     return sum(size for key, size in storages.items() if key not in weights), planned
 

@@ -21,10 +21,7 @@ from tests.multimodal import IMAGE, TOWERS, multimodal
 from tests.refusals import refuses
 
 TOLERANCE = 1e-5
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # renamed, and PEFT asks
-    pytest.mark.usefixtures("fresh_transformers"),
-]
+pytestmark = pytest.mark.usefixtures("fresh_transformers")
 
 
 @pytest.fixture(scope="module")

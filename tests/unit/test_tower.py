@@ -37,10 +37,7 @@ from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
 KEPT = {"gemma3": FEW, "gemma4": FEW, "qwen2_5_vl": (5, 13), "qwen3_vl": MANY, "qwen3_vl_moe": FEW}
 KEPT |= {"qwen3_5": MANY, "qwen3_5_moe": FEW}
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # renamed, and PEFT asks
-    pytest.mark.usefixtures("fresh_transformers"),
-]
+pytestmark = pytest.mark.usefixtures("fresh_transformers")
 
 
 @pytest.fixture(scope="module", params=KEPT)

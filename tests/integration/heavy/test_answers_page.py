@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from loraprune_ds.evaluate.answers_page import answers_page
+from loraprune_ds.evaluate.result import answers_page
 from tests.integration.heavy.results import TAKES_MINUTES
 from tests.integration.launching import run_to_end
 from tests.unit.test_answers import EVIL, answered
