@@ -19,6 +19,11 @@ from loraprune_ds.model.shapes import ModelShape
 
 FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
 
+EPSILONS = {
+    **dict.fromkeys(("rms_norm_eps", "norm_eps"), "add_layer_norm_rms_eps"),
+    "layer_norm_eps": "add_layer_norm_eps",
+}
+
 
 def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, name: str) -> list[str]:
     """Converts a merged model, with one tensor in memory at a time. Returns remarks for the user.
@@ -38,9 +43,8 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     writer.add_quantization_version(GGML_QUANT_VERSION)
     remarks = _add_context(writer, config, architecture)
     _add_sizes(writer, config, shape, architecture)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for key, method in architecture.numbers.items():
-        if (value := getattr(config, key)) is not None:
+    for key, method in (EPSILONS | architecture.numbers).items():
+        if (value := getattr(config, key, None)) is not None:
             getattr(writer, method)(value)
     factors = _add_rope(writer, config.rope_parameters, shape.head_dim, architecture, folder)
     remarks += add_tokenizer(writer, pretrained.folder, shape.vocab_size)
@@ -88,7 +92,8 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
     writer.add_vocab_size(shape.vocab_size)
     writer.add_head_count(max(queries) if shape.is_uniform else queries)  # a delta net has none
     latent = shape.widths.get("key_value_rank")  # which all heads share
-    writer.add_head_count_kv(1 if latent else max(heads) if shape.is_uniform else heads)
+    one = shape.is_uniform and not architecture.short
+    writer.add_head_count_kv(1 if latent else max(heads) if one else heads)
     writer.add_feed_forward_length(channels[0] if shape.is_uniform else channels)
     if shape.family.mixture:
         writer.add_expert_count(shape.layers[-1]["experts"])
@@ -96,6 +101,7 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
         writer.add_expert_feed_forward_length(shape.expert_size)
     if architecture.gating:
         writer.add_expert_gating_func(architecture.gating)
+        writer.add_leading_dense_block_count(sum(layer["experts"] == 0 for layer in shape.layers))
     # Without these llama.cpp takes hidden_size / heads, which is wrong after a cut.
     writer.add_key_length(latent + shape.head_dim if latent else shape.head_dim)
     writer.add_value_length(latent or shape.head_dim)

@@ -21,7 +21,7 @@ QKV = frozenset(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
 # A fused linear -> its parts, which are separate in llama.cpp.
 PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+    **dict.fromkeys(("mlp.gate_up_proj", "shared_mlp.input_linear"), ("mlp.gate_proj", "mlp.up_proj")),
 }
 
 
@@ -48,6 +48,7 @@ class Architecture:
     gating: ExpertGatingFuncType | None = None  # how a router makes weights of scores, where the file must say it
     delta: bool = False  # it has gated delta nets, whose keys are as wide as their values
     lite: tuple[int, ...] = ()  # depths at which queries must not be latent. At all others they must be
+    short: bool = False  # a layer without key-value heads is a short convolution
 
     def of(self, shape: ModelShape) -> MODEL_ARCH:
         """Returns the architecture for layers of these sizes. `architecture_of` has checked that it exists."""
@@ -69,7 +70,7 @@ LLAMA = Architecture(
     MODEL_ARCH.DECI,
     neighbours=True,
     biases=LINEARS,
-    ropes=("default", "linear", "llama3"),
+    ropes=("default", "dynamic", "linear", "llama3"),  # dynamic is default within the context length
 )
 GRANITE_NUMBERS = {
     "attention_multiplier": "add_attention_scale",
@@ -79,7 +80,6 @@ GRANITE_NUMBERS = {
 }
 MOE_NUMBERS = {
     "n_shared_experts": "add_expert_shared_count",
-    "first_k_dense_replace": "add_leading_dense_block_count",
     "routed_scaling_factor": "add_expert_weights_scale",
     "norm_topk_prob": "add_expert_weights_norm",
 }
@@ -95,10 +95,22 @@ DELTA = Architecture(
     partial=True,
     delta=True,
 )
+LATENT_NUMBERS = {"q_lora_rank": "add_q_lora_rank", "kv_lora_rank": "add_kv_lora_rank"}
+LATENT = Architecture(
+    MODEL_ARCH.DEEPSEEK2,
+    numbers=MOE_NUMBERS
+    | LATENT_NUMBERS
+    | {"n_group": "add_expert_group_count", "topk_group": "add_expert_group_used_count"},
+    ropes=("default", "yarn"),
+    only={"rope_interleave": True, "rms_norm_eps": 1e-6},  # its own norms of latents have that epsilon
+    gating=ExpertGatingFuncType.SIGMOID,
+    lite=(26, 27),
+)
 FINAL_CAP = {"final_logit_softcapping": "add_final_logit_softcapping"}
 GEMMA = Architecture(MODEL_ARCH.GEMMA, activation="gelu_pytorch_tanh", norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA),
+    **dict.fromkeys("llama mistral qwen2 phi3 cwm internlm3 iquestcoder".split(), LLAMA),
+    "helium": replace(LLAMA, neighbours=False),  # in transformers they are, too
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
     "mixtral": replace(LLAMA, unequal=None),
     "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}),
@@ -131,16 +143,16 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial=True,
         gating=ExpertGatingFuncType.SIGMOID,
     ),
-    "deepseek_v3": Architecture(
-        MODEL_ARCH.DEEPSEEK2,
-        numbers=MOE_NUMBERS
-        | {"q_lora_rank": "add_q_lora_rank", "kv_lora_rank": "add_kv_lora_rank"}
-        | {"n_group": "add_expert_group_count", "topk_group": "add_expert_group_used_count"},
-        ropes=("default", "yarn"),
-        only={"rope_interleave": True, "rms_norm_eps": 1e-6},  # its own norms of latents have that epsilon
-        gating=ExpertGatingFuncType.SIGMOID,
-        lite=(26, 27),
+    "deepseek_v3": LATENT,
+    # llama.cpp has its rms_norm_eps in the norms of latents, too: 1e-5, where transformers has 1e-6.
+    "glm4_moe_lite": replace(LATENT, ropes=("default",), only={"rope_interleave": True}),
+    "deepseek_v2": replace(
+        LATENT,
+        numbers=MOE_NUMBERS | LATENT_NUMBERS,
+        only={"topk_method": "greedy", "norm_topk_prob": False, "rms_norm_eps": 1e-6},
+        gating=ExpertGatingFuncType.SOFTMAX,
     ),
+    "minimax_m2": Architecture(MODEL_ARCH.MINIMAXM2, partial=True, gating=ExpertGatingFuncType.SIGMOID),
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": replace(
         DELTA,
@@ -148,6 +160,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         numbers={**DELTA.numbers, "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length"},
     ),
     "granite": Architecture(MODEL_ARCH.GRANITE, neighbours=True, numbers=GRANITE_NUMBERS),
+    "granitemoehybrid": Architecture(
+        MODEL_ARCH.GRANITE, neighbours=True, numbers=GRANITE_NUMBERS, only={"position_embedding_type": "rope"}
+    ),
+    "lfm2": Architecture(
+        MODEL_ARCH.LFM2,
+        numbers={"conv_L_cache": "add_shortconv_l_cache"},
+        square=("self_attn.q_proj",),
+        short=True,
+    ),
+    "cohere": Architecture(
+        MODEL_ARCH.COMMAND_R,
+        numbers={"logit_scale": "add_logit_scale"},
+        square=("self_attn.q_proj",),
+        only={"use_qk_norm": False},
+    ),
+    "jais2": Architecture(
+        MODEL_ARCH.JAIS2, biases=LINEARS, activation="relu2", only={"attention_bias": True, "mlp_bias": True}
+    ),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, neighbours=True, rope_period=4),
     "seed_oss": Architecture(MODEL_ARCH.SEED_OSS, biases=QKV),
     "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5),
@@ -202,13 +232,13 @@ def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:
 def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
     """Yields the features of a model that the architecture lacks."""
     layers = len(shape.layers)
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", architecture.activation)
     if activation != architecture.activation:
         yield f"hidden_act {activation!r}"
     biases = {part for name in shape.biases for part in PARTS.get(name, (name,))}
     yield from (f"the bias of {name}" for name in sorted(biases - architecture.biases))
-    for linear in shape.linears(0):
-        outputs, _ = shape.linear_shape(0, linear)
+    for layer, linear in shape.linear_ids():
+        outputs, _ = shape.linear_shape(layer, linear)
         if linear.name in architecture.square and outputs != shape.hidden_size:
             yield f"{linear.name} with {outputs} outputs"
     for key, only in architecture.only.items():
@@ -216,7 +246,7 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
             yield f"{key} {value!r}"
     if architecture.delta and config.linear_key_head_dim != config.linear_value_head_dim:
         yield f"linear_value_head_dim {config.linear_value_head_dim} beside {config.linear_key_head_dim}"
-    if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):
+    if architecture.lite and (config.q_lora_rank is None) != (layers in architecture.lite):
         yield f"{layers} layers with q_lora_rank {config.q_lora_rank}"
     for period, key, usual, special in (
         (architecture.window_period, "layer_types", "sliding_attention", "full_attention"),

@@ -29,7 +29,8 @@ Array = np.ndarray[Any, Any]
 Precision = Literal["f16", "q8_0"]
 MATRIX_TYPES = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0}
 ROUTER, SHARED_GATE = ".ffn_gate_inp", ".ffn_gate_inp_shexp"
-CONVOLUTION, DELTA_NET, GATED_NORM, A_LOG = ".ssm_conv1d", ".linear_attn.", "linear_attn.norm", ".A_log"
+CONVOLUTIONS = (".ssm_conv1d", ".shortconv.conv")
+DELTA_NET, GATED_NORM, A_LOG = ".linear_attn.", "linear_attn.norm", ".A_log"
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 BIAS = "_proj_bias"  # ends the name of biases with a row for each expert
 # The last name of a stack -> its parts in llama.cpp. A stock GGUF converter gives the tensors these names, too.
@@ -106,7 +107,7 @@ def plan_tensors(
                 arch_name = MODEL_ARCH_NAMES[arch]
                 raise UserError(f"{where}: llama.cpp's {arch_name} has no place for {part_name}; {FORMATS_LEFT}")
             part_shape = part.shape[1:] if SHARED_GATE in name else part.shape  # a vector there
-            part_shape = (part.shape[0], *part.shape[2:]) if CONVOLUTION in name else part_shape
+            part_shape = (part.shape[0], *part.shape[2:]) if any(x in name for x in CONVOLUTIONS) else part_shape
             module = part_name.rpartition(".")[0]
             inner = module.split(".", 3)[-1] if module.startswith("model.layers.") else module
             tensors.append(
@@ -226,12 +227,13 @@ def _on_disk(source: str, pieces: Mapping[str, Pieces]) -> str:
     """Returns the name in weight files, as gguf-py knows it: sinks are a weight, corrections and steps are biases."""
     name = pieces[source].names[0] if source in pieces else source
     name = name.replace(CORRECTION, CORRECTION.replace("_bias", ".bias")).replace("dt_bias", "dt_proj.bias")
+    name = name.replace("shared_mlp.output_linear", "mlp.down_proj")
     return name if name.endswith((".weight", ".bias", A_LOG)) else f"{name}.weight"
 
 
 def _type(name: str, size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
     """Returns the type that stores a tensor: fp32 for vectors, routers, convolutions and the biases of experts."""
-    if len(size) == 1 or ROUTER in name or CONVOLUTION in name or name.endswith(".bias"):
+    if len(size) == 1 or any(x in name for x in (ROUTER, *CONVOLUTIONS)) or name.endswith(".bias"):
         return GGMLQuantizationType.F32
     matrix_type = MATRIX_TYPES[precision]
     block, _ = GGML_QUANT_SIZES[matrix_type]

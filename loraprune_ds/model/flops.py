@@ -99,7 +99,7 @@ def saved_by_layer(
     depth = int(source["num_hidden_layers"])
     made = _config_object(json.dumps(source))
     chosen, fields = shape.family.around(made, index)
-    lists = {key: value for key, value in source.items() if isinstance(value, list) and len(value) == depth}
+    lists = {key: x for key, x in source.items() if isinstance(x, list) and len(x) == depth and type(x[0]) is not float}
     few = source | {key: [value[i] for i in chosen] for key, value in lists.items()}
     few |= {"num_hidden_layers": len(chosen)} | fields
     few.pop("per_layer_config", None)

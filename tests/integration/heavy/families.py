@@ -19,13 +19,12 @@ SIZES: dict[str, Any] = {
 }
 KEPT, KEPT_EXPERTS = (2, 96), (2, 7)
 # llama.cpp takes a qwen2_moe's q_proj for hidden_size x hidden_size, and vLLM that of a granitemoe, too.
-SQUARE, ALL_HEADS = ("qwen2_moe", "granitemoe"), (4, 7)
+SQUARE, ALL_HEADS = ("qwen2_moe", "granitemoe", "cohere", "lfm2"), (4, 7)
 # Those whose layers of one size vLLM serves, as test_vllm.py shows, and by which implementation.
 # vLLM 0.32 computes even an uncut deepseek_v3 otherwise on a CPU, by 17 in a log probability. The others wait.
-NOT_ASKED = "deepseek_v3 apertus qwen3_5_text qwen3_5_moe_text qwen3_next cwm internlm3 iquestcoder vaultgemma".split()
-NOT_ASKED += (
-    "hyperclovax cohere jais2 minimax_m2 deepseek_v2 glm4_moe_lite lfm2 helium granitemoehybrid gemma4_text".split()
-)
+# Its transformers lacks internlm3 and iquestcoder.
+NOT_ASKED = "deepseek_v3 apertus qwen3_5_text qwen3_5_moe_text qwen3_next internlm3 iquestcoder minimax_m2".split()
+NOT_ASKED += "deepseek_v2 glm4_moe_lite lfm2 helium granitemoehybrid gemma4_text".split()
 VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items() if name not in NOT_ASKED}
 VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
 GROUPS = {"n_routed_experts": 24, "n_group": 4, "topk_group": 2}  # that a router first chooses from
@@ -72,9 +71,28 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 8,
         "v_head_dim": 12,
     },
+    "helium": {"head_dim": 12},
+    "granitemoehybrid": {
+        "num_local_experts": 0,
+        "shared_intermediate_size": 128,
+        "layer_types": ["full_attention"] * 2,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 8,
+        "mamba_d_head": 24,
+    },
+    "lfm2": {
+        "head_dim": 12,
+        "num_hidden_layers": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+    },
+    "cohere": {"use_qk_norm": False, "head_dim": 12},
+    "minimax_m2": {"intermediate_size": 64},
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), NETS),
     "olmoe": {"num_key_value_heads": 8, "head_dim": 12, "clip_qkv": None},
 }
+
+SPECIAL["glm4_moe_lite"] = SPECIAL["deepseek_v2"] = SPECIAL["deepseek_v3"]
 
 
 def serve(family: str, folder: Path, tokenizer: Path, *counts: tuple[int, int], **changes: Any) -> Export:
