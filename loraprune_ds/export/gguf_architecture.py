@@ -70,7 +70,7 @@ LLAMA = Architecture(
     MODEL_ARCH.DECI,
     neighbours=True,
     biases=LINEARS,
-    ropes=("default", "dynamic", "linear", "llama3"),  # dynamic is default within the context length
+    ropes=("default", "linear", "llama3"),
 )
 GRANITE_NUMBERS = {
     "attention_multiplier": "add_attention_scale",
@@ -246,7 +246,7 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
             yield f"{key} {value!r}"
     if architecture.delta and config.linear_key_head_dim != config.linear_value_head_dim:
         yield f"linear_value_head_dim {config.linear_value_head_dim} beside {config.linear_key_head_dim}"
-    if architecture.lite and (config.q_lora_rank is None) != (layers in architecture.lite):
+    if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):
         yield f"{layers} layers with q_lora_rank {config.q_lora_rank}"
     for period, key, usual, special in (
         (architecture.window_period, "layer_types", "sliding_attention", "full_attention"),
