@@ -109,8 +109,9 @@ LATENT = Architecture(
 FINAL_CAP = {"final_logit_softcapping": "add_final_logit_softcapping"}
 GEMMA = Architecture(MODEL_ARCH.GEMMA, activation="gelu_pytorch_tanh", norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
-    **dict.fromkeys("llama mistral qwen2 phi3 cwm internlm3 iquestcoder".split(), LLAMA),
-    "helium": replace(LLAMA, neighbours=False),  # in transformers they are, too
+    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA),
+    **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), replace(LLAMA, unequal=None)),
+    "helium": replace(LLAMA, unequal=None, neighbours=False),  # in transformers they are, too
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
     "mixtral": replace(LLAMA, unequal=None),
     "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}),

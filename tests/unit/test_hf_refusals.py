@@ -210,7 +210,7 @@ def test_a_checkpoint_that_is_written_over_does_not_count_as_complete(
     for step in (4, 6):
         (tmp_path / f"checkpoint-{step}" / "pruning").mkdir(parents=True)
     callback = LoraPruneCallback(PruneConfig())
-    callback._pruning = cast(Any, SimpleNamespace(end_step=lambda: None))
+    callback._pruning = cast(Any, SimpleNamespace(end_step=lambda: None, save_size=lambda *_: None))
     args = cast(Any, SimpleNamespace(output_dir=str(tmp_path), should_save=rank == 0, save_strategy=strategy))
     callback.on_step_end(args, TrainerState(global_step=4), TrainerControl(should_save=saves))
     assert (tmp_path / "checkpoint-4" / "pruning").exists() != forgotten
