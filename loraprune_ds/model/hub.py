@@ -1,5 +1,6 @@
 """Finds the folder of a pretrained model: local, embedded or from the hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -15,8 +16,12 @@ HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
 HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, OSError)  # type: ignore[assignment]
 
 
-def locate_model(config: ModelConfig, key: str = "model.path: ") -> Path:
-    """Finds the local folder of `config.path`: a folder, the embedded default, or a hub id, which is downloaded."""
+def locate_model(config: ModelConfig, key: str = "model.path: ", files: Sequence[str] = HUB_FILES) -> Path:
+    """Finds the local folder of `config.path`: a folder, the embedded default, or a hub id, whose `files` it downloads.
+
+    Raises:
+        UserError: the model is not found here or on the hub. The line begins with `key`.
+    """
     if config.path == EMBEDDED:
         return embedded_model_dir()
     folder = Path(config.path).expanduser()
@@ -25,7 +30,7 @@ def locate_model(config: ModelConfig, key: str = "model.path: ") -> Path:
     if folder.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
         raise UserError(f"{key}folder {config.path} does not exist")
     try:
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=list(files)))
     except HUB_ERRORS as error:
         reason = first_line(error)
         raise UserError(f"{key}no folder {config.path}, and not available from the hub: {reason}") from None

@@ -2,20 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import hf_hub_download
 from transformers import PreTrainedModel
 
-from loraprune_ds.errors import UserError, first_line
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, config_object, refused_in_one_line
-from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.family import FAMILIES, find_family
 from loraprune_ds.model.family_row import Family, Linear, Width
 from loraprune_ds.model.frozen import Matrix
-from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
+from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.shapes import LayerShape, ModelShape, Sizes
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
@@ -37,23 +35,10 @@ def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
 
     Args:
         model: a folder, a hub id, or a name of LLAMA.
-
-    Raises:
-        UserError: the model is not found here or on the hub.
     """
     if model in LLAMA:
         return {"model_type": "llama", "vocab_size": 32_000} | dict(zip(SIZES, LLAMA[model], strict=True))
-    folder = embedded_model_dir() if model == EMBEDDED else Path(model).expanduser()
-    if folder.is_dir():
-        return read_json(folder / "config.json")
-    known = f"a folder, a hub id, or one of {', '.join(LLAMA)}"
-    if model.startswith((".", "~", "/")) or model.count("/") != 1:
-        raise UserError(f"model {model} does not exist; give {known}")
-    try:
-        return read_json(Path(hf_hub_download(model, "config.json", revision=revision)))
-    except HUB_ERRORS as error:
-        reason = first_line(error)
-        raise UserError(f"model {model} is no folder and not available from the hub ({reason}); give {known}") from None
+    return read_json(locate_model(ModelConfig(model, revision=revision), "model: ", ["config.json"]) / "config.json")
 
 
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:

@@ -76,7 +76,7 @@ def test_no_cluster_is_large_enough(plan: Plan, capsys: pytest.CaptureFixture[st
         ("llama-65b --set prune.ratio=2", "prune.ratio must be less than 1; got 2"),
         ("llama-65b --samples 0", "--samples 0 is less than train.global_batch_size 128"),
         ("llama-65b --smallest --nodes 0", "--nodes must be a number above 0; got 0"),
-        ("./nowhere", "model ./nowhere does not exist"),
+        ("./nowhere", "model: folder ./nowhere does not exist"),
         ("", "give a model or --config"),
         ("embedded --server-memory 0", "--server-memory must be a number above 0; got 0.0"),
         ("embedded --set prune.target=4GX", "prune.target must be parameters, such as 4.5B, or memory"),
