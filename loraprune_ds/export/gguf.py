@@ -43,7 +43,7 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     writer.add_quantization_version(GGML_QUANT_VERSION)
     remarks = _add_context(writer, config, architecture)
     _add_sizes(writer, config, shape, architecture)
-    for key, method in (EPSILONS | architecture.numbers).items():
+    for key, method in {**EPSILONS, **architecture.numbers}.items():
         if (value := getattr(config, key, None)) is not None:
             getattr(writer, method)(value)
     factors = _add_rope(writer, config.rope_parameters, shape.head_dim, architecture, folder)

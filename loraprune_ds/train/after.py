@@ -75,7 +75,7 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
     page = ["--page", str(folder / ANSWERS_PAGE)] if ANSWERS in names else []
     text = _evaluate(folder, [str(folder), *options, *page, *tasks])
     write_text(folder / EVALUATION_FILE, text)
-    after = {"asked": names} | _measured(json.loads(text))
+    after: dict[str, Any] = {"asked": names} | _measured(json.loads(text))
     for row, measured in zip(shelf, [*(row["after"] for row in shelf[:-1]), after], strict=False):
         closeness = (measured["answers"] or {}).get("closeness")
         row["agreement"] = closeness and closeness["agreement"]

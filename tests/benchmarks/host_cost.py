@@ -33,7 +33,6 @@ from loraprune_ds.config import LoraConfig as Settings
 from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
@@ -60,7 +59,7 @@ def build(model: Path, world_size: int, cut_step: int) -> Trainer:
     config = RunConfig(
         output_dir="unused",
         model=ModelConfig(path=str(model)),
-        prune=PruneConfig(ratio=0.5, channel_multiple=1, protected_first=0, protected_last=0),
+        prune=PruneConfig(ratio=0.5, channel_multiple=1, warmup_fraction=1 - 1 / cut_step, cooldown_fraction=0),
         train=TrainConfig(steps=cut_step, global_batch_size=BATCH, micro_batch_size=BATCH // world_size),
     )
     pretrained = open_pretrained(model)
@@ -71,8 +70,7 @@ def build(model: Path, world_size: int, cut_step: int) -> Trainer:
     # above these small widths.
     ds_config["zero_optimization"]["stage3_max_reuse_distance"] = 0
     ids = torch.randint(pretrained.shape.vocab_size, (cut_step * BATCH, WINDOW))
-    schedule = Schedule(0.5, cut_step - 1, cut_step, 1)
-    return assemble(config, pretrained, ds_config, Samples.of_windows(ids), Consecutive(BATCH), cut_step, schedule)
+    return assemble(config, pretrained, ds_config, Samples.of_windows(ids), Consecutive(BATCH), cut_step)
 
 
 def cpu_seconds(comm: Communicator, action: Callable[[], object]) -> float:
