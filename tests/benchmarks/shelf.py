@@ -1,0 +1,76 @@
+"""Compares the models of one run with several sizes and those of a run for each, of as many tokens.
+
+    python -m tests.benchmarks.shelf --tune valid.txt --test test.raw [--other other.txt] [--work FOLDER]
+
+SmolLM2-135M with repeated heads, the default recipe, one seed. A run of its own ends at one size, with the tokens that
+the shelf had spent until then. The work folder keeps what is done.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.files import read_json
+from loraprune_ds.model.embedded import embedded_model_dir
+from tests.benchmarks.quality import VALIDATION_WINDOWS, perplexity, prepare_texts
+from tests.benchmarks.quality_settings import BOTH, RATE
+from tests.benchmarks.running import ROOT, make_parser, record, run_quickstart
+from tests.benchmarks.two_four import expanded_model
+
+SIZES, STEPS, RECOVERY = (0.2, 0.35, 0.5), 64, 8
+BATCH, WINDOW = 8, 128
+
+
+def parse_arguments() -> Namespace:
+    parser = make_parser(__doc__)
+    parser.add_argument("--tune", type=Path, required=True, help="text to tune on; a tenth of it is held out")
+    parser.add_argument("--test", type=Path, required=True, help="text to measure on")
+    parser.add_argument("--other", type=Path, help="text of another kind; default: Python's help topics")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "shelf", help="default: runs/shelf")
+    return parser.parse_args()
+
+
+def run(arguments: Namespace, name: str, *changes: str) -> dict[str, Any]:
+    """Carries a run out, or the rest of it. Returns its report."""
+    folder = arguments.work / name
+    settings = [
+        f"output_dir={folder}",
+        f"model.path={expanded_model(embedded_model_dir(), arguments.work / 'expanded')}",
+        f"data.path={arguments.tune.resolve()}",
+        f"evaluate.max_windows={VALIDATION_WINDOWS}",
+        "logging.report_to=[]",
+        *(*BOTH, RATE, f"train.global_batch_size={BATCH}", "prune.prune_every=4"),
+        *changes,
+    ]
+    run_quickstart(1, settings, "--resume", "auto")
+    return read_json(folder / "report.json")
+
+
+def measured(arguments: Namespace, folder: Path, held_out: float) -> dict[str, float]:
+    texts = {"test": arguments.test, "other": arguments.other}
+    return {"held_out": held_out} | {name: perplexity(str(folder), text) for name, text in texts.items()}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    prepare_texts(arguments)
+    sizes = f"prune.sizes=[{','.join(map(str, SIZES))}]"
+    shelf = run(
+        arguments, "shelf", "prune.ratio=null", sizes, f"train.steps={STEPS}", f"train.recovery_steps={RECOVERY}"
+    )
+    rows = list[dict[str, Any]]()
+    for size in shelf["shelf"]:
+        name, steps = f"alone-{size['size']}", size["step"] - RECOVERY
+        recovery = f"train.recovery_steps={RECOVERY}"
+        alone = run(arguments, name, f"prune.ratio={size['size']}", f"train.steps={steps}", recovery)
+        of_shelf = measured(arguments, arguments.work / "shelf" / size["folder"], size["perplexity"])
+        of_its_own = measured(arguments, arguments.work / name / "model", alone["perplexity"]["pruned"])
+        row = {key: size[key] for key in ("size", "parameters", "kv_bytes_per_token", "tokens")}
+        row |= {"parameters_alone": alone["params"]["pruned"], "shelf": of_shelf, "alone": of_its_own}
+        rows.append(row | {"worse": {key: of_shelf[key] / of_its_own[key] - 1 for key in of_shelf}})
+    tokens = {"shelf": rows[-1]["tokens"], "alone": sum(row["tokens"] for row in rows)}
+    record("shelf", {"rows": rows, "tokens": tokens | {"part": tokens["shelf"] / tokens["alone"]}})
+
+
+if __name__ == "__main__":
+    main()
