@@ -54,8 +54,9 @@ def check_arguments(args: Any, model: nn.Module) -> None:
 
 
 def refuse_mixture(family: Family, where: str) -> None:
-    """Refuses experts, because only a run builds their stacks and the LoRA on them."""
-    require(family.mixture is None, f"{where}: mixtures of experts are pruned by launch/run.py, not by the callback")
+    """Refuses families with experts, because only a run builds their stacks and the LoRA on them."""
+    line = f"{where}: families with experts, also their dense models, are pruned by launch/run.py, not by the callback"
+    require(family.mixture is None, line)
 
 
 def check_one_dtype(model: nn.Module) -> None:

@@ -78,7 +78,8 @@ def _first(dense: list[int], layers: int) -> dict[str, Any]:
 
 
 def dense_types(dense: list[int], layers: int) -> dict[str, Any]:
-    return {"mlp_layer_types": ["dense" if i in dense else "sparse" for i in range(layers)]} | NO_FURTHER_TOKENS
+    """Writes the list of transformers 5, and the number that vLLM reads."""
+    return {"mlp_layer_types": ["dense" if i in dense else "sparse" for i in range(layers)]} | _first(dense, layers)
 
 
 LOCAL_EXPERTS = Mixture("num_local_experts", "intermediate_size")
