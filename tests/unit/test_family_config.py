@@ -25,7 +25,7 @@ ABOUT_FILES = {
     *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "model_type"),
     *("_name_or_path", "pretraining_tp"),
 }
-OLD_NAMES = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
+OLD_NAMES = {"first_k_dense_replace", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
 UNIFORM, PER_LAYER = [(3, 13), (3, 13)], [(3, 13), (4, 14)]
 both_counts = pytest.mark.parametrize("counts", [UNIFORM, PER_LAYER])
 every_family = pytest.mark.parametrize("family", FAMILIES)
