@@ -246,6 +246,11 @@ class PruneConfig:
         return None if self.target is None else read_amount(self.target, "prune.target")
 
     @property
+    def models(self) -> int:
+        """The number of models that a run exports."""
+        return 1 if self.sizes is None else len(self.sizes)
+
+    @property
     def sizes_memory(self) -> bool:
         """Whether `target` or one of `sizes` is the memory of a server."""
         amounts = [read_amount(size, "prune") for size in (self.target, *(self.sizes or ())) if size is not None]
@@ -359,10 +364,10 @@ class RunConfig:
             f"data.packing with model.attn_implementation {self.model.attn_implementation} needs "
             "train.micro_batch_size 1",
         )
-        sizes, numbers = len(self.prune.sizes or [""]), len(self.recovery)
+        models, numbers = self.prune.models, len(self.recovery)
         require(
-            numbers == sizes,
-            f"train.recovery_steps has {numbers} numbers where prune.sizes makes {sizes}; give one number for all",
+            numbers == models,
+            f"train.recovery_steps has {numbers} numbers where prune.sizes makes {models}; give one number for all",
         )
         require(
             not (self.train.group_by_length and self.data.only_text),
@@ -373,7 +378,7 @@ class RunConfig:
     def recovery(self) -> list[int]:
         """The recovery steps after each of `prune.sizes`, or of the whole run."""
         steps = self.train.recovery_steps
-        return steps if isinstance(steps, list) else [steps] * len(self.prune.sizes or [""])
+        return steps if isinstance(steps, list) else [steps] * self.prune.models
 
     @property
     def recipe(self) -> str:

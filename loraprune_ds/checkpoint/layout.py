@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,9 +50,9 @@ def check_format(version: object, path: Path) -> None:
         )
 
 
-def size_folder(name: str) -> str:
-    """Names the folder of an earlier size's export."""
-    return f"{MODEL_FOLDER}-{name.replace(' ', '')}"
+def export_folder(sizes: Mapping[int, str], step: int) -> str:
+    """Names the folder of the model that a run exports after a step. `sizes`: the last step of each, with its name."""
+    return MODEL_FOLDER if step == max(sizes) else f"{MODEL_FOLDER}-{sizes[step].replace(' ', '')}"
 
 
 def step_folder(root: Path, step: int) -> Path:

@@ -23,7 +23,7 @@ from typing import Any, cast
 from peft import PeftModel
 from torch import nn
 
-from loraprune_ds.checkpoint.layout import METRICS_FILE, MODEL_FOLDER, size_folder
+from loraprune_ds.checkpoint.layout import METRICS_FILE, export_folder
 from loraprune_ds.checkpoint.load import keep_to_lists
 from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.config import Dtype, PruneConfig
@@ -213,9 +213,11 @@ class Pruning:
 
     def save_size(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Writes the model of one of `prune.sizes` into `folder`, if one is done and not written yet. Collective."""
-        size, is_done = self.pruner.schedule.size_after(self.step), self.step in self.pruner.schedule.ends()
-        target = Path(folder) / (size_folder(size) if size else MODEL_FOLDER)
-        if is_done and not self.model.comm.gather_objects(target.exists())[0]:
+        sizes = self.pruner.schedule.ends()
+        if self.step not in sizes:
+            return
+        target = Path(folder) / export_folder(sizes, self.step)
+        if not self.model.comm.gather_objects(target.exists())[0]:
             self.save_model(target, tokenizer)
 
     def save_base(self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None) -> None:

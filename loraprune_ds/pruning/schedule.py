@@ -104,9 +104,9 @@ class Schedule:
         """Returns the last step of each of `prune.sizes`, with its name."""
         return {section.last: section.size.name for section in self.sections if section.size.name}
 
-    def size_after(self, step: int) -> str | None:
-        """Returns the name of the size that is done after this step. None for the last one, which ends the run."""
-        return self.ends().get(step) if step < self.sections[-1].last else None
+    def is_size(self, step: int) -> bool:
+        """Returns True if a size is done after this step, and others follow."""
+        return any(section.last == step for section in self.sections[:-1])
 
     def cycles(self) -> list[int]:
         """Lists the steps of each cycle of the learning rate: those with cuts, and those of each recovery."""
@@ -114,8 +114,10 @@ class Schedule:
         return [steps for steps in parts if steps]
 
 
-def make_section(config: PruneConfig, limits: Limits, size: Size, earlier: Section | None, steps: int) -> Section:
-    """Makes the section of a size from its steps with cuts, after the `earlier` one.
+def make_section(
+    config: PruneConfig, limits: Limits, size: Size, earlier: Section | None, steps: int, recovery: int
+) -> Section:
+    """Makes the section of a size after the `earlier` one, from its steps with cuts and those of its recovery.
 
     Raises UserError if no step is left to cut or changes a width.
     """
@@ -128,7 +130,8 @@ def make_section(config: PruneConfig, limits: Limits, size: Size, earlier: Secti
         raise UserError(
             f"train.steps {steps}{to} leaves no step between prune.warmup_fraction and prune.cooldown_fraction"
         )
-    section = Section(size, before, first, start, end, first + steps, first + steps, config.prune_every)
+    last = first + steps
+    section = Section(size, before, first, start, end, last, last + recovery, config.prune_every)
     section = replace(section, passed_over=_without_a_change(section, limits))
     if not section.cut_steps:
         multiple = f"prune.channel_multiple {config.channel_multiple}"
@@ -183,8 +186,7 @@ def plan_pruning(config: PruneConfig, limits: Limits, steps: int, recovery: Sequ
     sections, shared = list[Section](), 0
     for size in plan_sizes(config, limits):
         until = round(steps * size.ratio / limits.ratio)
-        section = make_section(config, limits, size, sections[-1] if sections else None, until - shared)
-        rest = recovery[size.place] if recovery else 0
-        sections.append(replace(section, last=section.recovery + rest))
+        earlier, rest = sections[-1] if sections else None, recovery[size.place] if recovery else 0
+        sections.append(make_section(config, limits, size, earlier, until - shared, rest))
         shared = until
     return PruningPlan(config, limits, Schedule(sections))

@@ -51,7 +51,8 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     Raises UserError if settings conflict, or if the ratio or target is out of reach. The message names the largest
     ratio or the smallest size.
     """
-    config, limits = with_largest_size(config, dense), limits_without_ratio(config, dense)
+    limits = limits_without_ratio(config, dense)
+    config = with_largest_size(config, limits)
     ratio = config.ratio
     if config.target is not None:
         ratio = _find_ratio(config, limits, "prune.sizes" if config.sizes else "prune.target", config.target)
@@ -61,17 +62,17 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     return limits
 
 
-def with_largest_size(config: PruneConfig, dense: ModelShape) -> PruneConfig:
+def with_largest_size(config: PruneConfig, limits: Limits) -> PruneConfig:
     """Makes the size that removes most the run's ratio or target. Raises UserError if another one is given."""
     if config.sizes is None:
         return config
-    limits = limits_without_ratio(config, dense)
     largest = max(config.sizes, key=lambda size: _ratio_of(config, limits, size))
-    fraction = _fraction(largest)
-    for key, given, own in (("ratio", config.ratio, fraction), ("target", config.target, largest)):
-        agrees = given is None or (given == own and (key == "ratio") == (fraction is not None))
-        require(agrees, f"prune.{key} {given} is not the largest cut of prune.sizes, which is {largest}; leave it out")
-    return replace(config, ratio=fraction, target=None if fraction else largest)
+    ratio = _fraction(largest)
+    target = None if ratio else largest
+    for key, given, own in (("ratio", config.ratio, ratio), ("target", config.target, target)):
+        other = f"prune.{key} {given} is not the largest cut of prune.sizes, which is {largest}; leave it out"
+        require(given in (None, own), other)
+    return replace(config, ratio=ratio, target=target)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from loraprune_ds.checkpoint.layout import KEPT_GROUPS_FILE, MODEL_FOLDER, size_folder
+from loraprune_ds.checkpoint.layout import KEPT_GROUPS_FILE, export_folder
 from loraprune_ds.files import write_text
 from loraprune_ds.model.flops import cached_numel
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
-from loraprune_ds.report.records import History, StepRecord
+from loraprune_ds.report.records import CutRecord, History, StepRecord
 
 KINDS = ("heads", "channels", "experts", "delta")  # which a cut record counts per layer
 QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
@@ -96,15 +96,14 @@ def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[d
     """Returns a row per size, from the first to the last. KV bytes are those of a token in 16 bits."""
     rows = list[dict[str, Any]]()
     for step, size in sizes.items():
-        shape, is_last = dense, step == max(sizes)
-        for cut in [cut for cut in history.cuts if cut.step <= step][-1:]:  # none if nothing could go
-            layers = zip(*(getattr(cut, kind) for kind in dense.kinds), strict=True)
-            shape = dense.with_layers(tuple(LayerShape(zip(dense.kinds, counts, strict=True)) for counts in layers))
-        measured = [e for e in history.evaluations if e.step == step and e.name == ("pruned" if is_last else "size")]
+        cuts = [cut for cut in history.cuts if cut.step <= step]
+        shape = _shape_after(cuts[-1], dense) if cuts else dense  # no cut if nothing could go
+        name = "pruned" if step == max(sizes) else "size"
+        measured = [e for e in history.evaluations if e.step == step and e.name == name]
         rows.append(
             {
                 "size": size,
-                "folder": MODEL_FOLDER if is_last else size_folder(size),
+                "folder": export_folder(sizes, step),
                 "step": step,
                 "tokens": sum(s.tokens for s in history.steps if s.step <= step),
                 "parameters": shape.total_numel(),
@@ -114,6 +113,11 @@ def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[d
             }
         )
     return rows
+
+
+def _shape_after(cut: CutRecord, dense: ModelShape) -> ModelShape:
+    layers = zip(*(getattr(cut, kind) for kind in dense.kinds), strict=True)
+    return dense.with_layers(tuple(LayerShape(zip(dense.kinds, counts, strict=True)) for counts in layers))
 
 
 def _serving(pruned: ModelShape) -> dict[str, list[int]]:

@@ -65,19 +65,19 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
     dense = config.model.adapter or str(locate_model(config.model))
     options = ["--dense", dense, "--json", "--dtype", config.model.dtype]
     options += ["--answers"] if ANSWERS in names else []
-    tasks = _tasks(names)
-    tasks = ["--tasks", *tasks] if tasks else []
+    if tasks := _tasks(names):
+        options += ["--tasks", *tasks]
     shelf = report.get("shelf") or []
     for row in shelf[:-1]:
         say(f"measuring {', '.join(names)} of {row['folder']}/")
-        row["after"] = _measured(json.loads(_evaluate(folder, [str(folder / row["folder"]), *options, *tasks])))
+        row["after"] = _measured(json.loads(_evaluate(folder, [str(folder / row["folder"]), *options])))
     say(f"measuring {', '.join(names)} of the exported and the dense model")
     page = ["--page", str(folder / ANSWERS_PAGE)] if ANSWERS in names else []
-    text = _evaluate(folder, [str(folder), *options, *page, *tasks])
+    text = _evaluate(folder, [str(folder), *page, *options])
     write_text(folder / EVALUATION_FILE, text)
     after: dict[str, Any] = {"asked": names} | _measured(json.loads(text))
-    for row, measured in zip(shelf, [*(row["after"] for row in shelf[:-1]), after], strict=False):
-        closeness = (measured["answers"] or {}).get("closeness")
+    for row in shelf:  # the last one is the run's model
+        closeness = (row.get("after", after)["answers"] or {}).get("closeness")
         row["agreement"] = closeness and closeness["agreement"]
     write_json(folder / REPORT_FILE, report | {"after": after})
     if shelf:

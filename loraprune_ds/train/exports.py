@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from loraprune_ds.checkpoint.layout import size_folder
+from loraprune_ds.checkpoint.layout import export_folder
 from loraprune_ds.errors import fail_point
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.lora import merged_tensors
@@ -37,9 +37,10 @@ def exported_config(context: RunContext, pruned: ModelShape) -> ExportedConfig:
     return export_config(dense.config, pruned, context.config.model.dtype, dense.tower and dense.tower.config)
 
 
-def export_size(context: RunContext, model: ShardedModel, name: str, step: int) -> None:
+def export_size(context: RunContext, model: ShardedModel, step: int) -> None:
     """Exports the model of a size that is done after `step`, unless an earlier start did. Collective."""
-    target, mark, dense = context.folder / size_folder(name), context.status.mark, context.prepared.pretrained
+    mark, dense = context.status.mark, context.prepared.pretrained
+    target = context.folder / export_folder(context.prepared.pruning.schedule.ends(), step)
     if model.comm.gather_objects(target.exists())[0]:
         return
     context.recorder.show(f"writing {target.name}/")

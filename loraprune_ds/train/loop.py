@@ -53,13 +53,12 @@ class TrainingLoop:
         if not self._context.checkpoint:
             self._evaluate(0, "dense")
         for step in range(self.status.step + 1, self.prepared.steps + 1):
-            if size := self._schedule.size_after(step - 1):  # here, so that a resumed run catches up on it
-                export_size(self._context, self.model, size, step - 1)
+            if self._schedule.is_size(step - 1):  # here, so that a resumed run catches up on it
+                export_size(self._context, self.model, step - 1)
             self._step(step)
             request = self._trainer.requested
             every = self.config.checkpoint.every or self.prepared.steps
-            is_end = step == self.prepared.steps or self._schedule.size_after(step)
-            if request != NOTHING or step % every == 0 or is_end:
+            if request != NOTHING or step % every == 0 or step == self._schedule.section(step).last:
                 self._save(step)
             self.status.update(step)
             self._requests.clear(request)
@@ -83,7 +82,7 @@ class TrainingLoop:
         every = self.config.evaluate.every
         if step == self._schedule.last_cut:
             self._evaluate(step, "after_last_cut")
-        elif self._schedule.size_after(step):
+        elif self._schedule.is_size(step):
             self._evaluate(step, "size")
         elif every is not None and step % every == 0:
             self._evaluate(step, "step")
