@@ -194,14 +194,35 @@ def test_what_is_asked_for_after_a_run_is_measured_once(tmp_path: Path, monkeypa
     for _ in range(2):
         after.measure_after(config, tmp_path, print)
     assert len(calls) == 2
-    page = ["--answers", "--page", str(tmp_path / "answers.html")]
-    assert calls[1][-8:] == ["--dtype", "bfloat16", *page, "--tasks", "piqa", "reasoning_gym"]
+    assert calls[1][calls[1].index("--page") + 1] == str(tmp_path / "answers.html")
+    assert calls[1][-6:] == ["--dtype", "bfloat16", "--answers", "--tasks", "piqa", "reasoning_gym"]
     asked = {"asked": ["answers", "piqa", "tasks"], "answers_plan": {"name": "default"}}
     asked |= kept(0.1) | {"dense": kept(0.3)}
     assert read_json(tmp_path / "report.json") == {"steps": 3, "after": asked}
     assert read_json(tmp_path / "evaluation.json") == result
     after.measure_after(run_of("piqa"), tmp_path, print)
     assert calls[2][-2:] == ["--tasks", "piqa"]
+
+
+def test_each_size_of_a_shelf_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def measured(command: list[str], **options: Any) -> Any:
+        calls.append(command)
+        result = judged(0.1) | {"dense": judged(0.3)}
+        result["answers"]["closeness"] = {"agreement": 0.5 / len(calls)}
+        return SimpleNamespace(returncode=0, stdout=json.dumps(result))
+
+    monkeypatch.setattr(subprocess, "run", measured)
+    rows = [{"size": size, "parameters": 9, "perplexity": 2.0, "folder": f"model-{size}"} for size in ("0.2", "0.5")]
+    write_json(tmp_path / "report.json", {"shelf": rows, "perplexity": {"dense": 1.0}})
+    after.measure_after(run_of("answers"), tmp_path, print)
+    assert [str(tmp_path / "model-0.2") in call for call in calls] == [True, False]
+    assert str(tmp_path) in calls[1]  # the last size is the run's model
+    report = read_json(tmp_path / "report.json")
+    assert [row["agreement"] for row in report["shelf"]] == [0.5, 0.25]
+    assert report["shelf"][0]["after"]["tasks"] == kept(0.1)["tasks"]
+    assert (tmp_path / "shelf.png").exists()
 
 
 def test_wrong_tasks_are_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
