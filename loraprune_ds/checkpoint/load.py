@@ -69,8 +69,10 @@ class TrainingCheckpoint:
         return replace(dense, weights=dense.weights.cut(keep))
 
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
-        kept, scores = keep_from_lists(self.state.kept, kinds), read_scores(self.folder, kinds)
-        return PrunerState(kept, scores, self.state.updates_since_cut, self.state.moment_tokens)
+        kept = keep_from_lists(self.state.kept, kinds)
+        return PrunerState(
+            kept, *read_scores(self.folder, kinds), self.state.updates_since_cut, self.state.moment_tokens
+        )
 
     def moments(self, layer: int) -> dict[str, Tensor]:
         """Returns the input moments of a layer by linear, as sums over `moment_tokens`, if any were recorded."""
@@ -160,13 +162,12 @@ def keep_from_lists(lists: list[list[list[int]]], kinds: tuple[Kind, ...]) -> li
     return [LayerKeep(zip(kinds, map(torch.LongTensor, layer), strict=True)) for layer in lists]
 
 
-def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> list[LayerScores] | None:
+def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> tuple[list[LayerScores] | None, Tensor | None]:
+    """Reads the moving averages: of groups, and of the layers' influence. None of what was not recorded."""
     path = folder / layout.SCORES_FILE
-    if not path.exists():
-        return None
-    tensors = load_file(path)
-    layers = range(len(tensors) // len(kinds))
-    return [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in layers]
+    tensors = load_file(path) if path.exists() else {}
+    influence, layers = tensors.pop(layout.INFLUENCE, None), range(len(tensors) // len(kinds))
+    return [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in layers] or None, influence
 
 
 def read_moments(folder: Path, layer: int) -> dict[str, Tensor]:

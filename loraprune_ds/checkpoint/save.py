@@ -15,7 +15,7 @@ from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.files import begin_folder, publish_folder, remove_folder, remove_leftovers, staging_of
 from loraprune_ds.pruning.compensate import InputMoments
-from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.step import PrunerState
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import empty_cache
 from loraprune_ds.zero.flat import owner_rounds
@@ -88,13 +88,13 @@ def save_shape(model: ShardedModel, root: Path, cuts: int, dtype: Dtype) -> Shap
 
 
 def save_step(
-    model: ShardedModel, root: Path, state: RunState, scores: list[LayerScores] | None, moments: InputMoments | None
+    model: ShardedModel, root: Path, state: RunState, pruner: PrunerState, moments: InputMoments | None
 ) -> Path:
     """Publishes `step-{state.step}`. Each layer is written by its owner, which has its input moments. Collective."""
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
-            write_scores(staging, scores)
+            write_scores(staging, pruner)
         for layers in owner_rounds(len(model.layers), model.world_size):
             collected = {layer: collect_lora_state(model, layer, model.owner(layer)) for layer in layers}
             for layer, tensors in collected.items():
@@ -129,10 +129,13 @@ def drop_old(root: Path, step: int, keep_last: int) -> None:
             remove_folder(root / f"shape-{number}")
 
 
-def write_scores(staging: Staging, scores: list[LayerScores] | None) -> None:
-    """Writes the moving averages in float64, if there are scores. On one rank."""
-    if scores is not None:
-        tensors = {f"{i}.{kind}": groups for i, layer in enumerate(scores) for kind, groups in layer.items()}
+def write_scores(staging: Staging, state: PrunerState) -> None:
+    """Writes the moving averages in float64, if there are any. On one rank."""
+    layers = enumerate(state.scores or [])
+    tensors = {f"{i}.{kind}": groups for i, layer in layers for kind, groups in layer.items()}
+    if state.influence is not None:
+        tensors[layout.INFLUENCE] = state.influence
+    if tensors:
         staging.write(layout.SCORES_FILE, lambda path: save_file(tensors, path))
 
 

@@ -76,8 +76,8 @@ class PruningCheckpoint:
     def restore(self, pruner: Pruner) -> History:
         """Continues with the state of the pruner, whose model has been cut. Returns the records so far."""
         state, folder, kinds = self.state, self.folder / FOLDER, self.dense.kinds
-        kept, scores = keep_from_lists(state.kept, kinds), read_scores(folder, kinds)
-        saved = PrunerState(kept, scores, state.updates_since_cut, state.moment_tokens)
+        kept = keep_from_lists(state.kept, kinds)
+        saved = PrunerState(kept, *read_scores(folder, kinds), state.updates_since_cut, state.moment_tokens)
         pruner.restore(saved, lambda layer: read_moments(folder, layer))
         return history_from(read_metrics(folder / METRICS_FILE))
 
@@ -89,7 +89,7 @@ def write_pruning(folder: Path, state: PruningState, pruner: Pruner, model: Shar
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(json.dumps(asdict(state)) + "\n"))
             staging.write(METRICS_FILE, lambda path: write_history(path, history))
-            write_scores(staging, pruner.state().scores)
+            write_scores(staging, pruner.state())
         for layer in range(len(model.layers)):
             if compensator is not None and model.owner(layer) == model.rank:
                 write_moments(staging, layer, compensator.moments.of_layer(layer))

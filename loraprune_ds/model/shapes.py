@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self, TypeVar
@@ -86,6 +86,11 @@ class ModelShape:
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of groups, in the order of all masks, draws and files."""
         return tuple(kind for kind in self.family.kinds if kind in self.layers[0])
+
+    @property
+    def present(self) -> list[int]:
+        """The layers that were not dropped."""
+        return [i for i, layer in enumerate(self.layers) if layer.kinds]
 
     def linears(self, layer: int) -> tuple[Linear, ...]:
         """Returns the LoRA-adapted linears of a decoder layer, in the order of its forward."""
@@ -272,6 +277,11 @@ class ModelShape:
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> "ModelShape":
         return replace(self, layers=layers)
+
+    def without(self, layers: Collection[int]) -> "ModelShape":
+        """Returns the shape after some layers were dropped."""
+        bare = LayerShape(dict.fromkeys(self.kinds, 0))
+        return self.with_layers(tuple(bare if i in layers else x for i, x in enumerate(self.layers)))
 
     def without_whole(self) -> "ModelShape":
         """Returns the shape of a run without LoRA on whole linears. They are parameters like others there."""

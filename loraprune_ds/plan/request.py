@@ -18,6 +18,7 @@ from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.text_part import MULTIMODAL, check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
+from loraprune_ds.pruning.ranking import with_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
@@ -148,17 +149,17 @@ class Request:
         return section.get("device") == "cpu" and (not pinned or bool(section.get("pin_memory")))
 
     def shape_at(self, step: int) -> ModelShape:
-        """Returns the shape after a step. With `global` all layers lose the same."""
-        dense, limits, layers = self.shape, self.pruning.limits, list(self.shape.layers)
-        open_layers, section = limits.open_layers, self.pruning.schedule.section(step)
+        """Returns the shape after a step. With `global` all layers lose the same, and the last ones are dropped."""
+        limits, schedule = self.pruning.limits, self.pruning.schedule
+        section, dense = schedule.section(step), limits.after_drops(sum(drop <= step for drop in schedule.drops))
         if counts := section.counts(limits, step):
-            layers = [limits.within(counts, i) for i in range(len(layers))]
-        else:
-            target = section.target(step)
-            for kind, share in limits.shares.items():
-                numel = sum(layers[i][kind] * dense.group_numel(kind) for i in open_layers)
-                stays = 1 - target * dense.linear_numel() * share / max(1, numel)
-                layers = [LayerShape({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in layers]
+            return with_counts(dense, limits, counts)
+        layers, by_width = list(dense.layers), max(0.0, limits.by_width(section.target(step)))
+        for kind, share in limits.shares.items():
+            numel = sum(layers[i][kind] * dense.group_numel(kind) for i in limits.open_layers)
+            stays = 1 - by_width * share / max(1, numel)
+            layers = [LayerShape({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in layers]
+        open_layers = set(limits.open_layers)
         return dense.with_layers(tuple(layers[i] if i in open_layers else x for i, x in enumerate(dense.layers)))
 
 

@@ -25,9 +25,7 @@ def rank_uniform(scores: list[LayerScores], current: ModelShape, limits: Limits,
     Layers of several sorts, such as those with a delta net and those with attention, have the counts of their kinds.
     `scores` and the result belong to the current groups.
     """
-    layers = enumerate(current.layers)
-    wanted = [limits.within(counts, i) if i in limits.open_layers else layer for i, layer in layers]
-    return keep_best(scores, wanted, current)
+    return keep_best(scores, with_counts(current, limits, counts).layers, current)
 
 
 def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerShape:
@@ -41,10 +39,14 @@ def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerShape
 
 
 def shape_of_uniform(limits: Limits, bounds: Bounds | None = None) -> ModelShape:
-    """Returns the shape that `uniform` ends with."""
-    goal, open_layers = uniform_goal(limits, limits.ratio, bounds), set(limits.open_layers)
-    layers = enumerate(limits.dense.layers)
-    return limits.dense.with_layers(tuple(limits.within(goal, i) if i in open_layers else x for i, x in layers))
+    """Returns the shape that `uniform` ends with, if the last layers are dropped."""
+    return with_counts(limits.after_drops(limits.depth), limits, uniform_goal(limits, limits.ratio, bounds))
+
+
+def with_counts(shape: ModelShape, limits: Limits, counts: LayerShape) -> ModelShape:
+    """Returns the shape with equal counts in every open layer that was not dropped."""
+    open_layers, layers = set(limits.open_layers) & set(shape.present), enumerate(shape.layers)
+    return shape.with_layers(tuple(limits.within(counts, i) if i in open_layers else x for i, x in layers))
 
 
 def uniform_goal(limits: Limits, ratio: float, bounds: Bounds | None = None) -> LayerShape:
@@ -57,7 +59,7 @@ def uniform_goal(limits: Limits, ratio: float, bounds: Bounds | None = None) -> 
         bounds: of the counts, narrower than those of the limits.
     """
     dense, (*coarse, fine), bounds = limits.open_counts, limits.dense.kinds, bounds or limits.bounds
-    wanted = ratio * limits.dense.linear_numel()  # parameters that leave
+    wanted = limits.by_width(ratio)  # parameters that leave
     numel = {kind: max(1, part) for kind, part in limits.open_numel.items()}
     share = {kind: dense[kind] - wanted * limits.shares[kind] / numel[kind] for kind in coarse}
 
@@ -103,11 +105,12 @@ def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, 
     Heads give their share of the target, channels the rest. The total ends within one group (or multiple) of the
     target, or half a multiple of channels beyond, because channels that replaced a head do not come back.
     """
-    removal = _Removal(scores, current, limits)
-    budget = round(target * limits.dense.linear_numel())
+    removal, dense = _Removal(scores, current, limits), limits.dense
+    budget = round(target * dense.linear_numel())
+    by_width = budget - dense.linear_numel() + sum(map(dense.layer_numel, current.present))
     *coarse, fine = current.kinds
     for kind in coarse:
-        removal.take(kind, round(budget * limits.shares[kind]) + removal.gone_beside(kind))
+        removal.take(kind, round(by_width * limits.shares[kind]) + removal.gone_beside(kind))
     removal.take(fine, budget)
     if budget - removal.gone > limits.step_numel(fine) / 2:  # floors stopped the finest
         for kind in coarse:
@@ -124,10 +127,10 @@ class _Removal:
         self.gone = sum(limits.lost(i, left) for i, left in enumerate(self.left))
 
     def gone_beside(self, kind: Kind) -> int:
-        """Counts the parameters of the other kinds that are gone so far, earlier cuts included."""
-        layers = zip(self.limits.dense.layers, self.left, strict=True)
-        of_kind = sum(dense[kind] - left[kind] for dense, left in layers) * self.limits.dense.group_numel(kind)
-        return self.gone - of_kind
+        """Counts the parameters that are gone so far, earlier cuts included, but for this kind in layers that stay."""
+        dense = self.limits.dense
+        lost = sum(dense.layers[i][kind] - self.left[i][kind] for i in self.current.present)
+        return self.gone - lost * dense.group_numel(kind)
 
     def take(self, kind: Kind, budget: int) -> None:
         """Removes groups of a kind while that brings the total loss nearer to `budget`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way
@@ -15,26 +15,29 @@ from loraprune_ds.pruning.target import Size, plan_sizes
 
 @dataclass(frozen=True)
 class Section:
-    """The steps on the way to one size: warm-up, cuts, cool-down, recovery.
+    """The steps on the way to one size: warm-up, whole layers, cuts of widths, cool-down, recovery.
 
     The cubic schedule (Zhu & Gupta, arXiv 1710.01878), from what is gone before to the size's ratio r:
-    before + (r − before) · (1 − (1 − t)³) between warm-up and cool-down.
+    before + (r − before) · (1 − (1 − t)³) between the warm-up or the last whole layer and the cool-down.
 
     Steps count from 1. Step s is the s-th optimizer update, and a cut follows it.
     """
 
     size: Size
-    before: float  # the ratio of the size before
+    before: float  # the ratio of the size before, or of the whole layers
     first: int  # the last step before the section
-    start: int  # the last step of the warm-up
+    start: int  # the last step of the warm-up, or the one that drops the last layer
     end: int  # the last step that may cut, where the target is the size's ratio
     recovery: int  # the last step before the recovery
     last: int  # the last step of the section
     every: int  # steps from one cut to the next
+    drops: tuple[int, ...] = ()  # steps that drop a layer
     passed_over: frozenset[int] = frozenset()  # steps that cut nothing because no width would change
 
     def target(self, step: int) -> float:
         """Returns the fraction of the dense linear parameters that should be gone after `step`."""
+        if self.drops and step < self.start:
+            return self.before * sum(drop <= step for drop in self.drops) / len(self.drops)
         t = (step - self.start) / (self.end - self.start)
         return self.before + (self.size.ratio - self.before) * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
 
@@ -42,18 +45,18 @@ class Section:
         """Returns the counts that every open layer should have after `step`. None unless the ranking is `uniform`."""
         if self.size.bounds is None:
             return None
-        part = (self.target(step) - self.before) / (self.size.ratio - self.before)
-        return counts_on_the_way(limits, self.size.bounds, part)
+        removes, gone = self.size.ratio - self.before, max(0.0, self.target(step) - self.before)
+        return counts_on_the_way(limits, self.size.bounds, gone / removes if removes > 0 else 1.0)
 
     def is_cut(self, step: int) -> bool:
         """Returns True if a cut follows this step."""
         due = (step - self.start) % self.every == 0 or step == self.end
-        return self.start < step <= self.end and due and step not in self.passed_over
+        return (self.start < step <= self.end and due and step not in self.passed_over) or step in self.drops
 
     @cached_property
     def cut_steps(self) -> list[int]:
         """Every `every`-th step after the warm-up and the last step before the cool-down, if a width changes."""
-        return [step for step in range(self.start + 1, self.end + 1) if self.is_cut(step)]
+        return [*self.drops, *(step for step in range(self.start + 1, self.end + 1) if self.is_cut(step))]
 
     @property
     def last_cut(self) -> int:
@@ -88,6 +91,11 @@ class Schedule:
     def last_cut(self) -> int:
         return self.sections[-1].last_cut
 
+    @property
+    def drops(self) -> tuple[int, ...]:
+        """The steps that drop a layer each. All are on the way to the first size."""
+        return self.sections[0].drops
+
     def is_cut(self, step: int) -> bool:
         """Returns True if a cut follows this step."""
         return self.section(step).is_cut(step)
@@ -97,8 +105,8 @@ class Schedule:
         return step <= self.last_cut
 
     def precedes_cut(self, step: int, within: int) -> bool:
-        """Returns True if a cut follows one of the next `within` steps, this one included."""
-        return any(self.is_cut(s) for s in range(step, step + within))
+        """Returns True if a cut of widths follows one of the next `within` steps, this one included."""
+        return any(self.is_cut(s) and s not in self.drops for s in range(step, step + within))
 
     def ends(self) -> dict[int, str]:
         """Returns the last step of each of `prune.sizes`, with its name."""
@@ -132,11 +140,22 @@ def make_section(
         )
     last = first + steps
     section = Section(size, before, first, start, end, last, last + recovery, config.prune_every)
+    if limits.depth and not earlier:
+        section = _drop_first(section, limits)
     section = replace(section, passed_over=_without_a_change(section, limits))
     if not section.cut_steps:
         multiple = f"prune.channel_multiple {config.channel_multiple}"
         raise UserError(f"prune.ratio {size.ratio:.6g}{to} is too small to change a width with {multiple}")
     return section
+
+
+def _drop_first(section: Section, limits: Limits) -> Section:
+    """Makes the first cuts drop a layer each."""
+    cuts, depth = section.cut_steps, limits.depth
+    few = f"prune.depth_ratio drops {depth} layers, one per cut, and needs a cut for widths; there are {len(cuts)} cuts"
+    require(len(cuts) > depth, few)
+    drops = tuple(cuts[:depth])
+    return replace(section, before=limits.depth_ratio, start=drops[-1], drops=drops)
 
 
 def _without_a_change(section: Section, limits: Limits) -> frozenset[int]:
@@ -147,9 +166,9 @@ def _without_a_change(section: Section, limits: Limits) -> frozenset[int]:
     fine, is_uniform = limits.dense.kinds[-1], section.size.bounds is not None
     if not is_uniform and limits.multiples[fine] == 1:
         return frozenset()
-    chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
+    chunk = (len(limits.open_layers) - limits.depth) * limits.step_numel(fine) / limits.dense.linear_numel()
     unchanged, before = list[int](), None
-    for step in (section.first, *section.cut_steps):
+    for step in (section.start, *section.cut_steps[len(section.drops) :]):
         now = section.counts(limits, step) or round(section.target(step) / chunk)
         if now == before:
             unchanged.append(step)

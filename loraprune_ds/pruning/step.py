@@ -9,9 +9,10 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
         pruner.score(step)                    each rank scores its shard of W (pruning/importance.py, criterion.py)
     engine.update()                           the optimizer's own step
     pruner.cut(step)                          at a step of the schedule (pruning/schedule.py):
-                                              ranks the groups (pruning/ranking.py, pruning/limits.py), compares the
-                                              masks of all ranks, makes up for the loss if asked to
-                                              (pruning/compensate.py), cuts the model (zero/sharded.py)
+                                              ranks the groups (pruning/ranking.py, pruning/limits.py) or drops a
+                                              layer (pruning/depth.py), compares the masks of all ranks, makes up for
+                                              the loss if asked to (pruning/compensate.py), cuts the model
+                                              (zero/sharded.py)
 
     group          removed together: one key-value head with its query heads, one MLP channel, or one expert
     kind           heads, channels or experts, as the family has them (model/family.py)
@@ -30,7 +31,7 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
 import hashlib
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,6 +41,7 @@ from torch import Tensor
 from loraprune_ds.errors import RunError, fail_point
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.compensate import Compensator
+from loraprune_ds.pruning.depth import BlockInfluence, drop_least
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
@@ -65,6 +67,7 @@ class PrunerState:
 
     kept_of_dense: list[LayerKeep]
     scores: list[LayerScores] | None  # None: nothing was scored yet
+    influence: Tensor | None  # as `BlockInfluence.average`
     updates_since_cut: int
     moment_tokens: float = 0.0  # that the input moments are sums over
 
@@ -80,6 +83,7 @@ class Pruner:
         compensates = config.compensate != "none"
         self.compensator = Compensator(model, config, schedule, limits.open_layers) if compensates else None
         self.recorder = MaskGradients(model) if config.criterion == "fisher" else None
+        self.influence = BlockInfluence(model, config.moving_average) if limits.depth else None
         self._random = random_scores(limits.dense, seed)
         self._unchecked: GroupSums | None = None
 
@@ -91,11 +95,17 @@ class Pruner:
                 recordings.enter_context(self.compensator.record_step(step))
             if self.recorder is not None and self.schedule.is_scored(step):
                 recordings.enter_context(self.recorder.record())
+            if self.influence is not None and step <= self.schedule.drops[-1]:
+                recordings.enter_context(self.influence.record_step())
             yield
 
-    def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def record_forward(self, attention_mask: Tensor | None) -> Generator[None]:
         """Records one micro-batch, around its forward pass alone. The mask is (batch, window), False at padding."""
-        return nullcontext() if self.compensator is None else self.compensator.record_forward(attention_mask)
+        with ExitStack() as recordings:
+            for recorder in filter(None, (self.compensator, self.influence)):
+                recordings.enter_context(recorder.record_forward(attention_mask))
+            yield
 
     def score(self, step: int) -> None:
         """Scores all groups, if due. Call it after the last backward, before gradients are clipped."""
@@ -123,14 +133,12 @@ class Pruner:
         if self._unchecked is not None:
             self._unchecked.check()  # at no cost here: the update has waited for the device
             self._unchecked = None
-        if not self.schedule.is_cut(step) or (not scored and step < self.schedule.section(step).last_cut):
+        drops = step in self.schedule.drops
+        if not self.schedule.is_cut(step) or not (scored or drops or step == self.schedule.section(step).last_cut):
             return None
         began = time.perf_counter()
         target = self.schedule.target(step)
-        average = self.average.on_host()
-        if average is None or (scored and self.average.updates_since_cut == 0):
-            raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
-        keep = self._rank(average, step)
+        keep = self._drop() if drops else self._rank(step, scored)
         check_same_mask(keep, self.model, step)
         if self.model.shape.after(keep).layers == self.model.shape.layers:
             return None
@@ -146,13 +154,16 @@ class Pruner:
     def state(self) -> PrunerState:
         """Returns what `restore` needs to go on from here."""
         tokens = 0.0 if self.compensator is None else self.compensator.moments.tokens
-        return PrunerState(self.kept_of_dense, self.average.on_host(), self.average.updates_since_cut, tokens)
+        influence, updates = self.influence and self.influence.average, self.average.updates_since_cut
+        return PrunerState(self.kept_of_dense, self.average.on_host(), influence, updates, tokens)
 
     def restore(self, state: PrunerState, read_moments: Callable[[int], dict[str, Tensor]]) -> None:
         """Goes on from a saved state, on any number of ranks. `read_moments` as in `InputMoments.restore`."""
         self.kept_of_dense = state.kept_of_dense
         self.average.scores = state.scores
         self.average.updates_since_cut = state.updates_since_cut
+        if self.influence is not None:
+            self.influence.average = state.influence
         if self.compensator is not None:
             self.compensator.moments.restore(read_moments, state.moment_tokens)
 
@@ -160,8 +171,15 @@ class Pruner:
         """Returns the fraction of the dense decoder-layer linear parameters that is gone."""
         return 1 - self.model.shape.linear_numel() / self.limits.dense.linear_numel()
 
-    def _rank(self, scores: list[LayerScores], step: int) -> list[LayerKeep]:
-        counts = self.schedule.section(step).counts(self.limits, step)
+    def _drop(self) -> list[LayerKeep]:
+        influence = self.influence and self.influence.average
+        assert influence is not None, "the step was recorded"
+        return drop_least(influence, self.limits.droppable, self.model.shape)
+
+    def _rank(self, step: int, scored: bool) -> list[LayerKeep]:
+        scores, counts = self.average.on_host(), self.schedule.section(step).counts(self.limits, step)
+        if scores is None or (scored and self.average.updates_since_cut == 0):
+            raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
         if counts is None:
             return rank_global(scores, self.model.shape, self.limits, self.schedule.target(step))
         return rank_uniform(scores, self.model.shape, self.limits, counts)

@@ -94,14 +94,15 @@ def plan_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
     if config.sizes is None:
         return [Size(None, 0, limits.ratio, None if end is None else (end, start))]
     places = range(len(config.sizes))
-    sizes, names, before = list[Size](), config.sizes, 0.0
+    sizes, names, before = list[Size](), config.sizes, limits.depth_ratio
     for place in sorted(places, key=lambda i: _ratio_of(config, limits, names[i])):
         bounds, is_last = None if end is None else (end, start), len(sizes) + 1 == len(names)
         ratio = limits.ratio if is_last else _ratio_of(config, limits, names[place], bounds)
         if bounds is not None:
             bounds = (uniform_goal(limits, ratio, bounds), start)
         removes = ratio > before and (bounds is None or bounds[0] != start)
-        least = f"removes no more than {sizes[-1].name}" if sizes else "is too small to change a width"
+        least = "removes no more than prune.depth_ratio" if limits.depth else "is too small to change a width"
+        least = f"removes no more than {sizes[-1].name}" if sizes else least
         require(removes, f"prune.sizes: {names[place]} {least}")
         sizes.append(Size(names[place], place, ratio, bounds))
         before, start = ratio, start if bounds is None else bounds[0]
@@ -145,14 +146,15 @@ def _find_ratio(config: PruneConfig, limits: Limits, key: str, asked: str, bound
     while high - low > 0.5 / numel:  # `high` fits
         middle = (low + high) / 2
         low, high = (middle, high) if size_at(middle) > amount.value else (low, middle)
-    if config.head_ratio and high - least < 1 / numel:
-        raise UserError(f"prune.head_ratio {config.head_ratio} alone takes more than {key} {asked} asks")
+    if least and high - least < 1 / numel:
+        setting = "head_ratio" if config.head_ratio else "depth_ratio"
+        raise UserError(f"prune.{setting} {getattr(config, setting)} alone takes more than {key} {asked} asks")
     return high
 
 
 def _size_of_global(config: PruneConfig, limits: Limits, amount: Amount) -> float:
     """Returns the size once each kind has lost its share, from whichever layers."""
-    dense, leaving = limits.dense, limits.ratio * limits.dense.linear_numel()
+    dense, leaving = limits.after_drops(limits.depth), limits.by_width(limits.ratio)
     size = dense_size = measure(config, dense, amount)
     for kind, share in limits.shares.items():
         index = max(range(len(dense.layers)), key=lambda i: dense.layers[i][kind])  # some have no groups of this kind

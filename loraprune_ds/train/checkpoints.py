@@ -114,7 +114,7 @@ class Checkpoints:
             resumed_from=self._resumed_from,
             config=self.config.to_dict(),
         )
-        save_step(engine.model, self.root, state, pruner.scores, compensator and compensator.moments)
+        save_step(engine.model, self.root, state, pruner, compensator and compensator.moments)
 
     def drop_old(self, comm: Communicator, step: int) -> None:
         """Removes the files that no later start needs, after `step-{step}` was published. Collective."""

@@ -96,7 +96,7 @@ def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A cut may come before the next score, if the next step overflows in fp16."""
-    monkeypatch.setattr(checkpoint, "read_scores", lambda folder, kinds: None)
+    monkeypatch.setattr(checkpoint, "read_scores", lambda folder, kinds: (None, None))
     monkeypatch.setattr(checkpoint, "read_metrics", lambda path: [])
     state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5)
     resumed = PruningCheckpoint(tmp_path, cast(Any, state), cast(Any, SimpleNamespace(kinds=())))
