@@ -190,7 +190,9 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
 
 def notes(plan: Plan) -> list[str]:
     request, nodes = plan.request, plan.request.cluster.nodes
-    lines = [request.config.recipe]
+    lines, drops = [request.config.recipe], request.pruning.schedule.drops
+    if drops:
+        lines.append(f"{len(drops)} layers leave whole by step {drops[-1]:,}; the plan drops the last ones")
     if not request.steps_known:
         known = "--samples N, or --set train.epochs=null --set train.steps=N"
         lines.append(f"the run counts epochs and its data is not here: its steps are assumed ({known})")

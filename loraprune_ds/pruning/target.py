@@ -29,6 +29,8 @@ def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> t
     Args:
         tower: whether the result has the tower of a multimodal model.
     """
+    if config.depth_ratio:
+        check_can_drop(dense, tower=tower)
     equal = dense.family.equal_layers
     if config.ranking is None:
         config = replace(config, ranking="uniform" if tower or equal else "global")
