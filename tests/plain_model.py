@@ -15,7 +15,7 @@ from loraprune_ds.model.adapters import (
     set_features,
     set_runtime_counts,
 )
-from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.classes import DroppedLayer, decoder_layers
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import MODEL_DTYPE, Slice, lora_cuts
@@ -72,6 +72,8 @@ class PlainModel:
     @torch.no_grad()
     def cut(self, keep: list[LayerKeep]) -> int:
         after = self.shape.after(keep)
+        for i in self.shape.dropped_by(keep):
+            self.layers[i] = DroppedLayer(i)
         for i, (layer, layer_keep) in enumerate(zip(self.layers, keep, strict=True)):
             for name, kept, linear in MODEL_DTYPE.layer_cuts(self.shape, i, layer_keep):
                 self._select(base_parameter(layer, name), kept)

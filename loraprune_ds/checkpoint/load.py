@@ -42,7 +42,8 @@ class TrainingCheckpoint:
 
     def as_begun(self, dense: PretrainedModel) -> PretrainedModel:
         """Returns the dense model as this run has it. Runs of earlier versions have no LoRA on whole linears."""
-        whole = [(i, name) for i, names in dense.shape.whole.items() for name in names]
+        present = [i for i, layer in enumerate(self.state.kept) if any(layer)]
+        whole = [(i, name) for i in present for name in dense.shape.whole.get(i, {})]
         if not whole or self._has_lora(*whole[0]):
             return dense
         return replace(dense, weights=replace(dense.weights, shape=dense.shape.without_whole()))

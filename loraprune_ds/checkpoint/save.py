@@ -80,7 +80,7 @@ class Staging:
 def save_shape(model: ShardedModel, root: Path, cuts: int, dtype: Dtype) -> ShapeSource:
     """Publishes the frozen weights as `shape-{cuts}`, as the ranks store them. Collective."""
     with Staging(model.comm, root / f"shape-{cuts}", "shape") as staging:
-        staging.seal(write_model(model, staging.folder, dtype, frozen_tensors))
+        staging.seal(write_model(model, staging.folder, dtype, frozen_tensors, export=False))
         fail_point("save.shape_written")
         staging.publish()
     digest = layout.sha256(staging.target / layout.MANIFEST) if model.rank == 0 else ""
@@ -98,7 +98,7 @@ def save_step(
         for layers in owner_rounds(len(model.layers), model.world_size):
             collected = {layer: collect_lora_state(model, layer, model.owner(layer)) for layer in layers}
             for layer, tensors in collected.items():
-                if tensors is not None:  # on the owner. All owners of a round write at the same time
+                if tensors:  # on the owner. All owners of a round write at the same time. A dropped layer has none
                     staging.write(layout.layer_file(layer), lambda path, lora=tensors: save_on_cpu(lora, path))
                     write_moments(staging, layer, {} if moments is None else moments.of_layer(layer))
             del collected, tensors

@@ -130,15 +130,14 @@ def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
 def write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
     """Writes the Hugging Face model that the run would export now, or its base. One layer is in memory at a time."""
     config, shape, state, tower = unmerged.config, unmerged.shape, unmerged.checkpoint.state, unmerged.dense.tower
-    layers, dtype = len(shape.layers), DTYPES[config.model.dtype]
-    own, entries = weight_file_count(layers), list[dict[str, int]]()
+    layers, dtype = shape.present, DTYPES[config.model.dtype]
+    own, entries = weight_file_count(len(layers)), list[dict[str, int]]()
     count = own + (tower is not None)
-    for k in range(own):
-        is_layer, prefix = k < layers, f"model.layers.{k}."  # the last file has all that belongs to no layer
-        names = [n for n in shape.parameters() if (n.startswith(prefix) if is_layer else "model.layers." not in n)]
+    for k, layer in enumerate([*layers, None]):  # the last file has all that belongs to no layer
+        names = shape.outer_parameters if layer is None else shape.layer_parameters(layer)
         tensors = {name: unmerged.base.read_full(name, dtype) for name in names}
-        if merge and is_layer:
-            _merge_layer(unmerged, k, tensors)
+        if merge and layer is not None:
+            _merge_layer(unmerged, layer, tensors)
         entries.append(write_weight_file(folder, k, count, in_files(tensors, shape, tower)))
     if tower:
         entries.append(copy_tensors(tower.files, folder, own, count))
@@ -165,8 +164,8 @@ def _merge_layer(unmerged: UnmergedModel, layer: int, tensors: dict[str, Tensor]
 def write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
     """Writes the fp32 LoRA, which is no larger than one decoder layer, into the one file that PEFT reads."""
     tensors = {
-        name_in_file(layer, name): tensor
-        for layer in range(len(unmerged.shape.layers))
+        name_in_file(number, name): tensor
+        for number, layer in enumerate(unmerged.shape.present)
         for name, tensor in as_in_peft(unmerged.lora(layer), unmerged.shape.linears(layer)).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

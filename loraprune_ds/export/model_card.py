@@ -141,7 +141,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         llama_cpp=f"as architecture `{architecture}`, by an export to GGUF"
         if architecture
         else "no architecture holds it",
-        layers="\n".join(_layer_rows(pruned)),
+        layers="\n".join(_layer_rows(pruned.exported())),
         trust=", trust_remote_code=True" if trust else "",
         task="image-text-to-text" if exported.multimodal else "text-generation",
         variable="processor" if exported.multimodal else "tokenizer",

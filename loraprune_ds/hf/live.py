@@ -14,7 +14,7 @@ from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
 from loraprune_ds.hf.checks import refuse_mixture
 from loraprune_ds.model.adapters import base_parameter, last_names
-from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.classes import DroppedLayer, decoder_layers
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.read_shape import shape_from_config
@@ -72,6 +72,8 @@ def live_shape(model: PeftModel) -> ModelShape:
     shape = base_shape(model)
 
     def groups(i: int, layer: nn.Module) -> LayerShape:
+        if isinstance(layer, DroppedLayer):
+            return LayerShape(dict.fromkeys(shape.kinds, 0))
         sizes = (
             (x, full_shape(base_parameter(layer, f"{x.name}.weight"))[x.axis]) for x in shape.linears(i) if x.parts
         )

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -103,20 +102,12 @@ def saved_by_layer(
     few = source | {key: [value[i] for i in chosen] for key, value in lists.items()}
     few |= {"num_hidden_layers": len(chosen)} | fields
     few.pop("per_layer_config", None)
-    layers = tuple(shape.layers[i] for i in chosen)
     if mixture := shape.family.mixture:
-        few |= mixture.dense([n for n, layer in enumerate(layers) if not layer.get("experts")], len(layers))
+        few |= mixture.dense([n for n, i in enumerate(chosen) if not shape.layers[i].get("experts")], len(chosen))
     if types := getattr(made, "layer_types", None):
         few["layer_types"] = [types[i] for i in chosen]
-    small = replace(
-        shape,
-        layers=layers,
-        layer_others={n: shape.others(i) for n, i in enumerate(chosen)},
-        whole={n: shape.whole.get(i, {}) for n, i in enumerate(chosen)},
-        doubled=frozenset(n for n, i in enumerate(chosen) if i in shape.doubled),
-    )
     at = chosen.index(index)
-    return _saved(json.dumps(few), small, at, tokens, dtype, storage, lora, eager)
+    return _saved(json.dumps(few), shape.only(chosen), at, tokens, dtype, storage, lora, eager)
 
 
 @cache

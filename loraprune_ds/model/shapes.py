@@ -89,8 +89,12 @@ class ModelShape:
 
     @property
     def present(self) -> list[int]:
-        """The layers that were not dropped."""
+        """The layers that are still there. A dropped one keeps its number, and has no group of any kind."""
         return [i for i, layer in enumerate(self.layers) if layer.kinds]
+
+    def dropped_by(self, keep: Sequence[LayerKeep]) -> list[int]:
+        """Lists the present layers of which `keep` leaves nothing."""
+        return [i for i in self.present if not keep[i].shape.kinds]
 
     def linears(self, layer: int) -> tuple[Linear, ...]:
         """Returns the LoRA-adapted linears of a decoder layer, in the order of its forward."""
@@ -265,8 +269,8 @@ class ModelShape:
         return self.expert_groups if kind == "experts" else 1
 
     def cut_kinds(self, layer: int, keep: LayerKeep) -> list[Kind]:
-        """Returns the kinds of which the layer loses groups."""
-        return [kind for kind in self.kinds if len(keep[kind]) < self.layers[layer][kind]]
+        """Returns the kinds of which the layer loses groups. A layer that leaves as a whole is not cut."""
+        return [kind for kind in self.kinds if keep.shape.kinds and len(keep[kind]) < self.layers[layer][kind]]
 
     def cut_linears(self, layer: int, keep: LayerKeep) -> list[Linear]:
         kinds = self.cut_kinds(layer, keep)
@@ -276,7 +280,31 @@ class ModelShape:
         return self.with_layers(tuple(layer_keep.shape for layer_keep in keep))
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> "ModelShape":
-        return replace(self, layers=layers)
+        """Returns the shape with these groups. A layer without any has no parameters."""
+        dropped = {i for i, layer in enumerate(layers) if not layer.kinds}
+        whole, others = ({i: x for i, x in of.items() if i not in dropped} for of in (self.whole, self.layer_others))
+        return replace(self, layers=layers, whole=whole, layer_others=others)
+
+    def only(self, layers: Sequence[int]) -> "ModelShape":
+        """Returns the shape of a model of these layers, which count from 0 there."""
+        return replace(
+            self,
+            layers=tuple(self.layers[i] for i in layers),
+            whole={n: self.whole.get(i, {}) for n, i in enumerate(layers)},
+            layer_others={n: self.others(i) for n, i in enumerate(layers)},
+            doubled=frozenset(n for n, i in enumerate(layers) if i in self.doubled),
+        )
+
+    def exported(self) -> "ModelShape":
+        """Returns the shape of an export, where the present layers count from 0."""
+        return self.only(self.present)
+
+    def exported_name(self, name: str) -> str:
+        """Returns the name of a parameter in an export."""
+        if not name.startswith("model.layers."):
+            return name
+        _, _, layer, inside = name.split(".", 3)
+        return f"model.layers.{self.present.index(int(layer))}.{inside}"
 
     def without(self, layers: Collection[int]) -> "ModelShape":
         """Returns the shape after some layers were dropped."""
@@ -296,7 +324,7 @@ class ModelShape:
     @property
     def is_uniform(self) -> bool:
         """True if all layers with groups of a kind have the same number, so that a stock model class can hold them."""
-        return all(len({layer[kind] for layer in self.counted} - {0}) == 1 for kind in self.kinds)
+        return all(len({layer[kind] for layer in self.counted} - {0}) <= 1 for kind in self.kinds)
 
 
 def group_indices(groups: Tensor, width: int) -> Tensor:

@@ -130,9 +130,8 @@ class InputMoments:
         self._active = False
         self._attention_mask: Tensor | None = None
         self._own_tokens = 0  # of this rank in this step
-        linear_ids = measured_linears(model.shape, layers)
-        self._first = linear_ids[0]
-        hook_inputs(model, linear_ids, self._record)
+        self._linear_ids = measured_linears(model.shape, layers)
+        hook_inputs(model, self._linear_ids, self._record)
 
     @contextmanager
     def record_step(self) -> Generator[None]:
@@ -157,6 +156,9 @@ class InputMoments:
     def cut(self, keep: list[LayerKeep]) -> None:
         """Cuts the sums along with the groups. Call it while the model still has its shape from before the cut."""
         shape = self._model.shape
+        dropped = shape.dropped_by(keep)
+        self._linear_ids = [x for x in self._linear_ids if x.layer not in dropped]
+        self.sums = {linear_id: value for linear_id, value in self.sums.items() if linear_id.layer not in dropped}
         for layer, layer_keep in enumerate(keep):
             for linear in shape.cut_linears(layer, layer_keep):
                 linear_id = LinearId(layer, linear)
@@ -188,7 +190,7 @@ class InputMoments:
             return
         x, mask = inputs.detach(), self._attention_mask
         rows = (x.flatten(0, 1) if mask is None else x[mask.to(x.device)]).float()  # (tokens, n)
-        if linear_id == self._first:
+        if linear_id == self._linear_ids[0]:
             self._own_tokens += len(rows)
         with tf32_for_halves(x.dtype, x.device):
             part = half_of_product(rows)

@@ -101,8 +101,12 @@ class MaskGradients(StepRecorder):
     def __init__(self, model: PrunableModel) -> None:
         super().__init__()
         self._model = model
-        self.linear_ids = model.shape.input_linear_ids()
         hook_inputs(model, self.linear_ids, self._tap)
+
+    @property
+    def linear_ids(self) -> list[LinearId]:
+        """The linears that are scored, those of dropped layers no longer."""
+        return self._model.shape.input_linear_ids()
 
     def sums(self) -> list[Tensor]:
         """Returns this rank's part of Σ_t s_tg², (groups,) float64 for each linear that reads groups."""

@@ -8,6 +8,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.flops import cached_numel, state_numel
 from loraprune_ds.model.shapes import EQUAL_LAYERS, LayerShape, ModelShape
+from loraprune_ds.model.text_part import check_can_drop
 from loraprune_ds.pruning.limits import (
     Bounds,
     Limits,
@@ -30,7 +31,7 @@ def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> t
         tower: whether the result has the tower of a multimodal model.
     """
     if config.depth_ratio:
-        check_can_drop(dense, tower=tower)
+        check_can_drop(dense, tower)
     equal = dense.family.equal_layers
     if config.ranking is None:
         config = replace(config, ranking="uniform" if tower or equal else "global")

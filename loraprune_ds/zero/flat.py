@@ -44,7 +44,7 @@ def gather_rounds(sizes: list[int], most: int) -> list[range]:
     """Returns rounds of consecutive layers. A round has at most `most` elements, or a single layer."""
     rounds, first, numel = list[range](), 0, 0
     for layer, size in enumerate(sizes):
-        if layer > first and numel + size > most:
+        if layer > first and size and numel + size > most:
             rounds.append(range(first, layer))
             first, numel = layer, 0
         numel += size

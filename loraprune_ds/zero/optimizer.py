@@ -41,6 +41,13 @@ class OptimizerState:
         shards = self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         return shards[cast(Any, parameter).ds_id].float()
 
+    def keep_only(self, module: nn.Module) -> None:
+        """Forgets the parameters that are no longer in `module`. Call `rebuild` next."""
+        left = set(map(id, module.parameters()))
+        self.parameters = [p for p in self.parameters if id(p) in left]
+        for group in self.zero.trainable_param_groups:
+            group["params"] = [p for p in group["params"] if id(p) in left]
+
     @torch.no_grad()
     def rebuild(self) -> None:
         """Lays out flat buffers for the current shapes. Fills them with the carried state. Collective."""
@@ -87,9 +94,9 @@ def unscale(gradient: Tensor, loss_scale: float) -> Tensor:
     return gradient if loss_scale == 1 else gradient / loss_scale
 
 
-def first_nonfinite(gradients: list[Tensor]) -> int | None:
-    """Returns the index of the first tensor that holds an inf or a NaN. None if all are finite."""
-    return next((i for i, gradient in enumerate(gradients) if not torch.isfinite(gradient).all()), None)
+def first_nonfinite(layers: list[list[Tensor]]) -> int | None:
+    """Returns the index of the first layer with an inf or a NaN in its tensors. None if all are finite."""
+    return next((i for i, layer in enumerate(layers) if not all(torch.isfinite(x).all() for x in layer)), None)
 
 
 def decide(bad_layers: list[int | None], losses: list[float], *, dtype: Dtype, step: int) -> Literal["update", "skip"]:

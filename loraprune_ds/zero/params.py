@@ -102,6 +102,14 @@ def _install(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> 
     parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
 
+def free_shards(module: nn.Module) -> None:
+    """Frees this rank's shards of all parameters of a module, even if they are still referenced."""
+    for parameter in module.parameters():
+        state: Any = parameter
+        state.ds_tensor.data = state.ds_tensor.new_empty(0)
+        state.ds_secondary_tensor = None
+
+
 def overwrite_shard(parameter: nn.Parameter, shard: Tensor) -> None:
     """Copies new values into this rank's (padded) shard."""
     state: Any = parameter

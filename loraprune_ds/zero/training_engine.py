@@ -10,7 +10,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.device import accelerator, empty_host_cache, settle_shards
 from loraprune_ds.zero.flat import owned_range
-from loraprune_ds.zero.params import overwrite_shard, pad
+from loraprune_ds.zero.params import free_shards, overwrite_shard, pad
 from loraprune_ds.zero.private import LOSS_SCALE_FIELDS
 from loraprune_ds.zero.sharded import ShardedModel
 
@@ -81,10 +81,7 @@ def release(engine: Any) -> None:
     """
     engine.empty_partition_cache()
     engine.destroy()  # removes the hooks and waits for the device
-    for parameter in engine.module.parameters():
-        state: Any = parameter
-        state.ds_tensor.data = state.ds_tensor.new_empty(0)
-        state.ds_secondary_tensor = None
+    free_shards(engine.module)
     zero = engine.optimizer
     if inner := vars(zero).get("optimizer"):  # missing in an engine that only evaluates
         inner.state.clear()

@@ -72,22 +72,28 @@ def write_model(
     *,
     trained: bool = True,
     tower: Tower | None = None,
+    export: bool = True,
 ) -> list[str]:
     """Writes all weight files and their index into `folder`. Returns the names of this rank's files. Collective.
 
     Args:
         trained: write the learned copies of PEFT's modules_to_save, not their initial values.
         tower: belongs to the model and is copied.
+        export: the layers count from 0. Those of a checkpoint keep their numbers.
     """
-    own = weight_file_count(len(model.layers))
+    own = weight_file_count(len(model.shape.present))
     count = own + (tower is not None)
     mine: dict[int, dict[str, int]] = {}
     writes = LocalWrites(model.comm, folder)
+
+    def write(k: int, tensors: dict[str, Tensor]) -> dict[str, int]:
+        return write_weight_file(folder, k, count, in_files(tensors, model.shape, tower, export=export))
+
     for indices in owner_rounds(own, model.world_size):
-        collected = {k: _file_tensors(model, k, DTYPES[dtype], tensors_of, trained, tower) for k in indices}
+        collected = {k: _file_tensors(model, k, DTYPES[dtype], tensors_of, trained) for k in indices}
         for k, tensors in collected.items():
             if tensors:  # this rank's. The other owners write theirs at the same time
-                writes.do(lambda k=k, tensors=tensors: mine.update({k: write_weight_file(folder, k, count, tensors)}))
+                writes.do(lambda k=k, tensors=tensors: mine.update({k: write(k, tensors)}))
         del collected, tensors
     writes.agree()
     entries: dict[int, dict[str, int]] = {}
@@ -101,29 +107,25 @@ def write_model(
 
 
 def _file_tensors(
-    model: ShardedModel,
-    k: int,
-    dtype: torch.dtype,
-    tensors_of: TensorsOf,
-    trained: bool,
-    tower: Tower | None,
+    model: ShardedModel, k: int, dtype: torch.dtype, tensors_of: TensorsOf, trained: bool
 ) -> dict[str, Tensor]:
-    """Gathers layer k on its owner. After the last layer come embedding, norm and head. Empty elsewhere. Collective."""
+    """Gathers file k on one rank: a layer, or at last embedding, norm and head. Empty elsewhere. Collective."""
     shape, owner, keep_fp32, tensors = model.shape, model.owner(k), model.shape.keep_fp32, dict[str, Tensor]()
-    if k < len(model.layers):
-        parent, prefix = model.layers[k], f"model.layers.{k}."
-        for linear in shape.linears(k):
+    if k < len(shape.present):
+        layer = shape.present[k]
+        parent, prefix = model.layers[layer], f"model.layers.{layer}."
+        for linear in shape.linears(layer):
             collected = collect_linear(lora_linear(parent, linear), owner, model.comm)
             if collected is not None:
                 tensors |= {f"{prefix}{linear.name}.{name}": x for name, x in tensors_of(collected).items()}
             del collected
-        names = [*shape.others(k), *(companion.name for companion in shape.companions(k))]
+        names = [*shape.others(layer), *(companion.name for companion in shape.companions(layer))]
     else:
         parent, prefix, names = cast(Any, model.module).get_base_model(), "", list(shape.outer_parameters)
     others = {prefix + name: plain_parameter(parent, name, trained=trained) for name in names}
     for name, tensor in collect_named(others, owner, model.comm).items():
         tensors[name] = tensor if name in keep_fp32 else tensor.to(dtype)
-    return in_files(tensors, shape, tower)
+    return tensors
 
 
 def frozen_tensors(linear: CollectedLinear) -> dict[str, Tensor]:

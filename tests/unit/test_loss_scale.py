@@ -48,9 +48,9 @@ def test_what_a_step_comes_to(
 
 def test_first_nonfinite() -> None:
     fine, nan, inf = torch.ones(3), torch.tensor([1.0, math.nan]), torch.tensor([[-math.inf]])
-    assert first_nonfinite([fine, fine[:0]]) is None
-    assert first_nonfinite([fine, nan, inf]) == 1
-    assert first_nonfinite([inf, nan]) == 0
+    assert first_nonfinite([[fine, fine[:0]], []]) is None
+    assert first_nonfinite([[fine], [], [fine, nan], [inf]]) == 2
+    assert first_nonfinite([[inf], [nan]]) == 0
 
 
 def test_unscale_gives_the_gradient_of_the_unscaled_loss() -> None:
