@@ -98,6 +98,12 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
     return [LayerKeep((kind, some(count, wanted[kind])) for kind, count in now.items()) for now, wanted in layers]
 
 
+def without(keep: list[LayerKeep], *layers: int) -> list[LayerKeep]:
+    """Takes everything from some layers."""
+    nothing = LayerKeep((kind, torch.arange(0)) for kind in keep[0])
+    return [nothing if i in layers else layer for i, layer in enumerate(keep)]
+
+
 def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.std())
 
@@ -110,6 +116,7 @@ class Export:
     exported: ExportedConfig
     shape: ModelShape
     logits: Tensor
+    model: Any  # which made the logits
 
 
 def export(family: str, folder: Path, *counts: tuple[int, int], **changes: Any) -> Export:
@@ -118,11 +125,15 @@ def export(family: str, folder: Path, *counts: tuple[int, int], **changes: Any) 
 
 
 def cut_and_export(
-    network: Network, folder: Path, *counts: tuple[int, int], source: PretrainedModel | None = None
+    network: Network,
+    folder: Path,
+    *counts: tuple[int, int],
+    source: PretrainedModel | None = None,
+    dropped: tuple[int, ...] = (),
 ) -> Export:
     """Cuts a model, merges LoRA and writes what a run writes. With the tower of `source`, if it has one."""
     before = network.shape
-    network.cut(draw(before, *counts))
+    network.cut(without(draw(before, *counts), *dropped))
     merged: Any = network.model.merge_and_unload()
     tower = source.tower if source else None
     tensors = in_files(dict(merged.named_parameters()), network.shape, tower)
@@ -135,7 +146,8 @@ def cut_and_export(
     finish_folder(staging, exported, source.folder if source else staging, model_card(before, network.shape))
     publish(folder)
     with torch.no_grad():
-        return Export(folder, exported, network.shape, merged(input_ids=PROMPT, use_cache=False).logits)
+        found = merged(input_ids=PROMPT, use_cache=False).logits
+    return Export(folder, exported, network.shape, found, merged)
 
 
 def load(folder: Path, **settings: Any) -> PreTrainedModel:
