@@ -111,6 +111,7 @@ def _settings() -> list[Setting]:
     recipe = [
         _recipe(""),
         _recipe("uniform", UNIFORM),
+        *(_recipe(f"depth-{layers}", UNIFORM, f"prune.depth_ratio={layers / 30:.3f}") for layers in (2, 3, 5)),
         _recipe("8e-3", "train.learning_rate=8e-3"),
         _recipe("2e-3", UNTUNED_RATE),
         _recipe("lora", "prune.criterion=lora"),
