@@ -32,6 +32,9 @@ LEVERS = PLAIN | {
     | {"global_batch_size": 16, "micro_batch_size": 4},
     "prune": {"channel_multiple": 1, "prune_every": 3, "criterion": "fisher", "compensate": "least_squares"},
 }
+SHELF = LEVERS | {
+    "prune": LEVERS["prune"] | {"ratio": None, "sizes": ["0.45", "0.6"], "depth_ratio": 0.34},
+}
 _ports = itertools.count(random.Random(os.getpid()).randrange(20_000, 30_000))
 
 
@@ -78,13 +81,27 @@ class Suite:
         run_to_end(folder, out, "--resume", "auto")
 
 
-def make_suite(folder: Path, sections: dict[str, dict[str, Any]]) -> Suite:
-    straight = folder / "straight"
+SUITES = {"plain": PLAIN, "levers": LEVERS, "shelf": SHELF}
+
+
+def make_suite(folder: Path) -> Suite:
+    """Makes the undisturbed run of a suite in a folder of its name."""
+    if folder.name not in SUITES:
+        return make_callback_suite(folder)
+    sections, straight = SUITES[folder.name], folder / "straight"
     straight.mkdir(parents=True)
     config = write_run(folder, **sections)
     run_to_end(straight, straight / "out")
-    steps = STEPS + sections["train"].get("recovery_steps", 0)
-    return Suite(folder, steps, config.read_text(), (straight / "out" / "kept_groups.json").read_bytes())
+    models = len(sections["prune"].get("sizes", [None]))
+    steps = STEPS + models * sections["train"].get("recovery_steps", 0)
+    return Suite(folder, steps, config.read_text(), result_of(straight / "out"))
+
+
+def result_of(out: Path) -> bytes:
+    """Returns the kept groups, and with several sizes the exports and the digests of the weights before the last."""
+    sizes = sorted(path.name for path in out.glob("model*"))
+    weights = sorted(out.glob("model-*/*.safetensors"))
+    return (out / "kept_groups.json").read_bytes() + repr((sizes, list(map(layout.sha256, weights)))).encode()
 
 
 class CallbackSuite(Suite):
@@ -113,5 +130,5 @@ def make_callback_suite(folder: Path) -> Suite:
     (folder / "material" / "job").write_bytes(pickle.dumps(job))
     suite = CallbackSuite(folder, callback_run.STEPS, Path(callback_run.__file__).read_text(), b"")
     suite.resume(straight, straight / "out")
-    expected = (straight / "out" / "kept_groups.json").read_bytes()
+    expected = result_of(straight / "out")
     return CallbackSuite(folder, suite.steps, suite.config, expected)

@@ -6,7 +6,8 @@ Each row tells where the fault struck, how many steps were lost, the seconds unt
 whether the resumed run ends with the undisturbed run's kept_groups.json, byte for byte. Exit code 1 unless all do.
 
 The model is tiny, on two CPU ranks under the real launcher. The full-disk case needs root. The suite `levers` has all
-quality settings: `fisher`, refit, distillation and recovery. `callback` strikes transformers' Trainer.
+quality settings: `fisher`, refit, distillation and recovery. `shelf` makes two sizes and drops a layer. `callback`
+strikes transformers' Trainer.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.files import read_json
 from loraprune_ds.report import report
 from loraprune_ds.report.report import hardware, versions
-from tests.benchmarks.fault_suites import EVERY, LEVERS, PLAIN, Suite, make_callback_suite, make_suite, start
+from tests.benchmarks.fault_suites import EVERY, Suite, make_suite, result_of, start
 from tests.benchmarks.fault_table import RANKS, Fault, fault_table
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +102,7 @@ def _resume(row: Row, folder: Path, out: Path, suite: Suite) -> None:
     row.resumed_at = suite.newest_good(out)
     row.steps_lost = row.step_reached - (row.resumed_at or 0)
     suite.resume(folder, out)
-    row.same_result = (out / "kept_groups.json").read_bytes() == suite.expected
+    row.same_result = result_of(out) == suite.expected
     steps = [line["step"] for line in map(json.loads, (out / "metrics.jsonl").open()) if line["kind"] == "step"]
     if steps != list(range(1, suite.steps + 1)):
         row.problem = f"metrics.jsonl has the steps {steps}"
@@ -128,7 +130,7 @@ def main() -> int:
     table = fault_table(arguments.random)
     kept = [row for row in read_rows(arguments.out) if row.good] if arguments.missing else []
     kept = [row for row in kept if row.fault in {fault.name for fault in table}]
-    done = {row.fault for row in kept}
+    done, configs = {row.fault for row in kept}, read_json(arguments.out)["configs"] if kept else {}
     faults = [f for f in table if re.search(arguments.only, f.name) and f.name not in done][: arguments.most]
     skipped = []
     if os.geteuid() != 0:
@@ -136,15 +138,11 @@ def main() -> int:
         faults = [fault for fault in faults if not fault.disk]
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         root = Path(name)
-        suites = {
-            "plain": make_suite(root / "plain", PLAIN),
-            "levers": make_suite(root / "levers", LEVERS),
-            "callback": make_callback_suite(root / "callback"),
-        }
+        suites = {name: make_suite(root / name) for name in {fault.suite for fault in faults}}
         print(f"{'':4} {'fault':<62} at resumed  lost   gone  code status")
         facts = {
             "command": "python -m tests.benchmarks.faults",  # the rows say at which commit they were found
-            "configs": {name: suite.config for name, suite in suites.items()},
+            "configs": configs | {name: suite.config for name, suite in suites.items()},
             "ranks": RANKS,
             "checkpoint_every": EVERY,
             "versions": versions(),
