@@ -73,6 +73,8 @@ class PlainModel:
     def cut(self, keep: list[LayerKeep]) -> int:
         after = self.shape.after(keep)
         for i in self.shape.dropped_by(keep):
+            for parameter in self.layers[i].parameters() if self.optimizer else ():
+                self.optimizer.state.pop(parameter, None)  # type: ignore[union-attr]
             self.layers[i] = DroppedLayer(i)
         for i, (layer, layer_keep) in enumerate(zip(self.layers, keep, strict=True)):
             for name, kept, linear in MODEL_DTYPE.layer_cuts(self.shape, i, layer_keep):
