@@ -39,17 +39,12 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
     count, shape = dense.config.get(NEXT_TOKENS, 1), dense.shape
     require(FC in headers and count, f"{folder} has no layers that predict further tokens ({FC})")
     require(pruned.is_uniform, f"layers that predict further tokens ({MTP}*) need layers of one size: {EQUAL_LAYERS}")
-    sort = next(i for i, layer in enumerate(shape.layers) if {"heads", shape.kinds[-1]} <= layer.kinds)
-    layer, counts = shape.layers[sort], pruned.layers[sort]
-    same = shape.with_layers(pruned.layers).parameters() == pruned.parameters()
-    is_cut = same and all(counts[kind] <= n for kind, n in layer.items())
+    one, left = _one_of_their_sort(shape), _one_of_their_sort(pruned)
+    fits = left.layers != () and one.with_layers(left.layers).parameters() == left.parameters()
+    is_cut = fits and all(left.layers[0][kind] <= n for kind, n in one.layers[0].items())
     require(is_cut, f"{folder} is not the dense model: its sizes do not fit the pruned one's")
-    layers = range(count)
     own = replace(
-        shape,
-        layers=(layer,) * count,
-        whole=dict.fromkeys(layers, shape.whole[sort]),
-        layer_others=dict.fromkeys(layers, shape.others(sort)),
+        one.only([0] * count),
         outer_parameters={name: size for name, (size, _, _) in headers.items() if not name.startswith(IN_FILE)},
     )
     try:
@@ -57,7 +52,13 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
         weights = check_weights(folder, headers, names, own, "config.json")
     except UserError as error:
         raise UserError(str(error).replace(LAYERS, IN_FILE)) from None
-    return weights.cut(_largest(weights, counts))
+    return weights.cut(_largest(weights, left.layers[0]))
+
+
+def _one_of_their_sort(shape: ModelShape) -> ModelShape:
+    """Returns the shape of a model of one layer with attention, if there is one."""
+    layers = (i for i, layer in enumerate(shape.layers) if {"heads", shape.kinds[-1]} <= layer.kinds)
+    return shape.only(list(layers)[:1])
 
 
 def _largest(weights: ModelWeights, counts: LayerShape) -> list[LayerKeep]:

@@ -72,12 +72,12 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
     return path
 
 
-def write_family(folder: Path, family: str) -> str:
+def write_family(folder: Path, family: str, **changes: Any) -> str:
     """Writes a tiny model of a family next to the model of `write_run`. Returns the setting that names it."""
     source = folder / family
     shutil.copytree(folder / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
     shutil.copy(folder / "source" / "tokenizer_config.json", source)
-    tiny_model(family, seed=1).save_pretrained(source)
+    tiny_model(family, seed=1, **changes).save_pretrained(source)
     return f"model.path={source}"
 
 

@@ -246,11 +246,11 @@ def train(job: Job) -> Outcome:
 
 @contextmanager
 def dropping(*layers: int) -> Generator[None]:
-    """Makes the last cut of a run take whole layers, too."""
+    """Makes the first cut of a run take whole layers, too."""
     rank = Pruner._rank
 
     def rank_and_drop(pruner: Pruner, scores: list[LayerScores], step: int) -> list[LayerKeep]:
-        return without(rank(pruner, scores, step), *(layers if step == pruner.schedule.last_cut else ()))
+        return without(rank(pruner, scores, step), *layers)
 
     with patch.object(Pruner, "_rank", rank_and_drop):
         yield

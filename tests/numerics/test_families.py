@@ -64,7 +64,7 @@ def test_layers_that_leave_with_a_cut_of_the_others(ranks: RankPool, tmp_path: P
 
 
 def assert_sharded_equals_stock(ranks: RankPool, folder: Path, family: str, *dropped: int, **settings: Any) -> None:
-    """Compares whole runs. The last cut takes some layers, too."""
+    """Compares whole runs. The first cut takes some layers, too."""
     heads_go = FAMILIES[family].mixture and "heads" in {*FAMILIES[family].kinds} - {*FAMILIES[family].fixed}
     prune: dict[str, Any] = PRUNE | ({"head_ratio": 0.4} if heads_go else {})
     if family == "helium":  # whose heads stay, so 0.265 of it can go
