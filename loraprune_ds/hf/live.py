@@ -63,8 +63,11 @@ def model_name(model: PeftModel) -> str:
 
 
 def base_shape(model: PeftModel) -> ModelShape:
-    """Returns the shape that the model's config declares, which stays the dense one after a cut."""
-    return shape_from_config(cast(Any, model.get_base_model()).config.to_dict(), model_name(model))
+    """Returns the shape that the model's config declares, which stays the dense one, but without dropped layers."""
+    shape = shape_from_config(cast(Any, model.get_base_model()).config.to_dict(), model_name(model))
+    nothing = LayerShape(dict.fromkeys(shape.kinds, 0))
+    layers = zip(shape.layers, decoder_layers(model), strict=True)
+    return shape.with_layers(tuple(nothing if isinstance(module, DroppedLayer) else x for x, module in layers))
 
 
 def live_shape(model: PeftModel) -> ModelShape:
@@ -72,8 +75,6 @@ def live_shape(model: PeftModel) -> ModelShape:
     shape = base_shape(model)
 
     def groups(i: int, layer: nn.Module) -> LayerShape:
-        if isinstance(layer, DroppedLayer):
-            return LayerShape(dict.fromkeys(shape.kinds, 0))
         sizes = (
             (x, full_shape(base_parameter(layer, f"{x.name}.weight"))[x.axis]) for x in shape.linears(i) if x.parts
         )
