@@ -40,7 +40,7 @@ def mlp_width(shape: ModelShape, layer: int) -> int:
 def cached_numel(shape: ModelShape) -> int:
     """Counts the elements a token adds to the KV cache in all layers. Latent attention caches one key for all heads."""
     if latent := shape.widths.get("key_value_rank"):
-        return len(shape.layers) * (latent + shape.head_dim)
+        return len(shape.present) * (latent + shape.head_dim)
     whole = sum(layer[WHOLE_KEYS][0] for layer in shape.whole.values() if WHOLE_KEYS in layer)
     return 2 * (sum(layer.get("heads", 0) for layer in shape.layers) * shape.head_dim + whole)
 

@@ -23,7 +23,7 @@ from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.text_part import LAYOUTS, check_processor, check_tower
+from loraprune_ds.model.text_part import LAYOUTS, check_can_drop, check_processor, check_tower
 from loraprune_ds.model.weight_files import copy_tensors
 from loraprune_ds.pruning.target import resolve
 from tests.families import tiny_config
@@ -94,6 +94,39 @@ def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path
     assert difference(logits(again.load_model(**EAGER).double(), inputs), expected) < TOLERANCE
     evaluated = load_model(find_model(str(export.folder)), "float32", torch.device("cpu"))
     assert difference(logits(evaluated, {"input_ids": PROMPT}), export.logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2_5_vl"])
+def test_a_layer_leaves_the_text_part(name: str, tmp_path: Path) -> None:
+    whole: Any = multimodal(name)
+    whole.save_pretrained(tmp_path / "dense")
+    write_json(tmp_path / "dense" / "preprocessor_config.json", {"image_processor_type": "any"})
+    pretrained, inputs = open_pretrained(tmp_path / "dense"), inputs_with_image(name)
+    network = untrained(pretrained)
+    counts, last = (
+        [(layer["heads"], layer["channels"]) for layer in network.shape.layers],
+        len(network.shape.layers) - 1,
+    )
+    export = cut_and_export(network, tmp_path / "model", *counts, source=pretrained, dropped=(last,))
+    check_tower(read_json(tmp_path / "dense" / "config.json"), export.shape, name)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(export.folder, output_loading_info=True, **EAGER)
+    assert not any(info.values()), info
+    whole.get_decoder().layers[last].forward = lambda hidden, *args, **settings: hidden
+    assert difference(logits(loaded.eval(), inputs), logits(whole, inputs)) < TOLERANCE
+    assert open_pretrained(export.folder).shape == export.shape.exported()
+
+
+def test_layers_that_need_their_numbers_cannot_be_dropped() -> None:
+    shapes = {x: shape_from_config(tiny_config(x).to_dict(), x) for x in ("llama", "qwen3", "gemma4_text", "gpt_oss")}
+    check_can_drop(shapes["llama"], tower=True)
+    check_can_drop(shapes["qwen3"], tower=False)
+    for name, tower, reason in (
+        ("gemma4_text", False, "its last layers read keys and values of others"),
+        ("gpt_oss", False, "vLLM gives every other layer a window"),
+        ("qwen3", True, "images enter its first layers .* model.text_only: true"),
+    ):
+        line = rf"^prune\.depth_ratio: no layer of this {name} can be dropped, because {reason}.*$"
+        refuses(line, check_can_drop, shapes[name], tower)
 
 
 @pytest.mark.parametrize(
