@@ -103,10 +103,8 @@ def test_a_layer_leaves_the_text_part(name: str, tmp_path: Path) -> None:
     write_json(tmp_path / "dense" / "preprocessor_config.json", {"image_processor_type": "any"})
     pretrained, inputs = open_pretrained(tmp_path / "dense"), inputs_with_image(name)
     network = untrained(pretrained)
-    counts, last = (
-        [(layer["heads"], layer["channels"]) for layer in network.shape.layers],
-        len(network.shape.layers) - 1,
-    )
+    counts = [(layer["heads"], layer["channels"]) for layer in network.shape.layers]
+    last = len(counts) - 1
     export = cut_and_export(network, tmp_path / "model", *counts, source=pretrained, dropped=(last,))
     check_tower(read_json(tmp_path / "dense" / "config.json"), export.shape, name)
     loaded, info = AutoModelForImageTextToText.from_pretrained(export.folder, output_loading_info=True, **EAGER)
