@@ -161,7 +161,7 @@ class DroppedLayer(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **settings: Any) -> Tensor:
         cache = settings.get("cache", settings.get("past_key_values"))
-        if cache is not None and isinstance(cache.layers[self.index], CacheLayerMixin):
+        if cache is not None and all(isinstance(x, CacheLayerMixin) for x in cache.layers[self.index :][:1]):
             counted = hidden[:, None, :, :1]  # models ask some layer for the number of cached tokens
             cache.update(counted, counted, self.index)
         return hidden

@@ -130,6 +130,7 @@ class ShardedModel:
         """Frees all that this rank has of some layers, and makes ZeRO-3 forget their modules."""
         if not layers:
             return
+        assert 0 not in layers, "the gradient of its input ends a backward pass (`differentiate_input`)"
         for i in layers:
             free_shards(self.layers[i])
             self.layers[i] = DroppedLayer(i)

@@ -12,9 +12,8 @@ from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape
 from tests.export_cases import LINEAR, VOCAB
-from tests.families import YARN, tiny_config
+from tests.families import YARN, tiny_config, without_layers
 from tests.gguf_cases import byte_level_tokenizer
 from tests.integration.heavy.families import GROUPS, deep, serve
 from tests.refusals import refuses
@@ -205,10 +204,9 @@ def test_what_llama_cpp_cannot_do_is_refused(
 def test_only_whole_periods_may_leave_where_llama_cpp_counts_layers(family: str, period: int) -> None:
     source = tiny_config(family, num_hidden_layers=2 * period, layer_types=None, no_rope_layers=None).to_dict()
     dense = shape_from_config(source, "dense")
-    nothing = LayerShape(dict.fromkeys(dense.kinds, 0))
 
     def architecture(*dropped: int) -> Architecture:
-        pruned = dense.with_layers(tuple(nothing if i in dropped else x for i, x in enumerate(dense.layers)))
+        pruned = without_layers(dense, *dropped)
         made = config_object(export_config(source, pruned, "float16").config)
         made.hidden_act = made.hidden_activation = ARCHITECTURES[family].activation
         return architecture_of(made, pruned.exported(), "pruned")
