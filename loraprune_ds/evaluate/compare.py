@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from loraprune_ds.checkpoint.layout import REPORT_FILE, STATUS_FILE, describe_method, read_status
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.drawing import (
     BLUE,
     GREEN,
@@ -97,8 +97,7 @@ def _read_run(folder: Path) -> list[ComparedModel]:
     status = read_status(folder)
     if status is None:
         raise UserError(f"{folder / STATUS_FILE} does not exist")
-    if status.state != "finished":
-        raise UserError(f"{folder} holds an unfinished run ({status})")
+    require(status.state == "finished", f"{folder} holds an unfinished run ({status})")
     path = folder / REPORT_FILE
     report = read_json(path)
     try:

@@ -21,7 +21,7 @@ from loraprune_ds.checkpoint.layout import (
     read_status,
 )
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.export.huggingface import has_tokenizer
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER
@@ -80,8 +80,7 @@ def open_result(folder: str | Path) -> PruningResult:
     if status and status.state != "finished":
         unfinished = f"an unfinished run ({status}), which has no {MODEL_FOLDER}/ yet"
         raise UserError(f"{folder} holds {unfinished}; {EXPORT_FIRST}")
-    if not (is_model or status or report.is_file()):
-        raise UserError(f"{folder} holds no finished run and no exported model")
+    require(bool(is_model or status or report.is_file()), f"{folder} holds no finished run and no exported model")
     return PruningResult(
         open_pretrained(folder if is_model else folder / MODEL_FOLDER),
         read_json(report) if status or report.is_file() else None,
@@ -104,11 +103,9 @@ class ModelSource:
 
 def find_model(path: str) -> ModelSource:
     """Finds the model named `path`: a folder, `embedded` or a hub id, which is downloaded."""
-    if Path(path).is_file():
-        raise UserError(f"{path} is a file; a model is a folder or a hub id")
+    require(not Path(path).is_file(), f"{path} is a file; a model is a folder or a hub id")
     folder = locate_model(ModelConfig(path), key="")
-    if (folder / STATE_FILE).exists():
-        raise UserError(f"{path} is a checkpoint; {EXPORT_FIRST}")
+    require(not (folder / STATE_FILE).exists(), f"{path} is a checkpoint; {EXPORT_FIRST}")
     if (folder / STATUS_FILE).exists():
         return _find_run(path, folder)
     if not (folder / "config.json").is_file():
@@ -136,8 +133,7 @@ def _find_adapter(path: str, folder: Path) -> ModelSource:
         raise UserError(f"{folder / ADAPTER_FILE}: only LoRA can be merged; peft_type is {config.get('peft_type')!r}")
     if not isinstance(base, str) or not base:
         raise UserError(f"{folder / ADAPTER_FILE} names no base_model_name_or_path")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder / 'adapter_model.safetensors'} does not exist")
+    require((folder / "adapter_model.safetensors").is_file(), f"{folder / 'adapter_model.safetensors'} does not exist")
     relative = folder / base
     try:
         base_model = find_model(str(relative) if relative.is_dir() else base)

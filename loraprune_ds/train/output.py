@@ -158,10 +158,8 @@ class OutputFolder:
 
     def _check_access(self, mode: int, what: str) -> None:
         there = next(path for path in (self.path, *self.path.absolute().parents) if os.path.exists(path))
-        if not there.is_dir():
-            raise UserError(f"output_dir {self.path}: {there} is not a folder")
-        if not os.access(there, mode):
-            raise UserError(f"output_dir {self.path}: {there} is not {what}")
+        require(there.is_dir(), f"output_dir {self.path}: {there} is not a folder")
+        require(os.access(there, mode), f"output_dir {self.path}: {there} is not {what}")
 
     def _refuse_foreign(self) -> None:
         if self.path.is_dir() and any(self.path.iterdir()):
