@@ -91,8 +91,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must be a mapping of keys to values")
+    require(isinstance(raw, dict), f"{path} must be a mapping of keys to values")
     for override in overrides:
         apply_override(raw, override)
     return raw
@@ -107,11 +106,9 @@ def find_shipped(path: str | Path) -> Path:
 
 def config_value(config: RunConfig, dotted: str) -> Any:
     """Returns the value of `key` or `section.key`. Raises UserError if there is none."""
-    value: Any = config.to_dict()
-    for key in dotted.split("."):
-        value = value.get(key, {}) if isinstance(value, dict) else {}
-    require(not isinstance(value, dict), f"the config has no value {dotted}")
-    return value
+    values = dict(dotted_values(config.to_dict()))
+    require(dotted in values, f"the config has no value {dotted}")
+    return values[dotted]
 
 
 def config_from_dict(raw: dict[str, Any]) -> RunConfig:
@@ -132,7 +129,7 @@ def forget_removed(saved: dict[str, Any]) -> dict[str, Any]:
     if isinstance(prune, dict) and prune.get("normalize", "") is None:  # the criterion and the ranking decided
         raw = prune["ranking"] == "global" or prune["criterion"] == "fisher"
         kept["prune"] = prune | {"normalize": "none" if raw else "l2"}
-    for name, value in _dotted(kept):
+    for name, value in dotted_values(kept):
         if name in REMOVED and REMOVED[name].default is not NO_DEFAULT:
             raise UserError(f"this run has {name} {value!r}, which is gone: {REMOVED[name].reason}")
     return kept
@@ -161,15 +158,16 @@ def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str]
     old = forget_removed(old)
     with suppress(UserError):  # a key that no version knows is a difference like others
         old = config_from_dict(old).to_dict()
-    before, after = dict(_dotted(old)), dict(_dotted(new))
+    before, after = dict(dotted_values(old)), dict(dotted_values(new))
     keys = (key for key in (after | before) if before.get(key) != after.get(key))
     return [key for key in keys if key not in ignored and key.partition(".")[0] not in ignored]
 
 
-def _dotted(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted_values(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of all sections under dotted keys."""
     for key, value in section.items():
         if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
+            yield from dotted_values(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from loraprune_ds.errors import UserError, fail_point, one_line
+from loraprune_ds.errors import UserError, fail_point, one_line, require
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without locks, as Lustre can be
 
@@ -143,16 +143,14 @@ def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
     Raises:
         UserError: it is missing, unreadable or holds no object. The message names the file.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    require(path.is_file(), f"{path} does not exist")
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique if unique_keys else None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8 or not JSON
         raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
+    require(isinstance(value, dict), f"{path} must hold a JSON object")
     return value
 
 

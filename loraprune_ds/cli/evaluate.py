@@ -29,17 +29,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO, get_args
 
-from loraprune_ds.command import (
-    Parser,
-    adopt_srun_ranks,
-    check_needs,
-    check_ranks,
-    collective_timeout,
-    leave,
-    leave_on_error,
-    silence_libraries,
-    tell,
-)
+from loraprune_ds import command
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.settings import (
@@ -68,7 +58,7 @@ NEEDS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = Parser(__doc__)
+    parser = command.Parser(__doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--dense", metavar="MODEL", help="measure this one too, side by side")
     text = parser.add_mutually_exclusive_group()
@@ -103,13 +93,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit code: 0, or 2 for unusable input."""
-    adopt_srun_ranks()
+    command.adopt_srun_ranks()
     try:
         arguments = parse_arguments()
         stdout = keep_stdout()
         result = measure(arguments)
     except UserError as error:
-        tell(error, agreed=False)  # lm-eval can fail on one rank alone
+        command.tell(error, agreed=False)  # lm-eval can fail on one rank alone
         return error.exit_code
     if is_rank_0():
         from loraprune_ds.evaluate.result import answers_page, result_table
@@ -136,13 +126,13 @@ def keep_stdout() -> TextIO:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
-    check_ranks(os.environ)  # wrong ranks are an error before DeepSpeed is imported
-    collective_timeout(os.environ)
-    check_needs(arguments, NEEDS)
+    command.check_ranks(os.environ)  # wrong ranks are an error before DeepSpeed is imported
+    command.collective_timeout(os.environ)
+    command.check_needs(arguments, NEEDS)
     tasks, answers = task_settings(arguments), answer_settings(arguments)
     measured = {"tasks": tasks, "answers": answers, "speed": speed_settings(arguments)}
     if not arguments.verbose:
-        silence_libraries()  # their bars stay on a terminal
+        command.silence_libraries()  # their bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
@@ -230,5 +220,5 @@ def show_progress(rounds: Iterable[int], what: str) -> Iterable[int]:
 
 
 if __name__ == "__main__":
-    leave_on_error()
-    leave(main())
+    command.leave_on_error()
+    command.leave(main())

@@ -12,20 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraprune_ds import command
 from loraprune_ds.checkpoint.layout import REPORT_FILE
-from loraprune_ds.command import (
-    Parser,
-    adopt_srun_ranks,
-    check_ranks,
-    collective_timeout,
-    deterministic_kernels,
-    launcher_command,
-    leave,
-    leave_on_error,
-    longest_silence,
-    silence_libraries,
-    tell,
-)
 from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
@@ -42,7 +30,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
     """Reads the command line, with the options of `more` parsers."""
-    parser = Parser(__doc__, more)
+    parser = command.Parser(__doc__, more)
     parser.add_argument("--config", required=True, help="YAML file of the run, or a shipped launch/configs/*.yaml")
     value = "override a value, e.g. --set prune.ratio=0.3; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=value)
@@ -56,7 +44,7 @@ def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit code: 0 finished, 1 failed, 2 unusable input, 85 stopped on request, 130 interrupted twice."""
-    adopt_srun_ranks()
+    command.adopt_srun_ranks()
     launchers = find_launchers()
     joined = False
     try:
@@ -67,7 +55,7 @@ def main() -> int:
             return 0
         if output.start != "finished":
             if output.config.train.deterministic:
-                os.environ |= deterministic_kernels()
+                os.environ |= command.deterministic_kernels()
             comm = join_ranks()
             joined = True
             if not prune(output, comm, launchers):
@@ -80,7 +68,7 @@ def main() -> int:
             finally:
                 print_summary(output.path)
     except UserError as error:
-        tell(error, agreed=joined)
+        command.tell(error, agreed=joined)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
@@ -89,30 +77,30 @@ def main() -> int:
 
 def launch() -> int:
     """Checks the arguments of `loraprune-ds run`, then becomes DeepSpeed's launcher, which runs `main` on all ranks."""
-    own = Parser(None, add_help=False)
+    own = command.Parser(None, add_help=False)
     own.add_argument("--ranks", type=int, metavar="N", help="processes on this machine (default: one per GPU)")
     try:
         chosen, arguments = own.parse_known_args()
         options = parse_arguments(own)
-        command = launcher_command(__name__, chosen.ranks, os.environ)
+        launcher = command.launcher_command(__name__, chosen.ranks, os.environ)
         OutputFolder(read_config(options.config, options.set), options.resume)  # before launchers and ranks speak
     except UserError as error:
-        tell(error)
+        command.tell(error)
         return error.exit_code
     if options.show is not None:
         sys.argv[1:] = arguments
         return main()
     if chosen.ranks is not None:  # else each rank on a CPU would use all cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // chosen.ranks)))
-    os.execv(command[0], [*command, *arguments])
+    os.execv(launcher[0], [*launcher, *arguments])
 
 
 def join_ranks() -> "Communicator":
     """Starts the process group, after all imports. Collective."""
-    check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
-    collective_timeout(os.environ)
-    longest_silence(os.environ)
-    silence_libraries()
+    command.check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
+    command.collective_timeout(os.environ)
+    command.longest_silence(os.environ)
+    command.silence_libraries()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
@@ -134,7 +122,7 @@ def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> b
     from loraprune_ds.zero.engine import stop_ranks
 
     gc.freeze()  # the imports left no garbage, and DeepSpeed collects twice per cut over all objects
-    watch = Watch(comm, longest_silence(os.environ), launchers)
+    watch = Watch(comm, command.longest_silence(os.environ), launchers)
     try:
         finished = run(output, comm)
     finally:
@@ -152,5 +140,5 @@ def print_summary(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    leave_on_error()
-    leave(main())
+    command.leave_on_error()
+    command.leave(main())

@@ -8,21 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from loraprune_ds.checkpoint.layout import REPORT_FILE, STATUS_FILE, describe_method, read_status
-from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate.drawing import (
-    BLUE,
-    GREEN,
-    LOG_FROM,
-    ORANGE,
-    PLOT_STYLE,
-    PURPLE,
-    SKY_BLUE,
-    TEXT,
-    VERMILION,
-    label_beside,
-    make_logarithmic,
-    save_picture,
-)
+from loraprune_ds.errors import UserError, require
+from loraprune_ds.evaluate import drawing
 from loraprune_ds.evaluate.settings import GYM
 from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.files import read_json
@@ -31,7 +18,7 @@ from loraprune_ds.units import aligned, format_percent, format_perplexity
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY_BLUE)
+COLOURS = (drawing.BLUE, drawing.VERMILION, drawing.GREEN, drawing.ORANGE, drawing.PURPLE, drawing.SKY_BLUE)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
 Label = tuple[str, tuple[float, float]]  # a text and its point
@@ -97,8 +84,7 @@ def _read_run(folder: Path) -> list[ComparedModel]:
     status = read_status(folder)
     if status is None:
         raise UserError(f"{folder / STATUS_FILE} does not exist")
-    if status.state != "finished":
-        raise UserError(f"{folder} holds an unfinished run ({status})")
+    require(status.state == "finished", f"{folder} holds an unfinished run ({status})")
     path = folder / REPORT_FILE
     report = read_json(path)
     try:
@@ -237,16 +223,16 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
 
     methods = sorted({model.method for model in models}, key=str)
     styles = {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, method in enumerate(methods)}
-    with matplotlib.rc_context(PLOT_STYLE):
+    with matplotlib.rc_context(drawing.PLOT_STYLE):
         figure = Figure(figsize=(8, 4.2 * len(panels)), layout=ConstrainedLayoutEngine(h_pad=0.12))
         rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
         labels = [_draw_panel(axes, panel, styles) for axes, panel in zip(rows, panels, strict=True)]
         figure.draw_without_rendering()  # settles where the points are
         for axes, of_panel in zip(rows, labels, strict=True):
             for text, at in of_panel:
-                label_beside(axes, text, at, color=TEXT, fontsize=9)
+                drawing.label_beside(axes, text, at, color=drawing.TEXT, fontsize=9)
         try:
-            save_picture(figure, path)
+            drawing.save_picture(figure, path)
         except (OSError, ValueError) as error:
             raise UserError(f"--picture {path} cannot be written: {error}") from None
 
@@ -276,8 +262,8 @@ def _draw_panel(axes: "Axes", panel: _Panel, styles: Styles) -> list[Label]:
     baselines = sorted({float(f"{dense:.4g}") for _, dense, _ in all_values if dense is not None})
     axes.plot([0.0] * len(baselines), baselines, color=GREY, marker="_", ls="", markersize=12, mew=2, label="dense")
     values = [value for value, *_ in all_values] + baselines
-    if panel.measure == "perplexity" and max(values) > LOG_FROM * min(values):
-        make_logarithmic(axes)
+    if panel.measure == "perplexity" and max(values) > drawing.LOG_FROM * min(values):
+        drawing.make_logarithmic(axes)
     axes.set_xlim(-1.5, max(2.0, *(x for _, (x, _) in labels)) * 1.08)
     axes.margins(y=0.14)
     for baseline in baselines:

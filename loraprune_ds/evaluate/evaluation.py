@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.answers import (
     Generation,
     Labelled,
@@ -162,8 +162,7 @@ def choose_dtype(source: ModelSource, dtype: str | None) -> Dtype:
     """Returns `dtype`, or the one that the model's config.json declares, or float32."""
     config = source.pretrained.config
     chosen = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    if chosen not in DTYPES:
-        raise UserError(f"{source.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
+    require(chosen in DTYPES, f"{source.path} is stored as {chosen}; choose --dtype {', '.join(DTYPES)}")
     return cast(Dtype, chosen)
 
 

@@ -11,17 +11,9 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from loraprune_ds.checkpoint.layout import (
-    KEPT_GROUPS_FILE,
-    MODEL_FOLDER,
-    REPORT_FILE,
-    STATE_FILE,
-    STATUS_FILE,
-    describe_method,
-    read_status,
-)
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.export.huggingface import has_tokenizer
 from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER
@@ -51,7 +43,7 @@ class PruningResult:
     @property
     def kept_groups(self) -> list[dict[str, Any]] | None:
         """The layers of kept_groups.json. None for an export without its run."""
-        path = self.run / KEPT_GROUPS_FILE
+        path = self.run / layout.KEPT_GROUPS_FILE
         return read_json(path).get("layers") if path.is_file() else None
 
     def load_model(self, **options: Any) -> PreTrainedModel:
@@ -74,16 +66,15 @@ def open_result(folder: str | Path) -> PruningResult:
         UserError: the folder holds neither. Or a file is missing or damaged: the message names it.
     """
     folder = Path(folder).expanduser()
-    is_model = (folder / "config.json").is_file() and not (folder / STATUS_FILE).exists()
-    run = folder.absolute().parent if is_model and folder.absolute().name == MODEL_FOLDER else folder
-    report, status = run / REPORT_FILE, read_status(run)
+    is_model = (folder / "config.json").is_file() and not (folder / layout.STATUS_FILE).exists()
+    run = folder.absolute().parent if is_model and folder.absolute().name == layout.MODEL_FOLDER else folder
+    report, status = run / layout.REPORT_FILE, layout.read_status(run)
     if status and status.state != "finished":
-        unfinished = f"an unfinished run ({status}), which has no {MODEL_FOLDER}/ yet"
+        unfinished = f"an unfinished run ({status}), which has no {layout.MODEL_FOLDER}/ yet"
         raise UserError(f"{folder} holds {unfinished}; {EXPORT_FIRST}")
-    if not (is_model or status or report.is_file()):
-        raise UserError(f"{folder} holds no finished run and no exported model")
+    require(bool(is_model or status or report.is_file()), f"{folder} holds no finished run and no exported model")
     return PruningResult(
-        open_pretrained(folder if is_model else folder / MODEL_FOLDER),
+        open_pretrained(folder if is_model else folder / layout.MODEL_FOLDER),
         read_json(report) if status or report.is_file() else None,
         run,
     )
@@ -104,12 +95,10 @@ class ModelSource:
 
 def find_model(path: str) -> ModelSource:
     """Finds the model named `path`: a folder, `embedded` or a hub id, which is downloaded."""
-    if Path(path).is_file():
-        raise UserError(f"{path} is a file; a model is a folder or a hub id")
+    require(not Path(path).is_file(), f"{path} is a file; a model is a folder or a hub id")
     folder = locate_model(ModelConfig(path), key="")
-    if (folder / STATE_FILE).exists():
-        raise UserError(f"{path} is a checkpoint; {EXPORT_FIRST}")
-    if (folder / STATUS_FILE).exists():
+    require(not (folder / layout.STATE_FILE).exists(), f"{path} is a checkpoint; {EXPORT_FIRST}")
+    if (folder / layout.STATUS_FILE).exists():
         return _find_run(path, folder)
     if not (folder / "config.json").is_file():
         for adapter in (folder, folder / ADAPTER_FOLDER):  # the second is made by launch/export.py --format adapter
@@ -122,9 +111,9 @@ def _find_run(path: str, folder: Path) -> ModelSource:
     result = open_result(folder)
     try:
         report: Any = result.report
-        dense, method = int(report["params"]["dense"]), describe_method(report)
+        dense, method = int(report["params"]["dense"]), layout.describe_method(report)
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / REPORT_FILE} is damaged: {error!r}") from None
+        raise UserError(f"{folder / layout.REPORT_FILE} is damaged: {error!r}") from None
     return ModelSource(path, "run", result.pretrained, result.folder, dense_parameters=dense, method=method)
 
 
@@ -136,8 +125,7 @@ def _find_adapter(path: str, folder: Path) -> ModelSource:
         raise UserError(f"{folder / ADAPTER_FILE}: only LoRA can be merged; peft_type is {config.get('peft_type')!r}")
     if not isinstance(base, str) or not base:
         raise UserError(f"{folder / ADAPTER_FILE} names no base_model_name_or_path")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder / 'adapter_model.safetensors'} does not exist")
+    require((folder / "adapter_model.safetensors").is_file(), f"{folder / 'adapter_model.safetensors'} does not exist")
     relative = folder / base
     try:
         base_model = find_model(str(relative) if relative.is_dir() else base)

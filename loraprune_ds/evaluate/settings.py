@@ -62,8 +62,7 @@ def read_text(path: Path) -> EvaluationText:
         raise UserError(f"--text: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--text: {path} is not UTF-8 text: byte {error.start} is wrong") from None
-    if not text:
-        raise UserError(f"--text: {path} is empty")
+    require(bool(text), f"--text: {path} is empty")
     return EvaluationText(path.name, None, text)
 
 

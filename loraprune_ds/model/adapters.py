@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraprune_ds.config import LoraConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft, from_peft, in_peft
 from loraprune_ds.model.family_row import Linear
@@ -112,8 +112,7 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
 
 
 def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
+    require(path.is_file(), f"{path} does not exist")
     on_disk = {name: shape for name, (shape, _) in read_header(path).items()}
     expected = {
         name_in_file(layer, name): tuple(factor.shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import require
 from loraprune_ds.model.family import FAMILIES, family_name
 
 LOGITS_AT_ONCE = 1 << 26  # fp32 elements: 256 MiB, enough rows to keep a GPU's matrix units busy
@@ -76,8 +76,7 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
     """Returns the head of a causal LM. Refuses a bias, which the losses would not add."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
-    if head.bias is not None:
-        raise UserError(f"{type(model).__name__}: lm_head has a bias; such a head is not supported")
+    require(head.bias is None, f"{type(model).__name__}: lm_head has a bias; such a head is not supported")
     return head
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.frozen import Pieces
 
@@ -47,10 +47,8 @@ def read_headers(folder: Path) -> Headers:
     names = weight_file_names(folder)
     headers: Headers = {}
     for path in (folder / name for name in names):
-        if not path.is_file():
-            raise UserError(f"{path} is missing; {INDEX_FILE} names it")
-        if not os.access(path, os.R_OK):
-            raise UserError(f"{path} cannot be read: permission denied")
+        require(path.is_file(), f"{path} is missing; {INDEX_FILE} names it")
+        require(os.access(path, os.R_OK), f"{path} cannot be read: permission denied")
         for name, (shape, dtype) in read_header(path).items():
             if name in headers:
                 raise UserError(f"{path}: {name} is in {headers[name][2].name}, too")
@@ -75,8 +73,7 @@ def weight_file_names(folder: Path) -> list[str]:
     if (folder / INDEX_FILE).is_file():
         return indexed_names(folder / INDEX_FILE)
     names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS)
-    if not names:
-        raise UserError(f"{folder} has no safetensors files; a model in .bin files is saved again by {SAVE_AGAIN}")
+    require(bool(names), f"{folder} has no safetensors files; a model in .bin files is saved again by {SAVE_AGAIN}")
     return names
 
 

@@ -8,10 +8,11 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.config_file import dotted_values
 from loraprune_ds.errors import RankError, first_line, require
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, StepRecord
 
@@ -121,7 +122,7 @@ class Mlflow(Wandb):
         if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
             self.module.set_experiment(PROJECT)
         self.module.start_run(run_name=folder.name)
-        self.module.log_params(dict(_flat(settings)))
+        self.module.log_params({key: value for key, value in dotted_values(settings) if value is not None})
 
     def open_run(self) -> Any:
         return self.module.active_run()
@@ -203,12 +204,3 @@ def _failure(call: Callable[[], object]) -> str | None:
     except Exception as error:  # noqa: BLE001  # no list of their classes would be complete, and none may end a run
         return f"{type(error).__name__}: {first_line(error)}"
     return None
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the values of all sections under dotted keys, without those that are None."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield prefix + key, value

@@ -4,18 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.checkpoint.layout import (
-    ANSWERS_PAGE,
-    EVALUATION_FILE,
-    KEPT_GROUPS_FILE,
-    KEPT_GROUPS_PICTURE,
-    METRICS_FILE,
-    MODEL_FOLDER,
-    REPORT_FILE,
-    SHELF_PICTURE,
-    TENSORBOARD_FOLDER,
-    TRAINING_PICTURE,
-)
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.units import (
     aligned,
@@ -29,16 +18,16 @@ from loraprune_ds.units import (
 )
 
 RESULT_FILES = (
-    (MODEL_FOLDER, "Hugging Face model, smaller, LoRA merged in"),
-    (REPORT_FILE, "these numbers and more, with versions and config"),
-    (KEPT_GROUPS_FILE, "the groups that every layer kept"),
-    (KEPT_GROUPS_PICTURE, "the same as a picture"),
-    (TRAINING_PICTURE, "loss, sparsity, speed and memory over the steps"),
-    (SHELF_PICTURE, "perplexity over the sizes"),
-    (METRICS_FILE, "every step, cut and evaluation"),
-    (ANSWERS_PAGE, "answers of both models, side by side"),
-    (EVALUATION_FILE, "answers and tasks as data"),
-    (TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
+    (layout.MODEL_FOLDER, "Hugging Face model, smaller, LoRA merged in"),
+    (layout.REPORT_FILE, "these numbers and more, with versions and config"),
+    (layout.KEPT_GROUPS_FILE, "the groups that every layer kept"),
+    (layout.KEPT_GROUPS_PICTURE, "the same as a picture"),
+    (layout.TRAINING_PICTURE, "loss, sparsity, speed and memory over the steps"),
+    (layout.SHELF_PICTURE, "perplexity over the sizes"),
+    (layout.METRICS_FILE, "every step, cut and evaluation"),
+    (layout.ANSWERS_PAGE, "answers of both models, side by side"),
+    (layout.EVALUATION_FILE, "answers and tasks as data"),
+    (layout.TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
 )
 SummaryRow = tuple[str, ...]  # four cells
 

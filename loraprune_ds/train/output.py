@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from loraprune_ds.checkpoint.layout import (
-    CHECKPOINTS_FOLDER,
-    STATUS_FILE,
-    CheckpointMismatch,
-    RunState,
-    Status,
-    newest_state,
-    read_status,
-)
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, differences, forget_removed, merge
 from loraprune_ds.errors import UserError, require
@@ -52,8 +44,8 @@ class EarlierRun:
         return raw if isinstance(raw, dict) and raw else None
 
     @cached_property
-    def newest_state(self) -> RunState | None:
-        return newest_state(self.folder / CHECKPOINTS_FOLDER)
+    def newest_state(self) -> layout.RunState | None:
+        return layout.newest_state(self.folder / layout.CHECKPOINTS_FOLDER)
 
 
 class OutputFolder:
@@ -125,7 +117,7 @@ class OutputFolder:
             if is_new:  # only one of two starts at the same time can make the file
                 config_file.touch(exist_ok=False)
             remove_leftovers(self.path)
-            remove_leftovers(self.path / CHECKPOINTS_FOLDER)
+            remove_leftovers(self.path / layout.CHECKPOINTS_FOLDER)
             write_text(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
         except FileExistsError:
             raise UserError(
@@ -145,11 +137,11 @@ class OutputFolder:
             if comm.rank == 0:
                 token.unlink(missing_ok=True)
 
-    def _read_status(self) -> Status | None:
+    def _read_status(self) -> layout.Status | None:
         """Reads status.json. A crash of the machine can leave it empty, but the checkpoints are enough for a resume."""
         try:
-            return read_status(self.path)
-        except CheckpointMismatch:
+            return layout.read_status(self.path)
+        except layout.CheckpointMismatch:
             raise
         except UserError as error:
             if self._resume is None:
@@ -158,17 +150,17 @@ class OutputFolder:
 
     def _check_access(self, mode: int, what: str) -> None:
         there = next(path for path in (self.path, *self.path.absolute().parents) if os.path.exists(path))
-        if not there.is_dir():
-            raise UserError(f"output_dir {self.path}: {there} is not a folder")
-        if not os.access(there, mode):
-            raise UserError(f"output_dir {self.path}: {there} is not {what}")
+        require(there.is_dir(), f"output_dir {self.path}: {there} is not a folder")
+        require(os.access(there, mode), f"output_dir {self.path}: {there} is not {what}")
 
     def _refuse_foreign(self) -> None:
         if self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(f"output_dir {self.path} is not empty and holds no run; choose another output_dir")
 
     def _check_resume(self, path: Path | None) -> None:
-        if not any((self.path / name).exists() for name in (CONFIG_FILE, STATUS_FILE, CHECKPOINTS_FOLDER)):
+        if not any(
+            (self.path / name).exists() for name in (CONFIG_FILE, layout.STATUS_FILE, layout.CHECKPOINTS_FOLDER)
+        ):
             self._refuse_foreign()
         elif path is not None and not path.is_relative_to(self.path.resolve()):
             raise UserError(

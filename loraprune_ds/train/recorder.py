@@ -18,20 +18,8 @@ from loraprune_ds.config import LoggingConfig
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.report import records
 from loraprune_ds.report.pictures import draw_kept_groups, draw_shelf, draw_training
-from loraprune_ds.report.records import (
-    CutRecord,
-    EvaluationRecord,
-    History,
-    MetricsLog,
-    PictureSink,
-    Record,
-    Sink,
-    StepRecord,
-    cut_line,
-    history_from,
-    read_metrics,
-)
 from loraprune_ds.report.report import Outcome, make_report, write_kept_groups
 from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog
 from loraprune_ds.units import format_bytes, format_percent, format_perplexity
@@ -79,15 +67,15 @@ class Progress:
             )
             self._bar.set_description_str(f"step {first}/{steps}")
 
-    def write(self, record: Record) -> None:
+    def write(self, record: records.Record) -> None:
         match record:
-            case StepRecord():
+            case records.StepRecord():
                 self._step(record)
-            case CutRecord():
+            case records.CutRecord():
                 if self._latest:
                     self._latest[-1] += record.seconds
-                self.show(cut_line(record))
-            case EvaluationRecord():
+                self.show(records.cut_line(record))
+            case records.EvaluationRecord():
                 self.show(evaluation_line(record))
 
     def show(self, line: str) -> None:
@@ -103,7 +91,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _step(self, record: StepRecord) -> None:
+    def _step(self, record: records.StepRecord) -> None:
         if self._is_warm:
             self._latest.append(record.seconds)
         self._is_warm = True  # the first step compiles, allocates and records
@@ -116,7 +104,7 @@ class Progress:
             self._last_line = self._clock()
             self.show(self._step_line(record))
 
-    def _step_line(self, record: StepRecord) -> str:
+    def _step_line(self, record: records.StepRecord) -> str:
         clock = tqdm.format_interval(self._clock() - self._started)
         if self._latest:
             clock += f", {tqdm.format_interval((self.steps - record.step) * fmean(self._latest))} left"
@@ -143,7 +131,7 @@ def _can_show_live_line(stream: TextIO) -> bool:
         return True
 
 
-def evaluation_line(evaluation: EvaluationRecord) -> str:
+def evaluation_line(evaluation: records.EvaluationRecord) -> str:
     return (
         f"step {evaluation.step}  perplexity {format_perplexity(evaluation.perplexity)} "
         f"({EVALUATED[evaluation.name]}, {evaluation.windows} windows)"
@@ -153,10 +141,10 @@ def evaluation_line(evaluation: EvaluationRecord) -> str:
 class Recorder:
     """Adds records to a history and passes them on to the sinks, which only rank 0 has."""
 
-    def __init__(self, history: History, sinks: Sequence[Sink]) -> None:
+    def __init__(self, history: records.History, sinks: Sequence[records.Sink]) -> None:
         self.history, self.sinks = history, list(sinks)
 
-    def write(self, record: Record) -> None:
+    def write(self, record: records.Record) -> None:
         self.history.add(record)
         for sink in self.sinks:
             sink.write(record)
@@ -180,7 +168,7 @@ class Recorder:
     def show_pictures(self, paths: Sequence[Path]) -> None:
         """Sends pictures to the sinks that take them."""
         for sink in self.sinks:
-            if isinstance(sink, PictureSink):
+            if isinstance(sink, records.PictureSink):
                 for path in paths:
                     sink.picture(path)
 
@@ -202,15 +190,15 @@ class RunRecorder(Recorder):
         *,
         active: bool,
     ) -> None:
-        super().__init__(History(), [])
+        super().__init__(records.History(), [])
         if not active:
             return
-        metrics = MetricsLog(folder / layout.METRICS_FILE)
+        metrics = records.MetricsLog(folder / layout.METRICS_FILE)
         if checkpoint is None:
             metrics.truncate()
         else:
             metrics.truncate_to(checkpoint.state.step)  # a killed run may have gone beyond it
-            self.history = history_from(read_metrics(folder / layout.METRICS_FILE))
+            self.history = records.history_from(records.read_metrics(folder / layout.METRICS_FILE))
         self.sinks.append(metrics)
         first = checkpoint and checkpoint.state.step
         report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
@@ -229,13 +217,13 @@ class RunRecorder(Recorder):
     def flush(self) -> None:
         """Forces metrics.jsonl to the disk."""
         for sink in self.sinks:
-            if isinstance(sink, MetricsLog):
+            if isinstance(sink, records.MetricsLog):
                 sink.flush()
 
 
 def take_over_metrics(checkpoint: TrainingCheckpoint, folder: Path) -> None:
     """Checks the records of the steps before a checkpoint, and copies them if the run resumes in another folder."""
     earlier, own = checkpoint.folder.parents[1] / layout.METRICS_FILE, folder / layout.METRICS_FILE
-    read_metrics(earlier, checkpoint.state.step)
+    records.read_metrics(earlier, checkpoint.state.step)
     if earlier.resolve() != own.resolve():
         write_text(own, earlier.read_text(encoding="utf-8", errors="replace"))

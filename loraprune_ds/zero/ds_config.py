@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from loraprune_ds.config import Dtype, ModelConfig, TrainConfig
 from loraprune_ds.config_file import find_shipped
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shapes import ModelShape
@@ -79,8 +79,7 @@ NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 def find_ds_config(path: str) -> Path:
     """Finds a run config's `deepspeed`, or the shipped file of that name. Raises UserError if neither exists."""
     file = find_shipped(path)
-    if not file.is_file():
-        raise UserError(f"deepspeed: {path} {'is not a file' if file.exists() else 'does not exist'}")
+    require(file.is_file(), f"deepspeed: {path} {'is not a file' if file.exists() else 'does not exist'}")
     return file
 
 
@@ -190,8 +189,7 @@ def _refuse(where: str, raw: dict[str, Any], refused: dict[tuple[str, ...], str]
         off = value in (None, False, NEUTRAL.get(keys[-1]))
         if isinstance(value, dict):
             off = value.get("device") == "none" or value.get("enabled") is False
-        if not off:
-            raise UserError(f"{where}: {'.'.join(keys)}: {reason}")
+        require(off, f"{where}: {'.'.join(keys)}: {reason}")
 
 
 def _check_known(path: str | Path, raw: dict[str, Any], owned: set[str]) -> None:
@@ -210,8 +208,7 @@ def _fill(path: str | Path, resolved: dict[str, Any], keys: tuple[str, ...], val
     section = resolved
     for key in keys[:-1]:
         section = section.setdefault(key, {})
-        if not isinstance(section, dict):
-            raise UserError(f"{path}: {key} must be a section of keys, got {section!r}")
+        require(isinstance(section, dict), f"{path}: {key} must be a section of keys, got {section!r}")
     in_json = section.get(keys[-1], "auto")
     tunable = keys[0] in ("zero_optimization", "timers")  # they change speed, not results: the JSON may set them
     if in_json == "auto":

@@ -12,19 +12,7 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.checkpoint.layout import numbered, step_folder, verify
-from tests.integration.launching import (
-    ROOT,
-    RUN,
-    clean_environment,
-    fork_ranks,
-    free_port,
-    launch,
-    process_state,
-    read_json,
-    start,
-    step_of,
-    within,
-)
+from tests.integration import launching
 from tests.integration.resuming import CUTS, STEPS, losses, write_run
 
 # A node that is lost ends the job on the others. Two launchers on this machine stand for two nodes
@@ -37,18 +25,20 @@ def start_node(node: int, config: Path, hosts: Path, port: int) -> subprocess.Po
     """Starts one launcher with one rank, in its own process group."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--quiet", f"--hostfile={hosts}", "--no_ssh"]
     launcher += [f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
-    command = [*launcher, str(RUN), "--config", str(config)]
-    return start(command, ROOT, {"LORAPRUNE_SILENCE": str(SILENCE)}, subprocess.DEVNULL)
+    command = [*launcher, str(launching.RUN), "--config", str(config)]
+    return launching.start(command, launching.ROOT, {"LORAPRUNE_SILENCE": str(SILENCE)}, subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(("how", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
 def test_the_job_ends_soon_after_a_node_is_lost(tmp_path: Path, how: signal.Signals, lost: int) -> None:
     config = write_run(tmp_path, train={"steps": 100_000}, checkpoint={"every": None})
     (tmp_path / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
-    port = free_port()
+    port = launching.free_port()
     nodes = [start_node(node, config, tmp_path / "hosts", port) for node in range(2)]
     try:
-        within(STARTED, lambda: step_of(tmp_path / "out") >= 2 or any(node.poll() is not None for node in nodes))
+        launching.within(
+            STARTED, lambda: launching.step_of(tmp_path / "out") >= 2 or any(node.poll() is not None for node in nodes)
+        )
         assert all(node.poll() is None for node in nodes), [n.communicate()[1] for n in nodes if n.poll()]
         os.killpg(nodes[lost].pid, how)
         began, left = time.monotonic(), nodes[1 - lost]
@@ -71,7 +61,7 @@ def test_the_job_ends_soon_after_a_node_is_lost(tmp_path: Path, how: signal.Sign
 
 def asleep(process: "subprocess.Popen[str]") -> bool:
     assert process.poll() is None, process.communicate()
-    return process_state(process.pid) == "T"
+    return launching.process_state(process.pid) == "T"
 
 
 @pytest.mark.parametrize("point", ["backward@20", "finish.reported@1"])
@@ -82,11 +72,14 @@ def test_a_superseded_process_leaves_the_checkpoints_of_its_successor(point: str
     out, command = tmp_path / "out", ["--config", str(config)]
     fault = {"LORAPRUNE_FAULT": f"{point}:0:{int(signal.SIGSTOP)}"}
     first = subprocess.Popen(
-        [sys.executable, str(RUN), *command], env=clean_environment() | fault, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(launching.RUN), *command],
+        env=launching.clean_environment() | fault,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
-        within(60, lambda: asleep(first))
-        (second,) = fork_ranks([*command, "--resume", "auto"], tmp_path)
+        launching.within(60, lambda: asleep(first))
+        (second,) = launching.fork_ranks([*command, "--resume", "auto"], tmp_path)
         assert second.code == 0, second.everything
         assert asleep(first)
         os.kill(first.pid, signal.SIGCONT)
@@ -98,7 +91,7 @@ def test_a_superseded_process_leaves_the_checkpoints_of_its_successor(point: str
     assert said.endswith(f"error: output_dir {out}: another process has taken over this run, so this one ends\n")
     assert numbered(out / "checkpoints", "step") == [6, 8]
     verify(step_folder(out / "checkpoints", 8))
-    assert read_json(out / "status.json")["state"] == "finished"
+    assert launching.read_json(out / "status.json")["state"] == "finished"
     assert len(losses(out)) == 8
     assert (out / "model" / "config.json").is_file()
 
@@ -109,7 +102,7 @@ STOP_AFTER = CUTS[1] + 1
 
 
 def touch_stop_after(out: Path, step: int) -> None:
-    within(120, lambda: step_of(out) >= step)
+    launching.within(120, lambda: launching.step_of(out) >= step)
     (out / "STOP").touch()
 
 
@@ -119,30 +112,30 @@ def test_a_stop_file_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_pa
 
     stopper = threading.Thread(target=touch_stop_after, args=(out, STOP_AFTER))
     stopper.start()
-    stopped = launch(["--config", config])
+    stopped = launching.launch(["--config", config])
     stopper.join()
     assert stopped.code == 85, stopped.everything
-    status = read_json(out / "status.json")
+    status = launching.read_json(out / "status.json")
     assert status["state"] == "stopped"
     assert STOP_AFTER <= status["step"] < STEPS
     assert not (out / "STOP").exists()
 
-    (refused,) = fork_ranks(["--config", config], tmp_path)
+    (refused,) = launching.fork_ranks(["--config", config], tmp_path)
     assert refused.code == 2, refused.everything
     where = f"stopped at step {status['step']} of {STEPS}"
     assert f"holds an unfinished run ({where}); go on with --resume auto" in refused.err
 
     (out / "STOP").touch()  # meant for a process that is gone
-    finished = launch(["--config", config, "--resume", "auto"]).check()
+    finished = launching.launch(["--config", config, "--resume", "auto"]).check()
     assert f"{out / 'STOP'} was there before this start: removed" in finished.err
-    assert read_json(out / "status.json")["state"] == "finished"
+    assert launching.read_json(out / "status.json")["state"] == "finished"
 
     undisturbed = ["--config", config, "--set", f"output_dir={straight}"]
-    fork_ranks(undisturbed, tmp_path, ranks=2, timeout=300)[0].check()
-    report = read_json(out / "report.json")
+    launching.fork_ranks(undisturbed, tmp_path, ranks=2, timeout=300)[0].check()
+    report = launching.read_json(out / "report.json")
     assert report["resumed_from"] == [status["step"]]
     assert [cut["step"] for cut in report["prune_steps"]] == CUTS
-    assert report["perplexity"] == read_json(straight / "report.json")["perplexity"]
+    assert report["perplexity"] == launching.read_json(straight / "report.json")["perplexity"]
     assert (out / "kept_groups.json").read_bytes() == (straight / "kept_groups.json").read_bytes()
     assert losses(out) == losses(straight)
     assert len(losses(out)) == STEPS

@@ -11,15 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import LoraConfig
-from loraprune_ds.model.adapters import (
-    ADAPTER,
-    add_lora,
-    check_adapter,
-    load_adapter,
-    lora_linear,
-    lora_weights,
-    set_features,
-)
+from loraprune_ds.model import adapters
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.pretrained import open_pretrained
@@ -37,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def wrap(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, config: LoraConfig = CONFIG) -> PeftModel:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return add_lora(model, open_pretrained(folder).shape, config, seed)
+    return adapters.add_lora(model, open_pretrained(folder).shape, config, seed)
 
 
 def lora_of(model: nn.Module) -> dict[str, Tensor]:
@@ -65,14 +57,14 @@ def test_lora_is_on_all_seven_linears_and_only_lora_is_trained(folder: Path, dty
     assert {tensor.dtype for tensor in lora_of(model).values()} == {dtype}
     for i, layer in enumerate(decoder_layers(model)):
         for linear in LLAMA_LINEARS:
-            module = lora_linear(layer, linear)
-            a, b = lora_weights(module)
+            module = adapters.lora_linear(layer, linear)
+            a, b = adapters.lora_weights(module)
             out_features, in_features = open_pretrained(folder).shape.linear_shape(i, linear)
             assert (a.shape, b.shape) == ((4, in_features), (out_features, 4))
             assert a.abs().max() > 0
             assert not b.any()
-            assert module.scaling[ADAPTER] == 1.5
-            assert module.lora_dropout[ADAPTER].p == 0.5
+            assert module.scaling[adapters.ADAPTER] == 1.5
+            assert module.lora_dropout[adapters.ADAPTER].p == 0.5
     # The tests' own writer of adapters uses the same names.
     assert {f"base_model.model.model.{name}.default.weight" for name in make_lora(folder, r=4, seed=1)} == trained
 
@@ -86,9 +78,9 @@ def test_the_start_depends_on_the_seed_alone(folder: Path) -> None:
 
 
 def test_features_are_set_on_all_wrappers(folder: Path) -> None:
-    module = lora_linear(decoder_layers(wrap(folder))[0], LLAMA_LINEARS[0])
-    set_features(module, 12, 7)
-    a, b = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
+    module = adapters.lora_linear(decoder_layers(wrap(folder))[0], LLAMA_LINEARS[0])
+    adapters.set_features(module, 12, 7)
+    a, b = module.lora_A[adapters.ADAPTER], module.lora_B[adapters.ADAPTER]
     for holder in (module, module.base_layer):
         assert (holder.out_features, holder.in_features) == (12, 7)  # type: ignore[union-attr]
     assert (a.in_features, a.out_features, b.in_features, b.out_features) == (7, 4, 4, 12)
@@ -97,11 +89,11 @@ def test_features_are_set_on_all_wrappers(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_existing_adapter_is_loaded(folder: Path, adapter: Path, dtype: torch.dtype) -> None:
     shape = open_pretrained(folder).shape
-    check_adapter(adapter, CONFIG, shape)
+    adapters.check_adapter(adapter, CONFIG, shape)
     edit("adapter_config.json", target_modules=".*_proj")(adapter)  # PEFT takes a pattern too
-    check_adapter(adapter, CONFIG, shape)
+    adapters.check_adapter(adapter, CONFIG, shape)
     model = wrap(folder, dtype=dtype)
-    load_adapter(model, adapter, shape, CONFIG.r)
+    adapters.load_adapter(model, adapter, shape, CONFIG.r)
     saved = load_file(adapter / "adapter_model.safetensors")
     for name, tensor in lora_of(model).items():
         assert tensor.dtype == dtype
@@ -113,7 +105,7 @@ def test_an_existing_adapter_is_loaded(folder: Path, adapter: Path, dtype: torch
 
 
 def refusal(folder: Path, adapter: Path) -> str:
-    message = refused(check_adapter, adapter, CONFIG, open_pretrained(folder).shape)
+    message = refused(adapters.check_adapter, adapter, CONFIG, open_pretrained(folder).shape)
     assert str(adapter) in message
     return message.removeprefix(f"{adapter}/adapter_model.safetensors ")
 

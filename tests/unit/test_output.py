@@ -10,18 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loraprune_ds.checkpoint.layout import (
-    FORMAT,
-    CheckpointMismatch,
-    RunState,
-    RunTotals,
-    ShapeSource,
-    State,
-    Status,
-    read_status,
-    state_text,
-    write_status,
-)
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import EvaluateConfig, LoggingConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import RankError, RunError, UserError
 from loraprune_ds.files import read_json
@@ -51,10 +40,10 @@ def create(config: RunConfig) -> Path:
     return output.path
 
 
-def leave(config: RunConfig, state: State = "stopped") -> None:
+def leave(config: RunConfig, state: layout.State = "stopped") -> None:
     """Leaves a run as one in that state does."""
     create(config)
-    write_status(Path(config.output_dir), Status(state, 3, 10))
+    layout.write_status(Path(config.output_dir), layout.Status(state, 3, 10))
 
 
 def hit_by_a_power_cut(config: RunConfig) -> None:
@@ -70,7 +59,7 @@ def hold(config: RunConfig, name: str = "", text: str = "") -> None:
         (Path(config.output_dir) / name).write_text(text)
 
 
-def of_another_seed(config: RunConfig, state: State = "stopped") -> None:
+def of_another_seed(config: RunConfig, state: layout.State = "stopped") -> None:
     leave(dataclasses.replace(config, seed=5), state)
 
 
@@ -192,8 +181,8 @@ def test_what_is_not_given_comes_from_the_run_that_goes_on(config: RunConfig, tm
 def save_state(folder: Path, **changes: Any) -> None:
     step = folder / "checkpoints" / "step-3"
     step.mkdir(parents=True)
-    state = RunState(3, RunTotals(), 3, {}, {}, [], 0, 0, ShapeSource("a", "b", True), [], {})
-    (step / "state.json").write_text(state_text(dataclasses.replace(state, **changes)))
+    state = layout.RunState(3, layout.RunTotals(), 3, {}, {}, [], 0, 0, layout.ShapeSource("a", "b", True), [], {})
+    (step / "state.json").write_text(layout.state_text(dataclasses.replace(state, **changes)))
 
 
 def test_a_config_that_a_crash_has_lost_is_in_the_checkpoint(config: RunConfig) -> None:
@@ -209,12 +198,14 @@ def test_a_run_of_another_format_is_refused_as_such(config: RunConfig, name: str
     """Also if its config has keys that are gone, or is lost."""
     leave(config)
     folder = Path(config.output_dir)
-    save_state(folder, format=FORMAT - 1)
-    status = read_json(folder / "status.json") | {"format": FORMAT - 1}
+    save_state(folder, format=layout.FORMAT - 1)
+    status = read_json(folder / "status.json") | {"format": layout.FORMAT - 1}
     (folder / "status.json").write_text(json.dumps(status))
     (folder / "config.yaml").write_text("" if name == "config.yaml" else yaml.safe_dump({"seed": 1, "gone": 2}))
 
-    with pytest.raises(CheckpointMismatch, match=f"has format {FORMAT - 1}; this version of loraprune_ds reads format"):
+    with pytest.raises(
+        layout.CheckpointMismatch, match=f"has format {layout.FORMAT - 1}; this version of loraprune_ds reads format"
+    ):
         _ = OutputFolder({"output_dir": config.output_dir}, resume).start
 
 
@@ -264,15 +255,15 @@ def fail_inside(status: RunStatus, error: BaseException, during: Callable[[], No
         run()
 
 
-def last_status(folder: Path) -> Status:
-    found = read_status(folder)
+def last_status(folder: Path) -> layout.Status:
+    found = layout.read_status(folder)
     assert found is not None
     return found
 
 
 def test_status_follows_the_run_and_keeps_its_error(tmp_path: Path) -> None:
     status = run_status(tmp_path)
-    seen: list[Status] = []
+    seen: list[layout.Status] = []
 
     def train() -> None:
         seen.append(last_status(tmp_path))
@@ -334,11 +325,11 @@ def test_what_a_rank_met_alone_is_not_hidden_by_the_broken_connection_of_rank_0(
 
 @pytest.mark.parametrize("state", ["running", "finished"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_run_that_went_on_elsewhere_is_not_called_failed(tmp_path: Path, state: State, rank: int) -> None:
+def test_a_run_that_went_on_elsewhere_is_not_called_failed(tmp_path: Path, state: layout.State, rank: int) -> None:
     """By what was left of it on a node that was lost, and fails when it is found again."""
-    elsewhere = Status(state, 9, 10)
+    elsewhere = layout.Status(state, 9, 10)
     status = run_status(tmp_path, rank=rank, ranks=2)
-    fail_inside(status, RuntimeError("Connection closed by peer"), lambda: write_status(tmp_path, elsewhere))
+    fail_inside(status, RuntimeError("Connection closed by peer"), lambda: layout.write_status(tmp_path, elsewhere))
     assert last_status(tmp_path) == elsewhere
 
 

@@ -62,7 +62,8 @@ def test_one_gpu_holds_the_run_of_a_node(name: str, overrides: list[str]) -> Non
 
 def row(path: Path, plan: Plan, overrides: Sequence[str] = ()) -> str:
     total, request = plan.in_all, plan.request
-    hours, memory = f"{total.at_least / 3600:.1f} to {total.at_most / 3600:.1f}", plan.device_bytes / GIB
+    hours = " to ".join(dict.fromkeys(f"{seconds / 3600:.1f}" for seconds in (total.at_least, total.at_most)))
+    memory = plan.device_bytes / GIB
     sent, saved = total.bytes_sent / 1e9, plan.checkpoint_bytes / 1e9
     run = ", ".join(f"`{part}`" for part in (path.name, *overrides))
     return f"| {run} | {request.world_size} | {memory:.0f} | {hours} | {sent:,.0f} | {saved:.0f} |"

@@ -115,8 +115,7 @@ def _text_fields(source: DataSource) -> dict[str, str]:
 def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
     fields, rows = _text_fields(source), []
     for where, row in _values(path, source):
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object, got {type(row).__name__}")
+        require(isinstance(row, dict), f"{where}: expected an object, got {type(row).__name__}")
         for field in fields:
             if not isinstance(row.get(field), str | None):  # rows of real data have gaps
                 raise UserError(f"{where}: field {field!r} must be text; got {row[field]!r:.80}")
