@@ -138,7 +138,7 @@ class Pruner:
             return None
         began = time.perf_counter()
         target = self.schedule.target(step)
-        keep = self._drop() if drops else self._rank(step, scored)
+        keep = self._drop() if drops else self._rank(self._average(step, scored), step)
         check_same_mask(keep, self.model, step)
         if self.model.shape.after(keep).layers == self.model.shape.layers:
             return None
@@ -176,10 +176,14 @@ class Pruner:
         assert influence is not None, "the step was recorded"
         return drop_least(influence, self.limits.droppable, self.model.shape)
 
-    def _rank(self, step: int, scored: bool) -> list[LayerKeep]:
-        scores, counts = self.average.on_host(), self.schedule.section(step).counts(self.limits, step)
+    def _average(self, step: int, scored: bool) -> list[LayerScores]:
+        scores = self.average.on_host()
         if scores is None or (scored and self.average.updates_since_cut == 0):
             raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
+        return scores
+
+    def _rank(self, scores: list[LayerScores], step: int) -> list[LayerKeep]:
+        counts = self.schedule.section(step).counts(self.limits, step)
         if counts is None:
             return rank_global(scores, self.model.shape, self.limits, self.schedule.target(step))
         return rank_uniform(scores, self.model.shape, self.limits, counts)
