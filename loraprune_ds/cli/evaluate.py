@@ -27,7 +27,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, get_args
 
 from loraprune_ds import command
 from loraprune_ds.config import Dtype
@@ -96,7 +96,8 @@ def main() -> int:
     command.adopt_srun_ranks()
     try:
         arguments = parse_arguments()
-        stdout = keep_stdout()
+        stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")  # for the result alone
+        os.dup2(2, 1)  # other prints, also from C, go to stderr
         result = measure(arguments)
     except UserError as error:
         command.tell(error, agreed=False)  # lm-eval can fail on one rank alone
@@ -115,13 +116,6 @@ def main() -> int:
 
 def is_rank_0() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def keep_stdout() -> TextIO:
-    """Returns the standard output, for the result alone. From now on other prints, also from C, go to stderr."""
-    result_file = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return result_file
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """One evaluation: a model, or two side by side, on a text, on tasks, in seconds and in parameters."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from operator import mul
@@ -14,7 +14,6 @@ from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.answers import (
     Generation,
-    Labelled,
     Writer,
     encode_prompts,
     frozen_head,
@@ -106,7 +105,8 @@ def evaluate(
         loaded += [model] if model else []
     if plan := settings.answers:
         writers = [Writer(m, p.tokenizer, p.prompts) for m, p in zip(loaded, models, strict=True)]
-        text = settings.text and (settings.text.name, _labelled(models[0].batches, comm))
+        on_device = (batch.to(comm.device) for batch in models[0].batches)
+        text = settings.text and (settings.text.name, ((ids, ids) for ids in on_device))
         with fast_half_products(models[0].dtype):
             made = write_answers(writers, plan, settings.batch_size, text, progress)
         measurements = [replace(one, answers=answers) for one, answers in zip(measurements, made, strict=True)]
@@ -114,10 +114,6 @@ def evaluate(
         speeds = comm.on_rank_0(lambda: measure_speed(loaded, speed)) or [None] * len(models)
         measurements = [replace(one, speed=speed) for one, speed in zip(measurements, speeds, strict=True)]
     return measurements
-
-
-def _labelled(batches: Sequence[Tensor], comm: Communicator) -> Iterator[Labelled]:
-    return ((ids, ids) for ids in (batch.to(comm.device) for batch in batches))
 
 
 def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[PreparedModel]:

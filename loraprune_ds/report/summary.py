@@ -41,7 +41,9 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
     title = f"{report['steps']} steps, {_plural(cuts, 'cut')}, {_plural(ranks, 'ZeRO-3 rank')}"
     table = aligned(rows, "<>><")
     shelf = _shelf_rows(report.get("shelf") or [])
-    return "\n".join([title, "", *table, "", *shelf, _serving_line(report["serving"]), *_results(folder)]) + "\n"
+    gpus, groups = (", ".join(map(str, report["serving"][key])) for key in ("tensor_parallel", "quantisation_groups"))
+    serving = f"tensor-parallel sizes that divide it: {gpus}; quantisation groups that do: {groups or 'none'}"
+    return "\n".join([title, "", *table, "", *shelf, serving, *_results(folder)]) + "\n"
 
 
 def _shelf_rows(shelf: list[dict[str, Any]]) -> Iterable[str]:
@@ -55,12 +57,6 @@ def _shelf_rows(shelf: list[dict[str, Any]]) -> Iterable[str]:
         cells += format_bytes(row["kv_bytes_per_token"]), format_perplexity(row["perplexity"])
         rows.append((row["size"], *cells, "-" if same is None else format_percent(same), f"{row['folder']}/"))
     yield from (*aligned(rows, "<>>>>><"), "")
-
-
-def _serving_line(serving: dict[str, list[int]]) -> str:
-    gpus = ", ".join(map(str, serving["tensor_parallel"]))
-    groups = ", ".join(map(str, serving["quantisation_groups"])) or "none"
-    return f"tensor-parallel sizes that divide it: {gpus}; quantisation groups that do: {groups}"
 
 
 def _parameter_rows(report: dict[str, Any]) -> list[SummaryRow]:

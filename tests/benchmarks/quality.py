@@ -35,12 +35,18 @@ WINDOWS, VALIDATION_WINDOWS = 160, 64
 DENSE = "dense.json"
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = make_parser(__doc__)
+def text_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """Makes a parser with the texts, and the work folder of the benchmark `name`."""
+    parser = make_parser(doc)
     parser.add_argument("--tune", type=Path, required=True, help="text to tune on; a tenth of it is held out")
     parser.add_argument("--test", type=Path, required=True, help="text to measure on")
     parser.add_argument("--other", type=Path, help="text of another kind; default: Python's help topics")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="default: runs/quality")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / name, help=f"default: runs/{name}")
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = text_parser(__doc__, "quality")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -12,22 +12,13 @@ from typing import Any
 
 from loraprune_ds.files import read_json
 from loraprune_ds.model.embedded import embedded_model_dir
-from tests.benchmarks.quality import VALIDATION_WINDOWS, perplexity, prepare_texts
+from tests.benchmarks.quality import VALIDATION_WINDOWS, perplexity, prepare_texts, text_parser
 from tests.benchmarks.quality_settings import BOTH, RATE
-from tests.benchmarks.running import ROOT, make_parser, record, run_quickstart
+from tests.benchmarks.running import record, run_quickstart
 from tests.benchmarks.two_four import expanded_model
 
 SIZES, STEPS, RECOVERY = (0.2, 0.35, 0.5), 64, 8
 BATCH, WINDOW = 8, 128
-
-
-def parse_arguments() -> Namespace:
-    parser = make_parser(__doc__)
-    parser.add_argument("--tune", type=Path, required=True, help="text to tune on; a tenth of it is held out")
-    parser.add_argument("--test", type=Path, required=True, help="text to measure on")
-    parser.add_argument("--other", type=Path, help="text of another kind; default: Python's help topics")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "shelf", help="default: runs/shelf")
-    return parser.parse_args()
 
 
 def run(arguments: Namespace, name: str, *changes: str) -> dict[str, Any]:
@@ -52,7 +43,7 @@ def measured(arguments: Namespace, folder: Path, held_out: float) -> dict[str, f
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = text_parser(__doc__, "shelf").parse_args()
     prepare_texts(arguments)
     sizes = f"prune.sizes=[{','.join(map(str, SIZES))}]"
     shelf = run(
