@@ -8,8 +8,6 @@ two CPU ranks, the busier one counts:
 * a step per decoder layer and micro-batch, forward and backward, as the difference of two depths
 * the second step, in which DeepSpeed decides which weights to free, in plain steps
 * a cut and the step after it, in plain steps
-* the exchange of a cut with the shapes of LLaMA-65B on one of 8, 64 and 512 ranks, with copies and without. The other
-  ranks are simulated
 
 All of it is measured in some rounds by turns, and the least CPU seconds count. The result goes to
 tests/benchmarks/results/host_cost.json.
@@ -21,7 +19,6 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -36,9 +33,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.cut import reshard
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.flat import AxisCut, ReshardPlan, partition_numel
 from tests.benchmarks.gpu_day.engine import SameBatch
 from tests.benchmarks.running import make_parser, record
 from tests.numerics.driver import Consecutive, assemble
@@ -48,7 +43,7 @@ from tests.ranks import RankPool
 WIDTHS: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 16, "hidden": 128, "ffn": 352, "vocab": 512}
 RANKS, DEPTHS, WINDOW, BATCH = 2, (6, 18), 32, 4
 CUT, LAST = 30, 37  # steps are scored up to the cut
-HIDDEN, HEADS, HEAD_DIM, FFN, LAYERS, RANK = 8192, 64, 128, 22016, 80, 8  # LLaMA-65B
+RANK = 8  # of LoRA
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -144,50 +139,10 @@ RUNS = {"plain": train_plain, "alone": train_alone, "pruning": train}
 ROWS = {"plain": "plain DeepSpeed and PEFT", "alone": "without ZeRO-3", "pruning": "after"}  # "before" was 53542b2
 
 
-def exchange(world_size: int, device: str) -> float:
-    """Returns the CPU seconds of all layers of LLaMA-65B on rank 1 of `world_size`, from one layer. A quarter goes.
-
-    On `cpu` most of it is copying, which a GPU does. On `meta` nothing is copied, but torch finds shapes in Python.
-    """
-    comm: Any = SimpleNamespace(world_size=world_size, rank=1)
-    comm.all_to_all = lambda outgoing, send, receive: outgoing.new_empty(sum(receive))
-    generator = torch.Generator().manual_seed(0)
-    heads = torch.randperm(HEADS, generator=generator)[: HEADS * 3 // 4].sort().values
-    rows = (heads[:, None] * HEAD_DIM + torch.arange(HEAD_DIM)).flatten()
-    channels = torch.randperm(FFN, generator=generator)[: FFN * 3 // 4].sort().values
-    tensors: list[tuple[tuple[int, int], int, torch.Tensor]] = []
-    for width, keep, axes in ((HEADS * HEAD_DIM, rows, (0, 0, 0, 1)), (FFN, channels, (0, 0, 1))):
-        for axis in axes:
-            for other in (HIDDEN, RANK, RANK, RANK, RANK):  # the weight, and LoRA's copy, master and moments
-                tensors.append(((width, other) if axis == 0 else (other, width), axis, keep))
-
-    def layer() -> None:
-        plans: dict[Any, ReshardPlan] = {}
-        weights, states = [], []
-        for i, (shape, axis, keep) in enumerate(tensors):
-            is_state = i % 5 > 1
-            numel = partition_numel(shape[0] * shape[1], world_size)
-            shard = torch.empty(numel, dtype=torch.float32 if is_state else torch.bfloat16, device=device)
-            if (shape, axis) not in plans:
-                plans[shape, axis] = ReshardPlan(AxisCut(shape, axis, keep), world_size, 1)
-            (states if is_state else weights).append((shard, plans[shape, axis]))
-        reshard(states, comm)
-        reshard(weights, comm)
-
-    layer()
-    began = time.process_time()
-    layer()
-    return LAYERS * (time.process_time() - began)
-
-
 def measure(models: list[Path], run: str) -> dict[str, Any]:
     gc.freeze()
     comm = Communicator()
-    found: dict[str, Any] = {"depths": [RUNS[run](model, comm) for model in models]}
-    if comm.rank == 0:
-        for device in ("cpu", "meta") if run == "pruning" else ():
-            found[f"exchange_on_{device}"] = {str(ranks): exchange(ranks, device) for ranks in (8, 64, 512)}
-    return found
+    return {"depths": [RUNS[run](model, comm) for model in models]}
 
 
 # In the process that starts them
@@ -215,7 +170,6 @@ def summarise(found: dict[str, Any]) -> dict[str, Any]:
     if "cut" in deep:
         row |= {key: deep[key] for key in ("scored", "cut", "after_the_cut", "small")}
         row["cut_and_step_after_over_plain"] = (deep["cut"] + deep["after_the_cut"] - deep["small"]) / deep["plain"]
-        row |= {f"{key}_of_65b": value for key, value in found.items() if key.startswith("exchange")}
     return row
 
 
