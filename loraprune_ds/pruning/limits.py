@@ -141,8 +141,10 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
 
 
 def _depth(config: PruneConfig, limits: Limits) -> int:
-    """Returns the number of layers that leave whole. One that widths can be taken from has to stay."""
-    count, may_go = len(limits.dense.layers), min(len(limits.droppable), len(limits.open_layers) - 1)
+    """Returns the number of layers that leave whole. One that channels, or experts, can be taken from has to stay."""
+    layers, fine = limits.dense.layers, limits.dense.kinds[-1]
+    count, cut = len(layers), sum(layers[i][fine] > 0 for i in limits.open_layers)
+    may_go = min(len(limits.droppable), cut - 1)
     depth, asked = round(config.depth_ratio * count), f"prune.depth_ratio {config.depth_ratio} of {count} layers"
     require(depth > 0 or not config.depth_ratio, f"{asked} is less than half a layer")
     why = "; layer 0, protected layers and one more stay" if limits.droppable else ""
