@@ -230,10 +230,7 @@ def _measured_step(step: int, request: Request, trainer: Trainer, baseline: int)
             "planned": split_state(request, shape)[0].get("second_copy", 0),
             "counted": storage_bytes(chain(*map(second_copies, modules(trainer)))),
         },
-        "lora_gradients": {
-            "planned": planned["lora_gradients"],
-            "counted": sent["reduce_scatter_tensor"],
-        },
+        "lora_gradients": {"planned": planned["lora_gradients"], "counted": sent["reduce_scatter_tensor"]},
         "pruning": {"planned": pruning, "counted": own - agreed},
         "resident_planned": training_stage("", request, shape, scores=scores).resident,
         "peak_planned": planned_peak(request, shape, scores=scores),

@@ -12,14 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.evaluate.answers import (
-    Generation,
-    Writer,
-    encode_prompts,
-    frozen_head,
-    last_hidden,
-    write_answers,
-)
+from loraprune_ds.evaluate.answers import Generation, Writer, encode_prompts, frozen_head, last_hidden, write_answers
 from loraprune_ds.evaluate.models import ModelSource, find_model, load_model
 from loraprune_ds.evaluate.perplexity import Losses, Perplexity, Progress, measure_perplexity, split_windows
 from loraprune_ds.evaluate.settings import EvaluationSettings

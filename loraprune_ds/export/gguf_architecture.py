@@ -66,11 +66,7 @@ class Architecture:
 
 
 LLAMA = Architecture(
-    MODEL_ARCH.LLAMA,
-    MODEL_ARCH.DECI,
-    neighbours=True,
-    biases=LINEARS,
-    ropes=("default", "linear", "llama3"),
+    MODEL_ARCH.LLAMA, MODEL_ARCH.DECI, neighbours=True, biases=LINEARS, ropes=("default", "linear", "llama3")
 )
 GRANITE_NUMBERS = {
     "attention_multiplier": "add_attention_scale",
@@ -165,10 +161,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         MODEL_ARCH.GRANITE, neighbours=True, numbers=GRANITE_NUMBERS, only={"position_embedding_type": "rope"}
     ),
     "lfm2": Architecture(
-        MODEL_ARCH.LFM2,
-        numbers={"conv_L_cache": "add_shortconv_l_cache"},
-        square=("self_attn.q_proj",),
-        short=True,
+        MODEL_ARCH.LFM2, numbers={"conv_L_cache": "add_shortconv_l_cache"}, square=("self_attn.q_proj",), short=True
     ),
     "cohere": Architecture(
         MODEL_ARCH.COMMAND_R,

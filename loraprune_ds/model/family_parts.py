@@ -30,10 +30,7 @@ GATED = (rows("mlp.gate_proj", CHANNELS), rows("mlp.up_proj", CHANNELS), columns
 FUSED_GATED = (rows("mlp.gate_up_proj", CHANNELS, CHANNELS), columns("mlp.down_proj", CHANNELS))
 # A norm over the whole projected width. Its weight is sliced, so a cut there is not quite equal to a mask: the mean
 # square that divides the remaining elements is of fewer elements.
-WIDE_NORMS = (
-    Companion("self_attn.q_norm.weight", (QUERIES,)),
-    Companion("self_attn.k_norm.weight", (KEYS,)),
-)
+WIDE_NORMS = (Companion("self_attn.q_norm.weight", (QUERIES,)), Companion("self_attn.k_norm.weight", (KEYS,)))
 # Norms of each head with a weight for each.
 NORM_OF_EACH_HEAD = (
     Companion("self_attn.q_norm.weight", (Part("heads", "query_count"),), ("head",), optional=True),

@@ -57,12 +57,7 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
     weights = _gathers(request, request.stored(shape), passes_of_weights(request, shape) * micro, lora)
     for term, sent in _gathers(request, request.taught, micro).items():
         weights[term] += sent
-    return {
-        **weights,
-        "lora_gradients": 4 * micro * lora * others,
-        "scoring": scoring,
-        "input_moments": moments,
-    }
+    return {**weights, "lora_gradients": 4 * micro * lora * others, "scoring": scoring, "input_moments": moments}
 
 
 def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:

@@ -206,9 +206,7 @@ def lever_faults(random_moments: int) -> list[Fault]:
         ("recovery, forward", "forward@28:0"),
         ("finish, before model/ has its name", "finish.before_rename@1:0"),
     ]
-    terms = [
-        ("cut, refitted and not yet shrunk", "cut.compensated@2:0:15", "stopped at step"),
-    ]
+    terms = [("cut, refitted and not yet shrunk", "cut.compensated@2:0:15", "stopped at step")]
     suite = "levers"
     stops = (
         Fault(_named(f"SIGTERM: {name}", suite), point, expected_codes=(85,), line=line, suite=suite)

@@ -33,11 +33,7 @@ SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 320, "intermed
 SIZES |= {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
 SIZES |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 4}
 SIZES |= {"linear_num_value_heads": 8, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
-CHOICES: dict[str, list[str]] = {
-    "default": [],
-    "lora": ["prune.criterion=lora"],
-    "random": ["prune.criterion=random"],
-}
+CHOICES: dict[str, list[str]] = {"default": [], "lora": ["prune.criterion=lora"], "random": ["prune.criterion=random"]}
 ONCE: dict[str, list[str]] = {"no heads": ["prune.head_ratio=0"], "half of the heads": ["prune.head_ratio=0.2"]}
 
 

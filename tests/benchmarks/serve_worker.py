@@ -70,11 +70,7 @@ def load_vllm(job: dict[str, Any]) -> tuple[str, Round]:
 
     def play() -> dict[str, float]:
         prefill = seconds(1, 1)
-        return {
-            "prefill": prefill,
-            "decode": seconds(1, generated + 1) - prefill,
-            "batch": seconds(batch, generated),
-        }
+        return {"prefill": prefill, "decode": seconds(1, generated + 1) - prefill, "batch": seconds(batch, generated)}
 
     return vllm.__version__, play
 

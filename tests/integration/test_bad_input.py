@@ -66,10 +66,7 @@ WRONG = (
     Wrong("window", "data.window=4096", ("data.window 4096", "512 positions")),
     Wrong("attention", "model.attn_implementation=flash", ("cannot build this model", "attn_implementation flash")),
     Wrong(
-        "activation",
-        MODEL,
-        ("config.json", "KeyError: 'zelu'"),
-        copy_of_model(edit("config.json", hidden_act="zelu")),
+        "activation", MODEL, ("config.json", "KeyError: 'zelu'"), copy_of_model(edit("config.json", hidden_act="zelu"))
     ),
     Wrong("no ds_config", DS, ("deepspeed: ", "ds.json does not exist")),
     Wrong("not ZeRO-3", DS, ("zero_optimization.stage must be 3",), ds_config(zero_optimization={"stage": 2})),

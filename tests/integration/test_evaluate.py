@@ -18,16 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.lora import find_source
-from tests.integration.launching import (
-    ROOT,
-    Ended,
-    Launcher,
-    fork_ranks,
-    launch,
-    on_ranks,
-    read_json,
-    run_to_end,
-)
+from tests.integration.launching import ROOT, Ended, Launcher, fork_ranks, launch, on_ranks, read_json, run_to_end
 from tests.oracle.models import make_tiny_llama
 
 EVALUATE, COMPARE = ROOT / "launch" / "evaluate.py", ROOT / "launch" / "compare.py"

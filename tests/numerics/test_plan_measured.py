@@ -125,8 +125,7 @@ def check_row(row: dict[str, Any], *, several: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "options"),
-    [(2, {}), (2, {"criterion": "fisher"}), (3, {"compensate": "least_squares"})],
+    ("world_size", "options"), [(2, {}), (2, {"criterion": "fisher"}), (3, {"compensate": "least_squares"})]
 )
 def test_options_send_what_was_planned(ranks: RankPool, folder: Path, world_size: int, options: dict[str, str]) -> None:
     for row in ranks.run(world_size, run_beside_plan, Case(folder, **options)):  # type: ignore[arg-type]

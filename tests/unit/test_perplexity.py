@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.evaluate.perplexity import (
-    Perplexity,
-    measure_perplexity,
-    split_windows,
-    tokenize,
-)
+from loraprune_ds.evaluate.perplexity import Perplexity, measure_perplexity, split_windows, tokenize
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.tokenizer import window_start
 from tests.oracle.models import make_tiny_llama, make_tokenizer

@@ -77,12 +77,7 @@ FORMATS = {"text": _documents, "instruction": _instructions, "chat": _conversati
 
 
 def load_samples(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    minimum: int,
-    vocab_size: int,
-    start: int | None = None,
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, minimum: int, vocab_size: int, start: int | None = None
 ) -> LoadedData:
     """Loads samples and held-out text.
 
