@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from trl import DistillationTrainer
+from trl.trainer.distillation_trainer import DistillationTrainer
 
 from loraprune_ds.evaluate.models import Ids, end_ids, find_model, generate, load_model
 from loraprune_ds.files import read_json
@@ -67,7 +67,7 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = expanded_model(embedded_model_dir(), arguments.work / "expanded")
-    answers = write_rows(model, arguments.work)
+    answers = prepare_answers(model, arguments.work)
     per_step = BATCH * sum(len(prompt) + len(answer) for prompt, answer in answers.items()) / len(answers)
     ranks = RankPool()
     for seed in arguments.seeds:
@@ -97,20 +97,24 @@ def train(script: str, argv: list[str], answers: Answers | None) -> None:
         run_example(script, argv, torch.arange(32)[None])
 
 
-def write_rows(model: Path, work: Path) -> Answers:
-    """Writes the prompts, and the dense model's greedy answers as rows of sft.py."""
-    kinds, topics = ASKED.replace("\n", "|").split("|"), TOPICS.replace("\n", "").split(",")
-    chats = [[{"role": "user", "content": kind.format(topic)}] for kind in kinds for topic in topics]
-    dense, tokenizer = load_model(find_model(str(model)), "bfloat16", torch.device("cpu")), load_tokenizer(model)
-    prompts: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
-    how, ends = {"max_new_tokens": LENGTH, "do_sample": False}, end_ids(dense, tokenizer)
-    ids = list(prompts["input_ids"])
-    batches = (generate(dense, ids[i : i + 40], ends, **how) for i in range(0, len(ids), 40))
-    answers = {tuple(p): a for p, a in zip(ids, (answer for batch in batches for answer in batch), strict=True)}
-    write_lines(work / "prompts.jsonl", [{"prompt": chat} for chat in chats])
-    masked = [([*p, *a], [0] * len(p) + [1] * len(a)) for p, a in answers.items()]
-    write_lines(work / "answers.jsonl", [{"input_ids": ids, "completion_mask": mask} for ids, mask in masked])
-    return answers
+def prepare_answers(model: Path, work: Path) -> Answers:
+    """Writes the prompts, and the dense model's greedy answers as rows of sft.py, unless they are there."""
+    path = work / "answers.jsonl"
+    if not path.exists():
+        kinds, topics = ASKED.replace("\n", "|").split("|"), TOPICS.replace("\n", "").split(",")
+        chats = [[{"role": "user", "content": kind.format(topic)}] for kind in kinds for topic in topics]
+        write_lines(work / "prompts.jsonl", [{"prompt": chat} for chat in chats])
+        dense, tokenizer = load_model(find_model(str(model)), "bfloat16", torch.device("cpu")), load_tokenizer(model)
+        made: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)
+        prompts, ends = list(made["input_ids"]), end_ids(dense, tokenizer)
+        batches = (prompts[i : i + 40] for i in range(0, len(prompts), 40))
+        written = [x for batch in batches for x in generate(dense, batch, ends, max_new_tokens=LENGTH, do_sample=False)]
+        masks = [[0] * len(p) + [1] * len(a) for p, a in zip(prompts, written, strict=True)]
+        rows = zip(prompts, written, masks, strict=True)
+        write_lines(path, [{"input_ids": [*p, *a], "completion_mask": mask} for p, a, mask in rows])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    starts = [row["completion_mask"].index(1) for row in rows]
+    return {tuple(x["input_ids"][:n]): x["input_ids"][n:] for x, n in zip(rows, starts, strict=True)}
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

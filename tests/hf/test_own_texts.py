@@ -9,7 +9,7 @@ from unittest.mock import patch
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-from trl import DistillationTrainer
+from trl.trainer.distillation_trainer import DistillationTrainer
 
 from loraprune_ds.files import read_json
 from loraprune_ds.report.records import history_from, read_metrics
