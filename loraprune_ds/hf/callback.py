@@ -112,6 +112,7 @@ class LoraPruneCallback(TrainerCallback):
             check_reshardable("the DeepSpeed config", ds_config)  # some fail in DeepSpeed's own start
         if isinstance(model := more.get("model"), nn.Module):
             check_one_dtype(model)
+            check_arguments(args, model)  # already here, before TRL starts an engine that generates
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
 
     def on_train_begin(

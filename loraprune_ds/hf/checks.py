@@ -30,6 +30,7 @@ ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
     ("use_vllm", bool, "vLLM holds the dense model and cannot take smaller weights; generate with transformers"),
     ("use_transformers_continuous_batching", bool, "its cache is laid out by the dense number of heads"),
     ("cache_implementation", lambda value: value not in GROWING_CACHES, KEEPS_HEADS),
+    ("generation_kwargs", lambda value: (value or {}).get("cache_implementation") not in GROWING_CACHES, KEEPS_HEADS),
     ("precompute_ref_log_probs", bool, "they are the dense model's, but the reference is the pruned base"),
 )
 # (whether PEFT's module of a linear is refused, reason). A row relies on the rows before it.

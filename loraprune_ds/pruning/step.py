@@ -128,7 +128,8 @@ class Pruner:
                 The last cut of a size has no next one and uses the earlier scores.
 
         Raises:
-            RunError: a score is not finite, no score was updated since the last cut, or a rank computed another mask.
+            RunError: a score is not finite or all are zero, none was updated since the last cut, or a rank computed
+                another mask.
         """
         if self._unchecked is not None:
             self._unchecked.check()  # at no cost here: the update has waited for the device
@@ -180,6 +181,8 @@ class Pruner:
         scores = self.average.on_host()
         if scores is None or (scored and self.average.updates_since_cut == 0):
             raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
+        if not any(values.any() for layer in scores for values in layer.values()):
+            raise RunError(f"step {step}: a cut is due but all scores are zero, as where a model equals its teacher")
         return scores
 
     def _rank(self, scores: list[LayerScores], step: int) -> list[LayerKeep]:

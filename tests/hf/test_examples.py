@@ -16,11 +16,17 @@ from tests.integration.launching import ROOT, run_to_end
 from tests.oracle.models import make_tiny_llama, make_tokenizer
 from tests.ranks import RankPool
 
-SCRIPTS = {"sft.py": ("text",), "dpo.py": ("prompt", "chosen", "rejected"), "accelerate_loop.py": ("text",)}
+SCRIPTS = {
+    "sft.py": ("text",),
+    "dpo.py": ("prompt", "chosen", "rejected"),
+    "gkd.py": ("prompt",),
+    "accelerate_loop.py": ("text",),
+}
 DS_CONFIG = "ds_configs/zero3.json"
 OPTIONS = f"""--ratio 0.3 --prune_every 2 --max_steps 5 --deepspeed {DS_CONFIG} --use_cpu true --bf16 false
---per_device_train_batch_size 2 --gradient_accumulation_steps 2 --learning_rate 1e-3 --max_length 32
+--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --learning_rate 1e-3
 --report_to tensorboard --logging_steps 1 --save_strategy no --disable_tqdm true"""
+LENGTHS = {"gkd.py": ["--max_completion_length", "16"], "accelerate_loop.py": []}
 WORDS = "the cat sat on a mat while it rained and the dog ran home".split()
 
 
@@ -43,6 +49,7 @@ def test_an_example_prunes_and_what_it_writes_agrees(ranks: RankPool, model: Pat
     out, data = tmp_path / "out", str(write_rows(tmp_path / "rows.jsonl", SCRIPTS[script]))
     own_loop = script == "accelerate_loop.py"
     options = [str(out), DS_CONFIG] if own_loop else ["--output_dir", str(out), *OPTIONS.split()]
+    options += LENGTHS.get(script, ["--max_length", "32"])
     ids = torch.arange(3, 35)[None]
     live = ranks.run(2, run_example, script, [str(model), data, *options], ids)[0]
     check_results(model, out, ids, live, has_adapter=not own_loop)

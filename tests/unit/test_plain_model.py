@@ -189,6 +189,15 @@ def test_no_cut_without_a_new_score(gqa: Tiny) -> None:
         run.pruner.cut(4)
 
 
+def test_no_cut_by_scores_that_are_all_zero(gqa: Tiny) -> None:
+    run = gqa.plain()
+    run.step(1, gqa.batches[0])
+    for scores in (scores for layer in run.pruner.average.scores or () for scores in layer.values()):
+        scores.zero_()
+    with pytest.raises(RunError, match=r"^step 2: a cut is due but all scores are zero"):
+        run.pruner.cut(2)
+
+
 def test_a_step_that_overflowed_leaves_its_cut_to_the_next(gqa: Tiny) -> None:
     """As in fp16, when the loss scale is too high at the step of a cut."""
     run = gqa.plain()

@@ -1,0 +1,35 @@
+"""Prunes while TRL's DistillationTrainer corrects what the pruned model writes: loraprune_ds/hf/README.md."""
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import HfArgumentParser
+from trl import DistillationConfig, DistillationTrainer
+
+from loraprune_ds import LoraPruneCallback, PruneConfig, linear_names
+
+
+class Trainer(DistillationTrainer):
+    """Until the first cut a model equals its teacher: the divergence has no gradient to score, cross-entropy has."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if pruning.cuts or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, : inputs["prompt_ids"].shape[1]] = -100
+        tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes
+        return model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=tokens).loss
+
+
+parser = HfArgumentParser((PruneConfig, DistillationConfig))
+prune, args, (model, data) = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+teacher = args.teacher_model_name_or_path or model
+rows = load_dataset("json", data_files=data, split="train")
+lora = LoraConfig(target_modules=linear_names(model))
+pruning = LoraPruneCallback(prune)
+trainer = Trainer(model, teacher, args, train_dataset=rows, peft_config=lora, callbacks=[pruning])
+trainer.train(resume_from_checkpoint=pruning.resume(trainer.model))
+trainer.save_model()  # the adapter
+pruning.save_base(f"{args.output_dir}/base", args.output_dir)  # which the adapter now names
+pruning.save_model(f"{args.output_dir}/model")  # LoRA merged in
