@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.request import make_request
+from loraprune_ds.plan.stages import split_state
 from loraprune_ds.pruning.depth import BlockInfluence, drop_least
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform, shape_of_uniform, uniform_goal
 from loraprune_ds.pruning.target import make_limits, measure, plan_sizes
@@ -122,3 +125,20 @@ def test_the_layer_with_the_least_influence_leaves() -> None:
         assert all(after.layers[i] == LayerShape(heads=0, channels=0) for i in gone_layers)
         shape = after
     assert gone_layers == [2, 3, 1]
+
+
+def test_the_plan_is_exact_whichever_layers_leave() -> None:
+    prune = {"ratio": 0.4, "depth_ratio": 0.1, "ranking": "uniform", "protected_first": 0, "protected_last": 0}
+    overrides = ["train.epochs=null", "train.steps=200", *(f"prune.{key}={value}" for key, value in prune.items())]
+    request = make_request("llama-7b", Cluster(1, 4), overrides=overrides)
+    schedule, dense = request.pruning.schedule, request.shape
+    for step, left in ((schedule.drops[0], 31), (schedule.drops[-1], 29), (request.steps, 29)):
+        planned = request.shape_at(step)
+        assert len(planned.present) == left
+        counts = planned.layers[1]
+        layers = dense.without(range(5, 5 + len(dense.layers) - left)).layers
+        other = dense.with_layers(tuple(counts if layer.kinds else layer for layer in layers))
+        assert other.present != planned.present
+        assert split_state(request, other) == split_state(request, planned)
+        assert other.linear_numel() == planned.linear_numel()
+    assert request.shape_at(request.steps) == shape_of_uniform(request.pruning.limits)
