@@ -78,8 +78,9 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """Plans the whole run."""
-    cuts = request.pruning.schedule.cut_steps()
+    """Plans the whole run. Its first cut is that of widths, since nothing is sent for a layer that leaves."""
+    schedule = request.pruning.schedule
+    cuts = schedule.cut_steps()[len(schedule.drops) :]
     after, final = request.shape_at(cuts[0]), request.shape_at(cuts[-1])
     return Plan(request, after, final, plan_stages(request, after, final))
 

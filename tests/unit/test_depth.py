@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.plan.costs import cut_cost
 from loraprune_ds.plan.request import make_request
 from loraprune_ds.plan.stages import split_state
 from loraprune_ds.pruning.depth import BlockInfluence, drop_least
@@ -142,3 +143,5 @@ def test_the_plan_is_exact_whichever_layers_leave() -> None:
         assert split_state(request, other) == split_state(request, planned)
         assert other.linear_numel() == planned.linear_numel()
     assert request.shape_at(request.steps) == shape_of_uniform(request.pruning.limits)
+    first = schedule.drops[0]
+    assert sum(cut_cost(request, dense, request.shape_at(first)).sent.values()) == 0  # a layer just leaves
