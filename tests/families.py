@@ -172,11 +172,6 @@ def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape
     return tuple(LayerShape((kind, other(i, kind, own, *x)) for kind, own in layer.items()) for i, (layer, x) in layers)
 
 
-def without_layers(shape: ModelShape, *layers: int) -> ModelShape:
-    nothing = LayerShape(dict.fromkeys(shape.kinds, 0))
-    return shape.with_layers(tuple(nothing if i in layers else x for i, x in enumerate(shape.layers)))
-
-
 def norms_are_wide(family: Family) -> bool:
     """Returns whether its norms run over all heads, which a cut may take."""
     return "heads" not in family.fixed and {*WIDE_NORMS} <= {*family.companions}

@@ -65,9 +65,7 @@ def model_name(model: PeftModel) -> str:
 def base_shape(model: PeftModel) -> ModelShape:
     """Returns the shape that the model's config declares, which stays the dense one, but without dropped layers."""
     shape = shape_from_config(cast(Any, model.get_base_model()).config.to_dict(), model_name(model))
-    nothing = LayerShape(dict.fromkeys(shape.kinds, 0))
-    layers = zip(shape.layers, decoder_layers(model), strict=True)
-    return shape.with_layers(tuple(nothing if isinstance(module, DroppedLayer) else x for x, module in layers))
+    return shape.without([i for i, layer in enumerate(decoder_layers(model)) if isinstance(layer, DroppedLayer)])
 
 
 def live_shape(model: PeftModel) -> ModelShape:

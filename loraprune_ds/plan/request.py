@@ -151,7 +151,7 @@ class Request:
     def shape_at(self, step: int) -> ModelShape:
         """Returns the shape after a step. With `global` all layers lose the same, and the last ones are dropped."""
         limits, schedule = self.pruning.limits, self.pruning.schedule
-        section, dense = schedule.section(step), limits.after_drops(sum(drop <= step for drop in schedule.drops))
+        section, dense = schedule.section(step), limits.after_drops(schedule.sections[0].dropped(step))
         if counts := section.counts(limits, step):
             return with_counts(dense, limits, counts)
         layers, by_width = list(dense.layers), max(0.0, limits.by_width(section.target(step)))

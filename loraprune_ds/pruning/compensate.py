@@ -25,7 +25,7 @@ from loraprune_ds.errors import RunError
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, LinearId, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.pruning.taps import hook_inputs
+from loraprune_ds.pruning.taps import ForwardRecorder, hook_inputs
 
 RIDGE = 0.05  # measured with 0.01 too: tests/benchmarks/README.md
 TILE_ROWS = 1024  # of a second moment that are computed at a time
@@ -112,7 +112,7 @@ def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> 
     return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.loses_inputs]
 
 
-class InputMoments:
+class InputMoments(ForwardRecorder):
     """Keeps moving sums of x xᵀ over steps, (n, n) fp32, of the `layers` that may be cut.
 
     `tokens` moves in the same way, so sums / tokens is the mean. The last step weighs most. Only the owner of a layer
@@ -122,13 +122,12 @@ class InputMoments:
     """
 
     def __init__(self, model: PrunableModel, layers: Sequence[int], decay: float) -> None:
+        super().__init__()
         self.sums: dict[LinearId, Tensor] = {}  # of this rank's layers
         self.tokens = 0.0  # of all ranks
         self._model = model
         self._decay = decay
         self._weight = 0.0
-        self._active = False
-        self._attention_mask: Tensor | None = None
         self._own_tokens = 0  # of this rank in this step
         self._linear_ids = measured_linears(model.shape, layers)
         hook_inputs(model, self._linear_ids, self._record)
@@ -143,15 +142,6 @@ class InputMoments:
         yield
         own = torch.tensor([self._own_tokens], dtype=torch.int64, device=self._model.device)
         self.tokens = decay * self.tokens + self._weight * int(self._model.sum_over_ranks(own))
-
-    @contextmanager
-    def record_forward(self, attention_mask: Tensor | None) -> Generator[None]:
-        """Records one micro-batch. Close it before the backward pass, which may run the forward again."""
-        self._active, self._attention_mask = True, attention_mask
-        try:
-            yield
-        finally:
-            self._active, self._attention_mask = False, None
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Cuts the sums along with the groups. Call it while the model still has its shape from before the cut."""
@@ -188,8 +178,8 @@ class InputMoments:
     def _record(self, linear_id: LinearId, inputs: Tensor) -> None:
         if not self._active:
             return
-        x, mask = inputs.detach(), self._attention_mask
-        rows = (x.flatten(0, 1) if mask is None else x[mask.to(x.device)]).float()  # (tokens, n)
+        x = inputs.detach()
+        rows = self._of_tokens(x).float()  # (tokens, n)
         if linear_id == self._linear_ids[0]:
             self._own_tokens += len(rows)
         with tf32_for_halves(x.dtype, x.device):

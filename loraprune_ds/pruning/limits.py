@@ -47,7 +47,7 @@ class Limits:
         return self.dense.without(self.droppable[len(self.droppable) - count :])
 
     @property
-    def depth_ratio(self) -> float:
+    def ratio_by_depth(self) -> float:
         """The fraction of the dense linear parameters that leaves with whole layers."""
         return self.depth_numel / self.dense.linear_numel()
 
@@ -175,7 +175,7 @@ def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
     dense, head_ratio = limits.dense, config.head_ratio
     least = f"prune.ratio {ratio:.6g} is less than the {limits.depth} layers of prune.depth_ratio take: "
     smallest_step = limits.step_numel(dense.kinds[-1])
-    require(limits.by_width(ratio) >= -smallest_step, f"{least}{limits.depth_ratio:.6g}")
+    require(limits.by_width(ratio) >= -smallest_step, f"{least}{limits.ratio_by_depth:.6g}")
     if head_ratio is None:
         return replace(limits, ratio=ratio)
     keeps = f"prune.head_ratio {head_ratio}: a {dense.model_type} keeps its heads; leave it out"

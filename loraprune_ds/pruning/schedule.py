@@ -34,10 +34,14 @@ class Section:
     drops: tuple[int, ...] = ()  # steps that drop a layer
     passed_over: frozenset[int] = frozenset()  # steps that cut nothing because no width would change
 
+    def dropped(self, step: int) -> int:
+        """Counts the layers that have left whole after `step`."""
+        return sum(drop <= step for drop in self.drops)
+
     def target(self, step: int) -> float:
         """Returns the fraction of the dense linear parameters that should be gone after `step`."""
         if self.drops and step < self.start:
-            return self.before * sum(drop <= step for drop in self.drops) / len(self.drops)
+            return self.before * self.dropped(step) / len(self.drops)
         t = (step - self.start) / (self.end - self.start)
         return self.before + (self.size.ratio - self.before) * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
 
@@ -155,7 +159,7 @@ def _drop_first(section: Section, limits: Limits) -> Section:
     few = f"prune.depth_ratio drops {depth} layers, one per cut, and needs a cut for widths; there are {len(cuts)} cuts"
     require(len(cuts) > depth, few)
     drops = tuple(cuts[:depth])
-    return replace(section, before=limits.depth_ratio, start=drops[-1], drops=drops)
+    return replace(section, before=limits.ratio_by_depth, start=drops[-1], drops=drops)
 
 
 def _without_a_change(section: Section, limits: Limits) -> frozenset[int]:

@@ -41,7 +41,7 @@ from torch import Tensor
 from loraprune_ds.errors import RunError, fail_point
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.compensate import Compensator
-from loraprune_ds.pruning.depth import BlockInfluence, drop_least
+from loraprune_ds.pruning.depth import BlockInfluence, least_influential
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
@@ -175,7 +175,8 @@ class Pruner:
     def _drop(self) -> list[LayerKeep]:
         influence = self.influence and self.influence.average
         assert influence is not None, "the step was recorded"
-        return drop_least(influence, self.limits.droppable, self.model.shape)
+        shape = self.model.shape
+        return all_groups(shape.without([least_influential(influence, self.limits.droppable, shape)]))
 
     def _average(self, step: int, scored: bool) -> list[LayerScores]:
         scores = self.average.on_host()

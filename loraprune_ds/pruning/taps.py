@@ -36,6 +36,28 @@ def hook_inputs(model: PrunableModel, linear_ids: Sequence[LinearId], see: SeeIn
         module.register_forward_pre_hook(partial(hook, linear_id))
 
 
+class ForwardRecorder:
+    """Sees the forward passes of training inside `record_forward`, and no padded positions."""
+
+    def __init__(self) -> None:
+        self._active = False
+        self._attention_mask: Tensor | None = None
+
+    @contextmanager
+    def record_forward(self, attention_mask: Tensor | None) -> Generator[None]:
+        """Records one micro-batch. Close it before the backward pass, which may run the forward again."""
+        self._active, self._attention_mask = True, attention_mask
+        try:
+            yield
+        finally:
+            self._active, self._attention_mask = False, None
+
+    def _of_tokens(self, values: Tensor) -> Tensor:
+        """Returns (tokens, ...) of the text in values, (batch, window, ...)."""
+        mask = self._attention_mask
+        return values.flatten(0, 1) if mask is None else values[mask.to(values.device)]
+
+
 class StepRecorder:
     """Adds up a tensor per linear over the micro-batches of one step."""
 

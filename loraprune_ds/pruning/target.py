@@ -97,7 +97,7 @@ def plan_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
     if config.sizes is None:
         return [Size(None, 0, limits.ratio, None if end is None else (end, start))]
     places = range(len(config.sizes))
-    sizes, names, before = list[Size](), config.sizes, limits.depth_ratio
+    sizes, names, before = list[Size](), config.sizes, limits.ratio_by_depth
     for place in sorted(places, key=lambda i: _ratio_of(config, limits, names[i])):
         bounds, is_last = None if end is None else (end, start), len(sizes) + 1 == len(names)
         ratio = limits.ratio if is_last else _ratio_of(config, limits, names[place], bounds)
@@ -150,8 +150,8 @@ def _find_ratio(config: PruneConfig, limits: Limits, key: str, asked: str, bound
         middle = (low + high) / 2
         low, high = (middle, high) if size_at(middle) > amount.value else (low, middle)
     if least and high - least < 1 / numel:
-        setting = "head_ratio" if config.head_ratio else "depth_ratio"
-        raise UserError(f"prune.{setting} {getattr(config, setting)} alone takes more than {key} {asked} asks")
+        heads, layers = f"head_ratio {config.head_ratio}", f"depth_ratio {config.depth_ratio}"
+        raise UserError(f"prune.{heads if config.head_ratio else layers} alone takes more than {key} {asked} asks")
     return high
 
 

@@ -7,8 +7,9 @@ import pickle
 import random
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,9 @@ class Suite:
         run_to_end(folder, out, "--resume", "auto")
 
 
-SUITES = {"plain": PLAIN, "levers": LEVERS, "shelf": SHELF}
-
-
-def make_suite(folder: Path) -> Suite:
-    """Makes the undisturbed run of a suite in a folder of its name."""
-    if folder.name not in SUITES:
-        return make_callback_suite(folder)
-    sections, straight = SUITES[folder.name], folder / "straight"
+def make_suite(folder: Path, sections: dict[str, dict[str, Any]]) -> Suite:
+    """Makes the undisturbed run."""
+    straight = folder / "straight"
     straight.mkdir(parents=True)
     config = write_run(folder, **sections)
     run_to_end(straight, straight / "out")
@@ -130,3 +126,11 @@ def make_callback_suite(folder: Path) -> Suite:
     suite.resume(straight, straight / "out")
     expected = result_of(straight / "out")
     return CallbackSuite(folder, suite.steps, suite.config, expected)
+
+
+SUITES: dict[str, Callable[[Path], Suite]] = {
+    "plain": partial(make_suite, sections=PLAIN),
+    "levers": partial(make_suite, sections=LEVERS),
+    "shelf": partial(make_suite, sections=SHELF),
+    "callback": make_callback_suite,
+}

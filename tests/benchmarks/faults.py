@@ -26,7 +26,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.report import report
 from loraprune_ds.report.report import hardware, versions
-from tests.benchmarks.fault_suites import EVERY, Suite, make_suite, result_of, start
+from tests.benchmarks.fault_suites import EVERY, SUITES, Suite, result_of, start
 from tests.benchmarks.fault_table import RANKS, Fault, fault_table
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def main() -> int:
         faults = [fault for fault in faults if not fault.disk]
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         root = Path(name)
-        suites = {name: make_suite(root / name) for name in {fault.suite for fault in faults}}
+        suites = {name: SUITES[name](root / name) for name in {fault.suite for fault in faults}}
         print(f"{'':4} {'fault':<62} at resumed  lost   gone  code status")
         facts = {
             "command": "python -m tests.benchmarks.faults",  # the rows say at which commit they were found

@@ -13,8 +13,9 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.costs import cut_cost
 from loraprune_ds.plan.request import make_request
 from loraprune_ds.plan.stages import split_state
-from loraprune_ds.pruning.depth import BlockInfluence, drop_least
+from loraprune_ds.pruning.depth import BlockInfluence, least_influential
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform, shape_of_uniform, uniform_goal
+from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.pruning.target import make_limits, measure, plan_sizes
 from loraprune_ds.units import Amount, read_amount
 from tests.refusals import refuses
@@ -119,7 +120,8 @@ def test_the_layer_with_the_least_influence_leaves() -> None:
     shape = LLAMA_7B.with_layers(LLAMA_7B.layers[:5])
     gone_layers = list[int]()
     for _ in range(3):
-        keep = drop_least(influence, [1, 2, 3], shape)  # layer 0 never is in there
+        least = least_influential(influence, [1, 2, 3], shape)  # layer 0 never is in there
+        keep = all_groups(shape.without([least]))
         after = shape.after(keep)
         gone_layers += set(shape.present) - set(after.present)
         assert all(after.layers[i] == shape.layers[i] for i in after.present)

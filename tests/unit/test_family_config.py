@@ -10,7 +10,7 @@ from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.read_shape import shape_from_config
-from tests.families import EQUAL, SIZES, layers_with, tiny_config, without_layers
+from tests.families import EQUAL, SIZES, layers_with, tiny_config
 
 COUNTS = {
     *("num_attention_heads", "num_key_value_heads", "head_dim", "per_layer_config"),
@@ -67,7 +67,7 @@ def test_dropped_layers_leave_the_lists_of_layers(family: str, key: str, written
     dense, values = shape_from_config(given, "source"), given[key]
     left = [x for i, x in enumerate(values) if i not in DROPPED]
     published = {name: x for name, x in given.items() if written or name != key}
-    config = export_config(published, without_layers(dense, *DROPPED), "bfloat16").config
+    config = export_config(published, dense.without(DROPPED), "bfloat16").config
     assert config[key] == left == getattr(config_object(config), key)
     assert "auto_map" not in config
     assert len(left) == config["num_hidden_layers"] == DEPTH - len(DROPPED)
@@ -83,7 +83,7 @@ def test_dropped_layers_leave_the_lists_of_layers(family: str, key: str, written
 )
 def test_dense_layers_of_a_mixture_are_counted_anew(family: str, key: str, expected: Any) -> None:
     given = source(family, num_hidden_layers=DEPTH)
-    shape = without_layers(shape_from_config(given, "source"), *DROPPED)
+    shape = shape_from_config(given, "source").without(DROPPED)
     config = export_config(given, shape, "bfloat16").config
     assert config[key] == expected
     assert shape_from_config(config, "exported").layers == shape.exported().layers

@@ -13,7 +13,7 @@ from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from tests.export_cases import LINEAR, VOCAB
-from tests.families import YARN, tiny_config, without_layers
+from tests.families import YARN, tiny_config
 from tests.gguf_cases import byte_level_tokenizer
 from tests.integration.heavy.families import GROUPS, deep, serve
 from tests.refusals import refuses
@@ -206,7 +206,7 @@ def test_only_whole_periods_may_leave_where_llama_cpp_counts_layers(family: str,
     dense = shape_from_config(source, "dense")
 
     def architecture(*dropped: int) -> Architecture:
-        pruned = without_layers(dense, *dropped)
+        pruned = dense.without(dropped)
         made = config_object(export_config(source, pruned, "float16").config)
         made.hidden_act = made.hidden_activation = ARCHITECTURES[family].activation
         return architecture_of(made, pruned.exported(), "pruned")
