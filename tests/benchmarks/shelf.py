@@ -3,7 +3,7 @@
     python -m tests.benchmarks.shelf --tune valid.txt --test test.raw [--other other.txt] [--work FOLDER]
 
 SmolLM2-135M with repeated heads, the default recipe, one seed. A run of its own ends at one size, with the tokens that
-the shelf had spent until then. The work folder keeps what is done.
+the shelf had spent until then, in a short and a long budget. The work folder keeps what is done.
 """
 
 from argparse import Namespace
@@ -17,8 +17,8 @@ from tests.benchmarks.quality_settings import BOTH, RATE
 from tests.benchmarks.running import record, run_quickstart
 from tests.benchmarks.two_four import expanded_model
 
-SIZES, STEPS, RECOVERY = (0.2, 0.35, 0.5), 64, 8
-BATCH, WINDOW = 8, 128
+SIZES = (0.2, 0.35, 0.5)
+BUDGETS = ((64, 8), (128, 16))  # steps of the cuts, and those of each recovery
 
 
 def run(arguments: Namespace, name: str, *changes: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def run(arguments: Namespace, name: str, *changes: str) -> dict[str, Any]:
         f"data.path={arguments.tune.resolve()}",
         f"evaluate.max_windows={VALIDATION_WINDOWS}",
         "logging.report_to=[]",
-        *(*BOTH, RATE, f"train.global_batch_size={BATCH}", "prune.prune_every=4"),
+        *(*BOTH, RATE, "train.global_batch_size=8"),
         *changes,
     ]
     run_quickstart(1, settings, "--resume", "auto")
@@ -42,25 +42,29 @@ def measured(arguments: Namespace, folder: Path, held_out: float) -> dict[str, f
     return {"held_out": held_out} | {name: perplexity(str(folder), text) for name, text in texts.items()}
 
 
-def main() -> None:
-    arguments = text_parser(__doc__, "shelf").parse_args()
-    prepare_texts(arguments)
+def measure(arguments: Namespace, steps: int, recovery: int) -> dict[str, Any]:
+    """Carries out one budget's four runs."""
+    of_all = (f"train.recovery_steps={recovery}", f"prune.prune_every={steps // 16}")
     sizes = f"prune.sizes=[{','.join(map(str, SIZES))}]"
-    shelf = run(
-        arguments, "shelf", "prune.ratio=null", sizes, f"train.steps={STEPS}", f"train.recovery_steps={RECOVERY}"
-    )
+    name = f"shelf-{steps}"
+    shelf = run(arguments, name, "prune.ratio=null", sizes, f"train.steps={steps}", *of_all)
     rows = list[dict[str, Any]]()
     for size in shelf["shelf"]:
-        name, steps = f"alone-{size['size']}", size["step"] - RECOVERY
-        recovery = f"train.recovery_steps={RECOVERY}"
-        alone = run(arguments, name, f"prune.ratio={size['size']}", f"train.steps={steps}", recovery)
-        of_shelf = measured(arguments, arguments.work / "shelf" / size["folder"], size["perplexity"])
-        of_its_own = measured(arguments, arguments.work / name / "model", alone["perplexity"]["pruned"])
+        alone_name, cuts = f"alone-{size['size']}-{steps}", size["step"] - recovery
+        alone = run(arguments, alone_name, f"prune.ratio={size['size']}", f"train.steps={cuts}", *of_all)
+        of_shelf = measured(arguments, arguments.work / name / size["folder"], size["perplexity"])
+        of_its_own = measured(arguments, arguments.work / alone_name / "model", alone["perplexity"]["pruned"])
         row = {key: size[key] for key in ("size", "parameters", "kv_bytes_per_token", "tokens")}
         row |= {"parameters_alone": alone["params"]["pruned"], "shelf": of_shelf, "alone": of_its_own}
         rows.append(row | {"worse": {key: of_shelf[key] / of_its_own[key] - 1 for key in of_shelf}})
     tokens = {"shelf": rows[-1]["tokens"], "alone": sum(row["tokens"] for row in rows)}
-    record("shelf", {"rows": rows, "tokens": tokens | {"part": tokens["shelf"] / tokens["alone"]}})
+    return {"rows": rows, "tokens": tokens | {"part": tokens["shelf"] / tokens["alone"]}}
+
+
+def main() -> None:
+    arguments = text_parser(__doc__, "shelf").parse_args()
+    prepare_texts(arguments)
+    record("shelf", {f"{steps}+3x{recovery}": measure(arguments, steps, recovery) for steps, recovery in BUDGETS})
 
 
 if __name__ == "__main__":
