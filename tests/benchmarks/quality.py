@@ -153,7 +153,7 @@ def carry_out(
         "seed": seed,
         "tokens": report["steps"] * report["config"]["train"]["global_batch_size"] * report["config"]["data"]["window"],
         "perplexity": {"validation": report["perplexity"]["pruned"], **measured},
-        "writing": writing(str(folder)),
+        **({"writing": writing(str(folder))} if setting.answers else {}),
         # of steps and cuts: of the training alone
         "seconds": sum(x["seconds"] for x in read_metrics(folder / "metrics.jsonl") if x["kind"] in ("step", "cut")),
         "report": report,

@@ -38,6 +38,7 @@ class Setting:
     overrides: tuple[str, ...]
     model: str = "mha"
     peer: str = ""
+    answers: bool = True  # also measures answers and tasks
 
 
 def _short(group: str, name: str, *changes: str, model: str = "mha") -> Setting:
@@ -121,7 +122,55 @@ def _settings() -> list[Setting]:
         _recipe("gqa", model="gqa"),
         _recipe("409600", UNTUNED_RATE, budget=LONG),
     ]
-    return [*short, *peers, *long, *light, *gqa, *protected, *recipe]
+    return [*short, *peers, *long, *light, *gqa, *protected, *recipe, *_paper()]
+
+
+# The paper's experiments (PAPER.md). `once` scores ten steps without tuning, and prunes in one cut.
+ONCE = (
+    *("train.steps=10", "train.global_batch_size=8", "train.learning_rate=1e-12", "train.lr_scheduler=constant"),
+    *("prune.prune_every=10", "prune.warmup_fraction=0", "prune.cooldown_fraction=0", *BOTH),
+)
+WHOLE_RUN = ("prune.prune_every=80", "prune.warmup_fraction=0", "prune.cooldown_fraction=0")  # one cut, at the end
+TUNED_FIRST = (*WHOLE_RUN, "prune.warmup_fraction=0.9")
+PRUNED_FIRST = (*WHOLE_RUN, "prune.cooldown_fraction=0.9")
+METHODS = {  # name -> settings, peer
+    "lora": (PLAIN, ""),
+    "gradient": ((*PLAIN, "prune.criterion=magnitude"), "gradient"),
+    "fisher": ((*PLAIN, *FISHER), ""),
+    "magnitude": ((*PLAIN, "prune.criterion=magnitude"), ""),
+    "wanda": ((*PLAIN, "prune.criterion=magnitude", "prune.normalize=none"), "wanda"),
+    "recipe": ((), ""),
+}
+PERCENTS, BOTH_PERCENTS = (10, 20, 30, 40, 50), (20, 50)
+
+
+def _paper() -> list[Setting]:
+    def once(name: str, percent: int) -> Setting:
+        overrides, peer = METHODS[name]
+        changes = (f"prune.ratio={percent / 100}", *overrides)
+        answers = percent in BOTH_PERCENTS and name != "fisher"
+        return Setting("once", f"once-{percent}-{name}", (*changes, *ONCE), peer=peer, answers=answers)
+
+    def recovered(name: str, percent: int) -> Setting:
+        overrides, peer = METHODS[name]
+        changes = (*SHORT, RATE, f"prune.ratio={percent / 100}", *overrides)
+        return Setting("recovered", f"recovered-{percent}-{name}", changes, peer=peer)
+
+    def varied(group: str, name: str, *changes: str) -> Setting:
+        return Setting(group, name, (*SHORT, DEEP, RATE, *changes), answers=False)
+
+    masks = [once(name, percent) for percent in PERCENTS for name in ("lora", "gradient", "fisher", "magnitude")]
+    others = [once(name, percent) for percent in BOTH_PERCENTS for name in ("wanda", "recipe")]
+    tuned = [recovered(name, percent) for percent in (50, 20) for name in METHODS if name != "fisher"]
+    tuned = [setting for setting in tuned if setting.name != "recovered-50-recipe"]  # it is recipe-half
+    order = [
+        varied("order", f"{when}-{name}", *METHODS[name][0], *changes)
+        for name in ("lora", "recipe")
+        for when, changes in (("tuned-first", TUNED_FIRST), ("pruned-first", PRUNED_FIRST))
+    ]
+    averages = [varied("varied", f"average-{x}", *PLAIN, f"prune.moving_average={x}") for x in (0, 0.5, 0.99)]
+    cuts = [varied("varied", f"every-{steps}", *PLAIN, f"prune.prune_every={steps}") for steps in (1, 10, 20)]
+    return [*masks, *others, *tuned, *order, *averages, *cuts]
 
 
 SETTINGS = {setting.name: setting for setting in _settings()}
