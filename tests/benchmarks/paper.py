@@ -1,0 +1,205 @@
+"""Makes what PAPER.md shows beside the runs of quality.py: shared masks, merged LoRA's speed, the criteria's memory.
+
+python -m tests.benchmarks.paper masks --work FOLDER     after quality.py has run the group `once` there
+python -m tests.benchmarks.paper speed --pruned RUN20 RUN50
+python -m tests.benchmarks.paper memory
+"""
+
+import argparse
+import copy
+import gc
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, TEXT, make_logarithmic, save_picture
+from loraprune_ds.evaluate.settings import SpeedSettings
+from loraprune_ds.evaluate.speed import measure_speed
+from loraprune_ds.files import read_json
+from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format, stored_tensors
+from loraprune_ds.model.lora_product import FusedLoraLinear
+from loraprune_ds.pruning.criterion import gradient_estimate
+from loraprune_ds.pruning.prunable_model import LoraFactors
+from tests.benchmarks.memory import Peak
+from tests.benchmarks.quality import digest
+from tests.benchmarks.quality_settings import PERCENTS
+from tests.benchmarks.running import RESULTS, record
+
+OTHERS = {"lora": (BLUE, "o"), "fisher": (GREEN, "^"), "magnitude": (ORANGE, "s")}  # beside the true gradient
+WIDTHS = {"heads": 9, "channels": 1536}  # of a layer of the expanded SmolLM2
+LORA = LoraConfig(r=8, lora_alpha=16, target_modules=[linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS])
+# TinyLlama's sizes, with a head of keys and values for each query head
+LLAMA_1B: Any = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+TOKENS = 128
+
+
+# Figure 4: groups that two criteria remove alike
+
+
+def measure_masks(work: Path) -> None:
+    rows = list[dict[str, Any]]()
+    for percent in PERCENTS:
+        removed = {name: _removed(work, f"once-{percent}-{name}") for name in ("gradient", *OTHERS)}
+        row: dict[str, Any] = {"percent": percent}
+        for kind, width in WIDTHS.items():
+            true = removed["gradient"][kind]
+            row[kind] = {name: len(removed[name][kind] & true) / len(true) for name in OTHERS}
+            row[kind]["chance"] = len(true) / (width * len({layer for layer, _ in true}))
+        row["perplexity"] = {name: _result(work, f"once-{percent}-{name}")["perplexity"] for name in removed}
+        rows.append(row)
+    record("paper_masks", {"rows": rows})
+    _draw_masks(RESULTS / "paper_masks.png", rows)
+
+
+def _result(work: Path, name: str) -> dict[str, Any]:
+    return read_json(work / "results" / f"{name}-s0.json")
+
+
+def _removed(work: Path, name: str) -> dict[str, set[tuple[int, int]]]:
+    folder = work / "runs" / f"{name}-s0-{digest(_result(work, name)['basis'])}"
+    layers = read_json(folder / "kept_groups.json")["layers"]
+    return {
+        kind: {(i, j) for i, kept in enumerate(layers) for j in set(range(width)) - set(kept[kind])}
+        for kind, width in WIDTHS.items()
+    }
+
+
+def _draw_masks(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Draws the shared part of the removed groups, and the perplexity of each mask."""
+    from matplotlib.figure import Figure
+    from matplotlib.style import context
+
+    percents = [row["percent"] for row in rows]
+    with context([PLOT_STYLE]):
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        panels = figure.subplots(1, 3)
+        for axes, kind in zip(panels, WIDTHS, strict=False):
+            for name, (colour, marker) in OTHERS.items():
+                axes.plot(percents, [100 * row[kind][name] for row in rows], color=colour, marker=marker, label=name)
+            chance = [100 * row[kind]["chance"] for row in rows]
+            axes.plot(percents, chance, color=TEXT, linestyle="--", label="by chance")
+            axes.set(title=f"removed {kind} that the true gradient\nremoves, too", ylabel="%", ylim=(0, 100))
+        for name, (colour, marker) in {**OTHERS, "gradient": (TEXT, "x")}.items():
+            values = [row["perplexity"][name]["test"] for row in rows]
+            label = "the true gradient" if name == "gradient" else None
+            panels[2].plot(percents, values, color=colour, marker=marker, label=label)
+        panels[2].set(title="perplexity of the cut model,\nWikiText-2 test")
+        make_logarithmic(panels[2])
+        for axes in panels:
+            axes.set(xlabel="removed, % of the linears", xticks=percents)
+        figure.legend(loc="outside upper center", ncols=5)
+        save_picture(figure, path)
+
+
+# Table 3: time of merged and unmerged models
+
+
+def measure_merged(pruned: list[Path]) -> None:
+    folders = {"dense": embedded_model_dir(), **dict(zip(("20 %", "50 %"), pruned, strict=True))}
+    models = dict[str, Any]()
+    for name, folder in folders.items():
+        for form in ("merged", "unmerged"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=True)
+            if form == "unmerged":
+                loaded.add_adapter(LORA)  # new factors take the time that tuned ones do
+            models[f"{name}, {form}"] = loaded.eval()
+    settings = SpeedSettings(prompt=2048, generated=16, rounds=10)
+    speeds = measure_speed(list(models.values()), settings)
+    seconds = {
+        name: {
+            "prefill": settings.prompt / speed.prefill_tokens_per_second,
+            "decode": settings.generated / speed.decode_tokens_per_second,
+        }
+        for name, speed in zip(models, speeds, strict=True)
+    }
+    reference = seconds["dense, merged"]
+    times = {name: {key: of[key] / reference[key] for key in of} for name, of in seconds.items()}
+    record("paper_speed", {"settings": vars(settings), "seconds": seconds, "times_dense_merged": times})
+
+
+# Table 4: memory of the criteria in one process, unsharded
+
+
+def measure_memory() -> None:
+    processes, rows = multiprocessing.get_context("spawn"), dict[str, Any]()
+    for name in ("vanilla", "lora", "lora, int8"):
+        with processes.Pool(1) as pool:
+            rows[name] = pool.apply(_memory, (name,))
+        print(name, rows[name], flush=True)
+    less = {name: 1 - row["peak"] / rows["vanilla"]["peak"] for name, row in rows.items()}
+    record("paper_memory", {"model": LLAMA_1B, "tokens": TOKENS, "bytes": rows, "less_than_vanilla": less})
+
+
+def _memory(name: str) -> dict[str, int]:
+    """Returns the bytes above the imports: of the model, and at most in a step that scores every linear."""
+    torch.manual_seed(0)
+    gc.collect()
+    with Peak() as before:
+        pass
+    torch.set_default_dtype(torch.bfloat16)
+    stock: Any = LlamaForCausalLM(LlamaConfig(**LLAMA_1B, vocab_size=32000, max_position_embeddings=2048))
+    torch.set_default_dtype(torch.float32)
+    if name.endswith("int8"):
+        _store_in_int8(stock)
+    peft_config: Any = copy.deepcopy(LORA)
+    if name != "vanilla":
+        peft_config._register_custom_module({nn.Linear: FusedLoraLinear})  # as the trainer's
+    model: Any = get_peft_model(stock, peft_config, autocast_adapter_dtype=False).to(torch.bfloat16)
+    linears = [module for module in model.modules() if hasattr(module, "lora_A")]
+    if name == "vanilla":
+        for linear in linears:
+            linear.base_layer.weight.requires_grad_(True)
+    token_ids = torch.randint(32000, (1, TOKENS))
+    with Peak() as peak:
+        model(input_ids=token_ids, labels=token_ids).loss.backward()
+        scores = [_score(linear, vanilla=name == "vanilla") for linear in linears]
+    assert all(score.isfinite().all() for score in scores)
+    assert all(score.any() for score in scores)
+    return {"model": peak.before - before.before, "peak": peak.peak - before.before}
+
+
+def _store_in_int8(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear) and name in (LORA.target_modules or ()):
+                stored_as = Int8(axis=0)
+                small = Int8Linear(linear, stored_as)
+                for key, tensor in stored_as.split(linear.weight, linear.weight.dtype).items():
+                    getattr(small, key).data.copy_(tensor)
+                setattr(parent, name, small)
+
+
+@torch.no_grad()
+def _score(linear: Any, *, vanilla: bool) -> Tensor:
+    """Scores the rows of a linear by the true gradient, or by the estimate from LoRA's."""
+    A, B = linear.lora_A["default"].weight, linear.lora_B["default"].weight
+    base = linear.base_layer
+    weight = storage_format(base).join(stored_tensors(base))
+    gradient = base.weight.grad if vanilla else gradient_estimate(LoraFactors(A, B, A.grad, B.grad, scaling=2.0))
+    return (gradient * weight).abs().sum(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["masks", "speed", "memory"])
+    parser.add_argument("--work", type=Path, help="folder of quality.py")
+    parser.add_argument("--pruned", type=Path, nargs=2, help="models with 20 and 50 % removed")
+    arguments = parser.parse_args()
+    match arguments.what:
+        case "masks":
+            measure_masks(arguments.work)
+        case "speed":
+            measure_merged(arguments.pruned)
+        case _:
+            measure_memory()
+
+
+if __name__ == "__main__":
+    main()
