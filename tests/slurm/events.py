@@ -1,4 +1,4 @@
-"""Strikes a job with every event, on a real Slurm of three nodes: the table in slurm/README.md.
+"""Strikes a job with every event, on a real Slurm of three nodes: the list in slurm/README.md.
 
     python -m tests.slurm.events [--only REGEX] [--out FILE]
 
