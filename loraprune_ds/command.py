@@ -35,6 +35,8 @@ INTERFACES = Path("/sys/class/net")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 HINT = "start deepspeed, torchrun or srun, or unset it"
+# What cuBLAS and flash-attn read when they start, for `train.deterministic`.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 
 
 def main() -> NoReturn:
@@ -233,8 +235,3 @@ def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES
         return {}
     existing = [name for name in names.split(",") if name and (interfaces / name).exists()]
     return {"GLOO_SOCKET_IFNAME": existing[0]} if existing else {}
-
-
-def deterministic_kernels() -> dict[str, str]:
-    """Returns the variables that cuBLAS and flash-attn read when they start, for `train.deterministic`."""
-    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}

@@ -123,8 +123,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     command.check_ranks(os.environ)  # wrong ranks are an error before DeepSpeed is imported
     command.collective_timeout(os.environ)
     command.check_needs(arguments, NEEDS)
-    tasks, answers = task_settings(arguments), answer_settings(arguments)
-    measured = {"tasks": tasks, "answers": answers, "speed": speed_settings(arguments)}
+    names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
+    tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit) if names else None
+    rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
+    speed = SpeedSettings(**rounds) if arguments.speed else None
+    measured = {"tasks": tasks, "answers": answer_settings(arguments), "speed": speed}
     if not arguments.verbose:
         command.silence_libraries()  # their bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -144,14 +147,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     comm = start_ranks()
     # One rank per node downloads or converts. The others then find the result in the node's cache.
     is_first = os.environ["LOCAL_RANK"] == "0"
-    names = [arguments.model, *([arguments.dense] if arguments.dense else [])]
+    models = [arguments.model, *([arguments.dense] if arguments.dense else [])]
     if tasks:
         comm.all_or_raise(lambda: check_tasks(tasks))
     with comm.patient() as waiting:
-        waiting.all_or_raise(lambda: list(map(find_model, names)) if is_first else None)
+        waiting.all_or_raise(lambda: list(map(find_model, models)) if is_first else None)
         waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
     settings = comm.all_or_raise(lambda: make_settings(arguments, measured))
-    measurements = evaluate(names, settings, comm, show_progress)
+    measurements = evaluate(models, settings, comm, show_progress)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(measurements, settings, comm.world_size, provenance)
     stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
@@ -167,17 +170,6 @@ def make_settings(arguments: argparse.Namespace, measured: dict[str, Any]) -> Ev
         sharded=arguments.sharded,
         **measured,
     )
-
-
-def task_settings(arguments: argparse.Namespace) -> TaskSettings | None:
-    names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
-    tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
-    return tasks if names else None
-
-
-def speed_settings(arguments: argparse.Namespace) -> SpeedSettings | None:
-    rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
-    return SpeedSettings(**rounds) if arguments.speed else None
 
 
 def answer_settings(arguments: argparse.Namespace) -> AnswerSettings | None:

@@ -194,13 +194,10 @@ class RunRecorder(Recorder):
         if not active:
             return
         metrics = records.MetricsLog(folder / layout.METRICS_FILE)
-        if checkpoint is None:
-            metrics.truncate()
-        else:
-            metrics.truncate_to(checkpoint.state.step)  # a killed run may have gone beyond it
-            self.history = records.history_from(records.read_metrics(folder / layout.METRICS_FILE))
-        self.sinks.append(metrics)
         first = checkpoint and checkpoint.state.step
+        metrics.truncate_to(first or 0)  # a killed run may have gone beyond it
+        self.history = records.history_from(records.read_metrics(metrics.path))
+        self.sinks.append(metrics)
         report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
         if "tensorboard" in report_to:
             self.sinks.append(TensorBoardLog(folder / layout.TENSORBOARD_FOLDER, first))
