@@ -25,10 +25,6 @@ Label = tuple[str, tuple[float, float]]  # a text and its point
 Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
 
 
-def _short(perplexity: float) -> str:
-    return f"{perplexity:.1f}" if perplexity < 1e4 else f"{perplexity:.1e}"
-
-
 @dataclass(frozen=True)
 class Measure:
     """A number that models are compared by, and its form in the table and in the picture."""
@@ -39,7 +35,7 @@ class Measure:
 
 
 MEASURES = {
-    "perplexity": Measure(format_perplexity, _short, "lower"),
+    "perplexity": Measure(format_perplexity, lambda value: f"{value:.1f}" if value < 1e4 else f"{value:.1e}", "lower"),
     "accuracy": Measure("{:.4f}".format, "{:.3f}".format),
     "exact match": Measure("{:.4f}".format, "{:.3f}".format),
     "repetition": Measure(format_percent, format_percent, "lower"),
@@ -81,8 +77,7 @@ def read_results(paths: Sequence[Path]) -> list[ComparedModel]:
 
 def _read_run(folder: Path) -> list[ComparedModel]:
     """Reads a run, or each size of its shelf."""
-    status = read_status(folder)
-    if status is None:
+    if (status := read_status(folder)) is None:
         raise UserError(f"{folder / STATUS_FILE} does not exist")
     require(status.state == "finished", f"{folder} holds an unfinished run ({status})")
     path = folder / REPORT_FILE
@@ -190,8 +185,8 @@ def comparison_table(models: Sequence[ComparedModel]) -> str:
 def _row(model: ComparedModel) -> dict[str, str]:
     """Returns the cells by their heads."""
     removed = "-" if model.removed_fraction is None else f"{100 * model.removed_fraction:.2f} %"
-    row = {"result": model.name, "method": model.method or "-", "parameters": f"{model.parameters:,}"}
-    row |= {"removed": removed}
+    parameters = f"{model.parameters:,}"
+    row = {"result": model.name, "method": model.method or "-", "parameters": parameters, "removed": removed}
     for name, measure in MEASURES.items():
         value, dense, _ = model.measured.get(name, (None, None, ""))
         row[name] = "-" if value is None else measure.cell(value)
