@@ -96,11 +96,10 @@ def encode_prompts(
         except Exception as error:  # a template can hold any code
             raise UserError(f"{where}: the chat template of {path} refuses it: {one_line(error)}") from error
         encoded.append(list(made["input_ids"]))
-        require(
-            not most or len(encoded[-1]) + settings.max_new_tokens <= most,
-            f"{where}: {path} reads at most {most} tokens (max_position_embeddings), not a prompt of "
-            f"{len(encoded[-1])} and {settings.max_new_tokens} new ones",
-        )
+        length, new = len(encoded[-1]), settings.max_new_tokens
+        asked = f"not a prompt of {length} and {new} new ones"
+        fits = not most or length + new <= most
+        require(fits, f"{where}: {path} reads at most {most} tokens (max_position_embeddings), {asked}")
     return encoded
 
 

@@ -213,10 +213,8 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
         for name in MEASURES
         for basis in dict.fromkeys(model.measured[name].basis for model in drawable if name in model.measured)
     ]
-    if not panels:
-        raise UserError(
-            "nothing to draw: no result has a quality and a removed fraction (launch/evaluate.py --dense gives it one)"
-        )
+    lacking = "no result has a quality and a removed fraction (launch/evaluate.py --dense gives it one)"
+    require(bool(panels), f"nothing to draw: {lacking}")
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     methods = sorted({model.method for model in models}, key=str)

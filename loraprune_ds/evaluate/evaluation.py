@@ -127,15 +127,14 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     dtype = choose_dtype(source, settings.dtype)
     if settings.sharded:
         check_dtype(dtype)
-        if source.adapter:
-            raise UserError(f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
+        require(not source.adapter, f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
     most = source.pretrained.config.get("max_position_embeddings")
     lengths = [settings.protocol.window] if settings.text else []
     if settings.speed:
         lengths.append(settings.speed.prompt + settings.speed.generated)
     for length in lengths:
-        if most and length > most:
-            raise UserError(f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
+        fits = not most or length <= most
+        require(fits, f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
     tokenizer = load_tokenizer(source.tokenizer_folder)
     batches: Sequence[Tensor] = ()
     if settings.text:

@@ -100,20 +100,12 @@ class Int8:
 
     Attributes:
         axis: the one without blocks.
-        rows: of one matrix, if several are stacked and have their blocks along the rows.
+        rows: of one matrix, if several are stacked and have their blocks along the rows. By default there is one.
     """
 
     tensors: ClassVar[tuple[str, ...]] = (WEIGHT, SCALE)
     axis: int
-    rows: int | None = None
-
-    @property
-    def _hidden(self) -> int:
-        return 1 - self.axis
-
-    @property
-    def _height(self) -> int:
-        return self.rows or 1 << 40
+    rows: int = 1 << 40
 
     @property
     def _band(self) -> int:
@@ -121,13 +113,13 @@ class Int8:
 
     @property
     def _bands(self) -> int:
-        return -(-self._height // self._band)
+        return -(-self.rows // self._band)
 
     def _band_of(self, row: Rows) -> Rows:
-        return row // self._height * self._bands + row % self._height // self._band
+        return row // self.rows * self._bands + row % self.rows // self._band
 
     def _top(self, band: int) -> int:
-        return band // self._bands * self._height + band % self._bands * self._band
+        return band // self._bands * self.rows + band % self._bands * self._band
 
     def scale_shape(self, shape: Matrix) -> Matrix:
         if self.axis == 0:
@@ -141,15 +133,15 @@ class Int8:
     def split(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """As `Dense.split`. Raises NotFinite. Only some rows are converted to fp32 at a time."""
         rows = self._band * max(1, READ_CHUNK // (self._band * weight.shape[1]))
-        matrices = weight.split(self._height)
+        matrices = weight.split(self.rows)
         parts = [self._quantise(part.float(), dtype) for matrix in matrices for part in matrix.split(rows)]
         return {WEIGHT: torch.cat([q for q, _ in parts]), SCALE: torch.cat([scale for _, scale in parts])}
 
     def join(self, stored: Iterable[Tensor]) -> Tensor:
         weight, scale = stored
-        if len(weight) <= self._height:  # saves the copy
+        if len(weight) <= self.rows:  # saves the copy
             return dequantise(weight, scale, self.axis)
-        matrices = zip(weight.split(self._height), scale.split(self._bands), strict=True)
+        matrices = zip(weight.split(self.rows), scale.split(self._bands), strict=True)
         return torch.cat([dequantise(*matrix, self.axis) for matrix in matrices])
 
     def kept(self, axis: int, kept: Tensor) -> dict[str, Tensor]:
@@ -202,13 +194,14 @@ class Int8:
         return dequantise(rows, scales, 0) if self.axis == 0 else rows.to(scales.dtype).mul_(scales)
 
     def _quantise(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        largest = torch.cat([part.abs().amax(self._hidden + 1) for part in _blocks(weight, self._hidden)], self._hidden)
+        hidden = 1 - self.axis
+        largest = torch.cat([part.abs().amax(hidden + 1) for part in _blocks(weight, hidden)], hidden)
         if not torch.isfinite(largest).all():
             raise NotFinite
         limits = torch.finfo(dtype)
         scale = (largest / LARGEST).to(dtype).clamp_(min=limits.tiny * limits.eps)  # the smallest number above 0
         values = weight.clone()
-        for part, scales in _with_scales(values, scale, self._hidden):
+        for part, scales in _with_scales(values, scale, hidden):
             part.div_(scales.float())
         return values.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale
 

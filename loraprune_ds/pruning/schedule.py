@@ -138,10 +138,8 @@ def make_section(
     start = first + math.floor(config.warmup_fraction * steps + 1e-6)
     end = first + steps - math.floor(config.cooldown_fraction * steps + 1e-6)
     to = f" for prune.sizes {size.name}" if size.name else ""
-    if end <= start:
-        raise UserError(
-            f"train.steps {steps}{to} leaves no step between prune.warmup_fraction and prune.cooldown_fraction"
-        )
+    few = f"train.steps {steps}{to} leaves no step between prune.warmup_fraction and prune.cooldown_fraction"
+    require(end > start, few)
     last = first + steps
     section = Section(size, before, first, start, end, last, last + recovery, config.prune_every)
     if limits.depth and not earlier:

@@ -76,7 +76,8 @@ class Progress:
                     self._latest[-1] += record.seconds
                 self.show(records.cut_line(record))
             case records.EvaluationRecord():
-                self.show(evaluation_line(record))
+                measured = f"{EVALUATED[record.name]}, {record.windows} windows"
+                self.show(f"step {record.step}  perplexity {format_perplexity(record.perplexity)} ({measured})")
 
     def show(self, line: str) -> None:
         """Shows a line above the live line."""
@@ -129,13 +130,6 @@ def _can_show_live_line(stream: TextIO) -> bool:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except OSError:  # an unknown width
         return True
-
-
-def evaluation_line(evaluation: records.EvaluationRecord) -> str:
-    return (
-        f"step {evaluation.step}  perplexity {format_perplexity(evaluation.perplexity)} "
-        f"({EVALUATED[evaluation.name]}, {evaluation.windows} windows)"
-    )
 
 
 class Recorder:

@@ -45,7 +45,8 @@ class RequestListener:
         self._folder, self._watches_files = folder, watches_files
         self._signalled, self._interrupted_at = False, 0.0
         numbers = [signal.SIGTERM, signal.SIGINT]
-        if _started_by_srun():
+        # Where srun started this rank itself. A launcher in between dies of it and takes its ranks with it.
+        if "SLURM_PROCID" in os.environ and not {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
             numbers.append(signal.SIGUSR1)
         self._before: dict[signal.Signals, Any] = {n: signal.signal(n, self._on_signal) for n in numbers}
 
@@ -80,11 +81,6 @@ class RequestListener:
         if self._interrupted_at and now - self._interrupted_at > 1.0:
             raise KeyboardInterrupt
         self._interrupted_at = self._interrupted_at or now
-
-
-def _started_by_srun() -> bool:
-    """Whether srun started this rank itself. A launcher in between dies of SIGUSR1 and takes its ranks with it."""
-    return "SLURM_PROCID" in os.environ and not {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
 
 
 def drop_stale_requests(folder: Path) -> list[str]:

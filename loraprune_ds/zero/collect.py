@@ -47,9 +47,8 @@ def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> Collec
     masters = [collect_tensor(p, owner, comm, safe_get_local_fp32_param(p)) for p in (a, b)]
     if comm.rank != owner:
         return None
-    return CollectedLinear(
-        stored, bias, *cast(list[Tensor], masters), scaling=module.scaling[ADAPTER], stored_as=stored_as
-    )
+    master_a, master_b = cast(list[Tensor], masters)
+    return CollectedLinear(stored, bias, master_a, master_b, module.scaling[ADAPTER], stored_as)
 
 
 @torch.no_grad()

@@ -74,7 +74,9 @@ class Communicator:
         """Fills every rank's `shard` from a flat tensor that `owner` holds. Padding becomes zero."""
         parts = None
         if flat is not None:
-            parts = list(_padded(flat, len(shard) * self.world_size).split(len(shard)))
+            missing = len(shard) * self.world_size - len(flat)
+            padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat  # a copy only where it must be
+            parts = list(padded.split(len(shard)))
         if self.world_size == 1:
             shard.copy_(cast(list[Tensor], parts)[0])
             return
@@ -155,8 +157,3 @@ class Communicator:
 
     def _count(self, numel: int, element_size: int) -> None:
         self.bytes_sent += numel * element_size
-
-
-def _padded(values: Tensor, size: int) -> Tensor:
-    """Adds zeros at the end up to `size`. Makes no copy if none are missing."""
-    return values if len(values) == size else torch.nn.functional.pad(values, (0, size - len(values)))

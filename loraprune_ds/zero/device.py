@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,16 +60,11 @@ def peak_flops(device: str, dtype: Dtype) -> float | None:
 
 def check_dtype(dtype: str) -> None:
     """Checks that this rank's device can train in `dtype`. Raises a UserError that names the device."""
-    supported = {"float16": accelerator().is_fp16_supported, "bfloat16": _computes_bf16}
+    supported = {"float16": accelerator().is_fp16_supported, "bfloat16": accelerator().is_bf16_supported}
+    if accelerator().device_name() == "cuda":  # a GPU older than Ampere emulates bf16, slower than fp32
+        supported["bfloat16"] = partial(torch.cuda.is_bf16_supported, including_emulation=False)
     if dtype in supported and not supported[dtype]():
         raise UserError(f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device")
-
-
-def _computes_bf16() -> bool:
-    """Whether the device has instructions for bf16. A GPU older than Ampere emulates them, slower than fp32."""
-    if accelerator().device_name() == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return accelerator().is_bf16_supported()
 
 
 def to_device(tensor: Tensor) -> Tensor:
@@ -131,10 +127,8 @@ def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
     """Computes this thread's products in `dtype` through fp32 while open, but only if that is faster."""
     if not is_cpu():
         return nullcontext()
-    native = {
-        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
+    mkldnn = torch.ops.mkldnn
+    native = {"bfloat16": mkldnn._is_mkldnn_bf16_supported, "float16": mkldnn._is_mkldnn_fp16_supported}
     return nullcontext() if dtype not in native or native[dtype]() else ThroughFloat32()
 
 
