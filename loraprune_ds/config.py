@@ -59,11 +59,7 @@ NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_settings(section: Any, name: str) -> None:
-    """Checks a section against `EITHER` and `NEEDS`.
-
-    Raises:
-        UserError: a setting lacks another one, or excludes it.
-    """
+    """Checks a section against `EITHER` and `NEEDS`. Raises UserError if a setting lacks or excludes another one."""
     one, other = EITHER[name]
     is_one = (getattr(section, one) is None) != (getattr(section, other) is None)
     replaced = getattr(section, "sizes", None) is not None
@@ -288,11 +284,7 @@ class TrainConfig:
         require(self.warmup_steps < steps, long)
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Returns the micro-batches of each rank per step.
-
-        Raises:
-            UserError: the ranks cannot share them. The line lists the world sizes that fit.
-        """
+        """Returns the micro-batches of each rank per step. Raises UserError, which lists the world sizes that fit."""
         micro_batches = self.global_batch_size // self.micro_batch_size
         if micro_batches % world_size:
             fit = ", ".join(str(ranks) for ranks in range(1, micro_batches + 1) if micro_batches % ranks == 0)

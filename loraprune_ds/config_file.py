@@ -95,11 +95,7 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
 
 
 def forget_removed(saved: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recorded config without the settings that are gone, where the run is the same without them.
-
-    Raises:
-        UserError: one of them had a value that made it another run.
-    """
+    """Returns a recorded config without the settings that are gone. Raises UserError if one made it another run."""
     kept = _without_removed(saved, recorded=True)
     if isinstance(model := kept.get("model"), dict):
         kept["model"] = {"text_only": True} | model  # before this setting, no result had a tower

@@ -96,11 +96,7 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 def read_status(folder: Path) -> Status | None:
-    """Reads the status of the run in this folder, if there is a run.
-
-    Raises:
-        UserError: status.json is damaged, or as CheckpointMismatch, of another format.
-    """
+    """Reads the status of the folder's run, if any. Raises UserError, and CheckpointMismatch for another format."""
     path = folder / STATUS_FILE
     if not path.exists():
         return None

@@ -84,11 +84,7 @@ class TrainingCheckpoint:
 
 
 def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -> TrainingCheckpoint | None:
-    """Opens the newest undamaged checkpoint under `root`. The ranks share the reading. Collective.
-
-    Raises:
-        CheckpointMismatch: it is of another format or of another source model.
-    """
+    """Opens the newest undamaged checkpoint under `root`, read by all ranks. Collective. Raises CheckpointMismatch."""
     for number in reversed(comm.gather_objects(layout.numbered(root, "step"))[0]):
         try:
             return open_training_checkpoint(layout.step_folder(root, number), comm)

@@ -82,10 +82,7 @@ class Measurement:
 def evaluate(
     paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds, _: rounds
 ) -> list[Measurement]:
-    """Measures a model, and the dense one if `paths` names a second. Collective.
-
-    Results of tasks, answers and speed are on rank 0 only.
-    """
+    """Measures a model, and a second, dense one. Collective. Tasks, answers and speed are on rank 0 only."""
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
     dense = models[1].source.pretrained.shape.total_numel() if len(models) > 1 else None
     measurements: list[Measurement] = []

@@ -47,11 +47,7 @@ class PruningResult:
         return read_json(path).get("layers") if path.is_file() else None
 
     def load_model(self, **options: Any) -> PreTrainedModel:
-        """Loads the model in the dtype of its files, with its tower if it has one. No code of its folder is run.
-
-        Args:
-            options: of transformers' `from_pretrained`, such as `device_map`.
-        """
+        """Loads the model with its tower, by `options` of `from_pretrained`. No code of its folder is run."""
         text_class, tower = causal_lm_class(self.pretrained.shape.model_type), self.pretrained.tower
         return (AutoModelForImageTextToText if tower else text_class).from_pretrained(self.folder, **options)
 
@@ -130,10 +126,7 @@ def _find_adapter(path: str, folder: Path) -> ModelSource:
 
 
 def load_model(source: ModelSource, dtype: str, device: torch.device) -> PreTrainedModel:
-    """Loads the model on `device`, in evaluation mode and without a tower.
-
-    An adapter is merged in fp32 and rounded once.
-    """
+    """Loads the model on `device` for evaluation, without a tower. An adapter is merged in fp32 and rounded once."""
     pretrained = source.pretrained
     options: dict[str, Any] = {"attn_implementation": attn_implementation("sdpa", pretrained.shape.family)}
     if pretrained.tower:

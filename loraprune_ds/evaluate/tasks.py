@@ -75,11 +75,7 @@ def run_tasks(
 
 
 def mean_metric(tasks: dict[str, Any], metric: str) -> float | None:
-    """Returns the mean over the tasks that have the metric, or None if none has.
-
-    Args:
-        metric: "acc" of multiple choice, or "exact_match" of written answers.
-    """
+    """Returns the mean over the tasks with this metric, or None: "acc", or "exact_match" of written answers."""
     values = [tasks["results"][name][f"{metric},none"] for name in tasks_with(tasks, metric)]
     return sum(values) / len(values) if values else None
 

@@ -23,6 +23,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_arg
 WEIGHT, SCALE = "weight", "weight_scale"
 BLOCK = 64  # weights under one scale. 32 gave no lower perplexity (tests/benchmarks/README.md)
 LARGEST = 127
+UNSTACKED = 1 << 40  # more rows than any matrix has
 READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little memory beyond the shard
 
 Matrix = tuple[int, int]
@@ -31,13 +32,10 @@ ReadPart = Callable[[int, int], Tensor]  # (start, end) -> the flat elements [st
 
 
 class Pieces(NamedTuple):
-    """Names the tensors on disk that make up one parameter, stacked along axis 0. Each has this shape.
-
-    A single one may have three dimensions.
-    """
+    """Names the tensors on disk that make up one parameter, stacked along axis 0."""
 
     names: tuple[str, ...]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of each. A single one may have three dimensions
     transposed: bool = False  # each matrix is so in the files
 
     def keep_rows(self, rows: Tensor) -> "Pieces":
@@ -105,7 +103,7 @@ class Int8:
 
     tensors: ClassVar[tuple[str, ...]] = (WEIGHT, SCALE)
     axis: int
-    rows: int = 1 << 40
+    rows: int = UNSTACKED
 
     @property
     def _band(self) -> int:

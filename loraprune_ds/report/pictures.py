@@ -191,11 +191,7 @@ def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[
 
 
 def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None) -> None:
-    """Draws perplexity over the parameters of each size, beside the `dense` model's, and agreement if it is known.
-
-    Args:
-        shelf: the rows of report.json. It draws nothing where no perplexity is known.
-    """
+    """Draws perplexity over the parameters of the sizes, rows of report.json, with the dense model's and agreement."""
     points = [(row["parameters"] / 1e6, row["perplexity"], row) for row in shelf if row["perplexity"]]
     if not points:
         return

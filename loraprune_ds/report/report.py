@@ -46,12 +46,7 @@ def make_report(
     peak_bytes: list[int],
     accelerator: str,
 ) -> dict[str, Any]:
-    """Makes the content of report.json.
-
-    Args:
-        peak_bytes: peak memory of each rank: (world_size,).
-        accelerator: name of the device that the ranks ran on.
-    """
+    """Makes the content of report.json. `peak_bytes` has each rank's peak memory, `accelerator` names their device."""
     steps, cuts, pruned, resumed_from = history.steps, history.cuts, outcome.pruned, outcome.resumed_from
     steps_before = [s for s in steps if not cuts or s.step <= cuts[0].step]
     steps_after = [s for s in steps if cuts and s.step > cuts[-1].step]

@@ -37,10 +37,7 @@ from loraprune_ds.zero.write import LocalWrites
 def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str]) -> TrainingCheckpoint | None:
     """Finds the checkpoint that a run resumes from. None to start at step 0. Collective.
 
-    `warnings` gets a line for each checkpoint that cannot be used.
-
-    Raises:
-        UserError: the given path has no good checkpoint, or the checkpoint belongs to another run.
+    `warnings` gets a line for each that cannot be used. Raises UserError if a given path has no good one of this run.
     """
     settings, path = output.config.to_dict(), output.resume_path
     # The folder of a step, even one that lost its state. A run may have any name, even step-1.

@@ -108,11 +108,7 @@ class TrainingLoop:
 def measure_held_out(
     infer: Callable[..., Any], windows: Tensor, batch_size: int, comm: Communicator, *, step: int, name: EvaluationName
 ) -> EvaluationRecord:
-    """Measures held-out perplexity. Draws no random numbers and changes no training state. Collective.
-
-    Args:
-        windows: (windows, evaluate.window) token ids.
-    """
+    """Measures perplexity on windows (count, length). No random number or training state changes. Collective."""
     batches = windows.split(batch_size)
     result = measure_perplexity(lambda ids, labels: infer(input_ids=ids, labels=labels), batches, comm)
     return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)

@@ -26,13 +26,8 @@ REQUEST_FILES = {NOTHING: (), SAVE: (SAVE_FILE,), STOP: (STOP_FILE, SAVE_FILE)}
 # A parent counts by the program it runs. Any other may end before the run: the shell of `nohup ... &`, or a process
 # outside of the container. RANK proves nothing, because Kubeflow sets it for process 1 of a container.
 LAUNCHERS = {
-    "deepspeed.launcher.launch",
-    "torchrun",
-    "torch.distributed.run",
-    "torch.distributed.launch",
-    "accelerate",
-    "accelerate-launch",
-    "accelerate.commands.launch",
+    *("deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch"),
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
     "slurmstepd",  # starts what srun asks for
 }
 RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}  # the last one by `loraprune-ds run`

@@ -107,13 +107,7 @@ class Teacher:
 
 
 class Trainer:
-    """Trains LoRA on the sharded model and calls the pruner at every step.
-
-    Args:
-        dtype: of the frozen weights.
-        seed: of the dropout.
-        current_request: returns this rank's request (stop.py).
-    """
+    """Trains LoRA on the sharded model and calls the pruner at every step. `dtype` is of the frozen weights."""
 
     def __init__(
         self,
@@ -125,7 +119,7 @@ class Trainer:
         *,
         dtype: Dtype,
         seed: int,
-        current_request: Callable[[], int] = lambda: NOTHING,
+        current_request: Callable[[], int] = lambda: NOTHING,  # of this rank (stop.py)
         teacher: Teacher | None = None,
     ) -> None:
         self.engine, self.model, self.pruner = engine, engine.model, pruner

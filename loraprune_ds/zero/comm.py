@@ -138,11 +138,9 @@ class Communicator:
             torch.distributed.destroy_process_group(group)
 
     def warm_up(self) -> None:
-        """Runs the collectives of a step, a cut and a save once, on a few bytes. Collective.
-
-        NCCL connects two ranks at their first exchange, and allocates gigabytes of buffers outside torch's pool
-        (NVIDIA/nccl #1685). A lack of memory or a broken network shows before the run, not at the first cut.
-        """
+        """Runs the collectives of a step, a cut and a save once, on a few bytes. Collective."""
+        # NCCL connects two ranks at their first exchange, and allocates gigabytes of buffers outside torch's pool
+        # (NVIDIA/nccl #1685). A lack of memory or a broken network shows before the run, not at the first cut.
         ones, before = torch.ones(self.world_size, device=self.device), self.bytes_sent
         self.all_reduce(ones.clone())
         self.all_gather(ones)

@@ -49,11 +49,7 @@ def device_name() -> str:
 
 
 def peak_flops(device: str, dtype: Dtype) -> float | None:
-    """Returns the operations per second of a card's matrix units. None for an unknown card, a CPU, or float32.
-
-    Args:
-        device: as `device_name`.
-    """
+    """Returns the operations per second of a card's matrix units. None for an unknown card, a CPU, or float32."""
     known = next((teraflops for name, teraflops in PEAK_TERAFLOPS.items() if name in device), None)
     return None if known is None or dtype == "float32" else known * 1e12
 
@@ -73,11 +69,9 @@ def to_device(tensor: Tensor) -> Tensor:
 
 
 def settle_shards() -> None:
-    """Waits for the device, at the end of every cut, refit, restore and update.
-
-    With `overlap_comm` DeepSpeed gathers on a separate stream, which never waits for the one that computes: a prefetch
-    could read a shard before it is written.
-    """
+    """Waits for the device, at the end of every cut, refit, restore and update."""
+    # With `overlap_comm` DeepSpeed gathers on a separate stream, which never waits for the one that computes: a
+    # prefetch could read a shard before it is written.
     accelerator().synchronize()
 
 

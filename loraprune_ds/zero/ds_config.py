@@ -163,12 +163,7 @@ def _look_up(raw: dict[str, Any], keys: tuple[str, ...]) -> Any:
 
 
 def check_reshardable(where: str, raw: dict[str, Any], element_sizes: Collection[int] = ()) -> None:
-    """Checks that a DeepSpeed config is ZeRO-3 and has no setting that does not work with a cut.
-
-    Args:
-        where: the file, or another name of the config.
-        element_sizes: the bytes per element that occur among the sharded weights.
-    """
+    """Checks that the config `where` is ZeRO-3 and works with a cut of weights that have elements of these sizes."""
     zero = raw.get("zero_optimization")
     require(isinstance(zero, dict) and zero.get("stage") == 3, f"{where}: zero_optimization.stage must be 3")
     for keys, (allowed, reason) in ONLY.items():

@@ -36,11 +36,7 @@ def find_zero_optimizer(optimizer: Any) -> DeepSpeedZeroOptimizer_Stage3:
 
 
 def share_model(module: nn.Module, zero: DeepSpeedZeroOptimizer_Stage3, shape: ModelShape) -> ShardedModel:
-    """Makes the model that the pruner cuts while the other trainer's engine trains it.
-
-    Raises:
-        UserError: the engine's optimizer or group of ranks cannot be pruned, or this version of DeepSpeed.
-    """
+    """Makes the model that the pruner cuts while another trainer trains it. Raises UserError if it cannot be cut."""
     check_private_attributes()
     inner = zero.optimizer
     if type(inner).__name__ not in ADAM or any(group.get("amsgrad") for group in inner.param_groups):
