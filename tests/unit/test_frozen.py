@@ -149,9 +149,8 @@ def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(fam
         assert expected.shape == left[name].shape
         for rank in range(3):
             start, end = owned_range(expected.numel(), 3, rank)
-            assert torch.equal(small.read_stored(name, start, end, torch.bfloat16), expected.reshape(-1)[start:end]), (
-                name
-            )
+            found = small.read_stored(name, start, end, torch.bfloat16)
+            assert torch.equal(found, expected.reshape(-1)[start:end]), name
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
