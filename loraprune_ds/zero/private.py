@@ -23,15 +23,9 @@ from loraprune_ds.errors import UserError
 
 # Lists that describe the flat buffers. They are emptied before the optimizer lays out new ones.
 FLAT_LISTS = (
-    "fp16_groups",
-    "fp16_partitioned_groups",
-    "fp16_partitioned_groups_flat",
-    "fp16_partitioned_groups_flat_numel",
-    "fp16_partitioned_groups_flat_id",
-    "param_groups_fp16_flat_cpu_memory",
-    "fp32_partitioned_groups_flat",
-    "next_swappable_fp32_partitioned_groups",
-    "groups_padding",
+    *("fp16_groups", "fp16_partitioned_groups", "fp16_partitioned_groups_flat", "fp16_partitioned_groups_flat_numel"),
+    *("fp16_partitioned_groups_flat_id", "param_groups_fp16_flat_cpu_memory", "fp32_partitioned_groups_flat"),
+    *("next_swappable_fp32_partitioned_groups", "groups_padding"),
 )
 if (deepspeed.__version_major__, deepspeed.__version_minor__) >= (0, 19):  # before, sub-groups share a group of ranks
     FLAT_LISTS += ("sub_group_process_groups", "sub_group_partition_counts")
