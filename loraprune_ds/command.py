@@ -35,6 +35,8 @@ INTERFACES = Path("/sys/class/net")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 HINT = "start deepspeed, torchrun or srun, or unset it"
+# What cuBLAS and flash-attn read when they start, for `train.deterministic`.
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 
 
 def main() -> NoReturn:
@@ -107,11 +109,9 @@ def leave(code: int) -> NoReturn:
 
 
 def leave_on_error() -> None:
-    """Makes an unexpected error end this process right after its traceback.
-
-    While an interpreter shuts down it can wait for the other ranks, which wait for this one, while the launcher waits
-    for its exit code.
-    """
+    """Makes an unexpected error end this process right after its traceback."""
+    # While an interpreter shuts down it can wait for the other ranks, which wait for this one, while the launcher waits
+    # for its exit code.
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         # torch calls this hook with sys.stderr pointing at a buffer, which would be lost here.
@@ -158,10 +158,8 @@ def adopt_srun_ranks() -> None:
 
 
 def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from srun's variables. Outside a job step it is empty.
-
-    SLURM_NTASKS is not enough: a batch script has it too, and its commands without srun are one process.
-    """
+    """Returns RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from srun's variables. Empty outside a job step."""
+    # SLURM_NTASKS is not enough: a batch script has it too, and its commands without srun are one process.
     if "SLURM_STEP_NUM_TASKS" not in environment:
         return {}
     nodes = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])  # gpu[01-04,7],login -> gpu[01-04,7]
@@ -223,18 +221,11 @@ def longest_silence(environment: Mapping[str, str]) -> float:
 
 
 def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES) -> dict[str, str]:
-    """Returns GLOO_SOCKET_IFNAME where only NCCL has been told its network. Empty if that names no interface.
-
-    By default gloo takes the address of the node's name. On Debian it is 127.0.1.1, where no other node finds it.
-    NCCL takes a name as a prefix. After "=" it is the full name, after "^" one to avoid.
-    """
+    """Returns GLOO_SOCKET_IFNAME where only NCCL has been told its network. Empty if it names none."""
+    # By default gloo takes the address of the node's name. On Debian it is 127.0.1.1, where no other node finds it.
+    # NCCL takes a name as a prefix. After "=" it is the full name, after "^" one to avoid.
     names = environment.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
     if environment.get("GLOO_SOCKET_IFNAME") or names.startswith("^"):
         return {}
     existing = [name for name in names.split(",") if name and (interfaces / name).exists()]
     return {"GLOO_SOCKET_IFNAME": existing[0]} if existing else {}
-
-
-def deterministic_kernels() -> dict[str, str]:
-    """Returns the variables that cuBLAS and flash-attn read when they start, for `train.deterministic`."""
-    return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}

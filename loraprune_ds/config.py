@@ -59,16 +59,11 @@ NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_settings(section: Any, name: str) -> None:
-    """Checks a section against `EITHER` and `NEEDS`.
-
-    Raises:
-        UserError: a setting lacks another one, or excludes it.
-    """
+    """Checks a section against `EITHER` and `NEEDS`. Raises UserError if a setting lacks or excludes another one."""
     one, other = EITHER[name]
-    require(
-        getattr(section, "sizes", None) or (getattr(section, one) is None) != (getattr(section, other) is None),
-        f"give exactly one of {name}.{one} and {name}.{other}; null takes one away",
-    )
+    is_one = (getattr(section, one) is None) != (getattr(section, other) is None)
+    replaced = getattr(section, "sizes", None) is not None
+    require(is_one or replaced, f"give exactly one of {name}.{one} and {name}.{other}; null takes one away")
     for setting, (is_read, needed) in NEEDS.items():
         of, key = setting.split(".")
         if of == name and getattr(section, key) != getattr(type(section), key):
@@ -172,11 +167,8 @@ class DataConfig:
         check_settings(self, "data")
         entries = [] if isinstance(self.path, str) else self.path
         for i, entry in enumerate(entries):
-            first = "a weight" if entry.weight is None else "no weight"
-            require(
-                (entry.weight is None) == (entries[0].weight is None),
-                f"data.path[{i}].weight: data.path[0] has {first}; give all entries one, or none",
-            )
+            other = f"data.path[0] has {'a' if entry.weight is None else 'no'} weight; give all entries one, or none"
+            require((entry.weight is None) == (entries[0].weight is None), f"data.path[{i}].weight: {other}")
 
     @property
     def only_text(self) -> bool:
@@ -237,10 +229,8 @@ class PruneConfig:
         for size in self.sizes or ():
             read_amount(size, "prune.sizes")
         check_settings(self, "prune")
-        require(
-            self.warmup_fraction + self.cooldown_fraction < 1,
-            "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
-        )
+        without_cuts = self.warmup_fraction + self.cooldown_fraction
+        require(without_cuts < 1, "prune.warmup_fraction + prune.cooldown_fraction must be below 1")
 
     @property
     def target_amount(self) -> Amount | None:
@@ -281,27 +271,20 @@ class TrainConfig:
     deterministic: bool = False  # kernels that give the same bits at every start, where torch has some
 
     def __post_init__(self) -> None:
-        require(
-            self.global_batch_size % self.micro_batch_size == 0,
-            f"train.global_batch_size ({self.global_batch_size}) is not a multiple of "
-            f"train.micro_batch_size ({self.micro_batch_size})",
-        )
+        batch, micro = self.global_batch_size, self.micro_batch_size
+        uneven = f"train.global_batch_size ({batch}) is not a multiple of train.micro_batch_size ({micro})"
+        require(batch % micro == 0, uneven)
         check_settings(self, "train")
         if self.steps is not None:
             self.check_warmup(self.steps)
 
     def check_warmup(self, steps: int) -> None:
         """Checks the warmup against the steps without the recovery. With epochs, only the data tells these."""
-        require(
-            self.warmup_steps < steps, f"train.warmup_steps must be below the {steps} steps; got {self.warmup_steps}"
-        )
+        long = f"train.warmup_steps must be below the {steps} steps; got {self.warmup_steps}"
+        require(self.warmup_steps < steps, long)
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Returns the micro-batches of each rank per step.
-
-        Raises:
-            UserError: the ranks cannot share them. The line lists the world sizes that fit.
-        """
+        """Returns the micro-batches of each rank per step. Raises UserError, which lists the world sizes that fit."""
         micro_batches = self.global_batch_size // self.micro_batch_size
         if micro_batches % world_size:
             fit = ", ".join(str(ranks) for ranks in range(1, micro_batches + 1) if micro_batches % ranks == 0)
@@ -359,21 +342,14 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        flash = self.model.attn_implementation.startswith("flash_attention")
-        require(
-            not (self.data.packing and flash and self.train.micro_batch_size > 1),
-            f"data.packing with model.attn_implementation {self.model.attn_implementation} needs "
-            "train.micro_batch_size 1",
-        )
+        attention = self.model.attn_implementation
+        packs = self.data.packing and attention.startswith("flash_attention") and self.train.micro_batch_size > 1
+        require(not packs, f"data.packing with model.attn_implementation {attention} needs train.micro_batch_size 1")
         models, numbers = self.prune.models, len(self.recovery)
-        require(
-            numbers == models,
-            f"train.recovery_steps has {numbers} numbers where prune.sizes makes {models}; give one number for all",
-        )
-        require(
-            not (self.train.group_by_length and self.data.only_text),
-            "train.group_by_length has no effect on data.format text: all its samples have data.window tokens",
-        )
+        differ = f"train.recovery_steps has {numbers} numbers where prune.sizes makes {models}; give one number for all"
+        require(numbers == models, differ)
+        alike = "train.group_by_length has no effect on data.format text: all its samples have data.window tokens"
+        require(not (self.train.group_by_length and self.data.only_text), alike)
 
     @property
     def recovery(self) -> list[int]:

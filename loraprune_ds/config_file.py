@@ -26,35 +26,13 @@ class Removed(NamedTuple):
 
 
 REMOVED = {  # settings, and values of settings
-    "prune.joint_budget": Removed(f"it measured no better than separate budgets {SEE}"),
-    "prune.channel_share": Removed(f"channels of all experts cost more perplexity than as many whole ones {SEE}"),
-    "prune.compensate=bias": Removed(f"prune.compensate: least_squares measured better on every text {SEE}"),
-    "prune.criterion=reap": Removed(f"prune.criterion: lora measured better with the same steps {SEE}"),
     "prune.normalize=None": Removed("name l2, step or none"),
     "prune.criterion=lora_squared": Removed("prune.criterion: squared scores of `lora` measured no better"),
     "prune.criterion=gradient": Removed(f"prune.criterion: fisher measured better and costs less {SEE}"),
-    "prune.gradient_every": Removed("every step before the last cut scores"),
     "prune.score_every": Removed("every step before the last cut scores", 1),
-    "prune.min_heads": Removed("a layer that must keep its widths is prune.protected_first or _last", 1),
-    "prune.min_channels": Removed("a layer that must keep its widths is prune.protected_first or _last", 1),
     "prune.max_layer_ratio": Removed(f"a cap per layer measured no better {SEE}", 1.0),
-    "prune.compensate_ridge": Removed(f"0.05 was right wherever it was measured {SEE}", 0.05),
-    "prune.target_batch": Removed("prune.target_context counts the tokens of all sequences", 1),
-    "prune.target_embedding_bits": Removed("embedding, head, norms and biases count 16 bits", 16.0),
-    "prune.target_kv_bits": Removed("a value in the KV cache counts 16 bits", 16.0),
-    "train.recovery_learning_rate": Removed("the recovery starts at train.learning_rate", None),
-    "train.weight_decay": Removed("LoRA trains without weight decay", 0.0),
-    "train.adam_beta1": Removed("it is 0.9", 0.9),
-    "train.adam_beta2": Removed("it is 0.999", 0.999),
     "train.distill_top_k": Removed("the dense model stays on the ranks, with all its logits", None, has_effect=False),
-    "train.loss_chunk_tokens": Removed("256 MiB of logits are held at once", None, has_effect=False),
-    "checkpoint.copy_source": Removed(
-        "loraprune-ds export makes a folder that needs no other", False, has_effect=False
-    ),
-    "logging.progress": Removed("a terminal gets a live line, a file plain lines", True, has_effect=False),
-    "logging.tensorboard": Removed("logging.report_to names all that get the records; [] is none"),
     "logging.profile_steps": Removed("a script can open torch.profiler around a run", None, has_effect=False),
-    "logging.verbose": Removed("DeepSpeed and transformers tell errors only", False, has_effect=False),
 }
 
 
@@ -117,11 +95,7 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
 
 
 def forget_removed(saved: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recorded config without the settings that are gone, where the run is the same without them.
-
-    Raises:
-        UserError: one of them had a value that made it another run.
-    """
+    """Returns a recorded config without the settings that are gone. Raises UserError if one made it another run."""
     kept = _without_removed(saved, recorded=True)
     if isinstance(model := kept.get("model"), dict):
         kept["model"] = {"text_only": True} | model  # before this setting, no result had a tower

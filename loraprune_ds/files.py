@@ -50,10 +50,8 @@ def publish_folder(target: Path, mark: str = "") -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a published folder. It is renamed first, so that no process finds half of it.
-
-    NFS keeps files that are still being read. The next removal deletes them.
-    """
+    """Removes a published folder. It is renamed first, so that no process finds half of it."""
+    # NFS keeps files that are still being read. The next removal deletes them.
     doomed = folder.with_name(f".{folder.name}.removed")
     if doomed.exists():
         shutil.rmtree(doomed)  # an earlier removal was killed halfway

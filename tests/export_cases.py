@@ -73,15 +73,9 @@ def dense_model(case: Case) -> PreTrainedModel:
         "mistral": (MistralConfig, MistralForCausalLM),
     }[case.family]
     options = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}} | case.options
-    config = config_class(
-        **case.sizes,
-        **options,
-        vocab_size=VOCAB,
-        num_hidden_layers=len(case.keep),
-        max_position_embeddings=64,
-        architectures=[model_class.__name__],
-        dtype=case.dtype,
-    )
+    sizes: Any = {**case.sizes, **options, "vocab_size": VOCAB, "num_hidden_layers": len(case.keep)}
+    names: Any = {"architectures": [model_class.__name__], "dtype": case.dtype}
+    config = config_class(**sizes, **names, max_position_embeddings=64)
     model = model_class(config).eval()
     generator = torch.Generator().manual_seed(len(case.name))
     with torch.no_grad():

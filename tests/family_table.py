@@ -12,14 +12,8 @@ from tests.multimodal import TOWERS
 
 PAGE = Path(__file__).parents[1] / "loraprune_ds" / "model" / "README.md"
 HEADER = ("families", "leaves", "stays", "stored as", "GGUF", "vLLM", "text of", "note")
-STAYS = {
-    "q_proj": "attention",
-    "mlp.gate_proj": "dense MLPs",
-    "shared": "shared experts",
-    "_a_proj": "latent projections",
-    "conv.": "convolutions",
-    "mamba.": "Mamba",
-}
+STAYS = {"q_proj": "attention", "mlp.gate_proj": "dense MLPs", "shared": "shared experts"}
+STAYS |= {"_a_proj": "latent projections", "conv.": "convolutions", "mamba.": "Mamba"}
 IN_VLLM = {"auto": "equal", "transformers": "equal, by transformers"}
 
 

@@ -22,31 +22,13 @@ LLAMA_3: dict[str, Any] = {
         "original_max_position_embeddings": 8192,
     },
 }
-QWEN_3: dict[str, Any] = {
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151_936,
-    "max_position_embeddings": 40_960,
-    "rope_theta": 1_000_000,
-    "tie_word_embeddings": False,
-}
-GEMMA_3: dict[str, Any] = {
-    "num_key_value_heads": 16,
-    "head_dim": 128,
-    "vocab_size": 262_208,
-    "query_pre_attn_scalar": 168,
-    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-    "sliding_window": 1024,
-}
+QWEN_3: dict[str, Any] = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}
+QWEN_3 |= {"max_position_embeddings": 40_960, "rope_theta": 1_000_000, "tie_word_embeddings": False}
+GEMMA_3: dict[str, Any] = {"num_key_value_heads": 16, "head_dim": 128, "vocab_size": 262_208, "sliding_window": 1024}
+GEMMA_3 |= {"query_pre_attn_scalar": 168, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
 # The sizes that both have. Three of four layers are delta nets: that is their class's default, with heads of 128.
-QWEN_3_6: dict[str, Any] = {
-    "head_dim": 256,
-    "linear_num_key_heads": 16,
-    "vocab_size": 248_320,
-    "max_position_embeddings": 262_144,
-    "mtp_num_hidden_layers": 1,
-    "tie_word_embeddings": False,
-}
+QWEN_3_6: dict[str, Any] = {"head_dim": 256, "linear_num_key_heads": 16, "vocab_size": 248_320}
+QWEN_3_6 |= {"max_position_embeddings": 262_144, "mtp_num_hidden_layers": 1, "tie_word_embeddings": False}
 # The sizes that both have. Every sixth layer has full attention, whose values are its keys.
 GEMMA_4: dict[str, Any] = {
     "head_dim": 256,

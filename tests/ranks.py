@@ -53,13 +53,8 @@ def start_deepspeed(rank: int, world_size: int, folder: Path) -> None:
     deepspeed.utils.logger.setLevel("ERROR")
     # As zero/engine.py does it. A build that a killed worker leaves behind would lock the cache of all checkouts.
     deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
-    deepspeed.init_distributed(
-        dist_backend="gloo",
-        auto_mpi_discovery=False,
-        init_method=f"file://{folder / 'store'}",
-        rank=rank,
-        world_size=world_size,
-    )
+    place: Any = {"init_method": f"file://{folder / 'store'}", "rank": rank, "world_size": world_size}
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, **place)
 
 
 class RankPool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from uuid import uuid4
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import flush, read_json, write_json
 
 # Of everything that a run or a callback resumes from. Every later version reads this format.
@@ -96,11 +96,7 @@ def write_status(folder: Path, status: Status) -> None:
 
 
 def read_status(folder: Path) -> Status | None:
-    """Reads the status of the run in this folder, if there is a run.
-
-    Raises:
-        UserError: status.json is damaged, or as CheckpointMismatch, of another format.
-    """
+    """Reads the status of the folder's run, if any. Raises UserError, and CheckpointMismatch for another format."""
     path = folder / STATUS_FILE
     if not path.exists():
         return None
@@ -109,8 +105,7 @@ def read_status(folder: Path) -> Status | None:
         raise UserError(f"{path} is damaged: state is {raw.get('state')!r}, not one of {', '.join(get_args(State))}")
     check_format(raw.get("format", "4 or older"), path)
     for key, kind in STATUS_TYPES.items():
-        if not isinstance(raw.get(key), kind):
-            raise UserError(f"{path} is damaged: {key} is {raw.get(key)!r}")
+        require(isinstance(raw.get(key), kind), f"{path} is damaged: {key} is {raw.get(key)!r}")
     values: dict[str, Any] = {key: raw.get(key) for key in ("state", *STATUS_TYPES)}
     return Status(**values)
 
@@ -209,18 +204,13 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     """Checks every `parts`-th file of a folder against its manifest, so that ranks can share the reading."""
-    for i, (name, entry) in enumerate(sorted(_read_manifest(folder).items())):
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing")
-        if i % parts == part and (path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]):
-            raise UserError(f"{path} is damaged: its checksum differs from {MANIFEST}")
-
-
-def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / MANIFEST
     try:
-        files = json.loads(path.read_text())["files"]
-        return {name: {"sha256": str(e["sha256"]), "bytes": int(e["bytes"])} for name, e in files.items()}
+        entries = json.loads((folder / MANIFEST).read_text())["files"]
+        files = sorted((name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is missing or damaged") from None
+        raise UserError(f"{folder / MANIFEST} is missing or damaged") from None
+    for i, (name, size, digest) in enumerate(files):
+        path = folder / name
+        require(path.is_file(), f"{path} is missing")
+        if i % parts == part and (path.stat().st_size != size or sha256(path) != digest):
+            raise UserError(f"{path} is damaged: its checksum differs from {MANIFEST}")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, ShapeSource, read_state
+from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, read_state
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, forget_removed
 from loraprune_ds.errors import UserError
@@ -44,13 +44,13 @@ class TrainingCheckpoint:
         """Returns the dense model as this run has it. Runs of earlier versions have no LoRA on whole linears."""
         present = [i for i, layer in enumerate(self.state.kept) if any(layer)]
         whole = [(i, name) for i in present for name in dense.shape.whole.get(i, {})]
-        if not whole or self._has_lora(*whole[0]):
+        if not whole:
             return dense
-        return replace(dense, weights=replace(dense.weights, shape=dense.shape.without_whole()))
-
-    def _has_lora(self, layer: int, name: str) -> bool:
+        layer, name = whole[0]
         with safe_open(self.folder / layout.layer_file(layer), framework="pt") as file:
-            return f"{name}.lora_A.master" in file.keys()
+            if f"{name}.lora_A.master" in file.keys():
+                return dense
+        return replace(dense, weights=replace(dense.weights, shape=dense.shape.without_whole()))
 
     def shape_folder(self) -> Path:
         """Returns the folder of its frozen weights. A source that has moved is found at `model.path`."""
@@ -70,14 +70,8 @@ class TrainingCheckpoint:
         return replace(dense, weights=dense.weights.cut(keep))
 
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
-        kept = keep_from_lists(self.state.kept, kinds)
-        return PrunerState(
-            kept, *read_scores(self.folder, kinds), self.state.updates_since_cut, self.state.moment_tokens
-        )
-
-    def moments(self, layer: int) -> dict[str, Tensor]:
-        """Returns the input moments of a layer by linear, as sums over `moment_tokens`, if any were recorded."""
-        return read_moments(self.folder, layer)
+        state, scores = self.state, read_scores(self.folder, kinds)
+        return PrunerState(keep_from_lists(state.kept, kinds), *scores, state.updates_since_cut, state.moment_tokens)
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
         """Reads the flat elements [start, end) of a layer's LoRA tensor, and only the rows that contain them."""
@@ -90,11 +84,7 @@ class TrainingCheckpoint:
 
 
 def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -> TrainingCheckpoint | None:
-    """Opens the newest undamaged checkpoint under `root`. The ranks share the reading. Collective.
-
-    Raises:
-        CheckpointMismatch: it is of another format or of another source model.
-    """
+    """Opens the newest undamaged checkpoint under `root`, read by all ranks. Collective. Raises CheckpointMismatch."""
     for number in reversed(comm.gather_objects(layout.numbered(root, "step"))[0]):
         try:
             return open_training_checkpoint(layout.step_folder(root, number), comm)
@@ -150,10 +140,6 @@ def source_digest(pretrained: PretrainedModel) -> str:
     return digest.hexdigest()
 
 
-def source_of(pretrained: PretrainedModel) -> ShapeSource:
-    return ShapeSource(str(pretrained.folder.resolve()), source_digest(pretrained), is_source=True)
-
-
 def keep_to_lists(keep: list[LayerKeep], kinds: tuple[Kind, ...]) -> list[list[list[int]]]:
     """Returns the kept groups by layer and kind, for JSON."""
     return [[layer[kind].tolist() for kind in kinds] for layer in keep]
@@ -172,5 +158,6 @@ def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> tuple[list[LayerScores
 
 
 def read_moments(folder: Path, layer: int) -> dict[str, Tensor]:
+    """Reads the input moments of a layer by linear, as sums over `moment_tokens`, if any were recorded."""
     path = folder / layout.moments_file(layer)
     return load_file(path) if path.exists() else {}

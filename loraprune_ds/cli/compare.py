@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from loraprune_ds.command import Parser, run_command
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import require
 
 PICTURES = (".png", ".pdf", ".svg")
 
@@ -33,12 +33,11 @@ def main() -> int:
 def compare(arguments: argparse.Namespace) -> None:
     from loraprune_ds.evaluate.compare import comparison_table, draw_comparison, read_results
 
-    if arguments.picture and arguments.picture.suffix not in PICTURES:
-        raise UserError(f"--picture {arguments.picture}: its name must end in {', '.join(PICTURES)}")
-    models = read_results(arguments.results)
-    if arguments.picture:
-        draw_comparison(arguments.picture, models)
-        print(f"picture: {arguments.picture}", file=sys.stderr)
+    picture, models = arguments.picture, read_results(arguments.results)
+    if picture:
+        require(picture.suffix in PICTURES, f"--picture {picture}: its name must end in {', '.join(PICTURES)}")
+        draw_comparison(picture, models)
+        print(f"picture: {picture}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"results": [asdict(model) for model in models]}, indent=2, allow_nan=False))
     else:

@@ -63,9 +63,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dense", metavar="MODEL", help="measure this one too, side by side")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", type=Path, metavar="FILE", help="perplexity on a UTF-8 file")
-    text.add_argument(
-        "--dataset", choices=DATASETS, help=f"perplexity on a test set by name (default: {DEFAULT_DATASET})"
-    )
+    about = f"perplexity on a test set by name (default: {DEFAULT_DATASET})"
+    text.add_argument("--dataset", choices=DATASETS, help=about)
     parser.add_argument("--split", help=f"of --dataset (default: {DEFAULT_SPLIT})")
     parser.add_argument("--window", type=int, default=128, metavar="TOKENS", help="default: 128")
     parser.add_argument("--max-windows", type=int, metavar="N", help="only the first N (default: all)")
@@ -123,8 +122,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     command.check_ranks(os.environ)  # wrong ranks are an error before DeepSpeed is imported
     command.collective_timeout(os.environ)
     command.check_needs(arguments, NEEDS)
-    tasks, answers = task_settings(arguments), answer_settings(arguments)
-    measured = {"tasks": tasks, "answers": answers, "speed": speed_settings(arguments)}
+    names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
+    tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit) if names else None
+    rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
+    speed = SpeedSettings(**rounds) if arguments.speed else None
+    measured = {"tasks": tasks, "answers": answer_settings(arguments), "speed": speed}
     if not arguments.verbose:
         command.silence_libraries()  # their bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -144,40 +146,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     comm = start_ranks()
     # One rank per node downloads or converts. The others then find the result in the node's cache.
     is_first = os.environ["LOCAL_RANK"] == "0"
-    names = [arguments.model, *([arguments.dense] if arguments.dense else [])]
+    models = [arguments.model, *([arguments.dense] if arguments.dense else [])]
     if tasks:
         comm.all_or_raise(lambda: check_tasks(tasks))
     with comm.patient() as waiting:
-        waiting.all_or_raise(lambda: list(map(find_model, names)) if is_first else None)
+        waiting.all_or_raise(lambda: list(map(find_model, models)) if is_first else None)
         waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-    settings = comm.all_or_raise(lambda: make_settings(arguments, measured))
-    measurements = evaluate(names, settings, comm, show_progress)
+    settings = comm.all_or_raise(
+        lambda: EvaluationSettings(
+            PerplexityProtocol(arguments.window, arguments.max_windows),
+            text=read_evaluation_text(arguments),
+            dtype=arguments.dtype,
+            batch_size=arguments.batch_size,
+            sharded=arguments.sharded,
+            **measured,
+        )
+    )
+    measurements = evaluate(models, settings, comm, show_progress)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(measurements, settings, comm.world_size, provenance)
     stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
     return result
-
-
-def make_settings(arguments: argparse.Namespace, measured: dict[str, Any]) -> EvaluationSettings:
-    return EvaluationSettings(
-        PerplexityProtocol(arguments.window, arguments.max_windows),
-        text=read_evaluation_text(arguments),
-        dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
-        sharded=arguments.sharded,
-        **measured,
-    )
-
-
-def task_settings(arguments: argparse.Namespace) -> TaskSettings | None:
-    names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
-    tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit)
-    return tasks if names else None
-
-
-def speed_settings(arguments: argparse.Namespace) -> SpeedSettings | None:
-    rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
-    return SpeedSettings(**rounds) if arguments.speed else None
 
 
 def answer_settings(arguments: argparse.Namespace) -> AnswerSettings | None:
@@ -194,14 +183,12 @@ def answer_settings(arguments: argparse.Namespace) -> AnswerSettings | None:
 
 def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:
     """Reads the text that the user names. The default is WikiText-2, or none if anything else is measured."""
-    if arguments.text and arguments.split:
-        raise UserError("--split is a part of --dataset; --text is read whole")
+    require(not (arguments.text and arguments.split), "--split is a part of --dataset; --text is read whole")
     if arguments.text:
         return read_text(arguments.text)
     if not arguments.dataset and (arguments.tasks or arguments.answers or arguments.speed):
-        for option in ("split", "max_windows"):
-            name = f"--{option.replace('_', '-')}"
-            require(getattr(arguments, option) is None, f"{name} has no effect without --dataset or --text")
+        for option, value in (("--split", arguments.split), ("--max-windows", arguments.max_windows)):
+            require(value is None, f"{option} has no effect without --dataset or --text")
         return None
     return load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT)
 

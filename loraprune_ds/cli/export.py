@@ -23,24 +23,14 @@ NEEDS = {"--public": "--push-to-hub", "--results": "--push-to-hub"}
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="folder of a run, of one of its checkpoints, or of a merged model")
-    parser.add_argument(
-        "--format",
-        default="hf",
-        choices=("hf", "adapter", "gguf-f16", "gguf-q8_0"),
-        help="a Hugging Face model (the default), base and LoRA apart, or a file for llama.cpp",
-    )
+    about = "a Hugging Face model (the default), base and LoRA apart, or a file for llama.cpp"
+    parser.add_argument("--format", default="hf", choices=("hf", "adapter", "gguf-f16", "gguf-q8_0"), help=about)
     parser.add_argument("--out", type=Path, help="new folder for the result (default: ./NAME-FORMAT)")
     parser.add_argument("--mtp", metavar="DENSE", help="keep this model's layers for further tokens, cut to fit")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result, to a private repository")
     parser.add_argument("--public", action="store_true", help="make that repository public, if it is new")
-    parser.add_argument(
-        "--results",
-        nargs="+",
-        default=[],
-        type=Path,
-        metavar="JSON",
-        help="outputs of launch/evaluate.py --json, for the card on the hub",
-    )
+    about = "outputs of launch/evaluate.py --json, for the card on the hub"
+    parser.add_argument("--results", nargs="+", default=[], type=Path, metavar="JSON", help=about)
     return parser.parse_args()
 
 

@@ -9,7 +9,6 @@ import argparse
 import gc
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraprune_ds import command
@@ -55,18 +54,20 @@ def main() -> int:
             return 0
         if output.start != "finished":
             if output.config.train.deterministic:
-                os.environ |= command.deterministic_kernels()
+                os.environ |= command.DETERMINISTIC
             comm = join_ranks()
             joined = True
             if not prune(output, comm, launchers):
                 return STOPPED_EXIT_CODE
         if os.environ.get("RANK", "0") == "0":
+            from loraprune_ds.report.summary import summary_table
+
             if output.start == "finished":
                 print(f"{output.path} holds this run, finished:")
             try:
                 measure_after(output.config, output.path, lambda line: print(line, flush=True))
             finally:
-                print_summary(output.path)
+                print(summary_table(read_json(output.path / REPORT_FILE), output.path))
     except UserError as error:
         command.tell(error, agreed=joined)
         return error.exit_code
@@ -131,12 +132,6 @@ def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> b
     gc.collect()
     empty_cache()  # the process that `evaluate.after` starts needs the room
     return finished
-
-
-def print_summary(folder: Path) -> None:
-    from loraprune_ds.report.summary import summary_table
-
-    print(summary_table(read_json(folder / REPORT_FILE), folder))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.models import Ids, end_ids, generate
-from loraprune_ds.evaluate.perplexity import Progress, exp_of_mean
+from loraprune_ds.evaluate.perplexity import Losses, Progress, exp_of_mean
 from loraprune_ds.evaluate.settings import AnswerSettings
 from loraprune_ds.model.logits import Head, chunk_size, logits_transform, output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX, token_losses
@@ -96,11 +96,10 @@ def encode_prompts(
         except Exception as error:  # a template can hold any code
             raise UserError(f"{where}: the chat template of {path} refuses it: {one_line(error)}") from error
         encoded.append(list(made["input_ids"]))
-        require(
-            not most or len(encoded[-1]) + settings.max_new_tokens <= most,
-            f"{where}: {path} reads at most {most} tokens (max_position_embeddings), not a prompt of "
-            f"{len(encoded[-1])} and {settings.max_new_tokens} new ones",
-        )
+        length, new = len(encoded[-1]), settings.max_new_tokens
+        asked = f"not a prompt of {length} and {new} new ones"
+        fits = not most or length + new <= most
+        require(fits, f"{where}: {path} reads at most {most} tokens (max_position_embeddings), {asked}")
     return encoded
 
 
@@ -179,12 +178,16 @@ def _labelled(writer: Writer, written: list[Ids], batch_size: int) -> Iterator[L
 
 @torch.no_grad()
 def _perplexity(dense: Writer, batches: Iterator[Labelled]) -> float:
-    total, tokens = 0.0, 0
+    total, tokens, losses = 0.0, 0, losses_of(dense.model)
     for ids, labels in batches:
-        losses = token_losses(last_hidden(dense.model, ids), frozen_head(dense.model), labels)
-        total += losses.double().sum().item()
+        total += losses(ids, labels).double().sum().item()
         tokens += int((labels != IGNORE_INDEX).sum())
     return exp_of_mean(total, tokens)
+
+
+def losses_of(model: PreTrainedModel) -> Losses:
+    head = frozen_head(model)
+    return lambda ids, labels: token_losses(last_hidden(model, ids), head, labels)
 
 
 @torch.no_grad()

@@ -25,10 +25,6 @@ Label = tuple[str, tuple[float, float]]  # a text and its point
 Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
 
 
-def _short(perplexity: float) -> str:
-    return f"{perplexity:.1f}" if perplexity < 1e4 else f"{perplexity:.1e}"
-
-
 @dataclass(frozen=True)
 class Measure:
     """A number that models are compared by, and its form in the table and in the picture."""
@@ -39,7 +35,7 @@ class Measure:
 
 
 MEASURES = {
-    "perplexity": Measure(format_perplexity, _short, "lower"),
+    "perplexity": Measure(format_perplexity, lambda value: f"{value:.1f}" if value < 1e4 else f"{value:.1e}", "lower"),
     "accuracy": Measure("{:.4f}".format, "{:.3f}".format),
     "exact match": Measure("{:.4f}".format, "{:.3f}".format),
     "repetition": Measure(format_percent, format_percent, "lower"),
@@ -81,8 +77,7 @@ def read_results(paths: Sequence[Path]) -> list[ComparedModel]:
 
 def _read_run(folder: Path) -> list[ComparedModel]:
     """Reads a run, or each size of its shelf."""
-    status = read_status(folder)
-    if status is None:
+    if (status := read_status(folder)) is None:
         raise UserError(f"{folder / STATUS_FILE} does not exist")
     require(status.state == "finished", f"{folder} holds an unfinished run ({status})")
     path = folder / REPORT_FILE
@@ -190,8 +185,8 @@ def comparison_table(models: Sequence[ComparedModel]) -> str:
 def _row(model: ComparedModel) -> dict[str, str]:
     """Returns the cells by their heads."""
     removed = "-" if model.removed_fraction is None else f"{100 * model.removed_fraction:.2f} %"
-    row = {"result": model.name, "method": model.method or "-", "parameters": f"{model.parameters:,}"}
-    row |= {"removed": removed}
+    parameters = f"{model.parameters:,}"
+    row = {"result": model.name, "method": model.method or "-", "parameters": parameters, "removed": removed}
     for name, measure in MEASURES.items():
         value, dense, _ = model.measured.get(name, (None, None, ""))
         row[name] = "-" if value is None else measure.cell(value)
@@ -212,37 +207,29 @@ class _Panel:
 
 def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
     """Draws a panel for each measure, and for each text or set of tasks that it was made on."""
-    panels = _panels([model for model in models if model.removed_fraction is not None])
-    if not panels:
-        raise UserError(
-            "nothing to draw: no result has a quality and a removed fraction (launch/evaluate.py --dense gives it one)"
-        )
-    import matplotlib
-    from matplotlib.figure import Figure
+    drawable = [model for model in models if model.removed_fraction is not None]
+    panels = [
+        _Panel(name, basis, [m for m in drawable if name in m.measured and m.measured[name].basis == basis])
+        for name in MEASURES
+        for basis in dict.fromkeys(model.measured[name].basis for model in drawable if name in model.measured)
+    ]
+    lacking = "no result has a quality and a removed fraction (launch/evaluate.py --dense gives it one)"
+    require(bool(panels), f"nothing to draw: {lacking}")
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     methods = sorted({model.method for model in models}, key=str)
     styles = {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, method in enumerate(methods)}
-    with matplotlib.rc_context(drawing.PLOT_STYLE):
-        figure = Figure(figsize=(8, 4.2 * len(panels)), layout=ConstrainedLayoutEngine(h_pad=0.12))
-        rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-        labels = [_draw_panel(axes, panel, styles) for axes, panel in zip(rows, panels, strict=True)]
-        figure.draw_without_rendering()  # settles where the points are
-        for axes, of_panel in zip(rows, labels, strict=True):
-            for text, at in of_panel:
-                drawing.label_beside(axes, text, at, color=drawing.TEXT, fontsize=9)
-        try:
-            drawing.save_picture(figure, path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--picture {path} cannot be written: {error}") from None
-
-
-def _panels(models: Sequence[ComparedModel]) -> list[_Panel]:
-    return [
-        _Panel(name, basis, [m for m in models if name in m.measured and m.measured[name].basis == basis])
-        for name in MEASURES
-        for basis in dict.fromkeys(model.measured[name].basis for model in models if name in model.measured)
-    ]
+    layout: Any = ConstrainedLayoutEngine(h_pad=0.12)
+    try:
+        with drawing.picture(path, (8, 4.2 * len(panels)), layout=layout) as figure:
+            rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+            labels = [_draw_panel(axes, panel, styles) for axes, panel in zip(rows, panels, strict=True)]
+            figure.draw_without_rendering()  # settles where the points are
+            for axes, of_panel in zip(rows, labels, strict=True):
+                for text, at in of_panel:
+                    drawing.label_beside(axes, text, at, color=drawing.TEXT, fontsize=9)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--picture {path} cannot be written: {error}") from None
 
 
 def _draw_panel(axes: "Axes", panel: _Panel, styles: Styles) -> list[Label]:
@@ -262,8 +249,8 @@ def _draw_panel(axes: "Axes", panel: _Panel, styles: Styles) -> list[Label]:
     baselines = sorted({float(f"{dense:.4g}") for _, dense, _ in all_values if dense is not None})
     axes.plot([0.0] * len(baselines), baselines, color=GREY, marker="_", ls="", markersize=12, mew=2, label="dense")
     values = [value for value, *_ in all_values] + baselines
-    if panel.measure == "perplexity" and max(values) > drawing.LOG_FROM * min(values):
-        drawing.make_logarithmic(axes)
+    if panel.measure == "perplexity":
+        drawing.scale_perplexity(axes, values)
     axes.set_xlim(-1.5, max(2.0, *(x for _, (x, _) in labels)) * 1.08)
     axes.margins(y=0.14)
     for baseline in baselines:

@@ -1,5 +1,7 @@
 """The style that all pictures share: colours, labels and the file."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +35,28 @@ DISTANCES = (8, 15, 24, 36, 48, 60)
 DIRECTIONS = ((1, -1, "left"), (1, 1, "left"), (1, 0, "left"), (-1, -1, "right"), (-1, 1, "right"), (-1, 0, "right"))
 
 
-def make_logarithmic(axes: "Axes") -> None:
-    """Makes the y axis logarithmic, with plain numbers."""
+@contextmanager
+def picture(
+    path: Path, size: tuple[float, float], style: Any = PLOT_STYLE, layout: Any = "constrained"
+) -> Iterator["Figure"]:
+    """Yields an empty figure, and saves it at the end. Without pyplot it needs no display and no global state."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=size, layout=layout)
+        yield figure
+        figure.align_ylabels()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150, facecolor="white")
+
+
+def scale_perplexity(axes: "Axes", values: Sequence[float]) -> None:
+    """Makes the y axis logarithmic, with plain numbers, where these perplexities lie far apart."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    if max(values) <= LOG_FROM * min(values):
+        return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -70,9 +90,3 @@ def _label(
     place: Any = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
     rim = [withStroke(linewidth=3, foreground="white")]
     axes.annotate(text, at, **place, annotation_clip=False, path_effects=rim, **options)
-
-
-def save_picture(figure: "Figure", path: Path) -> None:
-    """Writes the file and the folder around it. A `Figure` without pyplot needs no display and no global state."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor="white")

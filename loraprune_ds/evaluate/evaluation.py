@@ -12,9 +12,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.evaluate.answers import Generation, Writer, encode_prompts, frozen_head, last_hidden, write_answers
+from loraprune_ds.evaluate.answers import Generation, Writer, encode_prompts, losses_of, write_answers
 from loraprune_ds.evaluate.models import ModelSource, find_model, load_model
-from loraprune_ds.evaluate.perplexity import Losses, Perplexity, Progress, measure_perplexity, split_windows
+from loraprune_ds.evaluate.perplexity import Perplexity, Progress, measure_perplexity, split_windows
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.tasks import run_tasks
@@ -22,7 +22,6 @@ from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.token_loss import token_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, window_start
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype, fast_half_products
@@ -83,10 +82,7 @@ class Measurement:
 def evaluate(
     paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds, _: rounds
 ) -> list[Measurement]:
-    """Measures a model, and the dense one if `paths` names a second. Collective.
-
-    Results of tasks, answers and speed are on rank 0 only.
-    """
+    """Measures a model, and a second, dense one. Collective. Tasks, answers and speed are on rank 0 only."""
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
     dense = models[1].source.pretrained.shape.total_numel() if len(models) > 1 else None
     measurements: list[Measurement] = []
@@ -128,15 +124,14 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     dtype = choose_dtype(source, settings.dtype)
     if settings.sharded:
         check_dtype(dtype)
-        if source.adapter:
-            raise UserError(f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
+        require(not source.adapter, f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
     most = source.pretrained.config.get("max_position_embeddings")
     lengths = [settings.protocol.window] if settings.text else []
     if settings.speed:
         lengths.append(settings.speed.prompt + settings.speed.generated)
     for length in lengths:
-        if most and length > most:
-            raise UserError(f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
+        fits = not most or length <= most
+        require(fits, f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
     tokenizer = load_tokenizer(source.tokenizer_folder)
     batches: Sequence[Tensor] = ()
     if settings.text:
@@ -194,7 +189,7 @@ def _measure(
     elif prepared.batches or settings.tasks or settings.needs_models_together:
         model = comm.all_or_raise(lambda: load_model(source, prepared.dtype, comm.device))
         if prepared.batches:
-            perplexity = measure_perplexity(_losses_of(model), prepared.batches, comm, progress)
+            perplexity = measure_perplexity(losses_of(model), prepared.batches, comm, progress)
         if settings.tasks:
             tasks = run_tasks(settings.tasks, model, prepared.tokenizer, settings.actual_batch_size, comm)
     dense = dense or source.dense_parameters
@@ -212,11 +207,6 @@ def _measure(
         speed=None,
     )
     return measurement, model if settings.needs_models_together else None
-
-
-def _losses_of(model: PreTrainedModel) -> Losses:
-    head = frozen_head(model)
-    return lambda ids, labels: token_losses(last_hidden(model, ids), head, labels)
 
 
 def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Progress) -> Perplexity:

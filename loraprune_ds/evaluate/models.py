@@ -47,11 +47,7 @@ class PruningResult:
         return read_json(path).get("layers") if path.is_file() else None
 
     def load_model(self, **options: Any) -> PreTrainedModel:
-        """Loads the model in the dtype of its files, with its tower if it has one. No code of its folder is run.
-
-        Args:
-            options: of transformers' `from_pretrained`, such as `device_map`.
-        """
+        """Loads the model with its tower, by `options` of `from_pretrained`. No code of its folder is run."""
         text_class, tower = causal_lm_class(self.pretrained.shape.model_type), self.pretrained.tower
         return (AutoModelForImageTextToText if tower else text_class).from_pretrained(self.folder, **options)
 
@@ -73,11 +69,8 @@ def open_result(folder: str | Path) -> PruningResult:
         unfinished = f"an unfinished run ({status}), which has no {layout.MODEL_FOLDER}/ yet"
         raise UserError(f"{folder} holds {unfinished}; {EXPORT_FIRST}")
     require(bool(is_model or status or report.is_file()), f"{folder} holds no finished run and no exported model")
-    return PruningResult(
-        open_pretrained(folder if is_model else folder / layout.MODEL_FOLDER),
-        read_json(report) if status or report.is_file() else None,
-        run,
-    )
+    pretrained = open_pretrained(folder if is_model else folder / layout.MODEL_FOLDER)
+    return PruningResult(pretrained, read_json(report) if status or report.is_file() else None, run)
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,13 @@ def find_model(path: str) -> ModelSource:
     folder = locate_model(ModelConfig(path), key="")
     require(not (folder / layout.STATE_FILE).exists(), f"{path} is a checkpoint; {EXPORT_FIRST}")
     if (folder / layout.STATUS_FILE).exists():
-        return _find_run(path, folder)
+        result = open_result(folder)
+        try:
+            report: Any = result.report
+            dense, method = int(report["params"]["dense"]), layout.describe_method(report)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder / layout.REPORT_FILE} is damaged: {error!r}") from None
+        return ModelSource(path, "run", result.pretrained, result.folder, dense_parameters=dense, method=method)
     if not (folder / "config.json").is_file():
         for adapter in (folder, folder / ADAPTER_FOLDER):  # the second is made by launch/export.py --format adapter
             if (adapter / ADAPTER_FILE).is_file():
@@ -107,22 +106,12 @@ def find_model(path: str) -> ModelSource:
     return ModelSource(path, "checkpoint", open_pretrained(folder), folder)
 
 
-def _find_run(path: str, folder: Path) -> ModelSource:
-    result = open_result(folder)
-    try:
-        report: Any = result.report
-        dense, method = int(report["params"]["dense"]), layout.describe_method(report)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / layout.REPORT_FILE} is damaged: {error!r}") from None
-    return ModelSource(path, "run", result.pretrained, result.folder, dense_parameters=dense, method=method)
-
-
 def _find_adapter(path: str, folder: Path) -> ModelSource:
     """Finds a LoRA adapter and its base model: in a folder relative to the adapter, or by its name."""
     config = read_json(folder / ADAPTER_FILE)
     base = config.get("base_model_name_or_path")
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder / ADAPTER_FILE}: only LoRA can be merged; peft_type is {config.get('peft_type')!r}")
+    kind = config.get("peft_type")
+    require(kind == "LORA", f"{folder / ADAPTER_FILE}: only LoRA can be merged; peft_type is {kind!r}")
     if not isinstance(base, str) or not base:
         raise UserError(f"{folder / ADAPTER_FILE} names no base_model_name_or_path")
     require((folder / "adapter_model.safetensors").is_file(), f"{folder / 'adapter_model.safetensors'} does not exist")
@@ -131,17 +120,13 @@ def _find_adapter(path: str, folder: Path) -> ModelSource:
         base_model = find_model(str(relative) if relative.is_dir() else base)
     except UserError as error:
         raise UserError(f"base model of adapter {path}: {error}") from None
-    if base_model.adapter:
-        raise UserError(f"base model of adapter {path}: {base} is an adapter itself")
+    require(not base_model.adapter, f"base model of adapter {path}: {base} is an adapter itself")
     tokenizer_folder = folder if has_tokenizer(folder) else base_model.tokenizer_folder
     return replace(base_model, path=path, kind="adapter", adapter=folder, tokenizer_folder=tokenizer_folder)
 
 
 def load_model(source: ModelSource, dtype: str, device: torch.device) -> PreTrainedModel:
-    """Loads the model on `device`, in evaluation mode and without a tower.
-
-    An adapter is merged in fp32 and rounded once.
-    """
+    """Loads the model on `device` for evaluation, without a tower. An adapter is merged in fp32 and rounded once."""
     pretrained = source.pretrained
     options: dict[str, Any] = {"attn_implementation": attn_implementation("sdpa", pretrained.shape.family)}
     if pretrained.tower:

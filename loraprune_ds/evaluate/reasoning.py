@@ -92,10 +92,8 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
         raise UserError(f"--tasks {GYM}:{name}: {one_line(error)}") from error
     answered = all(isinstance(entry["answer"], str) for entry in (*questions, *examples))
     require(answered, f"--tasks {GYM}:{name}: it names no right answer, so there are no examples of one")
-    require(
-        len(examples) >= fewshot,
-        f"--tasks {GYM}:{name}: it has too few different questions; lower --num-fewshot or --limit",
-    )
+    few = f"--tasks {GYM}:{name}: it has too few different questions; lower --num-fewshot or --limit"
+    require(len(examples) >= fewshot, few)
     return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
 
 

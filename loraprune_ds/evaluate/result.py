@@ -72,26 +72,20 @@ def _model_entries(model: Measurement) -> dict[str, Any]:
 def result_table(result: dict[str, Any]) -> str:
     """Builds plain text of about 100 columns at most. The dense model is on the left."""
     models = [model for model in (result["dense"], result) if model]
-    parts = (_size_rows, _quality_rows, _task_rows, _answer_rows, _closeness_rows, _speed_rows)
+    parts = (_size_rows, _task_rows, _answer_rows, _speed_rows)
     rows = [row for part in parts for row in part(models)]
     names = ["dense", "model"] if len(models) > 1 else ["model"]
-    lines = [f"{name:<6} {_title(model)}" for name, model in zip(names, models, strict=True)]
+    lines: list[str] = []
+    for name, model in zip(names, models, strict=True):
+        facts = [model[key] for key in ("kind", "method", "model_type", "dtype") if model[key]]
+        lines.append(f"{name:<6} {model['path']} ({', '.join(facts)})")
+    if text := result["text"]:
+        split = f", split {text['split']}" if text["split"] else ""
+        windows = f"{result['windows']:,} windows of {result['protocol']['window']} tokens"
+        lines.append(f"text   {text['name']}{split}: {windows}, {result['tokens']:,} predictions")
     cells = [(name, *values, remark) for name, values, remark in [("", names, ""), *rows]]
     table = aligned(cells, f"<{'>' * len(models)}<")
-    return "\n".join([*lines, *_text_lines(result), *_answer_lines(result), "", *table]) + "\n"
-
-
-def _title(model: dict[str, Any]) -> str:
-    facts = [model[key] for key in ("kind", "method", "model_type", "dtype") if model[key]]
-    return f"{model['path']} ({', '.join(facts)})"
-
-
-def _text_lines(result: dict[str, Any]) -> Iterable[str]:
-    text, protocol = result["text"], result["protocol"]
-    if text:
-        split = f", split {text['split']}" if text["split"] else ""
-        windows = f"{result['windows']:,} windows of {protocol['window']} tokens"
-        yield f"text   {text['name']}{split}: {windows}, {result['tokens']:,} predictions"
+    return "\n".join([*lines, *_answer_lines(result), "", *table]) + "\n"
 
 
 def _answer_lines(result: dict[str, Any]) -> Iterable[str]:
@@ -108,13 +102,10 @@ def _answer_lines(result: dict[str, Any]) -> Iterable[str]:
 
 
 def _size_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
-    costs = [model["cost"] for model in models]
-    removed = models[-1]["removed_fraction"]
-    yield (
-        "parameters",
-        [f"{cost['parameters']:,}" for cost in costs],
-        "" if removed is None else f"{format_percent(removed)} removed",
-    )
+    """Yields parameters, costs and perplexity."""
+    costs, removed = [model["cost"] for model in models], models[-1]["removed_fraction"]
+    remark = "" if removed is None else f"{format_percent(removed)} removed"
+    yield "parameters", [f"{cost['parameters']:,}" for cost in costs], remark
     macs = [cost["macs_per_token"] for cost in costs]
     context = f"MACs per token at {macs[-1]['mean_context']:g} of context, M"
     for name, values, form in (
@@ -124,9 +115,6 @@ def _size_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
         ("key-value cache per token, kB", [cost["kv_bytes_per_token"] / 1e3 for cost in costs], ",.1f"),
     ):
         yield name, [format(value, form) for value in values], _less(values)
-
-
-def _quality_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
     values = [model["perplexity"] for model in models]
     if values[0] is not None:
         ratio = f"{values[1] / values[0]:.3f} times" if len(values) > 1 and all(map(math.isfinite, values)) else ""
@@ -166,11 +154,7 @@ def _answer_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
         if answers[0]["dense_perplexity"] is not None:
             cells = [format_perplexity(one["dense_perplexity"], 3) for one in answers]
             yield "  dense model's perplexity of them", cells, ""
-
-
-def _closeness_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
-    closeness = models[-1]["answers"] and models[-1]["answers"]["closeness"]
-    if closeness:
+    if closeness := models[-1]["answers"]["closeness"]:
         yield "same most probable token", ["-", format_percent(closeness["agreement"])], f"on {closeness['text']}"
         yield "overlap, Σ min(p, q)", ["-", f"{closeness['overlap']:.3f}"], ""
         yield "KL(dense ‖ model), nats", ["-", f"{closeness['kl']:.3f}"], ""

@@ -133,10 +133,8 @@ def _read_row(where: str, row: int, line: bytes) -> Prompt:
     require(isinstance(value, dict) and "prompt" in value, f"{where}: not an object with the key prompt")
     prompt, notes = value["prompt"], {key: value.get(key) for key in ("kind", "expected")}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    require(
-        isinstance(messages, list) and bool(messages) and all(map(_is_message, messages)),
-        f"{where}: prompt must be a text, or a list of messages with role and content; neither may be empty",
-    )
+    wrong = f"{where}: prompt must be a text, or a list of messages with role and content; neither may be empty"
+    require(isinstance(messages, list) and bool(messages) and all(map(_is_message, messages)), wrong)
     require(messages[-1]["role"] == "user", f"{where}: the last message must be the user's, which a model answers")
     for key, note in notes.items():
         require(note is None or isinstance(note, str), f"{where}: {key} must be a text; got {note!r:.80}")
@@ -144,9 +142,8 @@ def _read_row(where: str, row: int, line: bytes) -> Prompt:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key), str) and value[key].strip() for key in ("role", "content")
-    )
+    parts = (value.get("role"), value.get("content")) if isinstance(value, dict) else (None,)
+    return all(isinstance(part, str) and part.strip() for part in parts)
 
 
 GYM = "reasoning_gym"  # begins the names of its tasks, as in reasoning_gym:chain_sum. Alone it is a default set

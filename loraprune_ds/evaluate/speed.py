@@ -35,7 +35,12 @@ def measure_speed(models: Sequence[PreTrainedModel], settings: SpeedSettings) ->
     vocabulary = min(int(model.config.vocab_size) for model in models)
     prompt = torch.randint(vocabulary, (1, settings.prompt), generator=torch.Generator().manual_seed(0))
     rounds = [[_run(model, prompt, settings.generated) for model in models] for _ in range(settings.rounds + 1)]
-    return [_medians([turn[i] for turn in rounds[1:]], settings) for i in range(len(models))]
+    speeds: list[Speed] = []
+    for of_model in zip(*rounds[1:], strict=True):  # the first is a warm-up
+        prefill, decode, peaks = zip(*of_model, strict=True)
+        rates = settings.prompt / statistics.median(prefill), settings.generated / statistics.median(decode)
+        speeds.append(Speed(*rates, max((peak for peak in peaks if peak is not None), default=None)))
+    return speeds
 
 
 @torch.no_grad()
@@ -61,12 +66,3 @@ def _now() -> float:
     """Returns the seconds when the device has done all its work."""
     accelerator().synchronize()
     return time.perf_counter()
-
-
-def _medians(rounds: Sequence[Round], settings: SpeedSettings) -> Speed:
-    prefill, decode, peaks = zip(*rounds, strict=True)
-    return Speed(
-        settings.prompt / statistics.median(prefill),
-        settings.generated / statistics.median(decode),
-        max((peak for peak in peaks if peak is not None), default=None),
-    )

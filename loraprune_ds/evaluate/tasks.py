@@ -31,12 +31,21 @@ def check_tasks(settings: TaskSettings) -> None:
     """Checks that the packages are installed and can load all tasks. Raises UserError naming the first that fails."""
     gym, others = _split(settings)
     require(bool(others.names) or settings.include_path is None, f"--include-path has no effect on tasks of {GYM}")
-    if others.names:
-        _check_lm_eval(others)
     if gym.names:
         from loraprune_ds.evaluate.reasoning import load_tasks
 
         load_tasks(gym)
+    if not others.names:
+        return
+    found = importlib.util.find_spec("lm_eval") is not None
+    require(found, "--tasks needs the package lm-eval: pip install 'lm-eval[hf]'")
+    folder = settings.include_path
+    require(folder is None or folder.is_dir(), f"--include-path: {folder} is not a folder")
+    known = _task_manager(folder).all_tasks
+    for name in _expand(others.names):
+        if name not in known and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
+            hint = did_you_mean(name, known) or "; see `lm-eval ls tasks`"
+            raise UserError(f"--tasks: lm-eval knows no task {name}{hint}")
 
 
 def run_tasks(
@@ -61,18 +70,12 @@ def run_tasks(
     if comm.rank != 0 or solved is None:
         return judged
     judged = judged or {"results": {}, "settings": {}}
-    return {
-        "results": judged["results"] | solved["results"],
-        "settings": judged["settings"] | {GYM: solved["settings"]},
-    }
+    settings_of_both = judged["settings"] | {GYM: solved["settings"]}
+    return {"results": judged["results"] | solved["results"], "settings": settings_of_both}
 
 
 def mean_metric(tasks: dict[str, Any], metric: str) -> float | None:
-    """Returns the mean over the tasks that have the metric, or None if none has.
-
-    Args:
-        metric: "acc" of multiple choice, or "exact_match" of written answers.
-    """
+    """Returns the mean over the tasks with this metric, or None: "acc", or "exact_match" of written answers."""
     values = [tasks["results"][name][f"{metric},none"] for name in tasks_with(tasks, metric)]
     return sum(values) / len(values) if values else None
 
@@ -86,18 +89,6 @@ def _split(settings: TaskSettings) -> tuple[TaskSettings, TaskSettings]:
     gym = tuple(name for name in settings.names if name.partition(":")[0] == GYM)
     others = tuple(name for name in settings.names if name not in gym)
     return replace(settings, names=gym, include_path=None), replace(settings, names=others)
-
-
-def _check_lm_eval(settings: TaskSettings) -> None:
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--tasks needs the package lm-eval: pip install 'lm-eval[hf]'")
-    if settings.include_path and not settings.include_path.is_dir():
-        raise UserError(f"--include-path: {settings.include_path} is not a folder")
-    known = _task_manager(settings.include_path).all_tasks
-    for name in _expand(settings.names):
-        if name not in known and not (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
-            hint = did_you_mean(name, known) or "; see `lm-eval ls tasks`"
-            raise UserError(f"--tasks: lm-eval knows no task {name}{hint}")
 
 
 def _run_lm_eval(

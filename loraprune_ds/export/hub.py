@@ -59,12 +59,8 @@ def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[P
         pruned += _evaluation_results(result, result)
         dense += _evaluation_results(result, result["dense"] or {})
     card = ModelCard.load(card_file)
-    index = [
-        entry
-        for model, measured in ((name, pruned), (f"{name}, dense", dense))
-        if measured
-        for entry in eval_results_to_model_index(model, measured)
-    ]
+    index = eval_results_to_model_index(name, pruned) if pruned else []
+    index += eval_results_to_model_index(f"{name}, dense", dense) if dense else []
     card.data["model-index"] = index or None
     answered = next((result for result in measured_by if result.get("answers")), None)
     if answered:

@@ -50,8 +50,10 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
     if exported.multimodal:
         copy_named(dense, folder, PROCESSOR_FILES)
         drop_auto_maps(folder)
-    elif (exported.renamed or _is_multimodal(dense)) and has_tokenizer(folder):
-        _pin_tokenizer(dense, folder)
+    elif has_tokenizer(folder):
+        is_text_part = _read_if_there(dense / "config.json").get("model_type") in MULTIMODAL
+        if exported.renamed or is_text_part:  # whose class has another model type
+            _pin_tokenizer(dense, folder)
     if not (folder / "generation_config.json").is_file():
         ids = {key: value for key, value in exported.config.items() if key in TOKEN_IDS}
         write_json(folder / "generation_config.json", ids)
@@ -98,11 +100,12 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     is_alone = (source / SENTENCEPIECE_FILE).is_file() and not (source / "tokenizer.json").is_file()
     if is_alone:
         load_tokenizer(source).save_pretrained(out)
-    names_code = AUTO_MAP in _read_tokenizer_config(out)  # without that name AutoTokenizer may choose another class
+    names_code = AUTO_MAP in _read_if_there(out / TOKENIZER_CONFIG)
+    # Without that name AutoTokenizer may choose another class.
     if is_alone or (names_code and has_tokenizer(out)):
         _pin_tokenizer(source, out)
     drop_auto_maps(out)
-    config = _read_tokenizer_config(out)
+    config = _read_if_there(out / TOKENIZER_CONFIG)
     portable = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         portable["tokenizer_class"] = PORTABLE_CLASS
@@ -110,12 +113,6 @@ def copy_tokenizer(source: Path, out: Path) -> None:
         portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
     if portable != config:
         write_json(out / TOKENIZER_CONFIG, portable)
-
-
-def _is_multimodal(folder: Path) -> bool:
-    """Returns True if only the text part is exported, whose class has another model type."""
-    path = folder / "config.json"
-    return path.is_file() and read_json(path).get("model_type") in MULTIMODAL
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -135,9 +132,8 @@ def _pin_tokenizer(source: Path, out: Path) -> None:
         "padding_side": tokenizer.padding_side,
         "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
     }
-    write_json(out / TOKENIZER_CONFIG, _read_tokenizer_config(out) | settings)
+    write_json(out / TOKENIZER_CONFIG, _read_if_there(out / TOKENIZER_CONFIG) | settings)
 
 
-def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / TOKENIZER_CONFIG
+def _read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}

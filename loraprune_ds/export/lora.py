@@ -7,15 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraprune_ds.checkpoint.layout import (
-    CHECKPOINTS_FOLDER,
-    MODEL_FOLDER,
-    STATE_FILE,
-    layer_file,
-    numbered,
-    read_status,
-    step_folder,
-)
+from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, check_training_checkpoint
 from loraprune_ds.config import Dtype, LoraConfig
 from loraprune_ds.errors import UserError
@@ -48,16 +40,17 @@ class ExportSource:
 
 def find_source(path: Path) -> ExportSource:
     """Looks at the folder of a run, of one of its checkpoints, or of a merged model."""
-    name, root = path.resolve().name, path / CHECKPOINTS_FOLDER
-    if status := read_status(path):
-        steps = sorted(numbered(root, "step"), reverse=True)
-        checkpoints = [step_folder(root, step) for step in steps]
+    name, root = path.resolve().name, path / layout.CHECKPOINTS_FOLDER
+    if status := layout.read_status(path):
+        steps = layout.numbered(root, "step")[::-1]
+        checkpoints = [layout.step_folder(root, step) for step in steps]
         if status.state == "finished":
-            return ExportSource(name, path / MODEL_FOLDER, checkpoints[:1] if steps[:1] == [status.step] else [])
+            model = path / layout.MODEL_FOLDER
+            return ExportSource(name, model, checkpoints[:1] if steps[:1] == [status.step] else [])
         if not checkpoints:
             raise UserError(f"{path} holds an unfinished run ({status}) without a checkpoint: nothing to export yet")
         return ExportSource(name, None, checkpoints)
-    if (path / STATE_FILE).is_file():
+    if (path / layout.STATE_FILE).is_file():
         return ExportSource(name, None, [path])
     if (path / "config.json").is_file():
         return ExportSource(name, path, [])
@@ -82,7 +75,7 @@ class UnmergedModel:
 
     def lora(self, layer: int) -> dict[str, Tensor]:
         """Reads a layer's fp32 masters: "{linear}.lora_A" (r, in_features), "{linear}.lora_B" (out_features, r)."""
-        tensors = load_file(self.checkpoint.folder / layer_file(layer))
+        tensors = load_file(self.checkpoint.folder / layout.layer_file(layer))
         return {name.removesuffix(".master"): t for name, t in tensors.items() if name.endswith(".master")}
 
 
@@ -137,7 +130,11 @@ def write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
         names = shape.outer_parameters if layer is None else shape.layer_parameters(layer)
         tensors = {name: unmerged.base.read_full(name, dtype) for name in names}
         if merge and layer is not None:
-            _merge_layer(unmerged, layer, tensors)
+            lora, scaling = unmerged.lora(layer), config.lora.lora_alpha / config.lora.r
+            for linear in shape.linears(layer):
+                name, a, b = (f"{linear.name}.{x}" for x in ("weight", "lora_A", "lora_B"))
+                name = f"model.layers.{layer}.{name}"
+                tensors[name] = merge_lora(tensors[name], lora[a], lora[b], scaling, tensors[name].dtype)
         entries.append(write_weight_file(folder, k, count, in_files(tensors, shape, tower)))
     if tower:
         entries.append(copy_tensors(tower.files, folder, own, count))
@@ -151,14 +148,6 @@ def write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
         perplexity_pruned=state.totals.perplexity,
     )
     finish_folder(folder, unmerged.exported, unmerged.dense.folder, card)
-
-
-def _merge_layer(unmerged: UnmergedModel, layer: int, tensors: dict[str, Tensor]) -> None:
-    lora, scaling = unmerged.lora(layer), unmerged.config.lora.lora_alpha / unmerged.config.lora.r
-    for linear in unmerged.shape.linears(layer):
-        name = f"model.layers.{layer}.{linear.name}.weight"
-        a, b = lora[f"{linear.name}.lora_A"], lora[f"{linear.name}.lora_B"]
-        tensors[name] = merge_lora(tensors[name], a, b, scaling, tensors[name].dtype)
 
 
 def write_adapter(unmerged: UnmergedModel, folder: Path) -> None:

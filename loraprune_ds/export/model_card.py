@@ -1,13 +1,12 @@
 """Writes README.md of an exported model: its cut, its perplexity, and how to load it."""
 
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.config import DataConfig, ModelConfig, RunConfig
+from loraprune_ds.config import ModelConfig, RunConfig
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.hub import EMBEDDED
@@ -99,7 +98,9 @@ def card_of_run(
     **perplexities: float | None,
 ) -> ModelCard:
     """Collects the facts of a run. `windows`: the number that perplexity was measured on, if it is known."""
-    data = _data_name(config.data)
+    paths = [source.path for source in config.data.sources]
+    names = ("Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name for path in paths)
+    data = " + ".join(names)
     held_out = Path(config.data.held_out).name if config.data.held_out else f"a held-out part of {data}"
     count = "" if windows is None else f"{windows} "
     return ModelCard(
@@ -120,15 +121,11 @@ def model_name(config: ModelConfig) -> str:
     return "SmolLM2-135M-Instruct" if config.path == EMBEDDED else Path(config.path).name
 
 
-def _data_name(config: DataConfig) -> str:
-    paths = [source.path for source in config.sources]
-    return " + ".join("Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name for path in paths)
-
-
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:
     """Writes README.md of the exported model in `folder`."""
     dense, pruned, trust = card.dense, card.pruned, exported.trust_remote_code
     architecture = architecture_name(pruned)
+    in_gguf = f"as architecture `{architecture}`, by an export to GGUF" if architecture else "no architecture holds it"
     text = TEMPLATE.format(
         card=card,
         exported=exported,
@@ -138,9 +135,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         perplexity_dense=_perplexity(card.perplexity_dense),
         perplexity_pruned=_perplexity(card.perplexity_pruned),
         others=TITLES[pruned.kinds[-1]],
-        llama_cpp=f"as architecture `{architecture}`, by an export to GGUF"
-        if architecture
-        else "no architecture holds it",
+        llama_cpp=in_gguf,
         layers="\n".join(_layer_rows(pruned.exported())),
         trust=", trust_remote_code=True" if trust else "",
         task="image-text-to-text" if exported.multimodal else "text-generation",
@@ -168,14 +163,10 @@ def answers_section(result: dict[str, Any]) -> str:
         for name, model in (("Dense", result["dense"]), ("Pruned", result)):
             texts += [(name, model["answers"]["greedy"]["texts"][i]["text"])] if model else []
         for name, text in texts:
-            lines += [f"{name}:", "", *_code_block(text), ""]
+            wrapped = (textwrap.wrap(line, 100, drop_whitespace=False) or [""] for line in text.splitlines() or [""])
+            # After four spaces no line of a text can end the block, or be read as Markdown or HTML.
+            lines += [f"{name}:", "", *(f"    {part}" for parts in wrapped for part in parts), ""]
     return "\n".join(lines)
-
-
-def _code_block(text: str) -> Iterator[str]:
-    """Indents a text by four spaces. No line of it can end that block or be read as Markdown or HTML."""
-    for line in text.splitlines() or [""]:
-        yield from (f"    {part}" for part in textwrap.wrap(line, 100, drop_whitespace=False) or [""])
 
 
 def _removed(dense: int, pruned: int) -> str:

@@ -10,6 +10,7 @@ is complete.
 import json
 import re
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class PruningCheckpoint:
         state, folder, kinds = self.state, self.folder / FOLDER, self.dense.kinds
         kept = keep_from_lists(state.kept, kinds)
         saved = PrunerState(kept, *read_scores(folder, kinds), state.updates_since_cut, state.moment_tokens)
-        pruner.restore(saved, lambda layer: read_moments(folder, layer))
+        pruner.restore(saved, partial(read_moments, folder))
         return history_from(read_metrics(folder / METRICS_FILE))
 
 

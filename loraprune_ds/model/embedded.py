@@ -86,7 +86,14 @@ def _convert(source: Path, folder: Path) -> None:
     config = _read_config(reader)
     save_file(_read_tensors(reader, config), folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", config)
-    _save_tokenizer(source, folder)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = {k: x for k, x in read_json(path).items() if k not in ("backend", "is_local", "local_files_only")}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class's name in transformers 4, which 5 also reads
+    write_json(path, settings)
 
 
 def _read_config(reader: GGUFReader) -> dict[str, Any]:
@@ -135,17 +142,6 @@ def _read_tensors(reader: GGUFReader, config: dict[str, Any]) -> dict[str, Tenso
         ours = f"model.layers.{layer[1]}.{LAYER_NAMES[name]}" if layer else OUTER_NAMES[name]
         tensors[f"{ours}.weight"] = weight.to(torch.bfloat16).contiguous()
     return tensors
-
-
-def _save_tokenizer(source: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = {k: x for k, x in read_json(path).items() if k not in ("backend", "is_local", "local_files_only")}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class's name in transformers 4, which 5 also reads
-    write_json(path, config)
 
 
 def main() -> int:

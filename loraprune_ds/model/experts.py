@@ -111,10 +111,8 @@ class Experts(nn.Module):
 
 
 def stack_experts(model: nn.Module) -> None:
-    """Replaces the experts of all layers. Buffers that weight files hold become frozen parameters, which can be cut.
-
-    DeepSeek has a router's correction as a buffer, because it trains that by another rule.
-    """
+    """Replaces the experts of all layers. Buffers that weight files hold become frozen parameters, which can be cut."""
+    # DeepSeek has a router's correction as a buffer, because it trains that by another rule.
     for module in list(model.modules()):
         for name, buffer in list(module._buffers.items()):  # in order, for a gather joins parameters by their order
             if buffer is not None and name not in module._non_persistent_buffers_set:

@@ -23,6 +23,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_arg
 WEIGHT, SCALE = "weight", "weight_scale"
 BLOCK = 64  # weights under one scale. 32 gave no lower perplexity (tests/benchmarks/README.md)
 LARGEST = 127
+UNSTACKED = 1 << 40  # more rows than any matrix has
 READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little memory beyond the shard
 
 Matrix = tuple[int, int]
@@ -31,13 +32,10 @@ ReadPart = Callable[[int, int], Tensor]  # (start, end) -> the flat elements [st
 
 
 class Pieces(NamedTuple):
-    """Names the tensors on disk that make up one parameter, stacked along axis 0. Each has this shape.
-
-    A single one may have three dimensions.
-    """
+    """Names the tensors on disk that make up one parameter, stacked along axis 0."""
 
     names: tuple[str, ...]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of each. A single one may have three dimensions
     transposed: bool = False  # each matrix is so in the files
 
     def keep_rows(self, rows: Tensor) -> "Pieces":
@@ -100,20 +98,12 @@ class Int8:
 
     Attributes:
         axis: the one without blocks.
-        rows: of one matrix, if several are stacked and have their blocks along the rows.
+        rows: of one matrix, if several are stacked and have their blocks along the rows. By default there is one.
     """
 
     tensors: ClassVar[tuple[str, ...]] = (WEIGHT, SCALE)
     axis: int
-    rows: int | None = None
-
-    @property
-    def _hidden(self) -> int:
-        return 1 - self.axis
-
-    @property
-    def _height(self) -> int:
-        return self.rows or 1 << 40
+    rows: int = UNSTACKED
 
     @property
     def _band(self) -> int:
@@ -121,13 +111,13 @@ class Int8:
 
     @property
     def _bands(self) -> int:
-        return -(-self._height // self._band)
+        return -(-self.rows // self._band)
 
     def _band_of(self, row: Rows) -> Rows:
-        return row // self._height * self._bands + row % self._height // self._band
+        return row // self.rows * self._bands + row % self.rows // self._band
 
     def _top(self, band: int) -> int:
-        return band // self._bands * self._height + band % self._bands * self._band
+        return band // self._bands * self.rows + band % self._bands * self._band
 
     def scale_shape(self, shape: Matrix) -> Matrix:
         if self.axis == 0:
@@ -141,15 +131,15 @@ class Int8:
     def split(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """As `Dense.split`. Raises NotFinite. Only some rows are converted to fp32 at a time."""
         rows = self._band * max(1, READ_CHUNK // (self._band * weight.shape[1]))
-        matrices = weight.split(self._height)
+        matrices = weight.split(self.rows)
         parts = [self._quantise(part.float(), dtype) for matrix in matrices for part in matrix.split(rows)]
         return {WEIGHT: torch.cat([q for q, _ in parts]), SCALE: torch.cat([scale for _, scale in parts])}
 
     def join(self, stored: Iterable[Tensor]) -> Tensor:
         weight, scale = stored
-        if len(weight) <= self._height:  # saves the copy
+        if len(weight) <= self.rows:  # saves the copy
             return dequantise(weight, scale, self.axis)
-        matrices = zip(weight.split(self._height), scale.split(self._bands), strict=True)
+        matrices = zip(weight.split(self.rows), scale.split(self._bands), strict=True)
         return torch.cat([dequantise(*matrix, self.axis) for matrix in matrices])
 
     def kept(self, axis: int, kept: Tensor) -> dict[str, Tensor]:
@@ -202,13 +192,14 @@ class Int8:
         return dequantise(rows, scales, 0) if self.axis == 0 else rows.to(scales.dtype).mul_(scales)
 
     def _quantise(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        largest = torch.cat([part.abs().amax(self._hidden + 1) for part in _blocks(weight, self._hidden)], self._hidden)
+        hidden = 1 - self.axis
+        largest = torch.cat([part.abs().amax(hidden + 1) for part in _blocks(weight, hidden)], hidden)
         if not torch.isfinite(largest).all():
             raise NotFinite
         limits = torch.finfo(dtype)
         scale = (largest / LARGEST).to(dtype).clamp_(min=limits.tiny * limits.eps)  # the smallest number above 0
         values = weight.clone()
-        for part, scales in _with_scales(values, scale, self._hidden):
+        for part, scales in _with_scales(values, scale, hidden):
             part.div_(scales.float())
         return values.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale
 

@@ -93,10 +93,9 @@ def chunk_size(vocab_size: int, tokens: int | None = None, *, buffers: int = BUF
 
 
 def chunk_with_gradient(head: Head, tokens: int | None, *, buffers: int) -> int:
-    """Returns the `chunk_size` of a loss that may be differentiated.
-
-    The slope of a cap is computed from its logits. fp32 logits are one more buffer, 16-bit logits fit into a later one.
-    """
+    """Returns the `chunk_size` of a loss that may be differentiated."""
+    # The slope of a cap is computed from its logits. fp32 logits are one more buffer, 16-bit logits fit into a later
+    # one.
     chunk = chunk_size(len(head.weight), tokens, buffers=buffers)
     is_larger = head.transform.softcap is not None and head.weight.dtype == torch.float32
     return max(1, chunk // 2) if is_larger else chunk

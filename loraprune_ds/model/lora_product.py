@@ -75,11 +75,9 @@ class _Product(torch.autograd.Function):
 
 
 def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Returns a uint8 mask in the shape of x, and the exact probability of its ones.
-
-    torch's dropout draws at least 32 bits per element, which takes a tenth of a training step on a CPU. Here an element
-    uses 16 bits, so p is rounded down to a multiple of 2⁻¹⁶.
-    """
+    """Returns a uint8 mask in the shape of x, and the exact probability of its ones."""
+    # torch's dropout draws at least 32 bits per element, which takes a tenth of a training step on a CPU. Here an
+    # element uses 16 bits, so p is rounded down to a multiple of 2⁻¹⁶.
     dropped = int(p * DRAW)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)  # all 64 bits
     numbers = draws.view(torch.int16)[: x.numel()].view(x.shape)

@@ -41,11 +41,7 @@ class FrozenStorage:
         return Int8(1, shape.hidden_size) if linear.rows_are_hidden else Int8(0)
 
     def stored(self, shape: ModelShape, element_size: int, layer: int | None = None) -> dict[str, StoredTensor]:
-        """Returns the frozen tensors that ZeRO-3 shards, by name, of one layer or of all.
-
-        Args:
-            element_size: of the model's dtype.
-        """
+        """Returns the frozen tensors that ZeRO-3 shards, by name, of a layer or of all."""
         layers = range(len(shape.layers)) if layer is None else [layer]
         formats = {f"model.layers.{i}.{x.name}.{WEIGHT}": self.format_of(shape, x) for i, x in shape.linear_ids(layers)}
         stored, keep_fp32 = dict[str, StoredTensor](), shape.keep_fp32

@@ -7,7 +7,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import config_class
 from loraprune_ds.model.family import FAMILIES, PRUNED
@@ -28,8 +28,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the Rust library under it raises bare Exception
         raise UserError(f"{folder} has no tokenizer that can be read: {one_line(error)}") from error
     # transformers silently makes an empty tokenizer from some damaged files.
-    if not tokenizer("text", add_special_tokens=False)["input_ids"]:
-        raise UserError(f"{folder}: its tokenizer has no vocabulary")
+    ids: Any = tokenizer("text", add_special_tokens=False)["input_ids"]
+    require(bool(ids), f"{folder}: its tokenizer has no vocabulary")
     return tokenizer
 
 

@@ -1,11 +1,9 @@
 """The files of a model's folder: safetensors with their headers and index, tokenizer, processors and documents."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,23 +16,13 @@ from loraprune_ds.model.frozen import Pieces
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model-*-of-*.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-COPIED_BYTES = 1 << 24  # at a time
 SAVE_AGAIN = "AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(other_folder)"
 Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer.model.v*",
-    "tekken.json",
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "generation_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    *("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tekken.json", TOKENIZER_CONFIG, "chat_template.*"),
+    *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
 )
 LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
@@ -106,34 +94,12 @@ def write_weight_file(folder: Path, index: int, count: int, tensors: Mapping[str
 
 
 def copy_tensors(files: Mapping[str, Path], folder: Path, index: int, count: int) -> dict[str, int]:
-    """Copies tensors of other weight files, byte by byte, into a new one. Returns its entry as `write_weight_file`."""
-    headers = {path: _raw_header(path) for path in set(files.values())}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    sizes, sources = dict[str, int](), list[tuple[Path, int, int]]()
-    for name, path in files.items():
-        data, tensors = headers[path]
-        start, end = tensors[name]["data_offsets"]
-        before = sum(sizes.values())
-        sizes[name] = end - start
-        header[name] = tensors[name] | {"data_offsets": [before, before + sizes[name]]}
-        sources.append((path, data + start, data + end))
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with (folder / weight_file_name(index, count)).open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for path, start, end in sources:
-            with path.open("rb") as file:
-                file.seek(start)
-                for at in range(start, end, COPIED_BYTES):
-                    out.write(file.read(min(COPIED_BYTES, end - at)))
-    return sizes
-
-
-def _raw_header(path: Path) -> tuple[int, dict[str, Any]]:
-    """Returns where the data of a safetensors file begins, and what its header says of each tensor."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return 8 + size, json.loads(file.read(size))
+    """Copies tensors of other weight files, bit by bit, into a new one. Returns its entry as `write_weight_file`."""
+    tensors: dict[str, Tensor] = {}
+    for path in dict.fromkeys(files.values()):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name, of in files.items() if of == path}
+    return write_weight_file(folder, index, count, tensors)
 
 
 def as_on_disk(
@@ -166,8 +132,11 @@ def add_weight_file(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> N
     weight_map = {tensor: path.name for tensor, (_, _, path) in read_headers(folder).items()}
     save_file(dict(tensors), folder / name, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(tensors, name)
-    paths = {folder / file for file in weight_map.values()}
-    _write_index(folder, weight_map, sum(path.stat().st_size - _raw_header(path)[0] for path in paths))
+    total_size = 0
+    for path in {folder / file for file in weight_map.values()}:
+        with path.open("rb") as file:  # which begins with the length of its header
+            total_size += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    _write_index(folder, weight_map, total_size)
 
 
 def named_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:

@@ -8,13 +8,12 @@ Shapes: W (out_features, in_features), A (r, in_features), B (out_features, r); 
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loraprune_ds.pruning.prunable_model import Decode, LoraFactors, OwnedShard
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 
 # Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU fewer blocks need
 # fewer kernel launches, and the two fp32 copies of a block take 64 MiB.
@@ -90,9 +89,9 @@ def split_experts(shard: OwnedShard, factors: LoraFactors) -> Iterator[tuple[Own
         low = min(max(origin, 0), rows * columns)
         high = max(low, min(origin + len(shard.flat), rows * columns))
         own = slice(low - origin, high - origin)
-        owned = OwnedShard(shard.flat[own], low, (rows, columns), partial(_decode_below, shard.decode, i * rows))
+
+        def decode(stored: Tensor, first: int, above: int = i * rows) -> Tensor:
+            return shard.decode(stored, above + first)
+
+        owned = OwnedShard(shard.flat[own], low, (rows, columns), decode)
         yield owned, LoraFactors(*of_expert, scaling=factors.scaling)
-
-
-def _decode_below(decode: Decode, above: int, stored: Tensor, first: int) -> Tensor:
-    return decode(stored, above + first)

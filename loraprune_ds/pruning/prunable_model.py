@@ -18,11 +18,9 @@ from loraprune_ds.model.shapes import LayerKeep, ModelShape
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """Holds the LoRA of one linear and its loss gradients in fp32, averaged over the global batch, not clipped.
+    """Holds the LoRA of one linear and its loss gradients in fp32, averaged over the global batch, not clipped."""
 
-    For a stack of experts the factors of the experts lie one below the other.
-    """
-
+    # Of a stack, the factors of the experts lie one below the other.
     A: Tensor  # (r, in_features)
     B: Tensor  # (out_features, r)
     grad_A: Tensor

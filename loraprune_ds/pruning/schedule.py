@@ -129,19 +129,14 @@ class Schedule:
 def make_section(
     config: PruneConfig, limits: Limits, size: Size, earlier: Section | None, steps: int, recovery: int
 ) -> Section:
-    """Makes the section of a size after the `earlier` one, from its steps with cuts and those of its recovery.
-
-    Raises UserError if no step is left to cut or changes a width.
-    """
+    """Makes the section after the `earlier` one. Raises UserError if no step is left to cut or changes a width."""
     first, before = (earlier.last, earlier.size.ratio) if earlier else (0, 0.0)
     # The sliver keeps 0.29 of 100 steps from being 28.999999999999996.
     start = first + math.floor(config.warmup_fraction * steps + 1e-6)
     end = first + steps - math.floor(config.cooldown_fraction * steps + 1e-6)
     to = f" for prune.sizes {size.name}" if size.name else ""
-    if end <= start:
-        raise UserError(
-            f"train.steps {steps}{to} leaves no step between prune.warmup_fraction and prune.cooldown_fraction"
-        )
+    few = f"train.steps {steps}{to} leaves no step between prune.warmup_fraction and prune.cooldown_fraction"
+    require(end > start, few)
     last = first + steps
     section = Section(size, before, first, start, end, last, last + recovery, config.prune_every)
     if limits.depth and not earlier:

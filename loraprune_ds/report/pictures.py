@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from loraprune_ds.evaluate.drawing import (
     BLUE,
     GREEN,
-    LOG_FROM,
     ORANGE,
     PLOT_STYLE,
     TEXT,
     VERMILION,
     label_beside,
-    make_logarithmic,
-    save_picture,
+    picture,
+    scale_perplexity,
 )
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
@@ -25,7 +24,6 @@ from loraprune_ds.units import format_percent, format_perplexity
 if TYPE_CHECKING:  # takes a second to import, so only where a picture is drawn
     import numpy as np
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     Groups = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -56,13 +54,10 @@ PANELS: dict[Kind, tuple[str, str]] = {
 
 def draw_kept_groups(path: Path, dense: ModelShape, kept: Sequence[LayerKeep]) -> None:
     """Draws which groups of each kind every layer kept, as a strip per layer, and how many."""
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        height = 1.3 + min(max(0.115 * len(dense.layers), 1.4), 9.0)
-        figure = Figure(figsize=(11, height), layout="constrained")
+    height = 1.3 + min(max(0.115 * len(dense.layers), 1.4), 9.0)
+    with picture(path, (11, height), STYLE | {"axes.grid": False}) as figure:
         most = {kind: max(layer[kind] for layer in dense.layers) for kind in dense.kinds}
         widths = [width for kind in dense.kinds for width in (3 if most[kind] <= MOST_CELLS_APART else 6, 1)]
         axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
@@ -74,7 +69,6 @@ def draw_kept_groups(path: Path, dense: ModelShape, kept: Sequence[LayerKeep]) -
             _draw_counts(counts, had, have, colour)
         axes[0].set(ylabel="decoder layer", ylim=(len(dense.layers) - 0.5, -0.5))
         axes[0].yaxis.set_major_locator(MaxNLocator(12, integer=True))
-        _save(figure, path)
 
 
 def _draw_strips(axes: "Axes", kept: Sequence["Groups"], had: Sequence[int], colour: str) -> None:
@@ -117,24 +111,24 @@ def _draw_counts(axes: "Axes", had: Sequence[int], have: Sequence[int], colour: 
 
 def draw_training(path: Path, history: History) -> None:
     """Draws loss, perplexity over the removed part, sparsity, seconds and bytes per rank, with the cuts marked."""
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 8.2), layout=ConstrainedLayoutEngine(h_pad=0.09))
+    with picture(path, (10, 8.2), STYLE, ConstrainedLayoutEngine(h_pad=0.09)) as figure:
         grid = figure.add_gridspec(3, 2, height_ratios=(1.5, 1, 1))
         measured = [e for e in history.evaluations if math.isfinite(e.perplexity)]
         loss = figure.add_subplot(grid[0, 0] if measured else grid[0, :])
         sparsity, seconds, weights, memory = (figure.add_subplot(grid[1 + i // 2, i % 2]) for i in range(4))
         _draw_loss(loss, history.steps, measured)
         _draw_sparsity(sparsity, history)
-        _draw_seconds(seconds, history)
-        steps = [s.step for s in history.steps]
+        steps, timed = [s.step for s in history.steps], history.steps[1:]  # the first is a warm-up
+        seconds.plot([s.step for s in timed], [s.seconds for s in timed], color=BLUE, lw=1.3)
+        seconds.set(title="Time per step", ylabel="seconds", ylim=(0, None))
         _draw_bytes(weights, "Weights per rank", steps, [s.weight_bytes for s in history.steps], BLUE)
         _draw_bytes(memory, "Memory in use per rank", steps, [s.resident_bytes for s in history.steps], GREEN)
+        thin = min(0.8, 24 / max(len(history.cuts), 1))
         for axes in (loss, sparsity, seconds, weights, memory):
-            _mark_cuts(axes, history.cuts)
+            for cut in history.cuts:
+                axes.axvline(cut.step, color=CUT, lw=thin, zorder=0)
             axes.set_xlim(0, max([1, *steps]))
             axes.locator_params(axis="x", integer=True)
         loss.plot([], [], color=CUT, lw=0.8, label="cut")
@@ -143,7 +137,6 @@ def draw_training(path: Path, history: History) -> None:
             axes.set_xlabel("step")
         if measured:
             _draw_perplexity(figure.add_subplot(grid[0, 1]), history.cuts, measured)
-        _save(figure, path)
 
 
 def _draw_loss(axes: "Axes", steps: Sequence[StepRecord], measured: Sequence[EvaluationRecord]) -> None:
@@ -163,8 +156,7 @@ def _draw_perplexity(axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence
     removed = [100 * max((c.reached for c in cuts if c.step <= e.step), default=0.0) for e in measured]
     values = [e.perplexity for e in measured]
     axes.plot(removed, values, color=VERMILION, lw=1.2, marker="o", markersize=5)
-    if max(values) > LOG_FROM * min(values):
-        make_logarithmic(axes)
+    scale_perplexity(axes, values)
     axes.margins(y=0.2)
     most = max(*removed, 1)
     axes.set(xlim=(-0.05 * most, 1.6 * most))  # with room for the labels of the last points
@@ -188,12 +180,6 @@ def _draw_sparsity(axes: "Axes", history: History) -> None:
     axes.legend(**LEGEND_ABOVE)
 
 
-def _draw_seconds(axes: "Axes", history: History) -> None:
-    """Draws the seconds of all steps but the first, which is a warm-up."""
-    axes.plot([s.step for s in history.steps[1:]], [s.seconds for s in history.steps[1:]], color=BLUE, lw=1.3)
-    axes.set(title="Time per step", ylabel="seconds", ylim=(0, None))
-
-
 def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[int]], colour: str) -> None:
     """Draws the fullest rank as a line, and the others as a band below it."""
     most, least = [max(b) for b in per_rank], [min(b) for b in per_rank]
@@ -205,27 +191,18 @@ def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[
 
 
 def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None) -> None:
-    """Draws perplexity over the parameters of each size, beside the `dense` model's, and agreement if it is known.
-
-    Args:
-        shelf: the rows of report.json. It draws nothing where no perplexity is known.
-    """
+    """Draws perplexity over the parameters of the sizes, rows of report.json, with the dense model's and agreement."""
     points = [(row["parameters"] / 1e6, row["perplexity"], row) for row in shelf if row["perplexity"]]
     if not points:
         return
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 4), layout="constrained")
+    with picture(path, (7, 4), STYLE) as figure:
         axes = figure.subplots()
         x, y, rows = zip(*points, strict=True)
         axes.plot(x, y, color=VERMILION, lw=1.2, marker="o", markersize=5)
         if dense is not None:
             axes.axhline(dense, color=CUT, lw=1, ls=":", label=f"dense model: {format_perplexity(dense)}")
             axes.legend(**LEGEND_ABOVE)
-        if max(y) > LOG_FROM * min(y):
-            make_logarithmic(axes)
+        scale_perplexity(axes, y)
         axes.margins(x=0.3, y=0.25)
         axes.set(title="Sizes of one run", xlabel="parameters, millions", ylabel="perplexity, held-out text")
         figure.draw_without_rendering()  # settles where the points are
@@ -233,16 +210,3 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
             same = row.get("agreement")
             text = f"{row['size']}: {format_perplexity(at[1])}" + (f", agrees {format_percent(same)}" if same else "")
             label_beside(axes, text, at, color=TEXT)
-        _save(figure, path)
-
-
-def _mark_cuts(axes: "Axes", cuts: Sequence[CutRecord]) -> None:
-    """Draws a thin line per cut, thinner with many cuts."""
-    width = min(0.8, 24 / max(len(cuts), 1))
-    for cut in cuts:
-        axes.axvline(cut.step, color=CUT, lw=width, zorder=0)
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    figure.align_ylabels()
-    save_picture(figure, path)

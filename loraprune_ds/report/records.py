@@ -13,8 +13,6 @@ from typing import Any, Literal, Protocol, TextIO, runtime_checkable
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import finite, write_text
-from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.step import Cut
 from loraprune_ds.units import format_bytes, format_duration, format_percent
 
 EvaluationName = Literal["dense", "after_last_cut", "pruned", "size", "step"]
@@ -55,23 +53,6 @@ class CutRecord:
     channels: list[int] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
     delta: list[int] = field(default_factory=list)
-
-
-def cut_record(
-    cut: Cut, dense: ModelShape, shape: ModelShape, weight_bytes_before: list[int], weight_bytes_after: list[int]
-) -> CutRecord:
-    """Describes a cut of the `dense` model to `shape`."""
-    return CutRecord(
-        step=cut.step,
-        target=cut.target,
-        reached=cut.reached,
-        removed_fraction=1 - shape.total_numel() / dense.total_numel(),
-        seconds=cut.seconds,
-        bytes_sent=cut.bytes_sent,
-        weight_bytes_before=weight_bytes_before,
-        weight_bytes_after=weight_bytes_after,
-        **{kind: [layer[kind] for layer in shape.layers] for kind in shape.kinds},
-    )
 
 
 def cut_line(cut: CutRecord) -> str:
@@ -123,12 +104,8 @@ class History:
     evaluations: list[EvaluationRecord] = field(default_factory=list)
 
     def add(self, record: Record) -> None:
-        lists: dict[type[Record], list[Any]] = {
-            StepRecord: self.steps,
-            CutRecord: self.cuts,
-            EvaluationRecord: self.evaluations,
-        }
-        lists[type(record)].append(record)
+        of: dict[type, list[Any]] = {StepRecord: self.steps, CutRecord: self.cuts, EvaluationRecord: self.evaluations}
+        of[type(record)].append(record)
 
     def perplexity(self, name: EvaluationName) -> float | None:
         """Returns the latest measurement of that name."""
@@ -163,16 +140,10 @@ class MetricsLog:
         self._file.write(_line(record))
         self._file.flush()
 
-    def truncate(self) -> None:
-        """Drops all lines, which may be damaged."""
-        self._replace("")
-
     def truncate_to(self, step: int) -> None:
-        """Drops the lines of later steps. A run that resumes from the checkpoint of `step` writes them again."""
-        self._replace("".join(json.dumps(line) + "\n" for line in read_metrics(self.path, step)))
-
-    def _replace(self, text: str) -> None:
-        write_text(self.path, text)
+        """Drops the lines of later steps, which a run that resumes after `step` writes again. With 0 it drops all."""
+        lines = read_metrics(self.path, step) if step else []  # of a run that starts again they may be damaged
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file.close()  # it still points to the file that was replaced
         self._file = self.path.open("a", encoding="utf-8")
 

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from loraprune_ds.checkpoint.layout import KEPT_GROUPS_FILE, export_folder
 from loraprune_ds.files import write_text
 from loraprune_ds.model.flops import cached_numel
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
-from loraprune_ds.report.records import CutRecord, History, StepRecord
+from loraprune_ds.report.records import History, StepRecord
 
 KINDS = ("heads", "channels", "experts", "delta")  # which a cut record counts per layer
 QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
@@ -46,21 +46,22 @@ def make_report(
     peak_bytes: list[int],
     accelerator: str,
 ) -> dict[str, Any]:
-    """Makes the content of report.json.
-
-    Args:
-        peak_bytes: peak memory of each rank: (world_size,).
-        accelerator: name of the device that the ranks ran on.
-    """
-    steps, cuts, resumed_from = history.steps, history.cuts, outcome.resumed_from
+    """Makes the content of report.json. `peak_bytes` has each rank's peak memory, `accelerator` names their device."""
+    steps, cuts, pruned, resumed_from = history.steps, history.cuts, outcome.pruned, outcome.resumed_from
     steps_before = [s for s in steps if not cuts or s.step <= cuts[0].step]
     steps_after = [s for s in steps if cuts and s.step > cuts[-1].step]
     before, after = next(reversed(steps_before), None), steps[-1] if steps and cuts else None
     return {
-        "params": _parameters(dense, outcome.pruned),
+        "params": {  # without LoRA, a tied tensor once
+            "dense": dense.total_numel(),
+            "pruned": pruned.total_numel(),
+            "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
+            "linear_dense": dense.linear_numel(),
+            "linear_pruned": pruned.linear_numel(),
+        },
         "target": outcome.target,
         "shelf": _shelf(dense, history, outcome.sizes),
-        "serving": _serving(outcome.pruned),
+        "serving": _serving(pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
         "world_size": len(peak_bytes),
         "steps": steps[-1].step if steps else 0,
@@ -81,23 +82,15 @@ def make_report(
     }
 
 
-def _parameters(dense: ModelShape, pruned: ModelShape) -> dict[str, Any]:
-    """Counts parameters without LoRA, a tied tensor once."""
-    return {
-        "dense": dense.total_numel(),
-        "pruned": pruned.total_numel(),
-        "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
-        "linear_dense": dense.linear_numel(),
-        "linear_pruned": pruned.linear_numel(),
-    }
-
-
 def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[dict[str, Any]]:
     """Returns a row per size, from the first to the last. KV bytes are those of a token in 16 bits."""
     rows = list[dict[str, Any]]()
     for step, size in sizes.items():
         cuts = [cut for cut in history.cuts if cut.step <= step]
-        shape = _shape_after(cuts[-1], dense) if cuts else dense  # no cut if nothing could go
+        shape = dense  # no cut if nothing could go
+        if cuts:
+            layers = zip(*(getattr(cuts[-1], kind) for kind in dense.kinds), strict=True)
+            shape = dense.with_layers(tuple(LayerShape(zip(dense.kinds, counts, strict=True)) for counts in layers))
         name = "pruned" if step == max(sizes) else "size"
         measured = [e for e in history.evaluations if e.step == step and e.name == name]
         rows.append(
@@ -113,11 +106,6 @@ def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[d
             }
         )
     return rows
-
-
-def _shape_after(cut: CutRecord, dense: ModelShape) -> ModelShape:
-    layers = zip(*(getattr(cut, kind) for kind in dense.kinds), strict=True)
-    return dense.with_layers(tuple(LayerShape(zip(dense.kinds, counts, strict=True)) for counts in layers))
 
 
 def _serving(pruned: ModelShape) -> dict[str, list[int]]:
@@ -153,17 +141,8 @@ def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: M
 
 def versions() -> dict[str, str | None]:
     """Returns the installed versions, and the commit if this is a git checkout."""
-    return {name: _version(name) for name in PACKAGES} | {
-        "python": platform.python_version(),
-        "commit": commit(CHECKOUT),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    installed = {name: next((found.version for found in distributions(name=name)), None) for name in PACKAGES}
+    return installed | {"python": platform.python_version(), "commit": commit(CHECKOUT)}
 
 
 def commit(checkout: Path) -> str | None:
@@ -171,10 +150,8 @@ def commit(checkout: Path) -> str | None:
     if not (checkout / ".git").exists():  # an installed copy may lie inside another repository
         return None
     head = _git(checkout, "rev-parse", "HEAD")
-    if head is None:
-        return None
     changed = _git(checkout, "diff", "--name-only", "HEAD", "--", ".", f":(exclude){RESULTS}")
-    return head if changed == "" else f"{head}-dirty"
+    return head if head is None or changed == "" else f"{head}-dirty"
 
 
 def _git(checkout: Path, *arguments: str) -> str | None:
@@ -187,18 +164,11 @@ def _git(checkout: Path, *arguments: str) -> str | None:
 
 def hardware(accelerator: str) -> dict[str, Any]:
     """Describes this machine. `instructions` are the widest ones that torch uses, for example "AVX2"."""
+    fields = (line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines())
+    models = (value.strip() for key, _, value in fields if key.startswith("model name"))
     return {
-        "cpu": _cpu_model(),
+        "cpu": next(models, platform.processor() or platform.machine()),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "accelerator": accelerator,
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())

@@ -18,7 +18,7 @@ from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, Ste
 
 PROJECT = "loraprune_ds"
 STEP_AXIS = "train/global_step"  # as in transformers. A resumed run may go back on it
-MOST_CURVES = 8  # ranks that have a curve each
+MOST_CURVES = 8  # ranks that have a curve each. Of more, only the smallest and the largest value have one
 Curves = Callable[[Record], dict[str, float]]
 
 
@@ -39,20 +39,16 @@ def scalars(record: Record) -> dict[str, float]:
             if record.grad_norm is not None:
                 scalars["train/grad_norm"] = record.grad_norm
             for name in ("weight_bytes", "resident_bytes", "reserved_bytes"):
-                scalars |= _by_rank(name, getattr(record, name))
+                values: list[int] = getattr(record, name)
+                ranks = {f"rank_{rank}": value for rank, value in enumerate(values)}
+                shown = ranks if len(values) <= MOST_CURVES else {"min": min(values), "max": max(values)}
+                scalars |= {f"{name}/{which}": value for which, value in shown.items()}
             return scalars
         case CutRecord():
             curves = ("target", "reached", "removed_fraction", "seconds", "bytes_sent")
             return {f"cut/{name}": getattr(record, name) for name in curves}
         case EvaluationRecord():
             return {f"perplexity/{record.name}": record.perplexity}
-
-
-def _by_rank(name: str, values: list[int]) -> dict[str, float]:
-    """Returns a value for every rank, or for many ranks only the smallest and the largest one."""
-    if len(values) > MOST_CURVES:
-        return {f"{name}/min": min(values), f"{name}/max": max(values)}
-    return {f"{name}/rank_{rank}": value for rank, value in enumerate(values)}
 
 
 class TensorBoardLog:
@@ -185,16 +181,17 @@ class ReportedRun(ModuleLog):
 
     def __init__(self, name: str, folder: Path, settings: dict[str, Any], warn: Callable[[str], None]) -> None:
         super().__init__(name, warn)
-        if failure := _failure(lambda: self._open(folder, settings)):
+
+        def start() -> None:
+            importlib.import_module(name)
+            self._service().start(folder, settings)
+            self._run = self._service().open_run()
+
+        if failure := _failure(start):
             raise RankError(f"logging.report_to {name}: {failure}")
 
     def close(self) -> None:
         self._try(lambda: self._service().finish())
-
-    def _open(self, folder: Path, settings: dict[str, Any]) -> None:
-        importlib.import_module(self._name)
-        self._service().start(folder, settings)
-        self._run = self._service().open_run()
 
 
 def _failure(call: Callable[[], object]) -> str | None:

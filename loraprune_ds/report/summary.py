@@ -1,6 +1,6 @@
 """Makes the table that people read when a run is over."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,7 @@ SummaryRow = tuple[str, ...]  # four cells
 def summary_table(report: dict[str, Any], folder: Path) -> str:
     """Makes the table of a report.json in plain ASCII, at most 100 columns wide unless the folder's name is long."""
     head = ("", "dense", "pruned", "")
-    rows = [head, *_parameter_rows(report), *_target_rows(report), _perplexity_row(report), *_after_rows(report)]
-    rows += _cost_rows(report)
+    rows = [head, *_size_rows(report), *_quality_rows(report), *_cost_rows(report)]
     cuts, ranks = len(report["prune_steps"]), report["world_size"]
     title = f"{report['steps']} steps, {_plural(cuts, 'cut')}, {_plural(ranks, 'ZeRO-3 rank')}"
     table = aligned(rows, "<>><")
@@ -59,41 +58,26 @@ def _shelf_rows(shelf: list[dict[str, Any]]) -> Iterable[str]:
     yield from (*aligned(rows, "<>>>>><"), "")
 
 
-def _parameter_rows(report: dict[str, Any]) -> list[SummaryRow]:
-    params, cuts = report["params"], report["prune_steps"]
-    target = f" (target {format_percent(cuts[-1]['target'])})" if cuts else ""
+def _size_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
+    params, cuts, target = report["params"], report["prune_steps"], report["target"]
+    aim = f" (target {format_percent(cuts[-1]['target'])})" if cuts else ""
     linear_removed = 1 - params["linear_pruned"] / params["linear_dense"]
     total, linear = (
         [format_count(params[f"{prefix}{name}"]) for name in ("dense", "pruned")] for prefix in ("", "linear_")
     )
-    return [
-        ("parameters, whole model", *total, f"{format_percent(params['removed_fraction'])} removed"),
-        ("  linear layers of the decoder", *linear, f"{format_percent(linear_removed)} removed{target}"),
-    ]
+    yield ("parameters, whole model", *total, f"{format_percent(params['removed_fraction'])} removed")
+    yield ("  linear layers of the decoder", *linear, f"{format_percent(linear_removed)} removed{aim}")
+    if target is not None:
+        amount = read_amount(target["asked"], "target")
+        name = "  of prune.target" if target["unit"] == "parameters" else "weights and KV cache of a server"
+        yield name, amount.format(target["dense"]), amount.format(target["reached"]), f"target {target['asked']}"
 
 
-def _target_rows(report: dict[str, Any]) -> list[SummaryRow]:
-    target = report["target"]
-    if target is None:
-        return []
-    amount = read_amount(target["asked"], "target")
-    name = "  of prune.target" if target["unit"] == "parameters" else "weights and KV cache of a server"
-    return [(name, amount.format(target["dense"]), amount.format(target["reached"]), f"target {target['asked']}")]
-
-
-def _perplexity_row(report: dict[str, Any]) -> SummaryRow:
-    perplexity = report["perplexity"]
-    after_cut = perplexity["after_last_cut"]
-    return (
-        "perplexity, held-out text",
-        format_perplexity(perplexity["dense"]),
-        format_perplexity(perplexity["pruned"]),
-        "" if after_cut is None else f"{format_perplexity(after_cut)} right after the last cut",
-    )
-
-
-def _after_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
-    """Yields what `evaluate.after` has measured."""
+def _quality_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
+    """Yields perplexity, and what `evaluate.after` has measured."""
+    dense, after_cut, exported = (report["perplexity"][name] for name in ("dense", "after_last_cut", "pruned"))
+    remark = "" if after_cut is None else f"{format_perplexity(after_cut)} right after the last cut"
+    yield "perplexity, held-out text", format_perplexity(dense), format_perplexity(exported), remark
     pruned = report.get("after", {})
     models = [model for model in (pruned.get("dense"), pruned) if model]
     if pruned.get("tasks"):
@@ -110,27 +94,18 @@ def _after_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
         yield ("  their repeated 4-grams", *(format_percent(one["repetition"]) for one in greedy), "")
 
 
-def _cost_rows(report: dict[str, Any]) -> list[SummaryRow]:
+def _cost_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
     seconds, cuts, resident = report["seconds_per_step"], report["prune_steps"], report["resident_bytes"]
     before = max(cuts[0]["weight_bytes_before"]) if cuts else None
     after = max(cuts[-1]["weight_bytes_after"]) if cuts else None
     used, still_used = (max(resident[key]) if resident[key] else None for key in ("before", "after"))
-    return [
-        _row("time per step", seconds["before"], seconds["after"], format_duration, _speed_up),
-        _row("weights per rank", before, after, format_bytes, format_change),
-        _row("memory in use per rank", used, still_used, format_bytes, format_change),
-    ]
-
-
-def _row(
-    name: str,
-    before: float | None,
-    after: float | None,
-    written: Callable[[float], str],
-    compared: Callable[[float, float], str],
-) -> SummaryRow:
-    cells = ("-" if value is None else written(value) for value in (before, after))
-    return (name, *cells, compared(before, after) if before and after else "")
+    for name, first, last, written, compared in (
+        ("time per step", seconds["before"], seconds["after"], format_duration, _speed_up),
+        ("weights per rank", before, after, format_bytes, format_change),
+        ("memory in use per rank", used, still_used, format_bytes, format_change),
+    ):
+        cells = ("-" if value is None else written(value) for value in (first, last))
+        yield (name, *cells, compared(first, last) if first and last else "")
 
 
 def _speed_up(before: float, after: float) -> str:

@@ -52,11 +52,7 @@ def _named(check: Callable[[], object], option: str) -> None:
 
 
 def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object]) -> None:
-    """Measures what `evaluate.after` asks for, unless report.json has it. On rank 0 only.
-
-    Raises:
-        RunError: the measurement failed, and stderr says why. The run stays finished.
-    """
+    """Measures what `evaluate.after` asks for, unless report.json has it. On rank 0 only. Raises RunError."""
     names, report = config.evaluate.after, read_json(folder / REPORT_FILE)
     if not names or report.get("after", {}).get("asked") == names:
         return

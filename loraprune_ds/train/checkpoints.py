@@ -18,7 +18,7 @@ from loraprune_ds.checkpoint.load import (
     find_newest,
     keep_to_lists,
     open_training_checkpoint,
-    source_of,
+    source_digest,
 )
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
 from loraprune_ds.config_file import differences
@@ -37,10 +37,7 @@ from loraprune_ds.zero.write import LocalWrites
 def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str]) -> TrainingCheckpoint | None:
     """Finds the checkpoint that a run resumes from. None to start at step 0. Collective.
 
-    `warnings` gets a line for each checkpoint that cannot be used.
-
-    Raises:
-        UserError: the given path has no good checkpoint, or the checkpoint belongs to another run.
+    `warnings` gets a line for each that cannot be used. Raises UserError if a given path has no good one of this run.
     """
     settings, path = output.config.to_dict(), output.resume_path
     # The folder of a step, even one that lost its state. A run may have any name, even step-1.
@@ -100,6 +97,7 @@ class Checkpoints:
         """Publishes `step-{step}` and, if a refit changed them, the frozen weights. Collective."""
         pruner, compensator = self.pruner.state(), self.pruner.compensator
         schedule, loss_scale = counters(engine)
+        cuts = sum(cut <= step for cut in self._cuts)
         state = RunState(
             step=step,
             totals=totals,
@@ -109,8 +107,8 @@ class Checkpoints:
             kept=keep_to_lists(pruner.kept_of_dense, engine.model.shape.kinds),
             updates_since_cut=pruner.updates_since_cut,
             moment_tokens=pruner.moment_tokens,
-            cuts=self._cuts_made(step),
-            shape=self._shape(engine.model, step),
+            cuts=cuts,
+            shape=self._shape(engine.model, cuts),
             resumed_from=self._resumed_from,
             config=self.config.to_dict(),
         )
@@ -123,17 +121,13 @@ class Checkpoints:
 
     @cached_property
     def _source(self) -> ShapeSource:
-        return source_of(self.prepared.pretrained)
+        dense = self.prepared.pretrained
+        return ShapeSource(str(dense.folder.resolve()), source_digest(dense), is_source=True)
 
-    def _cuts_made(self, step: int) -> int:
-        return sum(cut <= step for cut in self._cuts)
-
-    def _shape(self, model: ShardedModel, step: int) -> ShapeSource:
-        """Returns the place of a step's frozen weights, and writes them if no folder has them yet. Collective."""
-        cuts = self._cuts_made(step)
+    def _shape(self, model: ShardedModel, cuts: int) -> ShapeSource:
+        """Returns the place of the frozen weights, and writes them if no folder has them yet. Collective."""
         if cuts == 0 or self.config.prune.compensate == "none":  # slices of the dense model
             return self._source
-        if self._published is not None and self._published.folder == f"shape-{cuts}":
-            return self._published
-        self._published = save_shape(model, self.root, cuts, self.config.model.dtype)
+        if self._published is None or self._published.folder != f"shape-{cuts}":
+            self._published = save_shape(model, self.root, cuts, self.config.model.dtype)
         return self._published

@@ -47,11 +47,9 @@ class RunStatus:
                 self._write("running")
 
     def check_owner(self, error: type[RunError] = RunError) -> Status | None:
-        """Raises the error if another process continues this run. On rank 0 only.
-
-        A process on a lost node wakes up when the node is found again. By then the run may continue on other nodes, or
-        be finished there.
-        """
+        """Raises the error if another process continues this run. On rank 0 only."""
+        # A process on a lost node wakes up when the node is found again. By then the run may continue on other nodes,
+        # or be finished there.
         recorded = self._recorded()
         if recorded is not None and recorded.mark != self.mark:
             raise error(f"output_dir {self.folder}: another process has taken over this run, so this one ends")

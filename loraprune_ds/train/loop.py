@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import RunTotals
+from loraprune_ds.checkpoint.load import read_moments
 from loraprune_ds.evaluate.perplexity import measure_perplexity
 from loraprune_ds.files import finite
 from loraprune_ds.pruning.step import Pruner
@@ -33,7 +35,8 @@ class TrainingLoop:
         self._schedule = prepared.pruning.schedule
         self.pruner = Pruner(self.model, prepared.pruning, config.seed)
         if checkpoint:
-            self.pruner.restore(checkpoint.pruner_state(self.model.shape.kinds), checkpoint.moments)
+            state = checkpoint.pruner_state(self.model.shape.kinds)
+            self.pruner.restore(state, partial(read_moments, checkpoint.folder))
         self._trainer = Trainer(
             self.engine,
             self.pruner,
@@ -105,11 +108,7 @@ class TrainingLoop:
 def measure_held_out(
     infer: Callable[..., Any], windows: Tensor, batch_size: int, comm: Communicator, *, step: int, name: EvaluationName
 ) -> EvaluationRecord:
-    """Measures held-out perplexity. Draws no random numbers and changes no training state. Collective.
-
-    Args:
-        windows: (windows, evaluate.window) token ids.
-    """
+    """Measures perplexity on windows (count, length). No random number or training state changes. Collective."""
     batches = windows.split(batch_size)
     result = measure_perplexity(lambda ids, labels: infer(input_ids=ids, labels=labels), batches, comm)
     return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,8 @@ CONFIG_FILE = "config.yaml"
 NOT_THE_RUN = ("logging", "output_dir", "evaluate.after")
 # A resumed run may also change how it saves and how it splits a global batch.
 MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "model.text_only", "train.micro_batch_size")
+CHOOSE = "choose another output_dir"
+GO_ON = f"go on with --resume auto, or {CHOOSE}"
 SHARED_WAIT = 60.0  # seconds; a network file system may remember for half a minute that a file was missing
 
 
@@ -75,7 +77,10 @@ class OutputFolder:
             saved = next(filter(None, (run.config for run in earlier)), None)
             if saved is None:  # a crash may have lost it, and every checkpoint holds it too
                 saved = next((run.newest_state.config for run in earlier if run.newest_state), {})
-        config = _resumed_config(saved, given)
+        try:
+            config = config_from_dict(merge(forget_removed(saved), given))
+        except UserError:  # what does not go together is another run, which `start` refuses
+            config = config_from_dict(given)
         self.config = replace(config, output_dir=os.path.expanduser(config.output_dir))
         self.path = Path(self.config.output_dir)
         self._earlier = earlier[0] if own else EarlierRun(self.path)
@@ -101,11 +106,7 @@ class OutputFolder:
             if self._resume is not None:
                 self._check_resume(self.resume_path)
                 return "resume"
-            if status is not None:
-                raise UserError(
-                    f"output_dir {self.path} holds an unfinished run ({status}); go on with --resume auto, or choose "
-                    "another"
-                )
+            require(status is None, f"output_dir {self.path} holds an unfinished run ({status}); {GO_ON}")
             self._refuse_foreign()
             return "fresh"
 
@@ -120,9 +121,7 @@ class OutputFolder:
             remove_leftovers(self.path / layout.CHECKPOINTS_FOLDER)
             write_text(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
         except FileExistsError:
-            raise UserError(
-                f"output_dir {self.path}: another start has just taken it; choose another output_dir"
-            ) from None
+            raise UserError(f"output_dir {self.path}: another start has just taken it; {CHOOSE}") from None
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be written: {error.strerror}") from None
 
@@ -145,7 +144,7 @@ class OutputFolder:
             raise
         except UserError as error:
             if self._resume is None:
-                raise UserError(f"{error}; go on with --resume auto, or choose another output_dir") from None
+                raise UserError(f"{error}; {GO_ON}") from None
             return None
 
     def _check_access(self, mode: int, what: str) -> None:
@@ -155,7 +154,7 @@ class OutputFolder:
 
     def _refuse_foreign(self) -> None:
         if self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"output_dir {self.path} is not empty and holds no run; choose another output_dir")
+            raise UserError(f"output_dir {self.path} is not empty and holds no run; {CHOOSE}")
 
     def _check_resume(self, path: Path | None) -> None:
         if not any(
@@ -164,28 +163,18 @@ class OutputFolder:
             self._refuse_foreign()
         elif path is not None and not path.is_relative_to(self.path.resolve()):
             raise UserError(
-                f"output_dir {self.path} holds a run already, so it cannot take up --resume {path}; "
-                "go on with --resume auto, or choose another output_dir"
+                f"output_dir {self.path} holds a run already, so it cannot take up --resume {path}; {GO_ON}"
             )
         _ = self._earlier.newest_state  # another format has its own error line
         if self._earlier.config:
             self._check_same_run(MAY_DIFFER)
 
     def _check_same_run(self, ignored: Sequence[str]) -> None:
-        if self._earlier.config is None:
-            raise UserError(
-                f"{self.path / CONFIG_FILE} is missing or damaged; remove {self.path} or choose another output_dir"
-            )
-        if different := differences(self._earlier.config, self.config.to_dict(), ignored):
-            raise UserError(
-                f"output_dir {self.path} holds another run ({', '.join(different)} differs); choose another output_dir"
-            )
-
-
-def _resumed_config(saved: dict[str, Any], given: dict[str, Any]) -> RunConfig:
-    with suppress(UserError):  # what does not go together is another run, which `start` refuses
-        return config_from_dict(merge(forget_removed(saved), given))
-    return config_from_dict(given)
+        saved, folder = self._earlier.config, self.path
+        if saved is None:
+            raise UserError(f"{folder / CONFIG_FILE} is missing or damaged; remove {folder} or {CHOOSE}")
+        different = ", ".join(differences(saved, self.config.to_dict(), ignored))
+        require(not different, f"output_dir {folder} holds another run ({different} differs); {CHOOSE}")
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Prepares a run before any long work, to find everything that is wrong with its input."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import require
 from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter
@@ -62,16 +63,13 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
     """Checks the whole input on every rank. All raise the same UserError. Collective."""
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
     comm.on_rank_0(lambda: check_after(config))  # the rank that will measure
-    ranks_per_node = comm.ranks_per_node()
+    own = partial(_prepare, config, comm.world_size, comm.ranks_per_node())
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
-        first = waiting.all_or_raise(
-            lambda: _prepare(config, comm.world_size, ranks_per_node) if is_first_on_node else None
-        )
-        prepared = waiting.all_or_raise(lambda: first or _prepare(config, comm.world_size, ranks_per_node))
+        first = waiting.all_or_raise(lambda: own() if is_first_on_node else None)
+        prepared = waiting.all_or_raise(lambda: first or own())
     rank = comm.differing_rank(prepared.samples.digest())
-    if rank is not None:
-        raise UserError(f"rank {rank} reads other training data than rank 0; data.path must be the same everywhere")
+    require(rank is None, f"rank {rank} reads other training data than rank 0; data.path must be the same everywhere")
     return prepared
 
 
@@ -159,9 +157,8 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
         gone = f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0"
         lines.append(f"{gone}. launch/export.py --mtp keeps them, cut to fit")
     if dense.experts_per_token and config.prune.compensate != "none":
-        lines.append(
-            f"prune.compensate: {config.prune.compensate} refits o_proj. Nothing makes up for experts that leave"
-        )
+        refit = f"prune.compensate: {config.prune.compensate}"
+        lines.append(f"{refit} refits o_proj. Nothing makes up for experts that leave")
     if config.train.distill_weight and config.model.adapter:
         lines.append("the teacher is model.path without model.adapter; merge the adapter first to keep it")
     if left_out := prepared.samples.left_out:

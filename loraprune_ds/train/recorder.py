@@ -76,7 +76,8 @@ class Progress:
                     self._latest[-1] += record.seconds
                 self.show(records.cut_line(record))
             case records.EvaluationRecord():
-                self.show(evaluation_line(record))
+                measured = f"{EVALUATED[record.name]}, {record.windows} windows"
+                self.show(f"step {record.step}  perplexity {format_perplexity(record.perplexity)} ({measured})")
 
     def show(self, line: str) -> None:
         """Shows a line above the live line."""
@@ -129,13 +130,6 @@ def _can_show_live_line(stream: TextIO) -> bool:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except OSError:  # an unknown width
         return True
-
-
-def evaluation_line(evaluation: records.EvaluationRecord) -> str:
-    return (
-        f"step {evaluation.step}  perplexity {format_perplexity(evaluation.perplexity)} "
-        f"({EVALUATED[evaluation.name]}, {evaluation.windows} windows)"
-    )
 
 
 class Recorder:
@@ -194,13 +188,10 @@ class RunRecorder(Recorder):
         if not active:
             return
         metrics = records.MetricsLog(folder / layout.METRICS_FILE)
-        if checkpoint is None:
-            metrics.truncate()
-        else:
-            metrics.truncate_to(checkpoint.state.step)  # a killed run may have gone beyond it
-            self.history = records.history_from(records.read_metrics(folder / layout.METRICS_FILE))
-        self.sinks.append(metrics)
         first = checkpoint and checkpoint.state.step
+        metrics.truncate_to(first or 0)  # a killed run may have gone beyond it
+        self.history = records.history_from(records.read_metrics(metrics.path))
+        self.sinks.append(metrics)
         report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
         if "tensorboard" in report_to:
             self.sinks.append(TensorBoardLog(folder / layout.TENSORBOARD_FOLDER, first))

@@ -11,7 +11,6 @@ import torch
 
 from loraprune_ds.checkpoint.layout import MODEL_FOLDER, TEACHER_FOLDER
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
-from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RankError, fail_point
 from loraprune_ds.export.huggingface import finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard, write_model_card
@@ -49,7 +48,14 @@ def run(output: OutputFolder, comm: Communicator) -> bool:
     checkpoint = find_checkpoint(output, comm, warnings) if resumes else None
     if checkpoint:
         prepared = prepared.with_model(checkpoint.as_begun(prepared.pretrained))
-    comm.on_rank_0(lambda: _open_output(output, prepared.config, checkpoint, warnings))
+
+    def open_output() -> None:
+        output.create(prepared.config)
+        warnings.extend(drop_stale_requests(output.path))
+        if checkpoint:
+            take_over_metrics(checkpoint, output.path)
+
+    comm.on_rank_0(open_output)
     output.check_shared(comm)
     with _open_context(prepared, checkpoint, comm) as context:
         for line in warnings:
@@ -61,15 +67,6 @@ def run(output: OutputFolder, comm: Communicator) -> bool:
         context.status.end("finished" if finished else "stopped")
         comm.barrier()  # a rank that leaves first with another code than 0 makes the launcher end the others
     return finished
-
-
-def _open_output(
-    output: OutputFolder, config: RunConfig, checkpoint: TrainingCheckpoint | None, warnings: list[str]
-) -> None:
-    output.create(config)
-    warnings += drop_stale_requests(output.path)
-    if checkpoint:
-        take_over_metrics(checkpoint, output.path)
 
 
 @contextmanager

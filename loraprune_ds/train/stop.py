@@ -26,13 +26,8 @@ REQUEST_FILES = {NOTHING: (), SAVE: (SAVE_FILE,), STOP: (STOP_FILE, SAVE_FILE)}
 # A parent counts by the program it runs. Any other may end before the run: the shell of `nohup ... &`, or a process
 # outside of the container. RANK proves nothing, because Kubeflow sets it for process 1 of a container.
 LAUNCHERS = {
-    "deepspeed.launcher.launch",
-    "torchrun",
-    "torch.distributed.run",
-    "torch.distributed.launch",
-    "accelerate",
-    "accelerate-launch",
-    "accelerate.commands.launch",
+    *("deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch"),
+    *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
     "slurmstepd",  # starts what srun asks for
 }
 RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}  # the last one by `loraprune-ds run`
@@ -45,7 +40,8 @@ class RequestListener:
         self._folder, self._watches_files = folder, watches_files
         self._signalled, self._interrupted_at = False, 0.0
         numbers = [signal.SIGTERM, signal.SIGINT]
-        if _started_by_srun():
+        # Where srun started this rank itself. A launcher in between dies of it and takes its ranks with it.
+        if "SLURM_PROCID" in os.environ and not {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
             numbers.append(signal.SIGUSR1)
         self._before: dict[signal.Signals, Any] = {n: signal.signal(n, self._on_signal) for n in numbers}
 
@@ -80,11 +76,6 @@ class RequestListener:
         if self._interrupted_at and now - self._interrupted_at > 1.0:
             raise KeyboardInterrupt
         self._interrupted_at = self._interrupted_at or now
-
-
-def _started_by_srun() -> bool:
-    """Whether srun started this rank itself. A launcher in between dies of SIGUSR1 and takes its ranks with it."""
-    return "SLURM_PROCID" in os.environ and not {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
 
 
 def drop_stale_requests(folder: Path) -> list[str]:

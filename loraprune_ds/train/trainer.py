@@ -15,7 +15,7 @@ from loraprune_ds.model.logits import Distillation
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.token_loss import supervised_positions
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.report.records import CutRecord, StepRecord, cut_record
+from loraprune_ds.report.records import CutRecord, StepRecord
 from loraprune_ds.train.data.samples import BatchOrder, Samples, rank_micro_batches, seed_dropout
 from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, reserved_bytes, resident_bytes, to_device
@@ -59,8 +59,18 @@ class PruningSteps:
         cut = self._pruner.cut(step, scored=self.scored)
         if cut is None:
             return None
-        self.weight_bytes = self._model.weight_bytes()
-        return cut_record(cut, self._pruner.limits.dense, self._model.shape, before, self.weight_bytes)
+        self.weight_bytes, shape = self._model.weight_bytes(), self._model.shape
+        return CutRecord(
+            step=cut.step,
+            target=cut.target,
+            reached=cut.reached,
+            removed_fraction=1 - shape.total_numel() / self._pruner.limits.dense.total_numel(),
+            seconds=cut.seconds,
+            bytes_sent=cut.bytes_sent,
+            weight_bytes_before=before,
+            weight_bytes_after=self.weight_bytes,
+            **{kind: [layer[kind] for layer in shape.layers] for kind in shape.kinds},
+        )
 
     def _find_bad_layers(self, rows: list[list[float]]) -> list[int | None]:
         """Finds each rank's first layer with numbers that are not finite. Collective if some are not."""
@@ -97,13 +107,7 @@ class Teacher:
 
 
 class Trainer:
-    """Trains LoRA on the sharded model and calls the pruner at every step.
-
-    Args:
-        dtype: of the frozen weights.
-        seed: of the dropout.
-        current_request: returns this rank's request (stop.py).
-    """
+    """Trains LoRA on the sharded model and calls the pruner at every step. `dtype` is of the frozen weights."""
 
     def __init__(
         self,
@@ -115,7 +119,7 @@ class Trainer:
         *,
         dtype: Dtype,
         seed: int,
-        current_request: Callable[[], int] = lambda: NOTHING,
+        current_request: Callable[[], int] = lambda: NOTHING,  # of this rank (stop.py)
         teacher: Teacher | None = None,
     ) -> None:
         self.engine, self.model, self.pruner = engine, engine.model, pruner

@@ -107,10 +107,7 @@ class Heartbeat(threading.Thread):
     """Counts up until `close`. The constructor starts it and is collective.
 
     The thread keeps beating while its rank saves, cuts or reads data, which release Python's lock. It counts looks, not
-    seconds, so a job that Slurm suspends and continues loses no rank.
-
-    Args:
-        silence: seconds after which a rank counts as lost.
+    seconds, so a job that Slurm suspends and continues loses no rank. After `silence` seconds a rank counts as lost.
     """
 
     def __init__(self, comm: "Communicator", silence: float) -> None:

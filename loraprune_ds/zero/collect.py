@@ -19,11 +19,7 @@ from loraprune_ds.zero.params import full_shape, overwrite_shard
 
 @torch.no_grad()
 def collect_tensor(parameter: Tensor, owner: int, comm: Communicator, shard: Tensor | None = None) -> Tensor | None:
-    """Gathers a full parameter on rank `owner`. Returns None elsewhere. Collective.
-
-    Args:
-        shard: this rank's shard of the parameter's fp32 state, to gather instead.
-    """
+    """Gathers a parameter, or its fp32 state by each rank's `shard`, on rank `owner`. None elsewhere. Collective."""
     local = parameter.ds_tensor if shard is None else shard  # type: ignore[attr-defined]
     gathered = comm.gather_to(owner, local.detach().to(comm.device))  # an offloaded shard lies on the host
     if gathered is None:
@@ -47,9 +43,8 @@ def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> Collec
     masters = [collect_tensor(p, owner, comm, safe_get_local_fp32_param(p)) for p in (a, b)]
     if comm.rank != owner:
         return None
-    return CollectedLinear(
-        stored, bias, *cast(list[Tensor], masters), scaling=module.scaling[ADAPTER], stored_as=stored_as
-    )
+    master_a, master_b = cast(list[Tensor], masters)
+    return CollectedLinear(stored, bias, master_a, master_b, module.scaling[ADAPTER], stored_as)
 
 
 @torch.no_grad()

@@ -74,7 +74,9 @@ class Communicator:
         """Fills every rank's `shard` from a flat tensor that `owner` holds. Padding becomes zero."""
         parts = None
         if flat is not None:
-            parts = list(_padded(flat, len(shard) * self.world_size).split(len(shard)))
+            missing = len(shard) * self.world_size - len(flat)
+            padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat  # a copy only where it must be
+            parts = list(padded.split(len(shard)))
         if self.world_size == 1:
             shard.copy_(cast(list[Tensor], parts)[0])
             return
@@ -136,11 +138,9 @@ class Communicator:
             torch.distributed.destroy_process_group(group)
 
     def warm_up(self) -> None:
-        """Runs the collectives of a step, a cut and a save once, on a few bytes. Collective.
-
-        NCCL connects two ranks at their first exchange, and allocates gigabytes of buffers outside torch's pool
-        (NVIDIA/nccl #1685). A lack of memory or a broken network shows before the run, not at the first cut.
-        """
+        """Runs the collectives of a step, a cut and a save once, on a few bytes. Collective."""
+        # NCCL connects two ranks at their first exchange, and allocates gigabytes of buffers outside torch's pool
+        # (NVIDIA/nccl #1685). A lack of memory or a broken network shows before the run, not at the first cut.
         ones, before = torch.ones(self.world_size, device=self.device), self.bytes_sent
         self.all_reduce(ones.clone())
         self.all_gather(ones)
@@ -155,8 +155,3 @@ class Communicator:
 
     def _count(self, numel: int, element_size: int) -> None:
         self.bytes_sent += numel * element_size
-
-
-def _padded(values: Tensor, size: int) -> Tensor:
-    """Adds zeros at the end up to `size`. Makes no copy if none are missing."""
-    return values if len(values) == size else torch.nn.functional.pad(values, (0, size - len(values)))

@@ -24,10 +24,8 @@ ShardCut = tuple[Tensor, ReshardPlan]  # a flat shard of that tensor, padding al
 def cut_layer(
     layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep, state: OptimizerState, comm: Communicator
 ) -> None:
-    """Keeps the groups in `keep` of layer `index`. `shape` is from before the cut. Collective.
-
-    New shards of the optimizer state are written into the old slots. `OptimizerState.rebuild` shortens these later.
-    """
+    """Keeps the groups in `keep` of layer `index`. `shape` is from before the cut. Collective."""
+    # New shards of the optimizer state are written into the old slots. `OptimizerState.rebuild` shortens these later.
     cuts = parameter_cuts(layer, shape, index, keep, comm)
     if not cuts:
         return

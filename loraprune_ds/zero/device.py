@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,27 +49,18 @@ def device_name() -> str:
 
 
 def peak_flops(device: str, dtype: Dtype) -> float | None:
-    """Returns the operations per second of a card's matrix units. None for an unknown card, a CPU, or float32.
-
-    Args:
-        device: as `device_name`.
-    """
+    """Returns the operations per second of a card's matrix units. None for an unknown card, a CPU, or float32."""
     known = next((teraflops for name, teraflops in PEAK_TERAFLOPS.items() if name in device), None)
     return None if known is None or dtype == "float32" else known * 1e12
 
 
 def check_dtype(dtype: str) -> None:
     """Checks that this rank's device can train in `dtype`. Raises a UserError that names the device."""
-    supported = {"float16": accelerator().is_fp16_supported, "bfloat16": _computes_bf16}
+    supported = {"float16": accelerator().is_fp16_supported, "bfloat16": accelerator().is_bf16_supported}
+    if accelerator().device_name() == "cuda":  # a GPU older than Ampere emulates bf16, slower than fp32
+        supported["bfloat16"] = partial(torch.cuda.is_bf16_supported, including_emulation=False)
     if dtype in supported and not supported[dtype]():
         raise UserError(f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device")
-
-
-def _computes_bf16() -> bool:
-    """Whether the device has instructions for bf16. A GPU older than Ampere emulates them, slower than fp32."""
-    if accelerator().device_name() == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return accelerator().is_bf16_supported()
 
 
 def to_device(tensor: Tensor) -> Tensor:
@@ -77,11 +69,9 @@ def to_device(tensor: Tensor) -> Tensor:
 
 
 def settle_shards() -> None:
-    """Waits for the device, at the end of every cut, refit, restore and update.
-
-    With `overlap_comm` DeepSpeed gathers on a separate stream, which never waits for the one that computes: a prefetch
-    could read a shard before it is written.
-    """
+    """Waits for the device, at the end of every cut, refit, restore and update."""
+    # With `overlap_comm` DeepSpeed gathers on a separate stream, which never waits for the one that computes: a
+    # prefetch could read a shard before it is written.
     accelerator().synchronize()
 
 
@@ -131,10 +121,8 @@ def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
     """Computes this thread's products in `dtype` through fp32 while open, but only if that is faster."""
     if not is_cpu():
         return nullcontext()
-    native = {
-        "bfloat16": torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        "float16": torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
+    mkldnn = torch.ops.mkldnn
+    native = {"bfloat16": mkldnn._is_mkldnn_bf16_supported, "float16": mkldnn._is_mkldnn_fp16_supported}
     return nullcontext() if dtype not in native or native[dtype]() else ThroughFloat32()
 
 

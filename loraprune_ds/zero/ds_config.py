@@ -163,19 +163,12 @@ def _look_up(raw: dict[str, Any], keys: tuple[str, ...]) -> Any:
 
 
 def check_reshardable(where: str, raw: dict[str, Any], element_sizes: Collection[int] = ()) -> None:
-    """Checks that a DeepSpeed config is ZeRO-3 and has no setting that does not work with a cut.
-
-    Args:
-        where: the file, or another name of the config.
-        element_sizes: the bytes per element that occur among the sharded weights.
-    """
+    """Checks that the config `where` is ZeRO-3 and works with a cut of weights that have elements of these sizes."""
     zero = raw.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") != 3:
-        raise UserError(f"{where}: zero_optimization.stage must be 3")
+    require(isinstance(zero, dict) and zero.get("stage") == 3, f"{where}: zero_optimization.stage must be 3")
     for keys, (allowed, reason) in ONLY.items():
         value = _look_up(raw, keys)
-        if value is not None and value not in allowed:
-            raise UserError(f"{where}: {'.'.join(keys)} {value}: {reason}")
+        require(value is None or value in allowed, f"{where}: {'.'.join(keys)} {value}: {reason}")
     _refuse(where, raw, REFUSED)
     if len(element_sizes) > 1:
         sizes = " and ".join(map(str, sorted(element_sizes)))
@@ -198,8 +191,7 @@ def _check_known(path: str | Path, raw: dict[str, Any], owned: set[str]) -> None
     for key, value in raw.items():
         if key not in known and (key,) not in REFUSED | OWNED:
             raise UserError(f"{path}: {key} is not a setting that a run takes; it takes {', '.join(sorted(known))}")
-        if key in FLAGS and not isinstance(value, bool):
-            raise UserError(f"{path}: {key} must be true or false, got {value!r}")
+        require(key not in FLAGS or isinstance(value, bool), f"{path}: {key} must be true or false, got {value!r}")
         if key == "steps_per_print" and value != "auto" and (type(value) is not int or value < 1):
             raise UserError(f"{path}: {key} must be a whole number above 0, got {value!r}")
 

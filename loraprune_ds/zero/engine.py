@@ -143,11 +143,7 @@ def build_training_engine(
 def build_inference_engine(
     pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any], *, head: bool = True
 ) -> Any:
-    """Builds the plain sharded model in evaluation mode: an engine without an optimizer. Collective.
-
-    Args:
-        head: without it, the engine returns the decoder's outputs.
-    """
+    """Builds the sharded model without an optimizer. Without `head` it returns the decoder's outputs. Collective."""
     with quiet_stdout():
         model = _sharded_base(pretrained, attn_implementation, dtype, ds_config, head=head)
         _gather_as_one(model, pretrained.shape)

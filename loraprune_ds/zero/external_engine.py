@@ -9,7 +9,7 @@ from deepspeed import comm as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.classes import DroppedLayer, decoder_layers
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
@@ -36,19 +36,15 @@ def find_zero_optimizer(optimizer: Any) -> DeepSpeedZeroOptimizer_Stage3:
 
 
 def share_model(module: nn.Module, zero: DeepSpeedZeroOptimizer_Stage3, shape: ModelShape) -> ShardedModel:
-    """Makes the model that the pruner cuts while the other trainer's engine trains it.
-
-    Raises:
-        UserError: the engine's optimizer or group of ranks cannot be pruned, or this version of DeepSpeed.
-    """
+    """Makes the model that the pruner cuts while another trainer trains it. Raises UserError if it cannot be cut."""
     check_private_attributes()
     inner = zero.optimizer
     if type(inner).__name__ not in ADAM or any(group.get("amsgrad") for group in inner.param_groups):
         name = f"{type(inner).__name__}{' with amsgrad' if type(inner).__name__ in ADAM else ''}"
         raise UserError(f"the optimizer state of {name} cannot be cut along with LoRA; use one of {', '.join(ADAM)}")
     shards, ranks = dist.get_world_size(zero.dp_process_group), dist.get_world_size()
-    if shards != ranks:
-        raise UserError(f"ZeRO-3 shards over {shards} of {ranks} ranks; tensor and pipeline parallelism cannot be cut")
+    split = f"ZeRO-3 shards over {shards} of {ranks} ranks; tensor and pipeline parallelism cannot be cut"
+    require(shards == ranks, split)
     return ShardedModel(module, zero, shape, zero.empty_partition_cache)
 
 

@@ -34,10 +34,8 @@ class OptimizerState:
         return self._flat(group, key).narrow(0, offset, parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """Returns this rank's (padded) shard of the averaged gradient, between the last backward and the update.
-
-        DeepSpeed's public call waits for the device at each parameter. The end of a backward has already waited.
-        """
+        """Returns this rank's (padded) shard of the averaged gradient, between the last backward and the update."""
+        # DeepSpeed's public call waits for the device at each parameter. The end of a backward has already waited.
         shards = self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         return shards[cast(Any, parameter).ds_id].float()
 

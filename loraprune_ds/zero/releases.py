@@ -57,10 +57,8 @@ def fetched_by(module: nn.Module) -> Iterator[Any]:
 
 
 def listed_once(module: nn.Module, recurse: bool = False) -> Iterator[Any]:
-    """Yields a module's parameters as DeepSpeed does, but walks through a module that is gathered as one only once.
-
-    DeepSpeed asks four times per pass, which took 8 % of the host's time. A cut keeps the parameter objects.
-    """
+    """Yields a module's parameters as DeepSpeed does, but walks through a module that is gathered as one only once."""
+    # DeepSpeed asks four times per pass, which took 8 % of the host's time. A cut keeps the parameter objects.
     if not (recurse and z3_leaf_module(module)):
         return iter_params(module, recurse=recurse)
     if LISTED not in module.__dict__:

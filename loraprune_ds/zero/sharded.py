@@ -55,10 +55,9 @@ class ShardedModel:
 
     @torch.no_grad()
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        """Gathers masters and averaged gradients of A and B on every rank, several layers by one all-gather.
-
-        ZeRO-3 has reduce-scattered the gradients at the accumulation boundary. fp16 ones are divided by the loss scale.
-        """
+        """Gathers masters and averaged gradients of A and B on every rank, several layers by one all-gather."""
+        # ZeRO-3 has reduce-scattered the gradients at the accumulation boundary. fp16 ones are divided by the loss
+        # scale.
         parameters = self._all_lora_parameters()
         sizes = [2 * sum(math.prod(full_shape(p)) for p in layer) for layer in parameters]
         for layers in gather_rounds(sizes, GATHERED_NUMEL):

@@ -48,11 +48,9 @@ class TrainingEngine:
         return None if norm is None else float(norm)
 
     def infer(self, **inputs: Any) -> Any:
-        """Makes one forward pass in evaluation mode. It does not change what training gathers.
-
-        DeepSpeed caches which weights to free after which module. With the choices of an evaluation every later step
-        would gather weights twice. While a pass is recorded, nothing is cached.
-        """
+        """Makes one forward pass in evaluation mode. It does not change what training gathers."""
+        # DeepSpeed caches which weights to free after which module. With the choices of an evaluation every later step
+        # would gather weights twice. While a pass is recorded, nothing is cached.
         self.model.forget_trace()
         self.deepspeed.eval()
         with torch.no_grad():
@@ -74,11 +72,9 @@ def optimizer_step(engine: Any, *, skipped: bool) -> None:
 
 
 def release(engine: Any) -> None:
-    """Frees the weights and the optimizer's state. The engine cannot be used afterwards.
-
-    Dropping the engine frees nothing, because DeepSpeed keeps references: a list of the process and a cache of a class
-    hold every module that ran, and every parameter holds the optimizer.
-    """
+    """Frees the weights and the optimizer's state. The engine cannot be used afterwards."""
+    # Dropping the engine frees nothing, because DeepSpeed keeps references: a list of the process and a cache of a
+    # class hold every module that ran, and every parameter holds the optimizer.
     engine.empty_partition_cache()
     engine.destroy()  # removes the hooks and waits for the device
     free_shards(engine.module)

@@ -233,13 +233,8 @@ def plain_faults(random_moments: int) -> list[Fault]:
         ("finish, after model/ has its name", "finish.after_rename@1:0"),
         ("finish, the report written", "finish.reported@1:0"),
     ]
-    terms = [
-        ("forward", "forward@14:1"),
-        ("backward", "backward@15:0"),
-        ("scoring", "scoring@8:1"),
-        ("cut", "cut.layer@5:1"),
-        ("save", "save.layer@5:1"),
-    ]
+    terms = [("forward", "forward@14:1"), ("backward", "backward@15:0"), ("scoring", "scoring@8:1")]
+    terms += [("cut", "cut.layer@5:1"), ("save", "save.layer@5:1")]
     asked_too_late = Fault("SIGTERM: finish, which is short", "finish.before_rename@1:0:15", expected_codes=(0,))
     stopped = "stopped at step"
     rank_0 = "--local_rank=0"

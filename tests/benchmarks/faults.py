@@ -111,10 +111,8 @@ def _resume(row: Row, folder: Path, out: Path, suite: Suite) -> None:
 
 
 def format_row(row: Row) -> str:
-    lost = f"{row.step_reached:>3} {row.resumed_at!s:>5} {row.steps_lost:>5}"
-    return (
-        f"{row.fault:<62} {lost} {row.seconds_until_gone:>6} {row.exit_code!s:>5} {row.status!s:<9} {row.problem or ''}"
-    )
+    lost = f"{row.step_reached:>3} {row.resumed_at!s:>5} {row.steps_lost:>5} {row.seconds_until_gone:>6}"
+    return f"{row.fault:<62} {lost} {row.exit_code!s:>5} {row.status!s:<9} {row.problem or ''}"
 
 
 def main() -> int:

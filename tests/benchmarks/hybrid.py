@@ -68,13 +68,9 @@ def run(work: Path, changes: list[str], seed: int, arguments: Any) -> dict[str, 
     out = work / "runs" / f"{'-'.join(changes) or 'default'}-{seed}"
     settings = [f"output_dir={out}", f"model.path={work / 'model'}", f"data.path={work / 'train.txt'}", f"seed={seed}"]
     settings += [f"data.held_out={work / 'held_out.txt'}", "data.held_out_fraction=null", f"data.window={WINDOW}"]
-    settings += [
-        "prune.ratio=0.4",
-        "prune.channel_multiple=1",
-        f"train.steps={arguments.steps}",
-        "logging.report_to=[]",
-    ]
-    settings += ["train.learning_rate=4e-3", "lora.lora_dropout=0", "checkpoint.every=null", *changes]
+    settings += ["prune.ratio=0.4", "prune.channel_multiple=1", f"train.steps={arguments.steps}"]
+    settings += ["logging.report_to=[]", "train.learning_rate=4e-3", "lora.lora_dropout=0", "checkpoint.every=null"]
+    settings += changes
     run_quickstart(arguments.ranks, settings, "--resume", "auto", stdout=sys.stderr)
     report = read_json(out / "report.json")
     layers = read_json(out / "kept_groups.json")["layers"]

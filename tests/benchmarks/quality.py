@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, PURPLE, TEXT, VERMILION, save_picture
+from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERMILION, picture
 from loraprune_ds.evaluate.settings import read_text
 from loraprune_ds.evaluate.tasks import mean_metric
 from loraprune_ds.files import read_json, write_json, write_text
@@ -247,13 +247,10 @@ def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
 
     A point is the mean over the seeds, its bar the spread. Dashed lines are the dense model.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.style import context
     from matplotlib.ticker import FixedLocator, NullLocator
 
     by_name = {row["setting"]: row for row in rows}
-    with context([PLOT_STYLE]):
-        figure = Figure(figsize=(10, 7.2), layout="constrained")
+    with picture(path, (10, 7.2)) as figure:
         panels = figure.subplots(2, 2, sharey="row")
         for (text, heading), line in zip(TEXTS_DRAWN.items(), panels, strict=True):
             for axes, (key, suffixes, label, ticks) in zip(line, PANELS, strict=True):
@@ -278,7 +275,6 @@ def draw(path: Path, rows: Sequence[Row], dense: dict[str, float]) -> None:
                     axis.set_minor_locator(NullLocator())
             line[0].set_ylabel("perplexity, log scale")
         figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-        save_picture(figure, path)
 
 
 if __name__ == "__main__":

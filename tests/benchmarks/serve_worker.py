@@ -24,15 +24,9 @@ def load_llama_cpp(job: dict[str, Any]) -> tuple[str, Round]:
     import llama_cpp  # pyright: ignore[reportMissingImports]
 
     prompt, generated, cores = job["prompt"], job["generated"], len(os.sched_getaffinity(0))
-    model = llama_cpp.Llama(
-        job["model"],
-        n_ctx=len(prompt) + generated + 1,
-        n_batch=len(prompt),
-        n_gpu_layers=-1,
-        n_threads=cores,
-        n_threads_batch=cores,
-        verbose=False,
-    )
+    room = {"n_ctx": len(prompt) + generated + 1, "n_batch": len(prompt)}
+    threads = {"n_threads": cores, "n_threads_batch": cores}
+    model = llama_cpp.Llama(job["model"], **room, **threads, n_gpu_layers=-1, verbose=False)
 
     def play() -> dict[str, float]:
         model.reset()

@@ -59,9 +59,7 @@ def short_run(model: str, prune: PruneConfig, steps: int) -> RunConfig:
 
 def flops_per_token(shape: ModelShape, window: int) -> float:
     """Counts multiply-adds of a forward pass times two: linears, head, and attention over half the window."""
-    attention = sum(
-        2 * layer["heads"] * shape.queries_per_group * shape.head_dim * window / 2 for layer in shape.layers
-    )
+    attention = sum(x["heads"] * shape.queries_per_group * shape.head_dim * window for x in shape.layers)
     return 2 * (shape.linear_numel() + shape.vocab_size * shape.hidden_size + attention)
 
 

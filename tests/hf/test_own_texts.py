@@ -70,9 +70,8 @@ def write_samples(path: Path, samples: list[Samples]) -> Path:
 
 
 def course(out: Path) -> list[Any]:
-    return [
-        (x.loss, x.grad_norm, x.tokens, x.sparsity) for x in history_from(read_metrics(out / "metrics.jsonl")).steps
-    ]
+    steps = history_from(read_metrics(out / "metrics.jsonl")).steps
+    return [(step.loss, step.grad_norm, step.tokens, step.sparsity) for step in steps]
 
 
 def kept_at_first(out: Path) -> Any:

@@ -26,14 +26,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes: Any = {"heads": 6, "kv_heads": 3, "hidden": 48, "ffn": 64, "layers": 3, "vocab": VOCAB, "seed": 3}
     dense = make_tiny_llama(root / "dense", tie=True, biases=True, **sizes)
     byte_level_tokenizer(dense, VOCAB)
-    prune = PAPER | {
-        "ratio": 0.35,
-        "ranking": "global",
-        "normalize": "none",
-        "prune_every": 2,
-        "warmup_fraction": 0.2,
-        "cooldown_fraction": 0.2,
-    }
+    prune = PAPER | {"ratio": 0.35, "ranking": "global", "normalize": "none", "prune_every": 2}
+    prune |= {"warmup_fraction": 0.2, "cooldown_fraction": 0.2}
     config = {
         "output_dir": str(root / "run"),
         "model": {"path": str(dense), "dtype": "float32"},

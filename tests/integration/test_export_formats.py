@@ -78,9 +78,8 @@ def test_the_finished_model_is_copied(run: Path, tmp_path: Path) -> None:
     ended = run_to_end([sys.executable, str(EXPORT), str(run)], cwd=tmp_path)
     assert (ended.code, ended.out, ended.err) == (0, "hf: run-hf\n", ""), ended.everything
     out = tmp_path / "run-hf"
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
-        path.name: path.read_bytes() for path in (run / "model").iterdir()
-    }
+    copied, original = ({path.name: path.read_bytes() for path in each.iterdir()} for each in (out, run / "model"))
+    assert copied == original
 
 
 def test_the_last_checkpoint_is_the_finished_model(run: Path, tmp_path: Path) -> None:

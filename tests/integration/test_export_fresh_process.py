@@ -149,9 +149,8 @@ def test_saved_again_by_transformers_is_the_same_model(exported: Exported) -> No
 
 def test_attention_implementation_reaches_every_layer(exported: Exported) -> None:
     """Asks for attention weights. Only eager attention returns them. A layer left on sdpa would have none."""
-    torch.testing.assert_close(
-        exported.found["eager"], exported.found["logits"], rtol=0, atol=EAGER[exported.case.dtype]
-    )
+    found, tolerance = exported.found, EAGER[exported.case.dtype]
+    torch.testing.assert_close(found["eager"], found["logits"], rtol=0, atol=tolerance)
     queries = exported.case.sizes["num_attention_heads"] // exported.case.sizes["num_key_value_heads"]
     # Each query head spreads a weight of 1 per position over the keys.
     expected = torch.tensor([[heads * queries * PROMPT.shape[1]] * 2 for heads, _ in exported.case.keep])

@@ -209,12 +209,8 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
 
 
 def _lora_in_order(trainer: Trainer) -> list[Any]:
-    return [
-        w
-        for layer in trainer.model.layers
-        for linear in LLAMA_LINEARS
-        for w in lora_weights(lora_linear(layer, linear))
-    ]
+    linears = (lora_linear(layer, linear) for layer in trainer.model.layers for linear in LLAMA_LINEARS)
+    return [weight for linear in linears for weight in lora_weights(linear)]
 
 
 # Things that go wrong

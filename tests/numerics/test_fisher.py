@@ -24,14 +24,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("fisher")
     sizes: dict[str, Any] = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "hidden": HIDDEN, "ffn": FFN}
     sizes |= {"layers": LAYERS, "biases": True}
-    prune = {
-        "ratio": 0.2,
-        "criterion": "fisher",
-        "normalize": "none",
-        "moving_average": 0.0,
-        "protected_first": 0,
-        "cooldown_fraction": 0.0,
-    }
+    prune = {"ratio": 0.2, "criterion": "fisher", "normalize": "none"}
+    prune |= {"moving_average": 0.0, "protected_first": 0, "cooldown_fraction": 0.0}
     return tiny_job(folder, prune, steps=1, samples=SAMPLES, model=sizes)
 
 

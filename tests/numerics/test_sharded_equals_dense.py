@@ -137,9 +137,8 @@ one_model = pytest.mark.parametrize("base_job", ["gqa_odd"], indirect=True)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gradient_checkpointing_changes_nothing(ranks: RankPool, base_job: Job, world_size: int) -> None:
     job = replace(base_job, lora_dropout=0.1)  # the same draw again
-    plain, checkpointed = (
-        ranks.run(world_size, train, replace(job, gradient_checkpointing=on))[0] for on in (False, True)
-    )
+    jobs = (replace(job, gradient_checkpointing=on) for on in (False, True))
+    plain, checkpointed = (ranks.run(world_size, train, each)[0] for each in jobs)
     assert_same_outcome(checkpointed, plain)  # the same operations on the same numbers, only some of them twice
 
 

@@ -185,21 +185,12 @@ class DenseTrainer:
         tensors = {}
         for linear in HEAD_LINEARS + CHANNEL_LINEARS:
             a, b = f"layers.{i}.{linear}.lora_A", f"layers.{i}.{linear}.lora_B"
-            tensors[linear] = (
-                self._wrapper(i, linear).base_layer.weight.detach(),
-                self.master[a].detach(),
-                self.master[b].detach(),
-                gradients[a],
-                gradients[b],
-            )
-        return group_scores(
-            tensors,
-            self.scaling,
-            num_key_value_heads=len(self.kept[i][0]),
-            queries_per_group=self.queries_per_group,
-            head_dim=self.head_dim,
-            normalize=self.settings.normalize,
-        )
+            weight = self._wrapper(i, linear).base_layer.weight.detach()
+            masters = (self.master[a].detach(), self.master[b].detach())
+            tensors[linear] = (weight, *masters, gradients[a], gradients[b])
+        heads = {"num_key_value_heads": len(self.kept[i][0]), "queries_per_group": self.queries_per_group}
+        normalize = self.settings.normalize
+        return group_scores(tensors, self.scaling, **heads, head_dim=self.head_dim, normalize=normalize)
 
     # The cut
 
@@ -291,8 +282,7 @@ def _with_lora(model: Any, rank: int, alpha: float) -> nn.Module:
     return get_peft_model(model, config, autocast_adapter_dtype=False).eval()
 
 
-def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:
-    """The first 63 bits of a digest."""
+def _dropout_seed(seed: int, step: int, micro_batch: int) -> int:  # the first 63 bits of a digest
     return int(hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).hexdigest()[:16], 16) >> 1
 
 

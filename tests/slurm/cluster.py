@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.integration.launching import ROOT, clean_environment, step_of
 
@@ -38,15 +39,9 @@ class Cluster:
         timeout: float = 300,
     ) -> str:
         """The output of a command on the login node, which must succeed."""
-        ended = subprocess.run(
-            [SCRIPT, "exec", *command],
-            cwd=cwd or self.folder,
-            env=self.environment | (variables or {}),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        where: Any = {"cwd": cwd or self.folder, "env": self.environment | (variables or {})}
+        streams: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+        ended = subprocess.run([SCRIPT, "exec", *command], **where, **streams, timeout=timeout)
         assert ended.returncode == 0, f"{command}: code {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
         return ended.stdout + ended.stderr
 

@@ -59,9 +59,8 @@ def load(folder: Path, settings: AnswerSettings, template: str | None = None) ->
 def test_the_shipped_prompts_are_ten_of_each_kind_and_can_be_checked_by_eye() -> None:
     prompts = read_prompts(DEFAULT_PROMPTS).prompts
     kinds = [prompt.kind for prompt in prompts]
-    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(
-        ("chat", "summary", "extraction", "arithmetic", "code"), 10
-    )
+    expected = dict.fromkeys(("chat", "summary", "extraction", "arithmetic", "code"), 10)
+    assert {kind: kinds.count(kind) for kind in kinds} == expected
     assert len({prompt.text for prompt in prompts}) == 50
     assert all(prompt.expected and len(prompt.text) < 350 for prompt in prompts)
     assert {message["role"] for prompt in prompts for message in prompt.messages} == {"user", "assistant"}
@@ -209,9 +208,8 @@ def answered(prompts: int, text: str = EVIL) -> dict[str, Any]:
     def model(name: str) -> dict[str, Any]:
         one = {"tokens": 9.0, "ended": 0.5, "repetition": 0.25, "dense_perplexity": 3.0}
         texts = [one | {"text": f"{name}{i} {text}"} for i in range(prompts)]
-        closeness = (
-            {"text": "t", "agreement": 0.75, "overlap": 0.5, "kl": 1.5, "predictions": 9} if name == "pruned" else None
-        )
+        close = {"text": "t", "agreement": 0.75, "overlap": 0.5, "kl": 1.5, "predictions": 9}
+        closeness = close if name == "pruned" else None
         kinds = dict.fromkeys(("greedy", "sampled"), one | {"texts": texts})
         return {"path": f"{name}/<path>", "answers": {"chat_template": False, "closeness": closeness, **kinds}}
 
@@ -257,9 +255,8 @@ def test_the_card_shows_five_answers_that_cannot_leave_their_block(prompts: int,
     indented = [line[4:] for line in lines if line.startswith("    ")]
     others = {line for line in lines if not line.startswith("    ")}
     assert others == {"## Answers", "Greedy, at most 128 tokens.", "", "Prompt:", "Dense:", "Pruned:"}
-    assert [line.split()[0] for line in indented if line[:1] in "qdp"] == [
-        f"{name}{i}" for i in shown for name in ("q", "dense", "pruned")
-    ]
+    expected = [f"{name}{i}" for i in shown for name in ("q", "dense", "pruned")]
+    assert [line.split()[0] for line in indented if line[:1] in "qdp"] == expected
 
 
 def test_answers_are_columns_of_the_comparison(tmp_path: Path) -> None:

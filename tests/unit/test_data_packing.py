@@ -72,9 +72,8 @@ def test_a_pack_holds_its_samples_one_behind_the_other() -> None:
     inputs, alone = everything(PACKED), everything(SAMPLES)
     assert (len(PACKED), PACKED.left_out) == (len(PACKS), 1)
     for row, pack in enumerate(PACKS):
-        assert inputs["position_ids"][row][: sum(LENGTHS[i] for i in pack)].tolist() == [
-            position for i in pack for position in range(LENGTHS[i])
-        ]
+        positions = [position for i in pack for position in range(LENGTHS[i])]
+        assert inputs["position_ids"][row][: len(positions)].tolist() == positions
         ids = torch.cat([alone["input_ids"][i, : LENGTHS[i]] for i in pack])
         assert inputs["input_ids"][row, : len(ids)].equal(ids)
     assert PACKED.count_supervised(torch.arange(len(PACKED))) == SAMPLES.count_supervised(torch.arange(len(SAMPLES)))

@@ -65,9 +65,8 @@ def test_widths_give_the_rest(ranking: Ranking, head_ratio: float | None) -> Non
     # Without a ratio of their own, heads lose the same part as channels: 0.15 of the 0.75 that are left.
     assert 1 - heads == pytest.approx(0.1 if head_ratio else 0.15 / 0.75, abs=0.02)
     if ranking == "uniform":  # as planned: any eight layers leave the same
-        assert sorted(map(tuple, (x.items() for x in after.layers))) == sorted(
-            map(tuple, (x.items() for x in shape_of_uniform(limits).layers))
-        )
+        found, expected = (sorted(tuple(x.items()) for x in s.layers) for s in (after, shape_of_uniform(limits)))
+        assert found == expected
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])

@@ -82,9 +82,8 @@ def test_an_adapter_is_merged_in_fp32_and_rounded_once(made: Path) -> None:
         weight = f"model.{name}.weight"
         change = 2 * lora[f"{name}.lora_B"] @ lora[f"{name}.lora_A"]
         assert change.abs().max() > 0.01
-        torch.testing.assert_close(
-            merged.get_parameter(weight), base.get_parameter(weight) + change, check_stride=False
-        )
+        expected = base.get_parameter(weight) + change
+        torch.testing.assert_close(merged.get_parameter(weight), expected, check_stride=False)
     rounded = load_model(source, "bfloat16", CPU)
     for name, weight in merged.named_parameters():
         assert torch.equal(rounded.get_parameter(name), weight.to(torch.bfloat16))

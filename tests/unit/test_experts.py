@@ -88,9 +88,8 @@ def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: 
     """Each expert has its own matrices there. Any flat part of a stack comes from several of them."""
     stock, pretrained = saved(family, tmp_path), open_pretrained(tmp_path)
     in_one, sparse = family in IN_ONE, len(sparse_layers(pretrained.shape))
-    assert sum(".experts." in name for name in pretrained.weights.files) == sparse * (
-        IN_ONE[family] if in_one else 23 * 3
-    )
+    of_layer = IN_ONE[family] if in_one else 23 * 3
+    assert sum(".experts." in name for name in pretrained.weights.files) == sparse * of_layer
     with torch.no_grad():
         found = reopened(pretrained)(input_ids=PROMPT, use_cache=False).logits
         assert difference(found, stock(input_ids=PROMPT, use_cache=False).logits) < TOLERANCE

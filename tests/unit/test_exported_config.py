@@ -13,14 +13,9 @@ from loraprune_ds.model.shapes import LayerShape
 from tests.published import sizes_of
 
 LAYERS = 3
-SOURCE = sizes_of("llama", 48, 50, LAYERS, 12, num_key_value_heads=4, vocab_size=100) | {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 64,
-    "torch_dtype": "float16",
-    "transformers_version": "4.31.0",
-}
+SOURCE = sizes_of("llama", 48, 50, LAYERS, 12, num_key_value_heads=4, vocab_size=100)
+SOURCE |= {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5}
+SOURCE |= {"max_position_embeddings": 64, "torch_dtype": "float16", "transformers_version": "4.31.0"}
 MISTRAL = SOURCE | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 7}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 UNIFORM_2 = [(2, 30)] * LAYERS  # 6 query heads divide 48

@@ -13,7 +13,17 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.frozen import BLOCK, SCALE, WEIGHT, FrozenLinear, Int8, Int8Linear, dequantise, storage_format
+from loraprune_ds.model.frozen import (
+    BLOCK,
+    SCALE,
+    UNSTACKED,
+    WEIGHT,
+    FrozenLinear,
+    Int8,
+    Int8Linear,
+    dequantise,
+    storage_format,
+)
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan
@@ -58,7 +68,8 @@ def test_a_weight_is_rounded_to_the_grid_of_its_block(form: Int8, shape: tuple[i
 @every
 def test_a_cut_commutes_with_it(form: Int8, shape: tuple[int, int]) -> None:
     """Whole experts leave from a stack, otherwise single rows or columns along the axis without blocks."""
-    weight, axis, step = weight_of(shape), 0 if form.rows else form.axis, form.rows or 1
+    is_stack = form.rows != UNSTACKED
+    weight, axis, step = weight_of(shape), 0 if is_stack else form.axis, form.rows if is_stack else 1
     keep = torch.arange(shape[axis]).view(-1, step)[::2].flatten()
     cut_first, cut_last = (form.split(x, torch.bfloat16) for x in (weight.index_select(axis, keep), weight))
     for name, kept in form.kept(axis, keep).items():
@@ -68,7 +79,7 @@ def test_a_cut_commutes_with_it(form: Int8, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(("form", "shape"), OF_STACKS)
 def test_each_expert_has_separate_blocks(form: Int8, shape: tuple[int, int]) -> None:
     weight = weight_of(shape)
-    experts = [Int8(1).split(part, torch.bfloat16) for part in weight.split(form.rows or 0)]
+    experts = [Int8(1).split(part, torch.bfloat16) for part in weight.split(form.rows)]
     stack = form.split(weight, torch.bfloat16)
     for name in form.tensors:
         assert torch.equal(stack[name], torch.cat([tensors[name] for tensors in experts]))
@@ -138,9 +149,8 @@ def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(fam
         assert expected.shape == left[name].shape
         for rank in range(3):
             start, end = owned_range(expected.numel(), 3, rank)
-            assert torch.equal(small.read_stored(name, start, end, torch.bfloat16), expected.reshape(-1)[start:end]), (
-                name
-            )
+            found = small.read_stored(name, start, end, torch.bfloat16)
+            assert torch.equal(found, expected.reshape(-1)[start:end]), name
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -47,7 +47,7 @@ def saved(folder: Path, **changes: Any) -> Path:
         ({"world_size": 3}, "was saved by 3 ranks"),
         ({"prune": asdict(PruneConfig(ratio=0.3))}, "other settings: ratio"),
         ({"prune": {"ratio": 0.4, "gone": 4}}, "other settings: channel_multiple"),
-        ({"prune": {"ratio": 0.4, "min_heads": 2}}, "prune.min_heads 2, which is gone"),
+        ({"prune": {"ratio": 0.4, "score_every": 2}}, "prune.score_every 2, which is gone"),
         ({"format": layout.FORMAT - 1}, f"has format {layout.FORMAT - 1}"),
         ({"surplus": 1}, "is damaged"),
     ],
@@ -58,7 +58,7 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[s
 
 
 def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
-    removed = {"min_heads": 1, "compensate_ridge": 0.05}  # settings of earlier versions, with their old defaults
+    removed = {"score_every": 1, "max_layer_ratio": 1.0}  # settings of earlier versions, with their old defaults
     path = saved(tmp_path, prune=asdict(CONFIG) | removed)
     for given in (PruneConfig(), PruneConfig(ratio=0.4), CONFIG):
         state = checkpoint._read(tmp_path, given, COMM)

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,15 +56,10 @@ def submit(
         (bin / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_JOB_NODELIST": "node1"}
     site = {"LORAPRUNE_ROOT": str(ROOT), "LORAPRUNE_SITE": str(folder / "site.sh")}
-    ended = subprocess.run(
-        ["bash", str(ROOT / "slurm" / script), *arguments],
-        cwd=folder,
-        env=os.environ | slurm | site | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=60,
-    )
+    command = ["bash", str(ROOT / "slurm" / script), *arguments]
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = os.environ | slurm | site | variables
+    ended = subprocess.run(command, cwd=folder, env=environment, timeout=60, **streams)
     last = shlex.split(started.read_text().splitlines()[-1]) if started.exists() else []
     return Ended(ended.returncode, ended.stdout, last, requeued.read_text().strip() if requeued.exists() else None)
 

@@ -17,15 +17,8 @@ from tests.oracle.formula import mask_fisher
 from tests.oracle.models import make_batches
 from tests.unit.plain_training import Batch, PlainRun
 
-PRUNE = PruneConfig(
-    ranking="uniform",
-    normalize="none",
-    compensate="none",
-    ratio=0.3,
-    moving_average=0.0,
-    protected_first=0,
-    channel_multiple=1,
-)
+UNCHANGED: Any = {"ranking": "uniform", "normalize": "none", "compensate": "none", "moving_average": 0.0}
+PRUNE = PruneConfig(**UNCHANGED, ratio=0.3, protected_first=0, channel_multiple=1)
 # Both sides are in fp64, but norms, rotary angles and some softmaxes are in fp32. The package sums in fp32.
 TOLERANCE = 1e-5
 

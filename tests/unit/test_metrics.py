@@ -76,7 +76,7 @@ def test_what_follows_the_checkpoint_may_be_damaged(tmp_path: Path) -> None:
     assert len(read_metrics(path, 6)) == first_later
     refuses(f"line {first_later + 1} is not valid JSON", read_metrics, path, 7)
     log = MetricsLog(path)
-    log.truncate()
+    log.truncate_to(0)
     log.close()
     assert read_metrics(path) == []
 

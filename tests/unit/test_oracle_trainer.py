@@ -94,13 +94,8 @@ def test_scores_come_from_weights_and_gradients_before_the_update(tiny: Tiny) ->
         layer = {}
         for linear in {name.split(".lora_")[0].split(".", 2)[2] for name in masters}:
             a, b = f"layers.{i}.{linear}.lora_A", f"layers.{i}.{linear}.lora_B"
-            layer[linear] = (
-                frozen[f"layers.{i}.{linear}.weight"],
-                masters[a],
-                masters[b],
-                records[0].gradients[a],
-                records[0].gradients[b],
-            )
+            weight, gradients = frozen[f"layers.{i}.{linear}.weight"], records[0].gradients
+            layer[linear] = (weight, masters[a], masters[b], gradients[a], gradients[b])
         expected = formula.group_scores(layer, 8 / 4, kv_heads, trainer.queries_per_group, trainer.head_dim, True)
         for kind in range(2):
             first, second = records[0].scores[i][kind], records[1].scores[i][kind]

@@ -119,20 +119,14 @@ def test_a_finished_run_may_be_measured_in_another_way(config: RunConfig) -> Non
 OLD_PRUNE = PAPER | {"compensate_steps": 2, "compensate_decay": 0.5}
 OLD_TRAIN: dict[str, Any] = {"distill_weight": 0.0, "distill_temperature": 1.0}
 FORMAT_5 = {
-    "prune": OLD_PRUNE
-    | {"normalize": None, "min_heads": 1, "min_channels": 1}
-    | {"compensate_ridge": 0.05, "target_batch": 1, "target_kv_bits": 16.0}
-    | {"target_embedding_bits": 16.0, "score_every": 1, "max_layer_ratio": 1.0},
-    "train": OLD_TRAIN
-    | {"recovery_learning_rate": None, "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999}
-    | {"loss_chunk_tokens": 64},
-    "checkpoint": {"copy_source": True},
-    "logging": {"progress": False, "verbose": True},
+    "prune": OLD_PRUNE | {"normalize": None, "score_every": 1, "max_layer_ratio": 1.0},
+    "train": OLD_TRAIN | {"distill_top_k": 64},
+    "logging": {"profile_steps": [3]},
 }
 
 
 def written_before(config: RunConfig, **sections: dict[str, Any]) -> None:
-    """Leaves a stopped run of a version that had 16 more settings and other defaults."""
+    """Leaves a stopped run of a version that had more settings and other defaults."""
     leave(config)
     path = Path(config.output_dir) / "config.yaml"
     raw = yaml.safe_load(path.read_text())
@@ -151,12 +145,12 @@ def test_a_run_with_settings_that_are_gone_goes_on(config: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"weight_decay": 0.1}, "this run has train.weight_decay 0.1, which is gone: LoRA trains without"),
+        ({"score_every": 2}, "this run has prune.score_every 2, which is gone: every step before the last cut"),
         ({"of_a_later_version": 1}, "of_a_later_version"),
     ],
 )
 def test_a_setting_that_made_another_run_is_told(config: RunConfig, section: dict[str, Any], words: str) -> None:
-    written_before(config, train=section)
+    written_before(config, prune=section)
     assert words in refused_start({"output_dir": config.output_dir})
 
 

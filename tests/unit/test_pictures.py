@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
-from loraprune_ds.report import pictures
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
 from tests.unit.run_records import DENSE, cut_record, small_run, step_record
@@ -24,8 +24,10 @@ pytestmark = pytest.mark.filterwarnings("error")  # matplotlib only warns when a
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Figures as they were saved."""
     saved: list[Any] = []
-    save = pictures._save
-    monkeypatch.setattr(pictures, "_save", lambda figure, path: saved.append(figure) or save(figure, path))
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *given, **more: saved.append(self) or save(self, *given, **more)
+    )
     return saved
 
 

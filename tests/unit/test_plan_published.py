@@ -125,9 +125,8 @@ def test_a_mixture_fits_on_a_node_and_gathers_a_layer_at_a_time(name: str) -> No
 @pytest.mark.parametrize(("folder", "name"), [("paper", "llama-65b"), (".", "llama3.3-70b")])
 def test_with_hpz_the_largest_fit_and_gather_inside_their_nodes(folder: str, name: str) -> None:
     source = PUBLISHED[name][0] if name in PUBLISHED else read_config(name)
-    config = load_config(
-        CONFIGS / folder / f"{name}.yaml", ["deepspeed=ds_configs/zero3_multinode_hpz.json", "train.distill_weight=0"]
-    )
+    changes = ["deepspeed=ds_configs/zero3_multinode_hpz.json", "train.distill_weight=0"]
+    config = load_config(CONFIGS / folder / f"{name}.yaml", changes)
     plan = make_plan(build_request(name, source, shape_from_config(source, name), config, Cluster(4, 8)))
     assert plan.fits
     assert plan.last_step.between_nodes < 0.01 * sum(plan.last_step.sent.values())

@@ -236,9 +236,8 @@ def test_every_part_is_the_slice(source: Path, kept: Kept, chunk: int, monkeypat
     expected = cut_by_hand(tensors_of(source), kept)
     sizes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     assert cut.shape.parameters() == sizes
-    assert {
-        n: tuple(p.shape) for n, p in build_for_losses(replace(dense, weights=cut), "sdpa").named_parameters()
-    } == sizes
+    built = build_for_losses(replace(dense, weights=cut), "sdpa")
+    assert {name: tuple(p.shape) for name, p in built.named_parameters()} == sizes
     for name, tensor in expected.items():
         flat, numel = tensor.reshape(-1), tensor.numel()
         for start, end in itertools.pairwise(sorted([0, 0, 1, numel // 3, numel // 2, numel, numel])):

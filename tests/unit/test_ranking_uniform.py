@@ -74,9 +74,8 @@ def test_layers_of_several_sorts_have_equal_counts(family: str, ratio: float, he
     """A delta net has no attention, and a dense layer among sparse ones no experts. A stock class holds the result."""
     dense = shape_from_config(tiny_config(family).to_dict(), family)
     limits = limits_of(dense, ratio=ratio, head_ratio=head_ratio)
-    left = dense.after(
-        rank_uniform(random_scores_of(dense, torch.Generator()), dense, limits, uniform_counts(limits, ratio, ratio))
-    )
+    scores, counts = random_scores_of(dense, torch.Generator()), uniform_counts(limits, ratio, ratio)
+    left = dense.after(rank_uniform(scores, dense, limits, counts))
     assert left.is_uniform
     assert limits.lost_by_all(uniform_goal(limits, ratio)) == gone(left, dense)
     sizes = [range(limits.floor[1][kind] or 1, count + 1) for kind, count in limits.open_counts.items()]
@@ -162,15 +161,13 @@ def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:
     limits = limits_of(shape, protected_first=1, protected_last=1)
     for levels in (None, 3, 1):  # 1: all groups are tied
         scores = random_scores_of(shape, generator, levels=levels)
-        scores[2] = LayerScores(
-            heads=scores[2]["heads"] * 1000, channels=scores[2]["channels"] / 1000
-        )  # scale between layers is nothing
+        # The scale between layers is nothing.
+        scores[2] = LayerScores(heads=scores[2]["heads"] * 1000, channels=scores[2]["channels"] / 1000)
         keep = rank_uniform(scores, shape, limits, uniform_counts(limits, 0.3, 0.3))
         counts = uniform_goal(limits, 0.3)
         for i, (layer, layer_keep) in enumerate(zip(scores, keep, strict=True)):
             wanted = counts if i in (1, 2, 3) else shape.layers[i]
             assert layer_keep["heads"].tolist() == keep_best(layer["heads"], wanted["heads"])
             assert layer_keep["channels"].tolist() == keep_best(layer["channels"], wanted["channels"])
-        assert gone(shape.after(keep), shape) == pytest.approx(
-            0.3 * shape.linear_numel(), abs=1.5 * shape.group_numel("channels")
-        )
+        near = 1.5 * shape.group_numel("channels")
+        assert gone(shape.after(keep), shape) == pytest.approx(0.3 * shape.linear_numel(), abs=near)

@@ -108,9 +108,8 @@ def test_seconds_per_step_are_medians(
 def test_the_later_evaluation_of_a_name_counts_and_infinity_is_valid_json(tmp_path: Path) -> None:
     """A run resumed at its end measures the exported model again."""
     found = [EvaluationRecord(10, "pruned", p, 1, 1) for p in (80.0, 74.0)]
-    write_json(
-        tmp_path / "report.json", report_of(History(evaluations=[EvaluationRecord(0, "dense", math.inf, 1, 1), *found]))
-    )
+    evaluations = [EvaluationRecord(0, "dense", math.inf, 1, 1), *found]
+    write_json(tmp_path / "report.json", report_of(History(evaluations=evaluations)))
     assert read_json(tmp_path / "report.json")["perplexity"] == {"dense": None, "after_last_cut": None, "pruned": 74.0}
 
 

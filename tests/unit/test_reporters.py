@@ -127,13 +127,8 @@ def report(name: str, folder: Path, **environment: str) -> None:
     Figure().savefig(folder / "training.png")
     found = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # the packages may lie elsewhere
     places = {"HOME": str(folder), "PYTHONPATH": found, "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(
-        [sys.executable, "-c", REPORT, name, str(folder)],
-        env=places | environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    command, environment = [sys.executable, "-c", REPORT, name, str(folder)], places | environment
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
 
 

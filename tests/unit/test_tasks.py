@@ -32,9 +32,8 @@ TEMPLATE = "{% for m in messages %}<s> {{ m.content }} </s> {% endfor %}<s> w59"
 
 def rank_of(world_size: int, rank: int, others: tuple[dict[int, str], ...] = ()) -> Any:
     """Stands for a Communicator."""
-    return SimpleNamespace(
-        device=torch.device("cpu"), rank=rank, world_size=world_size, gather_objects=lambda mine: [*others, mine]
-    )
+    size = {"rank": rank, "world_size": world_size}
+    return SimpleNamespace(device=torch.device("cpu"), gather_objects=lambda mine: [*others, mine], **size)
 
 
 # Which tasks there are
@@ -77,9 +76,8 @@ def test_questions_depend_on_the_seed_alone() -> None:
     assert [task.name for task in loaded] == [f"reasoning_gym:{name}" for name in DEFAULT]
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        answer = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-        )
+        command = [sys.executable, "-c", code]
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         assert answer.stdout.split()[-len(loaded) :] == [task.digest for task in loaded]
     for task in loaded:
         assert (len(task.questions), len(task.examples)) == (100, 3)
@@ -111,9 +109,8 @@ def task_of(*lengths: int) -> GymTask:
 
 @pytest.mark.parametrize("template", [TEMPLATE, None])
 def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(template: str | None, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        make_tiny_llama(tmp_path, vocab=70, seed=3, **SIZES), dtype=torch.float32
-    )
+    folder = make_tiny_llama(tmp_path, vocab=70, seed=3, **SIZES)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.max_position_embeddings = 64
     tokenizer = make_tokenizer(template="<s> $A")
     tokenizer.chat_template = template
@@ -232,7 +229,6 @@ def test_wrong_tasks_are_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> N
     message = "evaluate.after reasoning_gym needs the package reasoning-gym: pip install reasoning-gym"
     assert refused(after.check_after, run_of("answers", "tasks")) == message
     tokenizer = make_tokenizer()
-    assert refused(after.check_prompts, ["answers"], tokenizer, "MODEL", 130).startswith(
-        "evaluate.after: default, row 1: "
-    )
+    message = refused(after.check_prompts, ["answers"], tokenizer, "MODEL", 130)
+    assert message.startswith("evaluate.after: default, row 1: ")
     after.check_prompts(["tasks"], tokenizer, "MODEL", 130)

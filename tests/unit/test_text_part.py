@@ -57,9 +57,8 @@ def test_the_text_part_is_read_cut_and_exported(
     text = reopened(pretrained)
     words = PROMPT.clamp(max=IMAGE - 1)  # Gemma 4 replaces the token of an image that is not there
     assert difference(logits(text, words), logits(whole, words)) < TOLERANCE
-    made = cut_and_export(
-        with_lora(text, pretrained.config, outer), tmp_path / "model", *[FEW] * len(pretrained.shape.layers)
-    )
+    tuned, counts = with_lora(text, pretrained.config, outer), [FEW] * len(pretrained.shape.layers)
+    made = cut_and_export(tuned, tmp_path / "model", *counts)
     stock = load(made.folder)
     assert stock.config.model_type == family
     assert difference(logits(stock), made.logits) < TOLERANCE

@@ -9,14 +9,8 @@ from tests.export_cases import VOCAB
 from tests.family_cuts import Export, export
 
 # Rows that Q8_0 can hold. After a cut to 2 of 4 groups, heads have 64 rows and hidden_size // query heads is 24.
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 96,
-    "intermediate_size": 128,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-}
+SIZES: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 96, "intermediate_size": 128}
+SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
 KEPT, KEPT_EXPERTS = (2, 96), (2, 7)
 # llama.cpp takes a qwen2_moe's q_proj for hidden_size x hidden_size, and vLLM that of a granitemoe, too.
 SQUARE, ALL_HEADS = ("qwen2_moe", "granitemoe", "cohere", "lfm2"), (4, 7)

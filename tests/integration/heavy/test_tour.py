@@ -48,12 +48,8 @@ def test_the_tour(tmp_path: Path) -> None:
     write_chats(tmp_path / "chats.jsonl")
     for name in ("launch", "ds_configs", "loraprune_ds"):
         (tmp_path / name).symlink_to(ROOT / name)
-    environment = {
-        "PATH": f"{Path(sys.executable).parent}:{os.defpath}",
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-    }
+    path, python_path = f"{Path(sys.executable).parent}:{os.defpath}", f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    environment = {"PATH": path, "PYTHONPATH": python_path, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
     def start(command: list[str], others: Mapping[str, str] = {}) -> Ended:
         words = [others.get(word, word) for word in command]
