@@ -3,7 +3,7 @@
     python -m tests.benchmarks.shelf --tune valid.txt --test test.raw [--other other.txt] [--work FOLDER]
 
 SmolLM2-135M with repeated heads, the default recipe, one seed. A run of its own ends at one size, with the tokens that
-the shelf had spent until then. With twice the steps, only the last size is compared. The work folder keeps what is done.
+the shelf had spent until then. With twice the steps only the last size is compared. The work folder keeps what is done.
 """
 
 from argparse import Namespace
