@@ -156,15 +156,16 @@ def write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
 def _merge_layer(unmerged: UnmergedModel, layer: int, tensors: dict[str, Tensor]) -> None:
     lora, scaling = unmerged.lora(layer), unmerged.config.lora.lora_alpha / unmerged.config.lora.r
     for linear in unmerged.shape.linears(layer):
-        name = f"model.layers.{layer}.{linear.name}.weight"
+        name = f"{unmerged.shape.prefix(layer)}{linear.name}.weight"
         a, b = lora[f"{linear.name}.lora_A"], lora[f"{linear.name}.lora_B"]
         tensors[name] = merge_lora(tensors[name], a, b, scaling, tensors[name].dtype)
 
 
 def write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
     """Writes the fp32 LoRA, which is no larger than one decoder layer, into the one file that PEFT reads."""
+    exported = unmerged.shape.exported()
     tensors = {
-        name_in_file(number, name): tensor
+        name_in_file(exported, number, name): tensor
         for number, layer in enumerate(unmerged.shape.present)
         for name, tensor in as_in_peft(unmerged.lora(layer), unmerged.shape.linears(layer)).items()
     }

@@ -5,6 +5,7 @@ A decoder layer has groups of several kinds. A group leaves as a unit.
   channels  one MLP channel.
   delta     one key head of a gated delta net with its value heads. Layers with these have no attention.
   experts   one expert of a mixture (experts.py).
+  cross_heads  one head of a decoder's attention to its encoder. Layers of the encoder have none.
 A dense layer among sparse ones has heads and no experts. Its MLP is whole: it is never cut, and has LoRA all the same.
 
 Along its axis a weight is a sequence of parts. A part has all groups of a layer, one after another. Each group is
@@ -46,6 +47,8 @@ from loraprune_ds.model.family_parts import (
     QWEN_MOE,
     ROUTED_EXPERTS,
     SHARED_EXPERT,
+    T5,
+    UMT5,
     WIDE_NORMS,
     columns,
     dense_types,
@@ -189,6 +192,8 @@ FAMILIES: dict[str, Family] = {
         mixture=Mixture("num_experts", "intermediate_size"),
         fixed=("heads",),
     ),
+    **dict.fromkeys(("t5", "mt5"), T5),
+    "umt5": UMT5,
     "granitemoe": Family(
         (*ATTENTION, *GRANITE_STACKS),
         (router("block_sparse_moe.router", "block_sparse_moe.router.layer.weight"),),

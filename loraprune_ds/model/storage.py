@@ -47,7 +47,7 @@ class FrozenStorage:
             element_size: of the model's dtype.
         """
         layers = range(len(shape.layers)) if layer is None else [layer]
-        formats = {f"model.layers.{i}.{x.name}.{WEIGHT}": self.format_of(shape, x) for i, x in shape.linear_ids(layers)}
+        formats = {f"{shape.prefix(i)}{x.name}.{WEIGHT}": self.format_of(shape, x) for i, x in shape.linear_ids(layers)}
         stored, keep_fp32 = dict[str, StoredTensor](), shape.keep_fp32
         for name, size in (shape.parameters() if layer is None else shape.layer_parameters(layer)).items():
             if name in formats:
@@ -78,7 +78,7 @@ class FrozenStorage:
                 yield f"{linear.name}.bias", kept, None
         for companion in shape.companions(layer):
             if companion.parts[0].kind in shape.cut_kinds(layer, keep):
-                yield companion.name, Slice(0, kept_of(companion.parts)), None
+                yield companion.name, Slice(companion.axis, kept_of(companion.parts)), None
 
 
 MODEL_DTYPE = FrozenStorage()
