@@ -211,6 +211,7 @@ UMT5 = Family(
         "buckets": lambda c: c.relative_attention_num_buckets,
     },
     explicit=t5_fields,
+    around=lambda c, layer: ([layer, c.num_layers] if layer < c.num_layers else [0, layer], {}),
     keeps_layers="its two stacks are not compared",
     per_layer="layer_sizes",
     as_many={"cross_heads": "heads"},

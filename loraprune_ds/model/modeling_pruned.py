@@ -41,14 +41,14 @@ def rebuild_layers(model: Any, config: Any) -> None:
 
 def rebuild_stacks(model: Any, config: Any) -> None:
     """Rebuilds an encoder and its decoder, whose attention to the encoder has its own number of heads."""
-    sizes = (config.layer_sizes[str(i)] for i in range(config.num_layers + config.num_decoder_layers))
-    for stack in (model.encoder, model.decoder):
+    sizes, first_of_decoder = getattr(config, "layer_sizes", {}), len(model.encoder.block)
+    for first, stack in ((0, model.encoder), (first_of_decoder, model.decoder)):
         for i, layer in enumerate(stack.block):
             own, cross = copy.copy(stack.config), copy.copy(stack.config)
-            own.__dict__.update(next(sizes))
+            own.__dict__.update(sizes.get(str(first + i), {}))
             stack.block[i] = type(layer)(own, layer_idx=i)
             if stack.is_decoder:
-                cross.num_heads = own.num_cross_heads
+                cross.num_heads = getattr(own, "num_cross_heads", own.num_heads)
                 stack.block[i].layer[1] = type(layer.layer[1])(cross, layer_idx=i)
 
 
