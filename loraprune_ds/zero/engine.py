@@ -147,13 +147,12 @@ def build_inference_engine(
     """Builds the plain sharded model in evaluation mode: an engine without an optimizer. Collective.
 
     Args:
-        head: without it, the engine returns the decoder's outputs.
+        head: without it, the engine returns `final_hidden`.
     """
     with quiet_stdout():
         model = _sharded_base(pretrained, attn_implementation, dtype, ds_config, head=head)
         _gather_as_one(model, pretrained.shape)
-        root = model if head else model.model
-        engine, *_ = deepspeed.initialize(model=root, config=ds_config, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
     decide_releases(cast(Any, engine.optimizer).get_param_coordinator())
     engine.eval()
     return engine
@@ -171,7 +170,7 @@ def _sharded_base(
     comm = Communicator()
     model: Any = build_for_losses(pretrained, attn_implementation)
     if not head:
-        del model.lm_head
+        model.lm_head = None
     # A single rank may find a weight that int8 cannot hold.
     comm.all_or_raise(lambda: shard_at_birth(model, pretrained.weights.read_stored, ds_config, DTYPES[dtype], comm))
     return model
