@@ -88,7 +88,9 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
     with parameters_on_meta():
         model = causal_lm_class(config["model_type"])(made)
         if len(family.stacks) > 1 and not config.get("tie_word_embeddings", True):
-            model.all_tied_weights_keys.pop("lm_head.weight")  # transformers 5 ties it in any case
+            # transformers 5 ties it in any case.
+            tied: dict[str, str] = model._tied_weights_keys  # type: ignore[assignment]
+            model._tied_weights_keys = {name: to for name, to in tied.items() if name != "lm_head.weight"}
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
         stack_experts(model)
     return model

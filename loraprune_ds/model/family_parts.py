@@ -184,9 +184,10 @@ def t5_fields(config: dict[str, Any]) -> dict[str, Any]:
     old = config["model_type"] == "t5"
     tied = config.get("tie_word_embeddings") is not False and config["model_type"] != "mt5"
     defaults = {"feed_forward_proj": "relu" if old else "gated-gelu", "scale_decoder_outputs": tied}
+    defaults |= {"num_cross_heads": config["num_heads"], "is_encoder_decoder": True}
     decoder = config.get("num_decoder_layers")
     own = {"num_decoder_layers": config["num_layers"] if decoder is None else decoder}
-    return defaults | {"num_cross_heads": config["num_heads"]} | config | own
+    return defaults | config | own
 
 
 T5_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
@@ -209,9 +210,9 @@ UMT5 = Family(
         "head": lambda c: c.d_kv,
         "hidden": lambda c: c.d_model,
         "buckets": lambda c: c.relative_attention_num_buckets,
-        "source_heads": lambda c: c.num_heads,
     },
     explicit=t5_fields,
+    around=lambda c, layer: ([layer, c.num_layers] if layer < c.num_layers else [0, layer], {}),
     keeps_layers="its two stacks are not compared",
     per_layer="layer_sizes",
     as_many={"cross_heads": "heads"},

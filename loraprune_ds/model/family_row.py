@@ -15,9 +15,8 @@ OfExpert = Literal["expert", "gate_up"]
 # Of a key head of a gated delta net: its key, its values, the number of these, and of both with the query and the gates
 # of the values the rows together, and the two numbers of each value. And the kernel of the convolution.
 OfDelta = Literal["delta_key", "delta_values", "delta_count", "delta_all", "delta_numbers", "kernel"]
-# Of the bias of relative positions: the buckets of distances, and the heads that all layers of the source have.
-OfBias = Literal["buckets", "source_heads"]
-Width = Literal[OfHead, OfLatent, OfExpert, OfDelta, OfBias, "queries_and_gates", "one", "hidden"]
+# Of a bias of relative positions: the buckets of distances.
+Width = Literal[OfHead, OfLatent, OfExpert, OfDelta, "buckets", "queries_and_gates", "one", "hidden"]
 # The fields of config.json that count the groups of a kind, and what each counts of a group.
 COUNT_FIELDS: dict[Kind, dict[str, Width]] = {
     "heads": {"num_key_value_heads": "one", "num_attention_heads": "query_count"},

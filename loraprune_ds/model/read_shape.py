@@ -97,6 +97,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         outer_parameters={name: size for name, size in parameters.items() if not name.startswith(tuple(paths))},
         whole=dict(enumerate(_whole(family, names) for names in layers)),
         absent=tuple(frozenset(_absent(family, of_stack)) for of_stack in inside),
+        shared_heads=sizes[0][0] if family.shared_bias else 0,
         encoder_layers=sum(in_stacks[:-1]),
         widths=widths,
         **of_experts,

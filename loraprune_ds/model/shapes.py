@@ -77,6 +77,7 @@ class ModelShape:
     expert_groups: int = 1  # groups of experts, of equal size, that the router chooses from
     # Names of linears and companions of the family that each stack lacks.
     absent: tuple[frozenset[str], ...] = (frozenset(),)
+    shared_heads: int = field(default=0, compare=False)  # the heads of the source, whose layers share one bias
     encoder_layers: int = 0  # the first of `layers` are an encoder's, those of its decoder follow
     doubled: frozenset[int] = frozenset()  # layers that have twice the channels that config.json says
     widths: Mapping[Width, int] = field(default_factory=dict[Width, int], hash=False)  # of the family's `widths`
@@ -354,12 +355,15 @@ class ModelShape:
         return all(len(found) <= 1 for found in counts.values())
 
     @property
+    def shares_bias(self) -> bool:
+        """True while the layers of a stack have the one bias of the source, so that its class can hold them."""
+        return self.shared_heads > 0 and self.is_uniform and self.layers[0]["heads"] == self.shared_heads
+
+    @property
     def shared_tensors(self) -> dict[str, str]:
-        """Maps names of parameters to the one of their stack that files hold for all, while no head has left."""
-        shared, heads = self.family.shared_bias, {layer.get("heads") for layer in self.layers}
-        if shared is None or not self.is_uniform or heads != {self.width("source_heads")}:
-            return {}
-        return {f"{self.prefix(i)}{shared}": f"{self.prefix(x[0])}{shared}" for x in self.stacks for i in x[1:]}
+        """Maps names of parameters to the one of their stack that files hold for all."""
+        bias, stacks = self.family.shared_bias, self.stacks if self.shares_bias else []
+        return {f"{self.prefix(i)}{bias}": f"{self.prefix(x[0])}{bias}" for x in stacks for i in x[1:]}
 
 
 def group_indices(groups: Tensor, width: int) -> Tensor:
