@@ -154,8 +154,8 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
         lines.append(f"exports each size on the way: {sizes}")
     if attention := describe_attention(config.model.attn_implementation, dense.family):
         lines.append(attention)
-    for name, value in dense.family.changed_in_memory(config_object(prepared.pretrained.config)).items():
-        lines.append(f"{name} {value} of config.json is {dense.family.in_memory[name]} in this run")
+    changed = dense.family.changed_in_memory(config_object(prepared.pretrained.config))
+    lines += [f"config.json's {name} {value} is {dense.family.in_memory[name]} here" for name, value in changed.items()]
     if prepared.pretrained.tower:
         lines.append("only the text part is tuned and cut. The vision tower comes along, which needs equal layers")
     if prepared.pretrained.config.get(NEXT_TOKENS):
