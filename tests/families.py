@@ -250,7 +250,8 @@ def tiny_model(
                 if family == "nemotron" and name.endswith("norm.weight"):
                     parameter.sub_(1)  # the norm adds one, and its weights begin with one all the same
             else:
-                parameter.copy_(noise * (0.5 if "embed" in name else 0.25))
+                unscaled = name.endswith((".q.weight", ".k.weight"))  # in a T5, whose attention would be saturated
+                parameter.copy_(noise * (0.5 if "embed" in name else 0.05 if unscaled else 0.25))
         stored = model.state_dict().keys()
         for name, buffer in model.named_buffers():
             if name in stored:  # a router's correction: more would leave experts that no token chooses
