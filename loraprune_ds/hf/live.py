@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.hf.checks import refuse_mixture
 from loraprune_ds.model.adapters import base_parameter, last_names
 from loraprune_ds.model.classes import DroppedLayer, decoder_layers
@@ -40,7 +40,13 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
 
 
 def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes a UMT5 of a T5 or mT5, to prune it. Each layer gets a copy of the bias that all layers of a stack share."""
+    """Makes a UMT5 without dropout of a T5 or mT5, to prune it. Each layer gets a copy of the bias that they share.
+
+    Raises:
+        UserError: the model is sharded already.
+    """
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    require(not sharded, "unshare_bias: the model is sharded; load it before TrainingArguments are made")
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     config = model.config.to_dict() | {"tie_word_embeddings": tied}
     shape, made = read_model(config, type(model).__name__)
