@@ -27,7 +27,7 @@ from tests.unit.test_data_load import write_json
 START = 0
 TOKENIZER = make_tokenizer(template="$A </s>")  # as a T5's
 STARTS = Starts(target=START)
-PAIRS = [{"source": f"w{i} w{i + 1}", "target": f"w{i + 20}"} for i in range(10)]
+PAIRS = [{"source": f"w{i + 1} w{i + 2}", "target": f"w{i + 20}"} for i in range(10)]
 SIZES = ((7, 4), (3, 9), (11, 2))  # of source and target
 
 
@@ -105,26 +105,32 @@ def loss_of(model: Any, source: list[int], target: list[int]) -> float:
     return float(model(input_ids=torch.tensor([source]), labels=torch.tensor([target])).loss) * len(target)
 
 
-def test_every_format_gives_source_start_and_target(tmp_path: Path) -> None:
+def test_every_format_gives_source_start_and_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load(tmp_path, PAIRS, held_out_fraction=0.2)
-    assert first_row(data) == row("w0 w1", "w20")
+    assert first_row(data) == row("w1 w2", "w20")
     held_out = [json.loads(line) for line in data.held_out.split("\n\n")]
     assert len(data.samples) == 8
     assert [one for one in PAIRS if one in held_out] == held_out
     renamed = [{"a": one["source"], "b": one["target"]} for one in PAIRS]
     other = load(tmp_path, renamed, held_out_fraction=0.2, source_field="a", target_field="b")
     assert (other.samples.digest(), other.held_out) == (data.samples.digest(), data.held_out)
+    config = DataConfig(
+        path=str(tmp_path / "pairs.jsonl"), window=8, format="seq2seq", source_field="a", target_field="b"
+    )
+    of_decoder = load_samples(config, TOKENIZER, minimum=1, vocab_size=100)  # whose prompt ends without EOS
+    assert first_row(of_decoder) == [
+        one for one in row("w1 w2", "w20") if one[0] != START and one != (EOS, IGNORE_INDEX)
+    ]
     instructions = [{"instruction": one["source"], "response": one["target"]} for one in PAIRS]
     told = load(tmp_path, instructions, format="instruction", input_field=None, window=40)
     *prompt, before, start, answer, eos = first_row(told)
     assert [before, start, answer, eos] == row("", "w20")
     assert {label for _, label in prompt} == {IGNORE_INDEX}
-    TOKENIZER.chat_template = (
-        "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}w9 {% endif %}{% endfor %}"
-    )
-    turns = [{"role": role, "content": f"w{i}"} for i, role in enumerate(("user", "assistant") * 2)]
+    template = "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}w9 {% endif %}{% endfor %}"
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    turns = [{"role": role, "content": f"w{i + 1}"} for i, role in enumerate(("user", "assistant") * 2)]
     chats = load(tmp_path, [{"messages": turns}] * 5, format="chat", held_out_fraction=0.3, window=20)
-    assert first_row(chats) == row("w0 w1 w9 w2", "w3 w9")  # the last turn alone
+    assert first_row(chats) == row("w1 w2 w9 w3", "w4 w9")  # the last turn alone
 
 
 @pytest.mark.parametrize(
@@ -175,12 +181,9 @@ def test_answers_are_those_of_generate_and_compared_with_targets(tmp_path: Path)
     for one in (model, dense):
         one.generation_config.decoder_start_token_id = START  # pyright: ignore[reportOptionalMemberAccess]
     sources = [one["source"] for one in PAIRS[:3]]
-    alone = [
-        model.generate(torch.tensor([TOKENIZER(x)["input_ids"]]), max_new_tokens=5, do_sample=False, eos_token_id=EOS)[
-            0, 1:
-        ].tolist()
-        for x in sources
-    ]  # type: ignore[operator]
+    write: Any = model.generate
+    how: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": EOS}
+    alone = [write(torch.tensor([TOKENIZER(x)["input_ids"]]), **how)[0, 1:].tolist() for x in sources]
     texts = [TOKENIZER.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in alone]
     rows = [{"source": x, "target": y} for x, y in zip(sources, [texts[0], "nothing", texts[2] + " w1"], strict=True)]
     settings = read_prompts(str(write_json(tmp_path / "prompts.jsonl", rows)), max_new_tokens=5)
@@ -200,17 +203,11 @@ def test_answers_are_those_of_generate_and_compared_with_targets(tmp_path: Path)
 
 def test_speed_reads_with_both_caches() -> None:
     model = tiny_model("t5", num_decoder_layers=3)
-    calls: list[tuple[int, int, int]] = []
+    calls: list[tuple[int, ...]] = []
 
     def note(_: Any, args: Any, given: dict[str, Any]) -> None:
-        cache = next(x for x in given.values() if type(x).__name__ == "EncoderDecoderCache")
-        calls.append(
-            (
-                given["input_ids"].shape[1],
-                cache.self_attention_cache.get_seq_length(),
-                cache.cross_attention_cache.get_seq_length(),
-            )
-        )
+        caches = given["cache"].self_attention_cache, given["cache"].cross_attention_cache
+        calls.append((given["input_ids"].shape[1], *(cache.get_seq_length() for cache in caches)))
 
     model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
     measure_speed([model], SpeedSettings(prompt=7, generated=2, rounds=1))
