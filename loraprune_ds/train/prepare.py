@@ -11,7 +11,7 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.perplexity import split_windows
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter
-from loraprune_ds.model.classes import check_flash_attention, describe_attention
+from loraprune_ds.model.classes import check_flash_attention, describe_attention, describe_dropout
 from loraprune_ds.model.exported_config import NEXT_TOKENS
 from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.hub import locate_model
@@ -151,8 +151,8 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
     if ends := pruning.schedule.ends():
         sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
         lines.append(f"exports each size on the way: {sizes}")
-    if attention := describe_attention(config.model.attn_implementation, dense.family):
-        lines.append(attention)
+    attention = describe_attention(config.model.attn_implementation, dense.family)
+    lines += filter(None, (attention, describe_dropout(prepared.pretrained.config)))
     if prepared.pretrained.tower:
         lines.append("only the text part is tuned and cut. The vision tower comes along, which needs equal layers")
     if prepared.pretrained.config.get(NEXT_TOKENS):
