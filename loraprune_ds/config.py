@@ -42,7 +42,7 @@ Normalization = Literal["l2", "step", "none"]
 Compensation = Literal["none", "least_squares"]
 Scheduler = Literal["linear", "cosine", "constant"]
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-DataFormat = Literal["text", "instruction", "chat"]
+DataFormat = Literal["text", "instruction", "seq2seq", "chat"]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -123,6 +123,8 @@ class MixtureEntry:
     prompt_field: str | None = None
     input_field: str | None = None
     response_field: str | None = None
+    source_field: str | None = None
+    target_field: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -138,6 +140,8 @@ class DataSource:
     prompt_field: str
     input_field: str | None
     response_field: str
+    source_field: str
+    target_field: str
     weight: Positive | None = None
     section: str = "data"
 
@@ -156,7 +160,9 @@ class DataConfig:
     prompt_field: str = "instruction"  # field with the request
     input_field: str | None = "input"  # field with a text that the request is about. None: no such field
     response_field: str = "response"  # field with the answer
-    window: Window = 512  # tokens of a sample
+    source_field: str = "source"  # field with what an encoder reads, of format `seq2seq`, which adds no template
+    target_field: str = "target"  # field with what its decoder writes
+    window: Window = 512  # tokens of a sample. An encoder-decoder's has source and target
     held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
     held_out_fraction: Part | None = 0.1  # size of that part. None if `held_out` is given
     max_samples: Count | None = None  # most samples from each source. None: all
@@ -173,10 +179,8 @@ class DataConfig:
         entries = [] if isinstance(self.path, str) else self.path
         for i, entry in enumerate(entries):
             first = "a weight" if entry.weight is None else "no weight"
-            require(
-                (entry.weight is None) == (entries[0].weight is None),
-                f"data.path[{i}].weight: data.path[0] has {first}; give all entries one, or none",
-            )
+            same = (entry.weight is None) == (entries[0].weight is None)
+            require(same, f"data.path[{i}].weight: data.path[0] has {first}; give all entries one, or none")
 
     @property
     def only_text(self) -> bool:
@@ -237,10 +241,8 @@ class PruneConfig:
         for size in self.sizes or ():
             read_amount(size, "prune.sizes")
         check_settings(self, "prune")
-        require(
-            self.warmup_fraction + self.cooldown_fraction < 1,
-            "prune.warmup_fraction + prune.cooldown_fraction must be below 1",
-        )
+        without_cuts = self.warmup_fraction + self.cooldown_fraction
+        require(without_cuts < 1, "prune.warmup_fraction + prune.cooldown_fraction must be below 1")
 
     @property
     def target_amount(self) -> Amount | None:

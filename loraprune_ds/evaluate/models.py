@@ -191,6 +191,8 @@ def generate(model: PreTrainedModel, prompts: list[Ids], ends: set[int], **how: 
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     ended_by = {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
+    if model.config.is_encoder_decoder:
+        width, ended_by["decoder_start_token_id"] = 1, model.generation_config.decoder_start_token_id  # of its outputs
     # A diverged model has NaN among its logits. Its answers are worthless, and sampling them must not raise.
     model.generation_config = GenerationConfig(**ended_by, **how, remove_invalid_values=True)
     write: Any = model.generate  # a decorator hides its type

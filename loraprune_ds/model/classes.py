@@ -67,12 +67,6 @@ def describe_attention(requested: str, family: Family) -> str | None:
     return f"model.attn_implementation: {used} instead of {requested}, which lacks {family.eager_only}"
 
 
-def describe_dropout(config: dict[str, Any]) -> str | None:
-    """Says that a T5 is tuned without its dropout. None if it has none."""
-    rate = config.get("dropout_rate")
-    return f"dropout_rate {rate} of config.json is off in this run, and stays in the result's" if rate else None
-
-
 def check_flash_attention(config: ModelConfig) -> None:
     """Raises UserError if flash attention is requested without a GPU or in fp32. transformers checks its package."""
     setting = f"model.attn_implementation {config.attn_implementation}"

@@ -152,6 +152,7 @@ class Family:
     stacks: tuple[Stack, ...] = (Stack(),)  # an encoder's comes first
     # Fields of config.json that its modules have otherwise in memory.
     in_memory: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    float16: bool = True  # its activations lie within the range of that
     per_layer: str = "per_layer_config"  # the field of a pruned export with the sizes of each layer
     # A kind, and another of which each layer of a stock class has as many.
     as_many: Mapping[Kind, Kind] = field(default_factory=dict[Kind, Kind])
@@ -175,6 +176,11 @@ class Family:
         The last is the finest. It makes up for what whole groups of the others cannot.
         """
         return tuple(dict.fromkeys(linear.kind for linear in self.linears if linear.parts))
+
+    def changed_in_memory(self, config: Any) -> dict[str, Any]:
+        """Returns the fields of transformers' object that a run changes, without the class, and their values there."""
+        fields = {name: getattr(config, name) for name in self.in_memory if name != "model_type"}
+        return {name: value for name, value in fields.items() if value != self.in_memory[name]}
 
     def count_fields(self, kind: Kind) -> Mapping[str, Width]:
         """Returns the fields of config.json that count the groups of a kind, and what each counts of a group."""

@@ -179,7 +179,7 @@ class Trainer:
                 engine.end_micro_batch()
         return total
 
-    def _inputs(self, indices: Tensor) -> tuple[dict[str, Any], list[Tensor | None]]:
+    def _inputs(self, indices: Tensor) -> tuple[dict[str, Any], Sequence[Tensor | None]]:
         """Copies these samples to the device without waiting for it. And returns the mask of each stack."""
         inputs: dict[str, Any] = self.samples.inputs(indices)
         rows = split_rows(**inputs) if self.model.shape.encoder_layers else None
