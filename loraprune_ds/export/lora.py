@@ -22,7 +22,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run
 from loraprune_ds.files import write_json
-from loraprune_ds.model.adapters import ADAPTER_FILE, BASE_FOLDER, last_names, name_in_file
+from loraprune_ds.model.adapters import ADAPTER_FILE, BASE_FOLDER, last_names, name_in_file, task_type
 from loraprune_ds.model.experts import as_in_peft, in_peft
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.frozen import DTYPES
@@ -184,7 +184,7 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
     }
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type(shape),
         "base_model_name_or_path": f"../{BASE_FOLDER}",
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,

@@ -114,6 +114,8 @@ def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
     dtype = base_parameter(decoder_layers(model)[0], name).dtype
     for key, value in DTYPES.items():
         if value == dtype:
+            overflows = key == "float16" and shape.encoder_layers > 0
+            require(not overflows, f"hidden states of a {shape.model_type} overflow float16; load it in bfloat16")
             return cast(Dtype, key)
     raise UserError(f"layer 0 {name} is {dtype}; a base of {', '.join(DTYPES)} can be pruned")
 

@@ -42,7 +42,7 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
         # Full names, because other linears can have the same last name.
         target_modules=[f"{shape.prefix(i)}{linear.name}" for i, linear in shape.linear_ids()],
         bias="none",
-        task_type="SEQ_2_SEQ_LM" if shape.encoder_layers else "CAUSAL_LM",
+        task_type=task_type(shape),
     )
     peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: FusedLoraLinear})
     own: Any = model.config
@@ -52,6 +52,11 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
     for parameter in (p for p in wrapped.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(model.dtype)  # next to an int8 weight PEFT leaves it in fp32
     return cast(PeftModel, wrapped)
+
+
+def task_type(shape: ModelShape) -> str:
+    """Returns PEFT's name for a model of this kind."""
+    return "SEQ_2_SEQ_LM" if shape.encoder_layers else "CAUSAL_LM"
 
 
 def leaf_modules(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:

@@ -204,7 +204,6 @@ UMT5 = Family(
         Runtime("layer.1.EncDecAttention", "n_heads", "cross_heads"),
     ),
     packs=False,
-    float16=False,
     counts={"heads": "num_heads", "cross_heads": "num_cross_heads", "channels": "d_ff"},
     widths={
         "head": lambda c: c.d_kv,

@@ -152,7 +152,6 @@ class Family:
     stacks: tuple[Stack, ...] = (Stack(),)  # an encoder's comes first
     # Fields of config.json that its modules have otherwise in memory.
     in_memory: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    float16: bool = True  # its activations lie within the range of that
     per_layer: str = "per_layer_config"  # the field of a pruned export with the sizes of each layer
     # A kind, and another of which each layer of a stock class has as many.
     as_many: Mapping[Kind, Kind] = field(default_factory=dict[Kind, Kind])

@@ -294,7 +294,7 @@ def _is_tied(config: dict[str, Any], shape: ModelShape, has_head: bool, multimod
 def open_for_pruning(folder: Path, model: ModelConfig, *, packing: bool = False) -> PretrainedModel:
     """Opens the model of a run as `open_pretrained`, and checks that it has everything that the run needs."""
     pretrained = open_pretrained(folder)
-    check_family(pretrained.shape.family, pretrained.config, str(folder), packing=packing)
+    check_family(pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing)
     if model.text_only:
         pretrained = replace(pretrained, tower=None)
     return replace(pretrained, weights=replace(pretrained.weights, storage=FrozenStorage.from_config(model)))

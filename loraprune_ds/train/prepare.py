@@ -125,8 +125,6 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
 def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
     """Checks that the model can be built here and is large enough for the settings."""
     shape, positions = pretrained.shape, pretrained.config.get("max_position_embeddings")
-    overflows = config.model.dtype == "float16" and not shape.family.float16
-    require(not overflows, f"model.dtype float16: a {shape.model_type} exceeds its range; take bfloat16")
     build_for_losses(pretrained, config.model.attn_implementation)  # as the engine will
     hidden = shape.hidden_size
     require(config.lora.r <= hidden, f"lora.r {config.lora.r} is above the model's hidden_size {hidden}")

@@ -14,7 +14,7 @@ from loraprune_ds.config import DataConfig
 from loraprune_ds.evaluate.answers import Writer, encode_prompts, write_answers
 from loraprune_ds.evaluate.perplexity import measure_perplexity, split_batches
 from loraprune_ds.evaluate.settings import SpeedSettings, read_prompts
-from loraprune_ds.evaluate.speed import measure_speed
+from loraprune_ds.evaluate.speed import CACHE, measure_speed
 from loraprune_ds.model.token_loss import IGNORE_INDEX, split_rows, with_token_losses
 from loraprune_ds.model.tokenizer import Starts
 from loraprune_ds.train.data.loading import load_samples
@@ -206,7 +206,7 @@ def test_speed_reads_with_both_caches() -> None:
     calls: list[tuple[int, ...]] = []
 
     def note(_: Any, args: Any, given: dict[str, Any]) -> None:
-        caches = given["cache"].self_attention_cache, given["cache"].cross_attention_cache
+        caches = given[CACHE].self_attention_cache, given[CACHE].cross_attention_cache
         calls.append((given["input_ids"].shape[1], *(cache.get_seq_length() for cache in caches)))
 
     model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
