@@ -11,15 +11,14 @@ go to results/t5.json. A second start makes only the missing runs.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import json
-import math
 import random
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from loraprune_ds.evaluate.models import generate, open_result
@@ -27,10 +26,10 @@ from loraprune_ds.evaluate.perplexity import label_answers
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.token_loss import split_rows
 from loraprune_ds.model.tokenizer import tokenize_pairs
-from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin, run_quickstart
+from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin, run_quickstart, train_for
 
 RESULT = RESULTS / "t5.json"
-ROWS, UNSEEN, BATCH, LEARNING_RATE, WARMUP = 20_000, 200, 64, 1e-3, 50
+ROWS, UNSEEN, BATCH, LEARNING_RATE = 20_000, 200, 64, 1e-3
 SIZES: dict[str, Any] = {"d_model": 192, "d_ff": 768, "d_kv": 32, "num_heads": 6, "num_layers": 3}
 SIZES |= {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "relative_attention_num_buckets": 16}
 CHOICES: dict[str, list[str]] = {"default": [], "lora": ["prune.criterion=lora"], "random": ["prune.criterion=random"]}
@@ -96,7 +95,7 @@ def make_row(draw: random.Random) -> dict[str, str]:
 
 
 def train_dense(work: Path, seconds: float) -> None:
-    """Writes rows, tokenizer and model into the work folder. Prints the loss."""
+    """Writes rows, tokenizer and model into the work folder."""
     draw = random.Random(0)
     rows = [make_row(draw) for _ in range(UNSEEN + ROWS)]
     for name, part in (("held_out", rows[:UNSEEN]), ("train", rows[UNSEEN:])):
@@ -104,23 +103,15 @@ def train_dense(work: Path, seconds: float) -> None:
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     model: Any = T5ForConditionalGeneration(T5Config(vocab_size=len(tokenizer), dropout_rate=0.0, **SIZES))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    start, step, part = time.process_time(), 0, 0.0
-    while part < 1:
-        rate = LEARNING_RATE * min(1, (step + 1) / WARMUP) * (0.05 + 0.95 * (1 + math.cos(math.pi * part)) / 2)
-        optimizer.param_groups[0]["lr"] = rate
+
+    def loss_of_step() -> Tensor:
         pairs = [tuple(make_row(draw).values()) for _ in range(BATCH)]
         ids, labels = label_answers(list(tokenize_pairs(pairs, tokenizer, 0)))  # type: ignore[arg-type]
         split = split_rows(ids, labels)
         wanted = torch.full_like(split.target, -100).masked_scatter(split.target_mask, labels[labels != -100])
-        loss = model(input_ids=split.source, attention_mask=split.source_mask, labels=wanted).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step, part = step + 1, (time.process_time() - start) / seconds
-        if step % 50 == 0 or part >= 1:
-            print(f"dense step {step}: loss {loss.item():.3f}", file=sys.stderr, flush=True)
+        return model(input_ids=split.source, attention_mask=split.source_mask, labels=wanted).loss
+
+    train_for(seconds, model, loss_of_step, LEARNING_RATE, 0.01)
     tokenizer.save_pretrained(work / "model")
     model.save_pretrained(work / "model")
 

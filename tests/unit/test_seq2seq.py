@@ -15,7 +15,7 @@ from loraprune_ds.evaluate.answers import Writer, encode_prompts, write_answers
 from loraprune_ds.evaluate.perplexity import measure_perplexity, split_batches
 from loraprune_ds.evaluate.settings import SpeedSettings, read_prompts
 from loraprune_ds.evaluate.speed import CACHE, measure_speed
-from loraprune_ds.model.token_loss import IGNORE_INDEX, split_rows, with_token_losses
+from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.model.tokenizer import Starts
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
@@ -49,14 +49,6 @@ def rows_of(pairs: list[tuple[Tensor, Tensor]], width: int) -> tuple[Tensor, Ten
     return ids, labels
 
 
-def test_rows_split_into_what_the_stock_class_reads() -> None:
-    source, source_mask, target, target_mask, _ = split_rows(*rows_of(pairs(), 16))
-    for i, (own_source, own_target) in enumerate(pairs()):
-        assert source[i][source_mask[i]].tolist() == own_source.tolist()
-        assert target[i][target_mask[i]].tolist() == [START, *own_target[:-1].tolist()]
-    assert (source.shape, target.shape) == ((3, 11), (3, 9))
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
 def test_losses_are_the_stock_class_s_forward_and_gradient(family: str, attention: str) -> None:
@@ -68,7 +60,7 @@ def test_losses_are_the_stock_class_s_forward_and_gradient(family: str, attentio
     expected = [stock(input_ids=x[None], labels=y[None]).loss * len(y) for x, y in pairs()]
     losses = model(**dict(zip(("input_ids", "labels"), rows_of(pairs(), 16), strict=True)))
     torch.testing.assert_close(losses.sum(1), torch.stack(expected), rtol=1e-5, atol=1e-5)
-    sum(expected).backward()
+    torch.stack(expected).sum().backward()
     losses.sum().backward()
     found: Any = dict(model.named_parameters())
     for name, parameter in stock.named_parameters():
@@ -184,7 +176,7 @@ def test_answers_are_those_of_generate_and_compared_with_targets(tmp_path: Path)
     write: Any = model.generate
     how: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": EOS}
     alone = [write(torch.tensor([TOKENIZER(x)["input_ids"]]), **how)[0, 1:].tolist() for x in sources]
-    texts = [TOKENIZER.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in alone]
+    texts: list[Any] = [TOKENIZER.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in alone]
     rows = [{"source": x, "target": y} for x, y in zip(sources, [texts[0], "nothing", texts[2] + " w1"], strict=True)]
     settings = read_prompts(str(write_json(tmp_path / "prompts.jsonl", rows)), max_new_tokens=5)
     prompts = encode_prompts(settings, TOKENIZER, "MODEL", None)
