@@ -42,9 +42,16 @@ class Starts(NamedTuple):
 
 
 def text_starts(tokenizer: PreTrainedTokenizerBase, family: Family, config: dict[str, Any]) -> Starts:
-    bos, target = tokenizer.bos_token_id, config.get("decoder_start_token_id", config.get("pad_token_id", 0))
+    bos = tokenizer.bos_token_id
     assert bos is None or isinstance(bos, int)
-    return Starts(bos if family.windows_begin_with_bos else None, target if len(family.stacks) > 1 else None)
+    target = target_start(config) if len(family.stacks) > 1 else None
+    return Starts(bos if family.windows_begin_with_bos else None, target)
+
+
+def target_start(config: dict[str, Any]) -> int:
+    """Returns what a decoder reads before its first token: padding, if no other token is named."""
+    named = (config.get(name) for name in ("decoder_start_token_id", "pad_token_id"))
+    return next((token for token in named if token is not None), 0)
 
 
 def tokenize_pairs(
