@@ -1,6 +1,6 @@
-"""LoRA-guided structured pruning of decoder models on DeepSpeed ZeRO-3.
+"""LoRA-guided structured pruning of language models on DeepSpeed ZeRO-3.
 
-from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names, open_result
+from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names, open_result, unshare_bias
 
 A name is imported when it is first used. The package itself imports neither torch nor DeepSpeed.
 """
@@ -12,17 +12,18 @@ if TYPE_CHECKING:  # for editors and type checkers
     from loraprune_ds.config import PruneConfig
     from loraprune_ds.evaluate.models import open_result
     from loraprune_ds.hf.callback import LoraPruneCallback
-    from loraprune_ds.hf.live import linear_names
+    from loraprune_ds.hf.live import linear_names, unshare_bias
     from loraprune_ds.hf.pruning import Pruning
 
 __version__ = "0.1.0"
-__all__ = ["LoraPruneCallback", "PruneConfig", "Pruning", "linear_names", "open_result"]
+__all__ = ["LoraPruneCallback", "PruneConfig", "Pruning", "linear_names", "open_result", "unshare_bias"]
 _MODULES = {
     "LoraPruneCallback": "hf.callback",
     "PruneConfig": "config",
     "Pruning": "hf.pruning",
     "linear_names": "hf.live",
     "open_result": "evaluate.models",
+    "unshare_bias": "hf.live",
 }
 
 

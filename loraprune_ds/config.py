@@ -42,7 +42,7 @@ Normalization = Literal["l2", "step", "none"]
 Compensation = Literal["none", "least_squares"]
 Scheduler = Literal["linear", "cosine", "constant"]
 Reporter = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-DataFormat = Literal["text", "instruction", "chat"]
+DataFormat = Literal["text", "instruction", "seq2seq", "chat"]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -118,6 +118,8 @@ class MixtureEntry:
     prompt_field: str | None = None
     input_field: str | None = None
     response_field: str | None = None
+    source_field: str | None = None
+    target_field: str | None = None
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -133,6 +135,8 @@ class DataSource:
     prompt_field: str
     input_field: str | None
     response_field: str
+    source_field: str
+    target_field: str
     weight: Positive | None = None
     section: str = "data"
 
@@ -151,7 +155,9 @@ class DataConfig:
     prompt_field: str = "instruction"  # field with the request
     input_field: str | None = "input"  # field with a text that the request is about. None: no such field
     response_field: str = "response"  # field with the answer
-    window: Window = 512  # tokens of a sample
+    source_field: str = "source"  # field with what an encoder reads, of format `seq2seq`, which adds no template
+    target_field: str = "target"  # field with what its decoder writes
+    window: Window = 512  # tokens of a sample. An encoder-decoder's has source and target
     held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
     held_out_fraction: Part | None = 0.1  # size of that part. None if `held_out` is given
     max_samples: Count | None = None  # most samples from each source. None: all

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.model.family import FAMILIES, WIDE_NORMS
 from loraprune_ds.model.family_row import Family
@@ -62,6 +62,18 @@ LATENT = {
     "num_experts_per_tok": 3,
 }
 GROUPED = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+T5 = {
+    "d_model": 60,
+    "d_kv": 8,  # 5 times 8 is not d_model
+    "d_ff": 23,
+    **dict.fromkeys(("num_heads", "num_attention_heads"), 5),
+    **dict.fromkeys(("num_layers", "num_hidden_layers"), 1),
+    "num_decoder_layers": 1,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
+}
+OWN_HEAD = {"tie_word_embeddings": False}  # as most published ones
 # More fields of config.json. The caps and factors are such that a model without them is clearly another one.
 TINY: dict[str, dict[str, Any]] = {
     "llama": WIDE,
@@ -145,11 +157,15 @@ TINY: dict[str, dict[str, Any]] = {
         "vocab_size_per_layer_input": 97,
         "final_logit_softcapping": 10.0,
     },
+    "t5": T5,
+    "mt5": T5 | OWN_HEAD,
+    "umt5": T5,
     "olmoe": {"intermediate_size": 8, "num_experts": 23, "num_experts_per_tok": 3, "clip_qkv": 0.5},
     "granitemoe": SCALED | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
 EQUAL = tuple(name for name in TINY if FAMILIES[name].equal_layers)
+CAUSAL = tuple(name for name in TINY if len(FAMILIES[name].stacks) == 1)
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].mixture)
 # Their first layer is dense, and the second one sparse.
 MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")
@@ -166,10 +182,18 @@ def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape
     def other(layer: int, kind: str, own: int, heads: int, others: int) -> int:
         if kind in shape.family.fixed or own == 0:
             return own
-        return heads if kind in ("heads", "delta") else others * shape.times(layer, kind)
+        return heads if kind in ("heads", "delta", "cross_heads") else others * shape.times(layer, kind)
 
     layers = enumerate(zip(shape.layers, counts, strict=True))
     return tuple(LayerShape((kind, other(i, kind, own, *x)) for kind, own in layer.items()) for i, (layer, x) in layers)
+
+
+def is_seq2seq(family: str) -> bool:
+    return family not in CAUSAL
+
+
+def auto_class(family: str) -> Any:
+    return AutoModelForSeq2SeqLM if is_seq2seq(family) else AutoModelForCausalLM
 
 
 def norms_are_wide(family: Family) -> bool:
@@ -209,9 +233,12 @@ def tiny_model(
     config = tiny_config(family, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # GPT-OSS draws its sinks
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = auto_class(family).from_config(
             config, attn_implementation=attn_implementation, experts_implementation="eager"
         )
+        if not (TINY[family] | changes).get("tie_word_embeddings", True) and is_seq2seq(family):
+            model.all_tied_weights_keys.pop("lm_head.weight")
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -223,7 +250,8 @@ def tiny_model(
                 if family == "nemotron" and name.endswith("norm.weight"):
                     parameter.sub_(1)  # the norm adds one, and its weights begin with one all the same
             else:
-                parameter.copy_(noise * (0.5 if "embed" in name else 0.25))
+                unscaled = name.endswith((".q.weight", ".k.weight"))  # in a T5, whose attention would be saturated
+                parameter.copy_(noise * (0.5 if "embed" in name else 0.05 if unscaled else 0.25))
         stored = model.state_dict().keys()
         for name, buffer in model.named_buffers():
             if name in stored:  # a router's correction: more would leave experts that no token chooses

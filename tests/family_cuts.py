@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
@@ -20,15 +21,16 @@ from loraprune_ds.model.experts import Experts, stack_experts
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.read_shape import read_model, shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.text_part import in_files
 from loraprune_ds.model.weight_files import copy_tensors, write_index, write_weight_file
 from tests.export_cases import model_card
-from tests.families import SIZES, layers_with, norms_are_wide, tiny_model
+from tests.families import SIZES, is_seq2seq, layers_with, norms_are_wide, tiny_model
 from tests.plain_model import PlainModel
 
 PROMPT = torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(5))
+SOURCE = PROMPT.flip(1)[:, :11]  # what an encoder reads
 # Groups that stay of 5 heads and 23 channels or experts. 6 query heads divide hidden_size, 8 do not.
 FEW, MANY = (3, 13), (4, 14)
 # A norm over the whole width adds epsilon to a mean over more elements before a cut than after it. It must be tiny.
@@ -46,7 +48,7 @@ class Network:
 
     @torch.no_grad()
     def logits(self, prompt: Tensor = PROMPT) -> Tensor:
-        return self.model(input_ids=prompt, use_cache=False).logits
+        return logits(self.model, prompt)
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Cuts by the package's own table, as a run in one process does."""
@@ -69,7 +71,18 @@ def with_lora(model: PreTrainedModel, config: dict[str, Any], where: str) -> Net
 
 def dense(family: str, **changes: Any) -> Network:
     model = tiny_model(family, **changes, **(TINY_EPSILON if family in WIDE_NORMS else {}))
-    return with_lora(model, json.loads(model.config.to_json_string(use_diff=False)), family)
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    return with_lora(in_memory(model, config, family), config, family)
+
+
+def in_memory(model: PreTrainedModel, config: dict[str, Any], family: str) -> PreTrainedModel:
+    """Returns a model as the package has it. Each layer of a T5 has a copy of the bias."""
+    if not is_seq2seq(family):
+        return model
+    config |= {"tie_word_embeddings": "lm_head.weight" not in dict(model.named_parameters())}
+    shape, modules = read_model(config, family)
+    stock = model.get_parameter
+    return filled(modules, shape, lambda name: stock(shape.shared_tensors.get(name, name)).detach().clone())
 
 
 def sparse_layers(shape: ModelShape) -> list[int]:
@@ -145,29 +158,40 @@ def cut_and_export(
     write_index(staging, entries)
     finish_folder(staging, exported, source.folder if source else staging, model_card(before, network.shape))
     publish(folder)
-    with torch.no_grad():
-        found = merged(input_ids=PROMPT, use_cache=False).logits
-    return Export(folder, exported, network.shape, found, merged)
+    return Export(folder, exported, network.shape, logits(merged), merged)
 
 
 def load(folder: Path, **settings: Any) -> PreTrainedModel:
     """Loads an export as its users do. The models above have eager attention."""
     settings = {"attn_implementation": "eager", "experts_implementation": "eager"} | settings
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **settings).eval()
+    seq2seq = json.loads((folder / "config.json").read_text()).get("is_encoder_decoder")
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype="auto", **settings).eval()
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, prompt: Tensor = PROMPT) -> Tensor:
-    return model(input_ids=prompt, use_cache=False).logits
+def logits(model: PreTrainedModel | PeftModel, prompt: Tensor = PROMPT) -> Tensor:
+    """Returns the logits after a prompt, which an encoder reads in another order."""
+    read = (
+        {"decoder_input_ids": prompt, "input_ids": SOURCE} if model.config.is_encoder_decoder else {"input_ids": prompt}
+    )
+    return model(**read, use_cache=False).logits
 
 
 def reopened(pretrained: PretrainedModel) -> PreTrainedModel:
     """Builds the model as a next or resumed run does: small modules, filled with weights that are read in parts."""
-    model = copy.deepcopy(pretrained.modules).eval()
-    shrink_on_meta(model, pretrained.shape)
-    for name, size in pretrained.shape.parameters().items():
+    sizes, read = pretrained.shape.parameters(), pretrained.weights.read_flat
+    modules = copy.deepcopy(pretrained.modules)
+    return filled(
+        modules, pretrained.shape, lambda name: read(name, 0, math.prod(sizes[name]), torch.float32).view(sizes[name])
+    )
+
+
+def filled(model: PreTrainedModel, shape: ModelShape, read: Callable[[str], Tensor]) -> PreTrainedModel:
+    """Makes modules on the meta device as small as a shape, and fills them."""
+    shrink_on_meta(model, shape)
+    for name in shape.parameters():
         path, _, last = name.rpartition(".")
-        weight = pretrained.weights.read_flat(name, 0, math.prod(size), torch.float32)
-        setattr(model.get_submodule(path), last, nn.Parameter(weight.view(size)))
+        setattr(model.get_submodule(path), last, nn.Parameter(read(name)))
     model.tie_weights()
-    return model
+    return model.eval()

@@ -59,6 +59,8 @@ def notes(name: str, family: Family) -> Iterator[str]:
         yield "no packing"
     if family.windows_begin_with_bos:
         yield "windows begin with BOS"
+    if family.shared_bias:
+        yield "else umt5, or with layers that differ the modelling file"
     if name == "phi3":
         yield "long rotary factors need the modelling file once heads leave"
 

@@ -30,6 +30,7 @@ from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import FrozenStorage, lora_cuts
+from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Request, build_request
@@ -108,7 +109,11 @@ def build(request: Request) -> Trainer:
     generator = torch.Generator().manual_seed(0)
     size = config.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
-    trainer = assemble(config, pretrained, request.ds_config, Samples.of_windows(ids), Consecutive(size), STEPS)
+    labels = ids.clone()
+    if request.shape.encoder_layers:  # the first half of each window is a source
+        labels[:, : config.data.window // 2 + 1] = IGNORE_INDEX
+    samples = Samples.of_windows(ids, labels)
+    trainer = assemble(config, pretrained, request.ds_config, samples, Consecutive(size), STEPS)
     if request.taught:
         trainer._teacher = Teacher(pretrained, config.model, config.train, request.ds_config)
     return trainer
@@ -181,7 +186,7 @@ def layer_cuts(
     """Lists (cut, bytes of an element) of every tensor that is cut in a layer, LoRA's master and moments too."""
     cuts, layer = list[tuple[AxisCut, int]](), storage.stored(shape, element_size, index)
     for name, kept, linear in storage.layer_cuts(shape, index, keep):
-        stored = layer[f"model.layers.{index}.{name}"]
+        stored = layer[f"{shape.prefix(index)}{name}"]
         cuts.append((AxisCut(stored.shape, *kept), stored.element_size))
         if linear:
             factors = shape.lora_shapes(index, linear, lora_rank)

@@ -73,6 +73,8 @@ GPT_OSS: dict[str, Any] = {
     },
     "sliding_window": 128,
 }
+FLAN_T5_XL: dict[str, Any] = {"model_type": "t5", "d_model": 2048, "d_ff": 5120, "d_kv": 64, "num_heads": 32}
+FLAN_T5_XL |= {"num_layers": 24, "vocab_size": 32_128, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 QWEN_3_VL = QWEN_3 | {"max_position_embeddings": 262_144, "rope_theta": 5_000_000}
 QWEN_3_6_27B = QWEN_3_6 | {"num_key_value_heads": 4, "linear_num_value_heads": 48}
 QWEN_3_6_MOE = QWEN_3_6 | {"num_key_value_heads": 2, "linear_num_value_heads": 32}
@@ -111,6 +113,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     ),
     "gemma4-31b": (multimodal("gemma4", sizes_of("gemma4_text", 5376, 21504, 60, 32, **GEMMA_4_31B)), 30.70),
     "gemma4-26b-a4b": (multimodal("gemma4", sizes_of("gemma4_text", 2816, 2112, 30, 16, **GEMMA_4_MOE)), 25.23),
+    "flan-t5-xl": (FLAN_T5_XL, 2.85),
     "glm-4.7-flash": (sizes_of("glm4_moe_lite", 2048, 10240, 47, 20, **GLM_LITE), 29.94),
 }
 # config.json, and parameters in billions as published: all, and the active ones. GPT-OSS publishes the latter without

@@ -13,11 +13,13 @@ run. launch/export.py makes a model of a checkpoint.
 
 Perplexity: the text is tokenised once, with the special tokens that the tokenizer adds at its start. It is split into
 windows side by side, and the tail is dropped. Each window of n tokens gives n - 1 predictions, summed in float64. The
-result is the same on any number of ranks. For a Gemma, BOS replaces the first token of each window.
+result is the same on any number of ranks. For a Gemma, BOS replaces the first token of each window. A model with an
+encoder wants lines like {"source": "2 + 3?", "target": "5"}, and predicts the targets.
 
 Answers: one process writes them, after perplexity and tasks. A row of PROMPTS.jsonl is {"prompt": "2 + 3?"}, where the
-prompt may be a list of messages. Optional are "kind" and "expected", which the page shows. With --dense, next-token
-probabilities of both models are compared on the text, or without one on the dense model's greedy answers.
+prompt may be a list of messages. Optional are "kind" and "expected", which the page shows, and a "target" for exact
+match and ROUGE-L. With --dense, next-token probabilities of both models are compared on the text, or without one on the
+dense model's greedy answers.
 """
 
 import argparse

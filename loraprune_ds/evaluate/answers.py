@@ -9,25 +9,24 @@ The pruned model's next-token probabilities q are compared with the dense model'
 2211.17192).
 """
 
-from collections.abc import Iterable, Iterator
+import importlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.models import Ids, end_ids, generate
-from loraprune_ds.evaluate.perplexity import Losses, Progress, exp_of_mean
+from loraprune_ds.evaluate.perplexity import Labelled, Losses, Progress, exp_of_mean, label_answers
 from loraprune_ds.evaluate.settings import AnswerSettings
 from loraprune_ds.model.logits import Head, chunk_size, logits_transform, output_head
-from loraprune_ds.model.token_loss import IGNORE_INDEX, token_losses
+from loraprune_ds.model.token_loss import IGNORE_INDEX, final_hidden, token_losses
 
 AT_ONCE = 32  # answers that are written together
 GRAM = 4
-Labelled = tuple[Tensor, Tensor]  # input_ids and labels, both (rows, length). IGNORE_INDEX: not predicted
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class Answers:
     ended: float
     repetition: float
     dense_perplexity: float | None  # of the answers and their ends, after the prompts. None without a dense model
+    exact_match: float | None  # share of the answers that are their targets. None without targets
+    rouge_l: float | None  # mean F-measure of the longest common subsequence of words, stemmed
     texts: list[Answer]
 
 
@@ -79,6 +80,7 @@ class Writer:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Ids]
+    start: int | None = None  # precedes what a decoder writes after its encoder
 
 
 def encode_prompts(
@@ -122,7 +124,7 @@ def write_answers(
     dense = writers[1] if len(writers) > 1 else None
     made: list[Generation] = []
     for writer, texts in zip(writers, written, strict=True):
-        greedy, sampled = (_summarise(writer, dense, ids, size) for ids in texts)
+        greedy, sampled = (_summarise(writer, dense, ids, settings.targets, size) for ids in texts)
         made.append(Generation(bool(writer.tokenizer.chat_template), greedy, sampled))
     if dense is not None:
         name, batches = text or ("the dense model's greedy answers", _labelled(dense, written[1][0], size))
@@ -138,7 +140,9 @@ def _write(writer: Writer, how: dict[str, Any], seed: int, batch_size: int, prog
     return [ids for batch in batches for ids in generate(writer.model, batch, ends, **how)]
 
 
-def _summarise(writer: Writer, dense: Writer | None, written: list[Ids], batch_size: int) -> Answers:
+def _summarise(
+    writer: Writer, dense: Writer | None, written: list[Ids], targets: Sequence[str], batch_size: int
+) -> Answers:
     ends = end_ids(writer.model, writer.tokenizer)
     answers: list[Answer] = []
     for ids in written:
@@ -146,13 +150,21 @@ def _summarise(writer: Writer, dense: Writer | None, written: list[Ids], batch_s
         words = ids[:-1] if ended else ids
         text = cast(str, writer.tokenizer.decode(words))  # with special tokens, which a broken model may write
         answers.append(Answer(text, len(words), ended and bool(words), repetition(words)))
+    pairs = list(zip(targets, (one.text for one in answers), strict=True)) if targets else []
     return Answers(
         fmean(one.tokens for one in answers),
         fmean(one.ended for one in answers),
         fmean(one.repetition for one in answers),
         dense and _perplexity(dense, _labelled(writer, written, batch_size)),
+        fmean(target.strip() == text.strip() for target, text in pairs) if pairs else None,
+        _rouge_l(pairs) if pairs else None,
         answers,
     )
+
+
+def _rouge_l(pairs: list[tuple[str, str]]) -> float:
+    scorer: Any = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=True)
+    return fmean(scorer.score(target, text)["rougeL"].fmeasure for target, text in pairs)
 
 
 def repetition(ids: Ids) -> float:
@@ -163,17 +175,11 @@ def repetition(ids: Ids) -> float:
 
 def _labelled(writer: Writer, written: list[Ids], batch_size: int) -> Iterator[Labelled]:
     """Yields batches of prompts with their answers, which alone have labels."""
-    rows = list(zip(writer.prompts, written, strict=True))
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        width = max(len(prompt) + len(ids) for prompt, ids in part)
-        # No id changes the losses before it, so any fills the rows.
-        ids = torch.tensor([(prompt + new + [0] * width)[:width] for prompt, new in part], device=writer.model.device)
-        labels = torch.full_like(ids, IGNORE_INDEX)
-        for i, (prompt, new) in enumerate(part):
-            span = slice(len(prompt), len(prompt) + len(new))
-            labels[i, span] = ids[i, span]
-        yield ids, labels
+    start = [] if writer.start is None else [writer.start]
+    rows = [(prompt + start, ids) for prompt, ids in zip(writer.prompts, written, strict=True)]
+    for i in range(0, len(rows), batch_size):
+        ids, labels = label_answers(rows[i : i + batch_size])
+        yield ids.to(writer.model.device), labels.to(writer.model.device)
 
 
 @torch.no_grad()
@@ -187,7 +193,7 @@ def _perplexity(dense: Writer, batches: Iterator[Labelled]) -> float:
 
 def losses_of(model: PreTrainedModel) -> Losses:
     head = frozen_head(model)
-    return lambda ids, labels: token_losses(last_hidden(model, ids), head, labels)
+    return lambda ids, labels: token_losses(final_hidden(model, ids, labels), head, labels)
 
 
 @torch.no_grad()
@@ -200,7 +206,7 @@ def measure_closeness(
     total, count = torch.zeros(3, dtype=torch.float64), 0
     for input_ids, labels in batches:
         predicted = labels[:, 1:] != IGNORE_INDEX
-        hidden = [last_hidden(model, input_ids)[:, :-1][predicted] for model in (dense, pruned)]
+        hidden = [final_hidden(model, input_ids, labels)[:, :-1][predicted] for model in (dense, pruned)]
         for rows in zip(*(part.split(chunk_size(vocabulary)) for part in hidden), strict=True):
             log_p, log_q = (
                 head.logits(part)[:, :vocabulary].float().log_softmax(1) for head, part in zip(heads, rows, strict=True)
@@ -213,11 +219,6 @@ def measure_closeness(
     return Closeness(text, agreement, overlap, kl, count)
 
 
-def last_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Returns the final hidden states (batch, length, hidden_size) of ids (batch, length)."""
-    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-
-
 def frozen_head(model: PreTrainedModel) -> Head:
-    """Returns the head that makes logits of them."""
+    """Returns the head that makes logits of final hidden states."""
     return Head(output_head(model).weight, logits_transform(model.config))

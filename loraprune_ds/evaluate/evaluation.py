@@ -7,14 +7,13 @@ from operator import mul
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.answers import Generation, Writer, encode_prompts, losses_of, write_answers
 from loraprune_ds.evaluate.models import ModelSource, find_model, load_model
-from loraprune_ds.evaluate.perplexity import Perplexity, Progress, measure_perplexity, split_windows
+from loraprune_ds.evaluate.perplexity import Labelled, Perplexity, Progress, measure_perplexity, split_batches
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.evaluate.speed import Speed, measure_speed
 from loraprune_ds.evaluate.tasks import run_tasks
@@ -22,7 +21,7 @@ from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.tokenizer import load_tokenizer, window_start
+from loraprune_ds.model.tokenizer import Starts, load_tokenizer, text_starts
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype, fast_half_products
 from loraprune_ds.zero.engine import build_inference_engine
@@ -36,7 +35,8 @@ class PreparedModel:
     source: ModelSource
     dtype: Dtype
     tokenizer: PreTrainedTokenizerBase
-    batches: Sequence[Tensor]  # of windows of the text, (rows, window) each
+    starts: Starts
+    batches: Sequence[Labelled]  # of the text
     prompts: list[list[int]]  # ids of --answers
 
 
@@ -44,7 +44,9 @@ class PreparedModel:
 class Macs:
     """Multiply-accumulates per token of a forward pass, without norms, rotations and activations."""
 
-    linear: int  # one per parameter of the decoder layers' linears, without experts that a token does not choose
+    # One per parameter of the decoder layers' linears, without experts that a token does not choose. A token of an
+    # encoder-decoder is in one of the two, so this and `attention` are half of both.
+    linear: int
     attention: float  # sum over layers of 2 · query heads · head_dim · mean_context
     head: int  # vocabulary · hidden size. An embedding multiplies nothing
     total: float
@@ -93,9 +95,9 @@ def evaluate(
         measurements.append(measurement)
         loaded += [model] if model else []
     if plan := settings.answers:
-        writers = [Writer(m, p.tokenizer, p.prompts) for m, p in zip(loaded, models, strict=True)]
-        on_device = (batch.to(comm.device) for batch in models[0].batches)
-        text = settings.text and (settings.text.name, ((ids, ids) for ids in on_device))
+        writers = [Writer(m, p.tokenizer, p.prompts, p.starts.target) for m, p in zip(loaded, models, strict=True)]
+        on_device = ((ids.to(comm.device), labels.to(comm.device)) for ids, labels in models[0].batches)
+        text = settings.text and (settings.text.name, on_device)
         with fast_half_products(models[0].dtype):
             made = write_answers(writers, plan, settings.batch_size, text, progress)
         measurements = [replace(one, answers=answers) for one, answers in zip(measurements, made, strict=True)]
@@ -110,7 +112,7 @@ def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[Prepa
     models = [_prepare(path, settings) for path in paths]
     for other in models[1:]:
         pairs = zip_longest(models[0].batches, other.batches)
-        if not all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs):
+        if not all(a and b and all(map(torch.equal, a, b)) for a, b in pairs):
             both = f"{paths[0]} and {other.source.path}"
             raise UserError(f"{both} read the text as different tokens: their perplexities do not compare")
         same = models[0].tokenizer.get_vocab() == other.tokenizer.get_vocab()
@@ -133,13 +135,15 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
         fits = not most or length <= most
         require(fits, f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    batches: Sequence[Tensor] = ()
+    starts, protocol = (
+        text_starts(tokenizer, source.pretrained.shape.family, source.pretrained.config),
+        settings.protocol,
+    )
+    batches, size = list[Labelled](), settings.actual_batch_size
     if settings.text:
-        start, protocol = window_start(tokenizer, source.pretrained.shape.family), settings.protocol
-        windows = split_windows(settings.text.text, tokenizer, protocol.window, protocol.max_windows, start)
-        batches = windows.split(settings.actual_batch_size)
+        batches = split_batches(settings.text.text, tokenizer, protocol.window, protocol.max_windows, starts, size)
     prompts = encode_prompts(settings.answers, tokenizer, path, most) if settings.answers else []
-    return PreparedModel(source, dtype, tokenizer, batches, prompts)
+    return PreparedModel(source, dtype, tokenizer, starts, batches, prompts)
 
 
 def choose_dtype(source: ModelSource, dtype: str | None) -> Dtype:
@@ -152,17 +156,20 @@ def choose_dtype(source: ModelSource, dtype: str | None) -> Dtype:
 
 def count_cost(shape: ModelShape, config: dict[str, Any], window: int, element_size: int) -> ModelCost:
     """Counts the costs on windows of `window` tokens. `config`: of the model, whose layers may have sliding windows."""
-    made = config_object(config)
+    made, encoder = config_object(config), shape.encoder_layers
     narrow = _mean_context(window, sliding_window(made))
     layers = DynamicCache(config=made).layers  # transformers reads there which layers have a sliding window
     sliding = [getattr(layer, "is_sliding", False) for layer in layers]
     # Layers without keys and values of their own are not there.
     sliding += [kind == "sliding_attention" for kind in getattr(made, "layer_types", None) or ()][len(layers) :]
-    contexts = [narrow if is_narrow else _mean_context(window, None) for is_narrow in sliding]
+    contexts: list[float] = [narrow if is_narrow else _mean_context(window, None) for is_narrow in sliding]
     heads = [shape.query_heads(layer) for layer in shape.layers]
+    if encoder:  # whose whole window all heads see but those of its decoder's own attention
+        contexts = [window] * encoder + [_mean_context(window, None)] * (len(heads) - encoder) + [window]
+        heads.append(sum(layer.get("cross_heads", 0) for layer in shape.layers))
     context = sum(map(mul, contexts, heads)) / sum(heads)
-    linear, head = active_numel(shape), shape.vocab_size * shape.hidden_size
-    attention = attention_product(shape, context)  # two products of one multiply-add each
+    linear, head = active_numel(shape) // len(shape.stacks), shape.vocab_size * shape.hidden_size
+    attention = attention_product(shape, context) / len(shape.stacks)  # two products of one multiply-add each
     return ModelCost(
         parameters=shape.total_numel(),
         linear_parameters=shape.linear_numel(),

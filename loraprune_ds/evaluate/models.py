@@ -22,7 +22,7 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
 from loraprune_ds.model.text_part import in_files
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.model.tokenizer import load_tokenizer, target_start
 
 Ids = list[int]
 EXPORT_FIRST = "launch/export.py --format hf makes a model of it"
@@ -176,6 +176,8 @@ def generate(model: PreTrainedModel, prompts: list[Ids], ends: set[int], **how: 
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     ended_by = {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
+    if model.config.is_encoder_decoder:
+        width, ended_by["decoder_start_token_id"] = 1, target_start(model.config.to_dict())  # of its outputs
     # A diverged model has NaN among its logits. Its answers are worthless, and sampling them must not raise.
     model.generation_config = GenerationConfig(**ended_by, **how, remove_invalid_values=True)
     write: Any = model.generate  # a decorator hides its type

@@ -1,10 +1,11 @@
-"""Perplexity of a text, which is tokenised once, on windows side by side.
+"""Perplexity of a text, which is tokenised once, on windows side by side. Or of targets given their sources.
 
 The tokenizer adds its special tokens once, at the start of the text. A Gemma predicts badly without BOS, so BOS
 replaces the first token of each of its windows, which no window predicts. llama.cpp measures the same way. Negative
 log-likelihoods are summed in float64 over all ranks.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import require
-from loraprune_ds.model.tokenizer import begin_with
+from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.model.tokenizer import Starts, begin_with, tokenize_pairs
 
 if TYPE_CHECKING:  # it imports DeepSpeed
     from loraprune_ds.zero.comm import Communicator
 
 CHARACTERS_PER_TOKEN = 32  # far more than a tokenizer reaches on prose
+Labelled = tuple[Tensor, Tensor]  # input_ids and labels, both (rows, length). IGNORE_INDEX: not predicted
 # (input_ids, labels), both (batch, length) -> fp32 token losses (batch, length - 1), 0 where the label is IGNORE_INDEX
 Losses = Callable[[Tensor, Tensor], Tensor]
 # Wraps the rounds of a loop to show its progress, with a word for the work.
@@ -29,11 +32,55 @@ Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood over `tokens` predictions in `windows` windows."""
+    """exp of the mean negative log-likelihood over `tokens` predictions in `windows` windows, or pairs."""
 
     perplexity: float
     tokens: int
     windows: int
+
+
+def split_batches(
+    text: str, tokenizer: PreTrainedTokenizerBase, window: int, most: int | None, starts: Starts, batch_size: int
+) -> list[Labelled]:
+    """Returns batches of windows of a text. For an encoder-decoder, of its lines' targets after their sources.
+
+    Args:
+        most: windows or lines to take. None: all.
+    """
+    if starts.target is None:
+        windows = split_windows(text, tokenizer, window, most, starts.window)
+        return [(ids, ids) for ids in windows.split(batch_size)]
+    rows = list(tokenize_pairs(_read_pairs(text)[:most], tokenizer, starts.target))
+    rows = [(source, target[: window - len(source)]) for source, target in rows if len(source) < window]
+    require(bool(rows), f"the evaluation text has no source that leaves room for a target in a window of {window}")
+    return [label_answers(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+
+
+def _read_pairs(text: str) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                pairs.append((row["source"], row["target"]))
+                is_pair = all(isinstance(one, str) and one.strip() for one in pairs[-1])
+            except (ValueError, TypeError, KeyError):
+                is_pair = False
+            needed = '{"source": "...", "target": "..."}, as a model with an encoder needs'
+            require(is_pair, f"the evaluation text, line {number}: not {needed}; got {line:.40}")
+    return pairs
+
+
+def label_answers(rows: Sequence[tuple[list[int], list[int]]]) -> Labelled:
+    """Returns a batch of prompts with their answers, which alone have labels. Padding is behind them."""
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    # No id changes the losses before it, so any fills the rows.
+    ids = torch.tensor([(prompt + answer + [0] * width)[:width] for prompt, answer in rows])
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    for i, (prompt, answer) in enumerate(rows):
+        span = slice(len(prompt), len(prompt) + len(answer))
+        labels[i, span] = ids[i, span]
+    return ids, labels
 
 
 def split_windows(
@@ -42,7 +89,7 @@ def split_windows(
     """Returns (windows, window) int64, side by side. The tail that fills no window is dropped.
 
     Args:
-        start: the first id of every window (tokenizer.window_start). None: the text's own.
+        start: the first id of every window (`Starts.window`). None: the text's own.
     """
     token_ids = tokenize(text, tokenizer, None if max_windows is None else max_windows * window)
     few = f"the evaluation text has {len(token_ids)} tokens, less than one window of {window}"
@@ -63,25 +110,25 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) 
 
 @torch.no_grad()
 def measure_perplexity(
-    losses: Losses, batches: Sequence[Tensor], comm: "Communicator", progress: Progress = lambda rounds, _: rounds
+    losses: Losses, batches: Sequence[Labelled], comm: "Communicator", progress: Progress = lambda rounds, _: rounds
 ) -> Perplexity:
     """Measures the batches, dealt out to the ranks in turn. The result is the same on any number of ranks. Collective.
 
     A sharded model gathers its weights in `losses`, so a rank without a batch left repeats the first one, uncounted.
 
     Args:
-        batches: windows of token ids, (rows, length) each. All tokens but the first of a window are predicted.
+        batches: of windows. The first token of a window is never predicted.
     """
     total = torch.zeros(1, dtype=torch.float64, device=comm.device)
     for round_start in progress(range(0, len(batches), comm.world_size), "perplexity"):
         mine = round_start + comm.rank
-        ids = batches[mine if mine < len(batches) else 0].to(comm.device)
-        loss = losses(ids, ids).double().sum()
+        ids, labels = (part.to(comm.device) for part in batches[mine if mine < len(batches) else 0])
+        loss = losses(ids, labels).double().sum()
         if mine < len(batches):
             total += loss
-    tokens = sum(ids[:, 1:].numel() for ids in batches)
+    tokens = sum(int((labels[:, 1:] != IGNORE_INDEX).sum()) for _, labels in batches)
     perplexity = exp_of_mean(comm.all_reduce(total).item(), tokens)
-    return Perplexity(perplexity, tokens, sum(map(len, batches)))
+    return Perplexity(perplexity, tokens, sum(len(ids) for ids, _ in batches))
 
 
 def exp_of_mean(loss: float, tokens: int) -> float:

@@ -151,6 +151,9 @@ def _answer_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
         yield f"{kind} answers, tokens", [f"{one['tokens']:.1f}" for one in answers], ""
         yield "  that end by themselves", [format_percent(one["ended"]) for one in answers], ""
         yield "  repeated 4-grams", [format_percent(one["repetition"]) for one in answers], ""
+        if answers[0]["exact_match"] is not None:
+            yield "  exact match", [format_percent(one["exact_match"]) for one in answers], ""
+            yield "  ROUGE-L", [f"{one['rouge_l']:.3f}" for one in answers], ""
         if answers[0]["dense_perplexity"] is not None:
             cells = [format_perplexity(one["dense_perplexity"], 3) for one in answers]
             yield "  dense model's perplexity of them", cells, ""
@@ -210,8 +213,8 @@ def _section(i: int, prompt: dict[str, Any], models: list[tuple[str, dict[str, A
     for message in prompt["messages"]:
         role = "" if len(prompt["messages"]) == 1 else f"<small>{escape(message['role'])}</small>"
         yield f'<div class="prompt">{role}<pre dir="auto">{escape(message["content"])}</pre></div>'
-    if prompt["expected"]:
-        yield f"<p><small>expected:</small> {escape(prompt['expected'])}</p>"
+    if expected := prompt["target"] or prompt["expected"]:
+        yield f"<p><small>expected:</small> {escape(expected)}</p>"
     for kind in KINDS:
         yield '<div class="side">'
         for name, model in models:

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import importlib.util
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -88,6 +89,7 @@ class Prompt:
     messages: list[Message]  # the last one is the user's
     kind: str | None = None  # a word such as chat or code
     expected: str | None = None
+    target: str | None = None  # the one right answer
 
     @property
     def text(self) -> str:
@@ -107,7 +109,18 @@ class AnswerSettings:
     top_k: int = 50
     seed: int = 0
 
+    @property
+    def targets(self) -> list[str]:
+        """Returns the right answer to every prompt. Empty if there are none."""
+        return [prompt.target for prompt in self.prompts if prompt.target is not None]
+
     def __post_init__(self) -> None:
+        count = len(self.targets)
+        require(
+            count in (0, len(self.prompts)), f"--answers: {self.name} has {count} targets; give each row one, or none"
+        )
+        installed = importlib.util.find_spec("rouge_score") is not None
+        require(not count or installed, "--answers with targets needs the package rouge-score: pip install rouge-score")
         require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1; got {self.max_new_tokens}")
 
 
@@ -130,8 +143,10 @@ def _read_row(where: str, row: int, line: bytes) -> Prompt:
         value = from_json(line.removeprefix(BOM_UTF8))
     except ValueError as error:
         raise UserError(f'{where}: not JSON, {error}; a row is like {{"prompt": "2 + 3?"}}') from None
-    require(isinstance(value, dict) and "prompt" in value, f"{where}: not an object with the key prompt")
-    prompt, notes = value["prompt"], {key: value.get(key) for key in ("kind", "expected")}
+    value: Any = value if isinstance(value, dict) else {}
+    prompt = value.get("prompt", value.get("source"))  # the second as in data.format seq2seq
+    require(prompt is not None, f"{where}: not an object with the key prompt")
+    notes = {key: value.get(key) for key in ("kind", "expected", "target")}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     wrong = f"{where}: prompt must be a text, or a list of messages with role and content; neither may be empty"
     require(isinstance(messages, list) and bool(messages) and all(map(_is_message, messages)), wrong)

@@ -6,12 +6,13 @@ The models take turns within every round, so that other work on the machine slow
 import inspect
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, PreTrainedModel
 
 from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.zero.device import accelerator, is_cpu
@@ -51,15 +52,25 @@ def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> Round:
     if not is_cpu():
         accelerator().reset_peak_memory_stats()
         before = accelerator().memory_allocated()
-    cache = {CACHE: DynamicCache(config=model.config), "use_cache": True}  # filled in place
     times = [_now()]
-    logits = model(input_ids=token_ids, logits_to_keep=1, **cache).logits
+    logits, read = _prefill(model, token_ids)
     times.append(_now())
     for _ in range(generated):
-        logits = model(input_ids=logits.argmax(-1), **cache).logits  # (1, 1, vocabulary)
+        logits = read(logits.argmax(-1))  # (1, 1, vocabulary)
     times.append(_now())
     peak = None if before is None else accelerator().max_memory_allocated() - before
     return times[1] - times[0], times[2] - times[1], peak
+
+
+def _prefill(model: PreTrainedModel, token_ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Reads the prompt. Returns the last logits, and what reads further tokens into the same caches."""
+    if not model.config.is_encoder_decoder:
+        read = partial(model, use_cache=True, **{CACHE: DynamicCache(config=model.config)})
+        return read(input_ids=token_ids, logits_to_keep=1).logits, lambda ids: read(input_ids=ids).logits
+    own, of_source = (DynamicCache(config=model.get_decoder().config) for _ in range(2))
+    given = {"encoder_outputs": model.get_encoder()(input_ids=token_ids), CACHE: EncoderDecoderCache(own, of_source)}
+    read = partial(model, use_cache=True, **given)
+    return read(decoder_input_ids=token_ids[:, :1]).logits, lambda ids: read(decoder_input_ids=ids).logits
 
 
 def _now() -> float:

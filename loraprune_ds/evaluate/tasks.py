@@ -134,7 +134,8 @@ def _model_on_ranks(
 
     class ModelOnRanks(base):
         def __init__(self) -> None:
-            super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+            backend = "seq2seq" if model.config.is_encoder_decoder else "causal"
+            super().__init__(pretrained=model, backend=backend, tokenizer=tokenizer, batch_size=batch_size)
             self._rank = comm.rank
             self._world_size = comm.world_size
 

@@ -27,10 +27,10 @@ HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/`, the LoRA that was tuned 
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 folder = "path/to/this/folder"
-base = AutoModelForCausalLM.from_pretrained(f"{{folder}}/base", dtype="auto"{trust})
+base = {auto_class}.from_pretrained(f"{{folder}}/base", dtype="auto"{trust})
 model = PeftModel.from_pretrained(base, f"{{folder}}/adapter", is_trainable=True)
 tokenizer = AutoTokenizer.from_pretrained(f"{{folder}}/base"{trust})
 ```
@@ -91,9 +91,12 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
     copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
     adapter.mkdir()
     write_adapter(unmerged, adapter)
-    trust = ", trust_remote_code=True" if unmerged.exported.trust_remote_code else ""
+    exported = unmerged.exported
+    trust = ", trust_remote_code=True" if exported.trust_remote_code else ""
     # A finished run knows more about its result than its checkpoint.
-    copy_model_card(source.model or base, folder, HOW_TO_LOAD_ADAPTER.format(trust=trust))
+    copy_model_card(
+        source.model or base, folder, HOW_TO_LOAD_ADAPTER.format(trust=trust, auto_class=exported.auto_class)
+    )
     return remarks
 
 

@@ -14,7 +14,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run
 from loraprune_ds.files import write_json
-from loraprune_ds.model.adapters import ADAPTER_FILE, BASE_FOLDER, last_names, name_in_file
+from loraprune_ds.model.adapters import ADAPTER_FILE, BASE_FOLDER, last_names, name_in_file, task_type
 from loraprune_ds.model.experts import as_in_peft, in_peft
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.frozen import DTYPES
@@ -133,7 +133,7 @@ def write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
             lora, scaling = unmerged.lora(layer), config.lora.lora_alpha / config.lora.r
             for linear in shape.linears(layer):
                 name, a, b = (f"{linear.name}.{x}" for x in ("weight", "lora_A", "lora_B"))
-                name = f"model.layers.{layer}.{name}"
+                name = f"{shape.prefix(layer)}{name}"
                 tensors[name] = merge_lora(tensors[name], lora[a], lora[b], scaling, tensors[name].dtype)
         entries.append(write_weight_file(folder, k, count, in_files(tensors, shape, tower)))
     if tower:
@@ -152,8 +152,9 @@ def write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
 
 def write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
     """Writes the fp32 LoRA, which is no larger than one decoder layer, into the one file that PEFT reads."""
+    exported = unmerged.shape.exported()
     tensors = {
-        name_in_file(number, name): tensor
+        name_in_file(exported, number, name): tensor
         for number, layer in enumerate(unmerged.shape.present)
         for name, tensor in as_in_peft(unmerged.lora(layer), unmerged.shape.linears(layer)).items()
     }
@@ -172,7 +173,7 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
     }
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type(shape),
         "base_model_name_or_path": f"../{BASE_FOLDER}",
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,

@@ -17,8 +17,14 @@ CARD_FILE = "README.md"
 TITLES = {
     "heads": "key-value heads",
     "delta": "key heads of delta nets",
+    "cross_heads": "heads of cross-attention",
     "channels": "MLP channels",
     "experts": "experts",
+}
+TASKS = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
 }
 LOAD_HEADING = "## Load it"
 SHOWN = 5  # answers
@@ -138,7 +144,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         llama_cpp=in_gguf,
         layers="\n".join(_layer_rows(pruned.exported())),
         trust=", trust_remote_code=True" if trust else "",
-        task="image-text-to-text" if exported.multimodal else "text-generation",
+        task=TASKS[exported.auto_class],
         variable="processor" if exported.multimodal else "tokenizer",
         tokenizer="AutoProcessor" if exported.multimodal else "AutoTokenizer",
         remark=REMARK.format(file=exported.modelling_file) if trust else IMAGES * exported.multimodal,

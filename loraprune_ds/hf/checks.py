@@ -79,11 +79,18 @@ def check_model(model: PeftModel, shape: ModelShape) -> None:
 
     The config declares `shape`. UserError names the layer and linear, or PEFT's setting.
     """
-    refuse_mixture(shape.family, shape.model_type)
+    family = shape.family
+    refuse_mixture(family, shape.model_type)
+    shared = (
+        f"the layers of a {shape.model_type} share one bias, so their heads cannot differ; give unshare_bias(model)"
+    )
+    require(family.shared_bias is None, f"{shared} to get_peft_model")
     optimized: Any = torch._dynamo.OptimizedModule
     compiled = any(isinstance(m, optimized) or m._compiled_call_impl is not None for m in model.modules())
     require(not compiled, "a model that torch.compile has taken keeps the sizes from before a cut")
     base = cast(Any, model.get_base_model())
+    for name, value in family.changed_in_memory(base.config).items():
+        log.warning("%s=%s of the model makes scores depend on chance and on the ranks; set it to 0", name, value)
     quantised = getattr(base.config, "quantization_config", None) or getattr(base, "is_quantized", False)
     unquantised = "load it in bfloat16, float16 or float32. Only launch/run.py holds int8 weights (model.frozen)"
     require(not quantised, f"a quantised base has no flat shards to cut; {unquantised}")

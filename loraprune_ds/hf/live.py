@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.hf.checks import refuse_mixture
 from loraprune_ds.model.adapters import base_parameter, last_names
 from loraprune_ds.model.classes import DroppedLayer, decoder_layers
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.read_shape import read_model, shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.zero.params import full_shape
@@ -39,6 +39,24 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
     return last_names(linear.name for linear in family.linears)
 
 
+def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes a UMT5 without dropout of a T5 or mT5, to prune it. Each layer gets a copy of the bias that they share.
+
+    Raises:
+        UserError: the model is sharded already.
+    """
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    require(not sharded, "unshare_bias: the model is sharded; load it before TrainingArguments are made")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    config = model.config.to_dict() | {"tie_word_embeddings": tied}
+    shape, made = read_model(config, type(model).__name__)
+    tensors = model.state_dict()
+    made.load_state_dict(tensors | {copy: tensors[name] for copy, name in shape.shared_tensors.items()}, assign=True)
+    made.tie_weights()
+    made.generation_config = model.generation_config
+    return made
+
+
 def find_peft_model(model: nn.Module) -> PeftModel:
     """Finds the PEFT model inside an engine. Raises UserError if it holds none."""
     inner: Any = model
@@ -53,7 +71,15 @@ def base_config(model: PeftModel) -> dict[str, Any]:
     """Returns the dense model's config.json, as `save_pretrained` would write it."""
     config = json.loads(cast(Any, model.get_base_model()).config.to_json_string())
     config.pop("use_cache", None)  # trainers switch it off
-    return config
+    return config | _tied(model)
+
+
+def _tied(model: PeftModel) -> dict[str, bool]:
+    """Says whether the head of an encoder-decoder is the embedding. transformers' object of a T5 always says so."""
+    base = cast(Any, model.get_base_model())
+    if not base.config.is_encoder_decoder:
+        return {}
+    return {"tie_word_embeddings": base.get_output_embeddings().weight is base.get_input_embeddings().weight}
 
 
 def model_name(model: PeftModel) -> str:
@@ -64,7 +90,8 @@ def model_name(model: PeftModel) -> str:
 
 def base_shape(model: PeftModel) -> ModelShape:
     """Returns the shape that the model's config declares, which stays the dense one, but without dropped layers."""
-    shape = shape_from_config(cast(Any, model.get_base_model()).config.to_dict(), model_name(model))
+    config = cast(Any, model.get_base_model()).config.to_dict() | _tied(model)
+    shape = shape_from_config(config, model_name(model))
     return shape.without([i for i, layer in enumerate(decoder_layers(model)) if isinstance(layer, DroppedLayer)])
 
 
@@ -87,6 +114,8 @@ def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
     dtype = base_parameter(decoder_layers(model)[0], name).dtype
     for key, value in DTYPES.items():
         if value == dtype:
+            overflows = key == "float16" and shape.encoder_layers > 0
+            require(not overflows, f"hidden states of a {shape.model_type} overflow float16; load it in bfloat16")
             return cast(Dtype, key)
     raise UserError(f"layer 0 {name} is {dtype}; a base of {', '.join(DTYPES)} can be pruned")
 
@@ -94,8 +123,8 @@ def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
 class ForwardWatch:
     """Records the forward passes that have a backward pass, and counts their tokens.
 
-    A reference, a generation and an evaluation have none. The hooks are on the decoder, because a trainer with a fused
-    loss calls it without the model around it.
+    A reference, a generation and an evaluation have none. The hooks are on the stacks of layers, because a trainer with
+    a fused loss calls the decoder without the model around it.
 
     Attributes:
         active: an optimizer step is open.
@@ -107,13 +136,13 @@ class ForwardWatch:
         self._tokens = torch.zeros((), dtype=torch.int64, device=self._model.device)
         self._trained = True  # in the last forward pass
         self._recording = ExitStack()
-        layers = decoder_layers(peft_model)
-        decoder = next(m for m in peft_model.modules() if any(child is layers for child in m.children()))
-        self._hooks = [
-            peft_model.register_forward_pre_hook(self._note_mode, prepend=True),  # before DeepSpeed's own
-            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
-            decoder.register_forward_hook(self._end, always_call=True),
-        ]
+        self._stacks = model.shape.family.stacks
+        # The first before DeepSpeed's own.
+        self._hooks = [peft_model.register_forward_pre_hook(self._note_mode, prepend=True)]
+        for stack in self._stacks:
+            module = peft_model.get_base_model().get_submodule(stack.path.rpartition(".")[0])
+            self._hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._end, always_call=True))
 
     def take_tokens(self) -> Tensor:
         """Returns this rank's tokens since the last call, without padding: one fp64 number on the device."""
@@ -136,13 +165,17 @@ class ForwardWatch:
             return
         inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
         mask, size = kwargs.get("attention_mask"), inputs.shape[:2]
+        if mask is None and "encoder_hidden_states" in kwargs:  # the target, whose end predicts nothing
+            own: Any = decoder.config
+            mask = ~torch.isin(inputs, torch.tensor([own.pad_token_id, own.eos_token_id], device=inputs.device))
+            mask[:, 0] = True  # the start, which is padding, too
         if isinstance(mask, Tensor) and mask.shape == size:  # (samples, window), False at padding
             mask = mask.bool()
             self._tokens += mask.sum()
         else:  # no padding, or packed samples
             mask = None
             self._tokens += size.numel()
-        self._recording.enter_context(self._pruner.record_forward(mask))
+        self._recording.enter_context(self._pruner.record_forward(*[mask] * len(self._stacks)))
 
     def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
         self._recording.close()

@@ -40,9 +40,9 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
         lora_alpha=cast(int, config.lora_alpha),  # PEFT types it int and divides it as a float
         lora_dropout=config.lora_dropout,
         # Full names, because other linears can have the same last name.
-        target_modules=[f"model.layers.{i}.{linear.name}" for i, linear in shape.linear_ids()],
+        target_modules=[f"{shape.prefix(i)}{linear.name}" for i, linear in shape.linear_ids()],
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=task_type(shape),
     )
     peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: FusedLoraLinear})
     own: Any = model.config
@@ -52,6 +52,11 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
     for parameter in (p for p in wrapped.parameters() if p.requires_grad):
         parameter.data = parameter.data.to(model.dtype)  # next to an int8 weight PEFT leaves it in fp32
     return cast(PeftModel, wrapped)
+
+
+def task_type(shape: ModelShape) -> str:
+    """Returns PEFT's name for a model of this kind."""
+    return "SEQ_2_SEQ_LM" if shape.encoder_layers else "CAUSAL_LM"
 
 
 def leaf_modules(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:
@@ -115,7 +120,7 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
     require(path.is_file(), f"{path} does not exist")
     on_disk = {name: shape for name, (shape, _) in read_header(path).items()}
     expected = {
-        name_in_file(layer, name): tuple(factor.shape)
+        name_in_file(shape, layer, name): tuple(factor.shape)
         for layer in range(len(shape.layers))
         for name, factor in _factors_in_peft(_with_lora(shape, layer, on_disk), shape, layer, r).items()
     }
@@ -129,7 +134,7 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
 
 def _with_lora(shape: ModelShape, layer: int, names: Collection[str]) -> list[Linear]:
     """Lists the linears of a layer with LoRA among the `names` of an adapter's file, which whole ones may lack."""
-    return [x for x in shape.linears(layer) if x.parts or name_in_file(layer, f"{x.name}.lora_A") in names]
+    return [x for x in shape.linears(layer) if x.parts or name_in_file(shape, layer, f"{x.name}.lora_A") in names]
 
 
 def _factors_in_peft(linears: Iterable[Linear], shape: ModelShape, layer: int, r: int) -> dict[str, Tensor]:
@@ -146,9 +151,9 @@ def load_adapter(model: PeftModel, folder: Path, shape: ModelShape, r: int) -> N
     saved, own = load_file(folder / ADAPTER_WEIGHTS), dict[str, Tensor]()
     for layer in range(len(shape.layers)):
         linears = _with_lora(shape, layer, saved)
-        factors = {name: saved[name_in_file(layer, name)] for name in _factors_in_peft(linears, shape, layer, r)}
+        factors = {name: saved[name_in_file(shape, layer, name)] for name in _factors_in_peft(linears, shape, layer, r)}
         factors = from_peft(factors, linears, r)
-        own |= {name_in_file(layer, name): factor for name, factor in factors.items()}
+        own |= {name_in_file(shape, layer, name): factor for name, factor in factors.items()}
     result = set_peft_model_state_dict(model, own)
     assert not result.unexpected_keys, result.unexpected_keys
 
@@ -164,9 +169,9 @@ def number_as_exported(folder: Path, shape: ModelShape) -> None:
         save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def name_in_file(layer: int, name: str) -> str:
+def name_in_file(shape: ModelShape, layer: int, name: str) -> str:
     """Returns the name of a LoRA factor ("self_attn.q_proj.lora_A") in PEFT's adapter_model.safetensors."""
-    return f"base_model.model.model.layers.{layer}.{name}.weight"
+    return f"base_model.model.{shape.prefix(layer)}{name}.weight"
 
 
 def lora_linear(layer: nn.Module, linear: Linear) -> LoraLinear:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.model.adapters import base_parameter, set_runtime_counts
 from loraprune_ds.model.experts import ExpertStack, stack_experts
-from loraprune_ds.model.family import PRUNED, family_name
+from loraprune_ds.model.family import FAMILIES, LLAMA, PRUNED, family_name
 from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.frozen import Int8, Int8Linear
 from loraprune_ds.model.modeling_pruned import pruned_classes
@@ -47,8 +48,9 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     """Returns the class of the model with its head."""
     if model_type.startswith(PRUNED):
         return _pruned(family_name(model_type))[2]
-    stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
-    return stock
+    several = len(FAMILIES[model_type].stacks) > 1
+    classes: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if several else MODEL_FOR_CAUSAL_LM_MAPPING
+    return classes[CONFIG_MAPPING[model_type]]
 
 
 def attn_implementation(requested: str, family: Family) -> str:
@@ -78,11 +80,18 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
 
     Experts are our stacks (experts.py).
     """
+    family = FAMILIES[family_name(config["model_type"])]
+    config = {**config, **family.in_memory}
     made = config_object(config)
     made.use_cache = False
     made._attn_implementation = attn_implementation
     with parameters_on_meta():
         model = causal_lm_class(config["model_type"])(made)
+        if len(family.stacks) > 1 and not config.get("tie_word_embeddings", True):
+            # transformers 5 ties it in any case.
+            tied: dict[str, str] = model._tied_weights_keys  # type: ignore[assignment]
+            model._tied_weights_keys = {name: to for name, to in tied.items() if name != "lm_head.weight"}
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
         stack_experts(model)
     return model
 
@@ -107,7 +116,7 @@ def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:
         if not shape.layers[i].kinds:
             layers[i] = DroppedLayer(i)
             continue
-        prefix = f"model.layers.{i}."
+        prefix = shape.prefix(i)
         sizes = {name.removeprefix(prefix): size for name, size in shape.layer_parameters(i).items()}
         parameters = {name: base_parameter(layer, name) for name in sizes}
         if all(parameter.shape == sizes[name] for name, parameter in parameters.items()):
@@ -168,6 +177,8 @@ class DroppedLayer(nn.Module):
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Returns the decoder layers of a causal LM, wrapped by PEFT or not."""
-    causal_lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return causal_lm.model.layers
+    """Returns the layers of all stacks of a language model, wrapped by PEFT or not."""
+    lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    family = FAMILIES.get(family_name(lm.config.model_type), LLAMA)
+    first, *others = (lm.get_submodule(stack.path) for stack in family.stacks)
+    return nn.ModuleList(chain(first, *others)) if others else first

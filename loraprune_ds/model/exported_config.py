@@ -13,15 +13,10 @@ from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.weight_files import AUTO_MAP
 
 # Keys about the source's files and its own pruning, not about this model.
-DROPPED = {"_name_or_path", AUTO_MAP, "per_layer_config", "pretraining_tp", "quantization_config"}
+DROPPED = {"_name_or_path", AUTO_MAP, "pretraining_tp", "quantization_config"}
 NEXT_TOKENS = "mtp_num_hidden_layers"  # the layers that predict further tokens are left out. llama.cpp reads this
 PER_LAYER = ("layer_types", "layers_block_type", "no_rope_layers")  # lists with a value for each layer
 MODELLING_FILE = "modeling_pruned.py"
-OUR_CLASSES = {
-    "AutoConfig": "modeling_pruned.PrunedConfig",
-    "AutoModel": "modeling_pruned.PrunedModel",  # vLLM builds the model through this one
-    "AutoModelForCausalLM": "modeling_pruned.PrunedForCausalLM",
-}
 # The defaults of transformers. The Llama and Mistral classes differ in these.
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
 DEFAULT_SLIDING_WINDOW = 4096  # of MistralConfig
@@ -44,7 +39,7 @@ class ExportedConfig:
 
     @property
     def auto_class(self) -> str:
-        return "AutoModelForImageTextToText" if self.multimodal else "AutoModelForCausalLM"
+        return "AutoModelForImageTextToText" if self.multimodal else auto_class(self.config)
 
     @property
     def loader(self) -> str:
@@ -53,14 +48,19 @@ class ExportedConfig:
         return f'{self.auto_class}.from_pretrained(folder, dtype="auto"{trust})'
 
 
+def auto_class(config: dict[str, Any]) -> str:
+    """Returns the class of transformers that loads a language model of this config.json with its head."""
+    return "AutoModelForSeq2SeqLM" if config.get("is_encoder_decoder") else "AutoModelForCausalLM"
+
+
 def export_config(
     source: dict[str, Any], shape: ModelShape, dtype: str, multimodal: dict[str, Any] | None = None
 ) -> ExportedConfig:
     """Describes a model of the source's family with the sizes of `shape`. Weights are stored as `dtype` ("bfloat16").
 
     Uniform layers stay a stock model. Some stock configs of transformers 5 refuse a head count that does not divide
-    hidden_size. A Llama without biases then becomes a Mistral, whose class computes the same without such a check. The
-    others get the shipped modelling file.
+    hidden_size. A Llama without biases then becomes a Mistral, whose class computes the same without such a check. A T5
+    whose heads have left becomes a UMT5. The others get the shipped modelling file.
 
     Args:
         source: config.json of the model that was pruned, possibly of a pruned export.
@@ -70,6 +70,8 @@ def export_config(
         return ExportedConfig(multimodal_config(multimodal, shape, dtype), None, renamed=False, multimodal=True)
     source, shape = source | _lists_of_present(source, shape), shape.exported()
     family = family_name(shape.model_type)
+    if not shape.shares_bias:
+        family = shape.family.in_memory.get("model_type", family)
     stock = [family] if shape.is_uniform else []
     if stock and family == "llama" and not shape.biases:
         stock.append("mistral")
@@ -102,7 +104,11 @@ def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
     """Removes foreign code from a config.json, and names our modelling file if it is needed."""
     if not str(config["model_type"]).startswith(PRUNED):
         return {key: value for key, value in config.items() if key != AUTO_MAP}
-    return config | {"architectures": ["PrunedForCausalLM"], AUTO_MAP: OUR_CLASSES}
+    module, with_head = MODELLING_FILE.removesuffix(".py"), auto_class(config)
+    name = with_head.replace("AutoModel", "Pruned")
+    # vLLM builds the model through AutoModel.
+    ours = {"AutoConfig": "PrunedConfig", "AutoModel": "PrunedModel", with_head: name}
+    return config | {"architectures": [name], AUTO_MAP: {auto: f"{module}.{x}" for auto, x in ours.items()}}
 
 
 def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type: str) -> dict[str, Any]:
@@ -134,7 +140,7 @@ def _lists_of_present(source: dict[str, Any], shape: ModelShape) -> dict[str, An
 
 def _dropped(shape: ModelShape) -> set[str]:
     mixture = shape.family.mixture
-    return DROPPED | ({mixture.new_count} if mixture else set())
+    return DROPPED | {shape.family.per_layer} | ({mixture.new_count} if mixture else set())
 
 
 def _no_next_tokens(config: dict[str, Any]) -> dict[str, Any]:
@@ -145,18 +151,14 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
     """Returns each layer's sizes, and as global ones the widest layer's: a reader of only these reserves enough."""
     counted = shape.counted
     widest = LayerShape((kind, max(layer[kind] for layer in counted)) for kind in shape.kinds)
-    sizes: dict[str, Any] = {
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "num_hidden_layers": len(shape.layers),
-        "head_dim": shape.head_dim,
-        **_layer_sizes(widest, shape),
-    }
+    of_stacks = {stack.count: len(x) for stack, x in zip(shape.family.stacks, shape.stacks, strict=True)}
+    widths = {} if "hidden" in shape.widths else {"hidden_size": shape.hidden_size, "head_dim": shape.head_dim}
+    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size, **widths, **of_stacks, **_layer_sizes(widest, shape)}
     if mixture := shape.family.mixture:
         dense = [i for i, layer in enumerate(counted) if not layer.get("experts")]
         sizes |= mixture.dense(dense, len(counted))
     if not shape.is_uniform:
-        sizes["per_layer_config"] = {str(i): _layer_sizes(layer, shape) for i, layer in enumerate(counted)}
+        sizes[shape.family.per_layer] = {str(i): _layer_sizes(layer, shape) for i, layer in enumerate(counted)}
     return sizes
 
 

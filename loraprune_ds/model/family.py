@@ -5,6 +5,7 @@ A decoder layer has groups of several kinds. A group leaves as a unit.
   channels  one MLP channel.
   delta     one key head of a gated delta net with its value heads. Layers with these have no attention.
   experts   one expert of a mixture (experts.py).
+  cross_heads  one head of a decoder's attention to its encoder. Layers of the encoder have none.
 A dense layer among sparse ones has heads and no experts. Its MLP is whole: it is never cut, and has LoRA all the same.
 
 Along its axis a weight is a sequence of parts. A part has all groups of a layer, one after another. Each group is
@@ -46,6 +47,8 @@ from loraprune_ds.model.family_parts import (
     QWEN_MOE,
     ROUTED_EXPERTS,
     SHARED_EXPERT,
+    T5,
+    UMT5,
     WIDE_NORMS,
     columns,
     dense_types,
@@ -189,6 +192,8 @@ FAMILIES: dict[str, Family] = {
         mixture=Mixture("num_experts", "intermediate_size"),
         fixed=("heads",),
     ),
+    **dict.fromkeys(("t5", "mt5"), T5),
+    "umt5": UMT5,
     "granitemoe": Family(
         (*ATTENTION, *GRANITE_STACKS),
         (router("block_sparse_moe.router", "block_sparse_moe.router.layer.weight"),),
@@ -218,6 +223,8 @@ WITHOUT_ROW = {
     "kimi_k2": "transformers has no class for it",
     "kimi_linear": "its linear attention has a decay for each channel of a head, which the table has no groups for",
     "nemotron_h": "PEFT refuses LoRA on its out_proj, and its files name layers otherwise than its class",
+    "t5gemma": "its two stacks have sizes of their own, and a stock class has one number for all their heads",
+    "bart": "its class takes hidden_size / heads for the width of a head",
     "phimoe": "its router draws experts at random while it trains",
 }
 

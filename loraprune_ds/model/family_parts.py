@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from loraprune_ds.model.family_row import Companion, Family, Linear, Mixture, Part, Runtime, Width
+from loraprune_ds.model.family_row import Companion, Family, Linear, Mixture, Part, Runtime, Stack, Width
 
 QUERIES, KEYS, CHANNELS, EXPERTS = Part("heads", "queries"), Part("heads", "head"), Part("channels"), Part("experts")
 
@@ -166,6 +166,60 @@ QWEN3_5 = Family(
     packs=False,  # positions reset neither the state nor the convolution
     widths=DELTA_WIDTHS,
 )
+
+
+# T5: attention of the decoder to the encoder is a kind of its own, and the MLP of a decoder layer comes after it.
+def _t5_attention(name: str, kind: str) -> tuple[Linear, ...]:
+    of = Part(kind, "queries")
+    return *(rows(f"{name}.{x}", of) for x in "qkv"), columns(f"{name}.o", of)
+
+
+def _t5_mlp(name: str) -> tuple[Linear, ...]:
+    inputs = (Linear(f"{name}.{x}", 0, (CHANNELS,), optional=True) for x in ("wi", "wi_0", "wi_1"))
+    return *inputs, Linear(f"{name}.wo", 1, (CHANNELS,), optional=True)
+
+
+def t5_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Names what the classes have as defaults, and whether the decoder's outputs are scaled before the head."""
+    old = config["model_type"] == "t5"
+    tied = config.get("tie_word_embeddings") is not False and config["model_type"] != "mt5"
+    defaults = {"feed_forward_proj": "relu" if old else "gated-gelu", "scale_decoder_outputs": tied}
+    defaults |= {"num_cross_heads": config["num_heads"], "is_encoder_decoder": True}
+    decoder = config.get("num_decoder_layers")
+    own = {"num_decoder_layers": config["num_layers"] if decoder is None else decoder}
+    return defaults | config | own
+
+
+T5_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
+UMT5 = Family(
+    (
+        *_t5_attention("layer.0.SelfAttention", "heads"),
+        *_t5_attention("layer.1.EncDecAttention", "cross_heads"),
+        *_t5_mlp("layer.1.DenseReluDense"),
+        *_t5_mlp("layer.2.DenseReluDense"),
+    ),
+    (Companion(T5_BIAS, (Part("heads"),), ("buckets",), axis=1),),
+    (
+        Runtime("layer.0.SelfAttention", "n_heads", "heads"),
+        Runtime("layer.1.EncDecAttention", "n_heads", "cross_heads"),
+    ),
+    packs=False,
+    counts={"heads": "num_heads", "cross_heads": "num_cross_heads", "channels": "d_ff"},
+    widths={
+        "head": lambda c: c.d_kv,
+        "hidden": lambda c: c.d_model,
+        "buckets": lambda c: c.relative_attention_num_buckets,
+    },
+    explicit=t5_fields,
+    around=lambda c, layer: ([layer, c.num_layers] if layer < c.num_layers else [0, layer], {}),
+    keeps_layers="its two stacks are not compared",
+    per_layer="layer_sizes",
+    as_many={"cross_heads": "heads"},
+    stacks=(Stack("encoder.block", "num_layers"), Stack("decoder.block", "num_decoder_layers")),
+    in_memory={"dropout_rate": 0.0},  # else results depend on the number of ranks
+)
+# All layers of a stack share the bias of the first. With a copy in each, as a UMT5 has it, any heads may leave.
+T5 = replace(UMT5, in_memory={**UMT5.in_memory, "model_type": "umt5"}, shared_bias=T5_BIAS)
 
 
 def lfm2_fields(config: dict[str, Any]) -> dict[str, Any]:

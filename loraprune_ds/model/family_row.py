@@ -15,7 +15,8 @@ OfExpert = Literal["expert", "gate_up"]
 # Of a key head of a gated delta net: its key, its values, the number of these, and of both with the query and the gates
 # of the values the rows together, and the two numbers of each value. And the kernel of the convolution.
 OfDelta = Literal["delta_key", "delta_values", "delta_count", "delta_all", "delta_numbers", "kernel"]
-Width = Literal[OfHead, OfLatent, OfExpert, OfDelta, "queries_and_gates", "one", "hidden"]
+# Of a bias of relative positions: the buckets of distances.
+Width = Literal[OfHead, OfLatent, OfExpert, OfDelta, "buckets", "queries_and_gates", "one", "hidden"]
 # The fields of config.json that count the groups of a kind, and what each counts of a group.
 COUNT_FIELDS: dict[Kind, dict[str, Width]] = {
     "heads": {"num_key_value_heads": "one", "num_attention_heads": "query_count"},
@@ -97,6 +98,7 @@ class Companion:
     on_disk: str | None = None  # its name on disk, if that differs
     keep_fp32: bool = False  # it is fp32 in every model
     optional: bool = False  # some models of the family lack it
+    axis: Literal[0, 1] = 0  # the axis with the groups
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,16 @@ class Mixture:
     best_of_group: int = 0  # if > 0 the router first chooses `topk_group` of `n_group` groups, by so many of each
 
 
+class Stack(NamedTuple):
+    """Names a stack of layers: its path in the model, and the field of config.json that counts them."""
+
+    path: str = "model.layers"
+    count: str = "num_hidden_layers"
+
+
 @dataclass(frozen=True)
 class Family:
-    """Describes a family of decoder-only models."""
+    """Describes a family of decoder-only models, or of an encoder with its decoder."""
 
     linears: tuple[Linear, ...]  # with LoRA, in the order of the forward
     companions: tuple[Companion, ...] = ()  # other parameters that a cut makes smaller
@@ -140,6 +149,13 @@ class Family:
     fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
     without_lora: tuple[str, ...] = ()  # matrices that stay, and that fused kernels read past LoRA
     counts: Mapping[Kind, str] = field(default_factory=dict[Kind, str])  # count fields that are not COUNT_FIELDS
+    stacks: tuple[Stack, ...] = (Stack(),)  # an encoder's comes first
+    # Fields of config.json that its modules have otherwise in memory.
+    in_memory: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    per_layer: str = "per_layer_config"  # the field of a pruned export with the sizes of each layer
+    # A kind, and another of which each layer of a stock class has as many.
+    as_many: Mapping[Kind, Kind] = field(default_factory=dict[Kind, Kind])
+    shared_bias: str | None = None  # a companion that its files have once for all layers of a stack
     # Sizes that follow from fields of config.json, of which this gets transformers' object.
     widths: Mapping[Width, Callable[[Any], int]] = field(default_factory=dict[Width, Any])
     # Names sizes in config.json that the class has from other fields.
@@ -159,6 +175,11 @@ class Family:
         The last is the finest. It makes up for what whole groups of the others cannot.
         """
         return tuple(dict.fromkeys(linear.kind for linear in self.linears if linear.parts))
+
+    def changed_in_memory(self, config: Any) -> dict[str, Any]:
+        """Returns the fields of transformers' object that a run changes, without the class, and their values there."""
+        fields = {name: getattr(config, name) for name in self.in_memory if name != "model_type"}
+        return {name: value for name, value in fields.items() if value != self.in_memory[name]}
 
     def count_fields(self, kind: Kind) -> Mapping[str, Width]:
         """Returns the fields of config.json that count the groups of a kind, and what each counts of a group."""

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraprune_ds.config import LoraConfig
-from loraprune_ds.model.adapters import add_lora
+from loraprune_ds.model.adapters import add_lora, differentiate_input
 from loraprune_ds.model.classes import build_on_meta, config_object, decoder_layers, shrink_on_meta, store_frozen
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
@@ -38,11 +38,15 @@ def mlp_width(shape: ModelShape, layer: int) -> int:
 
 
 def cached_numel(shape: ModelShape) -> int:
-    """Counts the elements a token adds to the KV cache in all layers. Latent attention caches one key for all heads."""
+    """Counts the elements a token adds to the KV cache in all layers. Latent attention caches one key for all heads.
+
+    With an encoder it is one of its tokens and one of its decoder's.
+    """
     if latent := shape.widths.get("key_value_rank"):
         return len(shape.present) * (latent + shape.head_dim)
     whole = sum(layer[WHOLE_KEYS][0] for layer in shape.whole.values() if WHOLE_KEYS in layer)
-    return 2 * (sum(layer.get("heads", 0) for layer in shape.layers) * shape.head_dim + whole)
+    heads = (layer.get(kind, 0) for layer in shape.layers[shape.encoder_layers :] for kind in ("heads", "cross_heads"))
+    return 2 * (sum(heads) * shape.head_dim + whole)
 
 
 def state_numel(shape: ModelShape) -> int:
@@ -58,7 +62,9 @@ def attention_product(shape: ModelShape, window: float) -> float:
     by the key, by the query, and to add the value. That equals two products over half a window here.
     """
     width = sum(shape.widths.get(of, shape.head_dim) for of in ("query", "value")) / 2
-    queries = (shape.query_heads(layer) * width for layer in shape.layers if "heads" in layer)
+    queries = (
+        (shape.query_heads(layer) + layer.get("cross_heads", 0)) * width for layer in shape.layers if "heads" in layer
+    )
     whole = (layer[WHOLE_QUERIES][0] for layer in shape.whole.values() if WHOLE_QUERIES in layer)
     return 2 * (sum(queries) + sum(whole)) * window + 6 * state_numel(shape)
 
@@ -74,7 +80,7 @@ def needed_flops_per_token(shape: ModelShape, window: float) -> float:
         window: the tokens that attention covers. The mean over all tokens if texts differ.
     """
     frozen = active_numel(shape) + shape.vocab_size * shape.hidden_size  # the head is one more linear
-    return 4 * frozen + 6 * attention_product(shape, window) / 2
+    return (4 * frozen + 6 * attention_product(shape, window) / 2) / len(shape.stacks)  # a token is in one of them
 
 
 def saved_by_layer(
@@ -95,19 +101,19 @@ def saved_by_layer(
         tokens: samples, and the window of each.
         eager: with transformers' eager attention instead of a fused kernel.
     """
-    depth = int(source["num_hidden_layers"])
-    made = _config_object(json.dumps(source))
-    chosen, fields = shape.family.around(made, index)
+    family, depth, made = shape.family, len(shape.layers), _config_object(json.dumps(source))
+    chosen, fields = family.around(made, index)
     lists = {key: x for key, x in source.items() if isinstance(x, list) and len(x) == depth and type(x[0]) is not float}
     few = source | {key: [value[i] for i in chosen] for key, value in lists.items()}
-    few |= {"num_hidden_layers": len(chosen)} | fields
-    few.pop("per_layer_config", None)
-    if mixture := shape.family.mixture:
+    of_few = shape.only(chosen)
+    few |= {stack.count: len(x) for stack, x in zip(family.stacks, of_few.stacks, strict=True)} | fields
+    few.pop(family.per_layer, None)
+    if mixture := family.mixture:
         few |= mixture.dense([n for n, i in enumerate(chosen) if not shape.layers[i].get("experts")], len(chosen))
     if types := getattr(made, "layer_types", None):
         few["layer_types"] = [types[i] for i in chosen]
     at = chosen.index(index)
-    return _saved(json.dumps(few), shape.only(chosen), at, tokens, dtype, storage, lora, eager)
+    return _saved(json.dumps(few), of_few, at, tokens, dtype, storage, lora, eager)
 
 
 @cache
@@ -134,7 +140,6 @@ def _saved(
     with torch.device("meta"):
         model = add_lora(causal_lm, shape, lora, seed=0)
     model.to(device="meta", dtype=dtype).train()
-    causal_lm.enable_input_require_grads()  # as every layer's but the first
     kept, others = list[Tensor](), list[Tensor](model.parameters())
 
     def keep(tensor: Tensor) -> Tensor:
@@ -148,12 +153,14 @@ def _saved(
         hooks.__enter__()
 
     layer = decoder_layers(model)[index]
+    differentiate_input(layer)  # as every layer's but the first
     layer.register_forward_pre_hook(enter, with_kwargs=True)
     layer.register_forward_hook(lambda *_: hooks.__exit__())
     tokens = torch.zeros(size, dtype=torch.int64, device="meta")
     # A mask of four dimensions is taken as it is. transformers would look into another, or into ids without one.
     mask = tokens.new_empty(size[0], 1, size[1], size[1], dtype=torch.bool)
-    causal_lm.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    decoder = {"decoder_input_ids": tokens, "decoder_attention_mask": mask} if shape.encoder_layers else {}
+    causal_lm.base_model(input_ids=tokens, attention_mask=mask, use_cache=False, **decoder)
     apart = {tensor.untyped_storage()._cdata for tensor in others}
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
     return sum(count for key, count in storages.items() if key not in apart)
@@ -164,7 +171,7 @@ def _fused_attention(
 ) -> tuple[Tensor, None]:
     """Saves what sdpa does."""
     sliding, window = settings.get("sliding_window"), queries.shape[-2]
-    bias = None
+    bias = None if settings.get("position_bias") is None else queries.new_empty(*queries.shape[:3], window)
     if sliding is not None and sliding <= window:  # a mask like the queries, and keys and values of every query head
         keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (keys, values))
         bias = queries.new_empty(len(queries), 1, window, window)

@@ -1,17 +1,21 @@
-"""A stock causal LM whose layers differ in attention heads and MLP width, as structured pruning leaves them.
+"""A stock language model whose layers differ in attention heads and MLP width, as structured pruning leaves them.
 
 config.json has the sizes of each layer in transformers' own form. It parses that from 5.16 on. 4.x has a plain dict.
     "per_layer_config": {"0": {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1301}, ...}
 Sizes that a layer does not name are the global ones. This file needs only torch and transformers:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+A UMT5 has "layer_sizes" for the layers of its encoder and then its decoder, and AutoModelForSeq2SeqLM loads it.
 """
 
 import copy
 from typing import Any
 
-from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+)
 
 FAMILY = "llama"  # the export writes the model_type of the stock model here
 
@@ -27,11 +31,25 @@ def layer_config(config: Any, layer: int) -> Any:
     return resolved
 
 
-def rebuild_layers(decoder: nn.Module, config: Any) -> None:
+def rebuild_layers(model: Any, config: Any) -> None:
     """Rebuilds each layer at its own size. from_pretrained does that on the meta device, where it costs nothing."""
-    layers: Any = decoder.get_submodule("layers")
-    for i, layer in enumerate(layers):
-        layers[i] = type(layer)(layer_config(config, i), i)
+    if hasattr(model, "encoder"):
+        return rebuild_stacks(model, config)
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = type(layer)(layer_config(config, i), i)
+
+
+def rebuild_stacks(model: Any, config: Any) -> None:
+    """Rebuilds an encoder and its decoder, whose attention to the encoder has its own number of heads."""
+    sizes, first_of_decoder = getattr(config, "layer_sizes", {}), len(model.encoder.block)
+    for first, stack in ((0, model.encoder), (first_of_decoder, model.decoder)):
+        for i, layer in enumerate(stack.block):
+            own, cross = copy.copy(stack.config), copy.copy(stack.config)
+            own.__dict__.update(sizes.get(str(first + i), {}))
+            stack.block[i] = type(layer)(own, layer_idx=i)
+            if stack.is_decoder:
+                cross.num_heads = getattr(own, "num_cross_heads", own.num_heads)
+                stack.block[i].layer[1] = type(layer.layer[1])(cross, layer_idx=i)
 
 
 def give_config(model: Any, one_size: Any, config: Any) -> None:
@@ -44,7 +62,8 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
     """Derives the config, the decoder and the causal LM of a family from its stock classes."""
     base_config: Any = CONFIG_MAPPING[family]
     base_model: Any = MODEL_MAPPING[base_config]
-    base_causal_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    seq2seq: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    base_causal_lm: Any = (seq2seq if base_config in seq2seq else MODEL_FOR_CAUSAL_LM_MAPPING)[base_config]
 
     class PrunedConfig(base_config):
         model_type = f"pruned_{family}"
@@ -78,7 +97,7 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
             one_size = layer_config(config, 0)
             super().__init__(one_size)  # pyright: ignore[reportCallIssue]  # a base that only runs know
             give_config(self, one_size, config)
-            rebuild_layers(self, config)  # type: ignore[arg-type]
+            rebuild_layers(self, config)
             self.post_init()
 
     class PrunedForCausalLM(PerLayer, base_causal_lm):
@@ -87,9 +106,9 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
         def __init__(self, config: Any) -> None:
             one_size = layer_config(config, 0)
             super().__init__(one_size)  # pyright: ignore[reportCallIssue]
-            for module in (self, self.model):
+            for module in (self, self.base_model):
                 give_config(module, one_size, config)
-            rebuild_layers(self.model, config)
+            rebuild_layers(self.base_model, config)
             self.post_init()
 
     share_conversions(family, PrunedConfig.model_type)
@@ -108,3 +127,4 @@ def share_conversions(family: str, model_type: str) -> None:
 
 
 PrunedConfig, PrunedModel, PrunedForCausalLM = pruned_classes(FAMILY)
+PrunedForSeq2SeqLM = PrunedForCausalLM

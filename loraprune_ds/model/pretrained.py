@@ -26,7 +26,8 @@ from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, te
 from loraprune_ds.model.weight_files import Headers, read_headers
 
 HEAD = "lm_head.weight"
-IGNORED = (".rotary_emb.inv_freq", HEAD)  # recomputed, and a tied head
+# Recomputed, tied, and what the first T5 files have of no use.
+IGNORED = (".rotary_emb.inv_freq", HEAD, "coder.embed_tokens.weight", ".EncDecAttention.relative_attention_bias.weight")
 FUSED_EXPERTS = ".experts.gate_up_proj"  # the end of a name where all experts of a layer are one tensor
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 MXFP4 = "_blocks"  # the end of the names of 4-bit experts
@@ -62,7 +63,7 @@ class ModelWeights:
         if left.layers == self.shape.layers:
             return self
         slices = {
-            f"model.layers.{i}.{name}": kept
+            f"{self.shape.prefix(i)}{name}": kept
             for i, layer_keep in enumerate(keep)
             for name, kept, _ in self.storage.layer_cuts(self.shape, i, layer_keep)
         }
@@ -137,7 +138,7 @@ class ModelWeights:
     @cached_property
     def _int8(self) -> dict[str, tuple[Int8, Matrix]]:
         return {
-            f"model.layers.{i}.{linear.name}.{WEIGHT}": (stored_as, self.shape.linear_shape(i, linear))
+            f"{self.shape.prefix(i)}{linear.name}.{WEIGHT}": (stored_as, self.shape.linear_shape(i, linear))
             for i, linear in self.shape.linear_ids()
             if isinstance(stored_as := self.storage.format_of(self.shape, linear), Int8)
         }
@@ -272,9 +273,10 @@ def open_pretrained(folder: Path) -> PretrainedModel:
         names = text_tensors(headers, layout)
         others = {name: file for name, (_, _, file) in headers.items() if not name.startswith((*layout, MTP))}
         tower = Tower(full, layout, others)
-        if HEAD in names and shape.tie_word_embeddings:
-            config = config | {"tie_word_embeddings": False}  # as transformers decides
-            shape, modules = read_model(config, where)
+    if (tied := _is_tied(config, shape, HEAD in names, tower is not None)) != shape.tie_word_embeddings:
+        config = config | {"tie_word_embeddings": tied}
+        shape, modules = read_model(config, where)
+    names |= {copy: first for copy, first in shape.shared_tensors.items() if first in names and copy not in names}
     extra = config.get("num_nextn_predict_layers") or 0  # layers after the last one, which the model does not use
     beyond = (MTP, *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
     names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
@@ -282,10 +284,17 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     return PretrainedModel(folder, config, modules, weights, tower)
 
 
+def _is_tied(config: dict[str, Any], shape: ModelShape, has_head: bool, multimodal: bool) -> bool:
+    """Says whether the head is the embedding, as transformers decides: by the files, where a config may be wrong."""
+    if config.get("scale_decoder_outputs") is False:  # a T5
+        return not has_head
+    return shape.tie_word_embeddings and not (multimodal and has_head)
+
+
 def open_for_pruning(folder: Path, model: ModelConfig, *, packing: bool = False) -> PretrainedModel:
     """Opens the model of a run as `open_pretrained`, and checks that it has everything that the run needs."""
     pretrained = open_pretrained(folder)
-    check_family(pretrained.shape.family, pretrained.config, str(folder), packing=packing)
+    check_family(pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing)
     if model.text_only:
         pretrained = replace(pretrained, tower=None)
     return replace(pretrained, weights=replace(pretrained.weights, storage=FrozenStorage.from_config(model)))

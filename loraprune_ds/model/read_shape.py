@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any, cast
 
 from transformers import PreTrainedModel
@@ -59,13 +60,14 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     config = text_config(config, where)
     family = _find_family(config, where)
     try:
-        num_layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
-        overrides = cast(dict[str, dict[str, Any]], config.get("per_layer_config") or {})
+        in_stacks = [int(config[stack.count]) for stack in family.stacks]
+        overrides = cast(dict[str, dict[str, Any]], config.get(family.per_layer) or {})
         config, per_layer = _old_names(config, family), {int(k): _old_names(v, family) for k, v in overrides.items()}
         defaults = config_class(config["model_type"])
-        sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(num_layers)]
+        sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(sum(in_stacks))]
         vocab_size = int(config["vocab_size"])
         widths, doubled = _of_class(config, where, family)
+        hidden = int(widths.get("hidden") or config["hidden_size"])
         head_dim = widths.get("head") or config.get("head_dim", getattr(defaults, "head_dim", None))
         head_dim = int(head_dim or hidden // int(config["num_attention_heads"]))
         of_experts = _expert_sizes(config, defaults, family)
@@ -73,13 +75,15 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{where}: config.json holds a size that is no number: {error}") from None
-    if min(num_layers, hidden, vocab_size, head_dim, *(n for queries, x in sizes for n in (queries, *x.values()))) < 1:
+    if min(*in_stacks, hidden, vocab_size, head_dim, *(n for queries, x in sizes for n in (queries, *x.values()))) < 1:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
     with refused_in_one_line(where):
         modules = build_on_meta(config)
     parameters: Sizes = {name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
-    inside = [_inside(parameters, i) for i in range(num_layers)]
+    paths = [f"{stack.path}." for stack in family.stacks]
+    inside = [[_inside(parameters, f"{path}{i}.") for i in range(n)] for path, n in zip(paths, in_stacks, strict=True)]
+    layers = [*chain(*inside)]
     shape = ModelShape(
         model_type=config["model_type"],
         hidden_size=hidden,
@@ -87,18 +91,20 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         queries_per_group=sizes[0][0] // sizes[0][1].get("heads", 1),
         vocab_size=vocab_size,
         tie_word_embeddings="lm_head.weight" not in parameters,
-        layers=_layers(where, [layer for _, layer in sizes], inside, family),
+        layers=_layers(where, [layer for _, layer in sizes], layers, family),
         doubled=doubled,
-        biases=frozenset(x.name for x in family.linears if any(f"{x.name}.bias" in names for names in inside)),
-        outer_parameters={name: size for name, size in parameters.items() if not name.startswith("model.layers.")},
-        whole=dict(enumerate(_whole(family, names) for names in inside)),
-        absent=frozenset(_absent(family, inside)),
+        biases=frozenset(x.name for x in family.linears if any(f"{x.name}.bias" in names for names in layers)),
+        outer_parameters={name: size for name, size in parameters.items() if not name.startswith(tuple(paths))},
+        whole=dict(enumerate(_whole(family, names) for names in layers)),
+        absent=tuple(frozenset(_absent(family, of_stack)) for of_stack in inside),
+        shared_heads=sizes[0][0] if family.shared_bias else 0,
+        encoder_layers=sum(in_stacks[:-1]),
         widths=widths,
         **of_experts,
     )
-    layers = tuple(LayerShape((x, n * shape.times(i, x)) for x, n in y.items()) for i, y in enumerate(shape.layers))
-    shape = shape.with_layers(layers)
-    shape = replace(shape, layer_others={i: _others(shape, i, names) for i, names in enumerate(inside)})
+    counted = (LayerShape((x, n * shape.times(i, x)) for x, n in y.items()) for i, y in enumerate(shape.layers))
+    shape = shape.with_layers(tuple(counted))
+    shape = replace(shape, layer_others={i: _others(shape, i, names) for i, names in enumerate(layers)})
     expected = shape.parameters()
     for name in sorted(expected.keys() | parameters.keys()):
         if parameters.get(name) != expected.get(name):
@@ -107,7 +113,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     return shape, modules
 
 
-def check_family(family: Family, source: dict[str, Any], where: str, *, packing: bool) -> None:
+def check_family(family: Family, source: dict[str, Any], where: str, dtype: str, *, packing: bool) -> None:
     """Checks that this family can do what a run asks for. `source` is config.json.
 
     Raises:
@@ -115,12 +121,13 @@ def check_family(family: Family, source: dict[str, Any], where: str, *, packing:
     """
     if packing and not family.packs:
         raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
+    if len(family.stacks) > 1 and dtype == "float16":
+        raise UserError(f"model.dtype float16 is not supported for {where}: its hidden states overflow; use bfloat16")
     if family.mixture and source.get("router_jitter_noise"):
         raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
 
 
-def _inside(parameters: Sizes, layer: int) -> Sizes:
-    prefix = f"model.layers.{layer}."
+def _inside(parameters: Sizes, prefix: str) -> Sizes:
     return {name.removeprefix(prefix): size for name, size in parameters.items() if name.startswith(prefix)}
 
 
@@ -169,7 +176,7 @@ def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int)
 
 def _layer_sizes(config: dict[str, Any], defaults: Any, family: Family) -> tuple[int, LayerShape]:
     """Returns the query heads of a layer, and its groups. By default each query head has its own key-value head."""
-    queries = int(config["num_attention_heads"])
+    queries = int(config[family.counts.get("heads", "num_attention_heads")])
     heads = config.get("num_key_value_heads", getattr(defaults, "num_key_value_heads", None)) or queries
     counts = config | {"num_key_value_heads": heads}
     fields = {kind: next(iter(family.count_fields(kind))) for kind in family.kinds}
@@ -221,7 +228,7 @@ def _whole(family: Family, inside: Sizes) -> dict[str, Matrix]:
 
 def _others(shape: ModelShape, layer: int, inside: Sizes) -> Sizes:
     """Returns the other parameters that no cut makes smaller. An unknown matrix is not among them."""
-    of_linears = _inside(shape.layer_parameters(layer), layer)
+    of_linears = _inside(shape.layer_parameters(layer), shape.prefix(layer))
     left = {name: size for name, size in inside.items() if name not in of_linears}
     known = [f"{name}.weight" for name in shape.family.without_lora]
     return {name: size for name, size in left.items() if len(size) != 2 or name in known}

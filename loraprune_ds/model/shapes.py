@@ -1,10 +1,11 @@
 """The sizes of the network: what a decoder layer holds, how wide it is, and all other parameters."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Self, TypeVar
 
 import torch
@@ -74,7 +75,10 @@ class ModelShape:
     experts_per_token: int = 0
     least_experts: int = 0  # the router needs this many
     expert_groups: int = 1  # groups of experts, of equal size, that the router chooses from
-    absent: frozenset[str] = frozenset()  # names of linears and companions of the family that the model lacks
+    # Names of linears and companions of the family that each stack lacks.
+    absent: tuple[frozenset[str], ...] = (frozenset(),)
+    shared_heads: int = field(default=0, compare=False)  # the heads of the source, whose layers share one bias
+    encoder_layers: int = 0  # the first of `layers` are an encoder's, those of its decoder follow
     doubled: frozenset[int] = frozenset()  # layers that have twice the channels that config.json says
     widths: Mapping[Width, int] = field(default_factory=dict[Width, int], hash=False)  # of the family's `widths`
 
@@ -88,6 +92,21 @@ class ModelShape:
         return tuple(kind for kind in self.family.kinds if kind in self.layers[0])
 
     @property
+    def stacks(self) -> list[range]:
+        """The layers of each stack: of the only one, or of an encoder and its decoder."""
+        ends = sorted({0, self.encoder_layers, len(self.layers)})
+        return [range(*pair) for pair in pairwise(ends)]
+
+    def stack(self, layer: int) -> int:
+        """Returns the number of the stack that a layer is in."""
+        return int(0 < self.encoder_layers <= layer)
+
+    def prefix(self, layer: int) -> str:
+        """Returns how the names of a layer's parameters begin."""
+        stack = self.stack(layer)
+        return f"{self.family.stacks[stack].path}.{layer - stack * self.encoder_layers}."
+
+    @property
     def present(self) -> list[int]:
         """The layers that are still there. A dropped one keeps its number, and has no group of any kind."""
         return [i for i, layer in enumerate(self.layers) if layer.kinds]
@@ -98,13 +117,13 @@ class ModelShape:
 
     def linears(self, layer: int) -> tuple[Linear, ...]:
         """Returns the LoRA-adapted linears of a decoder layer, in the order of its forward."""
-        kinds, whole = self.layers[layer].kinds, self.whole.get(layer, {})
-        cut = (x for x in self.family.linears if x.kind in kinds and x.name not in self.absent)
+        kinds, whole, absent = self.layers[layer].kinds, self.whole.get(layer, {}), self.absent[self.stack(layer)]
+        cut = (x for x in self.family.linears if x.kind in kinds and x.name not in absent)
         return (*cut, *(x for x in self.family.linears if x.name in whole))
 
     def companions(self, layer: int) -> tuple[Companion, ...]:
-        kinds = self.layers[layer].kinds
-        return tuple(x for x in self.family.companions if x.parts[0].kind in kinds and x.name not in self.absent)
+        kinds, absent = self.layers[layer].kinds, self.absent[self.stack(layer)]
+        return tuple(x for x in self.family.companions if x.parts[0].kind in kinds and x.name not in absent)
 
     def others(self, layer: int) -> Sizes:
         """Returns the parameters of this layer that no cut makes smaller, by name inside it."""
@@ -183,8 +202,11 @@ class ModelShape:
     @cached_property
     def _group_numel(self) -> Mapping[Kind, int]:
         numel = Counter[Kind]()
-        for x in (x for x in self.family.linears if x.name not in self.absent):
-            numel[x.kind] += self.group_width(x) * self.width(x.across)
+        for absent in self.absent:  # what stands in both stacks has one size
+            of_stack = Counter[Kind]()
+            for x in (x for x in self.family.linears if x.name not in absent):
+                of_stack[x.kind] += self.group_width(x) * self.width(x.across)
+            numel |= of_stack
         return numel
 
     def group_numel(self, kind: Kind) -> int:
@@ -222,7 +244,7 @@ class ModelShape:
         return shapes | dict(rest)
 
     def layer_parameters(self, layer: int) -> dict[str, tuple[int, ...]]:
-        prefix = f"model.layers.{layer}."
+        prefix = self.prefix(layer)
         shapes: dict[str, tuple[int, ...]] = {}
         for linear in self.linears(layer):
             out_features, in_features = self.linear_shape(layer, linear)
@@ -230,8 +252,9 @@ class ModelShape:
             if linear.name in self.biases:
                 shapes[f"{prefix}{linear.name}.bias"] = (out_features,)
         for companion in self.companions(layer):
-            rows = sum(self.part_sizes(layer, companion.parts))
-            shapes[f"{prefix}{companion.name}"] = (rows, *map(self.width, companion.across))
+            sizes = list(map(self.width, companion.across))
+            sizes.insert(companion.axis, sum(self.part_sizes(layer, companion.parts)))
+            shapes[f"{prefix}{companion.name}"] = tuple(sizes)
         return shapes | {f"{prefix}{name}": size for name, size in self.others(layer).items()}
 
     def pieces(self, fused: bool = False, transposed: bool = False) -> dict[str, Pieces]:
@@ -243,7 +266,7 @@ class ModelShape:
         """
         pieces: dict[str, Pieces] = {}
         for i, layer in enumerate(self.layers):
-            prefix, shapes = f"model.layers.{i}.", self.layer_parameters(i)
+            prefix, shapes = self.prefix(i), self.layer_parameters(i)
             for linear in (x for x in self.linears(i) if x.is_stack):
                 name, experts = f"{prefix}{linear.name}.weight", layer[linear.kind]
                 rows, columns = shapes[name]
@@ -262,7 +285,7 @@ class ModelShape:
     def keep_fp32(self) -> frozenset[str]:
         """Names of the parameters that are fp32 in every model."""
         layers = range(len(self.layers))
-        return frozenset(f"model.layers.{i}.{x.name}" for i in layers for x in self.companions(i) if x.keep_fp32)
+        return frozenset(f"{self.prefix(i)}{x.name}" for i in layers for x in self.companions(i) if x.keep_fp32)
 
     def parts_of(self, kind: Kind) -> int:
         """Counts the equal ranges of a layer's groups that must lose the same number each."""
@@ -293,6 +316,7 @@ class ModelShape:
             whole={n: self.whole.get(i, {}) for n, i in enumerate(layers)},
             layer_others={n: self.others(i) for n, i in enumerate(layers)},
             doubled=frozenset(n for n, i in enumerate(layers) if i in self.doubled),
+            encoder_layers=sum(i < self.encoder_layers for i in layers),
         )
 
     def exported(self) -> "ModelShape":
@@ -301,10 +325,11 @@ class ModelShape:
 
     def exported_name(self, name: str) -> str:
         """Returns the name of a parameter in an export."""
-        if not name.startswith("model.layers."):
+        path = f"{self.family.stacks[0].path}."
+        if len(self.present) == len(self.layers) or not name.startswith(path):
             return name
-        _, _, layer, inside = name.split(".", 3)
-        return f"model.layers.{self.present.index(int(layer))}.{inside}"
+        layer, inside = name.removeprefix(path).split(".", 1)
+        return f"{path}{self.present.index(int(layer))}.{inside}"
 
     def without(self, layers: Collection[int]) -> "ModelShape":
         """Returns the shape after some layers were dropped."""
@@ -317,14 +342,28 @@ class ModelShape:
 
         def others(i: int) -> Sizes:
             cut, every = bare.layer_parameters(i), self.layer_parameters(i)
-            return {name.removeprefix(f"model.layers.{i}."): every[name] for name in every if name not in cut}
+            return {name.removeprefix(self.prefix(i)): every[name] for name in every if name not in cut}
 
         return replace(bare, layer_others={i: others(i) for i in range(len(self.layers))})
 
     @property
     def is_uniform(self) -> bool:
         """True if all layers with groups of a kind have the same number, so that a stock model class can hold them."""
-        return all(len({layer[kind] for layer in self.counted} - {0}) <= 1 for kind in self.kinds)
+        counts = defaultdict[Kind, set[int]](set)
+        for kind in self.kinds:
+            counts[self.family.as_many.get(kind, kind)] |= {layer[kind] for layer in self.counted} - {0}
+        return all(len(found) <= 1 for found in counts.values())
+
+    @property
+    def shares_bias(self) -> bool:
+        """True while the layers of a stack have the one bias of the source, so that its class can hold them."""
+        return self.shared_heads > 0 and self.is_uniform and self.layers[0]["heads"] == self.shared_heads
+
+    @property
+    def shared_tensors(self) -> dict[str, str]:
+        """Maps names of parameters to the one of their stack that files hold for all."""
+        bias, stacks = self.family.shared_bias, self.stacks if self.shares_bias else []
+        return {f"{self.prefix(i)}{bias}": f"{self.prefix(x[0])}{bias}" for x in stacks for i in x[1:]}
 
 
 def group_indices(groups: Tensor, width: int) -> Tensor:

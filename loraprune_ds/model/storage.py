@@ -43,7 +43,7 @@ class FrozenStorage:
     def stored(self, shape: ModelShape, element_size: int, layer: int | None = None) -> dict[str, StoredTensor]:
         """Returns the frozen tensors that ZeRO-3 shards, by name, of a layer or of all."""
         layers = range(len(shape.layers)) if layer is None else [layer]
-        formats = {f"model.layers.{i}.{x.name}.{WEIGHT}": self.format_of(shape, x) for i, x in shape.linear_ids(layers)}
+        formats = {f"{shape.prefix(i)}{x.name}.{WEIGHT}": self.format_of(shape, x) for i, x in shape.linear_ids(layers)}
         stored, keep_fp32 = dict[str, StoredTensor](), shape.keep_fp32
         for name, size in (shape.parameters() if layer is None else shape.layer_parameters(layer)).items():
             if name in formats:
@@ -74,7 +74,7 @@ class FrozenStorage:
                 yield f"{linear.name}.bias", kept, None
         for companion in shape.companions(layer):
             if companion.parts[0].kind in shape.cut_kinds(layer, keep):
-                yield companion.name, Slice(0, kept_of(companion.parts)), None
+                yield companion.name, Slice(companion.axis, kept_of(companion.parts)), None
 
 
 MODEL_DTYPE = FrozenStorage()

@@ -86,7 +86,8 @@ def in_files(
         name = shape.exported_name(name) if export else name
         return tower.name_on_disk(name) if tower else name
 
-    transposed = tower is not None and tower.config["model_type"] in TRANSPOSED
+    transposed, copies = tower is not None and tower.config["model_type"] in TRANSPOSED, shape.shared_tensors
+    tensors = {name: x for name, x in tensors.items() if not (export and name in copies)}
     return as_on_disk(tensors, shape.pieces(transposed=transposed), name_on_disk)
 
 

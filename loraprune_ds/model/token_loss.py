@@ -6,7 +6,7 @@ pass only scales it. Logits are computed once, and the frozen head is gathered o
 """
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,49 @@ def supervised_positions(labels: Tensor) -> Tensor:
     is_supervised = torch.zeros_like(labels, dtype=torch.bool)
     is_supervised[:, :-1] = labels[:, 1:] != IGNORE_INDEX
     return is_supervised.flatten().nonzero().flatten()
+
+
+class SplitRows(NamedTuple):
+    """Holds rows of source, start and target for an encoder and its decoder, which reads start and target."""
+
+    source: Tensor  # (batch, longest source) ids
+    source_mask: Tensor  # False at padding
+    target: Tensor  # (batch, longest target) ids: the start, then the target without its last token
+    target_mask: Tensor
+    places: Tensor  # (batch · window,) int64: for each place of a row the flat one in `target`, if it is there
+
+
+def split_rows(input_ids: Tensor, labels: Tensor) -> SplitRows:
+    """Splits rows (batch, window). The first label that counts tells where the target begins, behind its start."""
+    learnt, window = (labels != IGNORE_INDEX).int(), torch.arange(labels.shape[1], device=labels.device)
+    starts, ends = learnt.argmax(1, keepdim=True) - 1, window[-1] - learnt.flip(1).argmax(1, keepdim=True)
+    steps = window[: int((ends - starts).max())]
+    source_mask, target_mask = window[: int(starts.max())] < starts, steps < ends - starts
+    target = input_ids.gather(1, (starts + steps).clamp(max=window[-1]))
+    places = (window - starts).clamp(0, len(steps) - 1) + torch.arange(len(starts)).to(starts)[:, None] * len(steps)
+    source = input_ids[:, : source_mask.shape[1]]
+    return SplitRows(source * source_mask, source_mask, target * target_mask, target_mask, places.flatten())
+
+
+def final_hidden(
+    model: Any, input_ids: Tensor, labels: Tensor, rows: SplitRows | None = None, position_ids: Tensor | None = None
+) -> Tensor:
+    """Returns the hidden states (batch, window, hidden_size) that the head reads. Position t predicts label t + 1.
+
+    Args:
+        rows: `split_rows` for an encoder-decoder, if they are already known.
+    """
+    if not model.config.is_encoder_decoder:
+        decoded = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        return decoded.last_hidden_state
+    source, source_mask, target, _, places = rows or split_rows(input_ids, labels)
+    encoded = model.get_encoder()(input_ids=source, attention_mask=source_mask).last_hidden_state
+    decoded = model.get_decoder()(
+        input_ids=target, encoder_hidden_states=encoded, encoder_attention_mask=source_mask, use_cache=False
+    ).last_hidden_state
+    if getattr(model.config, "scale_decoder_outputs", False):  # not logits, which round otherwise in 16 bits
+        decoded = decoded * model.config.d_model**-0.5
+    return decoded.flatten(0, 1).index_select(0, places).view(*input_ids.shape, -1)
 
 
 def token_losses(
@@ -146,10 +189,9 @@ class LossHead(nn.Linear):
 
 
 class TokenLosses:
-    """Precedes a stock causal LM as a base class. Its forward returns token losses for labels."""
+    """Precedes a stock language model as a base class. Its forward returns token losses for labels."""
 
-    model: nn.Module
-    lm_head: nn.Module
+    lm_head: nn.Module | None
 
     def forward(
         self,
@@ -158,17 +200,18 @@ class TokenLosses:
         distillation: Distillation | None = None,
         supervised: Tensor | None = None,
         position_ids: Tensor | None = None,
+        rows: SplitRows | None = None,
         **settings: Any,
     ) -> Any:
-        """Returns losses (batch, window - 1) fp32 for labels (batch, window).
+        """Returns losses (batch, window - 1) fp32 for labels (batch, window). Without a head, `final_hidden`.
 
         A new text begins where `position_ids` (batch, window) start again. Attention does not reach across texts.
         """
         if labels is None:
             settings["position_ids"] = position_ids
             return super().forward(input_ids=input_ids, **settings)  # type: ignore[misc]  # the stock model's
-        decoded = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return self.lm_head(decoded.last_hidden_state, labels, distillation, supervised)
+        hidden = final_hidden(self, input_ids, labels, rows, position_ids)
+        return hidden if self.lm_head is None else self.lm_head(hidden, labels, distillation, supervised)
 
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -> PreTrainedModel:

@@ -1,7 +1,8 @@
 """Loads the tokenizer of a pretrained model, old or new."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
@@ -33,11 +34,55 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def window_start(tokenizer: PreTrainedTokenizerBase, family: Family) -> int | None:
-    """Returns the id that replaces the first token of each window, which nothing predicts, or None."""
-    start = tokenizer.bos_token_id if family.windows_begin_with_bos else None
-    assert start is None or isinstance(start, int)
-    return start
+class Starts(NamedTuple):
+    """Names ids that a model wants at the start of a text, and that its tokenizer does not put there."""
+
+    window: int | None = None  # replaces the first token of each window, which nothing predicts
+    target: int | None = None  # precedes what a decoder writes after its encoder. None: there is no encoder
+
+
+def text_starts(tokenizer: PreTrainedTokenizerBase, family: Family, config: dict[str, Any]) -> Starts:
+    bos = tokenizer.bos_token_id
+    assert bos is None or isinstance(bos, int)
+    target = target_start(config) if len(family.stacks) > 1 else None
+    return Starts(bos if family.windows_begin_with_bos else None, target)
+
+
+def target_start(config: dict[str, Any]) -> int:
+    """Returns what a decoder reads before its first token: padding, if no other token is named."""
+    named = (config.get(name) for name in ("decoder_start_token_id", "pad_token_id"))
+    return next((token for token in named if token is not None), 0)
+
+
+def tokenize_pairs(
+    pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, start: int | None
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields the ids of each prompt and of its answer with EOS. They are tokenised apart, so none lies in both.
+
+    An encoder reads the EOS of its prompt, and the `start` of what the decoder writes follows.
+    """
+    eos = eos_id(tokenizer)
+    prompts = token_ids([prompt for prompt, _ in pairs], tokenizer, special=True)
+    answers = token_ids([answer for _, answer in pairs], tokenizer, special=False)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if start is not None:
+            prompt = [*prompt, start]
+        elif eos is not None and prompt[-1:] == [eos]:  # the tokenizer has added EOS
+            prompt = prompt[:-1]
+        if eos is not None and answer and answer[-1] != eos:  # which a chat template may have added
+            answer = [*answer, eos]
+        yield prompt, answer
+
+
+def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[list[int]]:
+    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
+    return encoded["input_ids"]  # pyright: ignore[reportReturnType]
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    eos = tokenizer.eos_token_id
+    assert eos is None or isinstance(eos, int)
+    return eos
 
 
 def begin_with(windows: Tensor, start: int | None) -> Tensor:

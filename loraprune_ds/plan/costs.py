@@ -55,8 +55,10 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
     if measures and others and (measured := request.measured(shape)):
         moments = 8 + 4 * micro * sum(numel_sent(shape.linear_shape(i, x)[1]) for i, x in measured)
     weights = _gathers(request, request.stored(shape), passes_of_weights(request, shape) * micro, lora)
-    for term, sent in _gathers(request, request.taught, micro).items():
-        weights[term] += sent
+    embedding = request.stored(shape)[:1] if shape.encoder_layers else []  # a decoder reads it after its encoder
+    for again, passes in ((request.taught, micro), (embedding, (1 + bool(request.taught)) * micro)):
+        for term, sent in _gathers(request, again, passes).items():
+            weights[term] += sent
     return {**weights, "lora_gradients": 4 * micro * lora * others, "scoring": scoring, "input_moments": moments}
 
 
@@ -123,4 +125,4 @@ def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> flo
         per_token += sum(2 * numel_sent(shape.linear_shape(i, x)[1]) for i, x in request.measured(shape))
     if request.taught:
         per_token += 2 * flops.active_numel(request.shape) + 2 * _attention_product(request, request.shape)
-    return per_token
+    return per_token / len(shape.stacks)  # a token is in one of them

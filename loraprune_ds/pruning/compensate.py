@@ -46,9 +46,9 @@ class Compensator:
         self._records = self._schedule.precedes_cut(step, self._config.compensate_steps)
         return self.moments.record_step() if self._records else nullcontext()
 
-    def record_forward(self, attention_mask: Tensor | None) -> AbstractContextManager[None]:
-        """Records one micro-batch; `attention_mask` (batch, window) is False at padding."""
-        return self.moments.record_forward(attention_mask) if self._records else nullcontext()
+    def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
+        """Records one micro-batch. The mask of each stack, (batch, window), is False at padding."""
+        return self.moments.record_forward(*masks) if self._records else nullcontext()
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
         """Refits the weights that will lose inputs in the cut to `keep`, just before it. Collective."""
@@ -179,7 +179,7 @@ class InputMoments(ForwardRecorder):
         if not self._active:
             return
         x = inputs.detach()
-        rows = self._of_tokens(x).float()  # (tokens, n)
+        rows = self._of_tokens(x, self._model.shape.stack(linear_id.layer)).float()  # (tokens, n)
         if linear_id == self._linear_ids[0]:
             self._own_tokens += len(rows)
         with tf32_for_halves(x.dtype, x.device):

@@ -94,9 +94,11 @@ class Limits:
 
     def narrowest(self, bounds: Bounds) -> Iterator[LayerShape]:
         """Yields for each count of heads the equal counts of all open layers with the fewest channels (or experts)."""
-        (least, most), coarse = bounds, self.dense.kinds[:-1]
+        (least, most), as_many = bounds, self.dense.family.as_many
+        coarse = [kind for kind in self.dense.kinds[:-1] if kind not in as_many]
         for counts in product(*(range(least[kind], most[kind] + 1, self.multiples[kind]) for kind in coarse)):
-            yield LayerShape({**least, **dict(zip(coarse, counts, strict=True))})
+            found = {**least, **dict(zip(coarse, counts, strict=True))}
+            yield LayerShape(found | {kind: min(found[other], most[kind]) for kind, other in as_many.items()})
 
     def _widest(self, layers: Sequence[LayerShape]) -> LayerShape:
         times = self.dense.times
@@ -113,9 +115,10 @@ class Limits:
 
 def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     """Makes the limits that do not depend on the ratio. All kinds lose the same part of their parameters."""
-    count = len(dense.layers)
-    first = -(-count // 10) if config.protected_first is None else config.protected_first
-    protected = {i for i in range(count) if i < first or i >= count - config.protected_last}
+    count, protected = len(dense.layers), set[int]()
+    for stack in dense.stacks:
+        first = -(-len(stack) // 10) if config.protected_first is None else config.protected_first
+        protected |= {*stack[:first], *stack[max(0, len(stack) - config.protected_last) :]}
     if config.ranking == "uniform" and dense.experts_per_token:  # only runs of before have no LoRA in dense MLPs
         protected |= {i for i, layer in enumerate(dense.layers) if not layer["experts"] and not dense.whole.get(i)}
     if len(protected) == count:
@@ -166,7 +169,7 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
             keys = f"prune.channel_multiple {config.channel_multiple}"
             keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
             raise UserError(f"{keys} needs at least {multiple} channels, and layer {i} has {layer['channels']}")
-    multiples = {"heads": servers, "delta": servers, "channels": multiple}
+    multiples = {"heads": servers, "cross_heads": servers, "delta": servers, "channels": multiple}
     return {kind: multiples.get(kind, dense.parts_of(kind)) for kind in dense.kinds}
 
 

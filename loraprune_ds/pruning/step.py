@@ -100,11 +100,11 @@ class Pruner:
             yield
 
     @contextmanager
-    def record_forward(self, attention_mask: Tensor | None) -> Generator[None]:
-        """Records one micro-batch, around its forward pass alone. The mask is (batch, window), False at padding."""
+    def record_forward(self, *masks: Tensor | None) -> Generator[None]:
+        """Records one micro-batch, around its forward pass alone. Each stack has a mask (batch, window)."""
         with ExitStack() as recordings:
             for recorder in filter(None, (self.compensator, self.influence)):
-                recordings.enter_context(recorder.record_forward(attention_mask))
+                recordings.enter_context(recorder.record_forward(*masks))
             yield
 
     def score(self, step: int) -> None:

@@ -41,20 +41,20 @@ class ForwardRecorder:
 
     def __init__(self) -> None:
         self._active = False
-        self._attention_mask: Tensor | None = None
+        self._masks: tuple[Tensor | None, ...] = ()
 
     @contextmanager
-    def record_forward(self, attention_mask: Tensor | None) -> Generator[None]:
+    def record_forward(self, *masks: Tensor | None) -> Generator[None]:
         """Records one micro-batch. Close it before the backward pass, which may run the forward again."""
-        self._active, self._attention_mask = True, attention_mask
+        self._active, self._masks = True, masks
         try:
             yield
         finally:
-            self._active, self._attention_mask = False, None
+            self._active, self._masks = False, ()
 
-    def _of_tokens(self, values: Tensor) -> Tensor:
-        """Returns (tokens, ...) of the text in values, (batch, window, ...)."""
-        mask = self._attention_mask
+    def _of_tokens(self, values: Tensor, stack: int = 0) -> Tensor:
+        """Returns (tokens, ...) of the text in values, (batch, window, ...), of a layer in this stack."""
+        mask = self._masks[stack]
         return values.flatten(0, 1) if mask is None else values[mask.to(values.device)]
 
 

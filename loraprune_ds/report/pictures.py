@@ -49,6 +49,7 @@ PANELS: dict[Kind, tuple[str, str]] = {
     "channels": ("MLP channels", ORANGE),
     "experts": ("Experts", ORANGE),
     "delta": ("Heads of delta nets", BLUE),
+    "cross_heads": ("Cross-attention heads", BLUE),
 }
 
 

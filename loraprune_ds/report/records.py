@@ -53,6 +53,7 @@ class CutRecord:
     channels: list[int] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
     delta: list[int] = field(default_factory=list)
+    cross_heads: list[int] = field(default_factory=list)
 
 
 def cut_line(cut: CutRecord) -> str:

@@ -20,7 +20,7 @@ from loraprune_ds.model.flops import cached_numel
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.report.records import History, StepRecord
 
-KINDS = ("heads", "channels", "experts", "delta")  # which a cut record counts per layer
+KINDS = ("heads", "channels", "experts", "delta", "cross_heads")  # which a cut record counts per layer
 QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
 CHECKOUT = Path(__file__).resolve().parents[2]  # if this is one
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "loraprune_ds")

@@ -65,7 +65,7 @@ def make_card(context: RunContext, pruned: ModelShape, step: int, measured: Eval
         prepared.pretrained.shape,
         pruned,
         steps=step,
-        windows=len(prepared.windows),
+        windows=sum(len(ids) for ids, _ in prepared.held_out),
         perplexity_dense=history.perplexity("dense"),
         perplexity_pruned=history.perplexity(measured),
     )

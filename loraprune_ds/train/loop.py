@@ -5,11 +5,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from loraprune_ds.checkpoint.layout import RunTotals
 from loraprune_ds.checkpoint.load import read_moments
-from loraprune_ds.evaluate.perplexity import measure_perplexity
+from loraprune_ds.evaluate.perplexity import Labelled, measure_perplexity
 from loraprune_ds.files import finite
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import EvaluationName, EvaluationRecord
@@ -98,17 +96,16 @@ class TrainingLoop:
         self._checkpoints.drop_old(self.model.comm, step)
 
     def _evaluate(self, step: int, name: EvaluationName) -> None:
-        windows, batch_size = self.prepared.windows, self.config.evaluate.batch_size
-        record = measure_held_out(self.engine.infer, windows, batch_size, self.model.comm, step=step, name=name)
+        batches, comm = self.prepared.held_out, self.model.comm
+        record = measure_held_out(self.engine.infer, batches, comm, step=step, name=name)
         self.recorder.write(record)
         measured = "perplexity_dense" if name == "dense" else "perplexity"
         self._totals = replace(self._totals, **{measured: finite(record.perplexity)})
 
 
 def measure_held_out(
-    infer: Callable[..., Any], windows: Tensor, batch_size: int, comm: Communicator, *, step: int, name: EvaluationName
+    infer: Callable[..., Any], batches: list[Labelled], comm: Communicator, *, step: int, name: EvaluationName
 ) -> EvaluationRecord:
-    """Measures perplexity on windows (count, length). No random number or training state changes. Collective."""
-    batches = windows.split(batch_size)
+    """Measures held-out perplexity. Draws no random numbers and changes no training state. Collective."""
     result = measure_perplexity(lambda ids, labels: infer(input_ids=ids, labels=labels), batches, comm)
     return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)

@@ -5,21 +5,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import require
-from loraprune_ds.evaluate.perplexity import split_windows
+from loraprune_ds.evaluate.perplexity import Labelled, split_batches
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter
-from loraprune_ds.model.classes import check_flash_attention, describe_attention
+from loraprune_ds.model.classes import check_flash_attention, config_object, describe_attention
 from loraprune_ds.model.exported_config import NEXT_TOKENS
 from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.text_part import MTP, check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
-from loraprune_ds.model.tokenizer import load_tokenizer, window_start
+from loraprune_ds.model.tokenizer import load_tokenizer, text_starts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, make_limits, resolve
 from loraprune_ds.report.reporters import check_installed
@@ -41,7 +39,7 @@ class Prepared:
     pretrained: PretrainedModel
     samples: Samples
     order: SampleOrder
-    windows: Tensor  # (windows, evaluate.window) token ids of the held-out text
+    held_out: list[Labelled]  # batches of the held-out text
     pruning_steps: int  # without recoveries
     pruning: PruningPlan
     ds_config: dict[str, Any]  # with every "auto" replaced
@@ -101,20 +99,21 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     tokenizer = load_tokenizer(pretrained.folder)
     positions = pretrained.config.get("max_position_embeddings")
     check_prompts(config.evaluate.after, tokenizer, model.path, positions)
-    start = window_start(tokenizer, shape.family)
+    starts = text_starts(tokenizer, shape.family, pretrained.config)
     global_batch_size, vocab_size = train.global_batch_size, shape.vocab_size
-    loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, start=start)
+    loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, starts=starts)
     lengths = loaded.samples.lengths() if train.group_by_length else None
     order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
     pruning_steps = train.steps or steps_for_epochs(train.epochs or 1, loaded.epoch_length, global_batch_size)
     pruning = plan_pruning(config.prune, limits, pruning_steps, config.recovery)
     train.check_warmup(pruning.schedule.cycles()[0])
+    window, most, batch_size = config.evaluate.window, config.evaluate.max_windows, config.evaluate.batch_size
     return Prepared(
         config=config,
         pretrained=pretrained,
         samples=loaded.samples,
         order=order,
-        windows=split_windows(loaded.held_out, tokenizer, config.evaluate.window, config.evaluate.max_windows, start),
+        held_out=split_batches(loaded.held_out, tokenizer, window, most, starts, batch_size),
         pruning_steps=pruning_steps,
         pruning=pruning,
         ds_config=ds_config,
@@ -151,6 +150,8 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
         lines.append(f"exports each size on the way: {sizes}")
     if attention := describe_attention(config.model.attn_implementation, dense.family):
         lines.append(attention)
+    changed = dense.family.changed_in_memory(config_object(prepared.pretrained.config))
+    lines += [f"config.json's {name} {value} is {dense.family.in_memory[name]} here" for name, value in changed.items()]
     if prepared.pretrained.tower:
         lines.append("only the text part is tuned and cut. The vision tower comes along, which needs equal layers")
     if prepared.pretrained.config.get(NEXT_TOKENS):
@@ -162,7 +163,8 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
     if config.train.distill_weight and config.model.adapter:
         lines.append("the teacher is model.path without model.adapter; merge the adapter first to keep it")
     if left_out := prepared.samples.left_out:
-        lines.append(f"{left_out:,} rows have no answer within data.window {config.data.window}: left out")
+        such = f"such as {prepared.samples.first_left_out}"
+        lines.append(f"{left_out:,} rows have no answer within data.window {config.data.window}, {such}: left out")
     if world_size == 1:
         lines.append("world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)")
     return "\n".join(lines)

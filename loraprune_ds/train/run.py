@@ -146,8 +146,8 @@ def _evaluate_exported(staging: Path, context: RunContext) -> EvaluationRecord:
     config, prepared, comm = context.config, context.prepared, context.comm
     # Every rank opens it: if one cannot, output_dir is not shared.
     pretrained = comm.all_or_raise(lambda: open_pretrained(staging))
-    model, batch_size = config.model, config.evaluate.batch_size
+    model = config.model
     engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config)
-    record = measure_held_out(engine, prepared.windows, batch_size, comm, step=prepared.steps, name="pruned")
+    record = measure_held_out(engine, prepared.held_out, comm, step=prepared.steps, name="pruned")
     release(engine)  # `evaluate.after` needs the room
     return record

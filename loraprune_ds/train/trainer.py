@@ -13,7 +13,7 @@ from loraprune_ds.errors import fail_point
 from loraprune_ds.model.flops import needed_flops_per_token
 from loraprune_ds.model.logits import Distillation
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.token_loss import supervised_positions
+from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import CutRecord, StepRecord
 from loraprune_ds.train.data.samples import BatchOrder, Samples, rank_micro_batches, seed_dropout
@@ -97,10 +97,8 @@ class Teacher:
     @torch.no_grad()
     def distillation(self, inputs: dict[str, Any]) -> Distillation:
         """Makes one forward pass. Returns the final hidden states of the supervised tokens. Collective."""
-        positions = inputs.get("position_ids")
-        decoded = self.engine(input_ids=inputs["input_ids"], position_ids=positions, use_cache=False)
-        rows = decoded.last_hidden_state.flatten(0, 1).index_select(0, inputs["supervised"])
-        return Distillation(rows, self._weight, self._temperature)
+        hidden = self.engine(**inputs).flatten(0, 1).index_select(0, inputs["supervised"])
+        return Distillation(hidden, self._weight, self._temperature)
 
     def release(self) -> None:
         release(self.engine)
@@ -173,8 +171,9 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for number, indices in micro_batches:
             seed_dropout(self._seed, step, number)
-            with self.pruner.record_forward(self.samples.attention_mask(indices)):
-                loss = engine.forward(**self._inputs(indices)).sum()
+            inputs, masks = self._inputs(indices)
+            with self.pruner.record_forward(*masks):
+                loss = engine.forward(**inputs).sum()
             fail_point("forward")
             total += loss.detach()
             engine.backward(loss * (world_size / supervised))  # ZeRO-3 averages gradients over the ranks
@@ -184,11 +183,15 @@ class Trainer:
                 engine.end_micro_batch()
         return total
 
-    def _inputs(self, indices: Tensor) -> dict[str, Any]:
-        """Copies these samples to the device without waiting for it."""
+    def _inputs(self, indices: Tensor) -> tuple[dict[str, Any], Sequence[Tensor | None]]:
+        """Copies these samples to the device without waiting for it. And returns the mask of each stack."""
         inputs: dict[str, Any] = self.samples.inputs(indices)
+        rows = split_rows(**inputs) if self.model.shape.encoder_layers else None
         inputs["supervised"] = supervised_positions(inputs["labels"])
         inputs = {name: to_device(tensor) for name, tensor in inputs.items()}
+        masks = [self.samples.attention_mask(indices)]
+        if rows is not None:
+            inputs["rows"], masks = rows._make(map(to_device, rows)), [rows.source_mask, rows.target_mask]
         if self._teacher is not None:
             inputs["distillation"] = self._teacher.distillation(inputs)
-        return inputs
+        return inputs, masks

@@ -125,7 +125,8 @@ def build_training_engine(
         if train.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         _gather_as_one(peft_model, pretrained.shape)
-        differentiate_input(decoder_layers(peft_model)[0])
+        for stack in pretrained.shape.stacks:
+            differentiate_input(decoder_layers(peft_model)[stack[0]])
         optimizer = AdamW(
             [p for p in peft_model.parameters() if p.requires_grad],
             lr=train.learning_rate,
@@ -143,12 +144,11 @@ def build_training_engine(
 def build_inference_engine(
     pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any], *, head: bool = True
 ) -> Any:
-    """Builds the sharded model without an optimizer. Without `head` it returns the decoder's outputs. Collective."""
+    """Builds the sharded model without an optimizer. Without `head` it returns `final_hidden`. Collective."""
     with quiet_stdout():
         model = _sharded_base(pretrained, attn_implementation, dtype, ds_config, head=head)
         _gather_as_one(model, pretrained.shape)
-        root = model if head else model.model
-        engine, *_ = deepspeed.initialize(model=root, config=ds_config, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
     decide_releases(cast(Any, engine.optimizer).get_param_coordinator())
     engine.eval()
     return engine
@@ -166,7 +166,7 @@ def _sharded_base(
     comm = Communicator()
     model: Any = build_for_losses(pretrained, attn_implementation)
     if not head:
-        del model.lm_head
+        model.lm_head = None
     # A single rank may find a weight that int8 cannot hold.
     comm.all_or_raise(lambda: shard_at_birth(model, pretrained.weights.read_stored, ds_config, DTYPES[dtype], comm))
     return model

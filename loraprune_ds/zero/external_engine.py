@@ -94,7 +94,7 @@ def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat)
         for linear in shape.linears(index):
             name = f"{linear.name}.weight"
             parameter: Any = base_parameter(layer, name)
-            full_name = f"model.layers.{index}.{name}"
+            full_name = f"{shape.prefix(index)}{name}"
             if hasattr(parameter, "ds_tensor"):
                 start, end = owned_range(parameter.ds_numel, comm.world_size, comm.rank)
                 flat = read_flat(full_name, start, end, parameter.dtype)

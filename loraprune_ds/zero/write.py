@@ -113,7 +113,7 @@ def _file_tensors(
     shape, owner, keep_fp32, tensors = model.shape, model.owner(k), model.shape.keep_fp32, dict[str, Tensor]()
     if k < len(shape.present):
         layer = shape.present[k]
-        parent, prefix = model.layers[layer], f"model.layers.{layer}."
+        parent, prefix = model.layers[layer], shape.prefix(layer)
         for linear in shape.linears(layer):
             collected = collect_linear(lora_linear(parent, linear), owner, model.comm)
             if collected is not None:

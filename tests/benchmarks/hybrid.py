@@ -12,9 +12,7 @@ start makes only the missing runs.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 import json
-import math
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,10 @@ from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5Tex
 
 from loraprune_ds.files import read_json, write_text
 from loraprune_ds.model.embedded import embedded_text
-from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin, run_quickstart
+from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin, run_quickstart, train_for
 
 RESULT = RESULTS / "hybrid.json"
-VOCABULARY, WINDOW, BATCH, LEARNING_RATE, WARMUP = 4096, 128, 16, 1.5e-3, 50
+VOCABULARY, WINDOW, BATCH, LEARNING_RATE = 4096, 128, 16, 1.5e-3
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 320, "intermediate_size": 896, "head_dim": 64}
 SIZES |= {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
 SIZES |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 4}
@@ -40,7 +38,7 @@ ONCE: dict[str, list[str]] = {"no heads": ["prune.head_ratio=0"], "half of the h
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=30, help="of training the dense model")
+    parser.add_argument("--minutes", type=float, default=30, help="of CPU time to train the dense model")
     parser.add_argument("--steps", type=int, default=80, help="of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ranks", type=int, default=2)
@@ -90,20 +88,12 @@ def train_dense(text: Path, work: Path, seconds: float) -> None:
     ids, unseen = (torch.tensor(tokenizer(content, verbose=False)["input_ids"]) for content in (training, held_out))
     torch.manual_seed(0)
     model: Any = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**SIZES))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    start, step, part = time.monotonic(), 0, 0.0
-    while part < 1:
-        rate = LEARNING_RATE * min(1, (step + 1) / WARMUP) * (0.05 + 0.95 * (1 + math.cos(math.pi * part)) / 2)
-        optimizer.param_groups[0]["lr"] = rate
+
+    def loss_of_step() -> Tensor:
         starts = torch.randint(len(ids) - WINDOW, (BATCH, 1))
-        loss = loss_of(model, ids[starts + torch.arange(WINDOW)])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step, part = step + 1, (time.monotonic() - start) / seconds
-        if step % 50 == 0 or part >= 1:
-            print(f"dense step {step}: loss {loss.item():.3f}", file=sys.stderr, flush=True)
+        return loss_of(model, ids[starts + torch.arange(WINDOW)])
+
+    train_for(seconds, model, loss_of_step, LEARNING_RATE, 0.1)
     with torch.no_grad():
         windows = unseen[: len(unseen) // WINDOW * WINDOW].view(-1, WINDOW)[:64]
         print(f"held-out loss {loss_of(model, windows).item():.3f}", file=sys.stderr, flush=True)

@@ -23,6 +23,7 @@ from tests.hf.trainers import (
     resume_without_the_callback,
     stop_early,
     train_alone,
+    train_pairs_with_callback,
     train_with_callback,
 )
 from tests.integration.resuming import assert_equal_tensors
@@ -87,6 +88,26 @@ def test_a_hybrid_is_cut_as_by_our_own_trainer(ranks: RankPool, tmp_path: Path) 
     job, _ = family_job(tmp_path, "qwen3_5_text", prune, steps=callback_run.STEPS, max_grad_norm=0.5)
     rows = ranks.run(2, train_with_callback, job, tmp_path / "out", {"save_strategy": "no"})[0][0]
     assert_same_course(rows[:8], ranks.run(2, train_alone, job)[0][:8], cuts=2)
+
+
+def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(ranks: RankPool, tmp_path: Path) -> None:
+    """Sources and targets have many lengths, and no padding may reach a refit."""
+    job, _ = family_job(tmp_path, "t5", REFIT | {"protected_first": 0, "protected_last": 0}, steps=6, max_grad_norm=0.5)
+    for ids, labels in job.batches:
+        for i, (row, wanted) in enumerate(zip(ids, labels, strict=True)):
+            start, end = 2 + i % 7, 16 - i % 4
+            row[start], row[end - 1], wanted[:] = 0, 2, -100  # 2 is EOS
+            wanted[start + 1 : end] = row[start + 1 : end]
+    rows = ranks.run(2, train_pairs_with_callback, job, tmp_path / "out")[0]
+    own = ranks.run(2, train_alone, job)[0]
+    for theirs, ours in zip(rows, own, strict=True):
+        ours["tokens"] = theirs["tokens"]  # a row of our own has a start, and the last token
+    assert_same_course(rows[:5], own[:5], cuts=3)  # rounding adds up: the next norm has five digits in common
+    assert rows[5]["loss"] == pytest.approx(own[5]["loss"], rel=1e-6)
+    counted = job.batches[0][1] != -100
+    assert rows[0]["tokens"] == int(counted.int().argmax(1).sum() - len(counted) + counted.sum())
+    pruned, dense = (open_pretrained(folder).shape for folder in (tmp_path / "out" / "model", job.folder))
+    assert pruned.total_numel() < dense.total_numel()
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,22 @@ from unittest.mock import patch
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.trainer.utils import use_adapter
 
-from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names
+from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names, unshare_bias
 from loraprune_ds.files import read_json
 from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
@@ -59,6 +69,30 @@ class Rows(Dataset):
         return {"input_ids": ids, "labels": self.labels[i], "attention_mask": torch.ones_like(ids)}
 
 
+class Pairs(Rows):
+    """The samples of an encoder-decoder's job, as its users have them."""
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        first, *_, last = (self.labels[i] != -100).nonzero().flatten().tolist()
+        return {"source": self.input_ids[i][: first - 1], "target": self.labels[i][first : last + 1]}
+
+
+def pad_pairs(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Pads as transformers' DataCollatorForSeq2Seq does."""
+    padded = (
+        pad_sequence([item[name] for item in items], True, value) for name, value in (("source", 0), ("target", -100))
+    )
+    ids, labels = padded
+    start = torch.zeros_like(labels[:, :1])
+    read = torch.cat([start, labels[:, :-1].clamp(min=0)], 1)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels, "decoder_input_ids": read}
+
+
+def loss_of_batch(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """Divides by the tokens of the batch. T5's own loss is the mean over a micro-batch."""
+    return cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
+
+
 @dataclass(frozen=True)
 class Setup:
     """Describes a user's Trainer apart from the callback.
@@ -91,6 +125,10 @@ class InOrder(Trainer):
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
+
+
+class PairsInOrder(Seq2SeqTrainer):
+    _get_train_sampler = InOrder._get_train_sampler  # pyright: ignore[reportAssignmentType]
 
 
 def kept_groups(kept: list[LayerKeep]) -> list[tuple[list[int], ...]]:
@@ -131,7 +169,7 @@ class Watch(TrainerCallback):
 
 def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
     size, world_size = len(job.batches[0][0]), torch.distributed.get_world_size()
-    return TrainingArguments(
+    return Seq2SeqTrainingArguments(
         output_dir=str(out),
         use_cpu=True,
         per_device_train_batch_size=job.micro_batch_size,
@@ -258,6 +296,26 @@ def train_with_callback(
             callback.save_base(out / "base", out / "adapter")
         model = callback.pruning.model
         return watch.rows, {name: gather_everywhere(model, p) for name, p in model.module.named_parameters()}
+
+
+def train_pairs_with_callback(job: Job, out: Path) -> list[dict[str, Any]]:
+    """Trains a T5 to the end, and saves it. Returns the rows."""
+    with fresh_accelerate():
+        base = unshare_bias(AutoModelForSeq2SeqLM.from_pretrained(job.folder))
+        model = PeftModel.from_pretrained(base, job.adapter, is_trainable=True)
+        callback = LoraPruneCallback(PruneConfig(**job.prune))
+        watch = Watch(callback)
+        trainer = PairsInOrder(
+            model=model,
+            args=arguments(job, out, remove_unused_columns=False),
+            train_dataset=Pairs(job),
+            data_collator=pad_pairs,
+            compute_loss_func=loss_of_batch,
+            callbacks=[callback, watch],
+        )
+        trainer.train()
+        callback.save_model(out / "model")
+        return watch.rows
 
 
 def refusal(job: Job, out: Path, setup: Setup, section: str, settings: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from loraprune_ds.zero.comm import Communicator
-from tests.families import tiny_model
+from tests.families import is_seq2seq, tiny_model
 from tests.oracle.models import make_tiny_llama
 from tests.paper import PAPER
 
@@ -78,6 +78,13 @@ def write_family(folder: Path, family: str, **changes: Any) -> str:
     shutil.copytree(folder / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
     shutil.copy(folder / "source" / "tokenizer_config.json", source)
     tiny_model(family, seed=1, **changes).save_pretrained(source)
+    if is_seq2seq(family):  # to write the beginning of a line backwards
+        config, lines = folder / "config.yaml", (folder / "text.txt").read_text().splitlines()
+        rows = [json.dumps({"source": line[: 5 + i % 4], "target": line[4::-1]}) for i, line in enumerate(lines)]
+        (folder / "pairs.jsonl").write_text("\n".join(rows))
+        data = {"path": str(folder / "pairs.jsonl"), "format": "seq2seq"}
+        settings = yaml.safe_load(config.read_text())
+        config.write_text(yaml.safe_dump(settings | {"data": settings["data"] | data}))
     return f"model.path={source}"
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from loraprune_ds.model.family import FAMILIES
 from tests.families import EQUAL, SIZES
-from tests.family_cuts import FEW, MANY, PROMPT, Export, difference, export
+from tests.family_cuts import FEW, MANY, PROMPT, SOURCE, Export, difference, export
 from tests.stranger import OTHER_TRANSFORMERS, ask_stranger
 
 TOLERANCE = 1e-5  # of the logits' standard deviation: the same operations, possibly by other kernels
@@ -21,7 +21,7 @@ import json, sys
 import torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 def is_known(folder):
@@ -29,10 +29,16 @@ def is_known(folder):
     return family in CONFIG_MAPPING_NAMES
 
 def load(folder):
-    trust = "auto_map" in json.loads((Path(folder) / "config.json").read_text())
-    return AutoModelForCausalLM.from_pretrained(
+    config = json.loads((Path(folder) / "config.json").read_text())
+    trust, seq2seq = "auto_map" in config, config.get("is_encoder_decoder")
+    return (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(
         folder, dtype="auto", attn_implementation="eager", trust_remote_code=trust
     ).eval()
+
+def logits(model, prompt):
+    if model.config.is_encoder_decoder:
+        return model(tensors["source"], decoder_input_ids=prompt).logits
+    return model(prompt).logits
 
 def generate(model, prompt, use_cache):
     with_all = torch.ones_like(prompt)
@@ -41,13 +47,14 @@ def generate(model, prompt, use_cache):
 
 def report(folder, prompt):
     model = load(folder)
-    result = {"logits": model(prompt).logits}
+    result = {"logits": logits(model, prompt)}
     result["cached"], result["uncached"] = generate(model, prompt, True), generate(model, prompt, False)
     model.save_pretrained(folder + "_saved_again")
-    result["saved_again"] = load(folder + "_saved_again")(prompt).logits
+    result["saved_again"] = logits(load(folder + "_saved_again"), prompt)
     return {name: tensor.detach().contiguous() for name, tensor in result.items()}
 
-prompt = load_file(sys.argv[1])["prompt"]
+tensors = load_file(sys.argv[1])
+prompt = tensors["prompt"]
 for folder in sys.argv[2:]:
     save_file(report(folder, prompt) if is_known(folder) else {}, folder + ".safetensors")
 assert not any(name.partition(".")[0] == "loraprune_ds" for name in sys.modules)
@@ -68,7 +75,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Found:
             if OTHER_TRANSFORMERS and family in ALL_HEADS:
                 counts = [(SIZES["num_key_value_heads"], experts) for _, experts in counts]
             made[f"{family}-{name}"] = export(family, root / f"{family}-{name}", *counts)
-    save_file({"prompt": PROMPT}, root / "prompt.safetensors")
+    save_file({"prompt": PROMPT, "source": SOURCE.contiguous()}, root / "prompt.safetensors")
     ask_stranger(STRANGER, root / "prompt.safetensors", *(one.folder for one in made.values()), folder=root)
     return {name: (one, load_file(f"{one.folder}.safetensors")) for name, one in made.items()}
 

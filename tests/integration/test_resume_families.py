@@ -42,7 +42,7 @@ SECTIONS = {
     "checkpoint": {"every": None},
 }
 
-IN_CI = ("qwen2", "phi3", "olmo2", "mixtral", "qwen3_5_text", "qwen3_5_moe_text", "glm4_moe_lite", "gemma4_text")
+IN_CI = ("qwen2", "phi3", "olmo2", "mixtral", "qwen3_5_text", "qwen3_5_moe_text", "glm4_moe_lite", "gemma4_text", "t5")
 
 
 @pytest.mark.parametrize("family", families(*IN_CI))

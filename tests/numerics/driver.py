@@ -33,11 +33,12 @@ from loraprune_ds.zero.engine import build_training_engine
 from loraprune_ds.zero.flat import partition_numel
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.sharded import ShardedModel
-from tests.families import SIZES, tiny_model
+from tests.families import SIZES, is_seq2seq, tiny_model
 from tests.family_cuts import without
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.paper import PAPER
+from tests.unit.plain_training import in_peft
 from tests.zero_bytes import state_tensors
 
 Options = dict[str, Any]
@@ -97,8 +98,7 @@ class Consecutive:
 def write_adapter(folder: Path, lora: dict[str, Tensor], *, r: int, alpha: float) -> Path:
     """Writes the oracle's LoRA ("layers.{i}.{linear}.lora_A") as a PEFT adapter."""
     folder.mkdir(parents=True, exist_ok=True)
-    prefix = "base_model.model.model."
-    tensors = {f"{prefix}{name}.weight": tensor.contiguous() for name, tensor in lora.items()}
+    tensors = {f"{in_peft(name)}.weight": tensor.contiguous() for name, tensor in lora.items()}
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = sorted({name.split(".")[-2] for name in lora})
     config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": targets, "bias": "none"}
@@ -129,6 +129,10 @@ def family_job(
     lora = random_lora(source)
     adapter = write_adapter(folder / "adapter", in_file(lora, source), r=4, alpha=8)
     batches = make_batches(steps=steps, samples=12, tokens=16, vocab=SIZES["vocab_size"], seed=3)
+    if is_seq2seq(family):  # whose source has at least one token, and the start of the target comes before labels
+        batches = [
+            (ids, torch.cat([torch.full_like(labels[:, :2], -100), labels[:, 2:]], 1)) for ids, labels in batches
+        ]
     return Job(source, adapter, batches, prune, **settings), lora
 
 
@@ -137,8 +141,9 @@ def random_lora(folder: Path) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(2)
     lora: dict[str, Tensor] = {}
     for i, linear in shape.linear_ids():
+        name = f"{shape.prefix(i).removeprefix('model.')}{linear.name}.lora_"
         for factor, size in zip("AB", shape.lora_shapes(i, linear, 4), strict=True):
-            lora[f"layers.{i}.{linear.name}.lora_{factor}"] = torch.randn(size, generator=generator) * 0.2
+            lora[name + factor] = torch.randn(size, generator=generator) * 0.2
     return lora
 
 
@@ -146,7 +151,7 @@ def in_file(lora: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Returns LoRA as an adapter's file stores it, which is another layout for experts."""
     shape, found = open_pretrained(folder).shape, dict[str, Tensor]()
     for i in range(len(shape.layers)):
-        prefix = f"layers.{i}."
+        prefix = shape.prefix(i).removeprefix("model.")
         own = {name.removeprefix(prefix): factor for name, factor in lora.items() if name.startswith(prefix)}
         found |= {f"{prefix}{name}": factor for name, factor in as_in_peft(own, shape.linears(i)).items()}
     return found
@@ -303,7 +308,7 @@ def collect_into(outcome: Outcome, model: ShardedModel) -> None:
         if not parameter.requires_grad:
             outcome.frozen[name.removeprefix("base_model.model.").replace(".base_layer", "")] = whole
             continue
-        key = name.removeprefix("base_model.model.model.").removesuffix(".default.weight")
+        key = name.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".default.weight")
         outcome.lora[key] = whole
         outcome.masters[key] = gather_everywhere(model, parameter, state.shard(parameter, "master"))
         first, second = (gather_everywhere(model, parameter, state.shard(parameter, k)) for k in MOMENTS)

@@ -86,6 +86,7 @@ def test_linears_of_a_wide_model_are_gathered_one_by_one(ranks: RankPool, tmp_pa
         ("llama", 1, {"distilled": True}),
         ("phi3", 2, {"checkpointing": True, "criterion": "fisher", "distilled": True}),
         ("mixtral", 3, {"compensate": "least_squares", "head_ratio": 0.4}),
+        ("t5", 2, {"distilled": True, "compensate": "least_squares", "protected_first": 0}),
     ],
 )
 def test_ranks_hold_and_send_int8_weights_as_planned(

@@ -164,7 +164,7 @@ def train_and_measure(job: Job) -> tuple[Outcome, float]:
     outcome = run_steps(trainer, job)
     engine, comm = trainer.engine.deepspeed, trainer.model.comm
     engine.eval()
-    batches = torch.cat([ids for ids, _ in job.batches])[:7].split(2)
+    batches = [(ids, ids) for ids in torch.cat([ids for ids, _ in job.batches])[:7].split(2)]
     measured = measure_perplexity(lambda ids, labels: engine(input_ids=ids, labels=labels), batches, comm)
     return outcome, measured.perplexity
 

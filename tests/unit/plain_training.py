@@ -19,10 +19,10 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.pruning.target import make_limits
+from tests.family_cuts import reopened
 from tests.plain_model import PlainModel
 
 Batch = tuple[Tensor, Tensor]
-PREFIX = "base_model.model.model."
 
 
 def fresh_lora(shape: ModelShape, r: int = 2) -> dict[str, Tensor]:
@@ -35,17 +35,25 @@ def fresh_lora(shape: ModelShape, r: int = 2) -> dict[str, Tensor]:
     return lora
 
 
+def in_peft(name: str) -> str:
+    """Returns PEFT's name for one of the oracle's."""
+    return f"base_model.model.{'model.' * name.startswith('layers.')}{name}"
+
+
 def build_model(folder: Path, lora: dict[str, Tensor], *, alpha: float, dtype: torch.dtype) -> PeftModel:
     """The saved model with the oracle's adapter ("layers.{i}.{linear}.lora_A") in place of a fresh one."""
-    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    rank = next(iter(lora.values())).shape[0]
-    shape = open_pretrained(folder).shape
+    rank, source = next(iter(lora.values())).shape[0], open_pretrained(folder)
+    if (shape := source.shape).encoder_layers:
+        base: Any = reopened(source)
+        base.to(dtype)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     stack_experts(base)
     model = add_lora(base, shape, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0), seed=0)
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in lora.items():
-            named[f"{PREFIX}{name}.default.weight"].copy_(value)
+            named[f"{in_peft(name)}.default.weight"].copy_(value)
     return model
 
 
@@ -92,10 +100,15 @@ class PlainRun:
         """The loss of the global batch, micro-batch by micro-batch."""
         self.optimizer.zero_grad()
         supervised, total = int((batch[1][:, 1:] != -100).sum()), 0.0
-        for ids, targets in zip(*(t.split(self.micro_batch_size) for t in batch), strict=True):
-            with self.pruner.record_forward(None):
-                predictions = self.model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-            loss = cross_entropy(predictions, targets[:, 1:].flatten(), reduction="sum") / supervised
+        size = 1 if self.prunable.shape.encoder_layers else self.micro_batch_size
+        for ids, targets in zip(*(t.split(size) for t in batch), strict=True):
+            begin, inputs = 0, {"input_ids": ids}
+            if self.prunable.shape.encoder_layers:  # a sample of source and target
+                begin = int((targets[0] != -100).nonzero()[0]) - 1
+                inputs = {"input_ids": ids[:, :begin], "decoder_input_ids": ids[:, begin:]}
+            with self.pruner.record_forward(None, None):
+                predictions = self.model(**inputs).logits[:, :-1].flatten(0, 1)
+            loss = cross_entropy(predictions, targets[:, begin + 1 :].flatten(), reduction="sum") / supervised
             loss.backward()
             total += loss.item()
         self.losses.append(total)
@@ -125,5 +138,5 @@ class PlainRun:
         return {names[id(p)]: (s["exp_avg"], s["exp_avg_sq"]) for p, s in self.optimizer.state.items()}
 
     def _named(self) -> list[tuple[str, Tensor]]:
-        named = self.model.named_parameters()
-        return [(n.removeprefix(PREFIX).removesuffix(".default.weight"), p) for n, p in named if p.requires_grad]
+        named = ((n.removeprefix("base_model.model."), p) for n, p in self.model.named_parameters() if p.requires_grad)
+        return [(name.removeprefix("model.").removesuffix(".default.weight"), p) for name, p in named]

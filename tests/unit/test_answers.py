@@ -214,7 +214,7 @@ def answered(prompts: int, text: str = EVIL) -> dict[str, Any]:
         return {"path": f"{name}/<path>", "answers": {"chat_template": False, "closeness": closeness, **kinds}}
 
     plan = asdict(AnswerSettings("my.jsonl", "0", ()))
-    plan["prompts"] = [row | {"kind": "<i>chat</i>", "expected": text} for row in rows]
+    plan["prompts"] = [row | {"kind": "<i>chat</i>", "expected": text, "target": None} for row in rows]
     return {**EVALUATION, **model("pruned"), "dense": EVALUATION["dense"] | model("dense"), "answers_plan": plan}
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from loraprune_ds.config import DataConfig
+from loraprune_ds.model.tokenizer import Starts
 from loraprune_ds.train.data import loading
-from loraprune_ds.train.data.loading import cached, load_samples
+from loraprune_ds.train.data.loading import NO_STARTS, cached, load_samples
 from loraprune_ds.train.data.samples import LoadedData, Samples
 from tests.refusals import refused, refuses
 from tests.unit.test_data import make_tokenizer
@@ -25,9 +26,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "loraprune_ds"
 
 
-def load(path: Path, tokenizer: Any = TOKENIZER, start: int | None = None, **settings: Any) -> LoadedData:
+def load(path: Path, tokenizer: Any = TOKENIZER, starts: Starts = NO_STARTS, **settings: Any) -> LoadedData:
     config = DataConfig(**({"path": str(path), "window": 16} | settings))
-    return load_samples(config, tokenizer, minimum=1, vocab_size=100, start=start)
+    return load_samples(config, tokenizer, minimum=1, vocab_size=100, starts=starts)
 
 
 def reads(path: Path, *arguments: Any, **settings: Any) -> bool:
@@ -41,8 +42,8 @@ def reads(path: Path, *arguments: Any, **settings: Any) -> bool:
 def test_what_is_found_is_what_was_made(form: str, tmp_path: Path, cache: Path) -> None:
     path = write_json(tmp_path / "data.jsonl", documents(40) if form == "text" else INSTRUCTIONS)
     config = DataConfig(path=str(path), window=40, format=form, held_out_fraction=0.2)  # pyright: ignore[reportArgumentType]
-    formats = [loading.FORMATS[source.format](source, TOKENIZER) for source in config.sources]
-    made = loading._make(config, TOKENIZER, formats, None)
+    formats = [loading.FORMATS[source.format](source, TOKENIZER, NO_STARTS) for source in config.sources]
+    made = loading._make(config, TOKENIZER, formats, NO_STARTS)
     load(path, window=40, format=form, held_out_fraction=0.2)
     with patch.object(loading, "read_rows"):  # a call would fail
         found = load(path, window=40, format=form, held_out_fraction=0.2)
@@ -57,7 +58,7 @@ def test_what_is_found_is_what_was_made(form: str, tmp_path: Path, cache: Path) 
 def test_line_ends_of_the_held_out_text_and_no_samples_at_all_are_kept() -> None:
     made = LoadedData(Samples.of_windows(torch.zeros(0, 8).int()), "a\r\nb\rc\n")
     for _ in range(2):
-        data = cached(DataConfig(), TOKENIZER, None, lambda: made)
+        data = cached(DataConfig(), TOKENIZER, NO_STARTS, lambda: made)
         assert (data.held_out, len(data.samples)) == ("a\r\nb\rc\n", 0)
 
 
@@ -67,8 +68,8 @@ def test_all_that_the_tokens_depend_on_makes_them_again(tmp_path: Path) -> None:
     assert not reads(path)
     assert reads(path, window=8)
     assert reads(path, max_samples=3)
-    assert reads(path, TOKENIZER, 1)
-    assert load(path, start=1).samples.columns["input_ids"][::16].eq(1).all()
+    assert reads(path, TOKENIZER, Starts(1))
+    assert load(path, starts=Starts(1)).samples.columns["input_ids"][::16].eq(1).all()
     assert reads(path, make_tokenizer(template="<s> $A"))
     with_template = make_tokenizer()
     with_template.chat_template = "{{ messages }}"

@@ -233,7 +233,7 @@ def test_instructions_need_their_fields_and_enough_rows(tmp_path: Path) -> None:
     refuses(r"data\.response_field: .* has no field 'output'; it has input, inst", load, path, **given)
     given = config | {"input_field": "context"}
     refuses(r"data\.input_field: .* has no field 'context' \(data.input_field null: there", load, path, **given)
-    refuses(r"data\.held_out_fraction 0\.1 of the 4 instructions", load, few, **config)
+    refuses(r"data\.held_out_fraction 0\.1 of the 4 rows", load, few, **config)
     refuses(r"needs \.json or \.jsonl files; .*a\.txt is plain text", load, tmp_path / "a.txt", **config)
     refuses(r"data\.format instruction needs a data\.path", load, "embedded", **config)
 

@@ -139,7 +139,7 @@ def test_models_are_compared_with_the_dense_one() -> None:
 
 
 def test_answers_have_rows_and_a_line_about_drafts() -> None:
-    good, bad = Answers(20.0, 0.9, 0.01, 2.0, []), Answers(128.0, 0.1, 0.5, 9.0, [])
+    good, bad = Answers(20.0, 0.9, 0.01, 2.0, 0.5, 0.75, []), Answers(128.0, 0.1, 0.5, 9.0, 0.0, 0.1, [])
     pruned = replace(PRUNED, answers=Generation(False, bad, bad, Closeness("my text", 0.5, 0.625, 1.25, 100)))
     dense = replace(DENSE, answers=Generation(True, good, good))
     settings = replace(SETTINGS, answers=AnswerSettings("my.jsonl", "0", ()))
@@ -149,6 +149,7 @@ def test_answers_have_rows_and_a_line_about_drafts() -> None:
     assert found["that end by themselves"] == ["90.0 %", "10.0 %"]
     assert found["repeated 4-grams"] == ["1.0 %", "50.0 %"]
     assert found["dense model's perplexity of them"] == ["2.000", "9.000"]
+    assert (found["exact match"], found["ROUGE-L"]) == (["50.0 %", "0.0 %"], ["0.750", "0.100"])
     assert found["same most probable token"] == ["-", "50.0 %", "on my text"]
     assert found["overlap, Σ min(p, q)"] == ["-", "0.625"]
     assert "draft   accepted at the overlap's rate; pays off only below about 1/3 of the dense cost, here 0.74" in table

@@ -19,7 +19,8 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.family_row import Family, Kind
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
-from tests.families import EQUAL, TINY, heads_divide_hidden, tiny_model
+from loraprune_ds.model.weight_files import read_headers
+from tests.families import EQUAL, SIZES, TINY, heads_divide_hidden, tiny_model
 from tests.family_cuts import (
     FEW,
     MANY,
@@ -128,6 +129,37 @@ def test_masked_equals_cut(family: str) -> None:
     assert_masked_equals_cut(family, dense(family), dense(family), [FEW, MANY])
 
 
+# Each with a tied head and one of its own. In a stack of a T5 all layers share one bias.
+ENCODERS = ("t5", "mt5", "umt5")
+STACKS = {"num_layers": 3, "num_hidden_layers": 3, "num_decoder_layers": 2}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_other_heads_in_each_layer_of_two_stacks(family: str, tmp_path: Path) -> None:
+    """In memory it is the stock model. Masked it equals a cut one, whose export generates the same with caches."""
+    tiny_model(family, **STACKS).save_pretrained(tmp_path / "stock")
+    source, counts = open_pretrained(tmp_path / "stock"), [FEW, MANY, FEW, MANY, FEW]
+    assert difference(logits(reopened(source)), logits(load(tmp_path / "stock"))) < TOLERANCE
+    assert_masked_equals_cut(family, dense(family, **STACKS), dense(family, **STACKS), counts)
+    made = export(family, tmp_path / "cut", *counts, **STACKS)
+    model = load(made.folder, trust_remote_code=True)
+    assert difference(logits(model), made.logits) < TOLERANCE
+    assert torch.equal(generate(made.model), generate(model))
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_cut_of_channels_alone_leaves_one_bias_in_a_stack(family: str, tmp_path: Path) -> None:
+    all_heads = [(SIZES["num_key_value_heads"], 13)] * 5
+    made = export(family, tmp_path / "cut", *all_heads, **STACKS)
+    stored = read_headers(made.folder)
+    assert made.exported.config["model_type"] == family
+    assert sum("relative_attention_bias" in name for name in stored) == (5 if family == "umt5" else 2)
+    model = load(made.folder)
+    assert type(model).__module__.startswith("transformers.models.")
+    assert difference(logits(model), made.logits) < TOLERANCE
+    assert difference(logits(reopened(open_pretrained(made.folder))), made.logits) < TOLERANCE
+
+
 # Exports, loaded by transformers and opened by the package
 
 
@@ -138,10 +170,11 @@ def test_uniform_export_is_a_stock_model(family: str, counts: tuple[int, int], t
     """Only a stock class that wants its heads to divide hidden_size needs the modelling file, and only for MANY."""
     made = export(family, tmp_path / family, counts, counts)
     divides = counts is FEW
-    stock = divides or family == "llama"  # which becomes a Mistral
+    renamed = {"llama": "mistral"} if not divides else {"t5": "umt5", "mt5": "umt5"}
+    stock = divides or family in renamed
     model = load(made.folder, trust_remote_code=not stock)
     assert type(model).__module__.startswith("transformers.models.") == stock
-    assert made.exported.config["model_type"] == (family if divides else "mistral" if stock else f"pruned_{family}")
+    assert made.exported.config["model_type"] == renamed.get(family, family if stock else f"pruned_{family}")
     assert difference(logits(model), made.logits) < TOLERANCE
     if family in EQUAL:
         check_a_next_run(family, made)
@@ -178,7 +211,7 @@ def generate(model: Any) -> Tensor:
     return model.generate(input_ids=PROMPT * mask, attention_mask=mask, **settings)
 
 
-@pytest.mark.parametrize("family", [x for x in FAMILIES if x not in EQUAL])
+@pytest.mark.parametrize("family", [x for x in FAMILIES if x not in (*EQUAL, *ENCODERS)])
 def test_skipped_layers_equal_dropped_ones_and_a_stock_export(family: str, tmp_path: Path) -> None:
     """Drops layers and cuts the others at once. In memory and in the export, with and without a cache."""
     network = deep(family)

@@ -138,7 +138,7 @@ def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(fam
     small, held = dense.cut(keep), dense.storage.stored(dense.shape, 2)
     left = dense.storage.stored(dense.shape.after(keep), 2)
     cuts = {
-        f"model.layers.{i}.{name}": kept
+        f"{dense.shape.prefix(i)}{name}": kept
         for i, layer_keep in enumerate(keep)
         for name, kept, _ in dense.storage.layer_cuts(dense.shape, i, layer_keep)
     }

@@ -15,13 +15,13 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model
-from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear_names, live_shape
+from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear_names, live_shape, unshare_bias
 from loraprune_ds.model.adapters import set_features
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import find_zero_optimizer, share_model
-from tests.families import tiny_model
+from tests.families import OWN_HEAD, tiny_model
 from tests.refusals import refused, refuses
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
@@ -60,6 +60,26 @@ def test_a_hybrid_passes_with_the_linears_of_both_sorts_of_layers() -> None:
     assert live_shape(adapted_model) == base_shape(adapted_model)
     without = adapted(cast(Any, tiny_model("qwen3_5_text")), target_modules=[x for x in names if x != "q_proj"])
     refuses(r"layer 1 self_attn\.q_proj .*target_modules=.*in_proj_qkv.*q_proj", check, without)
+
+
+def test_a_t5_passes_once_each_layer_has_its_bias(caplog: pytest.LogCaptureFixture) -> None:
+    t5: Any = tiny_model("t5", dropout_rate=0.1, **OWN_HEAD)
+    refuses("layers of a t5 share one bias.* give unshare_bias", check, adapted(t5, target_modules=linear_names(t5)))
+    own: Any = unshare_bias(tiny_model("t5", dropout_rate=0.1, **OWN_HEAD))
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(own(ids, decoder_input_ids=ids).logits, t5(ids, decoder_input_ids=ids).logits)
+    model = adapted(own, target_modules=linear_names(own))
+    check(model)
+    assert live_shape(model) == base_shape(model)
+    assert not base_shape(model).tie_word_embeddings
+    assert not caplog.messages
+    noisy: Any = tiny_model("umt5", dropout_rate=0.1)
+    noisy = adapted(noisy, target_modules=linear_names(noisy))
+    check(noisy)
+    assert caplog.messages == [
+        "dropout_rate=0.1 of the model makes scores depend on chance and on the ranks; set it to 0"
+    ]
+    refuses("umt5 overflow float16", check, noisy.half())
 
 
 def check(model: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from loraprune_ds.evaluate.perplexity import Perplexity, measure_perplexity, split_windows, tokenize
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.tokenizer import window_start
+from loraprune_ds.model.tokenizer import text_starts
 from tests.oracle.models import make_tiny_llama, make_tokenizer
 from tests.refusals import refuses
 
@@ -42,8 +42,13 @@ def losses_of(forward: Any) -> Any:
     return losses
 
 
+def twice(batches: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Returns ids and labels, which are the same in a text."""
+    return [(ids, ids) for ids in batches]
+
+
 def measure(forward: Any, batches: Sequence[Tensor]) -> Perplexity:
-    return measure_perplexity(losses_of(forward), batches, rank_of(1, 0))
+    return measure_perplexity(losses_of(forward), twice(batches), rank_of(1, 0))
 
 
 def token_ids(count: int, seed: int = 0) -> Tensor:
@@ -71,7 +76,7 @@ def over_ranks(forward: Any, batches: Sequence[Tensor], world_size: int) -> list
             calls[rank] += 1
             return forward(input_ids)
 
-        return measure_perplexity(losses_of(counted), batches, rank_of(world_size, rank, all_reduce))
+        return measure_perplexity(losses_of(counted), twice(batches), rank_of(world_size, rank, all_reduce))
 
     for rank in range(world_size):
         be_rank(rank, lambda values: parts.append(values.clone()) or values)
@@ -119,7 +124,9 @@ def test_every_window_can_begin_with_bos() -> None:
 
 def test_only_gemmas_windows_begin_with_bos() -> None:
     tokenizer = make_tokenizer(VOCAB)
-    started = {name for name, family in FAMILIES.items() if window_start(tokenizer, family) == tokenizer.bos_token_id}
+    started = {
+        name for name, family in FAMILIES.items() if text_starts(tokenizer, family, {}).window == tokenizer.bos_token_id
+    }
     assert started == {name for name in FAMILIES if "gemma" in name}
 
 
@@ -166,7 +173,7 @@ def test_a_hopeless_model_has_an_infinite_perplexity_and_a_broken_one_none(value
 def test_losses_are_summed_in_fp64() -> None:
     losses = 600 + torch.rand(8, 31, generator=torch.Generator().manual_seed(1))
     batches = [token_ids(8 * 32).view(8, 32)]
-    found = measure_perplexity(lambda input_ids, labels: losses, batches, rank_of(1, 0)).perplexity
+    found = measure_perplexity(lambda input_ids, labels: losses, twice(batches), rank_of(1, 0)).perplexity
     assert found == pytest.approx(math.exp(math.fsum(losses.flatten().tolist()) / losses.numel()), rel=1e-9)
 
 

@@ -32,6 +32,7 @@ from loraprune_ds.plan.plan import (
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights, logits, split_state
 from tests.families import tiny_config, tiny_model
+from tests.family_cuts import in_memory
 from tests.paper import PAPER
 from tests.published import sizes_of
 from tests.refusals import refuses
@@ -114,27 +115,38 @@ def test_a_delta_net_keeps_the_chunks_of_its_rule() -> None:
 
 @pytest.mark.parametrize(("family", "kind"), [("lfm2", "conv"), ("granitemoehybrid", "linear_attention")])
 def test_one_more_convolution_or_mamba_keeps_as_planned_on_a_cpu(family: str, kind: str) -> None:
-    (less, _), (more, planned) = (kept_on_a_cpu(family, [kind] * count + ["full_attention"]) for count in (2, 3))
+    types = ([kind] * count + ["full_attention"] for count in (2, 3))
+    (less, _), (more, planned) = (kept_on_a_cpu(family, num_hidden_layers=len(x), layer_types=x) for x in types)
     assert more - less == planned
 
 
-def kept_on_a_cpu(family: str, types: list[str]) -> tuple[int, int]:
-    """Returns the bytes that autograd keeps of a forward pass, and those that are planned for the second layer."""
-    model, kept = tiny_model(family, num_hidden_layers=len(types), layer_types=types), list[Tensor]()
-    source, lora, ids = model.config.to_dict(), LoraConfig(), torch.ones(2, 16, dtype=torch.int64)
-    shape = shape_from_config(source, "tiny")
-    network = add_lora(model, shape, lora, seed=0).train()
+@pytest.mark.parametrize("stack", ["num_layers", "num_decoder_layers"])
+def test_one_more_layer_of_an_encoder_or_decoder_keeps_as_planned_on_a_cpu(stack: str) -> None:
+    layers = {"num_layers": 2, "num_hidden_layers": 2, "num_decoder_layers": 2}
+    at = 1 if stack == "num_layers" else -1
+    more = layers | {stack: 3} | ({"num_hidden_layers": 3} if at == 1 else {})
+    (less, _), (more, planned) = (kept_on_a_cpu("t5", at, **x) for x in (layers, more))
+    assert more - less == planned
+
+
+def kept_on_a_cpu(family: str, index: int = 1, **changes: Any) -> tuple[int, int]:
+    """Returns the bytes that autograd keeps of a forward pass, and those that are planned for a layer."""
+    stock, kept = tiny_model(family, **changes), list[Tensor]()
+    source, lora, ids = stock.config.to_dict(), LoraConfig(), torch.ones(2, 16, dtype=torch.int64)
+    model, shape = in_memory(stock, source, family), shape_from_config(source, "tiny")
+    inputs = {"decoder_input_ids": ids} if shape.encoder_layers else {}
+    network, index = add_lora(model, shape, lora, seed=0).train(), index % len(shape.layers)
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network(input_ids=ids, use_cache=False)
+        network(input_ids=ids, use_cache=False, **inputs)
     weights = {x.untyped_storage()._cdata for x in network.parameters()}
     storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
     settings: dict[str, Any] = {"storage": FrozenStorage(), "lora": lora, "eager": True}
-    planned = saved_by_layer(source, shape, 1, (2, 16), torch.float32, **settings)
+    planned = saved_by_layer(source, shape, index, (2, 16), torch.float32, **settings)
     return sum(size for key, size in storages.items() if key not in weights), planned
 
 

@@ -131,6 +131,13 @@ class ChatTemplate:
         """Returns the text of a conversation."""
         return self._render(chat, len(chat.messages))[0] if chat.messages else ""
 
+    def last_turn(self, chat: Chat) -> tuple[str, str]:
+        """Returns the text before the last span that is learnt, and that span."""
+        self.check_roles(chat)
+        text, spans = self.mark(chat)
+        begin, end = spans[-1] if spans else (len(text), len(text))
+        return text[:begin], text[begin:end]
+
     def mark(self, chat: Chat) -> tuple[str, list[Span]]:
         """Returns the text of a conversation and the spans in it that are learnt.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.config import DataConfig, DataSource
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import file_identity, make_once
+from loraprune_ds.model.tokenizer import Starts
 from loraprune_ds.train.data.chat import ChatTemplate, read_chat
 from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples, mix, pack_samples
 from loraprune_ds.train.data.sources import (
@@ -52,20 +54,47 @@ class RowFormat(NamedTuple):
     check: Callable[[TextRow], None] | None = None  # takes seconds for all rows, and tokenising them takes minutes
 
 
-def _documents(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
+def _documents(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
+    key = f"{source.section}.format"
+    require(starts.target is None, f"{key} text: an encoder needs sources with targets; take {key} seq2seq")
     return RowFormat(lambda row: _text_of(row, source.text_field))
 
 
-def _instructions(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
+def _pairs(read: Callable[[TextRow], Instruction], tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
+    """Reads rows as a prompt and its answer: the source and the target of an encoder-decoder, which has no gaps."""
+
+    def tokenize(rows: Iterable[TextRow]) -> Iterator[TokenizedRow]:
+        return tokenize_instructions(map(read, rows), tokenizer, starts.target)
+
+    def named(row: TextRow) -> dict[str, str]:
+        return dict(zip(("source", "target"), read(row), strict=True))
+
+    def check(row: TextRow) -> None:
+        for name, text in named(row).items():
+            require(bool(text.strip()), f"its {name} is empty")
+
+    if starts.target is None:
+        return RowFormat(lambda row: "".join(read(row)), tokenize)
+    return RowFormat(lambda row: json.dumps(named(row)), tokenize, check)
+
+
+def _seq2seq(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
+    fields = source.source_field, source.target_field
+    return _pairs(lambda row: (_text_of(row, fields[0]), _text_of(row, fields[1])), tokenizer, starts)
+
+
+def _instructions(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
     def read(row: TextRow) -> Instruction:
         about = "" if source.input_field is None else _text_of(row, source.input_field)
         return make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
 
-    return RowFormat(lambda row: "".join(read(row)), lambda rows: tokenize_instructions(map(read, rows), tokenizer))
+    return _pairs(read, tokenizer, starts)
 
 
-def _conversations(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> RowFormat:
+def _conversations(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
     template = ChatTemplate(tokenizer)
+    if starts.target is not None:
+        return _pairs(lambda row: template.last_turn(read_chat(row)), tokenizer, starts)
     return RowFormat(
         lambda row: template.render(read_chat(row)),
         lambda rows: template.tokenize(map(read_chat, rows)),
@@ -73,23 +102,25 @@ def _conversations(source: DataSource, tokenizer: PreTrainedTokenizerBase) -> Ro
     )
 
 
-FORMATS = {"text": _documents, "instruction": _instructions, "chat": _conversations}
+FORMATS = {"text": _documents, "instruction": _instructions, "seq2seq": _seq2seq, "chat": _conversations}
+NO_STARTS = Starts()
 
 
 def load_samples(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, minimum: int, vocab_size: int, start: int | None = None
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, minimum: int, vocab_size: int, starts: Starts = NO_STARTS
 ) -> LoadedData:
     """Loads samples and held-out text.
 
     Args:
         minimum: samples of one global batch.
-        start: for `pack_documents`. An instruction begins as the tokenizer begins a text.
+        starts: of windows and targets. An instruction begins as the tokenizer begins a text.
 
     Raises:
         UserError: the data cannot be read, does not fit the model, or is shorter than one global batch.
     """
-    formats = [FORMATS[source.format](source, tokenizer) for source in config.sources]  # fails before a long download
-    loaded = cached(config, tokenizer, start, lambda: _make(config, tokenizer, formats, start))
+    # Fails before a long download.
+    formats = [FORMATS[source.format](source, tokenizer, starts) for source in config.sources]
+    loaded = cached(config, tokenizer, starts, lambda: _make(config, tokenizer, formats, starts))
     samples = loaded.samples
     if loaded.epoch_length < minimum:
         raise UserError(
@@ -105,11 +136,11 @@ def load_samples(
 
 
 def cached(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None, make: Callable[[], LoadedData]
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, starts: Starts, make: Callable[[], LoadedData]
 ) -> LoadedData:
     """Returns what `make` returns, from the disk if it was made before with these settings."""
     cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
-    folder = Path(cache).expanduser() / "loraprune_ds" / _digest(config, tokenizer, start)
+    folder = Path(cache).expanduser() / "loraprune_ds" / _digest(config, tokenizer, starts)
     try:
         if not folder.exists():
             make_once(folder, lambda made: _write(make(), made))
@@ -118,10 +149,10 @@ def cached(
         raise UserError(f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}") from None
 
 
-def _digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start: int | None) -> str:
+def _digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> str:
     sources = [source_identity(source) for source in config.sources]
     held_out = Path(config.held_out or "").expanduser()
-    parts = dataclasses.asdict(config), sources, held_out.is_file() and file_identity(held_out), start
+    parts = dataclasses.asdict(config), sources, held_out.is_file() and file_identity(held_out), starts
     digest = hashlib.sha256(repr(parts).encode())
     with TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
@@ -135,24 +166,26 @@ def _write(data: LoadedData, folder: Path) -> None:
     tensors = samples.columns | {"starts": samples.starts} | ({} if data.epoch is None else {"epoch": data.epoch})
     if tensors["labels"] is tensors["input_ids"]:
         del tensors["labels"]
-    save_file(tensors, folder / SAMPLES_FILE, {"window": str(samples.window), "left_out": str(samples.left_out)})
+    numbers = {"window": str(samples.window), "left_out": str(samples.left_out)}
+    save_file(tensors, folder / SAMPLES_FILE, numbers | {"first_left_out": samples.first_left_out})
     (folder / HELD_OUT_FILE).write_bytes(data.held_out.encode())
 
 
 def _read(folder: Path) -> LoadedData:
     with safe_open(folder / SAMPLES_FILE, framework="pt") as file:
         columns = {name: file.get_tensor(name) for name in file.keys()}  # they map the file
-        numbers = {name: int(value) for name, value in file.metadata().items()}
+        about = file.metadata()
     epoch, starts = columns.pop("epoch", None), columns.pop("starts")
     columns.setdefault("labels", columns["input_ids"])
     held_out = (folder / HELD_OUT_FILE).read_bytes().decode()
-    return LoadedData(Samples(columns, starts, **numbers), held_out, epoch)
+    window, left_out = int(about["window"]), int(about["left_out"])
+    return LoadedData(Samples(columns, starts, window, left_out, about["first_left_out"]), held_out, epoch)
 
 
 def _make(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, formats: list[RowFormat], start: int | None
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, formats: list[RowFormat], starts: Starts
 ) -> LoadedData:
-    held_out_text = _read_held_out(config, tokenizer)
+    held_out_text = _read_held_out(config, tokenizer, starts)
     parts, held_out_texts = [], []
     for source, row_format in zip(config.sources, formats, strict=True):
         rows = read_rows(source)
@@ -164,9 +197,14 @@ def _make(
                     raise UserError(f"{source.section}.path: row {number} of {source.path}: {error}") from None
         tuning, held_out = _hold_out(rows, source, row_format, config.held_out_fraction)
         if row_format.tokenize is None:
-            samples = pack_documents(map(row_format.text, tuning), tokenizer, config.window, config.max_samples, start)
+            texts = map(row_format.text, tuning)
+            samples = pack_documents(texts, tokenizer, config.window, config.max_samples, starts.window)
         else:
             samples = collect_rows(row_format.tokenize(tuning), config.window, config.max_samples)
+            if samples.left_out:
+                made = (collect_rows(row_format.tokenize([row]), config.window, None) for row in rows)
+                first = next(number for number, one in enumerate(made, start=1) if one.left_out)
+                samples = dataclasses.replace(samples, first_left_out=f"row {first} of {source.path}")
             samples = pack_samples(samples) if config.packing else samples
         parts.append(samples)
         held_out_texts.append("\n\n".join(map(row_format.text, held_out)))
@@ -189,7 +227,7 @@ def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
     return mix([len(part) for part in parts], weights)
 
 
-def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> str | None:
     if config.held_out is None:
         return None
     path = Path(config.held_out).expanduser()
@@ -199,7 +237,7 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> st
     if path.suffix not in JSON_SUFFIXES:
         return read_text_file(path)
     (source,) = dataclasses.replace(config, path=str(path), packing=False).sources  # whose format may be text
-    return "\n\n".join(map(FORMATS[source.format](source, tokenizer).text, read_rows(source)))
+    return "\n\n".join(map(FORMATS[source.format](source, tokenizer, starts).text, read_rows(source)))
 
 
 def _hold_out(
@@ -219,7 +257,7 @@ def _hold_out(
         return (row for i, row in enumerate(rows) if i not in left_out), (rows[i] for i in chosen)
     if not are_documents:
         raise UserError(
-            f"data.held_out_fraction {fraction} of the {len(rows)} {source.format}s in {source.path} is none; raise it "
+            f"data.held_out_fraction {fraction} of the {len(rows)} rows in {source.path} is none; raise it "
             "or give data.held_out"
         )
     parts = [_split_tail(row_format.text(row), fraction) for row in rows]

@@ -8,7 +8,7 @@ import hashlib
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ class Samples:
     starts: Tensor  # (N + 1,) int64; sample i is starts[i]:starts[i + 1] of each column
     window: int
     left_out: int = 0  # rows without a sample, because nothing of their answer lies within the window
+    first_left_out: str = ""  # where that one is
 
     @classmethod
     def of_windows(cls, input_ids: Tensor, labels: Tensor | None = None) -> "Samples":
@@ -115,7 +116,8 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
         for name in names
     }
     starts = starts_of(torch.cat([part.lengths() for part in parts]))
-    return Samples(columns, starts, parts[0].window, sum(part.left_out for part in parts))
+    first = next((part.first_left_out for part in parts if part.left_out), "")
+    return Samples(columns, starts, parts[0].window, sum(part.left_out for part in parts), first)
 
 
 def starts_of(lengths: Tensor) -> Tensor:
@@ -142,7 +144,7 @@ def pack_samples(samples: Samples) -> Samples:
     columns = {name: column[taken] for name, column in samples.columns.items()} | {"position_ids": positions}
     columns["labels"][begins[:-1]] = IGNORE_INDEX
     ends = torch.tensor([len(pack) for pack in packs], dtype=torch.int64).cumsum(0)
-    return Samples(columns, torch.cat([begins[:1], begins[ends]]), samples.window, samples.left_out)
+    return replace(samples, columns=columns, starts=torch.cat([begins[:1], begins[ends]]))
 
 
 def best_fit(lengths: list[int], window: int) -> list[list[int]]:

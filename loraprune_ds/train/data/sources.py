@@ -22,7 +22,12 @@ TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".json", ".jsonl")
 SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES
 # The settings that name the text fields of a row. Those of a conversation have fixed names.
-FIELD_SETTINGS = {"text": ("text_field",), "instruction": ("prompt_field", "response_field", "input_field"), "chat": ()}
+FIELD_SETTINGS = {
+    "text": ("text_field",),
+    "instruction": ("prompt_field", "response_field", "input_field"),
+    "seq2seq": ("source_field", "target_field"),
+    "chat": (),
+}
 HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # of a pair that stands for one character, or alone
 TextRow = Mapping[str, Any]
 TextRows = Sequence[TextRow]  # a list or a `datasets.Dataset`

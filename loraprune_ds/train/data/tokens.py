@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.model.tokenizer import begin_with
+from loraprune_ds.model.tokenizer import begin_with, eos_id, token_ids, tokenize_pairs
 from loraprune_ds.train.data.samples import Samples
 
 TEXTS_AT_ONCE = 1000  # that are tokenised in one call
@@ -37,12 +37,12 @@ def pack_documents(
 ) -> Samples:
     """Concatenates all documents, with the tokenizer's EOS between them, and splits them into windows.
 
-    An incomplete last window is dropped. `start` replaces each window's first id (`window_start`).
+    An incomplete last window is dropped. `start` replaces each window's first id (`Starts.window`).
     """
-    eos = _eos(tokenizer)
+    eos = eos_id(tokenizer)
     stream = array("i")
     for batch in in_batches(document for document in documents if document):
-        for ids in _ids(batch, tokenizer, special=True):
+        for ids in token_ids(batch, tokenizer, special=True):
             if stream and eos is not None and stream[-1] != eos:  # some tokenizers add EOS themselves
                 stream.append(eos)
             stream.extend(ids)
@@ -87,37 +87,16 @@ def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: 
 
 
 def tokenize_instructions(
-    instructions: Iterable[Instruction], tokenizer: PreTrainedTokenizerBase
+    instructions: Iterable[Instruction], tokenizer: PreTrainedTokenizerBase, start: int | None = None
 ) -> Iterator[TokenizedRow]:
-    """Makes ids and labels of instructions: the prompt, which is not learnt, the response and EOS.
-
-    Prompt and response are tokenised separately, so that the mask ends exactly between them.
-    """
-    eos = _eos(tokenizer)
+    """Makes ids and labels of instructions by `tokenize_pairs`. The prompt is not learnt."""
     for batch in in_batches(instructions):
-        prompts = _ids([prompt for prompt, _ in batch], tokenizer, special=True)
-        responses = _ids([response for _, response in batch], tokenizer, special=False)
-        for prompt, response in zip(prompts, responses, strict=True):
-            if eos is not None and prompt[-1:] == [eos]:  # the tokenizer has added EOS
-                prompt = prompt[:-1]
-            if eos is not None and response:
-                response = [*response, eos]
+        for prompt, response in tokenize_pairs(batch, tokenizer, start):
             yield prompt + response, [IGNORE_INDEX] * len(prompt) + response
 
 
 def _tensor(values: "array[int]") -> Tensor:
     return torch.from_numpy(np.asarray(values))
-
-
-def _ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[list[int]]:
-    encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
-    return encoded["input_ids"]  # pyright: ignore[reportReturnType]
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    eos = tokenizer.eos_token_id
-    assert eos is None or isinstance(eos, int)
-    return eos
 
 
 def in_batches(items: Iterable[T]) -> Iterator[list[T]]:

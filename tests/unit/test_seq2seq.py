@@ -1,0 +1,204 @@
+"""Encoder-decoders: losses against the stock class, rows of sources with targets, and their evaluation."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from loraprune_ds.config import DataConfig
+from loraprune_ds.evaluate.answers import Writer, encode_prompts, write_answers
+from loraprune_ds.evaluate.perplexity import measure_perplexity, split_batches
+from loraprune_ds.evaluate.settings import SpeedSettings, read_prompts
+from loraprune_ds.evaluate.speed import CACHE, measure_speed
+from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
+from loraprune_ds.model.tokenizer import Starts
+from loraprune_ds.train.data.loading import load_samples
+from loraprune_ds.train.data.samples import LoadedData
+from tests.families import tiny_model
+from tests.refusals import refused
+from tests.unit.test_data import EOS, make_tokenizer
+from tests.unit.test_data_load import write_json
+
+START = 0
+TOKENIZER = make_tokenizer(template="$A </s>")  # as a T5's
+STARTS = Starts(target=START)
+PAIRS = [{"source": f"w{i + 1} w{i + 2}", "target": f"w{i + 20}"} for i in range(10)]
+SIZES = ((7, 4), (3, 9), (11, 2))  # of source and target
+
+
+def pairs() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (torch.randint(3, 97, (n,), generator=generator), torch.randint(3, 97, (m,), generator=generator))
+        for n, m in SIZES
+    ]
+
+
+def rows_of(pairs: list[tuple[Tensor, Tensor]], width: int) -> tuple[Tensor, Tensor]:
+    """Returns ids and labels of source, start and target, padded on the right."""
+    ids = torch.zeros(len(pairs), width, dtype=torch.int64)
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    for row, wanted, (source, target) in zip(ids, labels, pairs, strict=True):
+        text = torch.cat([source, torch.tensor([START]), target])
+        row[: len(text)], wanted[len(source) + 1 : len(text)] = text, target
+    return ids, labels
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
+def test_losses_are_the_stock_class_s_forward_and_gradient(family: str, attention: str) -> None:
+    """t5 scales its hidden states and mt5 does not. Rows of other lengths must not be seen."""
+    stock, model = (tiny_model(family, attn_implementation=attention) for _ in range(2))
+    model = with_token_losses(model, 5)
+    model.lm_head.weight = nn.Parameter(stock.lm_head.weight.detach().clone(), requires_grad=False)
+    stock.lm_head.weight = model.lm_head.weight
+    expected = [stock(input_ids=x[None], labels=y[None]).loss * len(y) for x, y in pairs()]
+    losses = model(**dict(zip(("input_ids", "labels"), rows_of(pairs(), 16), strict=True)))
+    torch.testing.assert_close(losses.sum(1), torch.stack(expected), rtol=1e-5, atol=1e-5)
+    torch.stack(expected).sum().backward()
+    losses.sum().backward()
+    found: Any = dict(model.named_parameters())
+    for name, parameter in stock.named_parameters():
+        if name != "lm_head.weight":
+            scale = parameter.grad.abs().max()  # type: ignore[union-attr]
+            torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-4, atol=1e-5 * float(scale))
+
+
+def load(folder: Path, rows: list[Any], **settings: Any) -> LoadedData:
+    path = write_json(folder / "pairs.jsonl", rows)
+    config = DataConfig(**({"path": str(path), "window": 8, "format": "seq2seq"} | settings))
+    return load_samples(config, TOKENIZER, minimum=1, vocab_size=100, starts=STARTS)
+
+
+def first_row(data: LoadedData) -> list[tuple[int, int]]:
+    """Returns the tokens of the first sample with their labels."""
+    return list(
+        zip(
+            *(data.samples.columns[name][: data.samples.starts[1]].tolist() for name in ("input_ids", "labels")),
+            strict=True,
+        )
+    )
+
+
+def row(source: str, target: str) -> list[tuple[int, int]]:
+    """Returns what a sample must be: the source with EOS, the start, and the target with EOS, which alone is learnt."""
+    before = [*TOKENIZER(source)["input_ids"], START]
+    return [(i, IGNORE_INDEX) for i in before] + [(i, i) for i in TOKENIZER(target)["input_ids"]]
+
+
+@torch.no_grad()
+def loss_of(model: Any, source: list[int], target: list[int]) -> float:
+    """Returns the sum of the stock class's losses."""
+    return float(model(input_ids=torch.tensor([source]), labels=torch.tensor([target])).loss) * len(target)
+
+
+def test_every_format_gives_source_start_and_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load(tmp_path, PAIRS, held_out_fraction=0.2)
+    assert first_row(data) == row("w1 w2", "w20")
+    held_out = [json.loads(line) for line in data.held_out.split("\n\n")]
+    assert len(data.samples) == 8
+    assert [one for one in PAIRS if one in held_out] == held_out
+    renamed = [{"a": one["source"], "b": one["target"]} for one in PAIRS]
+    other = load(tmp_path, renamed, held_out_fraction=0.2, source_field="a", target_field="b")
+    assert (other.samples.digest(), other.held_out) == (data.samples.digest(), data.held_out)
+    config = DataConfig(
+        path=str(tmp_path / "pairs.jsonl"), window=8, format="seq2seq", source_field="a", target_field="b"
+    )
+    of_decoder = load_samples(config, TOKENIZER, minimum=1, vocab_size=100)  # whose prompt ends without EOS
+    assert first_row(of_decoder) == [
+        one for one in row("w1 w2", "w20") if one[0] != START and one != (EOS, IGNORE_INDEX)
+    ]
+    instructions = [{"instruction": one["source"], "response": one["target"]} for one in PAIRS]
+    told = load(tmp_path, instructions, format="instruction", input_field=None, window=40)
+    *prompt, before, start, answer, eos = first_row(told)
+    assert [before, start, answer, eos] == row("", "w20")
+    assert {label for _, label in prompt} == {IGNORE_INDEX}
+    template = "{% for m in messages %}{{ m.content }} {% if m.role == 'assistant' %}w9 {% endif %}{% endfor %}"
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    turns = [{"role": role, "content": f"w{i + 1}"} for i, role in enumerate(("user", "assistant") * 2)]
+    chats = load(tmp_path, [{"messages": turns}] * 5, format="chat", held_out_fraction=0.3, window=20)
+    assert first_row(chats) == row("w1 w2 w9 w3", "w4 w9")  # the last turn alone
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"source": "w1", "target": " "}, "row 2 of {path}: its target is empty"),
+        ({"source": "w1"}, "row 2 of {path}: its target is empty"),
+        ({"source": "", "target": "w1"}, "row 2 of {path}: its source is empty"),
+        ({"source": "w1", "target": 5}, "{path}, line 2: field 'target' must be text; got 5"),
+    ],
+)
+def test_a_bad_row_is_one_line(tmp_path: Path, bad: Any, message: str) -> None:
+    assert message.format(path=tmp_path / "pairs.jsonl") in refused(load, tmp_path, [PAIRS[0], bad, *PAIRS])
+
+
+def test_a_source_beyond_the_window_is_left_out_and_named(tmp_path: Path) -> None:
+    long = {"source": " ".join(["w1"] * 7), "target": "w2"}  # with EOS and the start no place is left
+    data = load(tmp_path, [*PAIRS[:3], long, *PAIRS[3:], long], held_out_fraction=0.2)
+    assert (data.samples.left_out, data.samples.first_left_out) == (2, f"row 4 of {tmp_path / 'pairs.jsonl'}")
+    again = load(tmp_path, [*PAIRS[:3], long, *PAIRS[3:], long], held_out_fraction=0.2)  # from the cache
+    assert (again.samples.left_out, again.samples.first_left_out) == (2, data.samples.first_left_out)
+
+
+def test_plain_text_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    line = "data.format text: an encoder needs sources with targets; take data.format seq2seq"
+    assert refused(load, tmp_path, [{"text": "w1"}], format="text") == line
+    for text in ("w1 w2", '{"source": "w1"}', '{"source": "w1", "target": ""}', "[1]"):
+        line = refused(split_batches, f"\n{text}", TOKENIZER, 8, None, STARTS, 2)
+        assert line.startswith('the evaluation text, line 2: not {"source": "...", "target": "..."}, as a model with')
+
+
+def test_perplexity_is_that_of_targets_after_their_sources() -> None:
+    model: Any = tiny_model("t5")
+    text = "\n".join(map(json.dumps, PAIRS))
+    batches = split_batches(text, TOKENIZER, 8, 7, STARTS, 3)
+    losses = with_token_losses(tiny_model("t5").requires_grad_(False))
+    comm: Any = SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=1, all_reduce=lambda x: x)
+    found = measure_perplexity(lambda ids, labels: losses(input_ids=ids, labels=labels), batches, comm)
+    ids = [(TOKENIZER(one["source"])["input_ids"], TOKENIZER(one["target"])["input_ids"]) for one in PAIRS[:7]]
+    total = sum(loss_of(model, x, y) for x, y in ids)
+    assert (found.tokens, found.windows) == (14, 7)
+    assert found.perplexity == pytest.approx(math.exp(total / 14), rel=1e-5)
+
+
+def test_answers_are_those_of_generate_and_compared_with_targets(tmp_path: Path) -> None:
+    """And the dense model's perplexity of them is that of its class."""
+    model, dense = tiny_model("t5"), tiny_model("t5", seed=1)
+    sources = [one["source"] for one in PAIRS[:3]]
+    write: Any = model.generate  # whose start is padding here
+    how: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": EOS}
+    alone = [write(torch.tensor([TOKENIZER(x)["input_ids"]]), **how)[0, 1:].tolist() for x in sources]
+    texts: list[Any] = [TOKENIZER.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in alone]
+    rows = [{"source": x, "target": y} for x, y in zip(sources, [texts[0], "nothing", texts[2] + " w1"], strict=True)]
+    settings = read_prompts(str(write_json(tmp_path / "prompts.jsonl", rows)), max_new_tokens=5)
+    prompts = encode_prompts(settings, TOKENIZER, "MODEL", None)
+    made, _ = write_answers([Writer(x, TOKENIZER, prompts, START) for x in (model, dense)], settings)
+    assert [one.text for one in made.greedy.texts] == texts
+    assert made.greedy.exact_match == pytest.approx(1 / 3)
+    assert made.greedy.rouge_l is not None
+    assert 1 / 3 < made.greedy.rouge_l < 2 / 3
+    total = sum(loss_of(dense, x, y) for x, y in zip(prompts, alone, strict=True))
+    expected = math.exp(total / sum(map(len, alone)))
+    assert made.greedy.dense_perplexity == pytest.approx(expected, rel=1e-5)
+    missing = [*rows[:2], {"source": "w1"}]
+    line = refused(read_prompts, str(write_json(tmp_path / "prompts.jsonl", missing)))
+    assert line == "--answers: prompts.jsonl has 2 targets; give each row one, or none"
+
+
+def test_speed_reads_with_both_caches() -> None:
+    model = tiny_model("t5", num_decoder_layers=3)
+    calls: list[tuple[int, ...]] = []
+
+    def note(_: Any, args: Any, given: dict[str, Any]) -> None:
+        caches = given[CACHE].self_attention_cache, given[CACHE].cross_attention_cache
+        calls.append((given["input_ids"].shape[1], *(cache.get_seq_length() for cache in caches)))
+
+    model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    measure_speed([model], SpeedSettings(prompt=7, generated=2, rounds=1))
+    assert calls == [(1, 0, 0), (1, 1, 7), (1, 2, 7)] * 2
