@@ -12,7 +12,7 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
-from loraprune_ds.pruning.ranking import rank_uniform, uniform_goal
+from loraprune_ds.pruning.ranking import rank_uniform, uniform_goal, with_counts
 from loraprune_ds.pruning.target import make_limits
 from tests.families import tiny_config
 from tests.oracle.formula import keep_best
@@ -174,3 +174,17 @@ def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:
         assert gone(shape.after(keep), shape) == pytest.approx(
             0.3 * shape.linear_numel(), abs=1.5 * shape.group_numel("channels")
         )
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.31])  # where either kind alone would come nearer
+def test_two_stacks_protect_their_own_layers_and_keep_as_many_heads_of_both_kinds(ratio: float) -> None:
+    """So umt5 holds the result."""
+    layers = {"num_layers": 3, "num_hidden_layers": 3, "num_decoder_layers": 2}
+    shape = shape_from_config(tiny_config("t5", **layers).to_dict(), "t5")
+    assert limits_of(shape, protected_first=1, protected_last=0).open_layers == [1, 2, 4]
+    limits = limits_of(shape, protected_first=0, protected_last=0, ratio=ratio, channel_multiple=1)
+    counts = uniform_goal(limits, ratio)
+    assert counts["heads"] == counts["cross_heads"] > 0
+    left = with_counts(shape, limits, counts)
+    assert left.is_uniform
+    assert left.linear_numel() == pytest.approx((1 - ratio) * shape.linear_numel(), rel=0.05)
