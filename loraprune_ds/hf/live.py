@@ -47,9 +47,7 @@ def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
     """
     sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     require(not sharded, "unshare_bias: the model is sharded; load it before TrainingArguments are made")
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    config = model.config.to_dict() | {"tie_word_embeddings": tied}
-    shape, made = read_model(config, type(model).__name__)
+    shape, made = read_model(model.config.to_dict() | _tied(model), type(model).__name__)
     tensors = model.state_dict()
     made.load_state_dict(tensors | {copy: tensors[name] for copy, name in shape.shared_tensors.items()}, assign=True)
     made.tie_weights()
@@ -71,12 +69,11 @@ def base_config(model: PeftModel) -> dict[str, Any]:
     """Returns the dense model's config.json, as `save_pretrained` would write it."""
     config = json.loads(cast(Any, model.get_base_model()).config.to_json_string())
     config.pop("use_cache", None)  # trainers switch it off
-    return config | _tied(model)
+    return config | _tied(model.get_base_model())
 
 
-def _tied(model: PeftModel) -> dict[str, bool]:
+def _tied(base: Any) -> dict[str, bool]:
     """Says whether the head of an encoder-decoder is the embedding. transformers' object of a T5 always says so."""
-    base = cast(Any, model.get_base_model())
     if not base.config.is_encoder_decoder:
         return {}
     return {"tie_word_embeddings": base.get_output_embeddings().weight is base.get_input_embeddings().weight}
@@ -90,8 +87,8 @@ def model_name(model: PeftModel) -> str:
 
 def base_shape(model: PeftModel) -> ModelShape:
     """Returns the shape that the model's config declares, which stays the dense one, but without dropped layers."""
-    config = cast(Any, model.get_base_model()).config.to_dict() | _tied(model)
-    shape = shape_from_config(config, model_name(model))
+    base = cast(Any, model.get_base_model())
+    shape = shape_from_config(base.config.to_dict() | _tied(base), model_name(model))
     return shape.without([i for i, layer in enumerate(decoder_layers(model)) if isinstance(layer, DroppedLayer)])
 
 

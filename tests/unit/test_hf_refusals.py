@@ -21,7 +21,7 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import find_zero_optimizer, share_model
-from tests.families import OWN_HEAD, tiny_model
+from tests.families import tiny_model
 from tests.refusals import refused, refuses
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
@@ -63,9 +63,9 @@ def test_a_hybrid_passes_with_the_linears_of_both_sorts_of_layers() -> None:
 
 
 def test_a_t5_passes_once_each_layer_has_its_bias(caplog: pytest.LogCaptureFixture) -> None:
-    t5: Any = tiny_model("t5", dropout_rate=0.1, **OWN_HEAD)
+    t5: Any = tiny_model("t5", dropout_rate=0.1, tie_word_embeddings=False)
     refuses("layers of a t5 share one bias.* give unshare_bias", check, adapted(t5, target_modules=linear_names(t5)))
-    own: Any = unshare_bias(tiny_model("t5", dropout_rate=0.1, **OWN_HEAD))
+    own: Any = unshare_bias(tiny_model("t5", dropout_rate=0.1, tie_word_embeddings=False))
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(own(ids, decoder_input_ids=ids).logits, t5(ids, decoder_input_ids=ids).logits)
     model = adapted(own, target_modules=linear_names(own))
