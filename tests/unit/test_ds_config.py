@@ -83,9 +83,7 @@ def test_shipped_runs_resolve_on_eight_ranks() -> None:
 @pytest.mark.parametrize(
     ("dtype", "bf16", "fp16"), [("bfloat16", True, False), ("float16", False, True), ("float32", False, False)]
 )
-def test_the_run_config_fills_in_its_settings(
-    tmp_path: Path, dtype: Dtype, bf16: bool, fp16: bool, given: str | None
-) -> None:
+def test_the_run_fills_in_its_settings(tmp_path: Path, dtype: Dtype, bf16: bool, fp16: bool, given: str | None) -> None:
     raw = zero3()
     if given:
         raw |= dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"), given)
