@@ -144,14 +144,5 @@ def export(model: PreTrainedModel, case: Case, source: Path, out: Path) -> Expor
 
 
 def model_card(dense: ModelShape, pruned: ModelShape) -> ModelCard:
-    return ModelCard(
-        base_model="tiny",
-        dense=dense,
-        pruned=pruned,
-        criterion="lora",
-        ranking="uniform",
-        data="nothing",
-        steps=1000,
-        perplexity_data="nothing",
-        perplexity_pruned=12.345,
-    )
+    run: Any = {"base_model": "tiny", "criterion": "lora", "ranking": "uniform", "data": "nothing", "steps": 1000}
+    return ModelCard(**run, dense=dense, pruned=pruned, perplexity_data="nothing", perplexity_pruned=12.345)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -71,22 +72,19 @@ def byte_level_tokenizer(folder: Path, vocab: int, pre: str = "gpt-2", *, bos: b
     return folder
 
 
+# As LLaMA's was trained. Its ids of <unk>, <s> and </s> are sentencepiece's defaults.
+SENTENCEPIECE: dict[str, Any] = {"byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2}
+SENTENCEPIECE |= {"remove_extra_whitespaces": False}
+
+
 def sentencepiece_tokenizer(folder: Path, vocab: int, model_type: str = "bpe") -> Path:
     """Makes a folder that has LLaMA's kind of tokenizer.model and no tokenizer.json."""
     folder.mkdir()
     text = folder.with_suffix(".txt")
     text.write_text("\n".join(line.replace("\n", " ") for line in TRAINING_TEXT))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=vocab,
-        model_type=model_type,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
+    files = {"input": str(text), "model_prefix": str(folder / "tokenizer")}
+    settings = SENTENCEPIECE | {"vocab_size": vocab, "model_type": model_type, "hard_vocab_limit": False}
+    sentencepiece.SentencePieceTrainer.train(**files, **settings)
     (folder / "tokenizer.vocab").unlink()
     settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

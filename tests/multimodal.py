@@ -4,15 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    Gemma3ImageProcessorPil,
-    Gemma3Processor,
-    PreTrainedModel,
-)
 
 from loraprune_ds.model.family import FAMILIES
 from tests.families import SIZES, tiny_config
@@ -43,22 +36,12 @@ TOWERS = {
     "qwen3_5": ("qwen3_5_text", "", True),
     "qwen3_5_moe": ("qwen3_5_moe_text", "", False),
 }
-QWEN3_5 = {
-    "mtp_num_hidden_layers": 1,
-    "rope_parameters": OF_ROWS | {"partial_rotary_factor": 0.5, "mrope_interleaved": True},
-}
+ROWS_IN_TURN = OF_ROWS | {"mrope_interleaved": True}
+QWEN3_5 = {"mtp_num_hidden_layers": 1, "rope_parameters": ROWS_IN_TURN | {"partial_rotary_factor": 0.5}}
+QWEN3 = {"head_dim": 12, "rope_parameters": ROWS_IN_TURN | {"mrope_section": [2, 2, 2]}}
 TEXT: dict[str, dict[str, Any]] = {
     "qwen2_5_vl": {"model_type": "qwen2_5_vl_text", "rope_parameters": OF_ROWS},
-    "qwen3_vl": {
-        "model_type": "qwen3_vl_text",
-        "head_dim": 12,
-        "rope_parameters": OF_ROWS | {"mrope_section": [2, 2, 2], "mrope_interleaved": True},
-    },
-    "qwen3_vl_moe": {
-        "model_type": "qwen3_vl_moe_text",
-        "head_dim": 12,
-        "rope_parameters": OF_ROWS | {"mrope_section": [2, 2, 2], "mrope_interleaved": True},
-    },
+    **{name: {"model_type": f"{name}_text", **QWEN3} for name in ("qwen3_vl", "qwen3_vl_moe")},
     # Its last two layers share keys and values, and have twice the channels.
     "gemma4": {
         "enable_moe_block": False,
@@ -70,22 +53,17 @@ TEXT: dict[str, dict[str, Any]] = {
     "qwen3_5": QWEN3_5,
     "qwen3_5_moe": QWEN3_5,
 }
+GEMMA4_HEADS = {"head_dim": 8, "num_key_value_heads": 2}
 VISION: dict[str, dict[str, Any]] = {
     "gemma3": {"image_size": 16, "patch_size": 4},
-    "gemma4": {
-        "patch_size": 4,
-        "pooling_kernel_size": 2,
-        "position_embedding_size": 16,
-        "head_dim": 8,
-        "num_key_value_heads": 2,
-    },
+    "gemma4": {"patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 16} | GEMMA4_HEADS,
     "qwen2_5_vl": {"window_size": 8, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"deepstack_visual_indexes": [0]},
     "qwen3_vl_moe": {"deepstack_visual_indexes": [0]},
 }
 
 
-def multimodal(outer: str) -> PreTrainedModel:
+def multimodal(outer: str) -> transformers.PreTrainedModel:
     """Makes a tiny random multimodal model, in evaluation mode."""
     family, tower, tied = TOWERS[outer]
     text = FAMILIES[family].explicit(tiny_config(family).to_dict())
@@ -96,11 +74,12 @@ def multimodal(outer: str) -> PreTrainedModel:
         more = {"mm_tokens_per_image": 4, "image_token_id": IMAGE}
     if outer == "gemma4":
         more = {"audio_config": None, "image_token_id": IMAGE, "video_token_id": 91}
-    config = AutoConfig.for_model(
+    config = transformers.AutoConfig.for_model(
         outer, text_config=text | TEXT.get(outer, {}), vision_config=vision, tie_word_embeddings=tied, **more
     )
     torch.manual_seed(3)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    eager: Any = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = transformers.AutoModelForImageTextToText.from_config(config, **eager)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -114,9 +93,9 @@ def save_gemma3(folder: Path) -> None:
     names = zip(("image_token", "boi_token", "eoi_token"), (IMAGE, START, END), strict=True)
     special = {name: tokenizer.convert_ids_to_tokens(token) for name, token in names}
     tokenizer.save_pretrained(folder)
-    named = AutoTokenizer.from_pretrained(folder, extra_special_tokens=special)
-    image_processor = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
-    Gemma3Processor(image_processor, named, image_seq_length=4).save_pretrained(folder)
+    named = transformers.AutoTokenizer.from_pretrained(folder, extra_special_tokens=special)
+    image_processor = transformers.Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    transformers.Gemma3Processor(image_processor, named, image_seq_length=4).save_pretrained(folder)
 
 
 def inputs_with_image(outer: str) -> dict[str, Tensor]:

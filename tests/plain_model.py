@@ -7,14 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from loraprune_ds.model.adapters import (
-    ADAPTER,
-    base_parameter,
-    lora_linear,
-    lora_weights,
-    set_features,
-    set_runtime_counts,
-)
+from loraprune_ds.model import adapters
 from loraprune_ds.model.classes import DroppedLayer, decoder_layers
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
@@ -37,16 +30,16 @@ class PlainModel:
         for i, layer in enumerate(self.layers):
             factors = {}
             for linear in self.shape.linears(i):
-                module = lora_linear(layer, linear)
-                a, b = lora_weights(module)
+                module = adapters.lora_linear(layer, linear)
+                a, b = adapters.lora_weights(module)
                 assert a.grad is not None, "LoRA is scored after a backward"
                 assert b.grad is not None, "LoRA is scored after a backward"
                 whole = (t.detach().float() for t in (a, b, a.grad, b.grad))
-                factors[linear.name] = LoraFactors(*whole, scaling=module.scaling[ADAPTER])
+                factors[linear.name] = LoraFactors(*whole, scaling=module.scaling[adapters.ADAPTER])
             yield factors
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
-        weight = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer).weight
+        weight = cast(nn.Linear, adapters.lora_linear(self.layers[layer], linear).base_layer).weight
         return OwnedShard(weight.detach().reshape(-1), 0, cast(tuple[int, int], tuple(weight.shape)))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -64,9 +57,10 @@ class PlainModel:
     @torch.no_grad()
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         for linear_id in linear_ids:
-            module = lora_linear(self.layers[linear_id.layer], linear_id.linear)
-            base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
-            whole = CollectedLinear({"weight": base.weight}, base.bias, a.float(), b.float(), module.scaling[ADAPTER])
+            module = adapters.lora_linear(self.layers[linear_id.layer], linear_id.linear)
+            base, (a, b) = cast(nn.Linear, module.base_layer), adapters.lora_weights(module)
+            factors = (a.float(), b.float(), module.scaling[adapters.ADAPTER])
+            whole = CollectedLinear({"weight": base.weight}, base.bias, *factors)
             base.weight.copy_(compute(linear_id, whole))
 
     @torch.no_grad()
@@ -78,13 +72,13 @@ class PlainModel:
             self.layers[i] = DroppedLayer(i)
         for i, (layer, layer_keep) in enumerate(zip(self.layers, keep, strict=True)):
             for name, kept, linear in MODEL_DTYPE.layer_cuts(self.shape, i, layer_keep):
-                self._select(base_parameter(layer, name), kept)
+                self._select(adapters.base_parameter(layer, name), kept)
                 if linear:
-                    module = lora_linear(layer, linear)
-                    for which, stays in lora_cuts(linear, module.r[ADAPTER], kept, layer_keep):
-                        self._select(lora_weights(module)[which], stays)
-                    set_features(module, *cast(nn.Linear, module.base_layer).weight.shape)
-            set_runtime_counts(layer, self.shape, after.layers[i])
+                    module = adapters.lora_linear(layer, linear)
+                    for which, stays in lora_cuts(linear, module.r[adapters.ADAPTER], kept, layer_keep):
+                        self._select(adapters.lora_weights(module)[which], stays)
+                    adapters.set_features(module, *cast(nn.Linear, module.base_layer).weight.shape)
+            adapters.set_runtime_counts(layer, self.shape, after.layers[i])
         self.shape = after
         return 0
 

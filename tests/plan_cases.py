@@ -69,33 +69,20 @@ class Case:
     protected_first: int | None = None
 
     def request(self, world_size: int) -> Request:
+        schedule: Any = {"prune_every": 1, "warmup_fraction": 0.25, "cooldown_fraction": 0.5}
+        prune: Any = {"channel_multiple": 1, "ratio": self.ratio, "head_ratio": self.head_ratio, "ranking": "uniform"}
+        prune |= {"criterion": self.criterion, "normalize": "l2", "compensate": self.compensate}
+        size = self.micro_batch_size
+        batch: Any = {"micro_batch_size": size, "global_batch_size": size * self.micro_batches * world_size}
+        batch["steps"] = STEPS
         config = RunConfig(
             output_dir="unused",
             deepspeed=self.deepspeed,
             model=ModelConfig(path=str(self.folder), dtype=self.dtype, frozen=self.frozen),
             lora=LoraConfig(lora_dropout=self.dropout),
             data=DataConfig(window=self.window),
-            prune=PruneConfig(
-                channel_multiple=1,
-                ratio=self.ratio,
-                prune_every=1,
-                warmup_fraction=0.25,
-                cooldown_fraction=0.5,
-                protected_first=self.protected_first,
-                protected_last=0,
-                compensate=self.compensate,
-                criterion=self.criterion,
-                ranking="uniform",
-                normalize="l2",
-                head_ratio=self.head_ratio,
-            ),
-            train=TrainConfig(
-                steps=STEPS,
-                global_batch_size=self.micro_batch_size * self.micro_batches * world_size,
-                micro_batch_size=self.micro_batch_size,
-                gradient_checkpointing=self.checkpointing,
-                distill_weight=0.5 if self.distilled else 0.0,
-            ),
+            prune=PruneConfig(**prune, **schedule, protected_first=self.protected_first, protected_last=0),
+            train=TrainConfig(**batch, gradient_checkpointing=self.checkpointing, distill_weight=0.5 * self.distilled),
         )
         name, per_node = str(self.folder), self.per_node or world_size
         source, where = read_config(name), Cluster(nodes=world_size // per_node, gpus_per_node=per_node)

@@ -9,19 +9,9 @@ def sizes_of(model_type: str, hidden: int, channels: int, layers: int, heads: in
     return {"model_type": model_type, **sizes, "num_attention_heads": heads, **others}
 
 
-LLAMA_3: dict[str, Any] = {
-    "num_key_value_heads": 8,
-    "vocab_size": 128_256,
-    "max_position_embeddings": 131_072,
-    "rope_theta": 500_000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
+LLAMA_3: dict[str, Any] = {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072}
+LLAMA_3 |= {"rope_theta": 500_000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}
+LLAMA_3["rope_scaling"] |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 QWEN_3: dict[str, Any] = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}
 QWEN_3 |= {"max_position_embeddings": 40_960, "rope_theta": 1_000_000, "tie_word_embeddings": False}
 GEMMA_3: dict[str, Any] = {"num_key_value_heads": 16, "head_dim": 128, "vocab_size": 262_208, "sliding_window": 1024}
@@ -30,49 +20,17 @@ GEMMA_3 |= {"query_pre_attn_scalar": 168, "rope_scaling": {"factor": 8.0, "rope_
 QWEN_3_6: dict[str, Any] = {"head_dim": 256, "linear_num_key_heads": 16, "vocab_size": 248_320}
 QWEN_3_6 |= {"max_position_embeddings": 262_144, "mtp_num_hidden_layers": 1, "tie_word_embeddings": False}
 # The sizes that both have. Every sixth layer has full attention, whose values are its keys.
-GEMMA_4: dict[str, Any] = {
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "attention_k_eq_v": True,
-    "hidden_size_per_layer_input": 0,
-    "vocab_size": 262_144,
-    "max_position_embeddings": 262_144,
-    "sliding_window": 1024,
-    "final_logit_softcapping": 30.0,
-}
-GLM_LITE: dict[str, Any] = {
-    "num_key_value_heads": 20,
-    "n_routed_experts": 64,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 4,
-    "moe_intermediate_size": 1536,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 768,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 192,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 256,
-    "vocab_size": 154_880,
-    "max_position_embeddings": 202_752,
-    "num_nextn_predict_layers": 1,
-}
-GPT_OSS: dict[str, Any] = {
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 201_088,
-    "num_experts_per_tok": 4,
-    "max_position_embeddings": 131_072,
-    "rope_theta": 150_000,
-    "rope_scaling": {
-        "rope_type": "yarn",
-        "factor": 32.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "truncate": False,
-        "original_max_position_embeddings": 4096,
-    },
-    "sliding_window": 128,
-}
+GEMMA_4: dict[str, Any] = {"head_dim": 256, "global_head_dim": 512, "attention_k_eq_v": True, "sliding_window": 1024}
+GEMMA_4 |= {"hidden_size_per_layer_input": 0, "vocab_size": 262_144, "max_position_embeddings": 262_144}
+GEMMA_4 |= {"final_logit_softcapping": 30.0}
+GLM_LITE: dict[str, Any] = {"num_key_value_heads": 20, "vocab_size": 154_880, "max_position_embeddings": 202_752}
+GLM_LITE |= {"n_routed_experts": 64, "n_shared_experts": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 1536}
+GLM_LITE |= {"first_k_dense_replace": 1, "num_nextn_predict_layers": 1, "q_lora_rank": 768, "kv_lora_rank": 512}
+GLM_LITE |= {"qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256}
+GPT_OSS: dict[str, Any] = {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201_088, "num_experts_per_tok": 4}
+GPT_OSS |= {"max_position_embeddings": 131_072, "sliding_window": 128, "rope_theta": 150_000}
+GPT_OSS["rope_scaling"] = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+GPT_OSS["rope_scaling"] |= {"original_max_position_embeddings": 4096}
 FLAN_T5_XL: dict[str, Any] = {"model_type": "t5", "d_model": 2048, "d_ff": 5120, "d_kv": 64, "num_heads": 32}
 FLAN_T5_XL |= {"num_layers": 24, "vocab_size": 32_128, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 QWEN_3_VL = QWEN_3 | {"max_position_embeddings": 262_144, "rope_theta": 5_000_000}
@@ -80,6 +38,7 @@ QWEN_3_6_27B = QWEN_3_6 | {"num_key_value_heads": 4, "linear_num_value_heads": 4
 QWEN_3_6_MOE = QWEN_3_6 | {"num_key_value_heads": 2, "linear_num_value_heads": 32}
 QWEN_3_6_MOE |= {"num_experts": 256, "num_experts_per_tok": 8}
 QWEN_3_6_MOE |= {"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
+QWEN_3_6_35B = sizes_of("qwen3_5_moe_text", 2048, 512, 40, 16, **QWEN_3_6_MOE)
 GEMMA_4_31B = GEMMA_4 | {"num_key_value_heads": 16, "num_global_key_value_heads": 4}
 GEMMA_4_MOE = GEMMA_4 | {"num_key_value_heads": 8, "num_global_key_value_heads": 2, "enable_moe_block": True}
 GEMMA_4_MOE |= {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
@@ -107,10 +66,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "gemma3-27b": (multimodal("gemma3", sizes_of("gemma3_text", 5376, 21504, 62, 32, **GEMMA_3)), 27.0),
     "qwen3-vl-8b": (multimodal("qwen3_vl", sizes_of("qwen3_vl_text", 4096, 12288, 36, 32, **QWEN_3_VL)), 8.191),
     "qwen3.6-27b": (multimodal("qwen3_5", sizes_of("qwen3_5_text", 5120, 17408, 64, 24, **QWEN_3_6_27B)), 26.896),
-    "qwen3.6-35b-a3b": (
-        multimodal("qwen3_5_moe", sizes_of("qwen3_5_moe_text", 2048, 512, 40, 16, **QWEN_3_6_MOE)),
-        34.661,
-    ),
+    "qwen3.6-35b-a3b": (multimodal("qwen3_5_moe", QWEN_3_6_35B), 34.661),
     "gemma4-31b": (multimodal("gemma4", sizes_of("gemma4_text", 5376, 21504, 60, 32, **GEMMA_4_31B)), 30.70),
     "gemma4-26b-a4b": (multimodal("gemma4", sizes_of("gemma4_text", 2816, 2112, 30, 16, **GEMMA_4_MOE)), 25.23),
     "flan-t5-xl": (FLAN_T5_XL, 2.85),

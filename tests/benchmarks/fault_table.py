@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraprune_ds.checkpoint import layout
@@ -16,6 +16,7 @@ from loraprune_ds.errors import UserError
 from tests.integration.launching import fork_ranks
 
 STEPS, RANKS = 12, 2
+STOPPED = "stopped at step"
 DEADLINE = 600.0  # seconds for one run, on a busy machine
 
 
@@ -126,6 +127,10 @@ def fill_disk(job: Job) -> None:
     (job.out.parent / "filler").write_bytes(bytes(free - 24_000))
 
 
+def empty_disk(job: Job) -> None:
+    (job.out.parent / "filler").unlink()
+
+
 def interrupt_twice(job: Job) -> None:
     """Interrupts every process, as a terminal does. The second signal follows the launcher's echo of the first."""
     os.killpg(job.process.pid, signal.SIGINT)
@@ -206,13 +211,9 @@ def lever_faults(random_moments: int) -> list[Fault]:
         ("recovery, forward", "forward@28:0"),
         ("finish, before model/ has its name", "finish.before_rename@1:0"),
     ]
-    terms = [("cut, refitted and not yet shrunk", "cut.compensated@2:0:15", "stopped at step")]
-    suite = "levers"
-    stops = (
-        Fault(_named(f"SIGTERM: {name}", suite), point, expected_codes=(85,), line=line, suite=suite)
-        for name, point, line in terms
-    )
-    return [*killed_at(kills, suite), *stops, *(random_kill(100 + seed, suite) for seed in range(random_moments))]
+    suite, name = "levers", "levers: SIGTERM: cut, refitted and not yet shrunk"
+    stop = Fault(name, "cut.compensated@2:0:15", expected_codes=(85,), line=STOPPED, suite=suite)
+    return [*killed_at(kills, suite), stop, *(random_kill(100 + seed, suite) for seed in range(random_moments))]
 
 
 def plain_faults(random_moments: int) -> list[Fault]:
@@ -235,44 +236,24 @@ def plain_faults(random_moments: int) -> list[Fault]:
     ]
     terms = [("forward", "forward@14:1"), ("backward", "backward@15:0"), ("scoring", "scoring@8:1")]
     terms += [("cut", "cut.layer@5:1"), ("save", "save.layer@5:1")]
+    failed, fills, late = Fault("", expected_codes=(1,)), at_step(4, fill_disk), at_step(6, touch_stop)
+    taken, full = "another process has taken over this run", "No space left on device"
+    raised = "[rank 1] RuntimeError: fail-point backward@15: raised"
     asked_too_late = Fault("SIGTERM: finish, which is short", "finish.before_rename@1:0:15", expected_codes=(0,))
-    stopped = "stopped at step"
-    rank_0 = "--local_rank=0"
-    launcher, runner = "deepspeed.launcher.launch", "bin/deepspeed"
+    launchers = [("deepspeed runner", "bin/deepspeed"), ("launch.py", "-m deepspeed.launcher.launch")]
+    struck = [(*where, number) for where in launchers for number in (signal.SIGKILL, signal.SIGTERM)]
+    struck += [("one rank", "--local_rank=0", signal.SIGTERM)]
     return [
         *killed_at(kills, "plain", (1, 247, 0)),
-        *(Fault(f"SIGTERM: {name}", f"{point}:15", expected_codes=(85,), line=stopped) for name, point in terms),
+        *(Fault(f"SIGTERM: {name}", f"{point}:15", expected_codes=(85,), line=STOPPED) for name, point in terms),
         asked_too_late,
-        Fault("stop file", strike=at_step(4, touch_stop), expected_codes=(85,), line=stopped),
-        Fault("deepspeed runner: SIGKILL", strike=at_step(4, kill(runner, signal.SIGKILL)), line=stopped),
-        Fault("deepspeed runner: SIGTERM", strike=at_step(4, kill(runner, signal.SIGTERM)), line=stopped),
-        Fault("launch.py: SIGKILL", strike=at_step(4, kill(f"-m {launcher}", signal.SIGKILL)), line=stopped),
-        Fault("launch.py: SIGTERM", strike=at_step(4, kill(f"-m {launcher}", signal.SIGTERM)), line=stopped),
-        Fault(
-            "one rank: unexpected error in backward",
-            "backward@15:1:raise",
-            expected_codes=(1,),
-            line="[rank 1] RuntimeError: fail-point backward@15: raised",
-        ),
-        Fault(
-            "superseded while it stood still, then woken",
-            strike=at_step(4, supersede),
-            expected_codes=(1,),
-            line="another process has taken over this run",
-        ),
+        Fault("stop file", strike=at_step(4, touch_stop), expected_codes=(85,), line=STOPPED),
+        *(Fault(f"{name}: {x.name}", strike=at_step(4, kill(word, x)), line=STOPPED) for name, word, x in struck),
+        replace(failed, name="one rank: unexpected error in backward", point="backward@15:1:raise", line=raised),
+        replace(failed, name="superseded while it stood still, then woken", strike=at_step(4, supersede), line=taken),
         Fault("SIGINT twice to all", strike=at_step(4, interrupt_twice)),
-        Fault("one rank: SIGTERM", strike=at_step(4, kill(rank_0, signal.SIGTERM)), line=stopped),
-        Fault(
-            "disk full while saving",
-            strike=at_step(4, fill_disk),
-            after=lambda job: (job.out.parent / "filler").unlink(),
-            disk=True,
-            expected_codes=(1,),
-            line="No space left on device",
-        ),
-        Fault(
-            "newest checkpoint: a file truncated", strike=at_step(6, touch_stop), after=damage_newest(lambda c: c[:-9])
-        ),
-        Fault("newest checkpoint: a bit flipped", strike=at_step(6, touch_stop), after=damage_newest(flip_bit)),
+        replace(failed, name="disk full while saving", strike=fills, after=empty_disk, disk=True, line=full),
+        Fault("newest checkpoint: a file truncated", strike=late, after=damage_newest(lambda content: content[:-9])),
+        Fault("newest checkpoint: a bit flipped", strike=late, after=damage_newest(flip_bit)),
         *(random_kill(seed) for seed in range(random_moments)),
     ]

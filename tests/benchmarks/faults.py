@@ -10,7 +10,6 @@ quality settings: `fisher`, refit, distillation and recovery. `shelf` makes two 
 strikes transformers' Trainer.
 """
 
-import argparse
 import json
 import os
 import re
@@ -25,12 +24,10 @@ from typing import Any
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.report import report
-from loraprune_ds.report.report import hardware, versions
 from tests.benchmarks.fault_suites import EVERY, SUITES, Suite, result_of, start
 from tests.benchmarks.fault_table import RANKS, Fault, fault_table
+from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin
 
-ROOT = Path(__file__).parents[2]
-RESULTS = Path(__file__).parent / "results" / "faults.json"
 GONE = 60.0  # seconds in which a job must be gone: the promise
 
 
@@ -116,13 +113,13 @@ def format_row(row: Row) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--random", type=int, default=20, help="kills at random moments, seeded")
     parser.add_argument("--only", default="", help="faults whose name this regular expression finds")
     parser.add_argument("--missing", action="store_true", help="only those that FILE has no good row of; keep the rest")
     parser.add_argument("--most", type=int, help="stop after so many; --missing goes on from there")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; 2 ranks each")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "faults.json")
     arguments = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     table = fault_table(arguments.random)
@@ -143,9 +140,8 @@ def main() -> int:
             "configs": configs | {name: suite.config for name, suite in suites.items()},
             "ranks": RANKS,
             "checkpoint_every": EVERY,
-            "versions": versions(),
-            "hardware": hardware("cpu"),
             "skipped": skipped,
+            **origin(),
         }
         order = {fault.name: i for i, fault in enumerate(table)}
         rows: list[Row] = []

@@ -17,10 +17,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PLOT_STYLE, TEXT, make_logarithmic, save_picture
 from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.evaluate.speed import measure_speed
-from loraprune_ds.files import read_json
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format, stored_tensors
@@ -28,74 +26,12 @@ from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.pruning.criterion import gradient_estimate
 from loraprune_ds.pruning.prunable_model import LoraFactors
 from tests.benchmarks.memory import Peak
-from tests.benchmarks.quality import digest
-from tests.benchmarks.quality_settings import PERCENTS
-from tests.benchmarks.running import RESULTS, record
+from tests.benchmarks.running import record
 
-OTHERS = {"lora": (BLUE, "o"), "fisher": (GREEN, "^"), "magnitude": (ORANGE, "s")}  # beside the true gradient
-WIDTHS = {"heads": 9, "channels": 1536}  # of a layer of the expanded SmolLM2
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=[linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS])
 # TinyLlama's sizes, with a head of keys and values for each query head
 LLAMA_1B: Any = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
 TOKENS = 128
-
-
-# Figure 4: groups that two criteria remove alike
-
-
-def measure_masks(work: Path) -> None:
-    rows = list[dict[str, Any]]()
-    for percent in PERCENTS:
-        removed = {name: _removed(work, f"once-{percent}-{name}") for name in ("gradient", *OTHERS)}
-        row: dict[str, Any] = {"percent": percent}
-        for kind, width in WIDTHS.items():
-            true = removed["gradient"][kind]
-            row[kind] = {name: len(removed[name][kind] & true) / len(true) for name in OTHERS}
-            row[kind]["chance"] = len(true) / (width * len({layer for layer, _ in true}))
-        row["perplexity"] = {name: _result(work, f"once-{percent}-{name}")["perplexity"] for name in removed}
-        rows.append(row)
-    record("paper_masks", {"rows": rows})
-    _draw_masks(RESULTS / "paper_masks.png", rows)
-
-
-def _result(work: Path, name: str) -> dict[str, Any]:
-    return read_json(work / "results" / f"{name}-s0.json")
-
-
-def _removed(work: Path, name: str) -> dict[str, set[tuple[int, int]]]:
-    folder = work / "runs" / f"{name}-s0-{digest(_result(work, name)['basis'])}"
-    layers = read_json(folder / "kept_groups.json")["layers"]
-    return {
-        kind: {(i, j) for i, kept in enumerate(layers) for j in set(range(width)) - set(kept[kind])}
-        for kind, width in WIDTHS.items()
-    }
-
-
-def _draw_masks(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draws the shared part of the removed groups, and the perplexity of each mask."""
-    from matplotlib.figure import Figure
-    from matplotlib.style import context
-
-    percents = [row["percent"] for row in rows]
-    with context([PLOT_STYLE]):
-        figure = Figure(figsize=(10, 3.6), layout="constrained")
-        panels = figure.subplots(1, 3)
-        for axes, kind in zip(panels, WIDTHS, strict=False):
-            for name, (colour, marker) in OTHERS.items():
-                axes.plot(percents, [100 * row[kind][name] for row in rows], color=colour, marker=marker, label=name)
-            chance = [100 * row[kind]["chance"] for row in rows]
-            axes.plot(percents, chance, color=TEXT, linestyle="--", label="by chance")
-            axes.set(title=f"removed {kind} that the true gradient\nremoves, too", ylabel="%", ylim=(0, 100))
-        for name, (colour, marker) in {**OTHERS, "gradient": (TEXT, "x")}.items():
-            values = [row["perplexity"][name]["test"] for row in rows]
-            label = "the true gradient" if name == "gradient" else None
-            panels[2].plot(percents, values, color=colour, marker=marker, label=label)
-        panels[2].set(title="perplexity of the cut model,\nWikiText-2 test")
-        make_logarithmic(panels[2])
-        for axes in panels:
-            axes.set(xlabel="removed, % of the linears", xticks=percents)
-        figure.legend(loc="outside upper center", ncols=5)
-        save_picture(figure, path)
 
 
 # Table 3: time of merged and unmerged models
@@ -188,17 +124,13 @@ def _score(linear: Any, *, vanilla: bool) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["masks", "speed", "memory"])
-    parser.add_argument("--work", type=Path, help="folder of quality.py")
+    parser.add_argument("what", choices=["speed", "memory"])
     parser.add_argument("--pruned", type=Path, nargs=2, help="models with 20 and 50 % removed")
     arguments = parser.parse_args()
-    match arguments.what:
-        case "masks":
-            measure_masks(arguments.work)
-        case "speed":
-            measure_merged(arguments.pruned)
-        case _:
-            measure_memory()
+    if arguments.what == "speed":
+        measure_merged(arguments.pruned)
+    else:
+        measure_memory()
 
 
 if __name__ == "__main__":

@@ -126,15 +126,8 @@ class _Worker(AbstractContextManager["_Worker"]):
 
     def __init__(self, model: ServedModel, prompt: list[int], plan: Plan) -> None:
         self._model, self._server = model, plan.server
-        job = {
-            "server": plan.server,
-            "model": str(model.path.resolve()),
-            "prompt": prompt,
-            "generated": plan.generated,
-            "batch": plan.batch,
-            "trust_remote_code": model.trust_remote_code,
-            "model_impl": model.model_impl,
-        }
+        settings = {"trust_remote_code": model.trust_remote_code, "model_impl": model.model_impl}
+        job = asdict(plan) | settings | {"model": str(model.path.resolve()), "prompt": prompt}
         self._errors: IO[bytes] = TemporaryFile()
         self._process = subprocess.Popen(
             [plan.python, str(WORKER), json.dumps(job)],

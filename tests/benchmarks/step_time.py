@@ -28,9 +28,8 @@ class Timed(Trainer):
     def __init__(self, prepared: Prepared) -> None:
         config, engine = prepared.config, build_engine(prepared, None)
         pruner = Pruner(engine.model, prepared.pruning, config.seed)
-        super().__init__(
-            engine, pruner, prepared.samples, prepared.order, config.train, dtype=config.model.dtype, seed=config.seed
-        )
+        data, settings = (prepared.samples, prepared.order), {"dtype": config.model.dtype, "seed": config.seed}
+        super().__init__(engine, pruner, *data, config.train, **settings)
         self._observe = pruner.score
         self._next = 1
 

@@ -62,20 +62,14 @@ class Phases:
 
 
 def make_config(folder: Path, ranks: int, *, int8: bool) -> RunConfig:
+    train: Any = {"steps": STEPS, "global_batch_size": ranks, "micro_batch_size": 1}
     return RunConfig(
         output_dir="unused",
         deepspeed=str(folder / "ds.json"),
         model=ModelConfig(path=str(folder / "model"), frozen="int8" if int8 else None),
         data=DataConfig(window=WINDOW),
         prune=PruneConfig(**PAPER | {"ratio": 0.5, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}),
-        train=TrainConfig(
-            steps=STEPS,
-            global_batch_size=ranks,
-            micro_batch_size=1,
-            learning_rate=1e-4,
-            gradient_checkpointing=True,
-            distill_weight=0,
-        ),
+        train=TrainConfig(**train, learning_rate=1e-4, gradient_checkpointing=True, distill_weight=0),
     )
 
 
@@ -91,9 +85,8 @@ def main() -> None:
     comm = start_ranks()
     config, phases = make_config(folder, comm.world_size, int8=arguments.int8), Phases()
     pretrained = open_for_pruning(folder / "model", config.model)
-    ds_config = resolve_ds_config(
-        config.deepspeed, pretrained.shape, comm.world_size, config.train, config.model, config.lora.r
-    )
+    run = (config.train, config.model, config.lora.r)
+    ds_config = resolve_ds_config(config.deepspeed, pretrained.shape, comm.world_size, *run)
     hoard = materialise(pretrained) if arguments.control and rank == comm.world_size - 1 else []
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(pretrained.shape.vocab_size, (STEPS * comm.world_size, WINDOW), generator=generator)
@@ -138,11 +131,8 @@ def train_and_export(
     merged = partial(merged_tensors, dtype="bfloat16")
     phases.measure("export", lambda: write_model(model, exported, "bfloat16", merged))
     trained = evaluate(trainer.engine.deepspeed, ids)
-    return {
-        "losses": losses,
-        "loss_trained": trained,
-        "layers_at_the_end": [dict(layer) for layer in model.shape.layers],
-    }
+    layers = [dict(layer) for layer in model.shape.layers]
+    return {"losses": losses, "loss_trained": trained, "layers_at_the_end": layers}
 
 
 def train(trainer: Trainer, phases: Phases) -> list[float]:

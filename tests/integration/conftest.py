@@ -7,9 +7,9 @@ import pytest
 
 from tests.gguf_cases import byte_level_tokenizer
 from tests.integration.bad_input import make_material
+from tests.integration.finished_runs import GLOBAL, Case, run_config
 from tests.integration.launching import fork_ranks, write_config, write_text
 from tests.oracle.models import make_tiny_llama
-from tests.paper import PAPER
 
 VOCAB = 320
 
@@ -26,24 +26,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes: Any = {"heads": 6, "kv_heads": 3, "hidden": 48, "ffn": 64, "layers": 3, "vocab": VOCAB, "seed": 3}
     dense = make_tiny_llama(root / "dense", tie=True, biases=True, **sizes)
     byte_level_tokenizer(dense, VOCAB)
-    prune = PAPER | {"ratio": 0.35, "ranking": "global", "normalize": "none", "prune_every": 2}
-    prune |= {"warmup_fraction": 0.2, "cooldown_fraction": 0.2}
-    config = {
-        "output_dir": str(root / "run"),
-        "model": {"path": str(dense), "dtype": "float32"},
-        "lora": {"r": 4, "lora_dropout": 0.0},
-        "data": {"path": str(write_text(root / "text.txt", 6_000)), "window": 32, "held_out_fraction": 0.2},
-        "prune": prune | {"channel_multiple": 1, "protected_first": 0, "protected_last": 0},
-        "train": {
-            "steps": 6,
-            "global_batch_size": 4,
-            "micro_batch_size": 2,
-            "learning_rate": 1e-2,
-            "distill_weight": 0,
-        },
-        "evaluate": {"window": 32, "max_windows": 4},
-        "checkpoint": {"every": 4},
-    }
+    train = {"global_batch_size": 4, "learning_rate": 1e-2}
+    case = Case("run", "pruned_llama", {}, prune=GLOBAL, train=train, evaluate={"max_windows": 4})
+    config = run_config(case, dense, root) | {"lora": {"r": 4, "lora_dropout": 0.0}, "checkpoint": {"every": 4}}
+    config["data"] = {"path": str(write_text(root / "text.txt", 6_000)), "window": 32, "held_out_fraction": 0.2}
     (ended,) = fork_ranks(["--config", str(write_config(root / "run.yaml", config))], root, cwd=root, timeout=300)
     ended.check()
     return root

@@ -53,14 +53,8 @@ def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
         "data": {"path": str(folder / "text.txt"), "window": 24},
         "prune": PAPER
         | {"channel_multiple": 1, "ratio": 0.4, "prune_every": 5, "protected_first": 0, "protected_last": 0},
-        "train": {
-            "steps": STEPS,
-            "global_batch_size": 6,
-            "micro_batch_size": 1,
-            "learning_rate": 5e-3,
-            "adam_epsilon": 1e-3,
-            "distill_weight": 0,
-        },
+        "train": {"steps": STEPS, "global_batch_size": 6, "micro_batch_size": 1, "learning_rate": 5e-3}
+        | {"adam_epsilon": 1e-3, "distill_weight": 0},
         "evaluate": {"window": 24, "max_windows": 4},
         "checkpoint": {"every": 1, "keep_last": STEPS},
         "logging": {"report_to": []},

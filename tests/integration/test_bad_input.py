@@ -48,9 +48,7 @@ WRONG = (
     Wrong("gpt2", MODEL, ("'gpt2'", " llama, ", " mistral, "), copy_of_model(edit("config.json", model_type="gpt2"))),
     Wrong("truncated weights", MODEL, ("model.safetensors is damaged",), copy_of_model(truncate("model.safetensors"))),
     Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(drop_tokenizer)),
-    Wrong(
-        "unknown tower", MODEL, ("model: transformers cannot build", "subconfig: any"), tower("llava", model_type="any")
-    ),
+    Wrong("tower", MODEL, ("model: transformers cannot build", "subconfig: any"), tower("llava", model_type="any")),
     Wrong("tower, global", f"{MODEL} {OPEN} prune.ranking=global", ("layers of one size", "prune.ranking"), tower()),
     Wrong("tower, no processor", f"{MODEL} {OPEN}", ("none of preprocessor_config.json", "model.text_only"), tower()),
     Wrong("no adapter", "model.adapter={here}", ("adapter_config.json does not exist",)),
@@ -65,17 +63,9 @@ WRONG = (
     Wrong("LoRA rank", "lora.r=4096", ("lora.r 4096", "hidden_size 32")),
     Wrong("window", "data.window=4096", ("data.window 4096", "512 positions")),
     Wrong("attention", "model.attn_implementation=flash", ("cannot build this model", "attn_implementation flash")),
-    Wrong(
-        "activation", MODEL, ("config.json", "KeyError: 'zelu'"), copy_of_model(edit("config.json", hidden_act="zelu"))
-    ),
+    Wrong("activation", MODEL, ("config.json", "Error: 'zelu'"), copy_of_model(edit("config.json", hidden_act="zelu"))),
     Wrong("no ds_config", DS, ("deepspeed: ", "ds.json does not exist")),
     Wrong("not ZeRO-3", DS, ("zero_optimization.stage must be 3",), ds_config(zero_optimization={"stage": 2})),
-    Wrong(
-        "int8 by all-reduce",
-        f"{DS} model.frozen=int8",
-        ("ds.json: zero_optimization.stage3_use_all_reduce_for_fetch_params", "1 and "),
-        ds_config(zero_optimization={"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}),
-    ),
     Wrong("output_dir in a file", "output_dir={here}/file/out", ("file is not a folder",), file_at("file", "")),
     Wrong("endless output_dir", "output_dir={here}/" + 300 * "x", ("output_dir", "cannot be read: File name too long")),
     Wrong("read-only output_dir", "output_dir=/proc/out", ("output_dir /proc/out cannot be written",)),

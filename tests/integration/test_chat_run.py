@@ -50,9 +50,7 @@ def write_chat_run(folder: Path) -> Path:
     return path
 
 
-def test_a_stopped_run_on_packed_conversations_ends_as_the_run_that_never_stopped(
-    ranks: RankPool, tmp_path: Path
-) -> None:
+def test_a_stopped_run_on_packed_conversations_ends_as_one_that_never_stopped(ranks: RankPool, tmp_path: Path) -> None:
     path = write_chat_run(tmp_path)
     straight, stopped = config_for(path, tmp_path / "straight"), config_for(path, tmp_path / "stopped")
     ranks.run(2, run_here, straight)

@@ -16,9 +16,9 @@ from loraprune_ds.model.tokenizer import load_tokenizer
 from tests.export_cases import CASES, VOCAB, Case, cut, dense_model, export
 from tests.gguf_cases import sentencepiece_tokenizer
 from tests.integration.heavy.results import record
-from tests.stranger import OTHER_TRANSFORMERS, ask_stranger
+from tests.stranger import LOOK, OTHER_TRANSFORMERS, ask_stranger
 
-NEW_TOKENS = 8
+NEW_TOKENS = 8  # as in LOOK
 PROMPT = torch.arange(24).view(2, 12) * 7 % VOCAB  # longer than the sliding window of 5
 # Weights and kernels are the same, so in practice the difference is 0. One ulp of a logit of 4 is 5e-7.
 SAME = 1e-6
@@ -28,28 +28,11 @@ EAGER = {"float32": 1e-5, "bfloat16": 0.1}
 TEXTS = ["The  import statement\n\tdef f(x):", "one</s>two <s> three", " lead", ""]
 
 STRANGER = """
-import json, sys
-import torch
-from pathlib import Path
-from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-def generate(model, prompt, **options):
-    lengths = dict(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-    return model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0, **lengths, **options
-    )
-
 def report(folder, trust, prompt, texts):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **trust).eval()
-    result = {"logits": model(prompt).logits, "dtype": torch.empty(0, dtype=model.dtype)}
-    result["hidden"] = AutoModel.from_pretrained(folder, dtype="auto", **trust).eval()(prompt).last_hidden_state
-    result["cached"] = generate(model, prompt)
-    result["uncached"] = generate(model, prompt, use_cache=False)
+    model = load(folder)
+    result = look(model, folder, prompt) | {"dtype": torch.empty(0, dtype=model.dtype)}
+    result["hidden"] = load(folder, AutoModel)(prompt).last_hidden_state
     result["static"] = generate(model, prompt, cache_implementation="static")
-    copy = Path(folder).with_name(Path(folder).name + "_saved_again")
-    model.save_pretrained(copy)
-    result["saved_again"] = AutoModelForCausalLM.from_pretrained(copy, dtype="auto", **trust).eval()(prompt).logits
     model.set_attn_implementation("eager")
     eager = model(prompt, output_attentions=True)
     result["eager"] = eager.logits
@@ -57,15 +40,13 @@ def report(folder, trust, prompt, texts):
     tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     for i, text in enumerate(texts):
         result[f"text{i}"] = torch.tensor(tokenizer(text)["input_ids"], dtype=torch.long)
-    return {name: tensor.detach().contiguous() for name, tensor in result.items()}
+    return result
 
 job = json.loads(sys.argv[1])
-NEW_TOKENS = job["new_tokens"]
 prompt = load_file(job["prompt"])["prompt"]
 for folder in job["folders"]:
     trust = {"trust_remote_code": True} if folder in job["trusted"] else {}
-    save_file(report(folder, trust, prompt, job["texts"]), folder + ".safetensors")
-assert not any(name.partition(".")[0] == "loraprune_ds" for name in sys.modules)
+    tell(report(folder, trust, prompt, job["texts"]), folder)
 """
 
 
@@ -105,9 +86,8 @@ def run_stranger(exports: list[Exported], root: Path) -> None:
         "folders": [str(export.folder) for export in exports],
         "trusted": [str(export.folder) for export in exports if export.config.trust_remote_code],
         "texts": TEXTS,
-        "new_tokens": NEW_TOKENS,
     }
-    ask_stranger(STRANGER, json.dumps(job), folder=root)
+    ask_stranger(LOOK + STRANGER, json.dumps(job), folder=root)
 
 
 @pytest.fixture(params=CASES, ids=str)

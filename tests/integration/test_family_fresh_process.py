@@ -8,7 +8,7 @@ from torch import Tensor
 from loraprune_ds.model.family import FAMILIES
 from tests.families import EQUAL, SIZES
 from tests.family_cuts import FEW, MANY, PROMPT, SOURCE, Export, difference, export
-from tests.stranger import OTHER_TRANSFORMERS, ask_stranger
+from tests.stranger import LOOK, OTHER_TRANSFORMERS, ask_stranger
 
 TOLERANCE = 1e-5  # of the logits' standard deviation: the same operations, possibly by other kernels
 COUNTS = {"layers": (FEW, MANY)}  # with other layers by our modelling file
@@ -17,47 +17,15 @@ if OTHER_TRANSFORMERS:  # else the others are stock classes, which test_family_p
 ALL_HEADS = ("qwen2_moe", "granitemoe")  # transformers 4.57 takes hidden_size / heads for their head_dim
 
 STRANGER = """
-import json, sys
-import torch
-from pathlib import Path
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 def is_known(folder):
     family = json.loads((Path(folder) / "config.json").read_text())["model_type"].removeprefix("pruned_")
     return family in CONFIG_MAPPING_NAMES
 
-def load(folder):
-    config = json.loads((Path(folder) / "config.json").read_text())
-    trust, seq2seq = "auto_map" in config, config.get("is_encoder_decoder")
-    return (AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM).from_pretrained(
-        folder, dtype="auto", attn_implementation="eager", trust_remote_code=trust
-    ).eval()
-
-def logits(model, prompt):
-    if model.config.is_encoder_decoder:
-        return model(tensors["source"], decoder_input_ids=prompt).logits
-    return model(prompt).logits
-
-def generate(model, prompt, use_cache):
-    with_all = torch.ones_like(prompt)
-    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=use_cache)
-    return model.generate(prompt, attention_mask=with_all, **options)
-
-def report(folder, prompt):
-    model = load(folder)
-    result = {"logits": logits(model, prompt)}
-    result["cached"], result["uncached"] = generate(model, prompt, True), generate(model, prompt, False)
-    model.save_pretrained(folder + "_saved_again")
-    result["saved_again"] = logits(load(folder + "_saved_again"), prompt)
-    return {name: tensor.detach().contiguous() for name, tensor in result.items()}
-
-tensors = load_file(sys.argv[1])
-prompt = tensors["prompt"]
+eager, tensors = {"attn_implementation": "eager"}, load_file(sys.argv[1])
 for folder in sys.argv[2:]:
-    save_file(report(folder, prompt) if is_known(folder) else {}, folder + ".safetensors")
-assert not any(name.partition(".")[0] == "loraprune_ds" for name in sys.modules)
+    tell(look(load(folder, **eager), folder, **tensors, **eager) if is_known(folder) else {}, folder)
 """
 
 
@@ -76,7 +44,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Found:
                 counts = [(SIZES["num_key_value_heads"], experts) for _, experts in counts]
             made[f"{family}-{name}"] = export(family, root / f"{family}-{name}", *counts)
     save_file({"prompt": PROMPT, "source": SOURCE.contiguous()}, root / "prompt.safetensors")
-    ask_stranger(STRANGER, root / "prompt.safetensors", *(one.folder for one in made.values()), folder=root)
+    ask_stranger(LOOK + STRANGER, root / "prompt.safetensors", *(one.folder for one in made.values()), folder=root)
     return {name: (one, load_file(f"{one.folder}.safetensors")) for name, one in made.items()}
 
 

@@ -147,9 +147,7 @@ def test_on_another_number_of_ranks(again: Again) -> None:
 
 
 @pytest.mark.parametrize(("stop", "micro_batch_size"), [(CUTS[0] + 1, 3), (CUTS[2] - 1, 2)])
-def test_with_other_micro_batches_on_another_number_of_ranks(
-    again: Again, no_dropout: Path, stop: int, micro_batch_size: int
-) -> None:
+def test_other_micro_batches_on_fewer_ranks(again: Again, no_dropout: Path, stop: int, micro_batch_size: int) -> None:
     again.run(again.config(*NO_DROPOUT), None, stop, ranks=3)
     again.run(again.config(*NO_DROPOUT, f"train.micro_batch_size={micro_batch_size}"), "auto", ranks=1)
     assert_close(again.out, no_dropout)
@@ -177,15 +175,9 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(content)
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a flipped bit": ("step-13/layer-00001.safetensors", flip_a_bit, "damaged"),
-    "scores cut short": ("step-13/scores.safetensors", truncate, "damaged"),
     "a layer missing": ("step-13/layer-00002.safetensors", Path.unlink, "missing"),
-    "no manifest": ("step-13/manifest.json", Path.unlink, "missing"),
     "state of another kind": ("step-13/state.json", lambda path: path.write_text("[]"), "damaged"),
     "an empty state": ("step-13/state.json", lambda path: path.write_text(""), "damaged"),
 }
@@ -234,9 +226,7 @@ def test_a_damaged_shape_spoils_all_steps_that_name_it_and_is_replaced(again: Ag
         (1, "model-00002-of-00004.safetensors", "shape-3"),
     ],
 )
-def test_a_rank_without_room_ends_the_run_and_loses_nothing_older(
-    again: Again, refitted: Path, rank: int, name: str, lost: str
-) -> None:
+def test_a_rank_without_room_loses_nothing_older(again: Again, refitted: Path, rank: int, name: str, lost: str) -> None:
     out = again.killed_after(13, refitted)
     shutil.rmtree(out / "checkpoints/shape-3", ignore_errors=True)
     before = again.files()
@@ -323,17 +313,13 @@ def change_source(out: Path, **changes: str) -> None:
         write_manifest(path, manifest | {"state.json": seal(path / "state.json")})
 
 
-@pytest.mark.parametrize(
-    ("change", "line"),
-    [
-        (newer_format, f"step-13/state.json has {NEWER}"),
-        (partial(change_source, digest="0" * 64), "is not the source model of"),
-    ],
-)
-def test_a_whole_checkpoint_that_does_not_fit_is_not_given_up_for_an_older_one(
-    again: Again, change: Callable[[Path], None], line: str
-) -> None:
-    """The first save would remove it."""
+OTHER_SOURCE = partial(change_source, digest="0" * 64)
+MISFITS = [(newer_format, f"step-13/state.json has {NEWER}"), (OTHER_SOURCE, "is not the source model of")]
+
+
+@pytest.mark.parametrize(("change", "line"), MISFITS)
+def test_a_misfit_checkpoint_is_not_given_up(again: Again, change: Callable[[Path], None], line: str) -> None:
+    """The first save after an older one would remove it."""
     change(again.killed_after(13))
     for found in again.find(again.config()):
         assert line in str(found.error)
@@ -366,11 +352,9 @@ def test_what_cannot_be_resumed_is_one_line(again: Again, tmp_path: Path) -> Non
     other_model = again.config(f"model.path={tmp_path / 'other_model'}", out=new)
     other_batch = again.config("train.global_batch_size=12", "seed=1", out=new)
     cases = [
-        (again.config(out=new), str(tmp_path / "nowhere"), f"--resume {tmp_path / 'nowhere'}: no such folder"),
         (again.config(out=new), str(held / "checkpoints/step-1"), NEWER),
         (other_model, straight, "other settings: model.path"),
         (other_batch, straight, "other settings: seed, train.global_batch_size"),
-        (again.config(), straight, f"output_dir {held} holds a run already"),
     ]
     for config, resume, line in cases:
         for found in again.find(config, resume):

@@ -58,9 +58,7 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
     assert not list((straight / "checkpoints" / f"step-{TOTAL}").glob("moments-*"))  # no cut is left that needs them
 
 
-def test_a_kill_after_the_model_is_published_leaves_a_run_that_can_be_finished(
-    ranks: RankPool, straight: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_after_its_model_is_there_can_be_finished(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
     """Kills it before status.json says "finished". An earlier version kept the teacher's outputs in a folder."""
     out = tmp_path / "out"
     shutil.copytree(straight, out)

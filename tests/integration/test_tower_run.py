@@ -29,11 +29,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
     """The checkpoint gives the same model, and the layers for further tokens. The adapter's base is the text class."""
-    config, out = (
-        write_run(tmp_path, prune={"ranking": None, "prune_every": 3}, train={"steps": STEPS}),
-        tmp_path / "out",
-    )
-    source = tmp_path / "whole"
+    config = write_run(tmp_path, prune={"ranking": None, "prune_every": 3}, train={"steps": STEPS})
+    out, source = tmp_path / "out", tmp_path / "whole"
     shutil.copytree(tmp_path / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
     shutil.copy(tmp_path / "source" / "tokenizer_config.json", source)
     write_json(source / PROCESSOR, {"image_processor_type": "any", "auto_map": {"AutoProcessor": "code.Any"}})

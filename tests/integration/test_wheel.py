@@ -106,9 +106,7 @@ def test_run_takes_a_shipped_config(programs: Path, tmp_path: Path) -> None:
         (["run", "--config", "launch/configs/quickstart.yaml", "--set", "prune.ratio=2"], "prune.ratio must be "),
     ],
 )
-def test_a_mistake_is_one_line_before_any_rank_starts(
-    arguments: list[str], line: str, programs: Path, tmp_path: Path
-) -> None:
+def test_a_mistake_is_told_before_ranks_start(arguments: list[str], line: str, programs: Path, tmp_path: Path) -> None:
     ended = start(programs, tmp_path, *arguments)
     assert ended.code == 2, ended.everything
     assert ended.err.startswith(f"error: {line}")

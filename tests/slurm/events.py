@@ -6,7 +6,6 @@ Every event must end as said. Its kept groups must equal a run without Slurm on 
 Exit code 1 unless all do. Needs root on Debian. Takes about ten minutes on two idle cores.
 """
 
-import argparse
 import json
 import os
 import re
@@ -20,14 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.report.report import hardware, versions
+from tests.benchmarks.running import RESULTS, make_parser, origin
 from tests.integration.finished_runs import snapshot
 from tests.integration.launching import read_json
 from tests.slurm.cluster import FOR_GOOD, ROOT, Job, obstacle, running_cluster
 from tests.slurm.lab import EVENTS, PATIENCE, RUN, Lab, Row, carry_out, event, said
 
 NODES = 3  # one more than a job takes, for the one that is lost
-RESULTS = ROOT / "tests" / "benchmarks" / "results" / "slurm.json"
 SAVED = 5  # a step after which a checkpoint is there
 
 
@@ -61,9 +59,8 @@ def deepspeed(lab: Lab, name: str, content: dict[str, Any]) -> str:
 @event("preempted by a job of higher priority", expected_restarts=(1,))
 def preempt(lab: Lab, row: Row) -> None:
     job = started(lab, "preempted", 2)
-    lab.cluster.execute(
-        "sbatch", f"--nodes={NODES}", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap=sleep 1"
-    )
+    options = (f"--nodes={NODES}", "--exclusive", "--partition=high", "--output=/dev/null")
+    lab.cluster.execute("sbatch", *options, "--wrap=sleep 1")
     lab.finish(row, job, "preempted")
 
 
@@ -250,9 +247,9 @@ def requeue(lab: Lab, job: Job, restarts: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--only", default="", metavar="REGEX", help="events whose name it finds; the other rows stay")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "slurm.json")
     arguments = parser.parse_args()
     if why := obstacle():
         print(f"no Slurm cluster can run here: {why}", file=sys.stderr)
@@ -282,8 +279,7 @@ def write_result(path: Path, rows: Sequence[Row], slurm: str, folder: str) -> No
         "slurm": slurm,
         "nodes": NODES,
         "config": RUN,
-        "versions": versions(),
-        "hardware": hardware("cpu"),
+        **origin(),
         "rows": [known[name] for name in EVENTS if name in known],
     }
     path.write_text(json.dumps(result, indent=1).replace(folder, "/tmp/slurm-events") + "\n")

@@ -24,6 +24,8 @@ def make_shape(
     layers: list[tuple[int, int]], *, hidden: int = 16, head_dim: int = 4, queries_per_group: int = 1
 ) -> ModelShape:
     """A Llama of (heads, channels) per layer."""
+    norms = {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    outer = {"model.embed_tokens.weight": (50, hidden), "model.norm.weight": (hidden,), "lm_head.weight": (50, hidden)}
     return ModelShape(
         model_type="llama",
         hidden_size=hidden,
@@ -32,15 +34,8 @@ def make_shape(
         vocab_size=50,
         tie_word_embeddings=False,
         layers=tuple(LayerShape(heads=heads, channels=channels) for heads, channels in layers),
-        layer_others={
-            i: {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-            for i in range(len(layers))
-        },
-        outer_parameters={
-            "model.embed_tokens.weight": (50, hidden),
-            "model.norm.weight": (hidden,),
-            "lm_head.weight": (50, hidden),
-        },
+        layer_others=dict.fromkeys(range(len(layers)), norms),
+        outer_parameters=outer,
     )
 
 

@@ -158,9 +158,7 @@ def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, 
     )
 
 
-def test_sampling_repeats_itself_from_the_seed_and_needs_no_dense_model(
-    settings: AnswerSettings, folders: list[Path]
-) -> None:
+def test_sampling_follows_from_the_seed_and_needs_no_dense_model(settings: AnswerSettings, folders: list[Path]) -> None:
     (first,), (second,) = (write_answers([load(folders[0], settings)], settings) for _ in range(2))
     assert first == second
     assert first.sampled.texts != first.greedy.texts
@@ -178,9 +176,7 @@ def test_a_diverged_model_has_answers_that_are_worth_nothing(settings: AnswerSet
 
 
 @torch.no_grad()
-def test_closeness_equals_a_plain_computation_and_a_model_is_itself(
-    settings: AnswerSettings, folders: list[Path]
-) -> None:
+def test_closeness_is_as_computed_plainly_and_a_model_is_itself(settings: AnswerSettings, folders: list[Path]) -> None:
     pruned, dense = (load(folder, settings).model for folder in folders)
     ids = torch.randint(3, 100, (3, 10), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()

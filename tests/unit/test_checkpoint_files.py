@@ -14,35 +14,25 @@ import pytest
 
 from loraprune_ds import files
 from loraprune_ds.checkpoint import layout, save
-from loraprune_ds.checkpoint.layout import (
-    FORMAT,
-    STATE_FILE,
-    RunState,
-    RunTotals,
-    ShapeSource,
-    Status,
-    read_state,
-    read_status,
-    state_text,
-    write_status,
-)
 from loraprune_ds.checkpoint.save import drop_old
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import begin_folder, make_once, publish_folder, remove_folder
 from tests.refusals import refused
 
+READS = f"this version of loraprune_ds reads format {layout.FORMAT}"
 
-def make_state(step: int, shape: str) -> RunState:
-    return RunState(
+
+def make_state(step: int, shape: str) -> layout.RunState:
+    return layout.RunState(
         step=step,
-        totals=RunTotals(1536 * step, 22.5, None),
+        totals=layout.RunTotals(1536 * step, 22.5, None),
         adam_step=step,
         schedule={"last_epoch": step},
         loss_scale={},
         kept=[[[0, 2], [1, 3, 4]]],
         updates_since_cut=1,
         cuts=0,
-        shape=ShapeSource(shape, "abc", is_source=not shape.startswith("shape-")),
+        shape=layout.ShapeSource(shape, "abc", is_source=not shape.startswith("shape-")),
         resumed_from=[3],
         config={"seed": 0},
     )
@@ -51,8 +41,8 @@ def make_state(step: int, shape: str) -> RunState:
 def make_step(root: Path, step: int, shape: str) -> Path:
     target = layout.step_folder(root, step)
     staging = begin_folder(target)
-    (staging / STATE_FILE).write_text(state_text(make_state(step, shape)))
-    layout.write_manifest(staging, {STATE_FILE: layout.seal(staging / STATE_FILE)})
+    (staging / layout.STATE_FILE).write_text(layout.state_text(make_state(step, shape)))
+    layout.write_manifest(staging, {layout.STATE_FILE: layout.seal(staging / layout.STATE_FILE)})
     publish_folder(target)
     return target
 
@@ -80,13 +70,11 @@ def test_a_folder_has_no_name_before_it_is_complete(tmp_path: Path) -> None:
     layout.verify(target)
 
 
-def test_a_file_and_the_name_are_on_the_disk_before_anything_relies_on_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_on_the_disk_before_anything_relies_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name))
     make_step(tmp_path, 4, "shape-1")
-    assert synced == [STATE_FILE, layout.MANIFEST, ".step-4.partial", tmp_path.name]
+    assert synced == [layout.STATE_FILE, layout.MANIFEST, ".step-4.partial", tmp_path.name]
 
 
 def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,9 +118,7 @@ def flip(path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("parts", [1, 3])
-def test_damage_is_named_by_some_reader(
-    tmp_path: Path, damage: Callable[[Path], object], name: str, word: str, parts: int
-) -> None:
+def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], object], name: str, word: str, parts: int) -> None:
     staging = begin_folder(tmp_path / "step-1")
     for file in "abc":
         (staging / file).write_text(file)
@@ -157,9 +143,7 @@ def test_damage_is_named_by_some_reader(
         (8, 2, ["shape-0", "step-4", "step-8"]),  # after a resume from an older one
     ],
 )
-def test_old_steps_are_removed_and_shapes_that_none_names(
-    tmp_path: Path, saved: int, keep_last: int, left: list[str]
-) -> None:
+def test_old_steps_go_and_shapes_that_none_names(tmp_path: Path, saved: int, keep_last: int, left: list[str]) -> None:
     for number, step in enumerate((4, 8, 12, 16)):
         make_step(tmp_path, step, f"shape-{number // 2}")
     make_shapes(tmp_path, 0, 1, 2)
@@ -172,7 +156,7 @@ def test_old_steps_are_removed_and_shapes_that_none_names(
 
 
 def test_all_shapes_stay_while_a_damaged_step_may_name_any(tmp_path: Path) -> None:
-    (make_step(tmp_path, 4, "shape-0") / STATE_FILE).write_text("{")
+    (make_step(tmp_path, 4, "shape-0") / layout.STATE_FILE).write_text("{")
     make_step(tmp_path, 8, "shape-1")
     make_shapes(tmp_path, 0, 1)
     drop_old(tmp_path, 8, keep_last=2)
@@ -182,8 +166,7 @@ def test_all_shapes_stay_while_a_damaged_step_may_name_any(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": FORMAT + 1}, f"has format {FORMAT + 1}; this version of loraprune_ds reads format {FORMAT}"),
-        ({"format": FORMAT - 1}, f"has format {FORMAT - 1}; this version of loraprune_ds reads format {FORMAT}"),
+        *(({"format": other}, f"has format {other}; {READS}") for other in (layout.FORMAT + 1, layout.FORMAT - 1)),
         ({"format": None}, "missing or damaged"),
         ({"surprise": 1}, "a field is missing or unknown"),
         ({"kept": 3}, "a field is missing or unknown"),
@@ -192,18 +175,16 @@ def test_all_shapes_stay_while_a_damaged_step_may_name_any(tmp_path: Path) -> No
 )
 def test_the_state_is_read_or_refused_in_one_line(tmp_path: Path, change: dict[str, object], words: str) -> None:
     state = make_state(7, "shape-2")
-    (tmp_path / STATE_FILE).write_text(state_text(state))
-    assert read_state(tmp_path) == state
-    raw = json.loads(state_text(state)) | change
-    (tmp_path / STATE_FILE).write_text(json.dumps(raw))
-    message = refused(read_state, tmp_path)
-    assert str(tmp_path / STATE_FILE) in message
+    (tmp_path / layout.STATE_FILE).write_text(layout.state_text(state))
+    assert layout.read_state(tmp_path) == state
+    raw = json.loads(layout.state_text(state)) | change
+    (tmp_path / layout.STATE_FILE).write_text(json.dumps(raw))
+    message = refused(layout.read_state, tmp_path)
+    assert str(tmp_path / layout.STATE_FILE) in message
     assert words in message
 
 
-def test_the_devices_memory_is_given_back_before_the_ranks_gather(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_device_memory_is_given_back_before_the_ranks_gather(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = Mock()
     calls.comm.configure_mock(rank=0, draw_mark=lambda: "1a2b")
     monkeypatch.setattr(save, "empty_cache", calls.empty_cache)
@@ -216,19 +197,19 @@ def test_the_devices_memory_is_given_back_before_the_ranks_gather(
 
 def test_status_comes_back_as_it_was(tmp_path: Path) -> None:
     """A reader that opened the file before still reads it whole, because the new text went to another file."""
-    assert read_status(tmp_path) is None
-    write_status(tmp_path, Status("running", 1, 60))
-    status = Status("failed", 12, 60, error="step 12: the loss is NaN")
+    assert layout.read_status(tmp_path) is None
+    layout.write_status(tmp_path, layout.Status("running", 1, 60))
+    status = layout.Status("failed", 12, 60, error="step 12: the loss is NaN")
     with (tmp_path / "status.json").open() as old:
-        write_status(tmp_path, status)
+        layout.write_status(tmp_path, status)
         assert json.load(old)["step"] == 1
-    assert read_status(tmp_path) == status
+    assert layout.read_status(tmp_path) == status
     assert datetime.fromisoformat(status.updated).tzinfo is not None
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
 GOOD = {"state": "running", "step": 1, "steps": 2, "error": None, "updated": "2026-11-25T01:02:03+00:00"}
-GOOD |= {"mark": "a", "job": None, "format": FORMAT}
+GOOD |= {"mark": "a", "job": None, "format": layout.FORMAT}
 CHANGES = [{"state": "walking"}, {"state": ["running"]}, {"step": "1"}, {"error": 3}, {"mark": None}]
 
 
@@ -240,12 +221,12 @@ CHANGES = [{"state": "walking"}, {"state": ["running"]}, {"step": "1"}, {"error"
         b'{"state": "runn',
         b"[]",
         json.dumps({"state": "running", "step": 1, "steps": 2}).encode(),
-        *(json.dumps(GOOD | change).encode() for change in (*CHANGES, {"format": FORMAT - 1})),
+        *(json.dumps(GOOD | change).encode() for change in (*CHANGES, {"format": layout.FORMAT - 1})),
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "status.json").write_bytes(content)
-    assert str(tmp_path / "status.json") in refused(read_status, tmp_path)
+    assert str(tmp_path / "status.json") in refused(layout.read_status, tmp_path)
 
 
 # What is made once for a node, also where its file system has no locks

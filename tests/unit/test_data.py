@@ -9,14 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.train.data import tokens
 from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout, starts_of
-from loraprune_ds.train.data.tokens import (
-    TEXTS_AT_ONCE,
-    collect_rows,
-    make_instruction,
-    pack_documents,
-    tokenize_instructions,
-)
 
 
 def ragged(ids: list[list[int]], window: int, labels: list[list[int]] | None = None) -> Samples:
@@ -158,11 +152,9 @@ PACKED = {
 
 
 @pytest.mark.parametrize(("template", "eos", "expected"), PACKED.values(), ids=PACKED.keys())
-def test_documents_are_packed_with_eos_between_and_the_tail_is_dropped(
-    template: str, eos: str | None, expected: list[list[int]]
-) -> None:
+def test_documents_are_packed_with_eos_and_no_tail(template: str, eos: str | None, expected: list[list[int]]) -> None:
     documents = [words(1, 2), "", words(3, 5), words(6, 11)]
-    samples = pack_documents(documents, make_tokenizer(template=template, eos=eos), 4, None)
+    samples = tokens.pack_documents(documents, make_tokenizer(template=template, eos=eos), 4, None)
     ids, labels = rows(samples)
     assert ids[: len(expected)] == expected
     assert labels == ids
@@ -173,7 +165,7 @@ def test_documents_are_packed_with_eos_between_and_the_tail_is_dropped(
 def test_every_window_can_begin_with_bos() -> None:
     """Nothing predicts the token whose place it takes."""
     tokenizer = make_tokenizer(template="<s> $A")
-    samples = pack_documents([words(1, 2), words(3, 11)], tokenizer, 4, None, start=BOS)
+    samples = tokens.pack_documents([words(1, 2), words(3, 11)], tokenizer, 4, None, start=BOS)
     assert rows(samples)[0] == [[BOS, 11, 12, EOS], [BOS, 13, 14, 15], [BOS, 17, 18, 19]]
 
 
@@ -181,23 +173,23 @@ def test_max_samples_takes_the_first_windows_and_reads_no_further_than_it_must()
     read = []
 
     def documents():
-        for i in range(3 * TEXTS_AT_ONCE):
+        for i in range(3 * tokens.TEXTS_AT_ONCE):
             read.append(i)
             yield words(1, 3)
 
-    whole = pack_documents([words(1, 3)] * 3 * TEXTS_AT_ONCE, make_tokenizer(), 4, None)
-    samples = pack_documents(documents(), make_tokenizer(), 4, 5)
-    assert len(whole) == (4 * 3 * TEXTS_AT_ONCE - 1) // 4
+    whole = tokens.pack_documents([words(1, 3)] * 3 * tokens.TEXTS_AT_ONCE, make_tokenizer(), 4, None)
+    samples = tokens.pack_documents(documents(), make_tokenizer(), 4, 5)
+    assert len(whole) == (4 * 3 * tokens.TEXTS_AT_ONCE - 1) // 4
     assert rows(samples)[0] == rows(whole)[0][:5]
-    assert len(read) == TEXTS_AT_ONCE
+    assert len(read) == tokens.TEXTS_AT_ONCE
     for too_little in ([words(1, 3)], []):
-        assert len(pack_documents(too_little, make_tokenizer(), 4, 2)) == 0
+        assert len(tokens.pack_documents(too_little, make_tokenizer(), 4, 2)) == 0
 
 
 def mask_prompts(
     pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, window: int, max_samples: int | None = None
 ) -> Samples:
-    return collect_rows(tokenize_instructions(pairs, tokenizer), window, max_samples)
+    return tokens.collect_rows(tokens.tokenize_instructions(pairs, tokenizer), window, max_samples)
 
 
 MASKED = {
@@ -247,8 +239,8 @@ def test_masked_samples_cost_their_tokens_and_not_their_window() -> None:
 def test_a_prompt_may_hold_braces_and_headings_and_its_mask_ends_where_the_response_begins() -> None:
     tokenizer = make_tokenizer()
     prompt = "Fill {prompt} and {0} ### Answer w1"
-    example = make_instruction(prompt, "", "w5 ### Answer w6")
+    example = tokens.make_instruction(prompt, "", "w5 ### Answer w6")
     assert prompt in example[0]
-    assert make_instruction(prompt, "{input} w9", "w5")[0].count("{input} w9") == 1
+    assert tokens.make_instruction(prompt, "{input} w9", "w5")[0].count("{input} w9") == 1
     _, labels = rows(mask_prompts([example], tokenizer, 64))
     assert [label for label in labels[0] if label != IGNORE_INDEX] == [15, 0, 0, 16, EOS]

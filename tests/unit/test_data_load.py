@@ -42,9 +42,8 @@ def documents(count: int) -> list[dict[str, str]]:
     return [{"text": f"w{i + 1}".ljust(4) * WINDOW} for i in range(count)]
 
 
-INSTRUCTIONS = [
-    {"instruction": f"w{i}", "input": f"w{i + 20}" if i % 2 == 0 else "", "response": "w50"} for i in range(10)
-]
+INPUTS = [f"w{i + 20}" if i % 2 == 0 else "" for i in range(10)]
+INSTRUCTIONS = [{"instruction": f"w{i}", "input": x, "response": "w50"} for i, x in enumerate(INPUTS)]
 
 
 # Where text comes from
@@ -101,9 +100,7 @@ def test_a_datasets_name_goes_to_datasets_with_its_files_and_split(monkeypatch: 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.5, 0.9])
-def test_held_out_and_tuning_documents_never_overlap_and_are_everything(
-    fraction: float, name: str, tmp_path: Path
-) -> None:
+def test_held_out_and_tuning_documents_never_overlap_and_are_all(fraction: float, name: str, tmp_path: Path) -> None:
     data = load(write_json(tmp_path / name, documents(40)), held_out_fraction=fraction)
     assert len(held_out_ids(data)) == pytest.approx(40 * fraction, abs=1)
     assert tuned_on(data).isdisjoint(held_out_ids(data))

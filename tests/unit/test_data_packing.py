@@ -10,7 +10,6 @@ from torch import Tensor
 
 from loraprune_ds.config import DataConfig, RunConfig
 from loraprune_ds.config_file import config_from_dict
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.train.data import loading
@@ -182,9 +181,7 @@ def test_the_sources_of_a_mixture_give_what_they_give_alone(text: str, instructi
         ((7, 5, 1), (7, 5, 1), (1, 1, 1)),
     ],
 )
-def test_weights_are_the_fractions_of_an_epoch(
-    counts: tuple[int, ...], weights: tuple[float, ...], times: tuple[int, ...]
-) -> None:
+def test_weights_are_fractions(counts: tuple[int, ...], weights: tuple[float, ...], times: tuple[int, ...]) -> None:
     numbers = mix(counts, weights)
     assert numbers.bincount().tolist() == [n for count, n in zip(counts, times, strict=True) for _ in range(count)]
 
@@ -253,8 +250,7 @@ def test_what_all_entries_lack_stands_beside_the_list(text: str, tmp_path: Path)
     """An entry's null means that it is not given."""
     path = str(write_json(tmp_path / "pairs.jsonl", [{"instruction": "w1", "response": "w2"}] * 20))
     entries = [{"path": text}, {"path": path, "format": "instruction", "input_field": None}]
-    with pytest.raises(UserError, match=r"data\.path\[1\]\.input_field: .*'input' \(data\.input_field null: there is"):
-        load(entries, window=64)
+    refuses(r"data\.path\[1\]\.input_field: .*'input' \(data\.input_field null: there is", load, entries, window=64)
     assert load(entries, window=64, input_field=None).epoch_length == 19
 
 

@@ -30,10 +30,7 @@ from tests.unit.shapes_and_scores import LLAMA_7B, gone, random_scores_of
             {"depth_ratio": 0.97, "protected_last": 2},
             r"prune.depth_ratio 0.97 of 32 layers is 31, and at most 29 may leave; layer 0, protected",
         ),
-        (
-            {"depth_ratio": 0.5, "ratio": 0.4},
-            r"prune.ratio 0.4 is less than the 16 layers of prune.depth_ratio take: 0.5",
-        ),
+        ({"depth_ratio": 0.5, "ratio": 0.4}, r"prune.ratio 0.4 is less than .*prune.depth_ratio take: 0.5"),
         ({"depth_ratio": 0.5, "target": "5B"}, r"prune.depth_ratio 0.5 alone takes more than prune.target 5B asks"),
         ({"depth_ratio": 0.25, "sizes": ["0.2", "0.5"]}, r"prune.sizes: 0.2 removes no more than prune.depth_ratio"),
         ({"depth_ratio": 0.25, "ratio": 0.999}, r"prune.ratio 0.999 is out of reach: .* at most 0.98\d+ can go"),

@@ -30,9 +30,7 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, bool]:
     return write_config(tmp_path / "run.yaml", {"output_dir": str(tmp_path / "out"), "train": train}), request.param
 
 
-def test_the_environment_has_it_before_the_ranks_join(
-    monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]
-) -> None:
+def test_the_environment_has_it_before_ranks_join(monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]) -> None:
     found: list[str | None] = []
 
     def join_ranks() -> None:

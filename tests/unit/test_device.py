@@ -86,9 +86,7 @@ def test_tokens_are_counted_by_a_layer_that_is_still_there(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("emulates", [True, False])
-def test_bf16_that_a_gpu_only_emulates_is_refused(
-    monkeypatch: pytest.MonkeyPatch, gpu: SimpleNamespace, emulates: bool
-) -> None:
+def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch, gpu: SimpleNamespace, emulates: bool) -> None:
     gpu.is_fp16_supported = gpu.is_bf16_supported = lambda: True  # DeepSpeed takes emulation for support
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulates
@@ -218,9 +216,7 @@ def test_other_dtypes_are_left_alone() -> None:
     ("dtype", "has_instructions", "goes"),
     [("bfloat16", False, True), ("bfloat16", True, False), ("float16", False, True), ("float32", False, False)],
 )
-def test_only_where_that_is_faster(
-    dtype: str, has_instructions: bool, goes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_where_faster(dtype: str, has_instructions: bool, goes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
         monkeypatch.setattr(torch.ops.mkldnn, name, lambda: has_instructions)
     assert isinstance(fast_half_products(dtype), ThroughFloat32) == goes

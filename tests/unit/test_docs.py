@@ -12,8 +12,9 @@ import torch
 import loraprune_ds
 from loraprune_ds.config_file import REMOVED
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
+from tests import family_table, settings_table
 from tests.integration.launching import ROOT
-from tests.settings_table import PAGE, settings, with_tables
+from tests.settings_table import settings
 
 PACKAGE = ROOT / "loraprune_ds"
 FOLDERS = [ROOT / name for name in ("ds_configs", "launch", PACKAGE.name, "slurm", "tests")]
@@ -171,9 +172,10 @@ def test_the_picture_of_a_cut_is_what_flat_py_computes() -> None:
     assert any("2+1" in line and "0+1" in line for line in lines)
 
 
-def test_the_tables_of_settings_are_generated() -> None:
-    text = PAGE.read_text()
-    assert with_tables(text) == text, "run python -m tests.settings_table"
+def test_the_tables_are_generated() -> None:
+    for module in (settings_table, family_table):
+        text = module.PAGE.read_text()
+        assert module.with_tables(text) == text, f"run python -m {module.__name__}"
     assert not [row.key for rows in settings().values() for row in rows if not row.meaning or "|" in row.meaning]
 
 

@@ -15,7 +15,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.zero.ds_config import MAX_BUCKET, ONE_DTYPE, OWNED, REFUSED, bucket_numel, resolve_ds_config
+from loraprune_ds.zero.ds_config import MAX_BUCKET, OWNED, REFUSED, bucket_numel, resolve_ds_config
 from tests.families import MIXTURES, tiny_config
 from tests.integration.launching import ROOT
 from tests.refusals import refused
@@ -83,9 +83,7 @@ def test_shipped_runs_resolve_on_eight_ranks() -> None:
 @pytest.mark.parametrize(
     ("dtype", "bf16", "fp16"), [("bfloat16", True, False), ("float16", False, True), ("float32", False, False)]
 )
-def test_the_run_config_fills_in_its_settings(
-    tmp_path: Path, dtype: Dtype, bf16: bool, fp16: bool, given: str | None
-) -> None:
+def test_the_run_fills_in_its_settings(tmp_path: Path, dtype: Dtype, bf16: bool, fp16: bool, given: str | None) -> None:
     raw = zero3()
     if given:
         raw |= dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"), given)
@@ -175,7 +173,10 @@ def test_a_setting_that_is_off_or_works_is_accepted(tmp_path: Path, keys: tuple[
     resolve(tmp_path, place(keys, value))
 
 
-@pytest.mark.parametrize("keys", ONE_DTYPE, ids=".".join)
+ALL_REDUCE = [("zero_optimization", f"{stage}use_all_reduce_for_fetch_params") for stage in ("stage3_", "")]
+
+
+@pytest.mark.parametrize("keys", ALL_REDUCE, ids=".".join)
 @pytest.mark.parametrize(("dtype", "sizes"), [("bfloat16", "1 and 2"), ("float32", "1 and 4")])
 def test_int8_is_not_fetched_by_all_reduce(tmp_path: Path, keys: tuple[str, ...], dtype: Dtype, sizes: str) -> None:
     resolve(tmp_path, place(keys, True), with_dtype(dtype))
@@ -187,7 +188,7 @@ def test_int8_is_not_fetched_by_all_reduce(tmp_path: Path, keys: tuple[str, ...]
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_with_tensors_in_fp32_is_not_either(tmp_path: Path, family: str) -> None:
     config = tiny_config(family)
-    shape, raw = shape_from_config(config.to_dict(), family), place(ONE_DTYPE[0], True)
+    shape, raw = shape_from_config(config.to_dict(), family), place(ALL_REDUCE[0], True)
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(config)
     corrected = any(CORRECTION in name for name, _ in stock.named_buffers())

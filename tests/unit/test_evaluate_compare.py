@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from loraprune_ds.checkpoint.layout import State, Status, write_status
 from loraprune_ds.errors import UserError
 from loraprune_ds.evaluate.compare import ComparedModel, Value, comparison_table, draw_comparison, read_results
-from tests.refusals import refused
+from tests.refusals import refused, refuses
 
 
 def run_report(criterion: str, removed: float, perplexity: float | None, **data: Any) -> dict[str, Any]:
@@ -140,9 +140,8 @@ def drawn(results: list[ComparedModel], monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def curve(name: str, values: dict[float, float], method: str | None) -> list[ComparedModel]:
-    return [
-        ComparedModel(f"{name}-{x}", method, 100, x, {"perplexity": Value(y, 20.0, "text")}) for x, y in values.items()
-    ]
+    measured = {x: {"perplexity": Value(y, 20.0, "text")} for x, y in values.items()}
+    return [ComparedModel(f"{name}-{x}", method, 100, x, found) for x, found in measured.items()]
 
 
 def test_methods_are_curves_over_the_removed_percentage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +161,7 @@ def test_accuracy_has_its_own_panel(paths: list[Path], tmp_path: Path, monkeypat
     lines: dict[str, Any] = {str(line.get_label()): line for line in figure.axes[-1].lines}
     assert lines["evaluated"].get_xydata().tolist() == [[25.0, pytest.approx(0.6)]]
     assert list(lines["dense"].get_ydata()) == [0.8]
-    with pytest.raises(UserError, match=r"^--picture .*\.xyz cannot be written: "):
-        draw_comparison(tmp_path / "picture.xyz", read_results(paths))
+    refuses(r"^--picture .*\.xyz cannot be written: ", draw_comparison, tmp_path / "picture.xyz", read_results(paths))
 
 
 def test_written_answers_have_their_own_column_and_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from loraprune_ds.evaluate.settings import (
     read_text,
 )
 from loraprune_ds.evaluate.tasks import PAPER_TASKS, check_tasks, mean_metric
-from tests.refusals import refused
+from tests.refusals import refused, refuses
 
 TASK = "task: my_own\ndataset_path: json\noutput_type: multiple_choice\n"
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -103,8 +103,7 @@ def test_options_of_a_text_need_one(option: str) -> None:
     arguments: Any = SimpleNamespace(**given, tasks=["piqa"], speed=False)
     assert read_evaluation_text(arguments) is None
     setattr(arguments, option, 3)
-    with pytest.raises(UserError, match=f"--{option.replace('_', '-')} has no effect without --dataset or --text"):
-        read_evaluation_text(arguments)
+    refuses(f"--{option.replace('_', '-')} has no effect without --dataset or --text", read_evaluation_text, arguments)
 
 
 # Tasks
@@ -126,8 +125,7 @@ def test_tasks_of_the_paper_and_local_ones_are_found(tmp_path: Path) -> None:
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"^--tasks needs the package lm-eval: pip install 'lm-eval\[hf\]'$"):
-        check_tasks(TaskSettings(("piqa",)))
+    refuses(r"^--tasks needs the package lm-eval: pip install 'lm-eval\[hf\]'$", check_tasks, TaskSettings(("piqa",)))
 
 
 def test_mean_metric_is_over_the_tasks_that_have_one() -> None:

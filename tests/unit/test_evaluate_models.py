@@ -19,7 +19,7 @@ from loraprune_ds.evaluate.evaluation import choose_dtype
 from loraprune_ds.evaluate.models import find_model, load_model, open_result
 from tests.export_cases import CASES, VOCAB, dense_model, export, exported_config
 from tests.oracle.models import LINEARS, make_lora, make_tiny_llama, make_tokenizer
-from tests.refusals import Spoil, edit, refused, remove, truncate, write
+from tests.refusals import Spoil, edit, refused, refuses, remove, truncate, write
 
 CPU = torch.device("cpu")
 GLOBAL = next(case for case in CASES if case.name == "layers_gqa_biases")
@@ -108,8 +108,7 @@ def test_dtype_is_the_models_own_unless_named(made: Path) -> None:
     assert choose_dtype(source, None) == "float32"
     assert choose_dtype(source, "bfloat16") == "bfloat16"
     source.pretrained.config["dtype"] = "float8"
-    with pytest.raises(UserError, match="is stored as float8; choose --dtype bfloat16, float16, float32"):
-        choose_dtype(source, None)
+    refuses("is stored as float8; choose --dtype bfloat16, float16, float32", choose_dtype, source, None)
 
 
 # Results
@@ -137,8 +136,7 @@ def test_a_result_is_opened_without_deepspeed() -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer", "adapter", "nothing"])
 def test_a_folder_without_a_result_is_one_line(made: Path, name: str) -> None:
-    with pytest.raises(UserError, match=f"^{made / name}[^\n]*$"):
-        open_result(made / name)
+    refuses(f"^{made / name}[^\n]*$", open_result, made / name)
 
 
 # Bad input
@@ -177,9 +175,7 @@ BAD: list[tuple[str, Spoil, str]] = [
 
 
 @pytest.mark.parametrize(("kind", "spoil", "message"), BAD)
-def test_what_cannot_be_evaluated_is_one_line(
-    made: Path, tmp_path: Path, kind: str, spoil: Spoil, message: str
-) -> None:
+def test_what_cannot_be_evaluated_is_told(made: Path, tmp_path: Path, kind: str, spoil: Spoil, message: str) -> None:
     here = tmp_path / "spoilt"
     shutil.copytree(made / kind, here)
     spoil(here)
@@ -188,11 +184,9 @@ def test_what_cannot_be_evaluated_is_one_line(
 
 
 def test_no_such_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"^folder {tmp_path}/nothing does not exist"):
-        find_model(str(tmp_path / "nothing"))
+    refuses(f"^folder {tmp_path}/nothing does not exist", find_model, str(tmp_path / "nothing"))
     (tmp_path / "model.bin").touch()
-    with pytest.raises(UserError, match=r"model\.bin is a file; a model is a folder or a hub id"):
-        find_model(str(tmp_path / "model.bin"))
+    refuses(r"model\.bin is a file; a model is a folder or a hub id", find_model, str(tmp_path / "model.bin"))
 
 
 def test_an_adapter_of_another_base_is_one_line(made: Path, tmp_path: Path) -> None:

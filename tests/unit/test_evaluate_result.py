@@ -28,18 +28,10 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape
 from tests.export_cases import CASES, Case, dense_model, exported_config
 from tests.families import tiny_config
+from tests.published import sizes_of
 
-SMOLLM: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "head_dim": 64,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-}
+SMOLLM = sizes_of("llama", 576, 1536, 30, 9, num_key_value_heads=3, head_dim=64, vocab_size=49152)
+SMOLLM |= {"tie_word_embeddings": True}
 SHAPE = shape_from_config(SMOLLM, "SmolLM2-135M")
 TASKS = {
     "results": {
@@ -70,9 +62,8 @@ PRUNED = replace(
     perplexity=Perplexity(75.0, 20320, 160),
     speed=Speed(1500.0, 30.0, 1_500_000),
 )
-SETTINGS = EvaluationSettings(
-    PerplexityProtocol(128, 160), text=EvaluationText("wikitext2", "test", "text"), speed=SpeedSettings()
-)
+WIKITEXT = EvaluationText("wikitext2", "test", "text")
+SETTINGS = EvaluationSettings(PerplexityProtocol(128, 160), text=WIKITEXT, speed=SpeedSettings())
 WINDOW = 24
 
 

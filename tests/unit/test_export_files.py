@@ -119,9 +119,7 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("family", "settings"), [("llama", {}), ("mistral", {"temperature": 0.6, "do_sample": True})])
-def test_finished_folder_holds_config_code_and_card(
-    tmp_path: Path, tiny_tokenizer: Path, family: str, settings: dict[str, object]
-) -> None:
+def test_an_export_is_complete(tmp_path: Path, tiny_tokenizer: Path, family: str, settings: dict[str, object]) -> None:
     if settings:
         (tiny_tokenizer / "generation_config.json").write_text(json.dumps(settings))
     case = next(case for case in CASES if case.becomes == f"pruned_{family}")

@@ -13,10 +13,10 @@ import yaml
 from huggingface_hub import HfApi
 
 from loraprune_ds.checkpoint.layout import Status, write_status
-from loraprune_ds.errors import UserError
 from loraprune_ds.export.hub import check_push, write_model_index
 from tests.export_cases import CASES, dense_model, export
 from tests.integration.launching import ROOT
+from tests.refusals import refuses
 from tests.unit.test_answers import answered
 
 TOKEN = "hf_of_the_test"
@@ -140,5 +140,4 @@ def test_a_wrong_push_is_refused(
     monkeypatch.setattr("loraprune_ds.export.hub.get_token", lambda: token)
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps(results))
-    with pytest.raises(UserError, match="^(.*/)?" + message.replace("(", r"\(")):
-        check_push(repo, [path] if results else [])
+    refuses("^(.*/)?" + message.replace("(", r"\("), check_push, repo, [path] if results else [])

@@ -108,9 +108,8 @@ def test_scores_and_refits_stay_on_their_device(
 ) -> None:
     monkeypatch.setattr(experts, "tokens_per_expert", count_tokens)
     tiny_model(family, seed=1).save_pretrained(tmp_path)
-    prune = PruneConfig(
-        ratio=RATIO, warmup_fraction=0.0, prune_every=1, protected_first=0, channel_multiple=1, **settings
-    )
+    settings |= {"ratio": RATIO, "warmup_fraction": 0.0, "prune_every": 1}
+    prune = PruneConfig(protected_first=0, channel_multiple=1, **settings)
     on_host, on_card = (PlainRun(tmp_path, random_lora(tmp_path), prune, 10) for _ in range(2))
     expected = scored_and_refitted(on_host, device=torch.device("cpu"))
     put_module(on_card.model)

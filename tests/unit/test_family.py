@@ -17,6 +17,7 @@ from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from tests.families import CAUSAL, EQUAL, SIZES, TINY, layers_with, tiny_config
+from tests.refusals import refuses
 
 # Counts of each kind. 6 query heads divide hidden_size 60, which some stock classes ask for.
 DENSE, FEWER = (SIZES["num_key_value_heads"], SIZES["intermediate_size"]), (3, 11)
@@ -110,8 +111,7 @@ def test_dense_layers_among_sparse_ones_have_no_experts(changes: dict[str, Any],
 
 
 def test_a_mixture_without_experts_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^somewhere: no layer has experts"):
-        read("qwen2_moe", mlp_only_layers=[0, 1])
+    refuses(r"^somewhere: no layer has experts", read, "qwen2_moe", mlp_only_layers=[0, 1])
 
 
 def test_a_width_that_the_class_computes_is_written_out() -> None:
@@ -160,14 +160,11 @@ MISSING = [(family, linear) for family in ("llama", "phi3", "starcoder2") for li
 @pytest.mark.parametrize(
     ("family", "row", "exists"), [(*case, True) for case in WRONG] + [(*case, False) for case in MISSING], ids=str
 )
-def test_a_wrong_or_missing_row_is_refused_by_name(
-    family: str, row: Linear, exists: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_row_is_named(family: str, row: Linear, exists: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {linear.name: linear for linear in FAMILIES[family].linears} | {row.name: row}
     linears = tuple(linear for linear in rows.values() if exists or linear is not row)
     monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], linears=linears))
-    with pytest.raises(UserError, match=rf"^somewhere: model\.layers\.0\.{row.name}\.weight has shape .*$"):
-        read(family)
+    refuses(rf"^somewhere: model\.layers\.0\.{row.name}\.weight has shape .*$", read, family)
 
 
 # Models of other kinds

@@ -134,10 +134,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 @both_counts
 @pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
 def test_rotary_settings_for_each_kind_of_layer(family: str, counts: list[tuple[int, int]]) -> None:
-    nested = {
-        "full_attention": YARN | {"rope_theta": 7000.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
-    }
+    sliding = {"rope_type": "default", "rope_theta": 500.0}
+    nested = {"full_attention": YARN | {"rope_theta": 7000.0}, "sliding_attention": sliding}
     found = export(source(family, rope_parameters=nested), counts)
     assert rope_parameters(found) == nested
     assert (found["rope_theta"], found["rope_local_base_freq"], found["rope_scaling"]) == (7000.0, 500.0, YARN)

@@ -57,9 +57,8 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
             if linear.is_stack:
                 mask_router(find_router(layer), keep[i]["experts"])
                 continue
-            module.register_forward_pre_hook(
-                times_input(stays(network.shape, i, keep[i], linear.kind, module.in_features))
-            )
+            factors = stays(network.shape, i, keep[i], linear.kind, module.in_features)
+            module.register_forward_pre_hook(times_input(factors))
 
 
 def mask_router(gate: Any, kept: Tensor) -> None:

@@ -37,9 +37,8 @@ SHAPES = [(130, 70), (70, 33), (31, 100), (1, 5), (BLOCK, BLOCK)]
 forms = pytest.mark.parametrize("form", [Int8(0), Int8(1)], ids=["rows are cut", "columns are cut"])
 STACKS = [(5 * 70, 33), (4 * BLOCK, 7), (3 * 1, 5), (2 * 130, 3)]
 OF_STACKS = [(Int8(1, rows), shape) for rows, shape in zip((70, BLOCK, 1, 130), STACKS, strict=True)]
-every = pytest.mark.parametrize(
-    ("form", "shape"), [(form, shape) for form in (Int8(0), Int8(1)) for shape in SHAPES] + OF_STACKS
-)
+FORMS = [(form, shape) for form in (Int8(0), Int8(1)) for shape in SHAPES] + OF_STACKS
+every = pytest.mark.parametrize(("form", "shape"), FORMS)
 
 
 def weight_of(shape: tuple[int, int], seed: int = 0) -> Tensor:
@@ -108,9 +107,7 @@ def test_every_rank_reads_its_own_part(
 
 @every
 @pytest.mark.parametrize("world_size", [1, 3, 7])
-def test_rows_are_decoded_from_the_scales_that_a_rank_needs(
-    form: Int8, shape: tuple[int, int], world_size: int
-) -> None:
+def test_rows_are_decoded_from_the_scales_a_rank_needs(form: Int8, shape: tuple[int, int], world_size: int) -> None:
     tensors = form.split(weight_of(shape), torch.bfloat16)
     whole, columns = form.join(tensors.values()), tensors[SCALE].shape[1]
     for rank in range(world_size):
@@ -194,9 +191,7 @@ def test_a_linear_computes_with_the_weight_that_it_stands_for(form: Int8, bias: 
 
 
 @pytest.mark.parametrize(("transposed", "axis"), [(False, 0), (False, 1), (True, 0), (True, 1)])
-def test_a_stack_makes_the_weight_of_one_expert_at_a_time(
-    transposed: bool, axis: Literal[0, 1], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_expert_at_a_time(transposed: bool, axis: Literal[0, 1], monkeypatch: pytest.MonkeyPatch) -> None:
     experts, inputs, outputs, counts = 4, 70, 45, [3, 0, 2, 6]  # no token chose the second
     shape = (inputs, outputs) if transposed else (outputs, inputs)
     form = Int8(axis, shape[0])
@@ -225,9 +220,8 @@ def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(family: str, tm
     pretrained = open_int8(tmp_path)
     model, weights = build_for_losses(pretrained, "eager"), pretrained.weights
     found = {name: (tuple(p.shape), p.dtype == torch.int8) for name, p in model.named_parameters()}
-    expected = {
-        name: (held.shape, held.element_size == 1) for name, held in weights.storage.stored(weights.shape, 2).items()
-    }
+    stored = weights.storage.stored(weights.shape, 2)
+    expected = {name: (held.shape, held.element_size == 1) for name, held in stored.items()}
     assert found == expected
     layers = decoder_layers(model)
     assert all(isinstance(layers[i].get_submodule(x.name), FrozenLinear) for i, x in pretrained.shape.linear_ids())

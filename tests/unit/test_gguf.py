@@ -189,10 +189,7 @@ def edit_config(model: Path, copy: Path, **changes: Any) -> Path:
     [
         ({"hidden_act": "gelu"}, "cannot hold hidden_act 'gelu'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "cannot hold rope scaling yarn"),
-        (
-            {"rope_scaling": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "partial rotary",
-        ),
+        ({"rope_scaling": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial rot"),
     ],
 )
 def test_a_model_that_no_file_can_hold_is_refused(

@@ -1,5 +1,6 @@
 """Reads GGUF files of other families back. tests/run_heavy.sh shows that llama.cpp computes the same."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,9 @@ from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES, Architecture, architecture_of
 from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, open_pretrained
+from loraprune_ds.model.read_shape import read_model, shape_from_config
 from tests.export_cases import LINEAR, VOCAB
 from tests.families import YARN, tiny_config
 from tests.gguf_cases import byte_level_tokenizer
@@ -193,6 +195,15 @@ def test_what_llama_cpp_cannot_do_is_refused(
     family: str, counts: tuple[tuple[int, int], ...], changes: dict[str, Any], message: str, convert: Any
 ) -> None:
     refuses(rf"{message}.*formats that can: hf, adapter$", convert, family, *counts, **changes)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - ARCHITECTURES.keys()))
+def test_no_gguf_of_other_families(family: str, tmp_path: Path) -> None:
+    config = tiny_config(family).to_dict()
+    shape, modules = read_model(config, family)
+    pretrained = PretrainedModel(tmp_path, config, modules, ModelWeights(shape, {}, {}, {}))
+    refuses(f"not for {family}", write_gguf, pretrained, tmp_path / "model.gguf", "f16", family)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("family", "period"), [("gemma2", 2), ("gemma3_text", 6), ("smollm3", 4), ("gpt_oss", 2)])

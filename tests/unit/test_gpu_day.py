@@ -12,33 +12,20 @@ from tests.benchmarks.gpu_day.found import Found
 from tests.integration.launching import process_state, within
 
 
-@pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    parts: list[str] = []
+def test_a_second_call_tries_only_what_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    called: list[str] = []
 
     def run_part(part: str, path: Path, seconds: float) -> str | None:
-        parts.append(part)
+        called.append(part)
         assert 0 < seconds <= 480
         assert read_json(path)["error"] == day.CUT_OFF  # which stays, if somebody kills all of it
         Found(path).row("seconds", 3.14159, 2)
-        return "Traceback\nOutOfMemoryError: 80 GB\n" if (part, parts.count(part)) == ("training.cuts", 1) else None
+        return "Traceback\nOutOfMemoryError: 80 GB\n" if (part, called.count(part)) == ("training.cuts", 1) else None
 
     monkeypatch.setattr(day, "run_part", run_part)
     monkeypatch.setattr(day, "card_name", lambda: "NVIDIA H100 80GB")
-    return parts
-
-
-def call(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["gpu_day", "--out", str(folder), *arguments])
-    return day.main()
-
-
-def test_a_second_call_tries_only_what_failed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, called: list[str]
-) -> None:
-    assert call(monkeypatch, tmp_path) == 1
-    assert called == list(day.PARTS)
-    assert call(monkeypatch, tmp_path) == 0
+    monkeypatch.setattr(sys, "argv", ["gpu_day", "--out", str(tmp_path)])
+    assert [day.main(), day.main()] == [1, 0]
     assert called == [*day.PARTS, "training.cuts"]
     found = read_json(tmp_path / "NVIDIA-H100-80GB" / "training.cuts.json")
     assert found["card"] == "NVIDIA H100 80GB"
@@ -51,14 +38,9 @@ def test_every_part_exists() -> None:
         assert callable(getattr(importlib.import_module(f"tests.benchmarks.gpu_day.{module}"), function))
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    write_json(tmp_path / "part.json", {"card": "cpu"})
-    return tmp_path / "part.json"
-
-
 @pytest.mark.timeout(60)
-def test_a_part_that_is_cut_off_keeps_its_rows_and_nothing_runs_on(path: Path) -> None:
+def test_a_part_that_is_cut_off_keeps_its_rows_and_nothing_runs_on(tmp_path: Path) -> None:
+    write_json(path := tmp_path / "part.json", {"card": "cpu"})
     hangs = "import subprocess, time\nfound.row('seconds', 1.5)\nchild = subprocess.Popen(['sleep', '600'])\n"
     hangs += "found.keep(pid=child.pid)\nprint('a library says this')\ntime.sleep(600)"
     assert day.run_code(hangs, path, 10) == "no end after 10 s"

@@ -92,9 +92,7 @@ def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
         refuses(f"^{lacking} has no pruning/: its save was cut short, or it was saved", checkpoint._find, folder)
 
 
-def test_a_resumed_pruner_knows_how_often_it_scored_since_the_last_cut(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A cut may come before the next score, if the next step overflows in fp16."""
     monkeypatch.setattr(checkpoint, "read_scores", lambda folder, kinds: (None, None))
     monkeypatch.setattr(checkpoint, "read_metrics", lambda path: [])

@@ -179,12 +179,7 @@ def test_a_deepspeed_config_may_have_an_optimizer_but_no_quantised_weights() -> 
 
 
 def refused_start(
-    monkeypatch: pytest.MonkeyPatch,
-    model: torch.nn.Module,
-    inner: Any,
-    callback: LoraPruneCallback | None = None,
-    step: int = 0,
-    **args: Any,
+    monkeypatch: pytest.MonkeyPatch, model: Any, inner: Any, callback: Any = None, step: int = 0, **args: Any
 ) -> str:
     """Begins a training as a Trainer does, over a stand-in for ZeRO-3's optimizer. Returns the refusal."""
     state, zero = TrainerState(global_step=step, max_steps=10), SimpleNamespace(optimizer=inner, dp_process_group="g")

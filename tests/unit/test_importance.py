@@ -242,9 +242,8 @@ def test_each_step_counts_alike(world_size: int, factor: float) -> None:
     for layers in run.steps:
         now = Run(run.shape, [layers]).oracle(normalize=False)
         total = sum(float(heads.sum() + channels.sum()) for heads, channels in now) or 1.0
-        expected = [
-            (0.9 * a + 0.1 * c / total, 0.9 * b + 0.1 * d / total) for (a, b), (c, d) in zip(expected, now, strict=True)
-        ]
+        pairs = zip(expected, now, strict=True)
+        expected = [(0.9 * a + 0.1 * c / total, 0.9 * b + 0.1 * d / total) for (a, b), (c, d) in pairs]
     assert_same(run.package(world_size=world_size, normalization="step"), expected)
 
 

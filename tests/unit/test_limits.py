@@ -31,9 +31,7 @@ def limits_of(shape: ModelShape, **prune: Any) -> Limits:
         (30, {"protected_first": 2, "protected_last": 3}, [0, 1, 27, 28, 29]),
     ],
 )
-def test_the_first_tenth_and_the_last_layer_are_protected_if_not_said(
-    layers: int, prune: dict[str, int], protected: list[int]
-) -> None:
+def test_first_tenth_and_last_layer_are_protected(layers: int, prune: dict[str, int], protected: list[int]) -> None:
     limits = limits_of(make_shape([(4, 40)] * layers), **prune)
     assert limits.open_layers == [i for i in range(layers) if i not in protected]
     for i in protected:
@@ -63,9 +61,7 @@ MULTIPLE = "prune.channel_multiple"
         ((4, 130), {"tensor_parallel": 4}, "prune.tensor_parallel 4 does not divide the 130 channels of layer 0"),
     ],
 )
-def test_a_multiple_that_a_layer_cannot_keep_is_refused(
-    layer: tuple[int, int], prune: dict[str, Any], message: str | None
-) -> None:
+def test_too_large_a_multiple_is_refused(layer: tuple[int, int], prune: dict[str, Any], message: str | None) -> None:
     """Layers 0 and 2 are protected. A server has to divide what they keep, too."""
     config, shape = PruneConfig(**PAPER | {"ratio": 0.01, **prune}), make_shape([layer] * 3)
     if message is None:

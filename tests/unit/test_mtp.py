@@ -91,16 +91,14 @@ def largest(layer: nn.Module, heads: int, others: int) -> LayerKeep:
     def squares(name: str, groups: int, axis: int) -> Tensor:
         return weights[name].double().movedim(axis, 0).reshape(groups, -1).square().sum(1)
 
-    attention = [
-        squares(f"self_attn.{x}_proj.weight", HEADS, axis) for x, axis in (("q", 0), ("k", 0), ("v", 0), ("o", 1))
-    ]
+    axes = {"q": 0, "k": 0, "v": 0, "o": 1}
+    attention = [squares(f"self_attn.{x}_proj.weight", HEADS, axis) for x, axis in axes.items()]
     experts = "mlp.experts.down_proj" in weights
     mlp = [("experts.gate_up_proj", 0), ("experts.down_proj", 0)] if experts else []
     mlp = mlp or [("gate_proj.weight", 0), ("up_proj.weight", 0), ("down_proj.weight", 1)]
     channels = [squares(f"mlp.{name}", SIZES["intermediate_size"], axis) for name, axis in mlp]
-    best = (
-        sum(scores, torch.zeros(())).topk(kept).indices for scores, kept in ((attention, heads), (channels, others))
-    )
+    of_kinds = ((attention, heads), (channels, others))
+    best = (sum(scores, torch.zeros(())).topk(kept).indices for scores, kept in of_kinds)
     return LayerKeep(zip(("heads", "experts" if experts else "channels"), (x.sort().values for x in best), strict=True))
 
 

@@ -31,9 +31,8 @@ def test_the_oracle_imports_nothing_of_the_package() -> None:
 
 def test_estimate_is_what_an_sgd_step_takes_away() -> None:
     generator = torch.Generator().manual_seed(0)
-    W, A, B, x = (
-        torch.randn(size, dtype=torch.float64, generator=generator) for size in ((7, 5), (3, 5), (7, 3), (5, 11))
-    )
+    sizes = ((7, 5), (3, 5), (7, 3), (5, 11))
+    W, A, B, x = (torch.randn(size, dtype=torch.float64, generator=generator) for size in sizes)
     A.requires_grad_()
     B.requires_grad_()
     before = (B @ A).detach()

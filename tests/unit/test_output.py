@@ -303,9 +303,7 @@ def test_ranks_that_write_no_status_do_not_read_it_either(tmp_path: Path, monkey
         (UserError("agreed"), "rank 0: RuntimeError: Connection closed by peer"),
     ],
 )
-def test_what_a_rank_met_alone_is_not_hidden_by_the_broken_connection_of_rank_0(
-    tmp_path: Path, error: Exception, line: str
-) -> None:
+def test_what_a_rank_met_alone_is_not_hidden_by_a_lost_connection(tmp_path: Path, error: Exception, line: str) -> None:
     """Rank 0 may still be at the end of the step before."""
     first, other = run_status(tmp_path, ranks=2), run_status(tmp_path, rank=1, ranks=2)
 

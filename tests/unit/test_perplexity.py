@@ -88,9 +88,7 @@ def over_ranks(forward: Any, batches: Sequence[Tensor], world_size: int) -> list
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 7, 100])
 @pytest.mark.parametrize("world_size", [1, 3, 8])
-def test_it_is_the_mean_over_all_tokens_for_any_batches_and_ranks(
-    forward: Any, batch_size: int, world_size: int
-) -> None:
+def test_it_is_the_mean_of_all_tokens_for_any_batches_and_ranks(forward: Any, batch_size: int, world_size: int) -> None:
     """With 7 windows most batch sizes leave a smaller last batch, and most ranks an unequal share."""
     windows = token_ids(7 * 16).view(7, 16)
     expected = slow_perplexity(forward, windows)

@@ -25,9 +25,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Figures as they were saved."""
     saved: list[Any] = []
     save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *given, **more: saved.append(self) or save(self, *given, **more)
-    )
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: saved.append(self) or save(self, *args, **more))
     return saved
 
 
@@ -118,10 +116,8 @@ def test_no_label_lies_on_a_curve_or_another_label(course: str, tmp_path: Path, 
     dense, *on_the_way, last_cut, exported = COURSES[course]
     names = [(0, "dense", dense), *((i, "step", p) for i, p in enumerate(on_the_way, start=1))]
     evaluations = [EvaluationRecord(step, name, p, 1, 1) for step, name, p in names]  # type: ignore[arg-type]
-    evaluations += [
-        EvaluationRecord(10, "after_last_cut", last_cut, 1, 1),
-        EvaluationRecord(12, "pruned", exported, 1, 1),
-    ]
+    later = ((10, "after_last_cut", last_cut), (12, "pruned", exported))
+    evaluations += [EvaluationRecord(step, name, p, 1, 1) for step, name, p in later]  # type: ignore[arg-type]
     cuts = [cut_record(i, before=2, after=1, reached=0.03 * i) for i in range(1, 11)]
     history = History([step_record(i) for i in range(1, 13)], cuts, evaluations)
     draw_training(tmp_path / "training.png", history)

@@ -266,9 +266,7 @@ def test_fused_linears_score_as_their_parts(tmp_path: Path, criterion: Criterion
     llama = tmp_path / "llama"  # head_dim is hidden_size / heads, as Phi-3 needs it
     make_tiny_llama(llama, heads=10, kv_heads=5, head_dim=6, hidden=60, ffn=23, layers=2, vocab=VOCAB, seed=1)
     batches = make_batches(steps=4, samples=6, tokens=16, vocab=VOCAB, seed=3)
-    prune = PruneConfig(
-        criterion=criterion, ratio=0.4, prune_every=2, protected_first=0, protected_last=0, channel_multiple=1
-    )
+    prune = replace(UNIFORM, criterion=criterion, ratio=0.4, protected_last=0)
     folders = (llama, fuse(llama, tmp_path / "phi3"))
     loras = [fresh_lora(open_pretrained(folder).shape) for folder in folders]  # the linears of a layer share one A
     split, fused = (

@@ -157,7 +157,7 @@ def test_logits_are_bounded_by_their_chunk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "epochs", "steps"), [(1000, 2.5, 19), (1000, 0.5, 3), (128, 1.0, 1), (12_800, 0.29, 29)]
+    ("samples", "epochs", "steps"), [(1000, 2.5, 19), (1000, 0.5, 3), (128, 1, 1), (12_800, 0.29, 29)]
 )
 def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: float, steps: int) -> None:
     unknown = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128)
@@ -180,12 +180,9 @@ def test_a_network_between_nodes_makes_a_step_slower() -> None:
 
 
 def test_an_impossible_cluster_is_refused() -> None:
-    for wrong, named in (
-        ({"gpu_memory": math.nan}, "nan"),
-        ({"gpu_memory": 2.0}, "--reserve"),
-        ({"nodes": 10**6}, "GPUs"),
-    ):
-        refuses(named, Cluster, **wrong)
+    refuses("nan", Cluster, gpu_memory=math.nan)
+    refuses("--reserve", Cluster, gpu_memory=2.0)
+    refuses("GPUs", Cluster, nodes=10**6)
 
 
 def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) -> Request:

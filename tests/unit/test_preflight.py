@@ -15,15 +15,6 @@ import torch
 from torch import Tensor
 
 from launch import preflight
-from launch.preflight import (
-    Rendezvous,
-    Unfit,
-    check_accelerators,
-    check_ranks,
-    check_together,
-    check_visible,
-    probe_file,
-)
 from tests.integration.launching import ROOT, free_port, run_to_end
 
 NODES = ["localhost", "gpu2", "gpu3"]  # all meet at the first one
@@ -34,7 +25,7 @@ def fit() -> None:
 
 
 def unfit() -> None:
-    raise Unfit("2 accelerators\nfor 4 ranks")
+    raise preflight.Unfit("2 accelerators\nfor 4 ranks")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +49,7 @@ def test_a_bad_node_is_named_once_and_all_hear_of_it(
     port, timeout = free_port(), 20 if all(checks) else 2
 
     def be_node(index: int, check: Callable[[], None]) -> bool:
-        return Rendezvous(NODES, index, port, timeout).agree("stage", check)
+        return preflight.Rendezvous(NODES, index, port, timeout).agree("stage", check)
 
     with ThreadPoolExecutor(len(NODES)) as pool:
         nodes = [pool.submit(be_node, index, check) for index, check in enumerate(checks) if check is not None]
@@ -68,20 +59,20 @@ def test_a_bad_node_is_named_once_and_all_hear_of_it(
 
 
 def test_the_first_node_cannot_be_reached() -> None:
-    with pytest.raises(Unfit, match=r"cannot meet the others at localhost:\d+: "):
-        Rendezvous(NODES, 1, free_port(), 1)
+    with pytest.raises(preflight.Unfit, match=r"cannot meet the others at localhost:\d+: "):
+        preflight.Rendezvous(NODES, 1, free_port(), 1)
 
 
 def test_a_folder_that_is_not_shared_or_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "VISIBLE_WITHIN", 0.0)
-    with probe_file(tmp_path / "runs" / "mine") as file:
+    with preflight.probe_file(tmp_path / "runs" / "mine") as file:
         assert file.parent == tmp_path
-        check_visible(file, "gpu1")
-    with pytest.raises(Unfit, match=r"output_dir is not shared: it has no .*, which gpu1 has written"):
-        check_visible(file, "gpu1")
+        preflight.check_visible(file, "gpu1")
+    with pytest.raises(preflight.Unfit, match=r"output_dir is not shared: it has no .*, which gpu1 has written"):
+        preflight.check_visible(file, "gpu1")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"), probe_file(tmp_path / "file" / "mine"):
+    with pytest.raises(OSError, match="file"), preflight.probe_file(tmp_path / "file" / "mine"):
         pass
 
 
@@ -100,8 +91,8 @@ def test_every_rank_takes_part_and_the_speed_is_told(capsys: pytest.CaptureFixtu
     port = free_port()
 
     def be_node(index: int) -> bool:
-        rendezvous = Rendezvous(NODES[:1] * 2, index, port, 120)
-        return rendezvous.agree("ranks", lambda: check_ranks(rendezvous, 2))
+        rendezvous = preflight.Rendezvous(NODES[:1] * 2, index, port, 120)
+        return rendezvous.agree("ranks", lambda: preflight.check_ranks(rendezvous, 2))
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(be_node, range(2))) == [True, True]
@@ -147,14 +138,14 @@ def test_every_gpu_that_a_rank_will_use_computes(monkeypatch: pytest.MonkeyPatch
     gpus = SimpleNamespace(device_count=lambda: 8, device_name=lambda index: used.append(index) or "cpu")
     monkeypatch.setattr("loraprune_ds.zero.device.accelerator", lambda: gpus)
     monkeypatch.setattr("loraprune_ds.zero.device.is_cpu", lambda: False)
-    check_accelerators(4)
+    preflight.check_accelerators(4)
     assert used == [0, 1, 2, 3]
-    with pytest.raises(Unfit, match=r"^8 accelerators for 9 ranks$"):
-        check_accelerators(9)
+    with pytest.raises(preflight.Unfit, match=r"^8 accelerators for 9 ranks$"):
+        preflight.check_accelerators(9)
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *sizes, device: 1.5 * ones(*sizes))
-    with pytest.raises(Unfit, match="cpu computes wrong numbers"):
-        check_accelerators(1)
+    with pytest.raises(preflight.Unfit, match="cpu computes wrong numbers"):
+        preflight.check_accelerators(1)
 
 
 def test_each_check_is_made_and_the_first_that_fails_ends_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -166,15 +157,15 @@ def test_each_check_is_made_and_the_first_that_fails_ends_them(monkeypatch: pyte
             asked.append(stage)
             return stage != bad
 
-        assert check_together(cast(Any, SimpleNamespace(agree=agree)), 2, tmp_path) == (bad is None)
+        assert preflight.check_together(cast(Any, SimpleNamespace(agree=agree)), 2, tmp_path) == (bad is None)
         assert asked == stages[: stages.index(bad) + 1 if bad else None]
 
 
 def test_a_rank_that_cannot_take_part_is_named() -> None:
     """The backend of GPUs on a machine without one."""
     rendezvous = cast(Any, SimpleNamespace(nodes=NODES[:1] * 2, port=free_port(), index=1, timeout=20.0))
-    with pytest.raises(Unfit, match=r"^rank 1: .+$"):
-        check_ranks(rendezvous, 1, "nccl")
+    with pytest.raises(preflight.Unfit, match=r"^rank 1: .+$"):
+        preflight.check_ranks(rendezvous, 1, "nccl")
 
 
 def test_a_rank_that_dies_or_hangs_gives_no_answer() -> None:

@@ -81,9 +81,7 @@ def test_names_and_shapes_are_those_of_the_stock_model(tmp_path: Path, settings:
 
 @pytest.mark.parametrize("in_two", [False, True])
 @pytest.mark.parametrize("chunk", [1, 50, 1 << 24])
-def test_read_flat_is_a_slice_of_the_flat_tensor(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, in_two: bool, chunk: int
-) -> None:
+def test_read_flat_reads_a_slice(folder: Path, monkeypatch: pytest.MonkeyPatch, in_two: bool, chunk: int) -> None:
     monkeypatch.setattr(pretrained, "READ_CHUNK", chunk)
     types = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     expected = {name: tensor.to(types[i % 4]) for i, (name, tensor) in enumerate(tensors_of(folder).items())}
@@ -147,10 +145,7 @@ DAMAGE: list[tuple[Spoil, str]] = [
         lambda folder: save(folder, {WEIGHT: tensors_of(folder)[WEIGHT]}, "more.safetensors"),
         f"more.safetensors: {WEIGHT} is in {SINGLE}, too",
     ),
-    (
-        lambda folder: (folder / SINGLE).rename(folder / "pytorch_model.bin"),
-        "FOLDER has no safetensors files; a model in",
-    ),
+    (lambda folder: (folder / SINGLE).rename(folder / "model.bin"), "FOLDER has no safetensors files; a model in"),
     (lambda folder: (folder / SINGLE).rename(folder / "adapter_model.safetensors"), "FOLDER has no safetensors files"),
     (remove("config.json"), "config.json does not exist"),
     (write("config.json", "[1, 2]"), "config.json must hold a JSON object"),

@@ -103,9 +103,7 @@ def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
         ([0] * 4 + [1, 9, 9, 9] + [10] * 4, [0.5] * 4 + [5] * 4 + [10] * 4, 3, [8, 4]),  # the worst of two next blocks
     ],
 )
-def test_a_block_of_channels_counts_with_its_mean(
-    first: list[float], second: list[float], blocks: int, kept: list[int]
-) -> None:
+def test_a_block_counts_with_its_mean(first: list[float], second: list[float], blocks: int, kept: list[int]) -> None:
     shape = make_shape([(1, len(first))] * 2, hidden=4, head_dim=1)
     scores = [LayerScores(heads=torch.ones(1), channels=torch.tensor(x, dtype=torch.float64)) for x in (first, second)]
     target = blocks * 4 * shape.group_numel("channels") / shape.linear_numel()
@@ -132,9 +130,8 @@ def test_one_step_with_large_gradients_leaves_no_layer_whole(normalize: Normaliz
     shape, generator = make_shape([(4, 60)] * 6), torch.Generator().manual_seed(3)
     linears, average = shape.input_linear_ids(), MovingAverage(0.9)
     for step in range(20):
-        parts = [
-            torch.rand(shape.layers[i][linear.parts[0].kind], generator=generator).double() for i, linear in linears
-        ]
+        counts = [shape.layers[i][linear.parts[0].kind] for i, linear in linears]
+        parts = [torch.rand(count, generator=generator).double() for count in counts]
         if step == 5:
             parts = [scores * 1e6 if layer == 2 else scores for (layer, _), scores in zip(linears, parts, strict=True)]
         average.update(GroupSums(shape, linears, parts, step).by_layer(normalize))

@@ -76,9 +76,7 @@ def test_tasks_of_after_are_in_the_final_table(tmp_path: Path) -> None:
         ([(8, 512), (8, 511)], [1], []),
     ],
 )
-def test_what_a_server_can_do_with_the_result(
-    layers: list[tuple[int, int]], gpus: list[int], groups: list[int]
-) -> None:
+def test_what_a_server_does_with_the_result(layers: list[tuple[int, int]], gpus: list[int], groups: list[int]) -> None:
     pruned = make_shape(layers, hidden=256, head_dim=64, queries_per_group=2)
     report = make_report({"seed": 0}, small_run(), DENSE, Outcome(pruned, [], []), [1], "cpu")
     assert report["serving"] == {"tensor_parallel": gpus, "quantisation_groups": groups}

@@ -68,9 +68,7 @@ def fake_trackio(failing: str) -> MagicMock:
 
 
 @pytest.mark.parametrize("failing", ["log", "Image", "finish"])
-def test_an_error_ends_the_reports_with_one_warning(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
-) -> None:
+def test_an_error_ends_reports_with_one_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str) -> None:
     """trackio passes on those of sqlite3."""
     monkeypatch.setitem(sys.modules, "trackio", fake_trackio(failing))
     warnings: list[str] = []
@@ -82,9 +80,7 @@ def test_an_error_ends_the_reports_with_one_warning(
     assert warnings == ["report_to trackio gets no more: OperationalError: database is locked"]
 
 
-def test_a_service_that_cannot_be_opened_is_one_line_whatever_the_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_service_that_fails_to_open_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "trackio", fake_trackio("init"))
     with pytest.raises(RankError, match=r"^logging\.report_to trackio: OperationalError: database is locked$"):
         ReportedRun("trackio", tmp_path, SETTINGS, pytest.fail)

@@ -14,59 +14,47 @@ import pytest
 
 from loraprune_ds.command import launcher_command
 from loraprune_ds.train import stop
-from loraprune_ds.train.stop import (
-    LAUNCHERS,
-    NOTHING,
-    RUNNERS,
-    SAVE,
-    SAVE_FILE,
-    STOP,
-    STOP_FILE,
-    RequestListener,
-    drop_stale_requests,
-    program_of,
-)
 from tests.integration.launching import ROOT, clean_environment, free_port
 
 
 @pytest.fixture
-def requests(tmp_path: Path) -> Iterator[RequestListener]:
+def requests(tmp_path: Path) -> Iterator[stop.RequestListener]:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    requests = RequestListener(tmp_path, watches_files=True)
+    requests = stop.RequestListener(tmp_path, watches_files=True)
     yield requests
     requests.close()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_a_stop_that_comes_while_a_save_is_honoured_is_not_lost(requests: RequestListener, tmp_path: Path) -> None:
-    assert requests.current() == NOTHING
-    (tmp_path / SAVE_FILE).touch()
-    assert requests.current() == SAVE
-    (tmp_path / STOP_FILE).touch()
-    assert requests.current() == STOP
-    requests.clear(SAVE)
-    assert requests.current() == STOP
-    requests.clear(STOP)
+def test_a_stop_that_comes_while_a_save_is_honoured_is_not_lost(requests: stop.RequestListener, tmp_path: Path) -> None:
+    assert requests.current() == stop.NOTHING
+    (tmp_path / stop.SAVE_FILE).touch()
+    assert requests.current() == stop.SAVE
+    (tmp_path / stop.STOP_FILE).touch()
+    assert requests.current() == stop.STOP
+    requests.clear(stop.SAVE)
+    assert requests.current() == stop.STOP
+    requests.clear(stop.STOP)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_one_rank_looks_at_files(tmp_path: Path) -> None:
-    (tmp_path / STOP_FILE).touch()
-    other = RequestListener(tmp_path, watches_files=False)
-    assert other.current() == NOTHING
-    other.clear(STOP)
+    (tmp_path / stop.STOP_FILE).touch()
+    other = stop.RequestListener(tmp_path, watches_files=False)
+    assert other.current() == stop.NOTHING
+    other.clear(stop.STOP)
     other.close()
-    assert (tmp_path / STOP_FILE).exists()
+    assert (tmp_path / stop.STOP_FILE).exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_a_stop_and_its_echo_the_same_one(requests: RequestListener, number: signal.Signals) -> None:
+def test_a_signal_is_a_stop_and_its_echo_the_same_one(requests: stop.RequestListener, number: signal.Signals) -> None:
     for _ in range(3):
         os.kill(os.getpid(), number)
-        assert requests.current() == STOP
+        assert requests.current() == stop.STOP
 
 
-def test_only_a_second_interrupt_stops_immediately(requests: RequestListener, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_second_interrupt_ends_it(requests: stop.RequestListener, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(stop.time, "monotonic", lambda: now)
     signal.raise_signal(signal.SIGINT)
@@ -92,15 +80,15 @@ def test_usr1_is_caught_only_straight_under_srun(
 ) -> None:
     for name in ("SLURM_PROCID", "CROSS_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "0") if name in variables else monkeypatch.delenv(name, raising=False)
-    requests = RequestListener(tmp_path, watches_files=False)
+    requests = stop.RequestListener(tmp_path, watches_files=False)
     assert (signal.getsignal(signal.SIGUSR1) == requests._on_signal) == catches
     requests.close()
 
 
 def test_requests_to_an_earlier_process_are_removed_and_told(tmp_path: Path) -> None:
-    assert drop_stale_requests(tmp_path) == []
-    (tmp_path / STOP_FILE).touch()
-    assert drop_stale_requests(tmp_path) == [f"{tmp_path / STOP_FILE} was there before this start: removed"]
+    assert stop.drop_stale_requests(tmp_path) == []
+    (tmp_path / stop.STOP_FILE).touch()
+    assert stop.drop_stale_requests(tmp_path) == [f"{tmp_path / stop.STOP_FILE} was there before this start: removed"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -213,9 +201,9 @@ def test_a_parent_outside_of_the_container_is_no_launcher() -> None:
     ],
 )
 def test_a_process_counts_by_what_it_runs(command: str, program: str) -> None:
-    assert program_of(command.split(" ")) == program
+    assert stop.program_of(command.split(" ")) == program
     known = program not in ("bash", "import+torchrun", "")
-    assert (program in LAUNCHERS | RUNNERS) == known
+    assert (program in stop.LAUNCHERS | stop.RUNNERS) == known
 
 
 def test_real_launchers_are_found(tmp_path: Path) -> None:

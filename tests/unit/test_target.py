@@ -45,9 +45,7 @@ def uniform_step(shape: ModelShape, prune: dict[str, Any], of_weight: float = 1,
 @pytest.mark.parametrize("shape", [LLAMA_7B, SMOLLM2], ids=["llama-7b", "smollm2"])
 @pytest.mark.parametrize("part", [0.55, 0.75, 0.95])
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
-def test_uniform_ends_within_one_step_below_so_many_parameters(
-    shape: ModelShape, part: float, limits: dict[str, Any]
-) -> None:
+def test_uniform_ends_a_step_below_so_many_parameters(shape: ModelShape, part: float, limits: dict[str, Any]) -> None:
     target = round(part * shape.total_numel())
     reached = cut_to(shape, target=str(target), **limits).total_numel()
     assert 0 <= target - reached <= uniform_step(shape, limits)
@@ -139,12 +137,8 @@ SHAPE = make_shape([(9, 1536)] * 10, hidden=576, head_dim=64)
 
 
 def limits_of(**prune: Any) -> Limits:
-    return make_limits(
-        PruneConfig(
-            **(PAPER | {"ratio": 0.417, "channel_multiple": 1, "protected_first": 1, "protected_last": 1} | prune)
-        ),
-        SHAPE,
-    )
+    common = PAPER | {"ratio": 0.417, "channel_multiple": 1, "protected_first": 1, "protected_last": 1}
+    return make_limits(PruneConfig(**common | prune), SHAPE)
 
 
 @pytest.mark.parametrize(("head_ratio", "heads"), [(0.0, 9), (1 / 3, 6), (6 / 9, 3), (0.8, 2)])
@@ -170,9 +164,8 @@ def test_global_splits_its_budget_so(head_ratio: float) -> None:
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 def test_the_planner_knows(ranking: Ranking) -> None:
-    prune = PruneConfig(
-        ratio=0.4, channel_multiple=1, head_ratio=0.2, ranking=ranking, protected_first=0, protected_last=0
-    )
+    settings: Any = {"ratio": 0.4, "channel_multiple": 1, "head_ratio": 0.2, "ranking": ranking}
+    prune = PruneConfig(**settings, protected_first=0, protected_last=0)
     config = RunConfig(output_dir="unused", prune=prune, train=TrainConfig(steps=20, global_batch_size=8))
     shape = build_request("small", {}, SHAPE, config, Cluster(1, 1)).shape_at(20)
     assert {layer["heads"] for layer in shape.layers} == {7}
@@ -239,10 +232,7 @@ def test_sizes_are_reached_one_after_another_and_no_count_grows(sizes: list[str]
         ({"sizes": ["0.2", "0.99"]}, r"prune.sizes 0.99 is out of reach: .* at most 0.98\d+ can go"),
         ({"sizes": ["0.2", "9B"]}, r"prune.sizes 9B takes nothing from the dense model, which has 6.48 B"),
         ({"sizes": ["0.2", "10MB"]}, r"prune.sizes 10MB is out of reach: .* stay"),
-        (
-            {"sizes": ["0.2", "0.5"], "ratio": 0.4},
-            r"prune.ratio 0.4 is not the largest cut of prune.sizes, which is 0.5",
-        ),
+        ({"sizes": ["0.2", "0.5"], "ratio": 0.4}, "prune.ratio 0.4 is not the largest cut of .*, which is 0.5"),
         ({"sizes": ["0.2", "0.5"], "target": "4B"}, r"prune.target 4B is not the largest cut of prune.sizes"),
         ({"sizes": ["0.2", "half"]}, r"prune.sizes must be parameters, such as 4.5B, or memory, .* got 'half'"),
     ],

@@ -21,11 +21,12 @@ from tests.multimodal import IMAGE, TOWERS, multimodal
 from tests.refusals import refuses
 
 TOLERANCE = 1e-5
+Models = dict[str, tuple[Path, PreTrainedModel]]
 pytestmark = pytest.mark.usefixtures("fresh_transformers")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, PreTrainedModel]]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """Returns each model and the folder that transformers saved it in."""
     root = tmp_path_factory.mktemp("multimodal")
     made = {outer: (root / outer, multimodal(outer)) for outer in MULTIMODAL}
@@ -46,9 +47,7 @@ def edited(source: Path, folder: Path, prefixes: dict[str, str]) -> Path:
 
 
 @pytest.mark.parametrize("outer", MULTIMODAL)
-def test_the_text_part_is_read_cut_and_exported(
-    outer: str, models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path
-) -> None:
+def test_the_text_part_is_read_cut_and_exported(outer: str, models: Models, tmp_path: Path) -> None:
     """It has the logits of the multimodal model, and its export is a stock model of the text class."""
     folder, whole = models[outer]
     pretrained = open_pretrained(folder)
@@ -64,15 +63,13 @@ def test_the_text_part_is_read_cut_and_exported(
     assert difference(logits(stock), made.logits) < TOLERANCE
 
 
-def test_other_names_in_the_files(models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path) -> None:
+def test_other_names_in_the_files(models: Models, tmp_path: Path) -> None:
     folder, whole = models["llava"]
     newer = edited(folder, tmp_path / "newer", dict(zip(LAYOUTS[0], LAYOUTS[1], strict=True)))
     assert difference(logits(reopened(open_pretrained(newer))), logits(whole)) < TOLERANCE
 
 
-def test_a_separate_head_that_config_json_calls_tied(
-    models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path
-) -> None:
+def test_a_head_that_config_json_calls_tied(models: Models, tmp_path: Path) -> None:
     """transformers keeps both if they differ. Where config.json is silent, the class of mistral3 calls them tied."""
     folder, whole = models["mistral3"]
     silent = edited(folder, tmp_path / "silent", {})
@@ -104,7 +101,7 @@ def test_sizes_that_a_published_config_leaves_out() -> None:
     assert shape.total_numel() == 3_880_263_168
 
 
-def test_what_is_refused(models: dict[str, tuple[Path, PreTrainedModel]], tmp_path: Path) -> None:
+def test_what_is_refused(models: Models, tmp_path: Path) -> None:
     llama = tiny_config("llama").to_dict()
     for config, message in [
         ({"model_type": "paligemma", "text_config": llama}, "model_type 'paligemma' is not supported"),

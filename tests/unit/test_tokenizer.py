@@ -15,6 +15,7 @@ from loraprune_ds.export.gguf_tokenizer import NOT_COMPOSED, add_tokenizer, read
 from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
+from tests import gguf_cases
 from tests.gguf_cases import PRE_TOKENIZERS, byte_level_tokenizer, sentencepiece_tokenizer, without_sentencepiece
 from tests.refusals import refused, refuses
 
@@ -28,21 +29,9 @@ BOS = 1
 def sentencepiece_model(request: pytest.FixtureRequest) -> bytes:
     """Trains a small model with the settings of LLaMA's."""
     model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter("".join(embedded_text()[:12]).splitlines()),
-        model_writer=model,
-        model_type=request.param,
-        vocab_size=500,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        unk_id=0,
-        bos_id=BOS,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
+    lines = iter("".join(embedded_text()[:12]).splitlines())
+    settings = gguf_cases.SENTENCEPIECE | {"model_type": request.param, "vocab_size": 500, "split_digits": True}
+    SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **settings)
     return model.getvalue()
 
 
@@ -64,9 +53,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_sentencepiece_alone_gives_its_own_tokens_after_bos(
-    config: dict[str, Any], sentencepiece_model: bytes, tmp_path: Path
-) -> None:
+def test_sentencepiece_gives_its_own_tokens(config: dict[str, Any], sentencepiece_model: bytes, tmp_path: Path) -> None:
     reference = SentencePieceProcessor(model_proto=sentencepiece_model)
     tokenizer = load_tokenizer(write_folder(tmp_path, sentencepiece_model, **config))
     for text in TEXTS:
@@ -98,9 +85,7 @@ def test_a_broken_tokenizer_is_one_line_that_names_the_folder(files: dict[str, s
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_an_export_begins_texts_like_the_source(
-    tmp_path: Path, sentencepiece_model: bytes, config: dict[str, Any]
-) -> None:
+def test_texts_begin_as_in_the_source(tmp_path: Path, sentencepiece_model: bytes, config: dict[str, Any]) -> None:
     """AutoTokenizer reads other tokens from tokenizer.model alone."""
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()

@@ -1,6 +1,5 @@
 """Runs the parts of tests/gpu.sh, one process each, and shows their rows."""
 
-import argparse
 import os
 import re
 import signal
@@ -13,24 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.report.report import hardware, versions
 from loraprune_ds.units import aligned
+from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin
 
-ROOT = Path(__file__).parents[3]
-RESULTS = ROOT / "tests" / "benchmarks" / "results" / "gpu"
 # In the order of what each decides. A part is a module of this package and a function in it.
-PARTS = (
-    "kernels.gemm",
-    "runs.whole_run",
-    "runs.beside_cpu",
-    "training.steps",
-    "training.cuts",
-    "kernels.scoring",
-    "runs.fp16",
-    "training.offload",
-    "kernels.refitting",
-    "runs.two_ranks",
-)
+PARTS = "kernels.gemm runs.whole_run runs.beside_cpu training.steps training.cuts kernels.scoring runs.fp16".split()
+PARTS += "training.offload kernels.refitting runs.two_ranks".split()
 MOST_SECONDS = 480.0  # of a part
 LEAST_SECONDS = 30.0  # with less time left, no part is begun
 CUT_OFF = "cut off before its end"
@@ -38,15 +25,14 @@ CUT_OFF = "cut off before its end"
 
 def main() -> int:
     """Returns the exit code: 0 if all parts have a result, 1 if one failed or time ran out."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no part after that")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="of " + " ".join(PARTS))
     arguments = parser.parse_args()
     end, card = time.monotonic() + 60 * arguments.minutes, card_name()
     folder = arguments.out / re.sub(r"\W+", "-", card)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"card": card, "versions": versions(), "hardware": hardware(card)}
     paths = {part: folder / f"{part}.json" for part in PARTS}
     for part in arguments.only:
         path = paths[part]
@@ -57,12 +43,11 @@ def main() -> int:
             print(f"{part}: no time left; call it again to go on")
             break
         print(f"{part} ...", flush=True)
-        write_json(path, {"error": CUT_OFF, **facts})  # stays, if this process is killed
+        write_json(path, {"error": CUT_OFF, "card": card, **origin(card)})  # stays, if this process is killed
         began = time.monotonic()
         error = run_part(part, path, min(MOST_SECONDS, left))
-        found = {key: value for key, value in read_json(path).items() if key != "error"}
-        found["seconds"] = time.monotonic() - began
-        write_json(path, found if error is None else {**found, "error": error})
+        found = read_json(path) | {"error": error, "seconds": time.monotonic() - began}
+        write_json(path, {key: value for key, value in found.items() if value is not None})
     results = {part: read_json(path) for part, path in paths.items() if path.exists()}
     print("\n".join(table(results)))
     return 0 if results.keys() >= set(arguments.only) and not any("error" in found for found in results.values()) else 1
@@ -83,12 +68,10 @@ def run_part(part: str, path: Path, seconds: float) -> str | None:
 
 def run_code(code: str, path: Path, seconds: float) -> str | None:
     """Does so with Python code, to which `found` is a `Found`."""
-    before = "import sys\nfrom pathlib import Path\nfrom tests.benchmarks.gpu_day.found import Found\n"
-    code = f"{before}found = Found(Path(sys.argv[1]))\n{code}"
+    code = f"from tests.benchmarks.gpu_day.found import Found\nfound = Found({str(path)!r})\n{code}"
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=log, stderr=log, start_new_session=True
-        )
+        outputs: Any = {"stdout": log, "stderr": log, "start_new_session": True}
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **outputs)
         try:
             returned = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -106,16 +89,13 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
     rows = [("part", "", "planned", "measured")]
     for part, found in results.items():
         for row in found.get("rows", []):
-            rows.append((part, row["what"], _number(row.get("planned")), _number(row["measured"])))
+            planned, measured = ("" if row[key] is None else f"{row[key]:.4g}" for key in ("planned", "measured"))
+            rows.append((part, row["what"], planned, measured))
         for key in ("skipped", "error"):
             if key in found:
                 lines = [line for line in found[key].split("\n") if line.strip()]
                 rows.append((part, f"{key}: {lines[-1][:100] if lines else 'no word of it'}", "", ""))
     return ["", *aligned(rows, "<<>>")]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
 
 
 if __name__ == "__main__":

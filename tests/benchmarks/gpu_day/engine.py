@@ -1,31 +1,32 @@
-"""The sizes of the parts, and a trainer on random weights and random tokens. Nothing is read from disk."""
+"""The sizes of the models, and a trainer on random weights and random tokens. The weights are not on the disk."""
 
 import resource
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import Criterion, DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.files import write_json
 from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel
-from loraprune_ds.model.read_shape import LLAMA, read_model, shape_from_config
-from loraprune_ds.plan.cluster import Cluster
-from loraprune_ds.plan.request import Request, build_request
-from loraprune_ds.train.data.samples import Samples
+from loraprune_ds.model.read_shape import LLAMA, read_config, read_model
+from loraprune_ds.plan.request import Request
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator, current_device, is_cpu
-from tests.numerics.driver import assemble
+from tests.plan_cases import Case, build
 from tests.published import sizes_of
 
-STEPS = 1000  # more than any part makes
+OVERLAP = "ds_configs/zero3_overlap.json"  # the default would wait at every fetch, of which one rank needs none
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Describes a LLaMA, its batches and the widths that are compared."""
+    """Describes a LLaMA and its runs."""
 
     hidden: int
     layers: int
@@ -34,25 +35,15 @@ class Sizes:
     vocab: int
     window: int
     micro_batches: Sequence[int]
-    widths: Sequence[int]  # of the MLP: even and odd ones
-    rows: Sequence[int]  # tokens of a product
-    hiddens: Sequence[int]  # hidden sizes of a product
     multiple: int  # of channels, that a cut takes
     cuts: int
-
-    def config_json(self) -> dict[str, Any]:
-        sizes = sizes_of("llama", self.hidden, self.channels, self.layers, self.heads, vocab_size=self.vocab)
-        return sizes | {"architectures": ["LlamaForCausalLM"]}
 
 
 def sizes(name: str) -> Sizes:
     """Returns the sizes of a named model, or tiny ones without a GPU."""
     if is_cpu():
-        return Sizes(64, 4, 4, 256, 97, 32, (1, 2), (256, 255), (16,), (64,), 64, 2)
-    hidden, layers, heads, channels = LLAMA[name]
-    widths = (11008, 11007, 11006, 11004, 11000, 10944, 4491, 4480)
-    rows, hiddens = (700, 2048, 8192), (4096, 8192)
-    return Sizes(hidden, layers, heads, channels, 32_000, 512, (1, 4, 16), widths, rows, hiddens, 128, 20)
+        return Sizes(64, 4, 4, 256, 97, 32, (1, 2), 64, 2)
+    return Sizes(*LLAMA[name], vocab=32_000, window=512, micro_batches=(1, 4, 16), multiple=128, cuts=20)
 
 
 @dataclass(frozen=True)
@@ -64,48 +55,20 @@ class RandomWeights(ModelWeights):
         return values.fill_(1.0) if name.endswith("norm.weight") else values.normal_(0.0, 0.02)
 
 
-@dataclass(frozen=True)
-class SameBatch:
-    """Gives the first samples at every step."""
-
-    size: int
-
-    def batch(self, step: int) -> Tensor:
-        return torch.arange(self.size)
+def open_random(folder: Path, _: ModelConfig) -> PretrainedModel:
+    config = read_config(str(folder))
+    shape, modules = read_model(config, str(folder))
+    return PretrainedModel(folder, config, modules, RandomWeights(shape, {}, {}, {}))
 
 
-def make_request(
-    size: Sizes, micro_batch: int, *, deepspeed: str, criterion: Criterion = "lora", ranks: int = 1
-) -> Request:
-    """Describes the run to the planner and to `make_trainer`."""
-    config = RunConfig(
-        output_dir="unused",
-        deepspeed=deepspeed,
-        model=ModelConfig(path="random"),
-        data=DataConfig(window=size.window),
-        prune=PruneConfig(
-            ratio=0.3, criterion=criterion, channel_multiple=size.multiple, protected_first=0, protected_last=0
-        ),
-        train=TrainConfig(
-            steps=STEPS,
-            global_batch_size=micro_batch * ranks,
-            micro_batch_size=micro_batch,
-            gradient_checkpointing=True,
-        ),
-    )
-    source, cluster = size.config_json(), Cluster(nodes=1, gpus_per_node=ranks)
-    return build_request("random", source, shape_from_config(source, "random"), config, cluster)
-
-
-def make_trainer(size: Sizes, request: Request) -> Trainer:
-    """Builds an engine with a trainer. The ranks have been started."""
-    config = request.config
-    shape, modules = read_model(size.config_json(), "random")
-    model = PretrainedModel(Path("random"), size.config_json(), modules, RandomWeights(shape, {}, {}, {}))
-    batch = config.train.global_batch_size
-    ids = torch.randint(3, size.vocab, (batch, size.window), generator=torch.Generator().manual_seed(0))
-    samples = Samples.of_windows(ids)
-    return assemble(config, model, request.ds_config, samples, SameBatch(batch), STEPS)
+def make_trainer(size: Sizes, *, ranks: int = 1, deepspeed: str = OVERLAP, **settings: Any) -> tuple[Trainer, Request]:
+    """Builds an engine with a trainer, and what the planner needs. The ranks have been started."""
+    config = sizes_of("llama", size.hidden, size.channels, size.layers, size.heads, vocab_size=size.vocab)
+    with tempfile.TemporaryDirectory() as name, patch("tests.plan_cases.open_for_pruning", open_random):
+        write_json(Path(name, "config.json"), config | {"architectures": ["LlamaForCausalLM"]})
+        common: dict[str, Any] = {"checkpointing": True, "dropout": 0.05, "ratio": 0.3, "protected_first": 0}
+        case = Case(Path(name), deepspeed, window=size.window, **common, **settings)
+        return build(request := case.request(ranks)), request
 
 
 def device_bytes() -> dict[str, int]:

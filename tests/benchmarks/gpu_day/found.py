@@ -9,19 +9,13 @@ from loraprune_ds.files import read_json, write_json
 class Found:
     """Adds to the JSON file of a part, which is there already."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._content: dict[str, Any] = read_json(path)
+    def __init__(self, path: Path | str) -> None:
+        self._path = Path(path)
 
     def row(self, what: str, measured: float, planned: float | None = None, **details: Any) -> None:
         """Adds a row of the table at the end. `details` are in the file alone."""
-        self._content.setdefault("rows", []).append({"what": what, "planned": planned, "measured": measured, **details})
-        self._write()
+        rows = read_json(self._path).get("rows", [])
+        self.keep(rows=[*rows, {"what": what, "planned": planned, "measured": measured, **details}])
 
     def keep(self, **details: Any) -> None:
-        """Keeps more than fits into a row."""
-        self._content |= details
-        self._write()
-
-    def _write(self) -> None:
-        write_json(self._path, self._content)
+        write_json(self._path, read_json(self._path) | details)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from itertools import product
 from unittest.mock import patch
 
 import torch
@@ -11,34 +11,28 @@ from loraprune_ds.pruning import criterion
 from loraprune_ds.pruning.compensate import refit
 from loraprune_ds.pruning.criterion import lora, score_shard
 from loraprune_ds.pruning.prunable_model import CollectedLinear, LoraFactors, OwnedShard
-from loraprune_ds.zero.device import accelerator, current_device
+from loraprune_ds.zero.device import accelerator, current_device, is_cpu
 from tests.benchmarks.gpu_day.engine import device_bytes, sizes
 from tests.benchmarks.gpu_day.found import Found
 
 REPEATS = 10
 RANK = 8
+# Hidden sizes, tokens and MLP widths of a product: even and odd ones.
+PRODUCTS = ((4096, 8192), (700, 2048, 8192), (11008, 11007, 11006, 11004, 11000, 10944, 4491, 4480))
+TINY_PRODUCTS = ((64,), (16,), (256, 255))
 
 
 def gemm(found: Found) -> None:
     """Times the forward and backward products of an MLP by its width: TFLOP/s."""
-    size, device = sizes("llama-7b"), current_device()
-    for hidden in size.hiddens:
-        for tokens in size.rows:
-            x = torch.randn(tokens, hidden, device=device, dtype=torch.bfloat16)
-            for width in size.widths:
-                up = torch.randn(width, hidden, device=device, dtype=torch.bfloat16)
-                down = torch.randn(hidden, width, device=device, dtype=torch.bfloat16)
-                inner = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
-                products: dict[str, Callable[[], Any]] = {
-                    "up": lambda x=x, up=up: x @ up.T,
-                    "up's input gradient": lambda inner=inner, up=up: inner @ up,
-                    "down": lambda inner=inner, down=down: inner @ down.T,
-                    "down's input gradient": lambda x=x, down=down: x @ down,
-                }
-                flops = 2 * tokens * hidden * width
-                speeds = {name: flops / seconds_of(product) / 1e12 for name, product in products.items()}
-                mean = len(speeds) / sum(1 / speed for speed in speeds.values())
-                found.row(f"{tokens} x {hidden}, width {width}: TFLOP/s", mean, products=speeds)
+    for hidden, tokens, width in product(*(TINY_PRODUCTS if is_cpu() else PRODUCTS)):
+        sides = ((tokens, hidden), (tokens, width), (width, hidden), (hidden, width))
+        x, inner, up, down = (torch.randn(side, device=current_device(), dtype=torch.bfloat16) for side in sides)
+        pairs = {"up": (x, up.T), "down": (inner, down.T)}
+        pairs |= {"up's input gradient": (inner, up), "down's input gradient": (x, down)}
+        seconds = {name: seconds_of(lambda pair=pair: torch.mm(*pair)) for name, pair in pairs.items()}
+        speeds = {name: 2 * tokens * hidden * width / each / 1e12 for name, each in seconds.items()}
+        mean = len(speeds) / sum(1 / speed for speed in speeds.values())
+        found.row(f"{tokens} x {hidden}, width {width}: TFLOP/s", mean, products=speeds)
 
 
 def scoring(found: Found) -> None:
@@ -47,13 +41,12 @@ def scoring(found: Found) -> None:
     shape = (size.channels, size.hidden)
     a, b = torch.randn(RANK, size.hidden, device=device), torch.randn(size.channels, RANK, device=device)
     factors = LoraFactors(a, b, a * 0.1, b * 0.1, 2.0)
-    for ranks in (1, 8, 32):
+    for ranks, power in product((1, 8, 32), (22, 23, 24, 25)):
         flat = torch.randn(shape[0] * shape[1] // ranks, device=device, dtype=torch.bfloat16)
         shard = OwnedShard(flat, 0, shape)
-        for power in (22, 23, 24, 25):
-            with patch.object(criterion, "DEVICE_BLOCK_NUMEL", 1 << power):
-                seconds = seconds_of(lambda shard=shard: score_shard(shard, factors, lora, 0))
-            found.row(f"a linear over {ranks} ranks, blocks of 2^{power}: ms", 1e3 * seconds)
+        with patch.object(criterion, "DEVICE_BLOCK_NUMEL", 1 << power):
+            seconds = seconds_of(lambda shard=shard: score_shard(shard, factors, lora, 0))
+        found.row(f"a linear over {ranks} ranks, blocks of 2^{power}: ms", 1e3 * seconds)
 
 
 def refitting(found: Found) -> None:
@@ -67,19 +60,18 @@ def refitting(found: Found) -> None:
     before = device_bytes()
     for turn in ("first", "second"):  # cuSOLVER begins in the first
         accelerator().reset_peak_memory_stats()
-        began = time.perf_counter()
-        refit(linear, moment, kept, 0.05)
-        accelerator().synchronize()
-        found.row(f"{turn} refit of {size.channels} inputs: s", time.perf_counter() - began)
+        seconds = seconds_of(lambda: refit(linear, moment, kept, 0.05), repeats=1, warm_up=False)
+        found.row(f"{turn} refit of {size.channels} inputs: s", seconds)
     found.keep(peak_bytes=int(accelerator().max_memory_allocated()), before=before, after=device_bytes())
 
 
-def seconds_of(act: Callable[[], Any]) -> float:
-    """Returns the seconds of one call, after one that warms up."""
-    act()
-    accelerator().synchronize()
-    began = time.perf_counter()
-    for _ in range(REPEATS):
+def seconds_of(act: Callable[[], object], repeats: int = REPEATS, *, warm_up: bool = True) -> float:
+    """Returns the seconds of one call."""
+    if warm_up:
         act()
     accelerator().synchronize()
-    return (time.perf_counter() - began) / REPEATS
+    began = time.perf_counter()
+    for _ in range(repeats):
+        act()
+    accelerator().synchronize()
+    return (time.perf_counter() - began) / repeats

@@ -11,12 +11,9 @@ from typing import Any
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.zero.device import is_cpu
 from tests.benchmarks.gpu_day.found import Found
-from tests.families import tiny_model
-from tests.integration.launching import ROOT, free_port
-from tests.integration.resuming import metrics, write_run
-from tests.oracle.models import make_tokenizer
+from tests.integration.launching import ROOT, free_port, step_of
+from tests.integration.resuming import metrics, write_family, write_run
 
-VOCAB = 97
 OVERLAP = ROOT / "ds_configs" / "zero3_overlap.json"
 # What a run on the card is compared in with the same run on the CPU. Each has other code on the device.
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -26,7 +23,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "distillation": ("train.distill_weight=0.5",),
     "int8": ("model.frozen=int8",),
     "offload": ("deepspeed=ds_configs/zero3_offload.json",),
-    "experts": ("model.path=MIXTURE",),
+    "experts": ("mixtral",),
 }
 DETERMINISTIC = "train.deterministic=true"
 NO_DROPOUT = "lora.lora_dropout=0.0"  # each device draws other masks
@@ -42,8 +39,7 @@ def whole_run(found: Found) -> None:
         found.row("perplexity of the exported model", report["perplexity"]["pruned"])
         kept = ("perplexity", "seconds_per_step", "resident_bytes", "reserved_bytes")
         found.keep(report={key: report[key] for key in kept})
-        stopped = _stop_and_go_on(config, folder / "out")
-        found.row("stopped on request (1: yes)", int(stopped), 1)
+        found.row("stopped on request (1: yes)", int(_stop_and_go_on(config, folder / "out")), 1)
         _launch(config, DETERMINISTIC, f"output_dir={folder / 'again'}")
         straight, resumed, again = (_groups(folder / run) for run in ("straight", "out", "again"))
         found.row("deterministic: groups that differ after a resume", len(resumed - again), 0)
@@ -55,16 +51,12 @@ def beside_cpu(found: Found) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = _write_run(folder, dtype="float32")
-        mixture = folder / "mixture"
-        tiny_model("mixtral", vocab_size=VOCAB, num_hidden_layers=4).save_pretrained(mixture)
-        make_tokenizer(VOCAB).save_pretrained(mixture)
+        mixture = write_family(folder, "mixtral", num_hidden_layers=4)
         for setting, changes in SETTINGS.items():
-            changes = [NO_DROPOUT, *(change.replace("MIXTURE", str(mixture)) for change in changes)]
+            changes = [NO_DROPOUT, *(change.replace("mixtral", mixture) for change in changes)]
             runs = [folder / f"{setting} {where}" for where in ("card", "cpu")]
-            started = [
-                _start(config, *changes, f"output_dir={runs[0]}"),
-                _start(config, *changes, f"output_dir={runs[1]}", DS_ACCELERATOR="cpu"),
-            ]
+            devices: list[dict[str, str]] = [{}, {"DS_ACCELERATOR": "cpu"}]
+            started = [_start(config, *changes, f"output_dir={x}", **y) for x, y in zip(runs, devices, strict=True)]
             try:
                 for process in started:
                     _end(process)
@@ -90,8 +82,8 @@ def fp16(found: Found) -> None:
         config = _write_run(folder, dtype="float16", deepspeed=folder / "fp16.json")
         _launch(config, DETERMINISTIC, f"output_dir={folder / 'straight'}")
         straight = metrics(folder / "straight", "step")
-        found.row("steps skipped, of 20", sum(step["skipped"] for step in straight))
-        found.keep(losses=[step["loss"] for step in straight])
+        losses = [step["loss"] for step in straight]
+        found.row("steps skipped, of 20", sum(step["skipped"] for step in straight), losses=losses)
         _stop_and_go_on(config, folder / "out")
         pairs = zip(straight, metrics(folder / "out", "step"), strict=True)
         other = sum((a["loss"], a["skipped"]) != (b["loss"], b["skipped"]) for a, b in pairs)
@@ -134,7 +126,7 @@ def _launch(config: Path, *changes: str, stop_in: Path | None = None) -> int:
     """Runs launch/run.py on one rank. Asks it to stop once it has begun, if `stop_in` is its folder."""
     process = _start(config, *changes)
     while stop_in is not None and process.poll() is None and not (stop_in / "STOP").exists():
-        if (stop_in / "status.json").exists() and read_json(stop_in / "status.json")["step"] >= 1:
+        if step_of(stop_in) >= 1:
             (stop_in / "STOP").touch()
         time.sleep(0.02)
     return _end(process)
@@ -158,6 +150,6 @@ def _end(process: subprocess.Popen[str]) -> int:
 
 def _groups(output: Path) -> set[tuple[int, str, int]]:
     """Reads which groups a run has kept."""
-    layers = read_json(output / "kept_groups.json")["layers"]
-    lists = ((i, kind, x) for i, layer in enumerate(layers) for kind, x in layer.items() if isinstance(x, list))
+    layers = enumerate(read_json(output / "kept_groups.json")["layers"])
+    lists = ((i, kind, x) for i, layer in layers for kind, x in layer.items() if isinstance(x, list))
     return {(i, kind, group) for i, kind, groups in lists for group in groups}

@@ -26,9 +26,8 @@ def ask(question: dict[str, Any], dtype: str, new_tokens: int) -> dict[str, Any]
     texts = [list(result.outputs[0].token_ids) for result in model.generate(prompts, greedy)]
     scored = model.generate(prompts, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1))
     logprobs = []
-    for (
-        result
-    ) in scored:  # of every prompt token but the first: (token, log-probability) of the best and the actual one
+    # Of every prompt token but the first: (token, log-probability) of the best and the actual one.
+    for result in scored:
         positions = result.prompt_logprobs[1:]
         logprobs.append([[(token, entry.logprob) for token, entry in position.items()] for position in positions])
     return {"greedy": texts, "logprobs": logprobs}

@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +73,12 @@ FAMILIES: dict[str, tuple[str, list[tuple[int, int]], dict[str, Any]]] = {
 
 TOKENIZERS: dict[str, Callable[[Path, int], Path]] = {
     "gpt-2": byte_level_tokenizer,
-    "smollm": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "smollm"),
-    "qwen2": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "qwen2"),
-    "gpt-4o": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "gpt-4o"),
-    "llama-bpe": lambda folder, vocab: byte_level_tokenizer(folder, vocab, "llama-bpe", bos=True),
+    **{name: partial(byte_level_tokenizer, pre=name) for name in ("smollm", "qwen2", "gpt-4o")},
+    "llama-bpe": partial(byte_level_tokenizer, pre="llama-bpe", bos=True),
     "sentencepiece": sentencepiece_tokenizer,
     "merges": without_sentencepiece,
 }
-# That of Qwen3.5 alone.
-QWEN35: tuple[str, Callable[[Path, int], Path]] = (
-    "qwen35",
-    lambda folder, vocab: byte_level_tokenizer(folder, vocab, "qwen35"),
-)
+QWEN35 = partial(byte_level_tokenizer, pre="qwen35")  # of Qwen3.5 alone
 
 
 @dataclass
@@ -144,7 +139,7 @@ def make_tiny(root: Path) -> list[Compared]:
 def make_families(root: Path) -> list[Compared]:
     items, others = [], itertools.cycle(TOKENIZERS.items())
     for name, (family, counts, changes) in FAMILIES.items():
-        tokenizer, make = QWEN35 if family.startswith("qwen3_5") else next(others)
+        tokenizer, make = ("qwen35", QWEN35) if family.startswith("qwen3_5") else next(others)
         folder = root / name
         folder.mkdir()
         serve(family, folder / "model", make(folder / "tokenizer", VOCAB), *counts, **changes)
@@ -235,6 +230,7 @@ def row(item: Compared) -> dict[str, Any]:
     logits, greedy, margins = expected(item)
     same = list(itertools.takewhile(lambda i: item.found["greedy"][i] == greedy[i], range(item.new_tokens)))
     tokenizer = AutoTokenizer.from_pretrained(item.merged, trust_remote_code=True)
+    texts = [(item.found[f"text{i}"], text) for i, text in enumerate(item.texts)]
     return {
         "case": item.case,
         "architecture": item.architecture,
@@ -247,9 +243,7 @@ def row(item: Compared) -> dict[str, Any]:
         "greedy_same": len(same),
         "margin_at_first_other": None if len(same) == item.new_tokens else margins[len(same)],
         "texts": len(item.texts),
-        "texts_same": sum(
-            item.found[f"text{i}"].tolist() == tokens_of(text, tokenizer, item) for i, text in enumerate(item.texts)
-        ),
+        "texts_same": sum(found.tolist() == tokens_of(text, tokenizer, item) for found, text in texts),
     }
 
 

@@ -13,9 +13,7 @@ from tests.integration.heavy.results import TAKES_MINUTES, ask
 from tests.integration.launching import ROOT, Ended, read_json, run_to_end
 
 pytestmark = TAKES_MINUTES
-FIRST, CONFIGS, EXPORT = (
-    ROOT / name for name in ("README.md", "launch/configs/README.md", "loraprune_ds/export/README.md")
-)
+FIRST, CONFIGS, EXPORT = (ROOT / name / "README.md" for name in ("", "launch/configs", "loraprune_ds/export"))
 STEPS, TARGET = 4, 105  # of 134.5 million parameters
 
 

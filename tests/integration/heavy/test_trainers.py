@@ -34,21 +34,11 @@ def train_grpo(model: str, out: Path, ids: torch.Tensor) -> torch.Tensor:
     from trl.trainer.grpo_trainer import GRPOTrainer
 
     with fresh_accelerate():
-        args = GRPOConfig(
-            output_dir=str(out),
-            use_cpu=True,
-            bf16=False,
-            deepspeed=read_json(Path("ds_configs/zero3.json")),
-            max_steps=4,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            num_generations=2,
-            max_completion_length=8,
-            beta=0.04,
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
+        sizes: Any = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        sizes |= {"num_generations": 2, "max_completion_length": 8, "beta": 0.04}
+        where: Any = {"output_dir": str(out), "use_cpu": True, "bf16": False, "disable_tqdm": True}
+        deepspeed = read_json(Path("ds_configs/zero3.json"))
+        args = GRPOConfig(**where, **sizes, deepspeed=deepspeed, report_to="none", save_strategy="no")
         callback = LoraPruneCallback(PruneConfig(ratio=0.3, prune_every=1, criterion="fisher"))
         trainer = GRPOTrainer(
             model=model,
