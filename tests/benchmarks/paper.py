@@ -1,14 +1,13 @@
-"""Makes what PAPER.md shows beside the runs of quality.py: shared masks, merged LoRA's speed, the criteria's memory.
+"""Makes what PAPER.md shows beside the runs of quality.py: the speed of merged LoRA, and the criteria's memory.
 
-python -m tests.benchmarks.paper masks --work FOLDER     after quality.py has run the group `once` there
 python -m tests.benchmarks.paper speed --pruned RUN20 RUN50
 python -m tests.benchmarks.paper memory
 """
 
 import argparse
 import copy
-import gc
 import multiprocessing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format, stored_t
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.pruning.criterion import gradient_estimate
 from loraprune_ds.pruning.prunable_model import LoraFactors
+from loraprune_ds.zero.device import resident_bytes
 from tests.benchmarks.memory import Peak
 from tests.benchmarks.running import record
 
@@ -47,17 +47,10 @@ def measure_merged(pruned: list[Path]) -> None:
                 loaded.add_adapter(LORA)  # new factors take the time that tuned ones do
             models[f"{name}, {form}"] = loaded.eval()
     settings = SpeedSettings(prompt=2048, generated=16, rounds=10)
-    speeds = measure_speed(list(models.values()), settings)
-    seconds = {
-        name: {
-            "prefill": settings.prompt / speed.prefill_tokens_per_second,
-            "decode": settings.generated / speed.decode_tokens_per_second,
-        }
-        for name, speed in zip(models, speeds, strict=True)
-    }
-    reference = seconds["dense, merged"]
-    times = {name: {key: of[key] / reference[key] for key in of} for name, of in seconds.items()}
-    record("paper_speed", {"settings": vars(settings), "seconds": seconds, "times_dense_merged": times})
+    speeds = dict(zip(models, map(asdict, measure_speed(list(models.values()), settings)), strict=True))
+    dense = speeds["dense, merged"]
+    times = {name: {key: dense[key] / of[key] for key in of if of[key]} for name, of in speeds.items()}
+    record("paper_speed", {"settings": vars(settings), "speeds": speeds, "time_of_dense_merged": times})
 
 
 # Table 4: memory of the criteria in one process, unsharded
@@ -76,9 +69,7 @@ def measure_memory() -> None:
 def _memory(name: str) -> dict[str, int]:
     """Returns the bytes above the imports: of the model, and at most in a step that scores every linear."""
     torch.manual_seed(0)
-    gc.collect()
-    with Peak() as before:
-        pass
+    imports = resident_bytes()
     torch.set_default_dtype(torch.bfloat16)
     stock: Any = LlamaForCausalLM(LlamaConfig(**LLAMA_1B, vocab_size=32000, max_position_embeddings=2048))
     torch.set_default_dtype(torch.float32)
@@ -96,9 +87,8 @@ def _memory(name: str) -> dict[str, int]:
     with Peak() as peak:
         model(input_ids=token_ids, labels=token_ids).loss.backward()
         scores = [_score(linear, vanilla=name == "vanilla") for linear in linears]
-    assert all(score.isfinite().all() for score in scores)
-    assert all(score.any() for score in scores)
-    return {"model": peak.before - before.before, "peak": peak.peak - before.before}
+    assert all(score.isfinite().all() and score.any() for score in scores)
+    return {"model": peak.before - imports, "peak": peak.peak - imports}
 
 
 def _store_in_int8(model: nn.Module) -> None:
@@ -127,10 +117,7 @@ def main() -> None:
     parser.add_argument("what", choices=["speed", "memory"])
     parser.add_argument("--pruned", type=Path, nargs=2, help="models with 20 and 50 % removed")
     arguments = parser.parse_args()
-    if arguments.what == "speed":
-        measure_merged(arguments.pruned)
-    else:
-        measure_memory()
+    measure_merged(arguments.pruned) if arguments.what == "speed" else measure_memory()
 
 
 if __name__ == "__main__":
