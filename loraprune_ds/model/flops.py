@@ -153,7 +153,8 @@ def _saved(
         hooks.__enter__()
 
     layer = decoder_layers(model)[index]
-    differentiate_input(layer)  # as every layer's but the first
+    causal_lm.enable_input_require_grads()  # what comes from embeddings, as in every layer but the first
+    differentiate_input(layer)  # the embeddings of two stacks are other modules
     layer.register_forward_pre_hook(enter, with_kwargs=True)
     layer.register_forward_hook(lambda *_: hooks.__exit__())
     tokens = torch.zeros(size, dtype=torch.int64, device="meta")

@@ -31,7 +31,6 @@ from tests.benchmarks.running import record
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=[linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS])
 # TinyLlama's sizes, with a head of keys and values for each query head
 LLAMA_1B: Any = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
-TOKENS = 128
 
 
 # Table 3: time of merged and unmerged models
@@ -63,7 +62,7 @@ def measure_memory() -> None:
             rows[name] = pool.apply(_memory, (name,))
         print(name, rows[name], flush=True)
     less = {name: 1 - row["peak"] / rows["vanilla"]["peak"] for name, row in rows.items()}
-    record("paper_memory", {"model": LLAMA_1B, "tokens": TOKENS, "bytes": rows, "less_than_vanilla": less})
+    record("paper_memory", {"model": LLAMA_1B, "tokens": 128, "bytes": rows, "less_than_vanilla": less})
 
 
 def _memory(name: str) -> dict[str, int]:
@@ -83,7 +82,7 @@ def _memory(name: str) -> dict[str, int]:
     if name == "vanilla":
         for linear in linears:
             linear.base_layer.weight.requires_grad_(True)
-    token_ids = torch.randint(32000, (1, TOKENS))
+    token_ids = torch.randint(32000, (1, 128))
     with Peak() as peak:
         model(input_ids=token_ids, labels=token_ids).loss.backward()
         scores = [_score(linear, vanilla=name == "vanilla") for linear in linears]

@@ -20,6 +20,7 @@ from loraprune_ds.hf import checkpoint
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.hf.live import ForwardWatch
 from loraprune_ds.hf.pruning import Pruning
+from loraprune_ds.model.family import LLAMA
 from loraprune_ds.report.records import History
 from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.zero.external_engine import before_each_update
@@ -124,7 +125,7 @@ class Watched:
     def __init__(self) -> None:
         self.model, self.masks, self.forgotten = adapted(), list[Tensor | None](), 0
         device = next(self.model.parameters()).device
-        sharded = SimpleNamespace(device=device, forget_trace=self._forget)
+        sharded = SimpleNamespace(device=device, forget_trace=self._forget, shape=SimpleNamespace(family=LLAMA))
         self.watch = ForwardWatch(self.model, cast(Any, sharded), cast(Any, self))
         self.model.train()
 

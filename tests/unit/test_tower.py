@@ -82,7 +82,8 @@ def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path
     assert type(loaded) is type(whole)
     decoder = whole.get_decoder()
     stack_experts(decoder)
-    mask(cast(Any, SimpleNamespace(model=SimpleNamespace(model=decoder), shape=dense)), draw(dense, *counts))
+    lm = SimpleNamespace(model=decoder, config=decoder.config, get_submodule=lambda _: decoder.layers)
+    mask(cast(Any, SimpleNamespace(model=lm, shape=dense)), draw(dense, *counts))
     expected = logits(whole, inputs)
     assert difference(logits(loaded.eval(), inputs), expected) < TOLERANCE
     assert difference(expected, before) > MATTERS
