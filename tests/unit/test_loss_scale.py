@@ -17,8 +17,6 @@ from loraprune_ds.zero.optimizer import decide, first_nonfinite, unscale
 from loraprune_ds.zero.training_engine import optimizer_step
 
 ALL: tuple[Dtype, ...] = ("float16", "bfloat16", "float32")
-
-
 FINE = [1.0, 2.0, 1e300]
 GRADIENT, LOSS = "^step 3: the LoRA gradient of layer {} is not finite$", "^step 3: the loss is {} on rank 1{}$"
 WEIGHTS = "; the weights of layer 2 are not finite"

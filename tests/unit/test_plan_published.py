@@ -18,12 +18,10 @@ from loraprune_ds.plan.request import build_request, make_request
 from tests.benchmarks.plan_measured import HIGHEST, LOWEST, RESULT, cases, peaks, save_1b_config
 from tests.benchmarks.wide_layers import RESULT as WIDE
 from tests.benchmarks.wide_layers import wide_peaks
-from tests.published import MIXTURES, PUBLISHED
+from tests.published import MIXTURES, PUBLISHED, T5_11B
 
 CONFIGS = Path("launch/configs")
 NODES = {"one": 1, "two": 2, "four": 4}
-
-
 MODERN = {**PUBLISHED, "qwen3-30b-a3b": MIXTURES["Qwen3-30B-A3B"]}
 
 
@@ -50,10 +48,12 @@ def test_the_run_fits_where_it_is_meant_to_as_the_page_says(name: str) -> None:
         ("gemma4-31b", ["model.frozen=int8", "prune.compensate=none"]),
         ("gemma4-26b-a4b", ["model.frozen=int8"]),
         ("glm-4.7-flash", ["model.frozen=int8"]),
+        ("flan-t5-xl", ["model.path=t5-11b", "prune.compensate=none"]),
     ],
 )
 def test_one_gpu_holds_the_run_of_a_node(name: str, overrides: list[str]) -> None:
-    source, path = PUBLISHED[name][0], CONFIGS / f"{name}.yaml"
+    source = T5_11B if "model.path=t5-11b" in overrides else PUBLISHED[name][0]
+    path = CONFIGS / f"{name}.yaml"
     shape, config = shape_from_config(source, name), load_config(path, overrides)
     plan = make_plan(build_request(name, source, shape, config, Cluster(1, 1)))
     assert plan.fits
