@@ -130,7 +130,7 @@ def test_masked_equals_cut(family: str) -> None:
 
 # Each with a tied head and one of its own. In a stack of a T5 all layers share one bias.
 ENCODERS = ("t5", "mt5", "umt5")
-STACKS = {"num_layers": 3, "num_hidden_layers": 3, "num_decoder_layers": 2}
+STACKS: Any = {"num_layers": 3, "num_hidden_layers": 3, "num_decoder_layers": 2}
 
 
 @pytest.mark.parametrize("family", ENCODERS)
