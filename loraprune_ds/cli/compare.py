@@ -33,9 +33,10 @@ def main() -> int:
 def compare(arguments: argparse.Namespace) -> None:
     from loraprune_ds.evaluate.compare import comparison_table, draw_comparison, read_results
 
-    picture, models = arguments.picture, read_results(arguments.results)
+    picture, known = arguments.picture, ", ".join(PICTURES)
+    require(not picture or picture.suffix in PICTURES, f"--picture {picture}: its name must end in {known}")
+    models = read_results(arguments.results)
     if picture:
-        require(picture.suffix in PICTURES, f"--picture {picture}: its name must end in {', '.join(PICTURES)}")
         draw_comparison(picture, models)
         print(f"picture: {picture}", file=sys.stderr)
     if arguments.json:

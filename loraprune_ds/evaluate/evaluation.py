@@ -135,10 +135,8 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
         fits = not most or length <= most
         require(fits, f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
     tokenizer = load_tokenizer(source.tokenizer_folder)
-    starts, protocol = (
-        text_starts(tokenizer, source.pretrained.shape.family, source.pretrained.config),
-        settings.protocol,
-    )
+    starts = text_starts(tokenizer, source.pretrained.shape.family, source.pretrained.config)
+    protocol = settings.protocol
     batches, size = list[Labelled](), settings.actual_batch_size
     if settings.text:
         batches = split_batches(settings.text.text, tokenizer, protocol.window, protocol.max_windows, starts, size)

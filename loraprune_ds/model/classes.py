@@ -48,8 +48,8 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     """Returns the class of the model with its head."""
     if model_type.startswith(PRUNED):
         return _pruned(family_name(model_type))[2]
-    several = len(FAMILIES[model_type].stacks) > 1
-    classes: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if several else MODEL_FOR_CAUSAL_LM_MAPPING
+    seq2seq, causal = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+    classes: Any = seq2seq if FAMILIES[model_type].has_encoder else causal
     return classes[CONFIG_MAPPING[model_type]]
 
 
@@ -87,7 +87,7 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
     made._attn_implementation = attn_implementation
     with parameters_on_meta():
         model = causal_lm_class(config["model_type"])(made)
-        if len(family.stacks) > 1 and not config.get("tie_word_embeddings", True):
+        if family.has_encoder and not config.get("tie_word_embeddings", True):
             # transformers 5 ties it in any case.
             tied: dict[str, str] = model._tied_weights_keys  # type: ignore[assignment]
             model._tied_weights_keys = {name: to for name, to in tied.items() if name != "lm_head.weight"}

@@ -176,6 +176,11 @@ class Family:
         """
         return tuple(dict.fromkeys(linear.kind for linear in self.linears if linear.parts))
 
+    @property
+    def has_encoder(self) -> bool:
+        """True if a stack before the decoder reads the source."""
+        return len(self.stacks) > 1
+
     def changed_in_memory(self, config: Any) -> dict[str, Any]:
         """Returns the fields of transformers' object that a run changes, without the class, and their values there."""
         fields = {name: getattr(config, name) for name in self.in_memory if name != "model_type"}

@@ -121,7 +121,7 @@ def check_family(family: Family, source: dict[str, Any], where: str, dtype: str,
     """
     if packing and not family.packs:
         raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
-    if len(family.stacks) > 1 and dtype == "float16":
+    if family.has_encoder and dtype == "float16":
         raise UserError(f"model.dtype float16 is not supported for {where}: its hidden states overflow; use bfloat16")
     if family.mixture and source.get("router_jitter_noise"):
         raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")

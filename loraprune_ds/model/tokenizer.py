@@ -44,7 +44,7 @@ class Starts(NamedTuple):
 def text_starts(tokenizer: PreTrainedTokenizerBase, family: Family, config: dict[str, Any]) -> Starts:
     bos = tokenizer.bos_token_id
     assert bos is None or isinstance(bos, int)
-    target = target_start(config) if len(family.stacks) > 1 else None
+    target = target_start(config) if family.has_encoder else None
     return Starts(bos if family.windows_begin_with_bos else None, target)
 
 

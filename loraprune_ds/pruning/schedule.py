@@ -63,6 +63,11 @@ class Section:
         return [*self.drops, *(step for step in range(self.start + 1, self.end + 1) if self.is_cut(step))]
 
     @property
+    def width_cuts(self) -> list[int]:
+        """The steps after those that drop layers, which come first."""
+        return self.cut_steps[len(self.drops) :]
+
+    @property
     def last_cut(self) -> int:
         """The last step that cuts, which may be before `end`."""
         return max(self.cut_steps, default=self.end)
@@ -167,7 +172,7 @@ def _without_a_change(section: Section, limits: Limits) -> frozenset[int]:
         return frozenset()
     chunk = (len(limits.open_layers) - limits.depth) * limits.step_numel(fine) / limits.dense.linear_numel()
     unchanged, before = list[int](), None
-    for step in (section.start, *section.cut_steps[len(section.drops) :]):
+    for step in (section.start, *section.width_cuts):
         now = section.counts(limits, step) or round(section.target(step) / chunk)
         if now == before:
             unchanged.append(step)

@@ -161,8 +161,8 @@ def _paper() -> list[Setting]:
 
     masks = [once(name, percent) for percent in PERCENTS for name in ("lora", "gradient", "fisher", "magnitude")]
     others = [once(name, percent) for percent in BOTH_PERCENTS for name in ("wanda", "recipe")]
-    tuned = [recovered(name, percent) for percent in (50, 20) for name in METHODS if name != "fisher"]
-    tuned = [setting for setting in tuned if setting.name != "recovered-50-recipe"]  # it is recipe-half
+    known = ((50, "recipe"), (50, "fisher"), (20, "fisher"))  # the first is recipe-half
+    tuned = [recovered(name, percent) for percent in (50, 20) for name in METHODS if (percent, name) not in known]
     order = [
         varied("order", f"{when}-{name}", *METHODS[name][0], *changes)
         for name in ("lora", "recipe")

@@ -195,16 +195,13 @@ def _make(
                     row_format.check(row)
                 except UserError as error:
                     raise UserError(f"{source.section}.path: row {number} of {source.path}: {error}") from None
-        tuning, held_out = _hold_out(rows, source, row_format, config.held_out_fraction)
+        tuning, held_out, numbers = _hold_out(rows, source, row_format, config.held_out_fraction)
         if row_format.tokenize is None:
             texts = map(row_format.text, tuning)
             samples = pack_documents(texts, tokenizer, config.window, config.max_samples, starts.window)
         else:
-            samples = collect_rows(row_format.tokenize(tuning), config.window, config.max_samples)
-            if samples.left_out:
-                made = (collect_rows(row_format.tokenize([row]), config.window, None) for row in rows)
-                first = next(number for number, one in enumerate(made, start=1) if one.left_out)
-                samples = dataclasses.replace(samples, first_left_out=f"row {first} of {source.path}")
+            places = (f"row {number} of {source.path}" for number in numbers)
+            samples = collect_rows(row_format.tokenize(tuning), config.window, config.max_samples, places)
             samples = pack_samples(samples) if config.packing else samples
         parts.append(samples)
         held_out_texts.append("\n\n".join(map(row_format.text, held_out)))
@@ -242,26 +239,28 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start
 
 def _hold_out(
     rows: TextRows, source: DataSource, row_format: RowFormat, fraction: float | None
-) -> tuple[Iterable[TextRow], Iterable[TextRow]]:
-    """Splits rows into those to tune on and those to hold out, which are spread evenly.
+) -> tuple[Iterable[TextRow], Iterable[TextRow], Iterable[int]]:
+    """Splits rows into those to tune on and those to hold out, which are spread evenly. Numbers the first, from 1.
 
     The fraction counts characters of documents, because their lengths differ a lot. If there are too few documents for
     that, the end of each one is held out.
     """
     if fraction is None:
-        return rows, ()
+        return rows, (), range(1, len(rows) + 1)
     are_documents = row_format.tokenize is None
     sizes = (len(row_format.text(row)) for row in rows) if are_documents else repeat(1, len(rows))
     if chosen := _spread(sizes, fraction):
         left_out = set(chosen)
-        return (row for i, row in enumerate(rows) if i not in left_out), (rows[i] for i in chosen)
+        tuning = (row for i, row in enumerate(rows) if i not in left_out)
+        return tuning, (rows[i] for i in chosen), (i + 1 for i in range(len(rows)) if i not in left_out)
     if not are_documents:
         raise UserError(
             f"data.held_out_fraction {fraction} of the {len(rows)} rows in {source.path} is none; raise it "
             "or give data.held_out"
         )
     parts = [_split_tail(row_format.text(row), fraction) for row in rows]
-    return [{source.text_field: head} for head, _ in parts], [{source.text_field: tail} for _, tail in parts]
+    heads, tails = ([{source.text_field: pair[half]} for pair in parts] for half in (0, 1))
+    return heads, tails, range(1, len(parts) + 1)
 
 
 def _spread(sizes: Iterable[int], fraction: float) -> list[int]:

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, repeat
 from typing import TypeVar
 
 import numpy as np
@@ -53,21 +53,26 @@ def pack_documents(
     return Samples.of_windows(begin_with(_tensor(stream[: count * window]).view(count, window), start))
 
 
-def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | None) -> Samples:
-    """Makes one sample of each row, cut at the window. A row with nothing to predict is left out."""
+def collect_rows(
+    rows: Iterable[TokenizedRow], window: int, max_samples: int | None, places: Iterable[str] | None = None
+) -> Samples:
+    """Makes one sample of each row, cut at the window. A row with nothing to predict is left out.
+
+    `places` tell where the rows come from.
+    """
     ids, labels = array("i"), array("i")
     starts = array("q", [0])
-    left_out = 0
-    for row_ids, row_labels in rows:
+    left_out, first = 0, ""
+    for (row_ids, row_labels), place in zip(rows, repeat("") if places is None else places, strict=False):
         if all(label == IGNORE_INDEX for label in row_labels[1:window]):  # nothing predicts a first token
-            left_out += 1
+            left_out, first = left_out + 1, first or place
             continue
         ids.extend(row_ids[:window])
         labels.extend(row_labels[:window])
         starts.append(len(ids))
         if len(starts) - 1 == max_samples:
             break
-    return Samples({"input_ids": _tensor(ids), "labels": _tensor(labels)}, _tensor(starts), window, left_out)
+    return Samples({"input_ids": _tensor(ids), "labels": _tensor(labels)}, _tensor(starts), window, left_out, first)
 
 
 def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[int]:
