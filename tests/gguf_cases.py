@@ -1,4 +1,4 @@
-"""Trains, in a moment, tokenizers of the two kinds that GGUF files hold."""
+"""Trains, in a moment, tokenizers of the kinds that GGUF files hold."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Any
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from loraprune_ds.files import write_json
 
 TRAINING_TEXT = [f"the import statement defines {i} names, isn't it, in one two  three\n\tlines" for i in range(400)]
 TEXTS = [
@@ -77,17 +79,27 @@ SENTENCEPIECE: dict[str, Any] = {"byte_fallback": True, "normalization_rule_name
 SENTENCEPIECE |= {"remove_extra_whitespaces": False}
 
 
-def sentencepiece_tokenizer(folder: Path, vocab: int, model_type: str = "bpe") -> Path:
+def sentencepiece_tokenizer(folder: Path, vocab: int, model_type: str = "bpe", **changes: Any) -> Path:
     """Makes a folder that has LLaMA's kind of tokenizer.model and no tokenizer.json."""
     folder.mkdir()
     text = folder.with_suffix(".txt")
     text.write_text("\n".join(line.replace("\n", " ") for line in TRAINING_TEXT))
     files = {"input": str(text), "model_prefix": str(folder / "tokenizer")}
-    settings = SENTENCEPIECE | {"vocab_size": vocab, "model_type": model_type, "hard_vocab_limit": False}
+    settings = SENTENCEPIECE | {"vocab_size": vocab, "model_type": model_type, "hard_vocab_limit": False} | changes
     sentencepiece.SentencePieceTrainer.train(**files, **settings)
     (folder / "tokenizer.vocab").unlink()
     settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def unigram_tokenizer(folder: Path, vocab: int) -> Path:
+    """Makes a folder with T5's spiece.model alone, as an mT5 has it. Ten more tokens mark gaps in a text."""
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "byte_fallback": False}
+    ids |= {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    sentencepiece_tokenizer(folder, vocab - 10, "unigram", **ids)
+    (folder / "tokenizer.model").rename(folder / "spiece.model")
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 10})
     return folder
 
 

@@ -16,9 +16,11 @@ from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.tokenizer import target_start
 
 FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
 
+T5_TOKENS = 512  # of its training. Its positions have no limit
 EPSILONS = {
     **dict.fromkeys(("rms_norm_eps", "norm_eps"), "add_layer_norm_rms_eps"),
     "layer_norm_eps": "add_layer_norm_eps",
@@ -46,7 +48,9 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     for key, method in {**EPSILONS, **architecture.numbers}.items():
         if (value := getattr(config, key, None)) is not None:
             getattr(writer, method)(value)
-    factors = _add_rope(writer, config.rope_parameters, shape.head_dim, architecture, folder)
+    factors = None
+    if (rope := getattr(config, "rope_parameters", None)) is not None:
+        factors = _add_rope(writer, rope, shape.head_dim, architecture, folder)
     remarks += add_tokenizer(writer, pretrained.folder, shape.vocab_size)
     _write(writer, pretrained, tensors, factors)
     halves = sum(tensor.type is GGMLQuantizationType.F16 for tensor in tensors)
@@ -71,7 +75,7 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
 
 def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) -> list[str]:
     """Writes the context length, limited by the sliding window where the architecture has none."""
-    positions, window = config.max_position_embeddings, sliding_window(config)
+    positions, window = getattr(config, "max_position_embeddings", T5_TOKENS), sliding_window(config)
     if architecture.window_period:
         writer.add_sliding_window(int(config.sliding_window))
     if architecture.window_period or window is None or window >= positions:
@@ -87,7 +91,7 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
     channels = [layer.get("channels", shape.expert_size) for layer in shape.layers]
     if any(layer.get("experts") == 0 for layer in shape.layers):  # a dense layer has these instead
         channels = [config.intermediate_size]
-    writer.add_block_count(len(shape.layers))
+    writer.add_block_count(len(shape.stacks[0]))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)
     writer.add_head_count(max(queries) if shape.is_uniform else queries)  # a delta net has none
@@ -95,6 +99,8 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
     one = shape.is_uniform and not architecture.short
     writer.add_head_count_kv(1 if latent else max(heads) if one else heads)
     writer.add_feed_forward_length(channels[0] if shape.is_uniform else channels)
+    if shape.family.has_encoder:
+        writer.add_decoder_start_token_id(target_start(config.to_dict()))
     if shape.family.mixture:
         writer.add_expert_count(shape.layers[-1]["experts"])
         writer.add_expert_used_count(shape.experts_per_token)

@@ -23,6 +23,7 @@ PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     **dict.fromkeys(("mlp.gate_up_proj", "shared_mlp.input_linear"), ("mlp.gate_proj", "mlp.up_proj")),
 }
+ACTIVATIONS = ("feed_forward_proj", "hidden_activation", "hidden_act")  # fields that name one
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Architecture:
     uniform: MODEL_ARCH  # for layers of one size
     unequal: MODEL_ARCH | None = None  # for layers that differ
     neighbours: bool = False  # the two rows of a rotary pair are adjacent; transformers has them half a head apart
-    activation: str = "silu"  # the only one that its code computes
+    activations: tuple[str, ...] = ("silu",)  # those that its code computes
     biases: frozenset[str] = frozenset()  # the linears whose biases it adds
     ropes: tuple[str, ...] = ("default",)  # the supported kinds of rotary scaling
     numbers: Mapping[str, str] = field(default_factory=dict[str, str])  # config field, unless null -> GGUFWriter method
@@ -103,7 +104,16 @@ LATENT = Architecture(
     lite=(26, 27),
 )
 FINAL_CAP = {"final_logit_softcapping": "add_final_logit_softcapping"}
-GEMMA = Architecture(MODEL_ARCH.GEMMA, activation="gelu_pytorch_tanh", norm_offset=1.0)
+# Its code measures distances up to 128, and each layer may have a table of biases.
+T5_NUMBERS = {
+    "num_decoder_layers": "add_decoder_block_count",
+    "relative_attention_num_buckets": "add_relative_attn_buckets_count",
+    "layer_norm_epsilon": "add_layer_norm_rms_eps",
+}
+T5 = Architecture(
+    MODEL_ARCH.T5, activations=("relu", "gated-gelu"), numbers=T5_NUMBERS, only={"relative_attention_max_distance": 128}
+)
+GEMMA = Architecture(MODEL_ARCH.GEMMA, activations=("gelu_pytorch_tanh",), norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA),
     **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), replace(LLAMA, unequal=None)),
@@ -170,12 +180,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         only={"use_qk_norm": False},
     ),
     "jais2": Architecture(
-        MODEL_ARCH.JAIS2, biases=LINEARS, activation="relu2", only={"attention_bias": True, "mlp_bias": True}
+        MODEL_ARCH.JAIS2, biases=LINEARS, activations=("relu2",), only={"attention_bias": True, "mlp_bias": True}
     ),
     "smollm3": Architecture(MODEL_ARCH.SMOLLM3, neighbours=True, rope_period=4),
     "seed_oss": Architecture(MODEL_ARCH.SEED_OSS, biases=QKV),
     "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5),
-    "arcee": Architecture(MODEL_ARCH.ARCEE, neighbours=True, activation="relu2"),
+    "arcee": Architecture(MODEL_ARCH.ARCEE, neighbours=True, activations=("relu2",)),
     "gemma": GEMMA,
     "gemma2": replace(
         GEMMA,
@@ -194,6 +204,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         scaled="self_attn.q_norm",
         odd_depth=62,
     ),
+    **dict.fromkeys(("t5", "mt5", "umt5"), T5),
 }
 
 
@@ -226,9 +237,9 @@ def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:
 def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
     """Yields the features of a model that the architecture lacks."""
     layers = len(shape.layers)
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", architecture.activation)
-    if activation != architecture.activation:
-        yield f"hidden_act {activation!r}"
+    key = next((key for key in ACTIVATIONS if getattr(config, key, None)), "")
+    if getattr(config, key, architecture.activations[0]) not in architecture.activations:
+        yield f"{key} {getattr(config, key)!r}"
     biases = {part for name in shape.biases for part in PARTS.get(name, (name,))}
     yield from (f"the bias of {name}" for name in sorted(biases - architecture.biases))
     for layer, linear in shape.linear_ids():

@@ -6,7 +6,7 @@ the rows of keys, transposed because queries are multiplied by them, separately 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,8 @@ from loraprune_ds.model.shapes import ModelShape
 Array = np.ndarray[Any, Any]
 Precision = Literal["f16", "q8_0"]
 MATRIX_TYPES = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0}
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+RELATIVE_BIAS = ".attn_rel_b"
 ROUTER, SHARED_GATE = ".ffn_gate_inp", ".ffn_gate_inp_shexp"
 CONVOLUTIONS = (".ssm_conv1d", ".shortconv.conv")
 DELTA_NET, GATED_NORM, A_LOG = ".linear_attn.", "linear_attn.norm", ".A_log"
@@ -125,7 +127,14 @@ def plan_tensors(
                     decay=source.endswith(A_LOG),
                 )
             )
-    return tensors
+    return _with_scaled_head(tensors, shape) if getattr(config, "scale_decoder_outputs", False) else tensors
+
+
+def _with_scaled_head(tensors: list[GgufTensor], shape: ModelShape) -> list[GgufTensor]:
+    """Puts the scale of what a decoder gives into its head, which is apart from the embedding then."""
+    named = {tensor.name: tensor for tensor in tensors}
+    head = replace(named.get(OUTPUT, named[EMBEDDING]), name=OUTPUT, factor=shape.hidden_size**-0.5)
+    return list((named | {OUTPUT: head}).values())
 
 
 def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
@@ -232,8 +241,8 @@ def _on_disk(source: str, pieces: Mapping[str, Pieces]) -> str:
 
 
 def _type(name: str, size: tuple[int, ...], precision: Precision) -> GGMLQuantizationType:
-    """Returns the type that stores a tensor: fp32 for vectors, routers, convolutions and the biases of experts."""
-    if len(size) == 1 or any(x in name for x in (ROUTER, *CONVOLUTIONS)) or name.endswith(".bias"):
+    """Returns the type that stores a tensor: fp32 for vectors, routers, convolutions and small biases."""
+    if len(size) == 1 or any(x in name for x in (ROUTER, RELATIVE_BIAS, *CONVOLUTIONS)) or name.endswith(".bias"):
         return GGMLQuantizationType.F32
     matrix_type = MATRIX_TYPES[precision]
     block, _ = GGML_QUANT_SIZES[matrix_type]

@@ -1,9 +1,10 @@
 """Writes a tokenizer into a GGUF file, so that llama.cpp reads the same tokens as transformers.
 
-llama.cpp has two kinds: byte-level BPE with merges, and sentencepiece with scores.
+llama.cpp has three kinds: byte-level BPE with merges, sentencepiece's BPE with scores, and its unigrams, as T5's.
 """
 
 import json
+from base64 import b64decode
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -63,6 +64,7 @@ class Vocabulary:
     types: list[int]
     scores: list[float] = field(default_factory=list)  # of sentencepiece: a pair with a higher score merges first
     merges: list[str] = field(default_factory=list)  # of byte-level BPE: `left right`, the first one merges first
+    characters: bytes = b""  # of unigrams: sentencepiece's table that normalises a text
     remarks: list[str] = field(default_factory=list)
 
     def fill(self, size: int) -> None:
@@ -70,7 +72,7 @@ class Vocabulary:
         for index in range(len(self.tokens), size):
             self.tokens.append(f"[PAD{index}]")
             self.types.append(int(TokenType.UNUSED))
-            if self.model == "llama":
+            if self.scores:
                 self.scores.append(ADDED_SCORE)
 
 
@@ -90,10 +92,12 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    if vocabulary.model == "llama":
+    if vocabulary.scores:
         writer.add_token_scores(vocabulary.scores)
     else:
         writer.add_token_merges(vocabulary.merges)
+    if vocabulary.characters:
+        writer.add_precompiled_charsmap(vocabulary.characters)
     for key in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id"):
         if isinstance(index := getattr(tokenizer, key), int):
             getattr(writer, f"add_{key}")(index)
@@ -112,6 +116,8 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         return _byte_level(fast, pre_tokenizer, path)
     if (folder / SENTENCEPIECE_FILE).is_file():
         return _sentencepiece(folder / SENTENCEPIECE_FILE)
+    if fast.get("model", {}).get("type") == "Unigram":
+        return _unigrams(fast, path)
     if fast.get("model", {}).get("byte_fallback"):
         return _sentencepiece_from_merges(fast, path)
     raise UserError(f"{folder}: its tokenizer is neither byte-level BPE nor sentencepiece; {FORMATS_LEFT}")
@@ -140,6 +146,8 @@ def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folde
         raise UserError(f"{folder}: its tokenizer puts more than one BOS and EOS around a text; {FORMATS_LEFT}")
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
+    apart, wide = (tokenizer(f"{PROBE}{spaces}{PROBE}").input_ids for spaces in (" ", "  "))
+    writer.add_remove_extra_whitespaces(apart == wide)
     writer.add_add_space_prefix(str(tokenizer.convert_ids_to_tokens(plain)[0]).startswith(SPACE))
 
 
@@ -164,6 +172,19 @@ def _byte_level(fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path:
         merges=[" ".join(pair) for pair in pairs],
         remarks=[NOT_COMPOSED] if normalizer else [],
     )
+
+
+def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
+    """Reads sentencepiece's unigrams, whose most probable row of pieces is the tokens of a text."""
+    normalizer = _steps(fast["normalizer"], "normalizers")
+    tables = [step["precompiled_charsmap"] for step in normalizer if step["type"] == "Precompiled"]
+    if len(normalizer) > len(tables) or len(tables) > 1:
+        raise UserError(f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}")
+    model = fast["model"]
+    unknown = model["vocab"][model["unk_id"]][0]
+    tokens, scores = map(list, zip(*model["vocab"], strict=True))
+    types = [_type_of(token, unknown) for token in tokens]
+    return Vocabulary("t5", "default", tokens, types, scores, characters=b"".join(map(b64decode, tables)))
 
 
 def _describe(step: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from loraprune_ds.model.family import PRUNED, family_name
 from loraprune_ds.model.modeling_pruned import FAMILY
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.text_part import MULTIMODAL
-from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
+from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE, load_tokenizer
 from loraprune_ds.model.weight_files import (
     AUTO_MAP,
     DOCUMENTS,
@@ -97,7 +97,8 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     make other tokens than the run did, so the files made of it are written as well.
     """
     copy_named(source, out, TOKENIZER_FILES)
-    is_alone = (source / SENTENCEPIECE_FILE).is_file() and not (source / "tokenizer.json").is_file()
+    sentencepiece = any((source / name).is_file() for name in (SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE))
+    is_alone = sentencepiece and not (source / "tokenizer.json").is_file()
     if is_alone:
         load_tokenizer(source).save_pretrained(out)
     names_code = AUTO_MAP in _read_if_there(out / TOKENIZER_CONFIG)

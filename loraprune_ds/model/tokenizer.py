@@ -15,7 +15,7 @@ from loraprune_ds.model.family import FAMILIES, PRUNED
 from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.weight_files import AUTO_MAP, TOKENIZER_CONFIG
 
-SENTENCEPIECE_FILE = "tokenizer.model"
+SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE = "tokenizer.model", "spiece.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 

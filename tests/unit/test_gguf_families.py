@@ -15,7 +15,7 @@ from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, open_pretrained
 from loraprune_ds.model.read_shape import read_model, shape_from_config
 from tests.export_cases import LINEAR, VOCAB
-from tests.families import YARN, tiny_config
+from tests.families import YARN, is_seq2seq, tiny_config
 from tests.gguf_cases import byte_level_tokenizer
 from tests.integration.heavy.families import GROUPS, deep, serve
 from tests.refusals import refuses
@@ -47,6 +47,8 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_every_value_is_there_once(family: str, convert: Any) -> None:
     _, found, sources = convert(family)
     found.pop("rope_freqs.weight", None)  # of a scaled rotary embedding, which config.json describes
+    if is_seq2seq(family) and "lm_head.weight" not in sources:
+        found.pop("output.weight")  # a scaled copy
     assert sum(tensor.size for tensor in found.values()) == sum(tensor.size for tensor in sources.values())
 
 
@@ -157,6 +159,20 @@ def test_norms_and_attention_scale_of_gemma3(layers: int, divisor: int, convert:
     assert {key: value(reader, f"gemma3.{key}") for key in wanted} == wanted
 
 
+def test_an_encoder_and_its_decoder(convert: Any) -> None:
+    """llama.cpp does not scale what the decoder gives, so the head does. Each layer has biases for its own heads."""
+    reader, found, sources = convert("t5")
+    wanted = {"block_count": 2, "decoder_block_count": 3, "decoder_start_token_id": 0}
+    wanted |= {"attention.head_count": 2, "attention.key_length": 16, "attention.relative_buckets_count": 8}
+    assert {key: value(reader, f"t5.{key}") for key in wanted} == wanted
+    np.testing.assert_allclose(found["output.weight"], sources["shared.weight"] * 96**-0.5, rtol=1e-3, atol=1e-7)
+    bias = "decoder.block.2.layer.0.SelfAttention.relative_attention_bias.weight"
+    np.testing.assert_array_equal(found["dec.blk.2.attn_rel_b.weight"], sources[bias])
+    linear = sources["decoder.block.1.layer.1.EncDecAttention.k.weight"].astype(np.float16)
+    np.testing.assert_array_equal(found["dec.blk.1.cross_attn_k.weight"], linear)
+    assert convert("mt5")[1]["output.weight"].shape == (VOCAB, 96)
+
+
 def test_a_window_that_is_off_limits_no_context(convert: Any) -> None:
     assert value(convert("qwen2_moe")[0], "qwen2moe.context_length") == 64
 
@@ -174,6 +190,9 @@ def test_numbers_of_granite(convert: Any) -> None:
         ("qwen3", (), {"attention_bias": True}, "hold the bias of self_attn.k_proj in llama.cpp's qwen3"),
         ("gemma2", (), deep(2, 1), "hold this order of layer_types in llama.cpp's gemma2"),
         ("smollm3", (), {"no_rope_layers": [1] * 5}, "hold this order of no_rope_layers in"),
+        ("umt5", (), {"feed_forward_proj": "gated-silu"}, "hold feed_forward_proj 'gated-silu' in llama.cpp's t5"),
+        ("t5", (), {"relative_attention_max_distance": 20}, "hold relative_attention_max_distance 20 in llama.cpp's"),
+        ("mt5", ((2, 96), *[(3, 77)] * 4), {}, "all layers of llama.cpp's t5 have one size, and these differ"),
         ("gemma", (), {"tie_word_embeddings": False}, "llama.cpp's gemma has no place for lm_head.weight"),
         ("seed_oss", (), {"rope_parameters": LINEAR}, "rope scaling linear"),
         ("qwen3_moe", (), {"norm_topk_prob": False}, "hold norm_topk_prob False in llama.cpp's qwen3moe"),
@@ -214,7 +233,7 @@ def test_only_whole_periods_may_leave_where_llama_cpp_counts_layers(family: str,
     def architecture(*dropped: int) -> Architecture:
         pruned = dense.without(dropped)
         made = config_object(export_config(source, pruned, "float16").config)
-        made.hidden_act = made.hidden_activation = ARCHITECTURES[family].activation
+        made.hidden_act = made.hidden_activation = ARCHITECTURES[family].activations[0]
         return architecture_of(made, pruned.exported(), "pruned")
 
     assert architecture(*range(1, 1 + period)) is ARCHITECTURES[family]

@@ -16,7 +16,13 @@ from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
 from tests import gguf_cases
-from tests.gguf_cases import PRE_TOKENIZERS, byte_level_tokenizer, sentencepiece_tokenizer, without_sentencepiece
+from tests.gguf_cases import (
+    PRE_TOKENIZERS,
+    byte_level_tokenizer,
+    sentencepiece_tokenizer,
+    unigram_tokenizer,
+    without_sentencepiece,
+)
 from tests.refusals import refused, refuses
 
 # Tokenizers differ at repeated spaces, digits, an accent, and letters that only bytes can spell. No text begins with a
@@ -161,6 +167,25 @@ def test_sentencepiece(tmp_path: Path) -> None:
     assert scores[300] > scores[301] > scores[302]  # as sentencepiece learned them, best first
 
 
+def test_unigrams(tmp_path: Path) -> None:
+    """An export has them in tokenizer.json, though the source has T5's spiece.model alone."""
+    source, folder = unigram_tokenizer(tmp_path / "source", VOCAB), tmp_path / "out"
+    folder.mkdir()
+    copy_tokenizer(source, folder)
+    keys, tokenizer = keys_of(folder), AutoTokenizer.from_pretrained(folder)
+    pieces = SentencePieceProcessor(model_file=str(source / "spiece.model"))
+    for text in TEXTS[:-1]:
+        assert tokenizer(text)["input_ids"] == [*pieces.encode(text), 1], text
+    count = pieces.get_piece_size()
+    assert keys["ggml.model"] == "t5"
+    assert keys["ggml.tokens"][:count] == [pieces.id_to_piece(i) for i in range(count)]
+    assert keys["ggml.scores"][3:count] == pytest.approx([pieces.get_score(i) for i in range(3, count)])
+    assert keys["ggml.token_type"][:4] == [TokenType.CONTROL, TokenType.CONTROL, TokenType.UNKNOWN, TokenType.NORMAL]
+    assert len(keys["ggml.precompiled_charsmap"]) > 1000
+    ends = [keys[f"ggml.{key}"] for key in ("add_bos_token", "add_eos_token", "add_space_prefix")]
+    assert [*ends, keys["ggml.remove_extra_whitespaces"]] == [False, True, True, True]
+
+
 def test_merges_give_the_order_that_sentencepiece_had(tmp_path: Path) -> None:
     """Has only tokenizer.json, as after `save_pretrained` of transformers 5."""
     fast = without_sentencepiece(tmp_path / "fast", VOCAB)
@@ -181,6 +206,10 @@ UNIGRAM = partial(sentencepiece_tokenizer, vocab=330, model_type="unigram")
 NO_NAME = r"tokenizer\.json: llama\.cpp has no name for the way .* can: hf, adapter"
 
 
+def save_unigrams(folder: Path) -> None:
+    load_tokenizer(unigram_tokenizer(folder, VOCAB)).save_pretrained(folder)
+
+
 def two_bos(fast: dict[str, Any]) -> None:
     single = fast["post_processor"]["single"]
     single.insert(0, single[0])
@@ -198,6 +227,7 @@ def two_bos(fast: dict[str, Any]) -> None:
             lambda fast: fast["model"]["merges"].pop(20),
             "its merges are not those of a sentencepiece model; formats that can: hf",
         ),
+        (save_unigrams, lambda fast: fast.update(normalizer={"type": "NFKC"}), NO_NAME),
         (UNIGRAM, None, r"tokenizer\.model: only sentencepiece models of type BPE"),
         (Path.mkdir, None, "tokenizer has no tokenizer that can be read"),
     ],

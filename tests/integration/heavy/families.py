@@ -33,6 +33,8 @@ NETS: dict[str, Any] = {
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 96,
 }
+T5 = {"d_model": 96, "d_kv": 16, "d_ff": 128, "num_heads": 8, "relative_attention_max_distance": 128}
+T5 |= {"num_layers": 2, "num_hidden_layers": 2, "num_decoder_layers": 3}
 # Depths and settings that show a family's peculiarities.
 SPECIAL: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},
@@ -82,6 +84,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "cohere": {"use_qk_norm": False, "head_dim": 12},
     "minimax_m2": {"intermediate_size": 64},
+    **dict.fromkeys(("t5", "mt5", "umt5"), T5),
     **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), NETS),
     "olmoe": {"num_key_value_heads": 8, "head_dim": 12, "clip_qkv": None},
 }
@@ -93,7 +96,8 @@ def serve(family: str, folder: Path, tokenizer: Path, *counts: tuple[int, int], 
     """Writes the export of a cut model, with a tokenizer. Without counts all layers keep KEPT."""
     settings = SIZES | SPECIAL.get(family, {}) | changes
     kept = ALL_HEADS if family in SQUARE else KEPT_EXPERTS if FAMILIES[family].mixture else KEPT
-    made = export(family, folder, *counts or [kept] * settings.get("num_hidden_layers", 2), **settings)
+    layers = settings.get("num_hidden_layers", 2) + settings.get("num_decoder_layers", 0)
+    made = export(family, folder, *counts or [kept] * layers, **settings)
     copy_tokenizer(tokenizer, folder)
     return made
 

@@ -6,7 +6,7 @@ Left are the order of sums, f16 tables inside llama.cpp, and values near the mid
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,13 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from loraprune_ds.export import gguf_tensors
 from loraprune_ds.export.formats import export as export_format
@@ -29,8 +35,14 @@ from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.export_cases import CASES, TIED, VOCAB, Case, dense_model, export
-from tests.families import YARN
-from tests.gguf_cases import TEXTS, byte_level_tokenizer, sentencepiece_tokenizer, without_sentencepiece
+from tests.families import YARN, is_seq2seq
+from tests.gguf_cases import (
+    TEXTS,
+    byte_level_tokenizer,
+    sentencepiece_tokenizer,
+    unigram_tokenizer,
+    without_sentencepiece,
+)
 from tests.integration.heavy.families import GROUPS, deep, serve
 from tests.integration.heavy.results import ask, python_of, record
 from tests.integration.heavy.smollm2 import DENSE, LONG_TEXT, PRUNED, write
@@ -78,7 +90,9 @@ TOKENIZERS: dict[str, Callable[[Path, int], Path]] = {
     "sentencepiece": sentencepiece_tokenizer,
     "merges": without_sentencepiece,
 }
-QWEN35 = partial(byte_level_tokenizer, pre="qwen35")  # of Qwen3.5 alone
+# Of families that nothing else reads.
+OWN = {**dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), ("qwen35", partial(byte_level_tokenizer, pre="qwen35")))}
+OWN |= dict.fromkeys(("t5", "mt5", "umt5"), ("unigram", unigram_tokenizer))
 
 
 @dataclass
@@ -95,13 +109,14 @@ class Compared:
     new_tokens: int
     texts: list[str]
     found: dict[str, np.ndarray]
+    source: list[int]  # what an encoder reads, if there is one
 
     @property
     def name(self) -> str:
         return f"{self.case}-{self.precision}"
 
     def question(self) -> dict[str, Any]:
-        question = {name: getattr(self, name) for name in ("prompt", "new_tokens", "texts")}
+        question = {name: getattr(self, name) for name in ("prompt", "new_tokens", "texts", "source")}
         return question | {"file": str(self.file), "context": len(self.prompt) + self.new_tokens}
 
 
@@ -139,11 +154,13 @@ def make_tiny(root: Path) -> list[Compared]:
 def make_families(root: Path) -> list[Compared]:
     items, others = [], itertools.cycle(TOKENIZERS.items())
     for name, (family, counts, changes) in FAMILIES.items():
-        tokenizer, make = ("qwen35", QWEN35) if family.startswith("qwen3_5") else next(others)
+        tokenizer, make = OWN[family] if family in OWN else next(others)
         folder = root / name
         folder.mkdir()
         serve(family, folder / "model", make(folder / "tokenizer", VOCAB), *counts, **changes)
-        items += convert(name, tokenizer, folder, (torch.arange(24) * 7 % VOCAB).tolist(), NEW_TOKENS, TEXTS)
+        prompt = (torch.arange(24) * 7 % VOCAB).tolist()
+        source = prompt[::-1][:17] if is_seq2seq(family) else []
+        items += convert(name, tokenizer, folder, prompt, NEW_TOKENS, TEXTS, source)
     return items
 
 
@@ -168,23 +185,32 @@ def make_broken(root: Path) -> list[Compared]:
 
 
 def convert(
-    case: str, tokenizer: str, folder: Path, prompt: list[int], new_tokens: int, texts: list[str]
+    case: str,
+    tokenizer: str,
+    folder: Path,
+    prompt: list[int],
+    new_tokens: int,
+    texts: list[str],
+    source: Sequence[int] = (),
 ) -> list[Compared]:
     items, model = [], folder / "model"
     architecture = str(architecture_name(open_pretrained(model).shape))
     for precision in PRECISIONS:
         export_format(ExportSource(case, model, []), f"gguf-{precision}", folder / precision)
         file = folder / precision / f"{case}-{precision}.gguf"
-        items.append(Compared(case, architecture, precision, tokenizer, model, file, prompt, new_tokens, texts, {}))
+        given = prompt, new_tokens, texts, {}, list(source)
+        items.append(Compared(case, architecture, precision, tokenizer, model, file, *given))
     return items
 
 
 def reference(item: Compared) -> PreTrainedModel:
     """Returns the merged fp32 model, which rounds as llama.cpp does. Routers and a shared expert's gate stay fp32."""
-    model = AutoModelForCausalLM.from_pretrained(item.merged, dtype=torch.float32, trust_remote_code=True).eval()
+    auto = AutoModelForSeq2SeqLM if item.source else AutoModelForCausalLM
+    model = auto.from_pretrained(item.merged, dtype=torch.float32, trust_remote_code=True).eval()
     stack_experts(model)
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)) and len(module.weight) > 1:
+    for name, module in model.named_modules():
+        rounds = isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith("relative_attention_bias")
+        if rounds and len(module.weight) > 1:
             weight = module.weight.data
             if isinstance(module, ExpertStack) and module.transposed:
                 blocks = weight.unflatten(0, (module.experts, -1)).transpose(1, 2)
@@ -206,13 +232,17 @@ def rounded(values: Tensor, precision: str) -> Tensor:
 def expected(item: Compared) -> tuple[np.ndarray, list[int], list[float]]:
     """Returns logits (tokens, vocab), the greedy continuation, and by how much each token was ahead."""
     model = reference(item)
-    result = model(torch.tensor([item.prompt]), use_cache=True)
+    given, ids = {}, "input_ids"
+    if item.source:
+        given, ids = {"encoder_outputs": model.get_encoder()(torch.tensor([item.source]))}, "decoder_input_ids"
+    result = model(**given, **{ids: torch.tensor([item.prompt])}, use_cache=True)
     logits, greedy, margins = result.logits[0].numpy(), [], []
     for _ in range(item.new_tokens):
         best = result.logits[0, -1].topk(2)
         margins.append((best.values[0] - best.values[1]).item())
         greedy.append(int(best.indices[0]))
-        result = model(best.indices[None, :1], past_key_values=result.past_key_values, use_cache=True)
+        given["past_key_values"] = result.past_key_values
+        result = model(**given, **{ids: best.indices[None, :1]}, use_cache=True)
     return logits, greedy, margins
 
 
