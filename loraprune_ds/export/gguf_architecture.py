@@ -236,7 +236,6 @@ def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:
 
 def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
     """Yields the features of a model that the architecture lacks."""
-    layers = len(shape.layers)
     key = next((key for key in ACTIVATIONS if getattr(config, key, None)), "")
     if getattr(config, key, architecture.activations[0]) not in architecture.activations:
         yield f"{key} {getattr(config, key)!r}"
@@ -251,6 +250,14 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
             yield f"{key} {value!r}"
     if architecture.delta and config.linear_key_head_dim != config.linear_value_head_dim:
         yield f"linear_value_head_dim {config.linear_value_head_dim} beside {config.linear_key_head_dim}"
+    yield from _missing_orders(architecture, config, shape)
+
+
+def _missing_orders(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
+    """Yields the numbers and orders of layers that the architecture lacks."""
+    layers, (first, *decoder) = len(shape.layers), map(len, shape.stacks)
+    if any(count > first for count in decoder):  # it makes room for as many as the encoder has
+        yield f"{decoder[0]} decoder layers after {first} of the encoder"
     if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):
         yield f"{layers} layers with q_lora_rank {config.q_lora_rank}"
     for period, key, usual, special in (

@@ -162,12 +162,12 @@ def test_norms_and_attention_scale_of_gemma3(layers: int, divisor: int, convert:
 def test_an_encoder_and_its_decoder(convert: Any) -> None:
     """llama.cpp does not scale what the decoder gives, so the head does. Each layer has biases for its own heads."""
     reader, found, sources = convert("t5")
-    wanted = {"block_count": 2, "decoder_block_count": 3, "decoder_start_token_id": 0}
+    wanted = {"block_count": 3, "decoder_block_count": 2, "decoder_start_token_id": 0}
     wanted |= {"attention.head_count": 2, "attention.key_length": 16, "attention.relative_buckets_count": 8}
     assert {key: value(reader, f"t5.{key}") for key in wanted} == wanted
     np.testing.assert_allclose(found["output.weight"], sources["shared.weight"] * 96**-0.5, rtol=1e-3, atol=1e-7)
-    bias = "decoder.block.2.layer.0.SelfAttention.relative_attention_bias.weight"
-    np.testing.assert_array_equal(found["dec.blk.2.attn_rel_b.weight"], sources[bias])
+    bias = "decoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    np.testing.assert_array_equal(found["dec.blk.1.attn_rel_b.weight"], sources[bias])
     linear = sources["decoder.block.1.layer.1.EncDecAttention.k.weight"].astype(np.float16)
     np.testing.assert_array_equal(found["dec.blk.1.cross_attn_k.weight"], linear)
     assert convert("mt5")[1]["output.weight"].shape == (VOCAB, 96)
@@ -192,6 +192,7 @@ def test_numbers_of_granite(convert: Any) -> None:
         ("smollm3", (), {"no_rope_layers": [1] * 5}, "hold this order of no_rope_layers in"),
         ("umt5", (), {"feed_forward_proj": "gated-silu"}, "hold feed_forward_proj 'gated-silu' in llama.cpp's t5"),
         ("t5", (), {"relative_attention_max_distance": 20}, "hold relative_attention_max_distance 20 in llama.cpp's"),
+        ("t5", (), {"num_decoder_layers": 4}, "hold 4 decoder layers after 3 of the encoder in llama.cpp's t5"),
         ("mt5", ((2, 96), *[(3, 77)] * 4), {}, "all layers of llama.cpp's t5 have one size, and these differ"),
         ("gemma", (), {"tie_word_embeddings": False}, "llama.cpp's gemma has no place for lm_head.weight"),
         ("seed_oss", (), {"rope_parameters": LINEAR}, "rope scaling linear"),

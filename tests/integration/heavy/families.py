@@ -34,7 +34,7 @@ NETS: dict[str, Any] = {
     "shared_expert_intermediate_size": 96,
 }
 T5 = {"d_model": 96, "d_kv": 16, "d_ff": 128, "num_heads": 8, "relative_attention_max_distance": 128}
-T5 |= {"num_layers": 2, "num_hidden_layers": 2, "num_decoder_layers": 3}
+T5 |= {"num_layers": 3, "num_hidden_layers": 3, "num_decoder_layers": 2}
 # Depths and settings that show a family's peculiarities.
 SPECIAL: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1]},
