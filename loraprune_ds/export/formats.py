@@ -37,11 +37,18 @@ tokenizer = AutoTokenizer.from_pretrained(f"{{folder}}/base"{trust})
 """
 HOW_TO_LOAD_GGUF = """`{file}` is the {dtype} model as {precision}, for llama.cpp (architecture `{arch}`).
 
-```python
+{load}"""
+LOAD_DECODER = """```python
 from llama_cpp import Llama  # pip install llama-cpp-python
 
 model = Llama("path/to/{file}")
 print(model("The import statement", max_tokens=32, temperature=0)["choices"][0]["text"])
+```
+"""
+LOAD_ENCODER = """llama-cpp-python's `Llama` does not run an encoder. llama.cpp's own program does:
+
+```bash
+llama-completion -m path/to/{file} -p "a source" --temp 0
 ```
 """
 
@@ -111,7 +118,8 @@ def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> 
     remarks += write_gguf(pretrained, path, precision, source.name)
     remarks += ["it reads text alone: the tower is not in the file"] * (pretrained.tower is not None)
     dtype, arch = pretrained.config.get("dtype"), architecture_name(pretrained.shape)
-    how_to_load = HOW_TO_LOAD_GGUF.format(file=path.name, dtype=dtype, precision=precision, arch=arch)
+    load = (LOAD_ENCODER if pretrained.shape.family.has_encoder else LOAD_DECODER).format(file=path.name)
+    how_to_load = HOW_TO_LOAD_GGUF.format(file=path.name, dtype=dtype, precision=precision, arch=arch, load=load)
     copy_model_card(model, folder, how_to_load + "".join(f"\n{remark}\n" for remark in remarks))
     shutil.rmtree(scratch, ignore_errors=True)
     return remarks
