@@ -1,5 +1,6 @@
-"""Makes what PAPER.md shows beside the runs of quality.py: the speed of merged LoRA, and the criteria's memory.
+"""Makes what PAPER.md shows beside the runs of quality.py: shared masks, merged LoRA's speed, the criteria's memory.
 
+python -m tests.benchmarks.paper masks --work FOLDER     after quality.py has run the group `once` there
 python -m tests.benchmarks.paper speed --pruned RUN20 RUN50
 python -m tests.benchmarks.paper memory
 """
@@ -16,8 +17,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, TEXT, picture, scale_perplexity
 from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.evaluate.speed import measure_speed
+from loraprune_ds.files import read_json
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format, stored_tensors
@@ -26,11 +29,64 @@ from loraprune_ds.pruning.criterion import gradient_estimate
 from loraprune_ds.pruning.prunable_model import LoraFactors
 from loraprune_ds.zero.device import resident_bytes
 from tests.benchmarks.memory import Peak
-from tests.benchmarks.running import record
+from tests.benchmarks.quality import digest
+from tests.benchmarks.quality_settings import PERCENTS
+from tests.benchmarks.running import RESULTS, record
 
+OTHERS = {"lora": (BLUE, "o"), "fisher": (GREEN, "^"), "magnitude": (ORANGE, "s")}  # beside the gradient of W
+WIDTHS = {"heads": 9, "channels": 1536}  # of a layer of the expanded SmolLM2
+Groups = set[tuple[int, int]]  # (layer, group)
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules=[linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS])
 # TinyLlama's sizes, with a head of keys and values for each query head
 LLAMA_1B: Any = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+
+
+# Figure 4: groups that two criteria remove alike
+
+
+def measure_masks(work: Path) -> None:
+    rows = list[dict[str, Any]]()
+    for percent in PERCENTS:
+        results = {
+            name: read_json(work / "results" / f"once-{percent}-{name}-s0.json") for name in ("gradient", *OTHERS)
+        }
+        removed = {name: _removed(work / "runs", result) for name, result in results.items()}
+        row: dict[str, Any] = {"percent": percent}
+        for kind, width in WIDTHS.items():
+            true = removed["gradient"][kind]
+            row[kind] = {name: len(removed[name][kind] & true) / len(true) for name in OTHERS}
+            row[kind]["chance"] = len(true) / (width * len({layer for layer, _ in true}))
+        row["perplexity"] = {name: result["perplexity"]["test"] for name, result in results.items()}
+        rows.append(row)
+    record("paper_masks", {"rows": rows})
+    _draw_masks(RESULTS / "paper_masks.png", rows)
+
+
+def _removed(runs: Path, result: dict[str, Any]) -> dict[str, Groups]:
+    folder = runs / f"{result['setting']}-s0-{digest(result['basis'])}"
+    layers = read_json(folder / "kept_groups.json")["layers"]
+    return {
+        kind: {(i, j) for i, kept in enumerate(layers) for j in set(range(width)) - set(kept[kind])}
+        for kind, width in WIDTHS.items()
+    }
+
+
+def _draw_masks(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Draws the shared part of the removed groups, and the perplexity of each mask."""
+    percents, styles = [row["percent"] for row in rows], {**OTHERS, "chance": (TEXT, ""), "gradient": (TEXT, "x")}
+    with picture(path, (10, 3.6)) as figure:
+        panels = figure.subplots(1, 3)
+        for axes, kind in zip(panels, ("heads", "channels", "perplexity"), strict=True):
+            for name in rows[0][kind]:
+                values = [row[kind][name] * (100 if kind in WIDTHS else 1) for row in rows]
+                axes.plot(percents, values, color=styles[name][0], marker=styles[name][1], label=name)
+            axes.set(
+                title=f"removed {kind} that\nthe gradient of W removes", ylabel="%", xlabel="removed, % of the linears"
+            )
+        panels[2].set(title="perplexity of the cut model,\nWikiText-2 test", ylabel="")
+        scale_perplexity(panels[2], [x for row in rows for x in row["perplexity"].values()])
+        named = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5)
 
 
 # Table 3: time of merged and unmerged models
@@ -42,9 +98,8 @@ def measure_merged(pruned: list[Path]) -> None:
     for name, folder in folders.items():
         for form in ("merged", "unmerged"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=True)
-            if form == "unmerged":
-                loaded.add_adapter(LORA)  # new factors take the time that tuned ones do
-            models[f"{name}, {form}"] = loaded.eval()
+            # new factors take the time that tuned ones do
+            models[f"{name}, {form}"] = (get_peft_model(loaded, LORA) if form == "unmerged" else loaded).eval()
     settings = SpeedSettings(prompt=2048, generated=16, rounds=10)
     speeds = dict(zip(models, map(asdict, measure_speed(list(models.values()), settings)), strict=True))
     dense = speeds["dense, merged"]
@@ -113,10 +168,14 @@ def _score(linear: Any, *, vanilla: bool) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "memory"])
+    parser.add_argument("what", choices=["masks", "speed", "memory"])
+    parser.add_argument("--work", type=Path, help="the folder of quality.py")
     parser.add_argument("--pruned", type=Path, nargs=2, help="models with 20 and 50 % removed")
     arguments = parser.parse_args()
-    measure_merged(arguments.pruned) if arguments.what == "speed" else measure_memory()
+    if arguments.what == "masks":
+        measure_masks(arguments.work)
+    else:
+        measure_merged(arguments.pruned) if arguments.what == "speed" else measure_memory()
 
 
 if __name__ == "__main__":
