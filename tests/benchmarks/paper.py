@@ -80,10 +80,10 @@ def _draw_masks(path: Path, rows: list[dict[str, Any]]) -> None:
             for name in rows[0][kind]:
                 values = [row[kind][name] * (100 if kind in WIDTHS else 1) for row in rows]
                 axes.plot(percents, values, color=styles[name][0], marker=styles[name][1], label=name)
-            axes.set(
-                title=f"removed {kind} that\nthe gradient of W removes", ylabel="%", xlabel="removed, % of the linears"
-            )
+            axes.set(title=f"removed {kind} that\nthe gradient of W removes", ylabel="%", ylim=(0, 100))
+            axes.set(xlabel="removed, % of the linears", xticks=percents)
         panels[2].set(title="perplexity of the cut model,\nWikiText-2 test", ylabel="")
+        panels[2].autoscale()
         scale_perplexity(panels[2], [x for row in rows for x in row["perplexity"].values()])
         named = {text: line for axes in panels for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
         figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5)
