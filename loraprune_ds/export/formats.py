@@ -117,7 +117,7 @@ def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> 
     path = folder / f"{source.name}-{precision}.gguf"
     remarks += write_gguf(pretrained, path, precision, source.name)
     remarks += ["it reads text alone: the tower is not in the file"] * (pretrained.tower is not None)
-    dtype, arch = pretrained.config.get("dtype"), architecture_name(pretrained.shape)
+    dtype, arch = pretrained.config.get("dtype"), architecture_name(pretrained.config, pretrained.shape)
     load = (LOAD_ENCODER if pretrained.shape.family.has_encoder else LOAD_DECODER).format(file=path.name)
     how_to_load = HOW_TO_LOAD_GGUF.format(file=path.name, dtype=dtype, precision=precision, arch=arch, load=load)
     copy_model_card(model, folder, how_to_load + "".join(f"\n{remark}\n" for remark in remarks))

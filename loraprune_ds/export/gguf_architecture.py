@@ -13,8 +13,10 @@ from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
+from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.family import ATTENTION, GATED, family_name
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.text_part import text_config
 
 LINEARS = frozenset(linear.name for linear in ATTENTION + GATED)
 QKV = frozenset(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
@@ -213,11 +215,12 @@ def attention_interval(config: Any) -> int:
     return [*config.layer_types, "full_attention"].index("full_attention") + 1
 
 
-def architecture_name(shape: ModelShape) -> str | None:
-    """Returns llama.cpp's name of the architecture that holds layers of these sizes. None if none does."""
-    architecture = ARCHITECTURES.get(family_name(shape.model_type))
-    arch = architecture and (architecture.uniform if shape.is_uniform else architecture.unequal)
-    return MODEL_ARCH_NAMES[arch] if arch else None
+def architecture_name(config: dict[str, Any], shape: ModelShape) -> str | None:
+    """Returns llama.cpp's name of the architecture that holds a model. None if none does. `config`: of the export."""
+    try:
+        return MODEL_ARCH_NAMES[architecture_of(config_object(text_config(config, "")), shape, "").of(shape)]
+    except UserError:
+        return None
 
 
 def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:

@@ -130,7 +130,7 @@ def model_name(config: ModelConfig) -> str:
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:
     """Writes README.md of the exported model in `folder`."""
     dense, pruned, trust = card.dense, card.pruned, exported.trust_remote_code
-    architecture = architecture_name(pruned)
+    architecture = architecture_name(exported.config, pruned.exported())
     in_gguf = f"as architecture `{architecture}`, by an export to GGUF" if architecture else "no architecture holds it"
     text = TEMPLATE.format(
         card=card,

@@ -194,7 +194,8 @@ def convert(
     source: Sequence[int] = (),
 ) -> list[Compared]:
     items, model = [], folder / "model"
-    architecture = str(architecture_name(open_pretrained(model).shape))
+    made = open_pretrained(model)
+    architecture = str(architecture_name(made.config, made.shape))
     for precision in PRECISIONS:
         export_format(ExportSource(case, model, []), f"gguf-{precision}", folder / precision)
         file = folder / precision / f"{case}-{precision}.gguf"
