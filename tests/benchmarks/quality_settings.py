@@ -148,8 +148,7 @@ def _paper() -> list[Setting]:
     def once(name: str, percent: int) -> Setting:
         overrides, peer = METHODS[name]
         changes = (f"prune.ratio={percent / 100}", *overrides)
-        answers = percent in BOTH_PERCENTS and name != "fisher"
-        return Setting("once", f"once-{percent}-{name}", (*changes, *ONCE), peer=peer, answers=answers)
+        return Setting("once", f"once-{percent}-{name}", (*changes, *ONCE), peer=peer, answers=False)
 
     def recovered(name: str, percent: int) -> Setting:
         overrides, peer = METHODS[name]
