@@ -11,7 +11,7 @@ from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.model.embedded import embedded_model_dir
 
 EMBEDDED = "embedded"
-HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.txt", "*.jinja"]
+HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "spiece.model", "*.txt", "*.jinja"]
 # The bases are errors of the hub's HTTP library. It raises them when a connection is lost midway.
 HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, OSError)  # type: ignore[assignment]
 

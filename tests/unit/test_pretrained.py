@@ -247,6 +247,7 @@ def test_with_nothing_cut_it_is_the_model_on_disk(source: Path) -> None:
 def test_a_hub_model_is_downloaded_without_other_formats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         assert (repository, revision, "*.bin" in allow_patterns) == ("some/model", "main", False)
+        assert {"*.safetensors", "tokenizer.model", "spiece.model"} <= set(allow_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
