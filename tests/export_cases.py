@@ -68,15 +68,12 @@ CASES = [
 
 def dense_model(case: Case) -> PreTrainedModel:
     """Makes the random dense model, fp32. Biases and norms are random too, so that losing one shows."""
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "mistral": (MistralConfig, MistralForCausalLM),
-    }[case.family]
+    classes = {"llama": (LlamaConfig, LlamaForCausalLM), "mistral": (MistralConfig, MistralForCausalLM)}
+    config_class, model_class = classes[case.family]
     options = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}} | case.options
     sizes: Any = {**case.sizes, **options, "vocab_size": VOCAB, "num_hidden_layers": len(case.keep)}
     names: Any = {"architectures": [model_class.__name__], "dtype": case.dtype}
-    config = config_class(**sizes, **names, max_position_embeddings=64)
-    model = model_class(config).eval()
+    model = model_class(config_class(**sizes, **names, max_position_embeddings=64)).eval()
     generator = torch.Generator().manual_seed(len(case.name))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -192,10 +192,6 @@ def is_seq2seq(family: str) -> bool:
     return family not in CAUSAL
 
 
-def auto_class(family: str) -> Any:
-    return AutoModelForSeq2SeqLM if is_seq2seq(family) else AutoModelForCausalLM
-
-
 def norms_are_wide(family: Family) -> bool:
     """Returns whether its norms run over all heads, which a cut may take."""
     return "heads" not in family.fixed and {*WIDE_NORMS} <= {*family.companions}
@@ -233,9 +229,9 @@ def tiny_model(
     config = tiny_config(family, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # GPT-OSS draws its sinks
-        model: PreTrainedModel = auto_class(family).from_config(
-            config, attn_implementation=attn_implementation, experts_implementation="eager"
-        )
+        auto: Any = AutoModelForSeq2SeqLM if is_seq2seq(family) else AutoModelForCausalLM
+        how = {"attn_implementation": attn_implementation, "experts_implementation": "eager"}
+        model: PreTrainedModel = auto.from_config(config, **how)
         if not (TINY[family] | changes).get("tie_word_embeddings", True) and is_seq2seq(family):
             model.all_tied_weights_keys.pop("lm_head.weight")
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())

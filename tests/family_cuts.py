@@ -172,9 +172,8 @@ def load(folder: Path, **settings: Any) -> PreTrainedModel:
 @torch.no_grad()
 def logits(model: PreTrainedModel | PeftModel, prompt: Tensor = PROMPT) -> Tensor:
     """Returns the logits after a prompt, which an encoder reads in another order."""
-    read = (
-        {"decoder_input_ids": prompt, "input_ids": SOURCE} if model.config.is_encoder_decoder else {"input_ids": prompt}
-    )
+    seq2seq = model.config.is_encoder_decoder
+    read = {"decoder_input_ids": prompt, "input_ids": SOURCE} if seq2seq else {"input_ids": prompt}
     return model(**read, use_cache=False).logits
 
 

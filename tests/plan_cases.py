@@ -14,18 +14,7 @@ from deepspeed import comm as ds_comm
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from loraprune_ds.config import (
-    Compensation,
-    Criterion,
-    DataConfig,
-    Dtype,
-    Frozen,
-    LoraConfig,
-    ModelConfig,
-    PruneConfig,
-    RunConfig,
-    TrainConfig,
-)
+from loraprune_ds import config
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.read_shape import read_config, shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
@@ -53,16 +42,16 @@ class Case:
 
     folder: Path
     deepspeed: str = "ds_configs/zero3.json"
-    dtype: Dtype = "bfloat16"
-    frozen: Frozen | None = None
+    dtype: config.Dtype = "bfloat16"
+    frozen: config.Frozen | None = None
     window: int = 16
     micro_batch_size: int = 1
     micro_batches: int = 1
     per_node: int | None = None  # ranks. None: all are on one node
     checkpointing: bool = False
     dropout: float = 0.0
-    compensate: Compensation = "none"
-    criterion: Criterion = "lora"
+    compensate: config.Compensation = "none"
+    criterion: config.Criterion = "lora"
     ratio: float = 0.4
     head_ratio: float | None = None
     distilled: bool = False
@@ -73,36 +62,36 @@ class Case:
         prune: Any = {"channel_multiple": 1, "ratio": self.ratio, "head_ratio": self.head_ratio, "ranking": "uniform"}
         prune |= {"criterion": self.criterion, "normalize": "l2", "compensate": self.compensate}
         size = self.micro_batch_size
-        batch: Any = {"micro_batch_size": size, "global_batch_size": size * self.micro_batches * world_size}
-        batch["steps"] = STEPS
-        config = RunConfig(
+        train: Any = {"micro_batch_size": size, "global_batch_size": size * self.micro_batches * world_size}
+        train |= {"steps": STEPS, "distill_weight": 0.5 * self.distilled}
+        run = config.RunConfig(
             output_dir="unused",
             deepspeed=self.deepspeed,
-            model=ModelConfig(path=str(self.folder), dtype=self.dtype, frozen=self.frozen),
-            lora=LoraConfig(lora_dropout=self.dropout),
-            data=DataConfig(window=self.window),
-            prune=PruneConfig(**prune, **schedule, protected_first=self.protected_first, protected_last=0),
-            train=TrainConfig(**batch, gradient_checkpointing=self.checkpointing, distill_weight=0.5 * self.distilled),
+            model=config.ModelConfig(path=str(self.folder), dtype=self.dtype, frozen=self.frozen),
+            lora=config.LoraConfig(lora_dropout=self.dropout),
+            data=config.DataConfig(window=self.window),
+            prune=config.PruneConfig(**prune, **schedule, protected_first=self.protected_first, protected_last=0),
+            train=config.TrainConfig(**train, gradient_checkpointing=self.checkpointing),
         )
         name, per_node = str(self.folder), self.per_node or world_size
         source, where = read_config(name), Cluster(nodes=world_size // per_node, gpus_per_node=per_node)
-        return build_request(name, source, shape_from_config(source, name), config, where)
+        return build_request(name, source, shape_from_config(source, name), run, where)
 
 
 def build(request: Request) -> Trainer:
     """Builds the package's trainer on random tokens."""
-    config = request.config
-    pretrained = open_for_pruning(Path(config.model.path), config.model)
+    run = request.config
+    pretrained = open_for_pruning(Path(run.model.path), run.model)
     generator = torch.Generator().manual_seed(0)
-    size = config.train.global_batch_size
-    ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, config.data.window), generator=generator)
+    size = run.train.global_batch_size
+    ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, run.data.window), generator=generator)
     labels = ids.clone()
     if request.shape.encoder_layers:  # the first half of each window is a source
-        labels[:, : config.data.window // 2 + 1] = IGNORE_INDEX
+        labels[:, : run.data.window // 2 + 1] = IGNORE_INDEX
     samples = Samples.of_windows(ids, labels)
-    trainer = assemble(config, pretrained, request.ds_config, samples, Consecutive(size), STEPS)
+    trainer = assemble(run, pretrained, request.ds_config, samples, Consecutive(size), STEPS)
     if request.taught:
-        trainer._teacher = Teacher(pretrained, config.model, config.train, request.ds_config)
+        trainer._teacher = Teacher(pretrained, run.model, run.train, request.ds_config)
     return trainer
 
 
@@ -160,10 +149,8 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
         cut_layers = [cut for i in changed for cut in layer_cuts(before, i, keep[i], *given)]
         moved = sum(elements_sent(c, world_size, rank) * size for c, size in cut_layers)
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
-        rows[-1] |= {
-            "sent": {"most": cut_cost(request, before, after).sent["cut"], "moved": moved, "counted": sent},
-            "peak_rss": cutting.peak - baseline,
-        }
+        counts = {"most": cut_cost(request, before, after).sent["cut"], "moved": moved, "counted": sent}
+        rows[-1] |= {"sent": counts, "peak_rss": cutting.peak - baseline}
     return {"rank": rank, "states": rows, "steps": steps}
 
 
@@ -240,8 +227,7 @@ def planned_peak(request: Request, shape: ModelShape, *, scores: bool) -> int:
 
 def saved_activations(case: Case) -> dict[str, int]:
     """Counts the bytes that autograd keeps of one forward pass, weights apart. Returns those of the formula, too."""
-    world_size = torch.distributed.get_world_size()
-    request = case.request(world_size)
+    request = case.request(torch.distributed.get_world_size())
     trainer = build(request)
     parameters = list(trainer.model.module.parameters())
     kept: dict[int, torch.UntypedStorage] = {}  # held: a delta net drops a part of its graph, and its memory with it
@@ -261,9 +247,5 @@ def saved_activations(case: Case) -> dict[str, int]:
     del loss
     batch, shape = request.batch(case.micro_batch_size, case.window), request.shape
     layers = [saved_in_layer(request, shape, i, batch) for i in range(len(shape.layers))]
-    return {
-        "counted": sum(storage.nbytes() for storage in kept.values()),
-        "layers": sum(layers),
-        "last_layer": layers[-1],
-        "logits": logits(shape, batch),
-    }
+    counted = sum(storage.nbytes() for storage in kept.values())
+    return {"counted": counted, "layers": sum(layers), "last_layer": layers[-1], "logits": logits(shape, batch)}

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from loraprune_ds.errors import UserError
 
@@ -27,6 +29,22 @@ def truncate(name: str, left: int = -9) -> Spoil:
 
 def edit(name: str, **values: Any) -> Spoil:
     return lambda folder: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
+
+
+def edit_tensors(act: Callable[[dict[str, Tensor]], object], name: str = "model.safetensors") -> Spoil:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        act(tensors)
+        save_file(tensors, folder / name, {"format": "pt"})
+
+    return spoil
+
+
+def flip_bit(path: Path, at: float = 0.5) -> None:
+    """Damages a file at this fraction of its length."""
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1
+    path.write_bytes(content)
 
 
 def refused(act: Callable[..., object], *given: Any, **settings: Any) -> str:

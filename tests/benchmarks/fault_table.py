@@ -14,6 +14,7 @@ from pathlib import Path
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.errors import UserError
 from tests.integration.launching import fork_ranks
+from tests.refusals import Spoil, flip_bit
 
 STEPS, RANKS = 12, 2
 STOPPED = "stopped at step"
@@ -146,18 +147,12 @@ def supersede(job: Job) -> None:
     os.killpg(job.process.pid, signal.SIGCONT)
 
 
-def damage_newest(change: Callable[[bytes], bytes]) -> Strike:
-    def damage(job: Job) -> None:
+def damage_newest(damage: Spoil) -> Strike:
+    def strike(job: Job) -> None:
         root = job.out / "checkpoints"
-        path = layout.step_folder(root, layout.numbered(root, "step")[-1]) / layout.layer_file(1)
-        path.write_bytes(change(path.read_bytes()))
+        damage(layout.step_folder(root, layout.numbered(root, "step")[-1]) / layout.layer_file(1))
 
-    return damage
-
-
-def flip_bit(content: bytes) -> bytes:
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    return strike
 
 
 def random_kill(seed: int, suite: str = "plain") -> Fault:
@@ -237,6 +232,7 @@ def plain_faults(random_moments: int) -> list[Fault]:
     terms = [("forward", "forward@14:1"), ("backward", "backward@15:0"), ("scoring", "scoring@8:1")]
     terms += [("cut", "cut.layer@5:1"), ("save", "save.layer@5:1")]
     failed, fills, late = Fault("", expected_codes=(1,)), at_step(4, fill_disk), at_step(6, touch_stop)
+    cut_short = damage_newest(lambda path: path.write_bytes(path.read_bytes()[:-9]))
     taken, full = "another process has taken over this run", "No space left on device"
     raised = "[rank 1] RuntimeError: fail-point backward@15: raised"
     asked_too_late = Fault("SIGTERM: finish, which is short", "finish.before_rename@1:0:15", expected_codes=(0,))
@@ -253,7 +249,7 @@ def plain_faults(random_moments: int) -> list[Fault]:
         replace(failed, name="superseded while it stood still, then woken", strike=at_step(4, supersede), line=taken),
         Fault("SIGINT twice to all", strike=at_step(4, interrupt_twice)),
         replace(failed, name="disk full while saving", strike=fills, after=empty_disk, disk=True, line=full),
-        Fault("newest checkpoint: a file truncated", strike=late, after=damage_newest(lambda content: content[:-9])),
+        Fault("newest checkpoint: a file truncated", strike=late, after=cut_short),
         Fault("newest checkpoint: a bit flipped", strike=late, after=damage_newest(flip_bit)),
         *(random_kill(seed) for seed in range(random_moments)),
     ]

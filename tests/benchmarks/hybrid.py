@@ -49,10 +49,8 @@ def main() -> None:
     if not (work / "model" / "config.json").is_file():
         train_dense(arguments.text, work, 60 * arguments.minutes)
     rows: dict[str, Any] = read_json(arguments.result)["runs"] if arguments.result.exists() else {}
-    runs = [(name, seed) for seed in arguments.seeds for name in CHOICES] + [
-        (name, arguments.seeds[0]) for name in ONCE
-    ]
-    for name, seed in runs:
+    runs = [(name, seed) for seed in arguments.seeds for name in CHOICES]
+    for name, seed in runs + [(name, arguments.seeds[0]) for name in ONCE]:
         key = f"{name}, seed {seed}"
         if key not in rows:
             print(f"{key} ...", file=sys.stderr, flush=True)

@@ -115,10 +115,8 @@ def measure_serving(models: Sequence[ServedModel], plan: Plan) -> list[Served]:
         workers = [stack.enter_context(_Worker(model, prompt, plan)) for model in models]
         versions = [worker.read()["version"] for worker in workers]
         rounds = [[worker.play() for worker in workers] for _ in range(plan.rounds + 1)]
-    return [
-        _medians(model, version, [turn[i] for turn in rounds[1:]], plan)
-        for i, (model, version) in enumerate(zip(models, versions, strict=True))
-    ]
+    of_models = zip(*rounds[1:], strict=True)
+    return [_medians(*given, plan) for given in zip(models, versions, of_models, strict=True)]
 
 
 class _Worker(AbstractContextManager["_Worker"]):
@@ -168,7 +166,7 @@ class _Worker(AbstractContextManager["_Worker"]):
         raise UserError(f"{self._server} cannot serve {self._model.path}: {why}")
 
 
-def _medians(model: ServedModel, version: str, rounds: list[dict[str, float]], plan: Plan) -> Served:
+def _medians(model: ServedModel, version: str, rounds: Sequence[dict[str, float]], plan: Plan) -> Served:
     seconds = {key: statistics.median(turn[key] for turn in rounds) for key in rounds[0]}
     batch = plan.batch * plan.generated / seconds["batch"] if "batch" in seconds else None
     return Served(version, model.form, plan.prompt / seconds["prefill"], plan.generated / seconds["decode"], batch)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from loraprune_ds.files import read_json, write_json
+from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
@@ -144,10 +145,8 @@ def most_extra(ranks: list[dict[str, Any]], phase: str) -> int:
 
 def check(result: dict[str, Any], dense: ModelShape) -> None:
     for rank in result["ranks"]:
-        kept = sum(
-            layer["heads"] * dense.group_numel("heads") + layer["channels"] * dense.group_numel("channels")
-            for layer in rank["layers_at_the_end"]
-        )
+        layers: list[dict[Kind, int]] = rank["layers_at_the_end"]
+        kept = sum(count * dense.group_numel(kind) for layer in layers for kind, count in layer.items())
         assert abs(kept / dense.linear_numel() - 0.5) < 0.01, rank["layers_at_the_end"]
         # Merging rounds every weight to bf16 once more, 2**-9 of it.
         assert abs(rank["loss_reloaded"] / rank["loss_trained"] - 1) < 2e-2, rank

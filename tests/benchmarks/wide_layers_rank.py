@@ -93,9 +93,8 @@ def main() -> None:
     result = train_and_export(folder, config, pretrained, ds_config, ids, phases, comm)
     del hoard
     gc.collect()
-    engine = phases.measure(
-        "reload", lambda: build_inference_engine(open_pretrained(folder / "exported"), "sdpa", "bfloat16", ds_config)
-    )
+    given = ("sdpa", "bfloat16", ds_config)
+    engine = phases.measure("reload", lambda: build_inference_engine(open_pretrained(folder / "exported"), *given))
     result |= {"phases": phases.rows, "loss_reloaded": evaluate(engine, ids), "device": device_name()}
     (folder / f"result-{rank}.json").write_text(json.dumps(result))
     stop_ranks()

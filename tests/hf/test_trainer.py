@@ -13,19 +13,9 @@ from torch import Tensor
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.report.records import history_from, read_metrics
-from tests.hf import callback_run
+from tests.hf import callback_run, trainers
 from tests.hf.results import LINEARS, kept_indices, load, weight
-from tests.hf.trainers import (
-    PLAIN,
-    Setup,
-    cut_a_save_short,
-    refusal,
-    resume_without_the_callback,
-    stop_early,
-    train_alone,
-    train_pairs_with_callback,
-    train_with_callback,
-)
+from tests.hf.trainers import PLAIN, Setup, train_alone, train_with_callback
 from tests.integration.resuming import assert_equal_tensors
 from tests.numerics.driver import Job, family_job
 from tests.ranks import RankPool
@@ -98,7 +88,7 @@ def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(ranks: Ran
             start, end = 2 + i % 7, 16 - i % 4
             row[start], row[end - 1], wanted[:] = 0, 2, -100  # 2 is EOS
             wanted[start + 1 : end] = row[start + 1 : end]
-    rows = ranks.run(2, train_pairs_with_callback, job, tmp_path / "out")[0]
+    rows = ranks.run(2, trainers.train_pairs_with_callback, job, tmp_path / "out")[0]
     own = ranks.run(2, train_alone, job)[0]
     for theirs, ours in zip(rows, own, strict=True):
         ours["tokens"] = theirs["tokens"]  # a row of our own has a start, and the last token
@@ -136,11 +126,11 @@ def test_a_resume_goes_on_from_refitted_weights_and_moments(ranks: RankPool, job
     assert [row["size"] for row in read_json(tmp_path / "a" / "report.json")["shelf"]] == ["0.25", "0.4"]
 
 
-def test_a_resume_across_a_cut_changes_no_bit_though_a_save_was_cut_short(
+def test_a_resume_across_a_cut_after_a_broken_save_changes_no_bit(
     ranks: RankPool, job: Job, plain: Run, tmp_path: Path
 ) -> None:
     saves = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1}
-    ranks.run(2, cut_a_save_short, job, tmp_path, saves, 8)
+    ranks.run(2, trainers.cut_a_save_short, job, tmp_path, saves, 8)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
     again, resumed = ranks.run(2, train_with_callback, job, tmp_path, saves, str(tmp_path))[0]
     assert course(again) == course(plain.rows[4:])
@@ -183,9 +173,7 @@ def test_what_trains_beside_a_bf16_base_goes_through_cuts_and_a_resume(
         assert torch.equal(load(out / "model", "bfloat16").get_parameter(f"{path}.weight"), learned), name
 
 
-def test_layers_that_leave_stay_away_in_a_resume_and_in_what_is_saved(
-    ranks: RankPool, job: Job, tmp_path: Path
-) -> None:
+def test_layers_that_leave_stay_away_in_a_resume_and_a_save(ranks: RankPool, job: Job, tmp_path: Path) -> None:
     out, setup = tmp_path / "a", Setup(dropped=(1,))
     run = Run(*ranks.run(2, train_with_callback, job, out, SAVES, None, setup)[0], out)
     assert not [name for name in run.weights if ".layers.1." in name]
@@ -206,7 +194,7 @@ def test_an_evaluation_between_cuts_changes_nothing(ranks: RankPool, job: Job, p
 
 
 def test_stopping_early_and_half_gradients_are_warned_of(ranks: RankPool, job: Job, tmp_path: Path) -> None:
-    first, second = ranks.run(2, stop_early, replace(job, dtype="bfloat16"), tmp_path)
+    first, second = ranks.run(2, trainers.stop_early, replace(job, dtype="bfloat16"), tmp_path)
     rounded, stopped = first
     assert rounded.startswith("gradients are averaged in bfloat16")
     assert stopped.startswith("training stopped at step 2, before the last cut at step 14: 0.0 % of 40.0 %")
@@ -225,12 +213,13 @@ BF16_STATE = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": Tr
 def test_a_deepspeed_config_that_cannot_work_is_one_line(
     ranks: RankPool, job: Job, tmp_path: Path, setup: Setup, section: str, settings: dict[str, Any]
 ) -> None:
-    for line in ranks.run(2, refusal, replace(job, dtype="bfloat16"), tmp_path, setup, section, settings):
+    for line in ranks.run(2, trainers.refusal, replace(job, dtype="bfloat16"), tmp_path, setup, section, settings):
         assert line.startswith(f"the DeepSpeed config: {section}.{next(iter(settings))}")
         assert "\n" not in line
 
 
 def test_a_resume_that_forgets_the_callback_is_refused(ranks: RankPool, job: Job, plain: Run, tmp_path: Path) -> None:
     for step in (2, 4):  # before and after the first cut
-        error = ranks.run(2, resume_without_the_callback, job, tmp_path, str(plain.out / f"checkpoint-{step}"))[0]
+        checkpoint = str(plain.out / f"checkpoint-{step}")
+        error = ranks.run(2, trainers.resume_without_the_callback, job, tmp_path, checkpoint)[0]
         assert "pruning.resume(trainer.model)" in error

@@ -12,20 +12,13 @@ from typing import Any, cast
 from unittest.mock import patch
 
 import torch
+import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl.trainer.utils import use_adapter
 
@@ -79,12 +72,9 @@ class Pairs(Rows):
 
 def pad_pairs(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Pads as transformers' DataCollatorForSeq2Seq does."""
-    padded = (
-        pad_sequence([item[name] for item in items], True, value) for name, value in (("source", 0), ("target", -100))
-    )
-    ids, labels = padded
-    start = torch.zeros_like(labels[:, :1])
-    read = torch.cat([start, labels[:, :-1].clamp(min=0)], 1)
+    ids = pad_sequence([item["source"] for item in items], True, 0)
+    labels = pad_sequence([item["target"] for item in items], True, -100)
+    read = torch.cat([torch.zeros_like(labels[:, :1]), labels[:, :-1].clamp(min=0)], 1)
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": labels, "decoder_input_ids": read}
 
 
@@ -127,7 +117,7 @@ class InOrder(Trainer):
         return SequentialSampler(self.train_dataset)  # pyright: ignore[reportArgumentType]
 
 
-class PairsInOrder(Seq2SeqTrainer):
+class PairsInOrder(transformers.Seq2SeqTrainer):
     _get_train_sampler = InOrder._get_train_sampler  # pyright: ignore[reportAssignmentType]
 
 
@@ -169,7 +159,7 @@ class Watch(TrainerCallback):
 
 def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
     size, world_size = len(job.batches[0][0]), torch.distributed.get_world_size()
-    return Seq2SeqTrainingArguments(
+    return transformers.Seq2SeqTrainingArguments(
         output_dir=str(out),
         use_cpu=True,
         per_device_train_batch_size=job.micro_batch_size,
@@ -301,7 +291,7 @@ def train_with_callback(
 def train_pairs_with_callback(job: Job, out: Path) -> list[dict[str, Any]]:
     """Trains a T5 to the end, and saves it. Returns the rows."""
     with fresh_accelerate():
-        base = unshare_bias(AutoModelForSeq2SeqLM.from_pretrained(job.folder))
+        base = unshare_bias(transformers.AutoModelForSeq2SeqLM.from_pretrained(job.folder))
         model = PeftModel.from_pretrained(base, job.adapter, is_trainable=True)
         callback = LoraPruneCallback(PruneConfig(**job.prune))
         watch = Watch(callback)

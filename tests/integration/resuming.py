@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -103,19 +103,17 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
 
     def stop_requested(context: RunContext) -> bool:
         request = STOP if next(places) == between else NOTHING
-        with mock.patch.object(RequestListener, "agree", return_value=request):
+        with patch.object(RequestListener, "agree", return_value=request):
             return asked(context)
 
-    with (
-        mock.patch.object(RequestListener, "current", current),
-        mock.patch.object(RunContext, "stop_requested", stop_requested),
-    ):
+    stopping = patch.object(RunContext, "stop_requested", stop_requested)
+    with patch.object(RequestListener, "current", current), stopping:
         return run(OutputFolder(config.to_dict(), resume), Communicator())
 
 
 def builds_of_a_start(config: RunConfig, resume: str | None = None) -> int:
     """Counts how often a run, or the rest of one, builds its modules until the first step."""
-    with mock.patch.object(read_shape, "build_on_meta", wraps=build_on_meta) as build:
+    with patch.object(read_shape, "build_on_meta", wraps=build_on_meta) as build:
         assert not run_here(config, resume, between=1)
     return build.call_count
 
@@ -127,7 +125,7 @@ def state_on_return(config: RunConfig, resume: str, stop_at: int) -> str:
         time.sleep(0.3 if status.state == "stopped" else 0)
         write_status(folder, status)
 
-    with mock.patch("loraprune_ds.train.context.write_status", write_slowly):
+    with patch("loraprune_ds.train.context.write_status", write_slowly):
         run_here(config, resume, stop_at)
     return json.loads((Path(config.output_dir) / "status.json").read_text())["state"]
 
@@ -141,8 +139,8 @@ def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) 
         save_file(tensors, path)
 
     with (
-        mock.patch("loraprune_ds.checkpoint.save.save_file", save_file_if_room),
-        mock.patch("loraprune_ds.model.weight_files.save_file", save_file_if_room),
+        patch("loraprune_ds.checkpoint.save.save_file", save_file_if_room),
+        patch("loraprune_ds.model.weight_files.save_file", save_file_if_room),
         pytest.raises(UserError) as caught,
     ):
         run_here(config, resume)
@@ -181,11 +179,8 @@ class Contents:
 
 def contents(out: Path, step: int) -> Contents:
     folder = out / "checkpoints" / f"step-{step}"
-    lora = {
-        f"{path.stem}.{name}": tensor
-        for path in sorted(folder.glob("layer-*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
+    layers = {path.stem: load_file(path) for path in sorted(folder.glob("layer-*.safetensors"))}
+    lora = {f"{layer}.{name}": tensor for layer, own in layers.items() for name, tensor in own.items()}
     scores = folder / "scores.safetensors"
     return Contents(lora, load_file(scores) if scores.exists() else {}, read_state(out, step)["kept"])
 

@@ -10,16 +10,8 @@ from unittest import mock
 
 import pytest
 
-from tests.integration.bad_input import (
-    Make,
-    arguments,
-    assert_refused,
-    copy_of_model,
-    drop_tokenizer,
-    ds_config,
-    file_at,
-    tower,
-)
+from tests.integration import bad_input
+from tests.integration.bad_input import Make, arguments, assert_refused, copy_of_model, ds_config, file_at, tower
 from tests.integration.launching import ROOT, RUN, fork_ranks, run_to_end
 from tests.refusals import edit, truncate
 
@@ -47,7 +39,7 @@ WRONG = (
     Wrong("model on no hub", "model.path=nobody/nothing", ("model.path", "nobody/nothing", "hub")),
     Wrong("gpt2", MODEL, ("'gpt2'", " llama, ", " mistral, "), copy_of_model(edit("config.json", model_type="gpt2"))),
     Wrong("truncated weights", MODEL, ("model.safetensors is damaged",), copy_of_model(truncate("model.safetensors"))),
-    Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(drop_tokenizer)),
+    Wrong("no tokenizer", MODEL, ("no tokenizer",), copy_of_model(bad_input.drop_tokenizer)),
     Wrong("tower", MODEL, ("model: transformers cannot build", "subconfig: any"), tower("llava", model_type="any")),
     Wrong("tower, global", f"{MODEL} {OPEN} prune.ranking=global", ("layers of one size", "prune.ranking"), tower()),
     Wrong("tower, no processor", f"{MODEL} {OPEN}", ("none of preprocessor_config.json", "model.text_only"), tower()),
@@ -137,9 +129,7 @@ def have_no_float16() -> None:
         (have_no_float16, ("model.dtype float16 is not supported by the cpu device",)),
     ],
 )
-def test_what_the_machine_lacks_is_named(
-    lose: Callable[[], None], words: tuple[str, ...], material: Path, tmp_path: Path
-) -> None:
+def test_a_lack_is_named(lose: Callable[[], None], words: tuple[str, ...], material: Path, tmp_path: Path) -> None:
     given = arguments(material, tmp_path, *(["model.dtype=float16"] if lose is have_no_float16 else []))
     (ended,) = fork_ranks(given, tmp_path, before=lose)
     assert_refused(ended, *words)

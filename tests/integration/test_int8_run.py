@@ -10,25 +10,14 @@ from loraprune_ds.export.formats import export
 from loraprune_ds.export.lora import ExportSource, find_source
 from loraprune_ds.model.frozen import SCALE, WEIGHT
 from tests.families import MIXTURES, families
-from tests.integration.resuming import (
-    REFITS,
-    assert_equal_tensors,
-    assert_same_run,
-    config_for,
-    find_here,
-    metrics,
-    read_state,
-    read_tensors,
-    run_here,
-    write_family,
-    write_run,
-)  # fmt: skip
+from tests.integration import resuming
+from tests.integration.resuming import assert_equal_tensors, assert_same_run, config_for, read_tensors, run_here
 from tests.ranks import RankPool
 
 STEPS, CUTS, STOP_AT = 8, [4, 6, 8], 5
 SECTIONS: dict[str, dict[str, Any]] = {
     "model": {"dtype": "bfloat16", "frozen": "int8"},
-    "prune": REFITS,
+    "prune": resuming.REFITS,
     "train": {"steps": STEPS, "distill_weight": 0.5},
     "checkpoint": {"every": None},
 }
@@ -37,7 +26,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("int8-run")
-    ranks.run(2, run_here, config_for(write_run(folder, **SECTIONS), folder / "out"))
+    ranks.run(2, run_here, config_for(resuming.write_run(folder, **SECTIONS), folder / "out"))
     return folder / "out"
 
 
@@ -48,12 +37,12 @@ def test_a_resumed_run_ends_as_the_run_that_never_stopped(ranks: RankPool, strai
     linears = [name.removesuffix(SCALE) for name in stored if name.endswith(SCALE)]
     assert len(linears) == 3 * 7
     assert all(stored[name + WEIGHT].dtype == torch.int8 for name in linears)
-    assert read_state(out, STOP_AT)["shape"]["folder"] == "shape-1"
-    (other,) = ranks.run(1, find_here, config_for(given, out, "model.frozen=null"), "auto")
+    assert resuming.read_state(out, STOP_AT)["shape"]["folder"] == "shape-1"
+    (other,) = ranks.run(1, resuming.find_here, config_for(given, out, "model.frozen=null"), "auto")
     assert "holds another run (model.frozen differs)" in str(other.error)
     assert all(ranks.run(2, run_here, config_for(given, out), "auto"))
 
-    assert [cut["step"] for cut in metrics(straight, "cut")] == CUTS
+    assert [cut["step"] for cut in resuming.metrics(straight, "cut")] == CUTS
     assert_same_run(out, straight, STEPS)
 
 
@@ -63,14 +52,14 @@ def test_experts_go_on_and_are_exported_as_the_run_would(ranks: RankPool, tmp_pa
     stored = family in ("gpt_oss", "qwen3_moe")
     prune = SECTIONS["prune"] | ({"head_ratio": 0.4} if stored else {"compensate": "none"})
     sections = SECTIONS | {"prune": prune, "train": {"steps": STEPS}}
-    given, straight, out = write_run(tmp_path, **sections), tmp_path / "straight", tmp_path / "out"
-    changes = write_family(tmp_path, family)
+    given, straight, out = resuming.write_run(tmp_path, **sections), tmp_path / "straight", tmp_path / "out"
+    changes = resuming.write_family(tmp_path, family)
     ranks.run(2, run_here, config_for(given, straight, changes))
     assert not any(ranks.run(2, run_here, config_for(given, out, changes), None, STOP_AT))
     held = (name for name, x in read_tensors(out / "checkpoints" / "shape-1").items() if x.dtype == torch.int8)
     assert any("experts" in name for name in held) == stored
     assert all(ranks.run(2, run_here, config_for(given, out, changes), "auto"))
-    cuts = [cut["step"] for cut in metrics(straight, "cut")]
+    cuts = [cut["step"] for cut in resuming.metrics(straight, "cut")]
     assert min(cuts) < STOP_AT < max(cuts)
     assert_same_run(out, straight, STEPS)
     export(ExportSource("int8", None, find_source(out).checkpoints), "hf", tmp_path / "merged")

@@ -70,13 +70,9 @@ def test_a_superseded_process_leaves_the_checkpoints_of_its_successor(point: str
     train = {"steps": 8, "recovery_steps": 0}
     config = write_run(tmp_path, train=train, prune={"prune_every": 3}, checkpoint={"every": 2, "keep_last": 2})
     out, command = tmp_path / "out", ["--config", str(config)]
-    fault = {"LORAPRUNE_FAULT": f"{point}:0:{int(signal.SIGSTOP)}"}
-    first = subprocess.Popen(
-        [sys.executable, str(launching.RUN), *command],
-        env=launching.clean_environment() | fault,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment = launching.clean_environment() | {"LORAPRUNE_FAULT": f"{point}:0:{int(signal.SIGSTOP)}"}
+    words = [sys.executable, str(launching.RUN), *command]
+    first = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         launching.within(60, lambda: asleep(first))
         (second,) = launching.fork_ranks([*command, "--resume", "auto"], tmp_path)

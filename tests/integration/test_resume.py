@@ -16,26 +16,11 @@ import pytest
 
 from loraprune_ds.checkpoint.layout import FORMAT, seal, write_manifest
 from loraprune_ds.config import RunConfig
+from tests.integration import resuming
 from tests.integration.launching import read_json
-from tests.integration.resuming import (
-    CUTS,
-    STEPS,
-    Found,
-    assert_bitwise,
-    assert_same_run,
-    builds_of_a_start,
-    config_for,
-    contents,
-    find_here,
-    losses,
-    metrics,
-    read_state,
-    run_here,
-    run_on_full_disk,
-    state_on_return,
-    write_run,
-)  # fmt: skip
+from tests.integration.resuming import CUTS, STEPS, assert_bitwise, assert_same_run, contents, metrics, read_state
 from tests.ranks import RankPool
+from tests.refusals import flip_bit
 
 TOLERANCE = 1e-5
 NO_SAVES, REFIT = "checkpoint.every=null", "prune.compensate=least_squares"
@@ -47,13 +32,14 @@ STOPS = [CUTS[0] - 1, CUTS[1], CUTS[-1] + 1]  # before a cut, at one, and after 
 def straight(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Makes a run on two ranks that was never stopped. It has a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("straight")
-    ranks.run(2, run_here, config_for(write_run(folder), folder / "out"))
+    ranks.run(2, resuming.run_here, resuming.config_for(resuming.write_run(folder), folder / "out"))
     return folder / "out"
 
 
 def variant(ranks: RankPool, straight: Path, name: str, *changes: str) -> Path:
-    ranks.run(2, run_here, config_for(straight.parent / "config.yaml", straight.parent / name, *changes))
-    return straight.parent / name
+    given, out = straight.parent / "config.yaml", straight.parent / name
+    ranks.run(2, resuming.run_here, resuming.config_for(given, out, *changes))
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +62,13 @@ class Again:
     out: Path
 
     def config(self, *changes: str, out: Path | None = None) -> RunConfig:
-        return config_for(self.straight.parent / "config.yaml", out or self.out, *changes)
+        return resuming.config_for(self.straight.parent / "config.yaml", out or self.out, *changes)
 
     def run(self, config: RunConfig, *arguments: Any, ranks: int = 2) -> list[bool]:
-        return self.ranks.run(ranks, run_here, config, *arguments)
+        return self.ranks.run(ranks, resuming.run_here, config, *arguments)
 
-    def find(self, config: RunConfig, resume: str = "auto") -> list[Found]:
-        return self.ranks.run(2, find_here, config, resume)
+    def find(self, config: RunConfig, resume: str = "auto") -> list[resuming.Found]:
+        return self.ranks.run(2, resuming.find_here, config, resume)
 
     def status(self) -> dict[str, Any]:
         return read_json(self.out / "status.json")
@@ -163,20 +149,14 @@ def assert_close(out: Path, straight: Path) -> None:
         assert max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in names) < TOLERANCE * scale, suffix
     for name, scores in expected.scores.items():
         assert ((found.scores[name] - scores).abs() <= TOLERANCE * scores.abs()).all(), name
-    assert losses(out) == pytest.approx(losses(straight), abs=TOLERANCE)
+    assert resuming.losses(out) == pytest.approx(resuming.losses(straight), abs=TOLERANCE)
 
 
 # Damaged, lost and foreign checkpoints
 
 
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "a flipped bit": ("step-13/layer-00001.safetensors", flip_a_bit, "damaged"),
+    "a flipped bit": ("step-13/layer-00001.safetensors", flip_bit, "damaged"),
     "a layer missing": ("step-13/layer-00002.safetensors", Path.unlink, "missing"),
     "state of another kind": ("step-13/state.json", lambda path: path.write_text("[]"), "damaged"),
     "an empty state": ("step-13/state.json", lambda path: path.write_text(""), "damaged"),
@@ -206,7 +186,7 @@ def test_frozen_weights_are_slices_of_the_source_until_a_refit_changes_them(stra
 def test_a_damaged_shape_spoils_all_steps_that_name_it_and_is_replaced(again: Again, refitted: Path) -> None:
     """Resumes from the good checkpoint. Step and shape are written again, and all later ones go."""
     out = again.killed_after(13, refitted)
-    flip_a_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
+    flip_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
     config = again.config(NO_SAVES, REFIT)
     found = again.find(config)[1]
     assert (found.step, len(found.warnings)) == (11, 2)
@@ -232,7 +212,7 @@ def test_a_rank_without_room_loses_nothing_older(again: Again, refitted: Path, r
     before = again.files()
     config = again.config(REFIT, *(["checkpoint.every=17"] if lost == "shape-3" else []))
     where = rf"{out}/checkpoints/\.{lost}\.\w+\.partial cannot be written: "
-    for line, code in again.ranks.run(2, run_on_full_disk, config, "auto", rank, name):
+    for line, code in again.ranks.run(2, resuming.run_on_full_disk, config, "auto", rank, name):
         assert re.search(where, line)
         assert "No space left on device" in line
         assert "\n" not in line
@@ -257,7 +237,7 @@ def test_a_start_builds_the_modules_once(again: Again, straight: Path, refitted:
     for name, resume, builds in (("new", None, 1), ("sliced", straight, 2), ("refitted", refitted, 1)):
         config = again.config(NO_SAVES, REFIT if resume == refitted else NO_SAVES, out=again.out / name)
         step = resume and str(resume / "checkpoints/step-18")
-        assert again.ranks.run(2, builds_of_a_start, config, step) == [builds, builds]
+        assert again.ranks.run(2, resuming.builds_of_a_start, config, step) == [builds, builds]
 
 
 def test_killed_between_model_and_report(again: Again) -> None:
@@ -285,7 +265,7 @@ def test_asked_to_stop_between_the_steps(again: Again, between: int, files: set[
 def test_no_rank_leaves_before_the_folder_says_that_the_run_is_stopped(again: Again) -> None:
     """Checks the order of exits. The first rank that leaves makes the launcher end the others."""
     again.killed_after(13)
-    assert again.ranks.run(2, state_on_return, again.config(), "auto", 15) == ["stopped", "stopped"]
+    assert again.ranks.run(2, resuming.state_on_return, again.config(), "auto", 15) == ["stopped", "stopped"]
 
 
 def test_after_a_power_cut_the_checkpoints_are_enough(again: Again) -> None:

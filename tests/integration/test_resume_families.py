@@ -17,18 +17,8 @@ from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape, Sizes
 from tests.families import families
-from tests.integration.resuming import (
-    assert_equal_tensors,
-    assert_same_run,
-    config_for,
-    contents,
-    losses,
-    metrics,
-    read_tensors,
-    run_here,
-    write_family,
-    write_run,
-)  # fmt: skip
+from tests.integration import resuming
+from tests.integration.resuming import config_for, contents, losses, read_tensors, run_here, write_family, write_run
 from tests.numerics.driver import dropping
 from tests.ranks import RankPool
 
@@ -53,7 +43,7 @@ def test_goes_on_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path, f
     ranks.run(2, run_here, config_for(config, tmp_path / "out", changed), None, STOP)
     ranks.run(3, run_here, config_for(config, tmp_path / "out", changed), "auto")
 
-    cuts = [cut["step"] for cut in metrics(straight, "cut")]
+    cuts = [cut["step"] for cut in resuming.metrics(straight, "cut")]
     assert min(cuts) < STOP < max(cuts)
     found, expected = contents(tmp_path / "out", STEPS), contents(straight, STEPS)
     assert found.kept == expected.kept
@@ -87,7 +77,7 @@ def test_layers_that_have_left_stay_away(
     assert not any(ranks.run(2, run_and_drop, out, 1, None, STOP))
     assert all(ranks.run(3, run_and_drop, out, 1, "auto"))
 
-    assert min(cut["step"] for cut in metrics(tmp_path / "straight", "cut")) < STOP
+    assert min(cut["step"] for cut in resuming.metrics(tmp_path / "straight", "cut")) < STOP
     found, expected = contents(tmp_path / "out", STEPS), contents(tmp_path / "straight", STEPS)
     assert found.kept == expected.kept
     assert not any(found.kept[1])
@@ -95,7 +85,7 @@ def test_layers_that_have_left_stay_away(
     assert max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in expected.lora) < TOLERANCE
     source = ExportSource("out", None, [tmp_path / "out" / "checkpoints" / f"step-{STEPS}"])
     export(source, "hf", tmp_path / "merged")
-    assert_equal_tensors(read_tensors(tmp_path / "merged"), read_tensors(tmp_path / "out" / "model"))
+    resuming.assert_equal_tensors(read_tensors(tmp_path / "merged"), read_tensors(tmp_path / "out" / "model"))
     export(source, "adapter", tmp_path / "apart")
     base = open_pretrained(tmp_path / "apart" / "base").shape
     assert base == open_pretrained(tmp_path / "out" / "model").shape
@@ -133,9 +123,9 @@ def test_a_run_that_began_without_lora_on_whole_linears_goes_on_without(
     assert all(ranks.run(2, run_here, config_for(config, out, changed), "auto"))
 
     assert len(contents(straight, STEPS).lora) == linears * 2 * 3
-    assert_same_run(out, straight, STEPS)
+    resuming.assert_same_run(out, straight, STEPS)
     source = ExportSource("before", None, [out / "checkpoints" / f"step-{STEPS}"])
     export(source, "hf", tmp_path / "merged")
-    assert_equal_tensors(read_tensors(tmp_path / "merged"), read_tensors(straight / "model"))
+    resuming.assert_equal_tensors(read_tensors(tmp_path / "merged"), read_tensors(straight / "model"))
     export(source, "adapter", tmp_path / "apart")
     assert len(read_tensors(tmp_path / "apart" / "adapter")) == linears * 2

@@ -12,23 +12,14 @@ from loraprune_ds.evaluate.compare import read_results
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.report.summary import summary_table
-from tests.integration.resuming import (
-    REFITS,
-    assert_same_run,
-    config_for,
-    contents,
-    losses,
-    metrics,
-    read_state,
-    run_here,
-    write_run,
-)
+from tests.integration import resuming
+from tests.integration.resuming import assert_same_run, config_for, losses, metrics, read_state, run_here, write_run
 from tests.ranks import RankPool
 
 STEPS, RECOVERY, CUTS, FIRST = 8, [1, 2], [3, 4, 9, 10], 6  # `prune.sizes` is not sorted
 TOTAL, SIZE = STEPS + sum(RECOVERY), "model-0.2/model-00002-of-00004.safetensors"
 SECTIONS: dict[str, dict[str, Any]] = {
-    "prune": REFITS | {"criterion": "fisher", "ratio": None, "sizes": [0.4, 0.2]},
+    "prune": resuming.REFITS | {"criterion": "fisher", "ratio": None, "sizes": [0.4, 0.2]},
     "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5, "distill_temperature": 2},
     "checkpoint": {"every": None},
 }
@@ -77,7 +68,7 @@ def test_goes_on_with_another_number_of_ranks(ranks: RankPool, straight: Path, t
     ranks.run(2, run_here, here)
     ranks.run(2, run_here, moved, None, FIRST - 1)
     assert all(ranks.run(3, run_here, moved, "auto"))
-    found, expected = (contents(tmp_path / name, TOTAL).kept for name in ("moved", "here"))
+    found, expected = (resuming.contents(tmp_path / name, TOTAL).kept for name in ("moved", "here"))
     assert found == expected
     # sums in fp32 in another order, as in tests/numerics
     assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "here"), abs=1e-5)

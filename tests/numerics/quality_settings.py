@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 from torch import Tensor
@@ -39,9 +40,8 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
 
     handles = [trainer.engine.deepspeed.register_forward_pre_hook(see_ids, with_kwargs=True)]
     handles += [
-        lora_linear(layer, linear).register_forward_pre_hook(partial(see, f"{i}.{linear.name}"))
-        for i, layer in enumerate(trainer.model.layers)
-        for linear in trainer.model.shape.linears(i)
+        lora_linear(trainer.model.layers[i], linear).register_forward_pre_hook(partial(see, f"{i}.{linear.name}"))
+        for i, linear in trainer.model.shape.linear_ids()
         if linear.name in INPUTS
     ]
     yield seen
@@ -52,17 +52,12 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
 def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str, dict[str, Tensor]]:
     """Gathers weight, bias and LoRA of linears of all layers, by names like "1.mlp.down_proj"."""
     found = {}
-    for i, layer in enumerate(trainer.model.layers):
-        for linear in trainer.model.shape.linears(i):
-            if linear.name in names:
-                module = lora_linear(layer, linear)
-                parameters: dict[str, Any] = {
-                    n.split(".")[0]: p for n, p in module.named_parameters() if not n.endswith("bias")
-                }
-                if module.base_layer.bias is not None:
-                    parameters["bias"] = module.base_layer.bias
-                whole = {n: gather_everywhere(trainer.model, p) for n, p in parameters.items()}
-                found[f"{i}.{linear.name}"] = whole
+    for i, linear in (x for x in trainer.model.shape.linear_ids() if x.linear.name in names):
+        module = lora_linear(trainer.model.layers[i], linear)
+        own: dict[str, Any] = {n.split(".")[0]: p for n, p in module.named_parameters() if not n.endswith("bias")}
+        if module.base_layer.bias is not None:
+            own["bias"] = module.base_layer.bias
+        found[f"{i}.{linear.name}"] = {n: gather_everywhere(trainer.model, p) for n, p in own.items()}
     return found
 
 
@@ -111,15 +106,12 @@ def fisher_scores(job: Job) -> dict[str, Any]:
     model, score = trainer.model, trainer.pruner.score
     sent: list[int] = []
 
-    def refuse(layer: int) -> Any:
-        raise AssertionError("LoRA was gathered")
-
     def count_and_score(step: int) -> None:
         before = model.comm.bytes_sent
         score(step)
         sent.append(model.comm.bytes_sent - before)
 
-    model.lora_factors = refuse  # type: ignore[method-assign]
+    model.lora_factors = Mock(side_effect=AssertionError("LoRA was gathered"))  # type: ignore[method-assign]
     trainer.pruner.score = count_and_score  # type: ignore[method-assign]
     trainer.step(1)
     return {"scores": [as_pair(s) for s in trainer.pruner.average.scores or []], "sent": sent}

@@ -58,9 +58,7 @@ def test_a_corrupted_shard_shows_in_the_scores(ranks: RankPool, job: Job) -> Non
     ("world_size", "at_once", "rounds"),
     [(2, GATHERED_NUMEL, 1), (3, GATHERED_NUMEL, 1), (2, 1, 4), (2, 2 * 2 * LAYER_LORA, 2)],
 )
-def test_scoring_gathers_lora_and_no_frozen_weight(
-    ranks: RankPool, job: Job, world_size: int, at_once: int, rounds: int
-) -> None:
+def test_scoring_gathers_lora_alone(ranks: RankPool, job: Job, world_size: int, at_once: int, rounds: int) -> None:
     for result in ranks.run(world_size, cutting.score_shards_and_whole, job, False, at_once):
         gathers = [n for name, n in result["calls"] if name == "all_gather_into_tensor"]
         reduces = [n for name, n in result["calls"] if name == "all_reduce"]
@@ -107,9 +105,7 @@ def test_lora_in_another_dtype_than_the_base_keeps_it(ranks: RankPool, job: Job,
         pytest.param(list(range(KV_HEADS)), list(range(FFN)), 0, id="nothing"),
     ],
 )
-def test_what_a_cut_leaves_alone_is_not_sent(
-    ranks: RankPool, job: Job, heads: list[int], channels: list[int], tensors: int
-) -> None:
+def test_what_stays_is_not_sent(ranks: RankPool, job: Job, heads: list[int], channels: list[int], tensors: int) -> None:
     """Late cuts of a long schedule take channels alone, or nothing."""
     results = ranks.run(2, cutting.cut_once, replace(job, dtype="bfloat16"), heads, channels)
     assert count_sliced(results[0], heads, channels) == tensors
@@ -199,9 +195,7 @@ def test_a_rank_with_another_mask_ends_the_run_everywhere(ranks: RankPool, job: 
         ("score", "step 1: the score of layer 1 self_attn.q_proj is not finite"),
     ],
 )
-def test_a_number_that_is_not_finite_is_named_on_every_rank(
-    ranks: RankPool, job: Job, where: str, message: str
-) -> None:
+def test_a_number_that_is_not_finite_is_named_on_all_ranks(ranks: RankPool, job: Job, where: str, message: str) -> None:
     assert ranks.run(2, cutting.poisoned, job, where) == [message] * 2
 
 

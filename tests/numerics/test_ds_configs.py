@@ -150,9 +150,7 @@ def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("train", [{}, {"distill_weight": 0.5}], ids=["plain", "distilled"])
-def test_a_run_does_not_hold_what_it_trained_beside_what_it_measures(
-    ranks: RankPool, tmp_path: Path, train: dict[str, Any]
-) -> None:
+def test_a_run_frees_what_it_trained_before_it_measures(ranks: RankPool, tmp_path: Path, train: dict[str, Any]) -> None:
     folder = write_run(tmp_path, train={"steps": 2} | train)
     config = config_for(folder, tmp_path / "out", "model.dtype=bfloat16")
     ((shards, alive),) = ranks.run(1, bytes_beside_the_export, config)

@@ -99,9 +99,7 @@ def meant(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_it_trains_scores_and_cuts_as_the_weights_it_stands_for(
-    ranks: RankPool, job: Job, meant: Path, world_size: int
-) -> None:
+def test_it_trains_and_cuts_as_the_weights_it_means(ranks: RankPool, job: Job, meant: Path, world_size: int) -> None:
     train_as_meant(ranks, world_size, job, meant)
 
 

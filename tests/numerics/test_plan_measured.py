@@ -145,9 +145,7 @@ def limited_config(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_autograd_keeps_what_the_formula_says_of_a_layer(
-    ranks: RankPool, folder: Path, tmp_path: Path, dropout: float
-) -> None:
+def test_the_formula_says_what_a_layer_keeps(ranks: RankPool, folder: Path, tmp_path: Path, dropout: float) -> None:
     """Compares three layers with four. What lies outside the layers is the same."""
     longer = make_tiny_llama(tmp_path / "longer", layers=4, dtype="bfloat16", **SIZES)
     three, four = (ranks.run(1, saved_activations, Case(x, dropout=dropout))[0] for x in (folder, longer))

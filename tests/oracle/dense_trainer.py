@@ -90,13 +90,10 @@ class DenseTrainer:
         config = causal_lm.config
         self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.queries_per_group: int = config.num_attention_heads // config.num_key_value_heads
-        self.kept = [
-            (list(range(config.num_key_value_heads)), list(range(config.intermediate_size))) for _ in self.layers
-        ]
-        self.averages: list[Pair] = [
-            (torch.zeros(len(heads), dtype=torch.float64), torch.zeros(len(channels), dtype=torch.float64))
-            for heads, channels in self.kept
-        ]
+        sizes = (config.num_key_value_heads, config.intermediate_size)
+        self.kept = [([*range(sizes[0])], [*range(sizes[1])]) for _ in self.layers]
+        heads, channels = (torch.zeros(size, dtype=torch.float64) for size in sizes)
+        self.averages: list[Pair] = [(heads, channels) for _ in self.layers]
 
         self.copies = self._lora_parameters()
         assert set(lora) == set(self.copies), set(lora) ^ set(self.copies)
@@ -119,23 +116,17 @@ class DenseTrainer:
         cuts: Mapping[int, Sequence[LayerCut]] | None = None,
     ) -> list[StepRecord]:
         """Takes one step per batch. `cuts[s]` is made right after the optimizer's s-th step (counted over all runs)."""
-        cuts = cuts or {}
-        return [
-            self.step(batch, lr, cuts.get(self.steps_done + 1))
-            for batch, lr in zip(batches, learning_rates, strict=True)
-        ]
+        pairs, cuts = zip(batches, learning_rates, strict=True), cuts or {}
+        return [self.step(*pair, cuts.get(self.steps_done + 1)) for pair in pairs]
 
     def step(self, batch: Batch, learning_rate: float, cut: Sequence[LayerCut] | None = None) -> StepRecord:
         """Gradient, scores, update, then the cut."""
         loss = self._accumulate_gradients(batch)
         gradients = {name: _gradient(master).clone() for name, master in self.master.items()}
         scores = [self._layer_scores(i, gradients) for i in range(len(self.layers))]
-        lam = self.settings.moving_average
-        self.averages = [
-            (moving_average(old[0], new[0], lam), moving_average(old[1], new[1], lam))
-            for old, new in zip(self.averages, scores, strict=True)
-        ]
-        averages = list(self.averages)
+        pairs, lam = zip(self.averages, scores, strict=True), self.settings.moving_average
+        averages = [(moving_average(a, c, lam), moving_average(b, d, lam)) for (a, b), (c, d) in pairs]
+        self.averages = list(averages)
 
         if self.settings.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(list(self.master.values()), self.settings.max_grad_norm)
@@ -161,10 +152,8 @@ class DenseTrainer:
         for m, (ids, targets) in enumerate(zip(input_ids.split(size), labels.split(size), strict=True)):
             torch.manual_seed(_dropout_seed(self.settings.seed, self.steps_done + 1, m))
             logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].to(self.master_dtype)
-            total = F.cross_entropy(
-                logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-            )
-            yield total / supervised
+            wanted = targets[:, 1:].flatten()
+            yield F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=IGNORED, reduction="sum") / supervised
 
     def _accumulate_gradients(self, batch: Batch) -> float:
         """Adds the micro-batches' gradients up in the masters' dtype."""

@@ -76,10 +76,8 @@ def _random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> 
 def make_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
     """Makes one token per byte: space, newline, printable ASCII, the rest. What has no room is <unk>."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (c not in "ĠĊ", ord(c)))
-    tokens = [*SPECIAL_TOKENS, *alphabet][:vocab]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token=SPECIAL_TOKENS[0])
-    )
+    ids = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet][:vocab])}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token=SPECIAL_TOKENS[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     unk, bos, eos = SPECIAL_TOKENS

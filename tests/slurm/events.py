@@ -11,12 +11,12 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.benchmarks.running import RESULTS, make_parser, origin
@@ -254,10 +254,7 @@ def main() -> int:
     if why := obstacle():
         print(f"no Slurm cluster can run here: {why}", file=sys.stderr)
         return 1
-    with (
-        tempfile.TemporaryDirectory(prefix="slurm-events-") as folder,
-        running_cluster(Path(folder), nodes=NODES) as cluster,
-    ):
+    with TemporaryDirectory(prefix="slurm-events-") as folder, running_cluster(Path(folder), nodes=NODES) as cluster:
         lab = Lab(cluster)
         slurm = cluster.execute("sinfo", "--version").strip()
         rows = []

@@ -42,12 +42,8 @@ class Row:
 
     @property
     def good(self) -> bool:
-        return (
-            self.problem is None
-            and self.state == self.expected
-            and self.restarts in self.expected_restarts
-            and self.same_groups is not False
-        )
+        as_expected = self.state == self.expected and self.restarts in self.expected_restarts
+        return as_expected and self.problem is None and self.same_groups is not False
 
 
 class Lab:

@@ -3,10 +3,8 @@
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, History, StepRecord
 from tests.unit.shapes_and_scores import make_shape
 
-DENSE, PRUNED = (
-    make_shape(layers, hidden=64, head_dim=8, queries_per_group=2)
-    for layers in ([(4, 96)] * 3, [(4, 96), (2, 40), (3, 50)])
-)
+LAYERS = ([(4, 96)] * 3, [(4, 96), (2, 40), (3, 50)])
+DENSE, PRUNED = (make_shape(layers, hidden=64, head_dim=8, queries_per_group=2) for layers in LAYERS)
 
 
 def step_record(step: int, *, seconds: float = 1.0, loss: float = 3.0, skipped: bool = False) -> StepRecord:

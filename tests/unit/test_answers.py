@@ -152,10 +152,9 @@ def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, 
     assert first.greedy.dense_perplexity > (dense.greedy.dense_perplexity or math.inf)
     assert (first.chat_template, dense.closeness) == (False, None)
     assert first.closeness is not None
-    assert (first.closeness.text, first.closeness.predictions) == (
-        "the dense model's greedy answers",
-        sum(min(one.tokens + 1, NEW) for one in dense.greedy.texts),  # with the end token
-    )
+    assert first.closeness.text == "the dense model's greedy answers"
+    lengths = [min(one.tokens + 1, NEW) for one in dense.greedy.texts]  # with the end token
+    assert first.closeness.predictions == sum(lengths)
 
 
 def test_sampling_follows_from_the_seed_and_needs_no_dense_model(settings: AnswerSettings, folders: list[Path]) -> None:
@@ -241,8 +240,7 @@ def test_the_page_escapes_every_text_and_has_both_models_side_by_side() -> None:
     found = [text.split()[0] for text in page.texts if text.strip()]
     assert found == [name for i in range(3) for name in (f"q{i}", *(f"dense{i}", f"pruned{i}") * 2)]
     assert all(EVIL in text for text in page.texts)
-    alone = Page(answers_page(answered(1) | {"dense": None}))
-    assert len(alone.texts) == 3
+    assert len(Page(answers_page(answered(1) | {"dense": None})).texts) == 3
 
 
 @pytest.mark.parametrize(("prompts", "shown"), [(50, [0, 10, 20, 30, 40]), (7, [0, 1, 2, 4, 5]), (3, [0, 1, 2])])

@@ -11,7 +11,6 @@ from trl import chat_template_utils as trl_templates
 from trl.data_utils import common_prefix_length
 
 from loraprune_ds.config import DataConfig
-from loraprune_ds.errors import UserError
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import load_tokenizer
@@ -71,9 +70,8 @@ def learnt(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
 def trl_labels(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Masks as SFTTrainer does with `assistant_only_loss`: by TRL's own training version of the template."""
     template = trl_templates.get_training_chat_template(tokenizer)
-    encoded: Any = tokenizer.apply_chat_template(
-        messages, chat_template=template, return_dict=True, return_assistant_tokens_mask=True
-    )
+    asked: Any = {"return_dict": True, "return_assistant_tokens_mask": True}
+    encoded: Any = tokenizer.apply_chat_template(messages, chat_template=template, **asked)
     ids, mask = encoded["input_ids"], encoded["assistant_masks"]
     return ids, [token if bit else IGNORE_INDEX for token, bit in zip(ids, mask, strict=True)]
 
@@ -201,8 +199,8 @@ def fails(message: str, rows: list[Any], folder: Path, template: str = CHATML) -
 
 def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     good = {"messages": TALKS[0]}
-    with pytest.raises(UserError, match=r"needs a chat template, and the tokenizer of .* has none"):
-        load(tmp_path / "missing.jsonl", tokenizer_with(None))  # found before anything is read
+    missing = tmp_path / "missing.jsonl"  # the error comes before anything is read
+    refuses("needs a chat template, and the tokenizer of .* has none", load, missing, tokenizer_with(None))
     fails(r"template of .* has no \{% generation %\}, and its first 3 of 4", [good], tmp_path, COUNTING)
     fails(r"refuses a conversation of system, user: System role", [{"messages": [
         {"role": "system", "content": "s"}, user("a")]}], tmp_path, GEMMA)  # fmt: skip

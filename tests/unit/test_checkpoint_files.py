@@ -6,8 +6,8 @@ import json
 import os
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -17,7 +17,7 @@ from loraprune_ds.checkpoint import layout, save
 from loraprune_ds.checkpoint.save import drop_old
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import begin_folder, make_once, publish_folder, remove_folder
-from tests.refusals import refused
+from tests.refusals import flip_bit, refused
 
 READS = f"this version of loraprune_ds reads format {layout.FORMAT}"
 
@@ -100,20 +100,14 @@ def test_what_cannot_be_removed_yet_ends_no_run_and_goes_later(tmp_path: Path, m
     assert names(tmp_path) == ["step-8"]
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[0] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("damage", "name", "word"),
     [
-        (flip, "b", "damaged"),
+        (flip_bit, "b", "damaged"),
         (lambda path: path.write_bytes(path.read_bytes() + b"0"), "b", "damaged"),
         (Path.unlink, "b", "missing"),
         (Path.unlink, layout.MANIFEST, "missing"),
-        (flip, layout.MANIFEST, "damaged"),
+        (partial(flip_bit, at=0), layout.MANIFEST, "damaged"),
         (lambda path: path.write_text('{"files": {"a": 3}}'), layout.MANIFEST, "damaged"),
     ],
 )
@@ -237,10 +231,7 @@ def fill(folder: Path) -> None:
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    def flock(*_: Any) -> None:
-        raise OSError(code, "no lock")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(code, "no lock")))
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])

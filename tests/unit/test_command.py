@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,18 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.command import (
-    LAUNCHED,
-    adopt_srun_ranks,
-    check_local_rank,
-    check_needs,
-    check_ranks,
-    collective_timeout,
-    gloo_interface,
-    launcher_command,
-    srun_ranks,
-    tell,
-)
+from loraprune_ds import command
+from loraprune_ds.command import LAUNCHED, check_needs, check_ranks, collective_timeout, launcher_command, srun_ranks
 from loraprune_ds.errors import RankError, UserError
 from tests.integration.launching import ROOT, run_to_end
 from tests.ranks import RankPool
@@ -67,7 +58,7 @@ def test_what_a_rank_met_alone_it_tells_itself(
 ) -> None:
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr("loraprune_ds.command.GRACE", 0.0)
-    tell(error, agreed=agreed)
+    command.tell(error, agreed=agreed)
     assert capfd.readouterr().err == line
 
 
@@ -100,9 +91,9 @@ def test_a_wrong_timeout_is_one_line(given: str) -> None:
 
 def test_the_launcher_chooses_the_gpus_unless_a_number_is_given() -> None:
     assert "--num_accelerators" not in launcher_command("some.module", None, {"CUDA_VISIBLE_DEVICES": "2,3"})
-    command = launcher_command("some.module", 3, {})
-    assert command[command.index("--num_accelerators") + 1] == "3"
-    assert command[-2:] == ["--module", "some.module"]
+    words = launcher_command("some.module", 3, {})
+    assert words[words.index("--num_accelerators") + 1] == "3"
+    assert words[-2:] == ["--module", "some.module"]
     both = refused(launcher_command, "some.module", 2, {"CUDA_VISIBLE_DEVICES": "2,3"})
     assert both.startswith("--ranks and CUDA_VISIBLE_DEVICES=2,3 both choose the GPUs")
 
@@ -160,8 +151,8 @@ def test_gloo_takes_the_interface_that_nccl_is_told_to(tmp_path: Path, nccl: str
     for name in ("eth0", "eth1", "ib0", "lo"):
         (tmp_path / name).mkdir()
     wanted = {} if gloo is None else {"GLOO_SOCKET_IFNAME": gloo}
-    assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl}, tmp_path) == wanted
-    assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": "eth0"}, tmp_path) == {}
+    assert command.gloo_interface({"NCCL_SOCKET_IFNAME": nccl}, tmp_path) == wanted
+    assert command.gloo_interface({"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": "eth0"}, tmp_path) == {}
 
 
 def test_a_start_looks_for_its_device_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +164,7 @@ def test_a_start_looks_for_its_device_before_it_meets_the_others(monkeypatch: py
     for name, value in RANK_1_OF_2.items():
         monkeypatch.setenv(name, value)
     refuses(r"^rank 1 has LOCAL_RANK 1 and sees 1 accelerator; .*--gpu-bind=none, not", engine.start_ranks)
-    check_local_rank(RANK_1_OF_2, devices=2)
+    command.check_local_rank(RANK_1_OF_2, devices=2)
 
 
 def start_alone(rank: int, world_size: int, folder: Path) -> None:
@@ -194,11 +185,8 @@ def describe_groups() -> tuple[list[timedelta], str | None]:
 
 
 def test_the_timeout_reaches_all_process_groups() -> None:
-    pool = RankPool(setup=start_alone)
-    try:
+    with closing(RankPool(setup=start_alone)) as pool:
         assert pool.run(1, describe_groups) == [([timedelta(minutes=77)] * 2, "lo")]
-    finally:
-        pool.close()
 
 
 # Ranks that srun starts without a launcher
@@ -235,5 +223,5 @@ def test_a_launcher_below_srun_chooses_the_ranks(monkeypatch: pytest.MonkeyPatch
     for name, value in (TASK | {"RANK": "0"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    adopt_srun_ranks()
+    command.adopt_srun_ranks()
     assert (os.environ["RANK"], os.environ.get("WORLD_SIZE")) == ("0", None)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -53,21 +54,14 @@ def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name:
 
 
 def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    original = compensate.tf32_for_halves
-
-    def asking(dtype: torch.dtype, device: torch.device) -> Any:
-        asked.append((dtype, device.type))
-        return original(dtype, device)
-
-    monkeypatch.setattr(compensate, "tf32_for_halves", asking)
+    monkeypatch.setattr(compensate, "tf32_for_halves", asked := Mock(wraps=compensate.tf32_for_halves))
     monkeypatch.setattr(taps, "lora_linear", lambda layer, linear: nn.Identity())
     shape = make_shape([(1, 4)])
     model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, reduce_to=lambda owner, part: part)
     moments = InputMoments(model, [0], decay=0.0)
     with moments.record_forward(None):
         moments._record(shape.input_linear_ids()[0], torch.randn(1, 5, 4).bfloat16())
-    assert asked == [(torch.bfloat16, "cpu")]
+    asked.assert_called_once_with(torch.bfloat16, torch.device("cpu"))
 
 
 def test_tokens_are_counted_by_a_layer_that_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,12 +102,7 @@ def test_peak_operations_of_known_cards(name: str, teraflops: int | None) -> Non
 
 
 def test_a_block_is_pinned_only_when_a_smaller_one_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    pinned: list[int] = []
-
-    def pin_memory(tensor: Tensor) -> Tensor:
-        pinned.append(tensor.nbytes)
-        return tensor.clone()
-
+    pin_memory = Mock(wraps=torch.clone)
     monkeypatch.setattr(params, "accelerator", lambda: SimpleNamespace(pin_memory=pin_memory))
     shard = torch.arange(100, dtype=torch.bfloat16)  # 200 bytes: a block of 256
     shards: list[Tensor] = []
@@ -122,17 +111,13 @@ def test_a_block_is_pinned_only_when_a_smaller_one_is_enough(monkeypatch: pytest
         shard = into_pinned(shard, cut)
         assert torch.equal(shard, cut)
         shards.append(shard)  # so that no block is free again
-    assert pinned == [64 * 2, 32 * 2]  # blocks of 128 and of 64
+    assert [call.args[0].nbytes for call in pin_memory.call_args_list] == [64 * 2, 32 * 2]  # blocks of 128 and of 64
     assert len({shard.untyped_storage().data_ptr() for shard in shards}) == 3
 
 
 def test_buffers_go_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """The frequencies of a rotary embedding would be copied from the host in each pass."""
-
-    class FakeInit(nullcontext[None]):
-        local_device = torch.device("meta")
-
-    monkeypatch.setattr(params, "Init", lambda **settings: FakeInit())
+    monkeypatch.setattr(params, "Init", MagicMock(return_value=MagicMock(local_device=torch.device("meta"))))
     model = nn.Sequential(nn.Identity())
     model[0].register_buffer("inv_freq", torch.ones(4), persistent=False)
     model[0].register_buffer("none", None)

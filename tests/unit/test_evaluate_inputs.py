@@ -4,21 +4,14 @@ import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY, Mock
 
 import datasets
 import pytest
 
 from loraprune_ds.cli.evaluate import read_evaluation_text
-from loraprune_ds.errors import UserError
-from loraprune_ds.evaluate import tasks
-from loraprune_ds.evaluate.settings import (
-    EvaluationSettings,
-    PerplexityProtocol,
-    SpeedSettings,
-    TaskSettings,
-    load_dataset_text,
-    read_text,
-)
+from loraprune_ds.evaluate import settings, tasks
+from loraprune_ds.evaluate.settings import EvaluationSettings, PerplexityProtocol, TaskSettings
 from loraprune_ds.evaluate.tasks import PAPER_TASKS, check_tasks, mean_metric
 from tests.refusals import refused, refuses
 
@@ -32,7 +25,7 @@ needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, 
 def test_a_file_is_one_text_whatever_its_line_ends(tmp_path: Path) -> None:
     (tmp_path / "unix.txt").write_bytes("one\n\ntwo é\n".encode())
     (tmp_path / "windows.raw").write_bytes(b"\xef\xbb\xbf" + "one\r\n\r\ntwo é\r\n".encode())
-    unix, windows = read_text(tmp_path / "unix.txt"), read_text(tmp_path / "windows.raw")
+    unix, windows = settings.read_text(tmp_path / "unix.txt"), settings.read_text(tmp_path / "windows.raw")
     assert unix.text == windows.text == "one\n\ntwo é\n"
     assert unix.sha256 == windows.sha256
     assert (unix.name, unix.split) == ("unix.txt", None)
@@ -50,7 +43,7 @@ def test_a_file_is_one_text_whatever_its_line_ends(tmp_path: Path) -> None:
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    assert refused(read_text, tmp_path / name) == f"--text: {tmp_path / name} {message}"
+    assert refused(settings.read_text, tmp_path / name) == f"--text: {tmp_path / name} {message}"
 
 
 @pytest.mark.parametrize(
@@ -75,25 +68,17 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str, message: s
 def test_a_data_set_is_joined_to_its_raw_file(
     name: str, column: str, rows: list[str], text: str, asked: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[Any] = []
-
-    def load_dataset(path: str, config: str | None, *, revision: str | None, split: str) -> Any:
-        calls.append((path, config, split))
-        return {column: rows}
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = load_dataset_text(name, "validation")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset := Mock(return_value={column: rows}))
+    found = settings.load_dataset_text(name, "validation")
     assert (found.text, found.name, found.split) == (text, name, "validation")
-    assert calls == [asked]
+    load_dataset.assert_called_once_with(*asked[:2], revision=ANY, split=asked[2])
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise ConnectionError("Couldn't reach the Hub\n(offline)")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match=r"^--dataset wikitext2: .*--text FILE.*Couldn't reach the Hub \(offline\)$"):
-        load_dataset_text("wikitext2", "test")
+    offline = ConnectionError("Couldn't reach the Hub\n(offline)")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=offline))
+    line = r"^--dataset wikitext2: .*--text FILE.*Couldn't reach the Hub \(offline\)$"
+    refuses(line, settings.load_dataset_text, "wikitext2", "test")
 
 
 @pytest.mark.parametrize("option", ["split", "max_windows"])
@@ -117,10 +102,9 @@ def test_tasks_of_the_paper_and_local_ones_are_found(tmp_path: Path) -> None:
     check_tasks(TaskSettings(("paper", "boolq")))
     check_tasks(TaskSettings(("my_own",), include_path=tmp_path))
     check_tasks(TaskSettings((str(tmp_path / "mine.yaml"),)))
-    with pytest.raises(UserError, match=r"--include-path: .*nowhere is not a folder"):
-        check_tasks(TaskSettings(("my_own",), include_path=tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"^--tasks: lm-eval knows no task helaswag; did you mean hellaswag"):
-        check_tasks(TaskSettings(("piqa", "helaswag")))
+    nowhere, misspelt = TaskSettings(("my_own",), include_path=tmp_path / "nowhere"), TaskSettings(("piqa", "helaswag"))
+    refuses("--include-path: .*nowhere is not a folder", check_tasks, nowhere)
+    refuses("^--tasks: lm-eval knows no task helaswag; did you mean hellaswag", check_tasks, misspelt)
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +126,7 @@ def test_mean_metric_is_over_the_tasks_that_have_one() -> None:
     [
         (lambda: PerplexityProtocol(window=1), "--window must be at least 2 tokens; got 1"),
         (lambda: PerplexityProtocol(max_windows=0), "--max-windows must be at least 1; got 0"),
-        (lambda: SpeedSettings(generated=0), "--generated must be at least 1; got 0"),
+        (lambda: settings.SpeedSettings(generated=0), "--generated must be at least 1; got 0"),
         (lambda: TaskSettings(("piqa",), fewshot=-1), "--num-fewshot must be at least 0; got -1"),
         (lambda: EvaluationSettings(PerplexityProtocol(), batch_size=0), "--batch-size must be at least 1; got 0"),
         (

@@ -150,8 +150,7 @@ def test_answers_have_rows_and_a_line_about_drafts() -> None:
 
 def test_measurements_that_were_not_made_have_no_row() -> None:
     bare = replace(PRUNED, perplexity=None, tasks=None, speed=None, removed_fraction=None)
-    settings = EvaluationSettings(PerplexityProtocol())
-    table = result_table(make_result([bare], settings, 1, {}))
+    table = result_table(make_result([bare], EvaluationSettings(PerplexityProtocol()), 1, {}))
     assert all(word not in table for word in ("perplexity", "tokens/s", "removed"))
     assert rows(table)["parameters"] == ["99,125,568"]
 

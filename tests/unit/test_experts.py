@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,8 @@ def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: 
     whole = stock.get_parameter(f"model.layers.1.{stack}_proj").detach().flatten()
     for world_size in (1, 2, 3, 7, 64):
         step = -(-len(whole) // world_size)
-        parts = [
-            pretrained.weights.read_flat(name, min(s, len(whole)), min(s + step, len(whole)), torch.float32)
-            for s in range(0, world_size * step, step)
-        ]
+        bounds = [min(rank * step, len(whole)) for rank in range(world_size + 1)]
+        parts = [pretrained.weights.read_flat(name, a, b, torch.float32) for a, b in pairwise(bounds)]
         assert torch.equal(torch.cat(parts), whole)
 
 
@@ -246,8 +245,7 @@ def test_an_adapter_without_lora_on_experts_is_refused(tmp_path: Path) -> None:
 def test_published_mixtures_have_the_parameters_that_are_published(name: str) -> None:
     source, billions, active = MIXTURES[name]
     shape = shape_from_config(source, name)
-    total = shape.total_numel()
-    assert total / 1e9 == pytest.approx(billions, rel=0.003)
+    assert shape.total_numel() / 1e9 == pytest.approx(billions, rel=0.003)
     others = {name: n for name, n in shape.parameters().items() if ".layers." not in name or len(n) < 2}
     routers = shape.hidden_size * sum(layer["experts"] for layer in shape.layers)
     met = active_numel(shape) + routers + sum(math.prod(size) for size in others.values())
@@ -256,5 +254,5 @@ def test_published_mixtures_have_the_parameters_that_are_published(name: str) ->
 
 def test_servers_divide_the_channels_of_an_expert() -> None:
     shape = dense("mixtral").shape  # 8 channels, 5 heads
-    with pytest.raises(UserError, match=r"prune\.tensor_parallel 5 does not divide the 8 channels of an expert"):
-        make_limits(PruneConfig(tensor_parallel=5, protected_first=0, protected_last=0), shape)
+    config = PruneConfig(tensor_parallel=5, protected_first=0, protected_last=0)
+    refuses(r"prune\.tensor_parallel 5 does not divide the 8 channels of an expert", make_limits, config, shape)

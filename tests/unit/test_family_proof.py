@@ -20,25 +20,9 @@ from loraprune_ds.model.family_row import Family, Kind
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.weight_files import read_headers
+from tests import family_cuts
 from tests.families import EQUAL, SIZES, TINY, heads_divide_hidden, tiny_model
-from tests.family_cuts import (
-    FEW,
-    MANY,
-    PROMPT,
-    WIDE_NORMS,
-    Export,
-    Network,
-    cut_and_export,
-    dense,
-    difference,
-    draw,
-    export,
-    find_router,
-    load,
-    logits,
-    reopened,
-    with_lora,
-)
+from tests.family_cuts import FEW, MANY, PROMPT, Network, dense, difference, draw, export, load, logits, reopened
 
 TOLERANCE = 1e-5
 MATTERS = 0.1  # a smaller difference would not show that a group is gone
@@ -55,7 +39,7 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
         for _, linear in network.shape.input_linear_ids([i]):
             module: Any = layer.get_submodule(linear.name)
             if linear.is_stack:
-                mask_router(find_router(layer), keep[i]["experts"])
+                mask_router(family_cuts.find_router(layer), keep[i]["experts"])
                 continue
             factors = stays(network.shape, i, keep[i], linear.kind, module.in_features)
             module.register_forward_pre_hook(times_input(factors))
@@ -116,7 +100,7 @@ def assert_masked_equals_cut(family: str, network: Network, masked: Network, cou
     masked.model.double()
     keep, before = draw(network.shape, *counts), network.logits()
     mask(masked, keep)
-    if family in WIDE_NORMS:
+    if family in family_cuts.WIDE_NORMS:
         mask_before_wide_norms(masked, keep)
     network.cut(keep)
     assert difference(network.logits(), masked.logits()) < TOLERANCE
@@ -219,7 +203,7 @@ def test_skipped_layers_equal_dropped_ones_and_a_stock_export(family: str, tmp_p
     before = logits(skipped)
     for i in DROPPED:
         skipped.model.layers[i].forward = lambda hidden, *args, **settings: hidden
-    made = cut_and_export(deep(family), tmp_path / family, *[FEW] * DEPTH, dropped=DROPPED)
+    made = family_cuts.cut_and_export(deep(family), tmp_path / family, *[FEW] * DEPTH, dropped=DROPPED)
     assert difference(made.logits, logits(skipped)) < TOLERANCE
     assert difference(made.logits, before) > MATTERS
     assert sum(p.numel() for p in made.model.parameters()) == made.shape.total_numel()
@@ -235,7 +219,7 @@ def test_skipped_layers_equal_dropped_ones_and_a_stock_export(family: str, tmp_p
 UNCAPPED = [name for name, family in FAMILIES.items() if family.eager_only is None]
 
 
-def assert_sdpa_is_causal(made: Export) -> None:
+def assert_sdpa_is_causal(made: family_cuts.Export) -> None:
     """Switches a loaded model to another implementation. A token must not see later ones."""
     model = load(made.folder, trust_remote_code=True)
     model.set_attn_implementation("sdpa")
@@ -263,12 +247,12 @@ def test_export_of_layers_that_differ(family: str, tmp_path: Path) -> None:
     check_a_next_run(family, made)
 
 
-def check_a_next_run(family: str, made: Export) -> None:
+def check_a_next_run(family: str, made: family_cuts.Export) -> None:
     """Opens an export, and cuts it again."""
     pretrained = open_pretrained(made.folder)
     assert pretrained.shape == replace(made.shape, model_type=made.exported.config["model_type"])
     assert difference(logits(reopened(pretrained)), made.logits) < TOLERANCE
-    again, masked = (with_lora(reopened(pretrained), pretrained.config, family) for _ in range(2))
+    again, masked = (family_cuts.with_lora(reopened(pretrained), pretrained.config, family) for _ in range(2))
     assert_masked_equals_cut(family, again, masked, [NARROW, FEW])
 
 
@@ -276,7 +260,7 @@ def check_a_next_run(family: str, made: Export) -> None:
 def test_small_modules_with_slices_of_the_source_are_the_live_cut(family: str, tmp_path: Path) -> None:
     tiny_model(family).save_pretrained(tmp_path)
     source = open_pretrained(tmp_path)
-    live = with_lora(reopened(source), source.config, family)
+    live = family_cuts.with_lora(reopened(source), source.config, family)
     keep = draw(source.shape, FEW, MANY)
     live.cut(keep)
     with live.model.disable_adapter():

@@ -13,8 +13,6 @@ from loraprune_ds.zero.cut import reshard
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range, partition_numel
 from tests.zero_bytes import elements_sent
 
-NAN = float("nan")
-
 
 @dataclass(frozen=True)
 class Case:
@@ -25,7 +23,7 @@ class Case:
     def shards(self) -> list[Tensor]:
         """Returns each rank's shard. All have equal lengths, and the padding is poisoned."""
         size = partition_numel(self.unpruned.numel(), self.world_size)
-        padding = self.unpruned.new_full((size * self.world_size - self.unpruned.numel(),), NAN)
+        padding = self.unpruned.new_full((size * self.world_size - self.unpruned.numel(),), math.nan)
         return list(torch.cat([self.unpruned.reshape(-1), padding]).split(size))
 
     def plans(self) -> list[ReshardPlan]:
@@ -49,10 +47,8 @@ def random_case(draw: random.Random) -> Case:
 def exchange(case: Case, plans: list[ReshardPlan]) -> list[Tensor]:
     """Returns the new shards, as an all-to-all would deliver them."""
     empty = case.unpruned.reshape(-1)[:0]
-    outgoing = [
-        dict(zip(plan.send, plan.take(shard).split(list(plan.send.values())), strict=True))
-        for plan, shard in zip(plans, case.shards(), strict=True)
-    ]
+    taken = (plan.take(x).split(list(plan.send.values())) for plan, x in zip(plans, case.shards(), strict=True))
+    outgoing = [dict(zip(plan.send, parts, strict=True)) for plan, parts in zip(plans, taken, strict=True)]
     return [torch.cat([parts.get(rank, empty) for parts in outgoing]) for rank in range(case.world_size)]
 
 

@@ -4,26 +4,17 @@ import math
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.model import frozen
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.frozen import (
-    BLOCK,
-    SCALE,
-    UNSTACKED,
-    WEIGHT,
-    FrozenLinear,
-    Int8,
-    Int8Linear,
-    dequantise,
-    storage_format,
-)
+from loraprune_ds.model.frozen import BLOCK, SCALE, UNSTACKED, WEIGHT, FrozenLinear, Int8, Int8Linear
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan
@@ -91,17 +82,13 @@ def test_each_expert_has_separate_blocks(form: Int8, shape: tuple[int, int]) -> 
 def test_every_rank_reads_its_own_part(
     form: Int8, shape: tuple[int, int], world_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraprune_ds.model.frozen.READ_CHUNK", 3 * shape[1])
+    monkeypatch.setattr(frozen, "READ_CHUNK", 3 * shape[1])
     weight = weight_of(shape)
     whole = form.split(weight, torch.bfloat16)
-
-    def read(start: int, end: int) -> Tensor:
-        return weight.reshape(-1)[start:end].clone()
-
     for name, expected in whole.items():
         for rank in range(world_size):
             start, end = owned_range(expected.numel(), world_size, rank)
-            found = form.read(name, shape, start, end, read, torch.bfloat16)
+            found = form.read(name, shape, start, end, lambda a, b: weight.reshape(-1)[a:b].clone(), torch.bfloat16)
             assert torch.equal(found, expected.reshape(-1)[start:end])
 
 
@@ -166,9 +153,9 @@ def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
     model = tiny_model("qwen3_moe", seed=1)
     model.get_parameter("model.layers.1.mlp.experts.down_proj").data[7, 3, 2] = math.nan
     model.save_pretrained(tmp_path)
-    expert = "model.layers.1.mlp.experts.7.down_proj.weight"
-    with pytest.raises(UserError, match=f"{tmp_path}/model.safetensors: {expert} has an inf or NaN"):
-        open_int8(tmp_path).weights.read_full("model.layers.1.mlp.experts.down.weight", torch.bfloat16)
+    line = f"{tmp_path}/model.safetensors: model.layers.1.mlp.experts.7.down_proj.weight has an inf or NaN"
+    stack = "model.layers.1.mlp.experts.down.weight"
+    refuses(line, open_int8(tmp_path).weights.read_full, stack, torch.bfloat16)
 
 
 @forms
@@ -187,7 +174,7 @@ def test_a_linear_computes_with_the_weight_that_it_stands_for(form: Int8, bias: 
     for output in outputs:
         output.square().sum().backward()
     assert torch.equal(*(cast(Tensor, given.grad) for given in inputs))
-    assert storage_format(linear) == form
+    assert frozen.storage_format(linear) == form
 
 
 @pytest.mark.parametrize(("transposed", "axis"), [(False, 0), (False, 1), (True, 0), (True, 1)])
@@ -200,18 +187,12 @@ def test_one_expert_at_a_time(transposed: bool, axis: Literal[0, 1], monkeypatch
     stack = ExpertStack(torch.zeros(experts, *shape), transposed)
     stack.store_as(form, torch.empty(0))
     stack.weight.data, stack.weight_scale.data = held[WEIGHT], held[SCALE]  # type: ignore[assignment]
-    made: list[tuple[int, ...]] = []
-
-    def seen(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
-        made.append(tuple(weight.shape))
-        return dequantise(weight, scale, axis)
-
-    monkeypatch.setattr("loraprune_ds.model.frozen.dequantise", seen)
+    monkeypatch.setattr(frozen, "dequantise", dequantise := Mock(wraps=frozen.dequantise))
     x = torch.randn(sum(counts), inputs, generator=torch.Generator().manual_seed(1)).requires_grad_()
     found, expected = (of(x, counts) for of in (stack, ExpertStack(whole, transposed)))
     assert torch.equal(found, expected)
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
-    assert made == [shape] * 6
+    assert [call.args[0].shape for call in dequantise.call_args_list] == [shape] * 6
 
 
 @pytest.mark.parametrize("family", ["phi3", "mixtral", "deepseek_v3", "gpt_oss"])

@@ -1,7 +1,6 @@
 """The callback's checkpoints, its view of a foreign training, and the update, until it lets go."""
 
 import json
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -146,8 +145,7 @@ def test_forward_passes_that_train_are_recorded_with_their_padding() -> None:
     assert padded is not None
     assert torch.equal(padded, PADDED.bool())
     assert whole is None
-    assert watched.watch.take_tokens() == 6 + 8
-    assert watched.watch.take_tokens() == 0
+    assert [watched.watch.take_tokens() for _ in range(2)] == [6 + 8, 0]
 
 
 def test_references_evaluations_and_passes_between_steps_are_not_recorded() -> None:
@@ -183,7 +181,7 @@ def test_an_update_comes_after_the_scores_and_alone_when_pruning_has_let_go() ->
 
 def attach(
     monkeypatch: pytest.MonkeyPatch, *, overflow: bool = False, tokens: float = 5.0
-) -> tuple[Pruning, Mock, Callable[[], None]]:
+) -> tuple[Pruning, Mock, Any]:
     """Returns a `Pruning` over stand-ins, their parts, and what it does right before an update."""
     overflowed, taken = torch.tensor(float("inf") if overflow else 1.0), torch.tensor(tokens)
     watch, update, pruner = Mock(active=False, take_tokens=lambda: taken), Mock(), Mock(schedule=Mock(last_cut=0))

@@ -76,9 +76,8 @@ def test_a_t5_passes_once_each_layer_has_its_bias(caplog: pytest.LogCaptureFixtu
     noisy: Any = tiny_model("umt5", dropout_rate=0.1)
     noisy = adapted(noisy, target_modules=linear_names(noisy))
     check(noisy)
-    assert caplog.messages == [
-        "dropout_rate=0.1 of the model makes scores depend on chance and on the ranks; set it to 0"
-    ]
+    (line,) = caplog.messages
+    assert line == "dropout_rate=0.1 of the model makes scores depend on chance and on the ranks; set it to 0"
     refuses("umt5 overflow float16", check, noisy.half())
 
 
@@ -178,15 +177,13 @@ def test_a_deepspeed_config_may_have_an_optimizer_but_no_quantised_weights() -> 
 # All of it is asked before the first step
 
 
-def refused_start(
-    monkeypatch: pytest.MonkeyPatch, model: Any, inner: Any, callback: Any = None, step: int = 0, **args: Any
-) -> str:
+def refusal(patch: pytest.MonkeyPatch, model: Any, inner: Any, callback: Any = None, step: int = 0, **args: Any) -> str:
     """Begins a training as a Trainer does, over a stand-in for ZeRO-3's optimizer. Returns the refusal."""
     state, zero = TrainerState(global_step=step, max_steps=10), SimpleNamespace(optimizer=inner, dp_process_group="g")
     given = cast(Any, SimpleNamespace(output_dir="unused", report_to=[], **args))
     begin = (callback or LoraPruneCallback(PruneConfig())).on_train_begin
     for module in ("callback", "pruning"):
-        monkeypatch.setattr(f"loraprune_ds.hf.{module}.find_zero_optimizer", lambda zero: zero)
+        patch.setattr(f"loraprune_ds.hf.{module}.find_zero_optimizer", lambda zero: zero)
     return refused(begin, given, state, CONTROL, model=model, optimizer=zero)
 
 
@@ -195,16 +192,16 @@ def test_a_training_begins_with_all_checks(monkeypatch: pytest.MonkeyPatch) -> N
     nvme = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
     weights = [torch.nn.Parameter(torch.zeros(1))]
     adam = torch.optim.AdamW(weights)
-    assert "load_best_model_at_end=True" in refused_start(monkeypatch, adapted(), adam, load_best_model_at_end=True)
-    assert "weights on NVMe" in refused_start(monkeypatch, adapted(), adam, deepspeed_plugin=nvme)
-    assert "layer 0 self_attn.q_proj has no LoRA" in refused_start(monkeypatch, adapted(target_modules=ALL[1:]), adam)
-    assert "the optimizer state of SGD" in refused_start(monkeypatch, adapted(), torch.optim.SGD(weights))
+    assert "load_best_model_at_end=True" in refusal(monkeypatch, adapted(), adam, load_best_model_at_end=True)
+    assert "weights on NVMe" in refusal(monkeypatch, adapted(), adam, deepspeed_plugin=nvme)
+    assert "layer 0 self_attn.q_proj has no LoRA" in refusal(monkeypatch, adapted(target_modules=ALL[1:]), adam)
+    assert "the optimizer state of SGD" in refusal(monkeypatch, adapted(), torch.optim.SGD(weights))
     monkeypatch.setattr("loraprune_ds.zero.external_engine.dist.get_world_size", lambda group=None: 2 if group else 4)
-    assert "ZeRO-3 shards over 2 of 4 ranks" in refused_start(monkeypatch, adapted(), adam)
+    assert "ZeRO-3 shards over 2 of 4 ranks" in refusal(monkeypatch, adapted(), adam)
 
 
 def test_a_resume_needs_the_callback_s_own_and_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = refused_start(monkeypatch, torch.nn.Linear(1, 1), None, step=3)
+    line = refusal(monkeypatch, torch.nn.Linear(1, 1), None, step=3)
     assert line.startswith("training goes on at step 3, but pruning does not: ")
     saved: Any = SimpleNamespace(step=3, steps=20, seed=1)
     for given, expected in (
@@ -213,7 +210,7 @@ def test_a_resume_needs_the_callback_s_own_and_the_same_schedule(monkeypatch: py
     ):
         callback = LoraPruneCallback(PruneConfig(), **given)
         callback._checkpoint = PruningCheckpoint(Path(), saved, cast(Any, None))
-        assert refused_start(monkeypatch, adapted(), None, callback, step=3) == expected
+        assert refusal(monkeypatch, adapted(), None, callback, step=3) == expected
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,7 @@ class Ended:
     requeued: str | None  # as what
 
 
-def submit(
-    folder: Path, script: str, *arguments: str, ranks: str = "true", shown: str = RUNNING, **variables: str
-) -> Ended:
+def submit(folder: Path, script: str, *arguments: str, ranks: str = "true", shown: str = RUNNING, **more: str) -> Ended:
     """Runs a script with a fake `srun`, whose ranks run the bash code `ranks`, and a `scontrol` that prints `shown`."""
     bin, started, requeued = folder / "bin", folder / "started", folder / "requeued"
     bin.mkdir()
@@ -58,7 +56,7 @@ def submit(
     site = {"LORAPRUNE_ROOT": str(ROOT), "LORAPRUNE_SITE": str(folder / "site.sh")}
     command = ["bash", str(ROOT / "slurm" / script), *arguments]
     streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = os.environ | slurm | site | variables
+    environment = os.environ | slurm | site | more
     ended = subprocess.run(command, cwd=folder, env=environment, timeout=60, **streams)
     last = shlex.split(started.read_text().splitlines()[-1]) if started.exists() else []
     return Ended(ended.returncode, ended.stdout, last, requeued.read_text().strip() if requeued.exists() else None)

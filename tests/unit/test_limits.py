@@ -114,10 +114,7 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
             step = len(limits.open_layers) * limits.multiples["channels"] * shape.group_numel("channels") / 2
         else:
             keep = rank_global(scores, shape, limits, most)
-            step = max(
-                config.tensor_parallel * shape.group_numel("heads"),
-                limits.multiples["channels"] * shape.group_numel("channels"),
-            )
+            step = max(multiple * shape.group_numel(kind) for kind, multiple in limits.multiples.items())
         # The stated ratio has four digits, rounded down.
         short = most * shape.linear_numel() - gone(shape.after(keep), shape)
         assert short <= step + 1e-9, (config, shape)

@@ -23,7 +23,7 @@ WEIGHTS = "; the weights of layer 2 are not finite"
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "bad_layers", "losses", "expected"),
+    ("dtypes", "bad", "losses", "expected"),
     [
         (ALL, [None, None, None], FINE, "update"),
         (["float16"], [0, None, None], FINE, "skip"),
@@ -35,13 +35,11 @@ WEIGHTS = "; the weights of layer 2 are not finite"
         (ALL, [0, 5, 2], [1.0, math.inf, math.inf], LOSS.format("inf", WEIGHTS)),
     ],
 )
-def test_what_a_step_comes_to(
-    dtypes: Iterable[Dtype], bad_layers: list[int | None], losses: list[float], expected: str
-) -> None:
+def test_how_a_step_ends(dtypes: Iterable[Dtype], bad: list[int | None], losses: list[float], expected: str) -> None:
     for dtype in dtypes:
         stops = pytest.raises(RunError, match=expected) if expected.startswith("^") else nullcontext()
         with stops:
-            assert decide(bad_layers, losses, dtype=dtype, step=3) == expected
+            assert decide(bad, losses, dtype=dtype, step=3) == expected
 
 
 def test_first_nonfinite() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from loraprune_ds.errors import UserError
 from loraprune_ds.report.records import EvaluationRecord, MetricsLog, Record, history_from, read_metrics
 from loraprune_ds.report.reporters import TensorBoardLog
 from loraprune_ds.train import recorder
@@ -71,8 +70,7 @@ def test_what_follows_the_checkpoint_may_be_damaged(tmp_path: Path) -> None:
     """A crash of the machine left zeros behind the lines that the checkpoint of step 6 had flushed."""
     path = written(tmp_path / "metrics.jsonl", in_order())
     first_later = next(i for i, line in enumerate(read_metrics(path)) if line["step"] > 6)
-    lines = path.read_text().splitlines()[:first_later]
-    path.write_text("\n".join([*lines, "\0" * 40, ""]))
+    path.write_text("\n".join([*path.read_text().splitlines()[:first_later], "\0" * 40, ""]))
     assert len(read_metrics(path, 6)) == first_later
     refuses(f"line {first_later + 1} is not valid JSON", read_metrics, path, 7)
     log = MetricsLog(path)
@@ -93,9 +91,7 @@ def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
 def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     path = written(tmp_path / "metrics.jsonl", [step_record(1)])
     path.write_text(path.read_text() + damage + "\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is ") as error:
-        read_metrics(path)
-    assert "\n" not in str(error.value)
+    refuses(r"metrics\.jsonl line 2 is ", read_metrics, path)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +127,8 @@ def test_tensorboard_of_a_gpu_and_of_many_ranks(tmp_path: Path) -> None:
     record = replace(step_record(1), weight_bytes=values, resident_bytes=values[:8], reserved_bytes=[7, 8], mfu=0.25)
     fill(TensorBoardLog(tmp_path), [record])
     found = {tag: value for tag, ((_, value),) in scalars_of(tmp_path).items()}
-    assert {tag: value for tag, value in found.items() if tag.startswith("weight_bytes/")} == {
-        "weight_bytes/min": 992,
-        "weight_bytes/max": 1000,
-    }
+    spread = {tag: value for tag, value in found.items() if tag.startswith("weight_bytes/")}
+    assert spread == {"weight_bytes/min": 992, "weight_bytes/max": 1000}
     assert [found[f"resident_bytes/rank_{rank}"] for rank in range(8)] == values[:8]
     assert (found["reserved_bytes/rank_0"], found["reserved_bytes/rank_1"], found["speed/mfu"]) == (7, 8, 0.25)
     assert found["speed/tokens_per_second_per_rank"] == pytest.approx(4096 / 9)

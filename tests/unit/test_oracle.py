@@ -63,13 +63,8 @@ def planted_layer() -> dict[str, formula.LoraLinear]:
     query = torch.tensor([1.0, -2.0, 3.0, 4.0]).repeat_interleave(3)  # per query head
     group = torch.tensor([1.0, -2.0]).repeat_interleave(3)
     channel = torch.tensor([3.0, 4.0])
-    rows = {
-        "self_attn.q_proj": query,
-        "self_attn.k_proj": 1e3 * group,
-        "self_attn.v_proj": 1e6 * group,
-        "mlp.gate_proj": channel,
-        "mlp.up_proj": -1e3 * channel,
-    }
+    rows = {"self_attn.q_proj": query, "self_attn.k_proj": 1e3 * group, "self_attn.v_proj": 1e6 * group}
+    rows |= {"mlp.gate_proj": channel, "mlp.up_proj": -1e3 * channel}
     columns = {"self_attn.o_proj": 1e9 * query, "mlp.down_proj": 1e6 * channel}
     weights = {name: row[:, None].expand(-1, 5) for name, row in rows.items()}
     weights |= {name: column.expand(5, -1) for name, column in columns.items()}
@@ -104,19 +99,15 @@ def test_moving_average_starts_from_zero() -> None:
 
 
 def test_cubic_target() -> None:
-    def target(step: int) -> float:
-        return formula.cubic_target(step, 100, 0.4, 0.1, 0.1)
-
-    assert [target(step) for step in (0, 1, 10, 90, 95, 100)] == [0, 0, 0, 0.4, 0.4, 0.4]
-    assert target(50) == pytest.approx(0.4 * 7 / 8)
-    assert target(30) == pytest.approx(0.4 * (1 - 0.75**3))
-    assert 0 < target(11) < target(12) < target(89) < 0.4
+    targets = [formula.cubic_target(step, 100, 0.4, 0.1, 0.1) for step in range(101)]
+    assert [targets[step] for step in (0, 1, 10, 90, 95, 100)] == [0, 0, 0, 0.4, 0.4, 0.4]
+    assert targets[50] == pytest.approx(0.4 * 7 / 8)
+    assert targets[30] == pytest.approx(0.4 * (1 - 0.75**3))
+    assert 0 < targets[11] < targets[12] < targets[89] < 0.4
 
 
 def test_keep_best_breaks_ties_by_index() -> None:
     scores = torch.tensor([2.0, 5.0, 2.0, 2.0, 7.0])
     expected = [[4], [1, 4], [0, 1, 4], [0, 1, 2, 4], [0, 1, 2, 3, 4]]
     assert [formula.keep_best(scores, n) for n in (1, 2, 3, 4, 5)] == expected
-    assert formula.cut_gap(scores, 2) == pytest.approx(0.6)
-    assert formula.cut_gap(scores, 3) == 0
-    assert formula.cut_gap(scores, 5) == math.inf
+    assert [formula.cut_gap(scores, n) for n in (2, 3, 5)] == [pytest.approx(0.6), 0, math.inf]

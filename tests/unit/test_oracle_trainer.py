@@ -14,6 +14,7 @@ from tests.oracle import formula
 from tests.oracle.dense_trainer import Batch, DenseTrainer, LayerCut, Settings
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 
+Cuts = dict[int, list[LayerCut]]  # by step
 VOCAB = 101
 FP64 = Settings(lora_alpha=8, dtype=torch.float64)
 FORWARD = 1e-5  # transformers computes norms, softmax and rotary angles in fp32 even in an fp64 model
@@ -120,10 +121,8 @@ def test_clipping_changes_the_update_and_not_the_scores(tiny: Tiny) -> None:
 
 def some_cut(trainer: DenseTrainer) -> list[LayerCut]:
     """Scattered groups, other ones in each layer, as explicit lists."""
-    return [
-        ([h for h in heads if h != i + 1], [c for c in channels if c % 3 != i])
-        for i, (heads, channels) in enumerate(trainer.kept)
-    ]
+    kept = enumerate(trainer.kept)
+    return [([h for h in heads if h != i + 1], [c for c in channels if c % 3 != i]) for i, (heads, channels) in kept]
 
 
 def test_a_cut_equals_masking(tiny: Tiny) -> None:
@@ -188,10 +187,7 @@ def _kept_part(tensor: Tensor, name: str, cut: list[LayerCut], trainer: DenseTra
 def test_counts_keep_the_highest_averages_and_indices_stay_those_of_the_original(tiny: Tiny) -> None:
     trainer = tiny.trainer()
     heads, channels = (len(kept) for kept in trainer.kept[0])
-    cuts: dict[int, list[LayerCut]] = {
-        1: [(heads, channels - 9), (heads - 1, channels - 5)],
-        3: [(1, channels - 15), (1, channels - 15)],
-    }
+    cuts: Cuts = {1: [(heads, channels - 9), (heads - 1, channels - 5)], 3: [(1, channels - 15)] * 2}
     records = trainer.run(tiny.batches, [1e-2] * 4, cuts)
     assert [[(len(h), len(c)) for h, c in record.kept] for record in records] == [cuts[1], cuts[1], cuts[3], cuts[3]]
     for before, after in ((None, records[0]), (records[1], records[2])):
@@ -211,7 +207,7 @@ def test_counts_keep_the_highest_averages_and_indices_stay_those_of_the_original
         close(records[3].averages[i][1][0], 0.9 * old + 0.1 * records[3].scores[i][1][0])
 
     again = tiny.trainer()
-    by_list: dict[int, list[LayerCut]] = {step: [*records[step - 1].kept] for step in cuts}
+    by_list: Cuts = {step: [*records[step - 1].kept] for step in cuts}
     repeated = again.run(tiny.batches, [1e-2] * 4, by_list)
     assert [record.loss for record in repeated] == [record.loss for record in records]
     assert repeated[-1].kept == records[-1].kept

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -197,15 +198,12 @@ def test_a_run_of_another_format_is_refused_as_such(config: RunConfig, name: str
     (folder / "status.json").write_text(json.dumps(status))
     (folder / "config.yaml").write_text("" if name == "config.yaml" else yaml.safe_dump({"seed": 1, "gone": 2}))
 
-    with pytest.raises(
-        layout.CheckpointMismatch, match=f"has format {layout.FORMAT - 1}; this version of loraprune_ds reads format"
-    ):
+    line = f"has format {layout.FORMAT - 1}; this version of loraprune_ds reads format"
+    with pytest.raises(layout.CheckpointMismatch, match=line):
         _ = OutputFolder({"output_dir": config.output_dir}, resume).start
 
 
-def test_a_path_may_lie_in_the_run_or_lead_to_another_for_a_new_folder(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_in_the_run_or_elsewhere(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start looks next to the checkpoint itself, not next to a link to it."""
     other = tmp_path / "other" / "step-3"
     other.mkdir(parents=True)
@@ -326,8 +324,5 @@ def test_a_run_that_went_on_elsewhere_is_not_called_failed(tmp_path: Path, state
 
 
 def test_a_status_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    status = run_status(tmp_path)
+    full, status = Mock(side_effect=OSError(28, "No space left on device")), run_status(tmp_path)
     fail_inside(status, UserError("x"), lambda: monkeypatch.setattr("loraprune_ds.train.context.write_status", full))

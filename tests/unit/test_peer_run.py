@@ -46,10 +46,8 @@ def test_scores_follow_the_formula_of_the_peer(tmp_path: Path, name: str) -> Non
     for (i, linear), parts in seen.items():
         weight, a, b = (tensors[f"layers.{i}.{linear}.{part}"] for part in ("weight", "lora_A", "lora_B"))
         effective, x = weight + 8 / len(a) * b @ a, torch.cat(parts)
-        columns = {
-            "wanda": effective.abs().sum(0) * x.norm(dim=0),
-            "flap": effective.square().sum(0) * x.var(0, correction=0),
-        }[name]
+        wanda, flap = effective.abs().sum(0) * x.norm(dim=0), effective.square().sum(0) * x.var(0, correction=0)
+        columns = {"wanda": wanda, "flap": flap}[name]
         groups = SIZES["num_key_value_heads" if linear == "self_attn.o_proj" else "intermediate_size"]
         expected.append(columns.view(groups, -1).sum(1))
     found = [scores for pair in run.averages[0] for scores in pair]

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import build_for_losses
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import Spoil, edit, refused, remove, truncate, write
+from tests.refusals import Spoil, edit, edit_tensors, refused, remove, truncate, write
 from tests.unit.shapes_and_scores import keep_of
 
 SIZES: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 6, "hidden": 48, "ffn": 37, "layers": 3}
@@ -111,34 +110,23 @@ SINGLE, FIRST, SECOND = "model.safetensors", "model-00001-of-00002.safetensors",
 SURPLUS = ["model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"]
 
 
-def change(edit: Callable[[dict[str, Tensor]], object]) -> Spoil:
-    """Edits the tensors of the weight file."""
-
-    def damage(folder: Path) -> None:
-        tensors = tensors_of(folder)
-        edit(tensors)
-        save(folder, tensors)
-
-    return damage
-
-
 def stored_as(dtype: torch.dtype) -> Spoil:
-    return change(lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].to(dtype)}))
+    return edit_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].to(dtype)}))
 
 
 DAMAGE: list[tuple[Spoil, str]] = [
     *((truncate(SINGLE, left), f"{SINGLE} is damaged: ") for left in (0, 3, 100, -1, -4000)),
     (lambda folder: (folder / SINGLE).write_bytes(random.Random(0).randbytes(5000)), f"{SINGLE} is damaged: "),
-    (change(lambda tensors: tensors.pop(WEIGHT)), f"FOLDER: tensor {WEIGHT} is missing"),
+    (edit_tensors(lambda x: x.pop(WEIGHT)), f"FOLDER: tensor {WEIGHT} is missing"),
     (edit("config.json", attention_bias=True), "FOLDER: tensor model.layers.0.self_attn.q_proj.bias is missing"),
     (
-        change(lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].t().contiguous()})),
+        edit_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].t().contiguous()})),
         f"{SINGLE}: {WEIGHT} has shape [48, 37]; config.json says [37, 48]",
     ),
     (stored_as(torch.int8), f"{SINGLE}: {WEIGHT} is stored as I8;"),
     (stored_as(torch.float8_e4m3fn), f"{SINGLE}: {WEIGHT} is stored as F8_E4M3;"),
     *(
-        (change(lambda tensors, name=name: tensors.update({name: torch.ones(48)})), f"{SINGLE}: {name} has no place in")
+        (edit_tensors(lambda x, name=name: x.update({name: torch.ones(48)})), f"{SINGLE}: {name} has no place in")
         for name in SURPLUS
     ),
     (

@@ -152,10 +152,8 @@ def test_mlflow_writes_a_local_store(tmp_path: Path) -> None:
 
 def test_an_mlflow_server_that_is_not_there_is_told_within_a_minute(tmp_path: Path) -> None:
     began = time.monotonic()
-    with pytest.raises(
-        AssertionError,
-        match=r"RankError: logging\.report_to mlflow: MlflowException: API request to http://127\.0\.0\.1",
-    ):
+    line = r"RankError: logging\.report_to mlflow: MlflowException: API request to http://127\.0\.0\.1"
+    with pytest.raises(AssertionError, match=line):
         report("mlflow", tmp_path / "run", MLFLOW_TRACKING_URI="http://127.0.0.1:1")
     assert time.monotonic() - began < 100  # about 15 s and the import. With MLflow's own retries it is 250
 
@@ -219,11 +217,8 @@ def test_without_an_open_run_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_reporter_that_fails_does_not_end_the_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def log(_: Any) -> None:
-        raise sqlite3.OperationalError("database is locked")
-
     logged: list[Any] = []
-    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(log=log))
+    monkeypatch.setitem(sys.modules, "trackio", fake_trackio("log"))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(log=logged.append))
     write(find_reporters(["trackio", "wandb"], str(tmp_path), None)[1:])  # without the printer of cuts
     assert len(logged) == 2

@@ -28,15 +28,12 @@ START = 0
 TOKENIZER = make_tokenizer(template="$A </s>")  # as a T5's
 STARTS = Starts(target=START)
 PAIRS = [{"source": f"w{i + 1} w{i + 2}", "target": f"w{i + 20}"} for i in range(10)]
-SIZES = ((7, 4), (3, 9), (11, 2))  # of source and target
+SIZES = [7, 4, 3, 9, 11, 2]  # of source and target, in turn
 
 
 def pairs() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (torch.randint(3, 97, (n,), generator=generator), torch.randint(3, 97, (m,), generator=generator))
-        for n, m in SIZES
-    ]
+    texts = torch.randint(3, 97, (sum(SIZES),), generator=torch.Generator().manual_seed(3)).split(SIZES)
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
 def rows_of(pairs: list[tuple[Tensor, Tensor]], width: int) -> tuple[Tensor, Tensor]:
@@ -77,12 +74,8 @@ def load(folder: Path, rows: list[Any], **settings: Any) -> LoadedData:
 
 def first_row(data: LoadedData) -> list[tuple[int, int]]:
     """Returns the tokens of the first sample with their labels."""
-    return list(
-        zip(
-            *(data.samples.columns[name][: data.samples.starts[1]].tolist() for name in ("input_ids", "labels")),
-            strict=True,
-        )
-    )
+    columns, end = data.samples.columns, data.samples.starts[1]
+    return list(zip(columns["input_ids"][:end].tolist(), columns["labels"][:end].tolist(), strict=True))
 
 
 def row(source: str, target: str) -> list[tuple[int, int]]:
@@ -104,15 +97,12 @@ def test_every_format_gives_source_start_and_target(tmp_path: Path, monkeypatch:
     assert len(data.samples) == 8
     assert [one for one in PAIRS if one in held_out] == held_out
     renamed = [{"a": one["source"], "b": one["target"]} for one in PAIRS]
-    other = load(tmp_path, renamed, held_out_fraction=0.2, source_field="a", target_field="b")
+    fields: Any = {"source_field": "a", "target_field": "b"}
+    other = load(tmp_path, renamed, held_out_fraction=0.2, **fields)
     assert (other.samples.digest(), other.held_out) == (data.samples.digest(), data.held_out)
-    config = DataConfig(
-        path=str(tmp_path / "pairs.jsonl"), window=8, format="seq2seq", source_field="a", target_field="b"
-    )
+    config = DataConfig(path=str(tmp_path / "pairs.jsonl"), window=8, format="seq2seq", **fields)
     of_decoder = load_samples(config, TOKENIZER, minimum=1, vocab_size=100)  # whose prompt ends without EOS
-    assert first_row(of_decoder) == [
-        one for one in row("w1 w2", "w20") if one[0] != START and one != (EOS, IGNORE_INDEX)
-    ]
+    assert first_row(of_decoder) == [x for x in row("w1 w2", "w20") if x[0] != START and x != (EOS, IGNORE_INDEX)]
     instructions = [{"instruction": one["source"], "response": one["target"]} for one in PAIRS]
     told = load(tmp_path, instructions, format="instruction", input_field=None, window=40)
     *prompt, before, start, answer, eos = first_row(told)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,6 +112,7 @@ watcher = watch.Watch(Comm(), 80, find_launchers())
 print(os.getpid(), os.getppid(), flush=True)
 time.sleep(20)
 """
+PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 GONE = "rank 1: the launcher is gone, which is a request to stop\n"
 UNSHARE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
 # A shell that starts a rank, and ends when it has read a line.
@@ -119,15 +121,9 @@ SHELL = ["sh", "-c", '"$@" & read line', "sh"]
 
 def start(above: Sequence[str | Path], other: int = 0) -> subprocess.Popen[str]:
     """A process with a Watch, whose other rank is process `other`. `above` is the command that starts it."""
-    return subprocess.Popen(
-        [*above, sys.executable, "-c", SCRIPT, str(other)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=clean_environment() | {"RANK": "0", "WORLD_SIZE": "1"},  # as Kubeflow does
-    )
+    command = [*above, sys.executable, "-c", SCRIPT, str(other)]
+    environment = clean_environment() | {"RANK": "0", "WORLD_SIZE": "1"}  # as Kubeflow does
+    return subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, env=environment, **PIPES)
 
 
 def read_ids(process: subprocess.Popen[str]) -> tuple[int, int]:
@@ -213,10 +209,7 @@ def test_real_launchers_are_found(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--master_port={free_port()}", str(module)]
     deepspeed = launcher_command("a_rank", 1, {})
     environment = clean_environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    started = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for command in (torchrun, deepspeed)
-    ]
+    started = [subprocess.Popen(command, env=environment, **PIPES) for command in (torchrun, deepspeed)]
     ended = [process.communicate(timeout=120) for process in started]
     found = [re.search(r"^\[.*\]$", out, re.MULTILINE) for out, _ in ended]
     launchers = [json.loads(line[0]) if line else said for line, said in zip(found, ended, strict=True)]

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
-from loraprune_ds.errors import RunError, UserError
+from loraprune_ds.errors import RunError
 from loraprune_ds.evaluate import reasoning, tasks
 from loraprune_ds.evaluate.reasoning import DEFAULT, GymTask, greedy_answers, load_tasks
 from loraprune_ds.evaluate.settings import TaskSettings
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.train import after
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import refused
+from tests.refusals import refused, refuses
 from tests.unit.test_data import make_tokenizer
 
 needs_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is missing")
@@ -129,8 +129,8 @@ def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(templa
     assert greedy_answers(task, model, tokenizer, 3, rank_of(1, 0)) == expected
     by_rank_1 = {2: expected[2], 3: expected[3]}  # of batches of two, it has the second
     assert greedy_answers(task, model, tokenizer, 2, rank_of(2, 0, (by_rank_1,))) == expected
-    with pytest.raises(UserError, match=r"^--tasks reasoning_gym:made: a question .* takes \d+ of 64 tokens$"):
-        greedy_answers(task_of(2, 60), model, tokenizer, 2, rank_of(1, 0))
+    line = r"^--tasks reasoning_gym:made: a question .* takes \d+ of 64 tokens$"
+    refuses(line, greedy_answers, task_of(2, 60), model, tokenizer, 2, rank_of(1, 0))
 
 
 def test_exact_match_is_the_share_of_full_scores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,16 +151,15 @@ def test_exact_match_is_the_share_of_full_scores(monkeypatch: pytest.MonkeyPatch
 # After a run
 
 
-def judged(accuracy: float) -> dict[str, Any]:
-    answers = {"chat_template": True, "greedy": {"ended": 1.0, "texts": ["a"]}, "closeness": None}
-    plan = {"name": "default", "prompts": ["a"]}
-    tasks = {"results": {"t": {"acc,none": accuracy}}}
-    return {"tasks": tasks, "answers": answers, "perplexity": None, "answers_plan": plan}
-
-
-def kept(accuracy: float) -> dict[str, Any]:
-    answers = {"chat_template": True, "greedy": {"ended": 1.0}, "closeness": None}
+def kept(accuracy: float, **texts: Any) -> dict[str, Any]:
+    answers = {"chat_template": True, "greedy": {"ended": 1.0} | texts, "closeness": None}
     return {"tasks": {"results": {"t": {"acc,none": accuracy}}}, "answers": answers}
+
+
+def judged(accuracy: float) -> dict[str, Any]:
+    """Returns an evaluation, of which a report has what is `kept`."""
+    plan = {"name": "default", "prompts": ["a"]}
+    return kept(accuracy, texts=["a"]) | {"perplexity": None, "answers_plan": plan}
 
 
 def run_of(*after: str) -> RunConfig:

@@ -62,9 +62,7 @@ def worst(found: Tensor, expected: Tensor) -> float:
         (torch.bfloat16, 1e-2),
     ],
 )
-def test_losses_and_gradients(
-    transform: LogitsTransform, chunk: int | None, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_loss_and_gradient(transform: LogitsTransform, chunk: int | None, dtype: torch.dtype, tolerance: float) -> None:
     hidden, weight, labels = material(dtype)
     head = Head(weight, transform)
     upstream = torch.rand(BATCH, WINDOW - 1, generator=torch.Generator().manual_seed(1))
