@@ -130,9 +130,8 @@ def test_an_export_is_complete(tmp_path: Path, tiny_tokenizer: Path, family: str
     shipped = (Path(__file__).parents[2] / "loraprune_ds" / "model" / code).read_text()
     before, _, after = shipped.partition('FAMILY = "llama"')  # the one line that names the family
     assert (tmp_path / code).read_text() == f'{before}FAMILY = "{family}"{after}'
-    generation = json.loads((tmp_path / "generation_config.json").read_text())
-    ids = {key: exported.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    assert generation == (settings or ids)
+    generation = tmp_path / "generation_config.json"  # else transformers has the settings from config.json
+    assert (json.loads(generation.read_text()) if generation.exists() else {}) == settings
     assert (tmp_path / "README.md").is_file()
 
 
