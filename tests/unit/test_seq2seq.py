@@ -16,7 +16,7 @@ from loraprune_ds.evaluate.perplexity import measure_perplexity, split_batches
 from loraprune_ds.evaluate.settings import SpeedSettings, read_prompts
 from loraprune_ds.evaluate.speed import CACHE, measure_speed
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
-from loraprune_ds.model.tokenizer import Starts
+from loraprune_ds.model.tokenizer import Starts, tokenize_pairs
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from tests.families import tiny_model
@@ -123,6 +123,14 @@ def test_every_format_gives_source_start_and_target(tmp_path: Path, monkeypatch:
     turns = [{"role": role, "content": f"w{i + 1}"} for i, role in enumerate(("user", "assistant") * 2)]
     chats = load(tmp_path, [{"messages": turns}] * 5, format="chat", held_out_fraction=0.3, window=20)
     assert first_row(chats) == row("w1 w2 w9 w3", "w4 w9")  # the last turn alone
+
+
+def test_a_target_has_the_tokenizer_s_bos_and_one_eos() -> None:
+    """CodeT5's tokenizer adds both. transformers gives such labels for `text_target`."""
+    tokenizer = make_tokenizer(template="<s> $A </s>")
+    for target in ("w2", "w2 </s>"):  # as a chat template may have it
+        ((_, ids),) = tokenize_pairs([("w1", target)], tokenizer, START)
+        assert ids == tokenizer(text_target="w2")["input_ids"]
 
 
 @pytest.mark.parametrize(
