@@ -11,7 +11,7 @@ from gguf import GGUFReader, GGUFWriter, TokenType
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
-from loraprune_ds.export.gguf_tokenizer import NOT_COMPOSED, add_tokenizer, read_vocabulary
+from loraprune_ds.export.gguf_tokenizer import EXTRA_SPACES, LAST_SPACE, NOT_COMPOSED, add_tokenizer, read_vocabulary
 from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
@@ -184,6 +184,17 @@ def test_unigrams(tmp_path: Path) -> None:
     assert len(keys["ggml.precompiled_charsmap"]) > 1000
     ends = [keys[f"ggml.{key}"] for key in ("add_bos_token", "add_eos_token", "add_space_prefix")]
     assert [*ends, keys["ggml.remove_extra_whitespaces"]] == [False, True, True, True]
+
+
+def test_unigrams_of_older_conversions(tmp_path: Path) -> None:
+    """Their normalizer drops extra spaces, and some have no WhitespaceSplit, so that a last space is a token."""
+    save_unigrams(tmp_path / "t5")
+    path = tmp_path / "t5" / "tokenizer.json"
+    fast = json.loads(path.read_text())
+    fast["normalizer"] = {"type": "Sequence", "normalizers": [fast["normalizer"], EXTRA_SPACES[-1]]}
+    for steps, remarks in ((fast["pre_tokenizer"]["pretokenizers"], []), ([{"type": "Metaspace"}], [LAST_SPACE])):
+        path.write_text(json.dumps(fast | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}))
+        assert read_vocabulary(path.parent).remarks == remarks
 
 
 def test_merges_give_the_order_that_sentencepiece_had(tmp_path: Path) -> None:
