@@ -187,7 +187,6 @@ def test_experts_and_latent_attention_under_the_name_of_a_family(key: str) -> No
     assert shape_from_config(config_json("llama") | {key: None}, "somewhere") == read("llama")
 
 
-def test_an_encoder_alone_is_refused_as_that() -> None:
-    """As the text encoders of image models are T5s."""
+def test_the_text_encoder_of_an_image_model_is_refused_as_that() -> None:
     with pytest.raises(UserError, match=r"^somewhere: config.json names an encoder without its decoder"):
         shape_from_config(config_json("t5") | {"architectures": ["T5EncoderModel"]}, "somewhere")
