@@ -82,7 +82,7 @@ def test_tokenizer_files_are_copied_unchanged(tmp_path: Path) -> None:
     source.mkdir()
     out.mkdir()
     copied = {"tokenizer.json", "tokenizer.model", "chat_template.jinja", "generation_config.json"}
-    copied |= {"added_tokens.json", "merges.txt"}
+    copied |= {"added_tokens.json", "merges.txt", "spiece.model"}
     for name in copied | {"model.safetensors", "config.json", "training_args.bin"}:
         (source / name).write_bytes(b"\x00\xff" + name.encode())
     config = '{"tokenizer_class":  "LlamaTokenizer"}'
