@@ -113,7 +113,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE))
+    return any((folder / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json"))
 
 
 def _pin_tokenizer(source: Path, out: Path) -> None:
