@@ -49,6 +49,10 @@ PRE_TOKENIZERS = {
 NOT_COMPOSED = "llama.cpp does not compose letters and accents (Unicode NFC) before it makes tokens of a text"
 SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType.BPE
 SPACE = "▁"  # sentencepiece's
+# As transformers' conversions write what sentencepiece and llama.cpp do with spaces. Older ones do not strip.
+STRIP = {"type": "Strip", "strip_left": False, "strip_right": True}
+EXTRA_SPACES = (STRIP, *({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": x} for x in (SPACE, " ")))
+LAST_SPACE = "llama.cpp makes no token of a space at the end of a text or before a special token"
 ADDED_SCORE = -1000.0  # never merged into
 PROBE = "a"
 FORMATS_LEFT = "formats that can: hf, adapter"
@@ -178,13 +182,17 @@ def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
     """Reads sentencepiece's unigrams, whose most probable row of pieces is the tokens of a text."""
     normalizer = _steps(fast["normalizer"], "normalizers")
     tables = [step["precompiled_charsmap"] for step in normalizer if step["type"] == "Precompiled"]
-    if len(normalizer) > len(tables) or len(tables) > 1:
+    spaces = [step for step in normalizer if step in EXTRA_SPACES]
+    if len(normalizer) > len(tables) + len(spaces) or len(tables) > 1:
         raise UserError(f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}")
     model = fast["model"]
     unknown = model["vocab"][model["unk_id"]][0]
     tokens, scores = map(list, zip(*model["vocab"], strict=True))
     types = [_type_of(token, unknown) for token in tokens]
-    return Vocabulary("t5", "default", tokens, types, scores, characters=b"".join(map(b64decode, tables)))
+    drops_last = STRIP in spaces or {"type": "WhitespaceSplit"} in _steps(fast["pre_tokenizer"], "pretokenizers")
+    remarks = [LAST_SPACE] if spaces and not drops_last else []
+    characters = b"".join(map(b64decode, tables))
+    return Vocabulary("t5", "default", tokens, types, scores, characters=characters, remarks=remarks)
 
 
 def _describe(step: dict[str, Any]) -> str:

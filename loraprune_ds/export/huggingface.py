@@ -33,7 +33,6 @@ from loraprune_ds.model.weight_files import (
     weight_file_names,
 )
 
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing else, in transformers 4 and 5
 
 
@@ -54,9 +53,6 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
         is_text_part = _read_if_there(dense / "config.json").get("model_type") in MULTIMODAL
         if exported.renamed or is_text_part:  # whose class has another model type
             _pin_tokenizer(dense, folder)
-    if not (folder / "generation_config.json").is_file():
-        ids = {key: value for key, value in exported.config.items() if key in TOKEN_IDS}
-        write_json(folder / "generation_config.json", ids)
     write_json(folder / "config.json", exported.config)
     if exported.modelling_file:
         _write_modelling_file(folder, exported.config["model_type"])
@@ -117,7 +113,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE))
+    return any((folder / name).is_file() for name in ("tokenizer.json", SENTENCEPIECE_FILE, "vocab.json"))
 
 
 def _pin_tokenizer(source: Path, out: Path) -> None:

@@ -135,6 +135,8 @@ def _find_family(config: dict[str, Any], where: str) -> Family:
     family = find_family(
         config.get("model_type"), where, f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
     )
+    if "EncoderModel" in str(config.get("architectures")):
+        raise UserError(f"{where}: config.json names an encoder without its decoder, and only both can be tuned")
     refused = {field for field, width in REFUSED.items() if width not in family.widths}
     refused |= EXPERT_FIELDS if family.mixture is None else set()
     if field := next((key for key in refused if config.get(key)), None):

@@ -59,11 +59,13 @@ def tokenize_pairs(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yields the ids of each prompt and of its answer with EOS. They are tokenised apart, so none lies in both.
 
-    An encoder reads the EOS of its prompt, and the `start` of what the decoder writes follows.
+    An encoder reads the EOS of its prompt, and the `start` of what the decoder writes follows. That begins with the
+    tokenizer's BOS, if it adds one, as CodeT5 has learnt it.
     """
-    eos = eos_id(tokenizer)
+    eos, end = eos_id(tokenizer), "" if start is None else str(tokenizer.eos_token or "")
     prompts = token_ids([prompt for prompt, _ in pairs], tokenizer, special=True)
-    answers = token_ids([answer for _, answer in pairs], tokenizer, special=False)
+    texts = [answer.removesuffix(end) for _, answer in pairs]
+    answers = token_ids(texts, tokenizer, special=start is not None)
     for prompt, answer in zip(prompts, answers, strict=True):
         if start is not None:
             prompt = [*prompt, start]

@@ -172,7 +172,7 @@ BAD_FILES = {
     "an empty text": ("a.txt", "", r"a\.txt is empty"),
     "an object": ("a.json", '{"text": "w1"}', r"a\.json must hold a list of objects"),
     "broken json": ("a.json", '[\n{"text": "w1"},\n{"text": }]', r"a\.json, line 3, column 10: not valid JSON"),
-    "broken jsonl": ("a.jsonl", '{"text": "w1"}\n\n{"text"', r"a\.jsonl, line 3, column 8: not valid JSON"),
+    "broken jsonl": ("a.jsonl", '{"text": "w1"}\n\n{"text"\n', r"a\.jsonl, line 3, column 8: not valid JSON"),
     "a line that is no object": ("a.jsonl", '{"text": "w1"}\n"w2"', r"a\.jsonl, line 2: expected an object, got str"),
     "an item that is no object": ("a.json", '[{"text": "w1"}, 3]', r"a\.json, item 1: expected an object, got int"),
     "an unknown field": ("a.json", '[{"body": "w1"}]', r"data\.text_field: .*a\.json has no field 'text'; it has body"),

@@ -16,7 +16,7 @@ from loraprune_ds.evaluate.perplexity import measure_perplexity, split_batches
 from loraprune_ds.evaluate.settings import SpeedSettings, read_prompts
 from loraprune_ds.evaluate.speed import CACHE, measure_speed
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
-from loraprune_ds.model.tokenizer import Starts
+from loraprune_ds.model.tokenizer import Starts, tokenize_pairs
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from tests.families import tiny_model
@@ -96,6 +96,9 @@ def test_every_format_gives_source_start_and_target(tmp_path: Path, monkeypatch:
     held_out = [json.loads(line) for line in data.held_out.split("\n\n")]
     assert len(data.samples) == 8
     assert [one for one in PAIRS if one in held_out] == held_out
+    with_bos = make_tokenizer(template="<s> $A </s>")  # as CodeT5's. A chat template may add EOS
+    answers = [answer for _, answer in tokenize_pairs([("w1", "w2"), ("w1", "w2 </s>")], with_bos, START)]
+    assert answers == [with_bos(text_target="w2")["input_ids"]] * 2
     renamed = [{"a": one["source"], "b": one["target"]} for one in PAIRS]
     fields: Any = {"source_field": "a", "target_field": "b"}
     other = load(tmp_path, renamed, held_out_fraction=0.2, **fields)

@@ -11,7 +11,7 @@ from gguf import GGUFReader, GGUFWriter, TokenType
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
-from loraprune_ds.export.gguf_tokenizer import NOT_COMPOSED, add_tokenizer, read_vocabulary
+from loraprune_ds.export.gguf_tokenizer import EXTRA_SPACES, LAST_SPACE, NOT_COMPOSED, add_tokenizer, read_vocabulary
 from loraprune_ds.export.huggingface import copy_tokenizer
 from loraprune_ds.model.embedded import embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
@@ -184,6 +184,11 @@ def test_unigrams(tmp_path: Path) -> None:
     assert len(keys["ggml.precompiled_charsmap"]) > 1000
     ends = [keys[f"ggml.{key}"] for key in ("add_bos_token", "add_eos_token", "add_space_prefix")]
     assert [*ends, keys["ggml.remove_extra_whitespaces"]] == [False, True, True, True]
+    fast = json.loads((folder / "tokenizer.json").read_text())  # older ones drop extra spaces in their normalizer
+    fast["normalizer"] = {"type": "Sequence", "normalizers": [fast["normalizer"], EXTRA_SPACES[-1]]}
+    for changed, remarks in ((fast, []), (fast | {"pre_tokenizer": {"type": "Metaspace"}}, [LAST_SPACE])):
+        (folder / "tokenizer.json").write_text(json.dumps(changed))
+        assert read_vocabulary(folder).remarks == remarks
 
 
 def test_merges_give_the_order_that_sentencepiece_had(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
         with _utf8(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    yield f"{path}, line {number}", _parse_json(line, path, number)
+                    yield f"{path}, line {number}", _parse_json(line.rstrip(), path, number)
         return
     text = read_text_file(path)
     if path.suffix == ".json":
