@@ -210,8 +210,9 @@ def reference(item: Compared) -> PreTrainedModel:
     model = auto.from_pretrained(item.merged, dtype=torch.float32, trust_remote_code=True).eval()
     stack_experts(model)
     for name, module in model.named_modules():
-        rounds = isinstance(module, (nn.Linear, nn.Embedding)) and not name.endswith("relative_attention_bias")
-        if rounds and len(module.weight) > 1:
+        if name.endswith("relative_attention_bias"):
+            continue
+        if isinstance(module, (nn.Linear, nn.Embedding)) and len(module.weight) > 1:
             weight = module.weight.data
             if isinstance(module, ExpertStack) and module.transposed:
                 blocks = weight.unflatten(0, (module.experts, -1)).transpose(1, 2)
