@@ -47,9 +47,10 @@ LLAMA_1B: Any = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_lay
 def measure_masks(work: Path) -> None:
     rows = list[dict[str, Any]]()
     for percent in PERCENTS:
-        results = {
-            name: read_json(work / "results" / f"once-{percent}-{name}-s0.json") for name in ("gradient", *OTHERS)
-        }
+        files = {name: work / "results" / f"once-{percent}-{name}-s0.json" for name in ("gradient", *OTHERS)}
+        if not all(file.exists() for file in files.values()):
+            continue
+        results = {name: read_json(file) for name, file in files.items()}
         removed = {name: _removed(work / "runs", result) for name, result in results.items()}
         row: dict[str, Any] = {"percent": percent}
         for kind, width in WIDTHS.items():
