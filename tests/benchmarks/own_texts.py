@@ -39,8 +39,8 @@ What would you ask an expert on {}?|Write a short poem about {}.|Give a tip for 
 Why do people care about {}?|Write a headline for an article on {}."""
 TOPICS = """rain,chess,bread,the moon,gardening,bicycles,coffee,photography,honey bees,trains,mathematics,sleep,music,
 earthquakes,recycling,libraries,swimming,clouds,languages,maps"""
-OPTIONS = f"""--ratio 0.417 --prune_every 5 --deepspeed ds_configs/zero3.json --use_cpu true --bf16 true
---learning_rate 2e-3 --per_device_train_batch_size {BATCH // 2} --gradient_checkpointing false --save_strategy no
+OPTIONS = """--ratio 0.417 --prune_every 5 --deepspeed ds_configs/zero3.json --use_cpu true --bf16 true
+--learning_rate 2e-3 --gradient_accumulation_steps 1 --gradient_checkpointing false --save_strategy no
 --report_to none --logging_steps 1 --disable_tqdm true --model_init_kwargs"""
 IN_BF16 = json.dumps({"dtype": "bfloat16"})
 DISTIL = ["--max_completion_length", str(LENGTH), "--teacher_model_init_kwargs", IN_BF16]
@@ -77,8 +77,8 @@ def main() -> None:
             data = arguments.work / ("prompts.jsonl" if script == "gkd.py" else "answers.jsonl")
             more = ["--max_steps", str(steps), "--seed", str(seed), "--output_dir", str(out)]
             if not (out / "model").exists():
-                accumulate = ["--gradient_accumulation_steps", str(2 // arguments.ranks)]
-                argv = [str(model), str(data), *OPTIONS.split(), IN_BF16, *SCRIPTS[name][1], *accumulate, *more]
+                batch = ["--per_device_train_batch_size", str(BATCH // arguments.ranks)]
+                argv = [str(model), str(data), *OPTIONS.split(), IN_BF16, *SCRIPTS[name][1], *batch, *more]
                 given = answers if name == "distilled" else None
                 ranks.run(arguments.ranks, train, script, argv, given, timeout=36_000)
             result = measure(out, arguments.test)
