@@ -153,7 +153,7 @@ def _paper() -> list[Setting]:
     def recovered(name: str, percent: int) -> Setting:
         overrides, peer = METHODS[name]
         changes = (*SHORT, RATE, f"prune.ratio={percent / 100}", *overrides)
-        return Setting("recovered", f"recovered-{percent}-{name}", changes, peer=peer, answers=False)
+        return Setting("recovered", f"recovered-{percent}-{name}", changes, peer=peer, answers=percent < 50)
 
     def varied(group: str, name: str, *changes: str) -> Setting:
         return Setting(group, name, (*SHORT, DEEP, RATE, *changes), answers=False)
