@@ -106,12 +106,12 @@ LATENT = Architecture(
     lite=(26, 27),
 )
 FINAL_CAP = {"final_logit_softcapping": "add_final_logit_softcapping"}
-# Its code measures distances up to 128, and each layer may have a table of biases.
 T5_NUMBERS = {
     "num_decoder_layers": "add_decoder_block_count",
     "relative_attention_num_buckets": "add_relative_attn_buckets_count",
     "layer_norm_epsilon": "add_layer_norm_rms_eps",
 }
+# llama.cpp's t5 measures distances up to 128, and each layer may have a table of biases.
 T5 = Architecture(
     MODEL_ARCH.T5, activations=("relu", "gated-gelu"), numbers=T5_NUMBERS, only={"relative_attention_max_distance": 128}
 )
@@ -239,9 +239,9 @@ def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:
 
 def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
     """Yields the features of a model that the architecture lacks."""
-    key = next((key for key in ACTIVATIONS if getattr(config, key, None)), "")
-    if getattr(config, key, architecture.activations[0]) not in architecture.activations:
-        yield f"{key} {getattr(config, key)!r}"
+    named = [key for key in ACTIVATIONS if getattr(config, key, None)]
+    if named and (activation := getattr(config, named[0])) not in architecture.activations:
+        yield f"{named[0]} {activation!r}"
     biases = {part for name in shape.biases for part in PARTS.get(name, (name,))}
     yield from (f"the bias of {name}" for name in sorted(biases - architecture.biases))
     for layer, linear in shape.linear_ids():
@@ -259,7 +259,7 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
 def _missing_orders(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
     """Yields the numbers and orders of layers that the architecture lacks."""
     layers, (first, *decoder) = len(shape.layers), map(len, shape.stacks)
-    if any(count > first for count in decoder):  # it makes room for as many as the encoder has
+    if any(count > first for count in decoder):  # it makes room for the encoder's number of layers
         yield f"{decoder[0]} decoder layers after {first} of the encoder"
     if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):
         yield f"{layers} layers with q_lora_rank {config.q_lora_rank}"

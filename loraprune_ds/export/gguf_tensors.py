@@ -131,7 +131,7 @@ def plan_tensors(
 
 
 def _with_scaled_head(tensors: list[GgufTensor], shape: ModelShape) -> list[GgufTensor]:
-    """Puts the scale of what a decoder gives into its head, which is apart from the embedding then."""
+    """Puts the scale of the decoder's outputs into its head, which is then apart from the embedding."""
     named = {tensor.name: tensor for tensor in tensors}
     head = replace(named.get(OUTPUT, named[EMBEDDING]), name=OUTPUT, factor=shape.hidden_size**-0.5)
     return list((named | {OUTPUT: head}).values())

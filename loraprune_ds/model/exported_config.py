@@ -72,7 +72,7 @@ def export_config(
     family = family_name(shape.model_type)
     if not shape.shares_bias:
         family = shape.family.in_memory.get("model_type", family)
-    # For a stock umt5 AutoTokenizer wants tokenizer.json, which a ByT5's bytes have not.
+    # For a stock umt5 AutoTokenizer wants tokenizer.json, which a ByT5 lacks.
     named = shape.shares_bias or source.get("tokenizer_class") != "ByT5Tokenizer"
     stock = [family] if shape.is_uniform and named else []
     if stock and family == "llama" and not shape.biases:

@@ -16,8 +16,10 @@ from loraprune_ds.model.frozen import Pieces
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model-*-of-*.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-AGAIN = ".from_pretrained(folder, dtype='auto').save_pretrained(other_folder)"
-SAVE_AGAIN = f"AutoModelForCausalLM{AGAIN}, for a T5 AutoModelForSeq2SeqLM"
+SAVE_AGAIN = (
+    "AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(other_folder), "
+    "for a T5 AutoModelForSeq2SeqLM"
+)
 Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (

@@ -8,7 +8,7 @@ All have the same 200 prompts, and as many tokens in the pruned model's passes a
     distilled   gkd.py: forward divergence from the dense model, on its own greedy answers
     sft         sft.py: cross-entropy on these answers
 
-They are measured on other prompts, those of `launch/evaluate.py --answers`, on tasks and on a text.
+They are measured on the other prompts of `launch/evaluate.py --answers`, on tasks and on a text.
 """
 
 import argparse

@@ -175,8 +175,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "masks":
         measure_masks(arguments.work)
+    elif arguments.what == "speed":
+        measure_merged(arguments.pruned)
     else:
-        measure_merged(arguments.pruned) if arguments.what == "speed" else measure_memory()
+        measure_memory()
 
 
 if __name__ == "__main__":
