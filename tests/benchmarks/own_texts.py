@@ -1,6 +1,6 @@
 """Compares three ways to recover SmolLM2-135M-Instruct in the callback, while 41.7 % are removed.
 
-    python -m tests.benchmarks.own_texts --test test.raw [--work FOLDER] [--seeds 0 1 2] [--steps 100] [--ranks 1]
+    python -m tests.benchmarks.own_texts --test test.raw [--work FOLDER] [--seeds 0 1 2] [--steps 40] [--ranks 1]
 
 All have the same 200 prompts, and as many tokens in the pruned model's passes as `own` has in its steps:
 
@@ -33,7 +33,7 @@ from tests.hf.trainers import run_example
 from tests.ranks import RankPool
 
 LENGTH = 96  # tokens of an answer, at most
-BATCH = 8
+BATCH = 16
 ASKED = """Explain {} to a child.|Write two sentences about {}.|What is {} good for?|List three facts about {}.
 What would you ask an expert on {}?|Write a short poem about {}.|Give a tip for a beginner in {}.|Define {} in one line.
 Why do people care about {}?|Write a headline for an article on {}."""
@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=Path, required=True, help="text to measure on")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "own_texts", help="default: runs/own_texts")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100, help="of own: 8 texts each")
+    parser.add_argument("--steps", type=int, default=40, help="of own: 16 texts each")
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2))
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=[*SCRIPTS])
     return parser.parse_args()
