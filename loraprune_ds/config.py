@@ -262,7 +262,7 @@ class TrainConfig:
     micro_batch_size: Count = 2  # samples of one forward pass on a rank
     steps: Count | None = None  # optimizer steps with cuts
     epochs: Positive | None = None  # the same, as passes over the samples
-    # steps after these, without cuts. With prune.sizes after those of each size, or a list with a number for each
+    # steps after these, without cuts. With prune.sizes after each size's cuts, or a list with a number for each
     recovery_steps: CountOr0 | list[CountOr0] = 0
     learning_rate: LearningRate = 1e-4  # largest learning rate
     lr_scheduler: Scheduler = "linear"  # `linear` and `cosine` fall to zero

@@ -130,7 +130,7 @@ def drop_old(root: Path, step: int, keep_last: int) -> None:
 
 
 def write_scores(staging: Staging, state: PrunerState) -> None:
-    """Writes the moving averages in float64, if there are any. On one rank."""
+    """Writes the moving averages, if any, in float64. On one rank."""
     layers = enumerate(state.scores or [])
     tensors = {f"{i}.{kind}": groups for i, layer in layers for kind, groups in layer.items()}
     if state.influence is not None:

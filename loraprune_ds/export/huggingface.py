@@ -37,7 +37,7 @@ PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing e
 
 
 def begin(out: Path, mark: str = "") -> Path:
-    """Makes the empty staging folder of `out`. `mark` distinguishes those of several processes."""
+    """Makes the empty staging folder of `out`. `mark` distinguishes several processes' folders."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it or choose another place for the exported model")
     return begin_folder(out, mark)

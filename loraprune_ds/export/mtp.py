@@ -56,7 +56,7 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
 
 
 def _one_of_their_sort(shape: ModelShape) -> ModelShape:
-    """Returns the shape of a model of one layer with attention, if there is one."""
+    """Returns the shape of a model of the first layer with attention, if any."""
     layers = (i for i, layer in enumerate(shape.layers) if {"heads", shape.kinds[-1]} <= layer.kinds)
     return shape.only(list(layers)[:1])
 

@@ -103,7 +103,7 @@ def cut_to_checkpoint(
 ) -> PruningCheckpoint | None:
     """Cuts a dense PEFT model to a checkpoint, before DeepSpeed takes it. None without a checkpoint. Collective.
 
-    Arguments and errors are those of `LoraPruneCallback.resume`. The weights may be sharded already.
+    Has the arguments and errors of `LoraPruneCallback.resume`. The weights may be sharded already.
     """
     checkpoint = comm.all_or_raise(lambda: _find(folder))
     if checkpoint is None:

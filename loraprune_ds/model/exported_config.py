@@ -132,7 +132,7 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
 
 
 def _lists_of_present(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """Returns the lists with a value for each layer, without those of dropped ones, whose class may compute them."""
+    """Returns the lists with a value for each layer, without the values of dropped ones."""
     if len(shape.present) == len(shape.layers):
         return {}
     written, made = source.get("text_config", source), config_object(source).get_text_config()

@@ -10,7 +10,7 @@ OfHead = Literal["queries", "head", "query_count"]
 # With latent attention: the latent queries, the latent keys and values, and of a head its query, the key without rotary
 # embedding and the value, the value alone.
 OfLatent = Literal["query_rank", "key_value_rank", "query", "key_and_value", "value"]
-# Of an expert: its channels, or those of its gate and up projections together.
+# An expert's channels, or the channels of its gate and up projections together.
 OfExpert = Literal["expert", "gate_up"]
 # Of a key head of a gated delta net: its key, its values, the number of these, and of both with the query and the gates
 # of the values the rows together, and the two numbers of each value. And the kernel of the convolution.
@@ -153,7 +153,7 @@ class Family:
     # Fields of config.json that its modules have otherwise in memory.
     in_memory: Mapping[str, Any] = field(default_factory=dict[str, Any])
     per_layer: str = "per_layer_config"  # the field of a pruned export with the sizes of each layer
-    # A kind, and another of which each layer of a stock class has as many.
+    # A kind, and another whose counts equal it in each layer of a stock class.
     as_many: Mapping[Kind, Kind] = field(default_factory=dict[Kind, Kind])
     shared_bias: str | None = None  # a companion that its files have once for all layers of a stack
     # Sizes that follow from fields of config.json, of which this gets transformers' object.

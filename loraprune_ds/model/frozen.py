@@ -72,7 +72,7 @@ class Dense:
     tensors: ClassVar[tuple[str, ...]] = (WEIGHT,)
 
     def stored(self, shape: Matrix, element_size: int) -> dict[str, StoredTensor]:
-        """Returns the tensors that store a weight of `shape`. `element_size` is that of the model's dtype."""
+        """Returns the tensors that store a weight of `shape`. `element_size` belongs to the model's dtype."""
         return {WEIGHT: StoredTensor(shape, element_size)}
 
     def split(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

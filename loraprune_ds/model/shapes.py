@@ -78,7 +78,7 @@ class ModelShape:
     # Names of linears and companions of the family that each stack lacks.
     absent: tuple[frozenset[str], ...] = (frozenset(),)
     shared_heads: int = field(default=0, compare=False)  # the heads of the source, whose layers share one bias
-    encoder_layers: int = 0  # the first of `layers` are an encoder's, those of its decoder follow
+    encoder_layers: int = 0  # the first of `layers` are an encoder's, its decoder's follow
     doubled: frozenset[int] = frozenset()  # layers that have twice the channels that config.json says
     widths: Mapping[Width, int] = field(default_factory=dict[Width, int], hash=False)  # of the family's `widths`
 

@@ -78,7 +78,7 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """Plans the whole run. Its first cut is that of widths, since nothing is sent for a layer that leaves."""
+    """Plans the whole run. Its first cut is the one of widths, since nothing is sent for a layer that leaves."""
     cuts = [step for section in request.pruning.schedule.sections for step in section.width_cuts]
     after, final = request.shape_at(cuts[0]), request.shape_at(cuts[-1])
     return Plan(request, after, final, plan_stages(request, after, final))

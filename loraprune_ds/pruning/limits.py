@@ -78,7 +78,7 @@ class Limits:
         return numel
 
     def within(self, counts: Mapping[Kind, int], layer: int) -> LayerShape:
-        """Returns what a layer has of equal counts: those of its kinds."""
+        """Picks a layer's own kinds from equal counts."""
         own = self.dense.layers[layer].items()
         return LayerShape((kind, counts[kind] * self.dense.times(layer, kind) if n else 0) for kind, n in own)
 
@@ -186,7 +186,7 @@ def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
     numel, removable = _open_numel(limits)
     *coarse, fine = dense.kinds
     others, most_others = numel.pop(fine), removable.pop(fine)
-    heads, most_heads = sum(numel.values()), sum(removable.values())  # also those of delta nets
+    heads, most_heads = sum(numel.values()), sum(removable.values())  # also the heads of delta nets
     leaving, of_heads = max(1, limits.by_width(ratio)), head_ratio * heads
     half_a_step = sum(limits.open_numel[kind] * limits.multiples[kind] for kind in coarse) / 2  # only full heads go
     if of_heads > most_heads + half_a_step:

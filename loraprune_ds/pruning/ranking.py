@@ -56,7 +56,7 @@ def uniform_goal(limits: Limits, ratio: float, bounds: Bounds | None = None) -> 
     that are closest to the share of the heads.
 
     Args:
-        bounds: of the counts, narrower than those of the limits.
+        bounds: of the counts, narrower than the limits' own.
     """
     dense, (*coarse, fine), bounds = limits.open_counts, limits.dense.kinds, bounds or limits.bounds
     wanted = limits.by_width(ratio)  # parameters that leave

@@ -126,7 +126,7 @@ class Schedule:
         return any(section.last == step for section in self.sections[:-1])
 
     def cycles(self) -> list[int]:
-        """Lists the steps of each cycle of the learning rate: those with cuts, and those of each recovery."""
+        """Lists the steps of each cycle of the learning rate: with cuts, and of each recovery."""
         parts = [n for x in self.sections for n in (x.recovery - x.first, x.last - x.recovery)]
         return [steps for steps in parts if steps]
 
@@ -204,7 +204,7 @@ def plan_pruning(config: PruneConfig, limits: Limits, steps: int, recovery: Sequ
 
     Args:
         steps: with cuts. Sizes share them in proportion to what they remove.
-        recovery: steps after those of each size, in the order of `prune.sizes`.
+        recovery: steps after each size's cuts, in the order of `prune.sizes`.
     """
     sections, shared = list[Section](), 0
     for size in plan_sizes(config, limits):

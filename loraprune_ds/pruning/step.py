@@ -63,7 +63,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class PrunerState:
-    """The pruner's part of a checkpoint. The input moments are apart: each rank writes those of its layers."""
+    """The pruner's part of a checkpoint. The input moments are apart: each rank writes the moments of its layers."""
 
     kept_of_dense: list[LayerKeep]
     scores: list[LayerScores] | None  # None: nothing was scored yet

@@ -91,7 +91,7 @@ class Size:
 def plan_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
     """Lists the sizes of a run in the order of what they remove. Raises UserError for equal ones.
 
-    With `uniform` the counts of each lie between those of the size before and those of the last: none has to grow.
+    With `uniform` the counts of each lie between the size before and the last: none has to grow.
     """
     end, start = uniform_goal(limits, limits.ratio) if config.ranking == "uniform" else None, limits.open_counts
     if config.sizes is None:
@@ -120,7 +120,7 @@ def _fraction(size: str) -> float | None:
 
 def _ratio_of(config: PruneConfig, limits: Limits, size: str, bounds: Bounds | None = None) -> float:
     """Returns what one of `prune.sizes` removes, as a ratio."""
-    fraction, free = _fraction(size), replace(config, head_ratio=None)  # the shares of the last size are those of all
+    fraction, free = _fraction(size), replace(config, head_ratio=None)  # all sizes share like the last
     return _find_ratio(free, limits, "prune.sizes", size, bounds) if fraction is None else fraction
 
 

@@ -83,7 +83,7 @@ def make_report(
 
 
 def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[dict[str, Any]]:
-    """Returns a row per size, from the first to the last. KV bytes are those of a token in 16 bits."""
+    """Returns a row per size, from the first to the last. KV bytes are per token, in 16 bits."""
     rows = list[dict[str, Any]]()
     for step, size in sizes.items():
         cuts = [cut for cut in history.cuts if cut.step <= step]

@@ -58,7 +58,7 @@ def export_size(context: RunContext, model: ShardedModel, step: int) -> None:
 
 
 def make_card(context: RunContext, pruned: ModelShape, step: int, measured: EvaluationName) -> ModelCard:
-    """Makes an export's README, with the perplexities known so far. `measured` names that of the export."""
+    """Makes an export's README, with the perplexities known so far. `measured` names the export's own."""
     prepared, history = context.prepared, context.recorder.history
     return card_of_run(
         context.config,

@@ -129,8 +129,8 @@ def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
 class ThroughFloat32(TorchDispatchMode):
     """Computes products of half-precision CPU tensors in fp32. All other operations pass unchanged.
 
-    Without instructions for them, torch's own loop is ten to thirty times slower (tests/benchmarks/README.md). Either
-    way the sums are fp32 and rounded once, so results differ only where the order of a sum decides a rounding.
+    Without instructions for them, torch's own loop is ten to thirty times slower. Either way the sums are fp32 and
+    rounded once, so results differ only where the order of a sum decides a rounding.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
