@@ -1,6 +1,6 @@
 """Compares three ways to recover SmolLM2-135M-Instruct in the callback, while 41.7 % are removed.
 
-    python -m tests.benchmarks.own_texts --test test.raw [--work FOLDER] [--seeds 0 1 2] [--steps 40] [--ranks 1]
+    python -m tests.benchmarks.own_texts --test test.raw [--work FOLDER] [--seeds 0 1 2] [--steps 80] [--ranks 1]
 
 All have the same 200 prompts, and as many tokens in the pruned model's passes as `own` has in its steps:
 
@@ -33,20 +33,21 @@ from tests.hf.trainers import run_example
 from tests.ranks import RankPool
 
 LENGTH = 96  # tokens of an answer, at most
-BATCH = 16
+SHORT = 32  # of the pruned model's texts: their ends teach little (arXiv 2605.31490), and cost most
+BATCH, CUTS = 16, 8
 ASKED = """Explain {} to a child.|Write two sentences about {}.|What is {} good for?|List three facts about {}.
 What would you ask an expert on {}?|Write a short poem about {}.|Give a tip for a beginner in {}.|Define {} in one line.
 Why do people care about {}?|Write a headline for an article on {}."""
 TOPICS = """rain,chess,bread,the moon,gardening,bicycles,coffee,photography,honey bees,trains,mathematics,sleep,music,
 earthquakes,recycling,libraries,swimming,clouds,languages,maps"""
-OPTIONS = """--ratio 0.417 --prune_every 5 --deepspeed ds_configs/zero3.json --use_cpu true --bf16 true
---learning_rate 2e-3 --gradient_accumulation_steps 1 --gradient_checkpointing false --save_strategy no
---report_to none --logging_steps 1 --disable_tqdm true --model_init_kwargs"""
+OPTIONS = """--ratio 0.417 --deepspeed ds_configs/zero3.json --use_cpu true --bf16 true
+--learning_rate 2e-3 --warmup_steps 0.1 --gradient_accumulation_steps 1 --gradient_checkpointing false
+--save_strategy no --report_to none --logging_steps 1 --disable_tqdm true --model_init_kwargs"""
 IN_BF16 = json.dumps({"dtype": "bfloat16"})
-DISTIL = ["--max_completion_length", str(LENGTH), "--teacher_model_init_kwargs", IN_BF16]
+DISTIL = ["--teacher_model_init_kwargs", IN_BF16]
 SCRIPTS = {  # own comes first
-    "own": ("gkd.py", [*DISTIL, "--beta", "1"]),
-    "distilled": ("gkd.py", [*DISTIL, "--beta", "0"]),
+    "own": ("gkd.py", [*DISTIL, "--max_completion_length", str(SHORT), "--beta", "1"]),
+    "distilled": ("gkd.py", [*DISTIL, "--max_completion_length", str(LENGTH), "--beta", "0"]),
     "sft": ("sft.py", ["--completion_only_loss", "true"]),
 }
 Answers = dict[tuple[int, ...], Ids]  # by the ids of the prompt
@@ -57,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=Path, required=True, help="text to measure on")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "own_texts", help="default: runs/own_texts")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40, help="of own: 16 texts each")
+    parser.add_argument("--steps", type=int, default=80, help="of own: 16 texts each")
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2))
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=[*SCRIPTS])
     return parser.parse_args()
@@ -75,10 +76,11 @@ def main() -> None:
         for name in arguments.only:
             out, script = arguments.work / f"{name}-s{seed}", SCRIPTS[name][0]
             data = arguments.work / ("prompts.jsonl" if script == "gkd.py" else "answers.jsonl")
-            more = ["--max_steps", str(steps), "--seed", str(seed), "--output_dir", str(out)]
+            numbers = {"max_steps": steps, "prune_every": steps // CUTS, "seed": seed, "output_dir": out}
+            numbers["per_device_train_batch_size"] = BATCH // arguments.ranks
             if not (out / "model").exists():
-                batch = ["--per_device_train_batch_size", str(BATCH // arguments.ranks)]
-                argv = [str(model), str(data), *OPTIONS.split(), IN_BF16, *SCRIPTS[name][1], *batch, *more]
+                more = [f"--{key}={value}" for key, value in numbers.items()]
+                argv = [str(model), str(data), *OPTIONS.split(), IN_BF16, *SCRIPTS[name][1], *more]
                 given = answers if name == "distilled" else None
                 ranks.run(arguments.ranks, train, script, argv, given, timeout=36_000)
             result = measure(out, arguments.test)
