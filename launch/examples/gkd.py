@@ -24,6 +24,7 @@ class Trainer(DistillationTrainer):
 
 parser = HfArgumentParser((PruneConfig, DistillationConfig))
 prune, args, (model, data) = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+args.warmup_steps = args.warmup_steps or 0.1  # updates before the first cut only follow the noise of the samples
 teacher = args.teacher_model_name_or_path or model
 rows = load_dataset("json", data_files=data, split="train")
 lora = LoraConfig(target_modules=linear_names(model))
