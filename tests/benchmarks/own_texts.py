@@ -1,4 +1,4 @@
-"""Compares three ways to recover SmolLM2-135M-Instruct in the callback, while 41.7 % are removed.
+"""Compares four ways to recover SmolLM2-135M-Instruct while 41.7 % are removed, three of them in the callback.
 
     python -m tests.benchmarks.own_texts --test test.raw [--work FOLDER] [--seeds 0 1 2] [--steps 80] [--ranks 1]
 
@@ -7,6 +7,7 @@ All have the same 200 prompts, and as many tokens in the pruned model's passes a
     own         gkd.py: reverse divergence from the dense model, on what the pruned model samples
     distilled   gkd.py: forward divergence from the dense model, on its own greedy answers
     sft         sft.py: cross-entropy on these answers
+    recipe      launch/run.py with the default recipe: these answers as chats
 
 They are measured on the other prompts of `launch/evaluate.py --answers`, on tasks and on a text.
 """
@@ -27,7 +28,8 @@ from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.report.records import history_from, read_metrics
 from tests.benchmarks.quality import perplexity, writing
-from tests.benchmarks.running import RESULTS, ROOT, add_to, make_parser
+from tests.benchmarks.quality_settings import SETTINGS
+from tests.benchmarks.running import RESULTS, ROOT, add_to, make_parser, run_quickstart
 from tests.benchmarks.two_four import expanded_model
 from tests.hf.trainers import run_example
 from tests.ranks import RankPool
@@ -60,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=80, help="of own: 16 texts each")
     parser.add_argument("--ranks", type=int, default=1, choices=(1, 2))
-    parser.add_argument("--only", nargs="+", choices=SCRIPTS, default=[*SCRIPTS])
+    parser.add_argument("--only", nargs="+", choices=[*SCRIPTS, "recipe"], default=[*SCRIPTS, "recipe"])
     return parser.parse_args()
 
 
@@ -74,13 +76,16 @@ def main() -> None:
     for seed in arguments.seeds:
         steps = arguments.steps
         for name in arguments.only:
-            out, script = arguments.work / f"{name}-s{seed}", SCRIPTS[name][0]
-            data = arguments.work / ("prompts.jsonl" if script == "gkd.py" else "answers.jsonl")
+            out = arguments.work / f"{name}-s{seed}"
             numbers = {"max_steps": steps, "prune_every": steps // CUTS, "seed": seed, "output_dir": out}
             numbers["per_device_train_batch_size"] = BATCH // arguments.ranks
-            if not (out / "model").exists():
+            if name == "recipe":
+                run_recipe(model, answers, out, steps, seed)
+            elif not (out / "model").exists():
+                script, options = SCRIPTS[name]
+                data = arguments.work / ("prompts.jsonl" if script == "gkd.py" else "answers.jsonl")
                 more = [f"--{key}={value}" for key, value in numbers.items()]
-                argv = [str(model), str(data), *OPTIONS.split(), IN_BF16, *SCRIPTS[name][1], *more]
+                argv = [str(model), str(data), *OPTIONS.split(), IN_BF16, *options, *more]
                 given = answers if name == "distilled" else None
                 ranks.run(arguments.ranks, train, script, argv, given, timeout=36_000)
             result = measure(out, arguments.test)
@@ -97,6 +102,21 @@ def train(script: str, argv: list[str], answers: Answers | None) -> None:
 
     with patch.object(DistillationTrainer, "_generate_single_turn", look_up) if answers else nullcontext():
         run_example(script, argv, torch.arange(32)[None])
+
+
+def run_recipe(model: Path, answers: Answers, out: Path, steps: int, seed: int) -> None:
+    tokenizer, prompts = load_tokenizer(model), (out.parent / "prompts.jsonl").read_text().splitlines()
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers.values()]
+    write_lines(
+        chats := out.parent / "chats.jsonl",
+        [
+            json.loads(prompt) | {"completion": [{"role": "assistant", "content": text}]}
+            for prompt, text in zip(prompts, texts, strict=True)
+        ],
+    )
+    data = (f"model.path={model}", f"data.path={chats}", "data.format=chat", "data.window=160", f"output_dir={out}")
+    numbers = (f"train.steps={steps}", f"train.global_batch_size={BATCH}", f"prune.prune_every={steps // CUTS}")
+    run_quickstart(1, (*SETTINGS["recipe"].overrides, *data, *numbers, f"seed={seed}"), "--resume", "auto")
 
 
 def prepare_answers(model: Path, work: Path) -> Answers:
