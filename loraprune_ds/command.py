@@ -93,7 +93,7 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
 
 
 def run_command(work: Callable[[], int | None]) -> int:
-    """Returns the exit code: 0, or the one of `work`, or 2 for unusable input."""
+    """Returns the exit code: `work`'s, or 0 without one, or 2 for unusable input."""
     try:
         return work() or 0
     except UserError as error:

@@ -135,6 +135,7 @@ def _lists_of_present(source: dict[str, Any], shape: ModelShape) -> dict[str, An
     """Returns the lists with a value for each layer, without the values of dropped ones."""
     if len(shape.present) == len(shape.layers):
         return {}
+    # A class may compute its lists, so a source need not have written them.
     written, made = source.get("text_config", source), config_object(source).get_text_config()
     lists = {key: written.get(key) or getattr(made, key, None) for key in PER_LAYER}
     return {key: [values[i] for i in shape.present] for key, values in lists.items() if values}

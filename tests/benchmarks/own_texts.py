@@ -77,13 +77,13 @@ def main() -> None:
         steps = arguments.steps
         for name in arguments.only:
             out = arguments.work / f"{name}-s{seed}"
-            numbers = {"max_steps": steps, "prune_every": steps // CUTS, "seed": seed, "output_dir": out}
-            numbers["per_device_train_batch_size"] = BATCH // arguments.ranks
             if name == "recipe":
-                run_recipe(model, answers, out, steps, seed)
+                run_recipe(model, out, steps, seed)
             elif not (out / "model").exists():
                 script, options = SCRIPTS[name]
                 data = arguments.work / ("prompts.jsonl" if script == "gkd.py" else "answers.jsonl")
+                numbers = {"max_steps": steps, "prune_every": steps // CUTS, "seed": seed, "output_dir": out}
+                numbers["per_device_train_batch_size"] = BATCH // arguments.ranks
                 more = [f"--{key}={value}" for key, value in numbers.items()]
                 argv = [str(model), str(data), *OPTIONS.split(), IN_BF16, *options, *more]
                 given = answers if name == "distilled" else None
@@ -104,23 +104,15 @@ def train(script: str, argv: list[str], answers: Answers | None) -> None:
         run_example(script, argv, torch.arange(32)[None])
 
 
-def run_recipe(model: Path, answers: Answers, out: Path, steps: int, seed: int) -> None:
-    tokenizer, prompts = load_tokenizer(model), (out.parent / "prompts.jsonl").read_text().splitlines()
-    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers.values()]
-    write_lines(
-        chats := out.parent / "chats.jsonl",
-        [
-            json.loads(prompt) | {"completion": [{"role": "assistant", "content": text}]}
-            for prompt, text in zip(prompts, texts, strict=True)
-        ],
-    )
+def run_recipe(model: Path, out: Path, steps: int, seed: int) -> None:
+    chats = out.parent / "chats.jsonl"
     data = (f"model.path={model}", f"data.path={chats}", "data.format=chat", "data.window=160", f"output_dir={out}")
     numbers = (f"train.steps={steps}", f"train.global_batch_size={BATCH}", f"prune.prune_every={steps // CUTS}")
     run_quickstart(1, (*SETTINGS["recipe"].overrides, *data, *numbers, f"seed={seed}"), "--resume", "auto")
 
 
 def prepare_answers(model: Path, work: Path) -> Answers:
-    """Writes the prompts, and the dense model's greedy answers as rows of sft.py, unless they are there."""
+    """Writes the prompts, and the dense model's greedy answers as chats and rows of sft.py, unless they are there."""
     path = work / "answers.jsonl"
     if not path.exists():
         kinds, topics = ASKED.replace("\n", "|").split("|"), TOPICS.replace("\n", "").split(",")
@@ -131,6 +123,10 @@ def prepare_answers(model: Path, work: Path) -> Answers:
         prompts, ends = list(made["input_ids"]), end_ids(dense, tokenizer)
         batches = (prompts[i : i + 40] for i in range(0, len(prompts), 40))
         written = [x for batch in batches for x in generate(dense, batch, ends, max_new_tokens=LENGTH, do_sample=False)]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        said = [[{"role": "assistant", "content": text}] for text in texts]
+        both = zip(chats, said, strict=True)
+        write_lines(work / "chats.jsonl", [{"prompt": chat, "completion": answer} for chat, answer in both])
         masks = [[0] * len(p) + [1] * len(a) for p, a in zip(prompts, written, strict=True)]
         rows = zip(prompts, written, masks, strict=True)
         write_lines(path, [{"input_ids": [*p, *a], "completion_mask": mask} for p, a, mask in rows])

@@ -24,7 +24,7 @@ IDS = torch.arange(3, 35)[None]
 SAVES = "--save_strategy steps --save_steps 2 --ratio 0.4 --head_ratio 0.5 --gradient_checkpointing true".split()
 GREEDY = ["--generation_kwargs", json.dumps({"do_sample": False, "min_new_tokens": TOKENS})]
 GREEDY += ["--max_completion_length", str(TOKENS)]
-TUNED = """--train_sampling_strategy sequential --completion_only_loss true --warmup_steps 0.1 --output_dir""".split()
+TUNED = "--train_sampling_strategy sequential --completion_only_loss true --warmup_steps 0.1 --output_dir".split()
 Samples = list[dict[str, torch.Tensor]]  # of this rank, per micro-batch
 
 
