@@ -29,8 +29,10 @@ try:
     )
     from torch.distributed.distributed_c10d import PrefixStore
 
-    from loraprune_ds.command import Parser, gloo_interface, leave
+    from loraprune_ds.arguments import Parser
     from loraprune_ds.errors import UserError, one_line, require
+    from loraprune_ds.exits import leave
+    from loraprune_ds.ranks import gloo_interface
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")
 except ImportError as broken:  # a library of torch that does not load, for example

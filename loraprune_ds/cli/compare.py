@@ -12,8 +12,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from loraprune_ds.command import Parser, run_command
+from loraprune_ds.arguments import Parser
 from loraprune_ds.errors import require
+from loraprune_ds.exits import run_command
 
 PICTURES = (".png", ".pdf", ".svg")
 

@@ -31,7 +31,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from loraprune_ds import command
+from loraprune_ds import ranks
+from loraprune_ds.arguments import Parser, check_needs
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.settings import (
@@ -47,6 +48,7 @@ from loraprune_ds.evaluate.settings import (
     read_prompts,
     read_text,
 )
+from loraprune_ds.exits import leave, leave_on_error, tell
 from loraprune_ds.files import finite, write_text
 
 ROUND = fields(SpeedSettings)  # an option each
@@ -60,7 +62,7 @@ NEEDS = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = command.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--dense", metavar="MODEL", help="measure this one too, side by side")
     text = parser.add_mutually_exclusive_group()
@@ -94,14 +96,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit code: 0, or 2 for unusable input."""
-    command.adopt_srun_ranks()
+    ranks.adopt_srun_ranks()
     try:
         arguments = parse_arguments()
         stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")  # for the result alone
         os.dup2(2, 1)  # other prints, also from C, go to stderr
         result = measure(arguments)
     except UserError as error:
-        command.tell(error, agreed=False)  # lm-eval can fail on one rank alone
+        tell(error, agreed=False)  # lm-eval can fail on one rank alone
         return error.exit_code
     if is_rank_0():
         from loraprune_ds.evaluate.result import answers_page, result_table
@@ -121,16 +123,16 @@ def is_rank_0() -> bool:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
-    command.check_ranks(os.environ)  # wrong ranks are an error before DeepSpeed is imported
-    command.collective_timeout(os.environ)
-    command.check_needs(arguments, NEEDS)
+    ranks.check_ranks(os.environ)  # wrong ranks are an error before DeepSpeed is imported
+    ranks.collective_timeout(os.environ)
+    check_needs(arguments, NEEDS)
     names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
     tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit) if names else None
     rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
     speed = SpeedSettings(**rounds) if arguments.speed else None
     measured = {"tasks": tasks, "answers": answer_settings(arguments), "speed": speed}
     if not arguments.verbose:
-        command.silence_libraries()  # their bars stay on a terminal
+        ranks.silence_libraries()  # their bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
@@ -203,5 +205,5 @@ def show_progress(rounds: Iterable[int], what: str) -> Iterable[int]:
 
 
 if __name__ == "__main__":
-    command.leave_on_error()
-    command.leave(main())
+    leave_on_error()
+    leave(main())

@@ -15,7 +15,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from loraprune_ds.command import Parser, check_needs, run_command
+from loraprune_ds.arguments import Parser, check_needs
+from loraprune_ds.exits import run_command
 
 NEEDS = {"--public": "--push-to-hub", "--results": "--push-to-hub"}
 

@@ -15,9 +15,11 @@ import dataclasses
 import json
 from pathlib import Path
 
-from loraprune_ds.command import Parser, run_command, silence_libraries, tell
+from loraprune_ds.arguments import Parser
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.exits import run_command, tell
 from loraprune_ds.plan.cluster import Cluster
+from loraprune_ds.ranks import silence_libraries
 
 DOES_NOT_FIT_EXIT_CODE = 3
 FORMULAS = Path(__file__).parents[1] / "plan" / "README.md"

@@ -11,10 +11,12 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from loraprune_ds import command
+from loraprune_ds import ranks
+from loraprune_ds.arguments import Parser
 from loraprune_ds.checkpoint.layout import REPORT_FILE
 from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import UserError
+from loraprune_ds.exits import leave, leave_on_error, tell
 from loraprune_ds.files import read_json
 from loraprune_ds.train.after import measure_after
 from loraprune_ds.train.output import OutputFolder
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
     """Reads the command line, with the options of `more` parsers."""
-    parser = command.Parser(__doc__, more)
+    parser = Parser(__doc__, more)
     parser.add_argument("--config", required=True, help="YAML file of the run, or a shipped launch/configs/*.yaml")
     value = "override a value, e.g. --set prune.ratio=0.3; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=value)
@@ -43,7 +45,7 @@ def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit code: 0 finished, 1 failed, 2 unusable input, 85 stopped on request, 130 interrupted twice."""
-    command.adopt_srun_ranks()
+    ranks.adopt_srun_ranks()
     launchers = find_launchers()
     joined = False
     try:
@@ -54,7 +56,7 @@ def main() -> int:
             return 0
         if output.start != "finished":
             if output.config.train.deterministic:
-                os.environ |= command.DETERMINISTIC
+                os.environ |= ranks.DETERMINISTIC
             comm = join_ranks()
             joined = True
             if not prune(output, comm, launchers):
@@ -69,7 +71,7 @@ def main() -> int:
             finally:
                 print(summary_table(read_json(output.path / REPORT_FILE), output.path))
     except UserError as error:
-        command.tell(error, agreed=joined)
+        tell(error, agreed=joined)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED_EXIT_CODE
@@ -78,15 +80,15 @@ def main() -> int:
 
 def launch() -> int:
     """Checks the arguments of `loraprune-ds run`, then becomes DeepSpeed's launcher, which runs `main` on all ranks."""
-    own = command.Parser(None, add_help=False)
+    own = Parser(None, add_help=False)
     own.add_argument("--ranks", type=int, metavar="N", help="processes on this machine (default: one per GPU)")
     try:
         chosen, arguments = own.parse_known_args()
         options = parse_arguments(own)
-        launcher = command.launcher_command(__name__, chosen.ranks, os.environ)
+        launcher = ranks.launcher_command(__name__, chosen.ranks, os.environ)
         OutputFolder(read_config(options.config, options.set), options.resume)  # before launchers and ranks speak
     except UserError as error:
-        command.tell(error)
+        tell(error)
         return error.exit_code
     if options.show is not None:
         sys.argv[1:] = arguments
@@ -98,10 +100,10 @@ def launch() -> int:
 
 def join_ranks() -> "Communicator":
     """Starts the process group, after all imports. Collective."""
-    command.check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
-    command.collective_timeout(os.environ)
-    command.longest_silence(os.environ)
-    command.silence_libraries()
+    ranks.check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
+    ranks.collective_timeout(os.environ)
+    ranks.longest_silence(os.environ)
+    ranks.silence_libraries()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
@@ -123,7 +125,7 @@ def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> b
     from loraprune_ds.zero.engine import stop_ranks
 
     gc.freeze()  # the imports left no garbage, and DeepSpeed collects twice per cut over all objects
-    watch = Watch(comm, command.longest_silence(os.environ), launchers)
+    watch = Watch(comm, ranks.longest_silence(os.environ), launchers)
     try:
         finished = run(output, comm)
     finally:
@@ -135,5 +137,5 @@ def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> b
 
 
 if __name__ == "__main__":
-    command.leave_on_error()
-    command.leave(main())
+    leave_on_error()
+    leave(main())

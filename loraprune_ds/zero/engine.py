@@ -19,7 +19,6 @@ from torch.distributed import distributed_c10d
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from loraprune_ds.command import check_local_rank, check_ranks, collective_timeout, gloo_interface
 from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import add_lora, differentiate_input, leaf_modules, load_adapter
@@ -28,6 +27,7 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import build_for_losses
+from loraprune_ds.ranks import check_local_rank, check_ranks, collective_timeout, gloo_interface
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, is_cpu
 from loraprune_ds.zero.params import shard_at_birth

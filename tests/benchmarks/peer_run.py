@@ -30,8 +30,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.command import leave, leave_on_error
 from loraprune_ds.config import Normalization
+from loraprune_ds.exits import leave, leave_on_error
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.pruning.criterion import effective_weight, score_shard
 from loraprune_ds.pruning.importance import GroupSums, add_over_ranks

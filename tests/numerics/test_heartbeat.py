@@ -15,8 +15,8 @@ import torch
 import torch.distributed
 from safetensors.torch import save_file
 
-from loraprune_ds.command import SILENCE, longest_silence
 from loraprune_ds.config import DataSource, RunConfig
+from loraprune_ds.ranks import SILENCE, longest_silence
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.sources import read_rows
 from loraprune_ds.train.prepare import prepare

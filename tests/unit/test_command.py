@@ -13,16 +13,26 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds import command
-from loraprune_ds.command import LAUNCHED, check_needs, check_ranks, collective_timeout, launcher_command, srun_ranks
+from loraprune_ds.arguments import check_needs
 from loraprune_ds.errors import RankError, UserError
+from loraprune_ds.exits import tell
+from loraprune_ds.ranks import (
+    LAUNCHED,
+    adopt_srun_ranks,
+    check_local_rank,
+    check_ranks,
+    collective_timeout,
+    gloo_interface,
+    launcher_command,
+    srun_ranks,
+)
 from tests.integration.launching import ROOT, run_to_end
 from tests.ranks import RankPool
 from tests.refusals import refused, refuses
 
 BLOCKED = """
 import threading, time, torch
-from loraprune_ds.command import leave_on_error
+from loraprune_ds.exits import leave_on_error
 
 leave_on_error()
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -57,8 +67,8 @@ def test_what_a_rank_met_alone_it_tells_itself(
     rank: str, error: UserError, agreed: bool, line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr("loraprune_ds.command.GRACE", 0.0)
-    command.tell(error, agreed=agreed)
+    monkeypatch.setattr("loraprune_ds.exits.GRACE", 0.0)
+    tell(error, agreed=agreed)
     assert capfd.readouterr().err == line
 
 
@@ -151,8 +161,8 @@ def test_gloo_takes_the_interface_that_nccl_is_told_to(tmp_path: Path, nccl: str
     for name in ("eth0", "eth1", "ib0", "lo"):
         (tmp_path / name).mkdir()
     wanted = {} if gloo is None else {"GLOO_SOCKET_IFNAME": gloo}
-    assert command.gloo_interface({"NCCL_SOCKET_IFNAME": nccl}, tmp_path) == wanted
-    assert command.gloo_interface({"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": "eth0"}, tmp_path) == {}
+    assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl}, tmp_path) == wanted
+    assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": "eth0"}, tmp_path) == {}
 
 
 def test_a_start_looks_for_its_device_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +174,7 @@ def test_a_start_looks_for_its_device_before_it_meets_the_others(monkeypatch: py
     for name, value in RANK_1_OF_2.items():
         monkeypatch.setenv(name, value)
     refuses(r"^rank 1 has LOCAL_RANK 1 and sees 1 accelerator; .*--gpu-bind=none, not", engine.start_ranks)
-    command.check_local_rank(RANK_1_OF_2, devices=2)
+    check_local_rank(RANK_1_OF_2, devices=2)
 
 
 def start_alone(rank: int, world_size: int, folder: Path) -> None:
@@ -223,5 +233,5 @@ def test_a_launcher_below_srun_chooses_the_ranks(monkeypatch: pytest.MonkeyPatch
     for name, value in (TASK | {"RANK": "0"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    command.adopt_srun_ranks()
+    adopt_srun_ranks()
     assert (os.environ["RANK"], os.environ.get("WORLD_SIZE")) == ("0", None)

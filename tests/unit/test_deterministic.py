@@ -41,7 +41,7 @@ def test_the_environment_has_it_before_ranks_join(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, "")  # so that the test's end restores it
         monkeypatch.delenv(name)
     monkeypatch.setattr(command, "join_ranks", join_ranks)
-    monkeypatch.setattr(command.command, "tell", lambda error, agreed: None)
+    monkeypatch.setattr(command, "tell", lambda error, agreed: None)
     monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(config[0])])
     assert command.main() == Reached.exit_code
     assert found == ([":4096:8", "1"] if config[1] else [None, None])

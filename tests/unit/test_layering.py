@@ -17,8 +17,8 @@ MAX_LINES = 400
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
-    ("files", "units"),
-    ("config", "command"),
+    ("files", "units", "exits", "ranks"),
+    ("config", "arguments"),
     ("config_file",),
     ("model",),
     ("pruning",),

@@ -1,32 +1,17 @@
-"""`loraprune-ds COMMAND`, and what the commands share: arguments, errors, exits and the environment of a rank."""
+"""Reads, checks and sets the environment of a rank: what launchers and Slurm set, time limits, the network."""
 
-import argparse
-import importlib
 import logging
 import os
 import re
 import socket
 import sys
-import textwrap
-import time
-import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn
 
-from loraprune_ds.errors import UserError, is_shared, require
+from loraprune_ds.errors import require
 
-COMMANDS = {  # the modules of loraprune_ds/cli
-    "run": "prune a model while it is tuned",
-    "plan": "estimate what a run needs",
-    "evaluate": "measure a model, alone or next to the dense one",
-    "export": "convert a result for the tool that will read it",
-    "compare": "compare results",
-}
-GRACE = 5.0  # seconds that the other ranks stay after an error
 # A long write to a slow disk is no reason to end a run. If a rank dies, the launcher ends it.
 MINUTES = 60
 MOST_MINUTES = 525_600
@@ -37,93 +22,6 @@ NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 HINT = "start deepspeed, torchrun or srun, or unset it"
 # What cuBLAS and flash-attn read when they start, for `train.deterministic`.
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
-
-
-def main() -> NoReturn:
-    """Runs `loraprune-ds COMMAND` and exits with its code."""
-    leave_on_error()
-    name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
-        commands = "\n".join(f"  {command:10}{about}" for command, about in COMMANDS.items())
-        sys.stdout.write(f"loraprune-ds COMMAND ...      (loraprune-ds COMMAND --help tells more)\n\n{commands}\n")
-        leave(0)
-    if name not in COMMANDS:
-        tell(UserError(f"there is no command {name}; there are {', '.join(COMMANDS)}"))
-        leave(UserError.exit_code)
-    sys.argv = [f"loraprune-ds {name}", *arguments]
-    module = importlib.import_module(f"loraprune_ds.cli.{name}")
-    leave(module.launch() if name == "run" else module.main())
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that reports wrong arguments like any other wrong input. Its help shows the command that was typed."""
-
-    def __init__(
-        self, description: str | None, parents: Sequence[argparse.ArgumentParser] = (), *, add_help: bool = True
-    ) -> None:
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(sys.argv[0], description=description, formatter_class=raw, parents=parents, add_help=add_help)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def check_needs(arguments: argparse.Namespace, needs: Mapping[str, str]) -> None:
-    """Refuses an option that has no effect without another. `needs`: option -> "--this or --that"."""
-    values = {f"--{name.replace('_', '-')}": value for name, value in vars(arguments).items()}
-    given = {option for option, value in values.items() if value or type(value) is int}  # 0 is given, False is not
-    for option, needed in needs.items():
-        missing = option in given and not given & set(needed.split(" or "))
-        require(not missing, f"{option} has no effect without {needed}")
-
-
-def tell(error: UserError, *, agreed: bool = True) -> None:
-    """Prints an error in one line: rank 0 for all ranks, or a rank that met it alone.
-
-    The first rank that exits makes the launcher end the others, so those wait until rank 0 has printed. A rank that is
-    still alive then prints its error, unless the ranks `agreed` on it.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        time.sleep(GRACE)
-        if agreed and is_shared(error):
-            return
-    sys.stderr.write(f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
-    sys.stderr.flush()
-
-
-def run_command(work: Callable[[], int | None]) -> int:
-    """Returns the exit code: `work`'s, or 0 without one, or 2 for unusable input."""
-    try:
-        return work() or 0
-    except UserError as error:
-        tell(error)
-        return error.exit_code
-
-
-def leave(code: int) -> NoReturn:
-    """Ends this process immediately. An interpreter that shuts down can abort in a thread of gloo (exit code -6)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def leave_on_error() -> None:
-    """Makes an unexpected error end this process right after its traceback."""
-    # While an interpreter shuts down it can wait for the other ranks, which wait for this one, while the launcher waits
-    # for its exit code.
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # torch calls this hook with sys.stderr pointing at a buffer, which would be lost here.
-        text = "".join(traceback.format_exception(kind, error, trace))
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            text = textwrap.indent(text, f"[rank {os.environ.get('RANK', '0')}] ")
-        try:
-            os.write(2, text.encode(errors="backslashreplace"))
-        finally:  # also if the reader of stderr is gone
-            os._exit(1)
-
-    sys.excepthook = hook
 
 
 def silence_libraries() -> None:

@@ -1,0 +1,56 @@
+"""`loraprune-ds COMMAND`, and how the commands read their arguments."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from loraprune_ds.errors import UserError, require
+from loraprune_ds.exits import leave, leave_on_error, tell
+
+COMMANDS = {  # the modules of loraprune_ds/cli
+    "run": "prune a model while it is tuned",
+    "plan": "estimate what a run needs",
+    "evaluate": "measure a model, alone or next to the dense one",
+    "export": "convert a result for the tool that will read it",
+    "compare": "compare results",
+}
+
+
+def main() -> NoReturn:
+    """Runs `loraprune-ds COMMAND` and exits with its code."""
+    leave_on_error()
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        commands = "\n".join(f"  {command:10}{about}" for command, about in COMMANDS.items())
+        sys.stdout.write(f"loraprune-ds COMMAND ...      (loraprune-ds COMMAND --help tells more)\n\n{commands}\n")
+        leave(0)
+    if name not in COMMANDS:
+        tell(UserError(f"there is no command {name}; there are {', '.join(COMMANDS)}"))
+        leave(UserError.exit_code)
+    sys.argv = [f"loraprune-ds {name}", *arguments]
+    module = importlib.import_module(f"loraprune_ds.cli.{name}")
+    leave(module.launch() if name == "run" else module.main())
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports wrong arguments like any other wrong input. Its help shows the command that was typed."""
+
+    def __init__(
+        self, description: str | None, parents: Sequence[argparse.ArgumentParser] = (), *, add_help: bool = True
+    ) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(sys.argv[0], description=description, formatter_class=raw, parents=parents, add_help=add_help)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def check_needs(arguments: argparse.Namespace, needs: Mapping[str, str]) -> None:
+    """Refuses an option that has no effect without another. `needs`: option -> "--this or --that"."""
+    values = {f"--{name.replace('_', '-')}": value for name, value in vars(arguments).items()}
+    given = {option for option, value in values.items() if value or type(value) is int}  # 0 is given, False is not
+    for option, needed in needs.items():
+        missing = option in given and not given & set(needed.split(" or "))
+        require(not missing, f"{option} has no effect without {needed}")
