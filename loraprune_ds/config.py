@@ -27,13 +27,13 @@ def _number(value: Any) -> Any:
 NUMBER = BeforeValidator(_number)
 Positive = Annotated[float, Field(gt=0), NUMBER]
 AtLeast0 = Annotated[float, Field(ge=0), NUMBER]
-Fraction = Annotated[float, Field(ge=0, lt=1), NUMBER]
-Part = Annotated[float, Field(gt=0, lt=1), NUMBER]
+FractionOr0 = Annotated[float, Field(ge=0, lt=1), NUMBER]
+Fraction = Annotated[float, Field(gt=0, lt=1), NUMBER]
 LearningRate = Annotated[float, Field(gt=0, le=100), NUMBER]
 Count = Annotated[int, Field(ge=1)]
 CountOr0 = Annotated[int, Field(ge=0)]
 Window = Annotated[int, Field(ge=2)]
-Size = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
+AmountText = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Frozen = Literal["int8"]
 Criterion = Literal["lora", "fisher", "magnitude", "random"]
@@ -101,7 +101,7 @@ class LoraConfig:
 
     r: Count = 8  # rank
     lora_alpha: Positive = 16  # LoRA's product is scaled by lora_alpha / r
-    lora_dropout: Fraction = 0.05  # dropout before LoRA
+    lora_dropout: FractionOr0 = 0.05  # dropout before LoRA
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -159,7 +159,7 @@ class DataConfig:
     target_field: str = "target"  # field with what its decoder writes
     window: Window = 512  # tokens of a sample. An encoder-decoder's has source and target
     held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
-    held_out_fraction: Part | None = 0.1  # size of that part. None if `held_out` is given
+    held_out_fraction: Fraction | None = 0.1  # size of that part. None if `held_out` is given
     max_samples: Count | None = None  # most samples from each source. None: all
     packing: bool = False  # several instructions or conversations share a window, without seeing each other
 
@@ -195,26 +195,26 @@ class DataConfig:
 class PruneConfig:
     """Says what to cut, when, and by which score. Names are the LoRAPrune paper's where it has one."""
 
-    ratio: Part | None = 0.5  # fraction of the decoder layers' linear parameters to remove. None: `target` decides
-    target: Size | None = None  # instead of `ratio`: parameters of the model (`4.5B`) or memory of a server (`24GiB`)
+    ratio: Fraction | None = 0.5  # fraction of the decoder layers' linear parameters to remove. None: `target` decides
+    target: AmountText | None = None  # instead of `ratio`: parameters of the model (`4.5B`) or server memory (`24GiB`)
     # instead of both: a list of such ratios and targets. The run exports a model at each, and goes on to the next
-    sizes: Annotated[list[Size], Field(min_length=1)] | None = None
+    sizes: Annotated[list[AmountText], Field(min_length=1)] | None = None
     target_context: Count = 4096  # for a target in bytes: tokens in the server's KV cache, over all sequences
     target_weight_bits: Positive = 16.0  # for a target in bytes: bits per parameter of the linears, with scales
     # fraction of heads, also of delta nets, to remove in layers that are cut. Channels make up the rest. None: the same
     # fraction of all
-    head_ratio: Fraction | None = None
-    depth_ratio: Fraction = 0.0  # fraction of the layers that leave whole, before any width. They count in `ratio`
+    head_ratio: FractionOr0 | None = None
+    depth_ratio: FractionOr0 = 0.0  # fraction of the layers that leave whole, before any width. They count in `ratio`
     criterion: Criterion = "fisher"  # how a group is scored
     # `global` ranks over all layers. `uniform` keeps equal counts in all layers. None: `uniform` where a tower stays,
     # otherwise `global`
     ranking: Ranking | None = None
     # `step` divides all scores of a step by their sum, so no step decides alone. `l2` divides a linear's by their norm
     normalize: Normalization = "step"
-    moving_average: Fraction = 0.9  # weight of earlier scores in the moving average
+    moving_average: FractionOr0 = 0.9  # weight of earlier scores in the moving average
     prune_every: Count = 10  # steps between cuts
-    warmup_fraction: Fraction = 0.1  # fraction of the steps before the first cut
-    cooldown_fraction: Fraction = 0.1  # fraction of the steps after the last cut
+    warmup_fraction: FractionOr0 = 0.1  # fraction of the steps before the first cut
+    cooldown_fraction: FractionOr0 = 0.1  # fraction of the steps after the last cut
     protected_first: CountOr0 | None = 0  # first layers that are not cut. None: 10 % of the layers, at least one
     protected_last: CountOr0 = 0  # last layers that are not cut
     channel_multiple: Count = 64  # kept channel counts are multiples of this. 1: any count, as in the paper
@@ -222,7 +222,7 @@ class PruneConfig:
     # `least_squares` refits linears that lose inputs, such as o_proj and down_proj. None: where those leave
     compensate: Compensation | None = None
     compensate_steps: Count = 4  # steps whose inputs are measured before a cut, its own step included
-    compensate_decay: Fraction = 0.9  # weight of earlier measured steps when one more is measured
+    compensate_decay: FractionOr0 = 0.9  # weight of earlier measured steps when one more is measured
 
     @model_validator(mode="before")
     @classmethod

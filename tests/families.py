@@ -165,7 +165,7 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
 EQUAL = tuple(name for name in TINY if FAMILIES[name].equal_layers)
-CAUSAL = tuple(name for name in TINY if len(FAMILIES[name].stacks) == 1)
+CAUSAL = tuple(name for name in TINY if len(FAMILIES[name].layer_lists) == 1)
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].mixture)
 # Their first layer is dense, and the second one sparse.
 MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")

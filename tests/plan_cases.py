@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loraprune_ds import config
 from loraprune_ds.model.pretrained import open_for_pruning
-from loraprune_ds.model.read_shape import read_config, shape_from_config
+from loraprune_ds.model.read_shape import read_model_config, shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import FrozenStorage, lora_cuts
 from loraprune_ds.model.token_loss import IGNORE_INDEX
@@ -74,7 +74,7 @@ class Case:
             train=config.TrainConfig(**train, gradient_checkpointing=self.checkpointing),
         )
         name, per_node = str(self.folder), self.per_node or world_size
-        source, where = read_config(name), Cluster(nodes=world_size // per_node, gpus_per_node=per_node)
+        source, where = read_model_config(name), Cluster(nodes=world_size // per_node, gpus_per_node=per_node)
         return build_request(name, source, shape_from_config(source, name), run, where)
 
 

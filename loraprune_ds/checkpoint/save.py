@@ -21,7 +21,7 @@ from loraprune_ds.zero.device import empty_cache
 from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.training_engine import collect_lora_state
-from loraprune_ds.zero.write import LocalWrites, frozen_tensors, write_model
+from loraprune_ds.zero.write import LocalWrites, frozen_tensors, write_sharded_model
 
 
 class Staging:
@@ -80,7 +80,7 @@ class Staging:
 def save_shape(model: ShardedModel, root: Path, cuts: int, dtype: Dtype) -> ShapeSource:
     """Publishes the frozen weights as `shape-{cuts}`, as the ranks store them. Collective."""
     with Staging(model.comm, root / f"shape-{cuts}", "shape") as staging:
-        staging.seal(write_model(model, staging.folder, dtype, frozen_tensors, export=False))
+        staging.seal(write_sharded_model(model, staging.folder, dtype, frozen_tensors, export=False))
         fail_point("save.shape_written")
         staging.publish()
     digest = layout.sha256(staging.target / layout.MANIFEST) if model.rank == 0 else ""

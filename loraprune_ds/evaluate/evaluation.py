@@ -166,8 +166,8 @@ def count_cost(shape: ModelShape, config: dict[str, Any], window: int, element_s
         contexts = [window] * encoder + [_mean_context(window, None)] * (len(heads) - encoder) + [window]
         heads.append(sum(layer.get("cross_heads", 0) for layer in shape.layers))
     context = sum(map(mul, contexts, heads)) / sum(heads)
-    linear, head = active_numel(shape) // len(shape.stacks), shape.vocab_size * shape.hidden_size
-    attention = attention_product(shape, context) / len(shape.stacks)  # two products of one multiply-add each
+    linear, head = active_numel(shape) // len(shape.layer_lists), shape.vocab_size * shape.hidden_size
+    attention = attention_product(shape, context) / len(shape.layer_lists)  # two products of one multiply-add each
     return ModelCost(
         parameters=shape.total_numel(),
         linear_parameters=shape.linear_numel(),

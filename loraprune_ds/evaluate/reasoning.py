@@ -30,7 +30,7 @@ RUN_ANSWERS = (
     *("simple_integration", "spiral_matrix", "string_insertion"),
 )
 UNSTABLE = ("isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder")
-REFUSED = dict.fromkeys(RUN_ANSWERS, "its scorer runs the answer as code") | dict.fromkeys(
+REFUSED_TASKS = dict.fromkeys(RUN_ANSWERS, "its scorer runs the answer as code") | dict.fromkeys(
     UNSTABLE, "its questions change from process to process, whatever the seed"
 )
 
@@ -71,9 +71,9 @@ def load_tasks(settings: TaskSettings) -> tuple[GymTask, ...]:
 def _load(name: str, fewshot: int, count: int) -> GymTask:
     known: Any = importlib.import_module("reasoning_gym.factory")
     task, _, level = name.partition(":")
-    require(task not in REFUSED, f"--tasks {GYM}:{name}: {REFUSED.get(task)}")
+    require(task not in REFUSED_TASKS, f"--tasks {GYM}:{name}: {REFUSED_TASKS.get(task)}")
     if task not in known.DATASETS:
-        hint = did_you_mean(task, known.DATASETS.keys() - REFUSED.keys())
+        hint = did_you_mean(task, known.DATASETS.keys() - REFUSED_TASKS.keys())
         raise UserError(f"--tasks: reasoning-gym knows no task {task}{hint}")
     require(level in ("", EASY), f"--tasks {GYM}:{name}: a task takes :{EASY} or nothing behind its name")
 

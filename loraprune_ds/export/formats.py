@@ -13,7 +13,7 @@ from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import begin, copy_model, publish
-from loraprune_ds.export.lora import ExportSource, open_newest, write_adapter, write_model
+from loraprune_ds.export.lora import ExportSource, open_newest, write_adapter, write_from_checkpoint
 from loraprune_ds.export.model_card import copy_model_card
 from loraprune_ds.export.mtp import add_mtp, cut_mtp
 from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
@@ -76,7 +76,7 @@ def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
         free = shutil.disk_usage(folder).free
         sizes = f"{format_bytes(needed)} in {folder.parent}, where {format_bytes(free)} are free"
         require(needed <= free, f"the merged model needs {sizes}")
-        write_model(unmerged, folder, merge=True)
+        write_from_checkpoint(unmerged, folder, merge=True)
     else:
         pretrained, remarks = open_pretrained(source.model), list[str]()
         has_them = source.mtp and any(name.startswith(MTP) for name in read_headers(source.model))
@@ -94,7 +94,7 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
     unmerged.dense = replace(unmerged.dense, tower=None)  # an adapter has the names of the text class
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     base.mkdir()
-    write_model(unmerged, base, merge=False)
+    write_from_checkpoint(unmerged, base, merge=False)
     copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
     adapter.mkdir()
     write_adapter(unmerged, adapter)

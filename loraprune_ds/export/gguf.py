@@ -91,7 +91,7 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
     channels = [layer.get("channels", shape.expert_size) for layer in shape.layers]
     if any(layer.get("experts") == 0 for layer in shape.layers):  # a dense layer has these instead
         channels = [config.intermediate_size]
-    writer.add_block_count(len(shape.stacks[0]))
+    writer.add_block_count(len(shape.layer_lists[0]))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)
     writer.add_head_count(max(queries) if shape.is_uniform else queries)  # a delta net has none

@@ -68,7 +68,7 @@ class Architecture:
         return (divisor / config.query_pre_attn_scalar) ** 0.5
 
 
-LLAMA = Architecture(
+LLAMA_ARCH = Architecture(
     MODEL_ARCH.LLAMA, MODEL_ARCH.DECI, neighbours=True, biases=LINEARS, ropes=("default", "linear", "llama3")
 )
 GRANITE_NUMBERS = {
@@ -112,16 +112,16 @@ T5_NUMBERS = {
     "layer_norm_epsilon": "add_layer_norm_rms_eps",
 }
 # llama.cpp's t5 measures distances up to 128, and each layer may have a table of biases.
-T5 = Architecture(
+T5_ARCH = Architecture(
     MODEL_ARCH.T5, activations=("relu", "gated-gelu"), numbers=T5_NUMBERS, only={"relative_attention_max_distance": 128}
 )
-GEMMA = Architecture(MODEL_ARCH.GEMMA, activations=("gelu_pytorch_tanh",), norm_offset=1.0)
+GEMMA_ARCH = Architecture(MODEL_ARCH.GEMMA, activations=("gelu_pytorch_tanh",), norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA),
-    **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), replace(LLAMA, unequal=None)),
-    "helium": replace(LLAMA, unequal=None, neighbours=False),  # in transformers they are, too
+    **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA_ARCH),
+    **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), replace(LLAMA_ARCH, unequal=None)),
+    "helium": replace(LLAMA_ARCH, unequal=None, neighbours=False),  # in transformers they are, too
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
-    "mixtral": replace(LLAMA, unequal=None),
+    "mixtral": replace(LLAMA_ARCH, unequal=None),
     "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}),
     "qwen2_moe": Architecture(
         MODEL_ARCH.QWEN2MOE,
@@ -188,9 +188,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "seed_oss": Architecture(MODEL_ARCH.SEED_OSS, biases=QKV),
     "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5),
     "arcee": Architecture(MODEL_ARCH.ARCEE, neighbours=True, activations=("relu2",)),
-    "gemma": GEMMA,
+    "gemma": GEMMA_ARCH,
     "gemma2": replace(
-        GEMMA,
+        GEMMA_ARCH,
         uniform=MODEL_ARCH.GEMMA2,
         numbers=FINAL_CAP | {"attn_logit_softcapping": "add_attn_logit_softcapping"},
         window_period=2,
@@ -198,7 +198,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         odd_depth=46,
     ),
     "gemma3_text": replace(
-        GEMMA,
+        GEMMA_ARCH,
         uniform=MODEL_ARCH.GEMMA3,
         ropes=("default", "linear"),
         numbers=FINAL_CAP,
@@ -206,7 +206,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         scaled="self_attn.q_norm",
         odd_depth=62,
     ),
-    **dict.fromkeys(("t5", "mt5", "umt5"), T5),
+    **dict.fromkeys(("t5", "mt5", "umt5"), T5_ARCH),
 }
 
 
@@ -258,7 +258,7 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
 
 def _missing_orders(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
     """Yields the numbers and orders of layers that the architecture lacks."""
-    layers, (first, *decoder) = len(shape.layers), map(len, shape.stacks)
+    layers, (first, *decoder) = len(shape.layers), map(len, shape.layer_lists)
     if any(count > first for count in decoder):  # it makes room for the encoder's number of layers
         yield f"{decoder[0]} decoder layers after {first} of the encoder"
     if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):

@@ -39,7 +39,7 @@ BIAS = "_proj_bias"  # ends the name of biases with a row for each expert
 EXPERT_PARTS = {"gate_up": ("mlp.experts.gate_proj", "mlp.experts.up_proj"), "down": ("mlp.experts.down_proj",)}
 
 
-class Stack(NamedTuple):
+class Slices(NamedTuple):
     """Takes the same part of one matrix per expert or head. In the source they follow one another."""
 
     count: int
@@ -54,13 +54,13 @@ class Stack(NamedTuple):
         return torch.stack([part.T if self.transposed else part for part in parts])
 
 
-class Part(NamedTuple):
+class SourcePart(NamedTuple):
     """A part of a source tensor that is a tensor in llama.cpp. `start`: its first element in the flat source."""
 
     name: str
     shape: tuple[int, ...]
     start: int = 0
-    stack: Stack | None = None
+    slices: Slices | None = None
 
 
 class ValueHeads(NamedTuple):
@@ -80,8 +80,8 @@ class GgufTensor:
     name: str
     shape: tuple[int, ...]  # (out_features, in_features), or with experts before, or (n,)
     type: GGMLQuantizationType
-    start: int = 0  # as in Part
-    stack: Stack | None = None
+    start: int = 0  # as in SourcePart
+    slices: Slices | None = None
     heads: int = 0  # query or key heads whose rows are stored in llama.cpp's order. 0 for all other tensors
     offset: float = 0.0
     factor: float = 1.0
@@ -119,7 +119,7 @@ def plan_tensors(
                     part_shape,
                     _type(name, part_shape, precision),
                     part.start,
-                    part.stack,
+                    part.slices,
                     heads=part_shape[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
                     offset=architecture.norm_offset if inner.endswith("norm") and inner != GATED_NORM else 0.0,
                     factor=architecture.attention_factor(config, shape) if inner == architecture.scaled else 1.0,
@@ -141,7 +141,7 @@ def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
     """Reads a tensor in the layout of the GGUF file. Q8_0 gives bytes."""
     read = partial(pretrained.weights.read_flat, tensor.source, dtype=torch.float32)
     end = tensor.start + math.prod(tensor.shape)
-    flat = tensor.stack.read(read) if tensor.stack else read(tensor.start, end)
+    flat = tensor.slices.read(read) if tensor.slices else read(tensor.start, end)
     values = flat.view(tensor.shape).numpy()
     if tensor.heads:
         values = permute(values, tensor.heads)
@@ -183,7 +183,7 @@ def _value_heads(source: str, shape: ModelShape) -> ValueHeads | None:
     return ValueHeads(keys, shape.width("delta_count"), start, "out_proj" in source)
 
 
-def _parts(source: str, size: tuple[int, ...], shape: ModelShape, in_turn: bool) -> Iterable[Part]:
+def _parts(source: str, size: tuple[int, ...], shape: ModelShape, in_turn: bool) -> Iterable[SourcePart]:
     """Returns the parts of a parameter that are tensors in llama.cpp: most are one part."""
     if source.startswith("model.layers."):
         *_, number, inside = source.split(".", 3)
@@ -196,29 +196,29 @@ def _parts(source: str, size: tuple[int, ...], shape: ModelShape, in_turn: bool)
                 return _fused_parts([source.replace(linear.name, part) for part in PARTS[linear.name]], rows, size[1:])
             if linear.is_stack and inside in (f"{linear.name}.weight", f"{linear.name}{BIAS}"):
                 return _expert_parts(prefix, linear, shape.layers[layer][linear.kind], size, inside, in_turn)
-    return [Part(source, size)]
+    return [SourcePart(source, size)]
 
 
-def _latent_parts(prefix: str, heads: int, shape: ModelShape) -> Iterator[Part]:
+def _latent_parts(prefix: str, heads: int, shape: ModelShape) -> Iterator[SourcePart]:
     """Splits the projection of latent keys and values."""
     rank, both = map(shape.width, ("key_value_rank", "key_and_value"))
     keys, one = both - shape.width("value"), (both, rank)
-    name = f"{prefix}self_attn.{{}}_b_proj.weight"
-    yield Part(name.format("k"), (heads, rank, keys), stack=Stack(heads, one, (slice(0, keys),), True))
-    yield Part(name.format("v"), (heads, both - keys, rank), stack=Stack(heads, one, (slice(keys, both),), False))
+    name = f"{prefix}self_attn.{{}}_b_proj.weight".format
+    yield SourcePart(name("k"), (heads, rank, keys), slices=Slices(heads, one, (slice(0, keys),), True))
+    yield SourcePart(name("v"), (heads, both - keys, rank), slices=Slices(heads, one, (slice(keys, both),), False))
 
 
-def _fused_parts(names: list[str], rows: list[int], columns: tuple[int, ...]) -> Iterator[Part]:
+def _fused_parts(names: list[str], rows: list[int], columns: tuple[int, ...]) -> Iterator[SourcePart]:
     start = 0
     for name, count in zip(names, rows, strict=True):
-        part = Part(name, (count, *columns), start)
+        part = SourcePart(name, (count, *columns), start)
         yield part
         start += math.prod(part.shape)
 
 
 def _expert_parts(
     prefix: str, linear: Linear, experts: int, size: tuple[int, ...], inside: str, in_turn: bool
-) -> Iterator[Part]:
+) -> Iterator[SourcePart]:
     """Splits a stack of experts, or its biases. If `in_turn`, outputs of gate and up alternate."""
     is_bias = inside.endswith(BIAS)
     transposed = linear.transposed and not is_bias
@@ -228,8 +228,8 @@ def _expert_parts(
     each = outputs // len(parts)
     for i, part in enumerate(parts):
         take = slice(i, None, len(parts)) if in_turn else slice(i * each, (i + 1) * each)
-        stack = Stack(experts, one, (slice(None), take) if transposed else (take,), transposed)
-        yield Part(f"{prefix}{part}.{'bias' if is_bias else 'weight'}", (experts, each, *inputs), stack=stack)
+        slices = Slices(experts, one, (slice(None), take) if transposed else (take,), transposed)
+        yield SourcePart(f"{prefix}{part}.{'bias' if is_bias else 'weight'}", (experts, each, *inputs), slices=slices)
 
 
 def _on_disk(source: str, pieces: Mapping[str, Pieces]) -> str:

@@ -120,7 +120,7 @@ def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
     return {"weight": weight} | ({} if linear.bias is None else {"bias": linear.bias.to(target)})
 
 
-def write_model(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
+def write_from_checkpoint(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
     """Writes the Hugging Face model that the run would export now, or its base. One layer is in memory at a time."""
     config, shape, state, tower = unmerged.config, unmerged.shape, unmerged.checkpoint.state, unmerged.dense.tower
     layers, dtype = shape.present, DTYPES[config.model.dtype]

@@ -120,7 +120,7 @@ def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
 class ForwardWatch:
     """Records the forward passes that have a backward pass, and counts their tokens.
 
-    A reference, a generation and an evaluation have none. The hooks are on the stacks of layers, because a trainer with
+    A reference, a generation and an evaluation have none. The hooks are on encoder and decoder, because a trainer with
     a fused loss calls the decoder without the model around it.
 
     Attributes:
@@ -133,11 +133,11 @@ class ForwardWatch:
         self._tokens = torch.zeros((), dtype=torch.int64, device=self._model.device)
         self._trained = True  # in the last forward pass
         self._recording = ExitStack()
-        self._stacks = model.shape.family.stacks
+        self._layer_lists = model.shape.family.layer_lists
         # The first before DeepSpeed's own.
         self._hooks = [peft_model.register_forward_pre_hook(self._note_mode, prepend=True)]
-        for stack in self._stacks:
-            module = peft_model.get_base_model().get_submodule(stack.path.rpartition(".")[0])
+        for layers in self._layer_lists:
+            module = peft_model.get_base_model().get_submodule(layers.path.rpartition(".")[0])
             self._hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._end, always_call=True))
 
@@ -172,7 +172,7 @@ class ForwardWatch:
         else:  # no padding, or packed samples
             mask = None
             self._tokens += size.numel()
-        self._recording.enter_context(self._pruner.record_forward(*[mask] * len(self._stacks)))
+        self._recording.enter_context(self._pruner.record_forward(*[mask] * len(self._layer_lists)))
 
     def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
         self._recording.close()

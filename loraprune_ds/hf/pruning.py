@@ -63,7 +63,7 @@ from loraprune_ds.zero.external_engine import (
     share_model,
 )
 from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_model
+from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_sharded_model
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ class Pruning:
         """Writes a Hugging Face model of the tensors that `tensors_of` makes of each linear. Collective."""
         comm = self.model.comm
         comm.on_rank_0(lambda: begin(folder))
-        write_model(self.model, staging_of(folder), self.dtype, tensors_of, trained=trained)
+        write_sharded_model(self.model, staging_of(folder), self.dtype, tensors_of, trained=trained)
         comm.on_rank_0(lambda: self._finish_export(folder, tokenizer))
 
     def _finish_export(self, folder: Path, tokenizer: Any) -> None:

@@ -177,8 +177,8 @@ class DroppedLayer(nn.Module):
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Returns the layers of all stacks of a language model, wrapped by PEFT or not."""
+    """Returns the layers of a language model, an encoder's first, wrapped by PEFT or not."""
     lm: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     family = FAMILIES.get(family_name(lm.config.model_type), LLAMA)
-    first, *others = (lm.get_submodule(stack.path) for stack in family.stacks)
+    first, *others = (lm.get_submodule(layers.path) for layers in family.layer_lists)
     return nn.ModuleList(chain(first, *others)) if others else first

@@ -154,9 +154,9 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
     """Returns each layer's sizes, and as global ones the widest layer's: a reader of only these reserves enough."""
     counted = shape.counted
     widest = LayerShape((kind, max(layer[kind] for layer in counted)) for kind in shape.kinds)
-    of_stacks = {stack.count: len(x) for stack, x in zip(shape.family.stacks, shape.stacks, strict=True)}
+    counts = {layers.count: len(x) for layers, x in zip(shape.family.layer_lists, shape.layer_lists, strict=True)}
     widths = {} if "hidden" in shape.widths else {"hidden_size": shape.hidden_size, "head_dim": shape.head_dim}
-    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size, **widths, **of_stacks, **_layer_sizes(widest, shape)}
+    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size, **widths, **counts, **_layer_sizes(widest, shape)}
     if mixture := shape.family.mixture:
         dense = [i for i, layer in enumerate(counted) if not layer.get("experts")]
         sizes |= mixture.dense(dense, len(counted))

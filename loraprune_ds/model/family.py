@@ -223,7 +223,7 @@ WITHOUT_ROW = {
     "kimi_k2": "transformers has no class for it",
     "kimi_linear": "its linear attention has a decay for each channel of a head, which the table has no groups for",
     "nemotron_h": "PEFT refuses LoRA on its out_proj, and its files name layers otherwise than its class",
-    "t5gemma": "its two stacks have sizes of their own, and a stock class has one number for all their heads",
+    "t5gemma": "encoder and decoder have sizes of their own, and a stock class has one number for all their heads",
     "bart": "its class takes hidden_size / heads for the width of a head",
     "phimoe": "its router draws experts at random while it trains",
 }

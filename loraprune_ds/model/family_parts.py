@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from loraprune_ds.model.family_row import Companion, Family, Linear, Mixture, Part, Runtime, Stack, Width
+from loraprune_ds.model.family_row import Companion, Family, LayerList, Linear, Mixture, Part, Runtime, Width
 
 QUERIES, KEYS, CHANNELS, EXPERTS = Part("heads", "queries"), Part("heads", "head"), Part("channels"), Part("experts")
 
@@ -212,13 +212,13 @@ UMT5 = Family(
     },
     explicit=t5_fields,
     around=lambda c, layer: ([layer, c.num_layers] if layer < c.num_layers else [0, layer], {}),
-    keeps_layers="its two stacks are not compared",
+    keeps_layers="encoder and decoder are not compared",
     per_layer="layer_sizes",
     as_many={"cross_heads": "heads"},
-    stacks=(Stack("encoder.block", "num_layers"), Stack("decoder.block", "num_decoder_layers")),
+    layer_lists=(LayerList("encoder.block", "num_layers"), LayerList("decoder.block", "num_decoder_layers")),
     in_memory={"dropout_rate": 0.0},  # else results depend on the number of ranks
 )
-# All layers of a stack share the bias of the first. With a copy in each, as a UMT5 has it, any heads may leave.
+# Layers of a T5 share the bias of the first. With a copy in each, as a UMT5 has it, any heads may leave.
 T5 = replace(UMT5, in_memory={**UMT5.in_memory, "model_type": "umt5"}, shared_bias=T5_BIAS)
 
 

@@ -125,8 +125,8 @@ class Mixture:
     best_of_group: int = 0  # if > 0 the router first chooses `topk_group` of `n_group` groups, by so many of each
 
 
-class Stack(NamedTuple):
-    """Names a stack of layers: its path in the model, and the field of config.json that counts them."""
+class LayerList(NamedTuple):
+    """Names the layers of an encoder or decoder: their path, and the field of config.json that counts them."""
 
     path: str = "model.layers"
     count: str = "num_hidden_layers"
@@ -149,13 +149,13 @@ class Family:
     fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
     without_lora: tuple[str, ...] = ()  # matrices that stay, and that fused kernels read past LoRA
     counts: Mapping[Kind, str] = field(default_factory=dict[Kind, str])  # count fields that are not COUNT_FIELDS
-    stacks: tuple[Stack, ...] = (Stack(),)  # an encoder's comes first
+    layer_lists: tuple[LayerList, ...] = (LayerList(),)  # an encoder's comes first
     # Fields of config.json that its modules have otherwise in memory.
     in_memory: Mapping[str, Any] = field(default_factory=dict[str, Any])
     per_layer: str = "per_layer_config"  # the field of a pruned export with the sizes of each layer
     # A kind, and another whose counts equal it in each layer of a stock class.
     as_many: Mapping[Kind, Kind] = field(default_factory=dict[Kind, Kind])
-    shared_bias: str | None = None  # a companion that its files have once for all layers of a stack
+    shared_bias: str | None = None  # a companion that files have once for all layers of an encoder or decoder
     # Sizes that follow from fields of config.json, of which this gets transformers' object.
     widths: Mapping[Width, Callable[[Any], int]] = field(default_factory=dict[Width, Any])
     # Names sizes in config.json that the class has from other fields.
@@ -178,8 +178,8 @@ class Family:
 
     @property
     def has_encoder(self) -> bool:
-        """True if a stack before the decoder reads the source."""
-        return len(self.stacks) > 1
+        """True if an encoder before the decoder reads the source."""
+        return len(self.layer_lists) > 1
 
     def changed_in_memory(self, config: Any) -> dict[str, Any]:
         """Returns the fields of transformers' object that a run changes, without the class, and their values there."""

@@ -80,7 +80,7 @@ def needed_flops_per_token(shape: ModelShape, window: float) -> float:
         window: the tokens that attention covers. The mean over all tokens if texts differ.
     """
     frozen = active_numel(shape) + shape.vocab_size * shape.hidden_size  # the head is one more linear
-    return (4 * frozen + 6 * attention_product(shape, window) / 2) / len(shape.stacks)  # a token is in one of them
+    return (4 * frozen + 6 * attention_product(shape, window) / 2) / len(shape.layer_lists)  # a token is in one of them
 
 
 def saved_by_layer(
@@ -106,7 +106,7 @@ def saved_by_layer(
     lists = {key: x for key, x in source.items() if isinstance(x, list) and len(x) == depth and type(x[0]) is not float}
     few = source | {key: [value[i] for i in chosen] for key, value in lists.items()}
     of_few = shape.only(chosen)
-    few |= {stack.count: len(x) for stack, x in zip(family.stacks, of_few.stacks, strict=True)} | fields
+    few |= {layers.count: len(x) for layers, x in zip(family.layer_lists, of_few.layer_lists, strict=True)} | fields
     few.pop(family.per_layer, None)
     if mixture := family.mixture:
         few |= mixture.dense([n for n, i in enumerate(chosen) if not shape.layers[i].get("experts")], len(chosen))
@@ -154,7 +154,7 @@ def _saved(
 
     layer = decoder_layers(model)[index]
     causal_lm.enable_input_require_grads()  # what comes from embeddings, as in every layer but the first
-    differentiate_input(layer)  # the embeddings of two stacks are other modules
+    differentiate_input(layer)  # encoder and decoder embed tokens in separate modules
     layer.register_forward_pre_hook(enter, with_kwargs=True)
     layer.register_forward_hook(lambda *_: hooks.__exit__())
     tokens = torch.zeros(size, dtype=torch.int64, device="meta")

@@ -34,22 +34,22 @@ def layer_config(config: Any, layer: int) -> Any:
 def rebuild_layers(model: Any, config: Any) -> None:
     """Rebuilds each layer at its own size. from_pretrained does that on the meta device, where it costs nothing."""
     if hasattr(model, "encoder"):
-        return rebuild_stacks(model, config)
+        return rebuild_encoder_decoder(model, config)
     for i, layer in enumerate(model.layers):
         model.layers[i] = type(layer)(layer_config(config, i), i)
 
 
-def rebuild_stacks(model: Any, config: Any) -> None:
+def rebuild_encoder_decoder(model: Any, config: Any) -> None:
     """Rebuilds an encoder and its decoder, whose attention to the encoder has its own number of heads."""
     sizes, first_of_decoder = getattr(config, "layer_sizes", {}), len(model.encoder.block)
-    for first, stack in ((0, model.encoder), (first_of_decoder, model.decoder)):
-        for i, layer in enumerate(stack.block):
-            own, cross = copy.copy(stack.config), copy.copy(stack.config)
+    for first, coder in ((0, model.encoder), (first_of_decoder, model.decoder)):
+        for i, layer in enumerate(coder.block):
+            own, cross = copy.copy(coder.config), copy.copy(coder.config)
             own.__dict__.update(sizes.get(str(first + i), {}))
-            stack.block[i] = type(layer)(own, layer_idx=i)
-            if stack.is_decoder:
+            coder.block[i] = type(layer)(own, layer_idx=i)
+            if coder.is_decoder:
                 cross.num_heads = getattr(own, "num_cross_heads", own.num_heads)
-                stack.block[i].layer[1] = type(layer.layer[1])(cross, layer_idx=i)
+                coder.block[i].layer[1] = type(layer.layer[1])(cross, layer_idx=i)
 
 
 def give_config(model: Any, one_size: Any, config: Any) -> None:
@@ -59,11 +59,12 @@ def give_config(model: Any, one_size: Any, config: Any) -> None:
 
 
 def pruned_classes(family: str) -> tuple[Any, Any, Any]:
-    """Derives the config, the decoder and the causal LM of a family from its stock classes."""
+    """Derives the config, the model without its head and the language model of a family from its stock classes."""
     base_config: Any = CONFIG_MAPPING[family]
     base_model: Any = MODEL_MAPPING[base_config]
     seq2seq: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    base_causal_lm: Any = (seq2seq if base_config in seq2seq else MODEL_FOR_CAUSAL_LM_MAPPING)[base_config]
+    is_seq2seq = base_config in seq2seq
+    base_lm: Any = (seq2seq if is_seq2seq else MODEL_FOR_CAUSAL_LM_MAPPING)[base_config]
 
     class PrunedConfig(base_config):
         model_type = f"pruned_{family}"
@@ -80,7 +81,7 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
         @classmethod
         def _can_set_attn_implementation(cls) -> bool:
             """Asks the stock class. transformers looks for attention in the file of a class, not in this one."""
-            return base_causal_lm._can_set_attn_implementation()
+            return base_lm._can_set_attn_implementation()
 
         def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
             """Tells every layer. Each has a separate config, which must not keep the old implementation."""
@@ -100,7 +101,7 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
             rebuild_layers(self, config)
             self.post_init()
 
-    class PrunedForCausalLM(PerLayer, base_causal_lm):
+    class PrunedLanguageModel(PerLayer, base_lm):
         config_class = PrunedConfig
 
         def __init__(self, config: Any) -> None:
@@ -112,7 +113,9 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
             self.post_init()
 
     share_conversions(family, PrunedConfig.model_type)
-    return PrunedConfig, PrunedModel, PrunedForCausalLM
+    # transformers writes this name into config.json, under `architectures`.
+    PrunedLanguageModel.__name__ = "PrunedForSeq2SeqLM" if is_seq2seq else "PrunedForCausalLM"
+    return PrunedConfig, PrunedModel, PrunedLanguageModel
 
 
 def share_conversions(family: str, model_type: str) -> None:
@@ -126,5 +129,5 @@ def share_conversions(family: str, model_type: str) -> None:
         conversion_mapping.register_checkpoint_conversion_mapping(model_type, known, overwrite=True)
 
 
-PrunedConfig, PrunedModel, PrunedForCausalLM = pruned_classes(FAMILY)
-PrunedForSeq2SeqLM = PrunedForCausalLM
+PrunedConfig, PrunedModel, language_model = pruned_classes(FAMILY)
+PrunedForCausalLM = PrunedForSeq2SeqLM = language_model

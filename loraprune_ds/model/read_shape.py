@@ -19,11 +19,11 @@ from loraprune_ds.model.shapes import LayerShape, ModelShape, Sizes
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
 EXPERT_FIELDS = {family.mixture.count for family in FAMILIES.values() if family.mixture}
-# Fields, and the widths of families that know them.
-REFUSED: dict[str, Width] = {"kv_lora_rank": "key_value_rank", "linear_num_key_heads": "delta_key"}
+# A field of config.json -> the width that a family must have to support it.
+NEEDED_WIDTHS: dict[str, Width] = {"kv_lora_rank": "key_value_rank", "linear_num_key_heads": "delta_key"}
 # LLaMA (arXiv 2302.13971, table 2). Heads have 128 dimensions, and there are 32,000 tokens.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-LLAMA = {
+LLAMA_SIZES = {
     "llama-7b": (4096, 32, 32, 11008),
     "llama-13b": (5120, 40, 40, 13824),
     "llama-30b": (6656, 60, 52, 17920),
@@ -31,14 +31,14 @@ LLAMA = {
 }
 
 
-def read_config(model: str, revision: str | None = None) -> dict[str, Any]:
+def read_model_config(model: str, revision: str | None = None) -> dict[str, Any]:
     """Reads config.json alone. No weight is read or downloaded.
 
     Args:
-        model: a folder, a hub id, or a name of LLAMA.
+        model: a folder, a hub id, or a name of LLAMA_SIZES.
     """
-    if model in LLAMA:
-        return {"model_type": "llama", "vocab_size": 32_000} | dict(zip(SIZES, LLAMA[model], strict=True))
+    if model in LLAMA_SIZES:
+        return {"model_type": "llama", "vocab_size": 32_000} | dict(zip(SIZES, LLAMA_SIZES[model], strict=True))
     return read_json(locate_model(ModelConfig(model, revision=revision), "model: ", ["config.json"]) / "config.json")
 
 
@@ -60,11 +60,11 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     config = text_config(config, where)
     family = _find_family(config, where)
     try:
-        in_stacks = [int(config[stack.count]) for stack in family.stacks]
+        depths = [int(config[layers.count]) for layers in family.layer_lists]
         overrides = cast(dict[str, dict[str, Any]], config.get(family.per_layer) or {})
         config, per_layer = _old_names(config, family), {int(k): _old_names(v, family) for k, v in overrides.items()}
         defaults = config_class(config["model_type"])
-        sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(sum(in_stacks))]
+        sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(sum(depths))]
         vocab_size = int(config["vocab_size"])
         widths, doubled = _of_class(config, where, family)
         hidden = int(widths.get("hidden") or config["hidden_size"])
@@ -75,14 +75,14 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{where}: config.json holds a size that is no number: {error}") from None
-    if min(*in_stacks, hidden, vocab_size, head_dim, *(n for queries, x in sizes for n in (queries, *x.values()))) < 1:
+    if min(*depths, hidden, vocab_size, head_dim, *(n for queries, x in sizes for n in (queries, *x.values()))) < 1:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
     with refused_in_one_line(where):
         modules = build_on_meta(config)
     parameters: Sizes = {name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
-    paths = [f"{stack.path}." for stack in family.stacks]
-    inside = [[_inside(parameters, f"{path}{i}.") for i in range(n)] for path, n in zip(paths, in_stacks, strict=True)]
+    paths = [f"{layers.path}." for layers in family.layer_lists]
+    inside = [[_inside(parameters, f"{path}{i}.") for i in range(n)] for path, n in zip(paths, depths, strict=True)]
     layers = [*chain(*inside)]
     shape = ModelShape(
         model_type=config["model_type"],
@@ -96,9 +96,9 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         biases=frozenset(x.name for x in family.linears if any(f"{x.name}.bias" in names for names in layers)),
         outer_parameters={name: size for name, size in parameters.items() if not name.startswith(tuple(paths))},
         whole=dict(enumerate(_whole(family, names) for names in layers)),
-        absent=tuple(frozenset(_absent(family, of_stack)) for of_stack in inside),
+        absent=tuple(frozenset(_absent(family, names)) for names in inside),
         shared_heads=sizes[0][0] if family.shared_bias else 0,
-        encoder_layers=sum(in_stacks[:-1]),
+        encoder_layers=sum(depths[:-1]),
         widths=widths,
         **of_experts,
     )
@@ -137,7 +137,7 @@ def _find_family(config: dict[str, Any], where: str) -> Family:
     )
     if "EncoderModel" in str(config.get("architectures")):
         raise UserError(f"{where}: config.json names an encoder without its decoder, and only both can be tuned")
-    refused = {field for field, width in REFUSED.items() if width not in family.widths}
+    refused = {field for field, width in NEEDED_WIDTHS.items() if width not in family.widths}
     refused |= EXPERT_FIELDS if family.mixture is None else set()
     if field := next((key for key in refused if config.get(key)), None):
         raise UserError(f"{where}: config.json has {field}: such layers are not supported")

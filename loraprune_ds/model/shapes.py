@@ -75,7 +75,7 @@ class ModelShape:
     experts_per_token: int = 0
     least_experts: int = 0  # the router needs this many
     expert_groups: int = 1  # groups of experts, of equal size, that the router chooses from
-    # Names of linears and companions of the family that each stack lacks.
+    # Names of linears and companions of the family that each layer list lacks.
     absent: tuple[frozenset[str], ...] = (frozenset(),)
     shared_heads: int = field(default=0, compare=False)  # the heads of the source, whose layers share one bias
     encoder_layers: int = 0  # the first of `layers` are an encoder's, its decoder's follow
@@ -92,19 +92,19 @@ class ModelShape:
         return tuple(kind for kind in self.family.kinds if kind in self.layers[0])
 
     @property
-    def stacks(self) -> list[range]:
-        """The layers of each stack: of the only one, or of an encoder and its decoder."""
+    def layer_lists(self) -> list[range]:
+        """The layers of a decoder, or of an encoder and its decoder."""
         ends = sorted({0, self.encoder_layers, len(self.layers)})
         return [range(*pair) for pair in pairwise(ends)]
 
-    def stack(self, layer: int) -> int:
-        """Returns the number of the stack that a layer is in."""
+    def layer_list(self, layer: int) -> int:
+        """Returns 1 for a layer of a decoder after an encoder, otherwise 0."""
         return int(0 < self.encoder_layers <= layer)
 
     def prefix(self, layer: int) -> str:
         """Returns how the names of a layer's parameters begin."""
-        stack = self.stack(layer)
-        return f"{self.family.stacks[stack].path}.{layer - stack * self.encoder_layers}."
+        place = self.layer_list(layer)
+        return f"{self.family.layer_lists[place].path}.{layer - place * self.encoder_layers}."
 
     @property
     def present(self) -> list[int]:
@@ -117,12 +117,12 @@ class ModelShape:
 
     def linears(self, layer: int) -> tuple[Linear, ...]:
         """Returns the LoRA-adapted linears of a decoder layer, in the order of its forward."""
-        kinds, whole, absent = self.layers[layer].kinds, self.whole.get(layer, {}), self.absent[self.stack(layer)]
+        kinds, whole, absent = self.layers[layer].kinds, self.whole.get(layer, {}), self.absent[self.layer_list(layer)]
         cut = (x for x in self.family.linears if x.kind in kinds and x.name not in absent)
         return (*cut, *(x for x in self.family.linears if x.name in whole))
 
     def companions(self, layer: int) -> tuple[Companion, ...]:
-        kinds, absent = self.layers[layer].kinds, self.absent[self.stack(layer)]
+        kinds, absent = self.layers[layer].kinds, self.absent[self.layer_list(layer)]
         return tuple(x for x in self.family.companions if x.parts[0].kind in kinds and x.name not in absent)
 
     def others(self, layer: int) -> Sizes:
@@ -202,11 +202,11 @@ class ModelShape:
     @cached_property
     def _group_numel(self) -> Mapping[Kind, int]:
         numel = Counter[Kind]()
-        for absent in self.absent:  # what stands in both stacks has one size
-            of_stack = Counter[Kind]()
+        for absent in self.absent:  # what stands in encoder and decoder has one size
+            of_list = Counter[Kind]()
             for x in (x for x in self.family.linears if x.name not in absent):
-                of_stack[x.kind] += self.group_width(x) * self.width(x.across)
-            numel |= of_stack
+                of_list[x.kind] += self.group_width(x) * self.width(x.across)
+            numel |= of_list
         return numel
 
     def group_numel(self, kind: Kind) -> int:
@@ -325,7 +325,7 @@ class ModelShape:
 
     def exported_name(self, name: str) -> str:
         """Returns the name of a parameter in an export."""
-        path = f"{self.family.stacks[0].path}."
+        path = f"{self.family.layer_lists[0].path}."
         if len(self.present) == len(self.layers) or not name.startswith(path):
             return name
         layer, inside = name.removeprefix(path).split(".", 1)
@@ -356,14 +356,14 @@ class ModelShape:
 
     @property
     def shares_bias(self) -> bool:
-        """True while the layers of a stack have the one bias of the source, so that its class can hold them."""
+        """True while encoder and decoder have the one bias each of the source, so that its class can hold them."""
         return self.shared_heads > 0 and self.is_uniform and self.layers[0]["heads"] == self.shared_heads
 
     @property
     def shared_tensors(self) -> dict[str, str]:
-        """Maps names of parameters to the one of their stack that files hold for all."""
-        bias, stacks = self.family.shared_bias, self.stacks if self.shares_bias else []
-        return {f"{self.prefix(i)}{bias}": f"{self.prefix(x[0])}{bias}" for x in stacks for i in x[1:]}
+        """Maps names of parameters to the one of their encoder or decoder that files hold for all."""
+        bias, lists = self.family.shared_bias, self.layer_lists if self.shares_bias else []
+        return {f"{self.prefix(i)}{bias}": f"{self.prefix(x[0])}{bias}" for x in lists for i in x[1:]}
 
 
 def group_indices(groups: Tensor, width: int) -> Tensor:

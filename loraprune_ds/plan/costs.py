@@ -125,4 +125,4 @@ def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> flo
         per_token += sum(2 * numel_sent(shape.linear_shape(i, x)[1]) for i, x in request.measured(shape))
     if request.taught:
         per_token += 2 * flops.active_numel(request.shape) + 2 * _attention_product(request, request.shape)
-    return per_token / len(shape.stacks)  # a token is in one of them
+    return per_token / len(shape.layer_lists)  # a token is in one of them

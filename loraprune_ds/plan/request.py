@@ -12,7 +12,7 @@ from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.family_row import Linear, LinearId
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
-from loraprune_ds.model.read_shape import LLAMA, check_family, read_config, shape_from_config
+from loraprune_ds.model.read_shape import LLAMA_SIZES, check_family, read_model_config, shape_from_config
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.text_part import MULTIMODAL, check_tower, text_config
@@ -172,7 +172,7 @@ def make_request(
     samples: int | None = None,
 ) -> Request:
     """Reads everything that a plan needs, with the arguments of launch/plan.py. Raises the errors that a run would."""
-    if model in LLAMA:
+    if model in LLAMA_SIZES:
         config_path = config_path or str(SHIPPED / "launch" / "configs" / "paper" / f"{model}.yaml")
     if config_path is not None:
         config = load_config(config_path, overrides)
@@ -183,7 +183,7 @@ def make_request(
             apply_override(raw, override)
         config = config_from_dict(raw)
     name = model or config.model.path
-    source = read_config(name, config.model.revision)
+    source = read_model_config(name, config.model.revision)
     return build_request(name, source, shape_from_config(source, name), config, cluster, samples=samples)
 
 

@@ -47,7 +47,7 @@ class Compensator:
         return self.moments.record_step() if self._records else nullcontext()
 
     def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
-        """Records one micro-batch. The mask of each stack, (batch, window), is False at padding."""
+        """Records one micro-batch. A mask, (batch, window), is False at padding. An encoder's is first."""
         return self.moments.record_forward(*masks) if self._records else nullcontext()
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
@@ -179,7 +179,7 @@ class InputMoments(ForwardRecorder):
         if not self._active:
             return
         x = inputs.detach()
-        rows = self._of_tokens(x, self._model.shape.stack(linear_id.layer)).float()  # (tokens, n)
+        rows = self._of_tokens(x, self._model.shape.layer_list(linear_id.layer)).float()  # (tokens, n)
         if linear_id == self._linear_ids[0]:
             self._own_tokens += len(rows)
         with tf32_for_halves(x.dtype, x.device):

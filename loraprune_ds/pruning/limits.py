@@ -116,9 +116,9 @@ class Limits:
 def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     """Makes the limits that do not depend on the ratio. All kinds lose the same part of their parameters."""
     count, protected = len(dense.layers), set[int]()
-    for stack in dense.stacks:
-        first = -(-len(stack) // 10) if config.protected_first is None else config.protected_first
-        protected |= {*stack[:first], *stack[max(0, len(stack) - config.protected_last) :]}
+    for layers in dense.layer_lists:
+        first = -(-len(layers) // 10) if config.protected_first is None else config.protected_first
+        protected |= {*layers[:first], *layers[max(0, len(layers) - config.protected_last) :]}
     if config.ranking == "uniform" and dense.experts_per_token:  # only runs of before have no LoRA in dense MLPs
         protected |= {i for i, layer in enumerate(dense.layers) if not layer["experts"] and not dense.whole.get(i)}
     if len(protected) == count:

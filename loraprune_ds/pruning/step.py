@@ -101,7 +101,7 @@ class Pruner:
 
     @contextmanager
     def record_forward(self, *masks: Tensor | None) -> Generator[None]:
-        """Records one micro-batch, around its forward pass alone. Each stack has a mask (batch, window)."""
+        """Records one micro-batch, around its forward pass alone. `masks`: (batch, window), an encoder's first."""
         with ExitStack() as recordings:
             for recorder in filter(None, (self.compensator, self.influence)):
                 recordings.enter_context(recorder.record_forward(*masks))

@@ -52,9 +52,9 @@ class ForwardRecorder:
         finally:
             self._active, self._masks = False, ()
 
-    def _of_tokens(self, values: Tensor, stack: int = 0) -> Tensor:
-        """Returns (tokens, ...) of the text in values, (batch, window, ...), of a layer in this stack."""
-        mask = self._masks[stack]
+    def _of_tokens(self, values: Tensor, layer_list: int = 0) -> Tensor:
+        """Returns (tokens, ...) of the text in values, (batch, window, ...), of a layer in this layer list."""
+        mask = self._masks[layer_list]
         return values.flatten(0, 1) if mask is None else values[mask.to(values.device)]
 
 

@@ -14,7 +14,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report.records import EvaluationName
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.write import write_model
+from loraprune_ds.zero.write import write_sharded_model
 
 
 def write_weights(context: RunContext, model: ShardedModel, target: Path) -> None:
@@ -28,7 +28,7 @@ def write_weights(context: RunContext, model: ShardedModel, target: Path) -> Non
 
     model.comm.on_rank_0(make_room)
     tower, staging = context.prepared.pretrained.tower, staging_of(target, mark)
-    write_model(model, staging, dtype, lambda linear: merged_tensors(linear, dtype), tower=tower)
+    write_sharded_model(model, staging, dtype, lambda linear: merged_tensors(linear, dtype), tower=tower)
 
 
 def exported_config(context: RunContext, pruned: ModelShape) -> ExportedConfig:

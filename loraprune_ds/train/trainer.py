@@ -184,7 +184,7 @@ class Trainer:
         return total
 
     def _inputs(self, indices: Tensor) -> tuple[dict[str, Any], Sequence[Tensor | None]]:
-        """Copies these samples to the device without waiting for it. And returns the mask of each stack."""
+        """Copies these samples to the device without waiting for it. Also returns the masks, an encoder's first."""
         inputs: dict[str, Any] = self.samples.inputs(indices)
         rows = split_rows(**inputs) if self.model.shape.encoder_layers else None
         inputs["supervised"] = supervised_positions(inputs["labels"])

@@ -29,7 +29,7 @@ OWNED = {
     ("data_efficiency",): "the run config owns the data",
 }
 # Settings that cannot work with a cut, in any trainer.
-REFUSED = {
+REFUSED_KEYS = {
     ("torch_autocast",): "weights are kept in model.dtype; autocast is not supported",
     ("amp",): "weights are kept in model.dtype; apex is not supported",
     ("zero_optimization", "cpu_offload"): "gone from DeepSpeed; write offload_optimizer: {device: cpu}",
@@ -169,7 +169,7 @@ def check_reshardable(where: str, raw: dict[str, Any], element_sizes: Collection
     for keys, (allowed, reason) in ONLY.items():
         value = _look_up(raw, keys)
         require(value is None or value in allowed, f"{where}: {'.'.join(keys)} {value}: {reason}")
-    _refuse(where, raw, REFUSED)
+    _refuse(where, raw, REFUSED_KEYS)
     if len(element_sizes) > 1:
         sizes = " and ".join(map(str, sorted(element_sizes)))
         reason = f"an all-reduce fetches weights in one buffer, but these have elements of {sizes} bytes"
@@ -189,7 +189,7 @@ def _check_known(path: str | Path, raw: dict[str, Any], owned: set[str]) -> None
     """Refuses unknown keys, which DeepSpeed ignores, and bad values, on which it fails after loading."""
     known = {*owned, *FLAGS, "steps_per_print"}
     for key, value in raw.items():
-        if key not in known and (key,) not in REFUSED | OWNED:
+        if key not in known and (key,) not in REFUSED_KEYS | OWNED:
             raise UserError(f"{path}: {key} is not a setting that a run takes; it takes {', '.join(sorted(known))}")
         require(key not in FLAGS or isinstance(value, bool), f"{path}: {key} must be true or false, got {value!r}")
         if key == "steps_per_print" and value != "auto" and (type(value) is not int or value < 1):

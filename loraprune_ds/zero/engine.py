@@ -125,8 +125,8 @@ def build_training_engine(
         if train.gradient_checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         _gather_as_one(peft_model, pretrained.shape)
-        for stack in pretrained.shape.stacks:
-            differentiate_input(decoder_layers(peft_model)[stack[0]])
+        for layers in pretrained.shape.layer_lists:
+            differentiate_input(decoder_layers(peft_model)[layers[0]])
         optimizer = AdamW(
             [p for p in peft_model.parameters() if p.requires_grad],
             lr=train.learning_rate,

@@ -64,7 +64,7 @@ class LocalWrites:
             raise RunError(f"{self._folder} cannot be written: {one_line(self._error)}")
 
 
-def write_model(
+def write_sharded_model(
     model: ShardedModel,
     folder: Path,
     dtype: Dtype,

@@ -25,7 +25,7 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine, quiet_deepspeed, start_ranks, stop_ranks
-from loraprune_ds.zero.write import write_model
+from loraprune_ds.zero.write import write_sharded_model
 from tests.benchmarks.memory import Peak, tell
 from tests.benchmarks.running import make_parser
 from tests.numerics.driver import Consecutive, assemble
@@ -128,7 +128,7 @@ def train_and_export(
         (exported / "config.json").write_text(json.dumps(described))
     comm.barrier()
     merged = partial(merged_tensors, dtype="bfloat16")
-    phases.measure("export", lambda: write_model(model, exported, "bfloat16", merged))
+    phases.measure("export", lambda: write_sharded_model(model, exported, "bfloat16", merged))
     trained = evaluate(trainer.engine.deepspeed, ids)
     layers = [dict(layer) for layer in model.shape.layers]
     return {"losses": losses, "loss_trained": trained, "layers_at_the_end": layers}

@@ -15,7 +15,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.zero.ds_config import MAX_BUCKET, OWNED, REFUSED, bucket_numel, resolve_ds_config
+from loraprune_ds.zero.ds_config import MAX_BUCKET, OWNED, REFUSED_KEYS, bucket_numel, resolve_ds_config
 from tests.families import MIXTURES, tiny_config
 from tests.integration.launching import ROOT
 from tests.refusals import refused
@@ -144,7 +144,7 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path, raw: dict[str, Any]
     assert refusal(tmp_path, raw).startswith(message)
 
 
-@pytest.mark.parametrize("keys", REFUSED | OWNED, ids=".".join)
+@pytest.mark.parametrize("keys", REFUSED_KEYS | OWNED, ids=".".join)
 def test_every_setting_of_the_tables_is_refused(tmp_path: Path, keys: tuple[str, ...]) -> None:
     for value in ({"device": "cpu"}, {"enabled": True}, {}, 2, "auto"):
         assert refusal(tmp_path, place(keys, value)).startswith(f"{'.'.join(keys)}: ")

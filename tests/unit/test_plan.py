@@ -120,11 +120,11 @@ def test_one_more_convolution_or_mamba_keeps_as_planned_on_a_cpu(family: str, ki
     assert more - less == planned
 
 
-@pytest.mark.parametrize("stack", ["num_layers", "num_decoder_layers"])
-def test_one_more_layer_of_an_encoder_or_decoder_keeps_as_planned_on_a_cpu(stack: str) -> None:
+@pytest.mark.parametrize("depth", ["num_layers", "num_decoder_layers"])
+def test_one_more_layer_of_an_encoder_or_decoder_keeps_as_planned_on_a_cpu(depth: str) -> None:
     layers = {"num_layers": 2, "num_hidden_layers": 2, "num_decoder_layers": 2}
-    at = 1 if stack == "num_layers" else -1
-    more = layers | {stack: 3} | ({"num_hidden_layers": 3} if at == 1 else {})
+    at = 1 if depth == "num_layers" else -1
+    more = layers | {depth: 3} | ({"num_hidden_layers": 3} if at == 1 else {})
     (less, _), (more, planned) = (kept_on_a_cpu("t5", at, **x) for x in (layers, more))
     assert more - less == planned
 

@@ -11,7 +11,7 @@ import pytest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, load_config
 from loraprune_ds.files import read_json
-from loraprune_ds.model.read_shape import read_config, shape_from_config
+from loraprune_ds.model.read_shape import read_model_config, shape_from_config
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import Plan, make_plan
 from loraprune_ds.plan.request import build_request, make_request
@@ -124,7 +124,7 @@ def test_a_mixture_fits_on_a_node_and_gathers_a_layer_at_a_time(name: str) -> No
 
 @pytest.mark.parametrize(("folder", "name"), [("paper", "llama-65b"), (".", "llama3.3-70b")])
 def test_with_hpz_the_largest_fit_and_gather_inside_their_nodes(folder: str, name: str) -> None:
-    source = PUBLISHED[name][0] if name in PUBLISHED else read_config(name)
+    source = PUBLISHED[name][0] if name in PUBLISHED else read_model_config(name)
     changes = ["deepspeed=ds_configs/zero3_multinode_hpz.json", "train.distill_weight=0"]
     config = load_config(CONFIGS / folder / f"{name}.yaml", changes)
     plan = make_plan(build_request(name, source, shape_from_config(source, name), config, Cluster(4, 8)))

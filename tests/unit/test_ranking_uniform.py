@@ -174,7 +174,7 @@ def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.15, 0.31])  # where either kind alone would come nearer
-def test_two_stacks_protect_their_own_layers_and_keep_as_many_heads_of_both_kinds(ratio: float) -> None:
+def test_encoder_and_decoder_protect_their_own_layers_and_keep_as_many_heads_of_both_kinds(ratio: float) -> None:
     """So umt5 holds the result."""
     layers = {"num_layers": 3, "num_hidden_layers": 3, "num_decoder_layers": 2}
     shape = shape_from_config(tiny_config("t5", **layers).to_dict(), "t5")

@@ -8,7 +8,7 @@ import pytest
 
 from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.config_file import load_config
-from loraprune_ds.model.read_shape import read_config, shape_from_config
+from loraprune_ds.model.read_shape import read_model_config, shape_from_config
 from loraprune_ds.pruning.ranking import uniform_goal
 from loraprune_ds.pruning.schedule import Schedule, Section, plan_pruning
 from loraprune_ds.pruning.target import Size, make_limits
@@ -63,7 +63,7 @@ def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
 @pytest.mark.parametrize(("name", "most"), [("llama-7b", 80), ("llama-65b", 200)])
 def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, most: int, ranking: Ranking) -> None:
     config = replace(load_config(ROOT / f"launch/configs/paper/{name}.yaml").prune, ranking=ranking)
-    limits = make_limits(config, shape_from_config(read_config(name), name))
+    limits = make_limits(config, shape_from_config(read_model_config(name), name))
     schedule = plan_pruning(config, limits, 40_312).schedule
     section = schedule.sections[0]
     cuts = schedule.cut_steps()

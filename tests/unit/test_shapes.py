@@ -20,13 +20,13 @@ from tests.published import sizes_of
 from tests.refusals import refuses
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape, uniform_counts
 
-LLAMA = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
-REQUIRED = sorted(LLAMA.keys() - {"model_type", "num_key_value_heads"})
+LLAMA_CONFIG = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
+REQUIRED = sorted(LLAMA_CONFIG.keys() - {"model_type", "num_key_value_heads"})
 NO_NUMBER = "config.json holds a size that is no number: "
 
 
 def without(*keys: str, **values: Any) -> dict[str, Any]:
-    return {key: value for key, value in LLAMA.items() if key not in keys} | values
+    return {key: value for key, value in LLAMA_CONFIG.items() if key not in keys} | values
 
 
 def read(config: dict[str, Any]) -> ModelShape:
@@ -35,7 +35,7 @@ def read(config: dict[str, Any]) -> ModelShape:
 
 def test_a_llama_also_of_older_configs() -> None:
     """LLaMA-1 files have neither key-value heads nor a head size. Some write null."""
-    shape = read(LLAMA)
+    shape = read(LLAMA_CONFIG)
     assert (shape.hidden_size, shape.head_dim, shape.queries_per_group, shape.vocab_size) == (48, 8, 3, 33)
     assert shape.layers == (LayerShape(heads=2, channels=100),) * 2
     assert (shape.tie_word_embeddings, shape.biases) == (False, frozenset())
@@ -86,7 +86,7 @@ def test_what_cannot_be_is_refused(config: dict[str, Any], message: str) -> None
 def test_counts_are_those_of_the_stock_model(changes: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**without("model_type"), **changes))
-    shape = read(LLAMA | changes)
+    shape = read(LLAMA_CONFIG | changes)
     assert shape.parameters() == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert shape.total_numel() == sum(parameter.numel() for parameter in model.parameters())
     linears = {x: [layer.get_submodule(x.name).weight for layer in model.model.layers] for x in LLAMA_LINEARS}

@@ -14,7 +14,7 @@ from torch import Tensor
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.files import write_json
 from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel
-from loraprune_ds.model.read_shape import LLAMA, read_config, read_model
+from loraprune_ds.model.read_shape import LLAMA_SIZES, read_model, read_model_config
 from loraprune_ds.plan.request import Request
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator, current_device, is_cpu
@@ -43,7 +43,7 @@ def sizes(name: str) -> Sizes:
     """Returns the sizes of a named model, or tiny ones without a GPU."""
     if is_cpu():
         return Sizes(64, 4, 4, 256, 97, 32, (1, 2), 64, 2)
-    return Sizes(*LLAMA[name], vocab=32_000, window=512, micro_batches=(1, 4, 16), multiple=128, cuts=20)
+    return Sizes(*LLAMA_SIZES[name], vocab=32_000, window=512, micro_batches=(1, 4, 16), multiple=128, cuts=20)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RandomWeights(ModelWeights):
 
 
 def open_random(folder: Path, _: ModelConfig) -> PretrainedModel:
-    config = read_config(str(folder))
+    config = read_model_config(str(folder))
     shape, modules = read_model(config, str(folder))
     return PretrainedModel(folder, config, modules, RandomWeights(shape, {}, {}, {}))
 
