@@ -1,4 +1,4 @@
-"""The importance of a weight's elements, and its sums over rows or columns of the shard that a rank owns.
+"""The criteria `lora` and `magnitude`: element importance, summed over rows or columns of the shard that a rank owns.
 
 Shapes: W (out_features, in_features), A (r, in_features), B (out_features, r); `scaling` s = lora_alpha / r.
 """

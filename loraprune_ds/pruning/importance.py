@@ -1,4 +1,4 @@
-"""The scores of groups: element importance summed over all that leaves with a group, and its moving average."""
+"""The scores of groups: each rank's part, the sum over the ranks, and the moving average over the steps."""
 
 # torch does not type every method:
 # pyright: reportUnknownMemberType=false
@@ -73,7 +73,10 @@ def _divided(scores: Tensor, by: Tensor) -> Tensor:
 def score_groups(
     model: PrunableModel, criterion: Criterion, step: int, recorder: MaskGradients | None = None
 ) -> GroupSums:
-    """Scores all groups by what was recorded, or from the shards of the ranks: one all-reduce of O(groups)."""
+    """Scores all groups, with one all-reduce of O(groups).
+
+    `fisher` has a recorder, which holds this rank's sums over tokens. Other criteria sum over this rank's shards of W.
+    """
     if recorder is not None:
         return add_over_ranks(model, recorder.linear_ids, recorder.sums(), step)
     shape, partial = model.shape, list[Tensor]()
@@ -89,7 +92,7 @@ def score_groups(
 
 
 def add_over_ranks(model: PrunableModel, linear_ids: Sequence[LinearId], partial: list[Tensor], step: int) -> GroupSums:
-    """Adds up the ranks' scores of all parts, by one all-reduce."""
+    """Sums the ranks' scores of all parts."""
     totals = model.sum_over_ranks(torch.cat(partial))
     return GroupSums(model.shape, linear_ids, torch.split(totals, [len(scores) for scores in partial]), step)
 

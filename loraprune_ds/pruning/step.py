@@ -2,17 +2,19 @@
 
 What a trainer does in an optimizer step (train/trainer.py), and what the pruner adds to it:
 
-    with pruner.record_step(step):            lets hooks record what `fisher` or a refit need
+    with pruner.record_step(step):
         for each micro-batch:
-            with pruner.record_forward(mask): loss = engine.forward(...)       (pruning/compensate.py)
-            engine.backward(loss)             ZeRO-3 averages the LoRA gradients over ranks and micro-batches
-        pruner.score(step)                    each rank scores its shard of W (pruning/importance.py, criterion.py)
+            with pruner.record_forward(mask): loss = engine.forward(...)    a refit records inputs (compensate.py)
+            engine.backward(loss)             `fisher` records the gradients of masks on groups (taps.py)
+        pruner.score(step)                    sums the squared gradients over the ranks, then averages the sums over
+                                              steps (importance.py)
     engine.update()                           the optimizer's own step
-    pruner.cut(step)                          at a step of the schedule (pruning/schedule.py):
-                                              ranks the groups (pruning/ranking.py, pruning/limits.py) or drops a
-                                              layer (pruning/depth.py), compares the masks of all ranks, makes up for
-                                              the loss if asked to (pruning/compensate.py), cuts the model
-                                              (zero/sharded.py)
+    pruner.cut(step)                          at a step of the schedule (schedule.py): ranks the groups (ranking.py,
+                                              limits.py) or drops a layer (depth.py), compares the masks of all
+                                              ranks, refits the kept weights (compensate.py), cuts (zero/sharded.py)
+
+The paper's criterion `lora` records nothing. `score` gathers LoRA's gradients, which ZeRO-3 has averaged over ranks and
+micro-batches, and each rank scores its shard of W (criterion.py).
 
     group          removed together: one key-value head with its query heads, one MLP channel, or one expert
     kind           heads, channels or experts, as the family has them (model/family.py)
@@ -89,7 +91,7 @@ class Pruner:
 
     @contextmanager
     def record_step(self, step: int) -> Generator[None]:
-        """Lets hooks record what `fisher` or a refit need. Open it around all passes and `score`."""
+        """Lets hooks record for `fisher` and a refit. Open it around all passes and `score`."""
         with ExitStack() as recordings:
             if self.compensator is not None:
                 recordings.enter_context(self.compensator.record_step(step))

@@ -1,4 +1,4 @@
-"""Makes one optimizer step on the global batch, with its scores. Then loop.py calls `cut`."""
+"""Makes one optimizer step on the global batch and scores the groups. Then loop.py calls `cut`."""
 
 import math
 import time
@@ -48,7 +48,7 @@ class PruningSteps:
         return self._model.comm.all_gather(torch.cat([on_device, to_device(on_host)])).tolist()
 
     def score(self, step: int, rows: list[list[float]], losses: Sequence[float] = ()) -> None:
-        """Scores the averaged gradients, unless the step must be skipped. `rows` come from `exchange`."""
+        """Scores the groups, unless the step must be skipped. `rows` come from `exchange`."""
         self.scored = decide(self._find_bad_layers(rows), list(losses), dtype=self._dtype, step=step) == "update"
         if self.scored:
             self._pruner.score(step)
