@@ -59,3 +59,9 @@ def refused(act: Callable[..., object], *given: Any, **settings: Any) -> str:
 def refuses(pattern: str, act: Callable[..., object], *given: Any, **settings: Any) -> None:
     """Checks that the one line of the UserError has this pattern."""
     assert re.search(pattern, message := refused(act, *given, **settings)), message
+
+
+def must_name(names: str, act: Callable[..., object], *given: Any, **settings: Any) -> None:
+    """Checks that the one line of the UserError has these words: the key, file, layer or rank at fault."""
+    message = refused(act, *given, **settings)
+    assert all(name in message for name in names.split()), message

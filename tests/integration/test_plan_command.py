@@ -36,13 +36,14 @@ def test_the_example_of_the_readme() -> None:
 
 
 def test_what_does_not_fit_exits_with_3_and_says_what_to_change(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--explain") == 0
+    assert "`gathered_weights`" in capsys.readouterr().out
     assert plan("llama-7b --gpus-per-node 2 --gpu-memory 14 --nccl 1 --set prune.prune_every=100 --json") == 3
     out, error = capsys.readouterr()
     found = json.loads(out)
     assert found["fits"] is False
     assert any(suggestion["fits"] for suggestion in found["suggestions"])
     assert error.count("\n") == 1
-    assert error.startswith("error: llama-7b does not fit on 2 GPUs of 14 GiB: ")
 
 
 def test_the_smallest_cluster_as_a_table(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
@@ -50,42 +51,30 @@ def test_the_smallest_cluster_as_a_table(plan: Plan, capsys: pytest.CaptureFixtu
     assert plan(f"llama-7b --gpu-memory 24 --smallest {steps}") == 0
     out = capsys.readouterr().out
     assert "llama-7b fits on " in out
-    assert "--samples" not in out  # the steps are known
-    assert "in all:" in out
-    assert "not counted: " in out
-
-
-@pytest.mark.parametrize(("nodes", "most"), [("--nodes 2", 2), ("", 512)])
-def test_no_cluster_is_large_enough(plan: Plan, capsys: pytest.CaptureFixture[str], nodes: str, most: int) -> None:
-    memory = "--gpu-memory 3.01 --reserve 3 --nccl 0"
-    assert plan(f"embedded --smallest --gpus-per-node 4 {memory} {nodes} --json") == 3
-    out, error = capsys.readouterr()
-    found = json.loads(out)
-    assert found["fits"] is False
-    assert found["world_size"] == min(4 * most, 64)  # 128 samples in micro-batches of 2
-    assert error.count("\n") == 1
-    assert error.startswith(f"error: embedded fits on no cluster of up to {most} x 4 GPUs of 3.01 GiB ")
+    assert all(f"\n{row} " in out for row in ("peak", "  while", "+ repartition", "in all:"))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named"),
     [
-        ("llama-65b --nodes many", "argument --nodes: invalid int value: 'many'"),
-        ("llama-65b --gpu-memory inf", "--gpu-memory must be a number above 0; got inf"),
-        ("llama-65b --nodes 3", "train.global_batch_size 128 in micro-batches of 4 cannot be split over 24 ranks"),
-        ("llama-65b --smallest --nodes 0", "--nodes must be a number above 0; got 0"),
-        ("./nowhere", "model: folder ./nowhere does not exist"),
-        ("", "give a model or --config"),
-        ("embedded --server-memory 0", "--server-memory must be a number above 0; got 0.0"),
-        ("embedded --set prune.target=4GX", "prune.target must be parameters, such as 4.5B, or memory"),
+        ("llama-65b --nodes many", "--nodes"),
+        ("llama-65b --gpu-memory nan", "--gpu-memory"),
+        ("llama-65b --gpu-memory 2", "--reserve"),
+        ("llama-65b --nodes 1000000", "--nodes"),
+        ("llama-65b --nodes 3", "train.global_batch_size"),
+        ("llama-65b --smallest --nodes 0", "--nodes"),
+        ("./nowhere", "./nowhere"),
+        ("", "--config"),
+        ("embedded --server-memory 0", "--server-memory"),
+        ("embedded --set prune.target=4GX", "prune.target"),
+        ("embedded --set prune.ratio=0.999", "prune.ratio"),  # refused by the run's own check of the model
     ],
 )
-def test_bad_input_is_one_line(plan: Plan, capsys: pytest.CaptureFixture[str], arguments: str, message: str) -> None:
+def test_bad_input_is_one_line(plan: Plan, capsys: pytest.CaptureFixture[str], arguments: str, named: str) -> None:
     assert plan(arguments) == 2
     out, error = capsys.readouterr()
-    assert out == ""
-    assert error.count("\n") == 1
-    assert error.startswith(f"error: {message}")
+    assert (out, error.count("\n"), error.startswith("error: ")) == ("", 1, True)
+    assert named in error
 
 
 def test_a_server_gets_what_fits_beside_the_weights(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,18 +87,3 @@ def test_a_server_gets_what_fits_beside_the_weights(plan: Plan, capsys: pytest.C
     assert dense["tokens"] == (2**29 - 2 * 134_515_008) // (2 * 30 * 3 * 64 * 2)
     assert pruned["parameters"] == found["parameters_after"]
     assert 0.29 * 2**30 < found["target"]["reached"] <= 0.3 * 2**30
-
-
-def test_the_search_takes_hpz_with_the_nodes_it_tries(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = "--set lora.r=1024 --set train.micro_batch_size=1"  # LoRA's state falls with the ranks
-    settings += " --set deepspeed=ds_configs/zero3_multinode_hpz.json"
-    assert plan(f"embedded --smallest --gpus-per-node 2 --gpu-memory 7 --nccl 0 --json {settings}") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["cluster"]["nodes"] > 1
-    assert found["deepspeed"]["zero_optimization"]["zero_hpz_partition_size"] == 2
-    assert found["costs"]["step"]["sent"]["weights_in_group"] > 0
-
-
-def test_the_formulas_can_be_read(plan: Plan, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan("--explain") == 0
-    assert "`gathered_weights`" in capsys.readouterr().out

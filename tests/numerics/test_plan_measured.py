@@ -22,30 +22,47 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("plan"), layers=3, dtype="bfloat16", **SIZES)
 
 
+LIMITED, INT8 = {"deepspeed": "limited"}, {"deepspeed": "limited", "frozen": "int8"}  # limits that a tiny model meets
+
+
 @pytest.mark.parametrize(
-    ("world_size", "checkpointing", "limited"), [(1, False, False), (2, False, True), (3, True, True)]
+    ("model", "world_size", "options"),
+    [
+        ("llama", 1, {"distilled": True}),
+        ("llama", 2, {"criterion": "fisher", "distilled": True}),
+        ("llama", 2, LIMITED),
+        ("llama", 3, LIMITED | {"checkpointing": True, "distilled": True}),
+        ("llama", 3, {"compensate": "least_squares"}),
+        ("wide", 2, {"checkpointing": True}),  # linears are gathered one by one
+        ("llama", 1, INT8 | {"distilled": True}),
+        ("phi3", 2, INT8 | {"checkpointing": True, "criterion": "fisher", "distilled": True}),
+        ("mixtral", 3, INT8 | {"compensate": "least_squares", "head_ratio": 0.4}),
+        ("t5", 2, INT8 | {"distilled": True, "compensate": "least_squares", "protected_first": 0}),
+    ],
 )
 def test_ranks_hold_and_send_what_was_planned(
-    ranks: RankPool, folder: Path, tmp_path: Path, world_size: int, checkpointing: bool, limited: bool
+    ranks: RankPool, folder: Path, tmp_path: Path, model: str, world_size: int, options: dict[str, Any]
 ) -> None:
-    deepspeed = limited_config(tmp_path) if limited else "ds_configs/zero3.json"
-    check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, checkpointing=checkpointing))
-    check_ranks(ranks, world_size, Case(folder, deepspeed=deepspeed, distilled=True))
+    if model == "wide":
+        hidden = LEAF_LAYER_HIDDEN + 8
+        folder = make_tiny_llama(tmp_path / model, hidden=hidden, ffn=24, layers=3, dtype="bfloat16")
+    elif "frozen" in options:
+        folder = save_tiny(tmp_path / model, model, 3)
+    limited: dict[str, Any] = {"deepspeed": limited_config(tmp_path)} if "deepspeed" in options else {}
+    for row in check_ranks(ranks, world_size, Case(folder, **options | limited)):
+        for step in row["steps"] if model == "llama" else []:
+            planned, counted = step["pruning"]["planned"], step["pruning"]["counted"]
+            assert counted == planned or ("compensate" in options and 0 < counted < planned), step["step"]
 
 
-@pytest.mark.parametrize(("world_size", "micro_batches"), [(2, 1), (4, 2)])
-def test_with_hpz_gathers_of_copies_stay_in_a_node(
-    ranks: RankPool, folder: Path, tmp_path: Path, world_size: int, micro_batches: int
-) -> None:
+def test_with_hpz_gathers_of_copies_stay_in_a_node(ranks: RankPool, folder: Path, tmp_path: Path) -> None:
     path, shipped = tmp_path / "hpz.json", Path("ds_configs/zero3_multinode_hpz.json").read_text()
     path.write_text(shipped.replace('hpz_partition_size": "auto"', 'hpz_partition_size": 2'))
-    case = Case(folder, deepspeed=str(path), micro_batches=micro_batches, per_node=2)
-    for row in ranks.run(world_size, run_with_second_copy, case):
+    case = Case(folder, deepspeed=str(path), micro_batches=2, per_node=2, distilled=True)
+    for row in ranks.run(4, run_with_second_copy, case):
         check_row(row, several=True)
         for step in row["steps"][1::2]:
             assert step[IN_GROUP]["counted"] > step["weights"]["counted"]
-    for row in ranks.run(world_size, run_with_second_copy, replace(case, distilled=True)):
-        check_row(row, several=True)
 
 
 # In bf16 a CPU keeps the mean and deviation of a LayerNorm in bf16, a GPU and the meta device in fp32.
@@ -75,27 +92,6 @@ def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool,
     assert four["counted"] - three["counted"] == four["last_layer"] - indices
 
 
-def test_linears_of_a_wide_model_are_gathered_one_by_one(ranks: RankPool, tmp_path: Path) -> None:
-    folder = make_tiny_llama(tmp_path, hidden=LEAF_LAYER_HIDDEN + 8, ffn=24, layers=3, dtype="bfloat16")
-    check_ranks(ranks, 2, Case(folder, checkpointing=True))
-
-
-@pytest.mark.parametrize(
-    ("family", "world_size", "options"),
-    [
-        ("llama", 1, {"distilled": True}),
-        ("phi3", 2, {"checkpointing": True, "criterion": "fisher", "distilled": True}),
-        ("mixtral", 3, {"compensate": "least_squares", "head_ratio": 0.4}),
-        ("t5", 2, {"distilled": True, "compensate": "least_squares", "protected_first": 0}),
-    ],
-)
-def test_ranks_hold_and_send_int8_weights_as_planned(
-    ranks: RankPool, tmp_path: Path, family: str, world_size: int, options: dict[str, Any]
-) -> None:
-    folder = save_tiny(tmp_path / "model", family, 3)
-    check_ranks(ranks, world_size, Case(folder, frozen="int8", deepspeed=limited_config(tmp_path), **options))
-
-
 def save_tiny(folder: Path, family: str, layers: int) -> Path:
     lists: dict[str, Any] = {
         key: value[:1] + value[1:] * (layers - 1) for key, value in TINY[family].items() if isinstance(value, list)
@@ -105,9 +101,11 @@ def save_tiny(folder: Path, family: str, layers: int) -> Path:
     return folder
 
 
-def check_ranks(ranks: RankPool, world_size: int, case: Case) -> None:
-    for row in ranks.run(world_size, run_beside_plan, case):
+def check_ranks(ranks: RankPool, world_size: int, case: Case) -> list[dict[str, Any]]:
+    rows = ranks.run(world_size, run_beside_plan, case)
+    for row in rows:
         check_row(row, several=world_size > 1)
+    return rows
 
 
 def check_row(row: dict[str, Any], *, several: bool) -> None:
@@ -125,17 +123,6 @@ def check_row(row: dict[str, Any], *, several: bool) -> None:
     assert (row["steps"][0]["weights"]["counted"] > 0) == several
 
 
-@pytest.mark.parametrize(
-    ("world_size", "options"), [(2, {}), (2, {"criterion": "fisher"}), (3, {"compensate": "least_squares"})]
-)
-def test_options_send_what_was_planned(ranks: RankPool, folder: Path, world_size: int, options: dict[str, str]) -> None:
-    for row in ranks.run(world_size, run_beside_plan, Case(folder, **options)):  # type: ignore[arg-type]
-        check_row(row, several=True)
-        for step in row["steps"]:
-            planned, counted = step["pruning"]["planned"], step["pruning"]["counted"]
-            assert counted == planned or ("compensate" in options and 0 < counted < planned), step["step"]
-
-
 def limited_config(folder: Path) -> str:
     """Writes the shipped config with limits that such a small model meets."""
     text = Path("ds_configs/zero3.json").read_text()
@@ -144,9 +131,8 @@ def limited_config(folder: Path) -> str:
     return str(folder / "limited.json")
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_the_formula_says_what_a_layer_keeps(ranks: RankPool, folder: Path, tmp_path: Path, dropout: float) -> None:
+def test_the_formula_says_what_a_layer_keeps_with_dropout(ranks: RankPool, folder: Path, tmp_path: Path) -> None:
     """Compares three layers with four. What lies outside the layers is the same."""
     longer = make_tiny_llama(tmp_path / "longer", layers=4, dtype="bfloat16", **SIZES)
-    three, four = (ranks.run(1, saved_activations, Case(x, dropout=dropout))[0] for x in (folder, longer))
+    three, four = (ranks.run(1, saved_activations, Case(x, dropout=0.05))[0] for x in (folder, longer))
     assert four["counted"] - three["counted"] == four["last_layer"]

@@ -2,10 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 from trl import chat_template_utils as trl_templates
 from trl.data_utils import common_prefix_length
@@ -17,7 +16,7 @@ from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.train.data.chat import Chat, ChatTemplate, read_chat
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
-from tests.refusals import refuses
+from tests.refusals import must_name
 from tests.unit.test_data import numbers
 from tests.unit.test_data_load import write_json
 
@@ -111,7 +110,7 @@ def test_qwen3_learns_the_last_answer_of_a_conversation() -> None:
     assert learnt(Chat(TALKS[1]), tokenizer_with(FORGETFUL)) == "two<|im_end|>\n"
     assert learnt(Chat(TALKS[0]), tokenizer) == "<think>\n\n</think>\n\nYes.\n\nIt\tworks \n<|im_end|>\n"
     assert learnt(Chat(TALKS[0]), tokenizer_with(FORGETFUL)) == "Yes.\n\nIt\tworks \n<|im_end|>\n"
-    refuses("its first 4 of 5 messages alone become", labels_of, Chat(TALKS[2]), tokenizer)  # after it comes a question
+    must_name("4 5", labels_of, Chat(TALKS[2]), tokenizer)  # messages: after the last answer comes a question
 
 
 @pytest.mark.parametrize("messages", TALKS)
@@ -121,14 +120,6 @@ def test_a_thought_in_the_prompt_alone_changes_nothing(thought: str, messages: l
     tokenizer = tokenizer_with(before + prompt + thought + after)
     assert thought in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert labels_of(Chat(messages), tokenizer) == labels_of(Chat(messages), tokenizer_with(CHATML))
-
-
-def test_the_template_alone_brings_special_tokens() -> None:
-    tokenizer, adding = tokenizer_with(CHATML), tokenizer_with(CHATML)
-    with_bos = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
-    cast(Any, adding).backend_tokenizer.post_processor = with_bos
-    assert adding("a")["input_ids"] == [0, *tokenizer("a")["input_ids"]]
-    assert labels_of(Chat(TALKS[1]), adding) == labels_of(Chat(TALKS[1]), tokenizer)
 
 
 def test_only_the_assistants_turns_are_learnt_with_what_ends_them() -> None:
@@ -193,29 +184,26 @@ def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_pa
 # What can be wrong
 
 
-def fails(message: str, rows: list[Any], folder: Path, template: str = CHATML) -> None:
-    refuses(message, load, write_json(folder / "chats.jsonl", rows * 20), tokenizer_with(template))
+@pytest.mark.parametrize(
+    ("rows", "template", "names"),
+    [
+        ([{"messages": TALKS[0]}], COUNTING, "3 4"),
+        ([{"messages": [{"role": "system", "content": "s"}, user("a")]}], GEMMA, "system"),
+        ([{"messages": [{"role": "user", "content": 5}]}], CHATML, "user"),
+        ([{"text": "a"}], CHATML, "data.format chats.jsonl messages text"),
+        ([{"messages": 5}], CHATML, "row 1 chats.jsonl"),
+        ([{"messages": TALKS[0]}, {"messages": [{"role": "asistant", "content": "b"}]}], CHATML, "row 2 'asistant'"),
+        ([{"messages": [{"role": "critic", "content": "c"}]}], "{#- no critic -#}" + CHATML, "'critic'"),
+        ([{"messages": ["a"]}], CHATML, "role content 'a'"),
+        ([{"messages": TALKS[0], "tools": "f"}], CHATML, "tools 'f'"),
+    ],
+)
+def test_what_cannot_be_used_is_named(rows: list[Any], template: str, names: str, tmp_path: Path) -> None:
+    must_name(names, load, write_json(tmp_path / "chats.jsonl", rows * 20), tokenizer_with(template))
 
 
-def test_what_cannot_be_used_is_one_line(tmp_path: Path) -> None:
-    good = {"messages": TALKS[0]}
-    missing = tmp_path / "missing.jsonl"  # the error comes before anything is read
-    refuses("needs a chat template, and the tokenizer of .* has none", load, missing, tokenizer_with(None))
-    fails(r"template of .* has no \{% generation %\}, and its first 3 of 4", [good], tmp_path, COUNTING)
-    fails(r"refuses a conversation of system, user: System role", [{"messages": [
-        {"role": "system", "content": "s"}, user("a")]}], tmp_path, GEMMA)  # fmt: skip
-    fails(r"refuses a conversation of user", [{"messages": [{"role": "user", "content": 5}]}], tmp_path)
-    fails(r"format chat: .*chats\.jsonl has no field messages, nor conv.*; it has text", [{"text": "a"}], tmp_path)
-    fails(r"row 1 of .*chats\.jsonl: a conversation must be a list of messages; got 5", [{"messages": 5}], tmp_path)
-    fails(r"data\.path: row 2 of .*chats\.jsonl: role 'asistant' is none of system, developer, user, assistant, tool", [
-        good, {"messages": [user("a"), {"role": "asistant", "content": "b"}]}], tmp_path)  # fmt: skip
-    fails(r"a message must have role and content.*; got 'a'", [{"messages": ["a"]}], tmp_path)
-    fails(r"tools must be a list or its JSON; got 'f'", [good | {"tools": "f"}], tmp_path)
-
-
-def test_a_template_may_name_more_roles(tmp_path: Path) -> None:
+def test_a_template_may_lack_and_may_name_more_roles(tmp_path: Path) -> None:
+    must_name("template", load, tmp_path / "missing.jsonl", tokenizer_with(None))  # before anything is read
     row = {"messages": [{"role": "critic", "content": "c"}, *TALKS[1]]}
-    path = write_json(tmp_path / "chats.jsonl", [row] * 20)
     named = tokenizer_with("{%- if messages[0].role == 'critic' %}{%- endif %}" + CHATML)
-    assert len(load(path, named).samples) == 18
-    refuses("role 'critic' is none of", load, path, tokenizer_with("{#- there is no critic -#}" + CHATML))
+    assert len(load(write_json(tmp_path / "chats.jsonl", [row] * 20), named).samples) == 18

@@ -21,14 +21,13 @@ from loraprune_ds.ranks import (
     adopt_srun_ranks,
     check_local_rank,
     check_ranks,
-    collective_timeout,
     gloo_interface,
     launcher_command,
     srun_ranks,
 )
 from tests.integration.launching import ROOT, run_to_end
 from tests.ranks import RankPool
-from tests.refusals import refused, refuses
+from tests.refusals import must_name
 
 BLOCKED = """
 import threading, time, torch
@@ -45,11 +44,9 @@ def test_an_option_without_the_one_it_needs_is_named() -> None:
     needs = {"--num-fewshot": "--tasks", "--public": "--speed or --answers"}
     check_needs(Namespace(num_fewshot=None, tasks=[], public=False, speed=False, answers=None), needs)
     check_needs(Namespace(num_fewshot=0, tasks=["piqa"], public=True, speed=False, answers="file"), needs)
-    for given, line in (
-        (Namespace(num_fewshot=0, tasks=[], public=False), "--num-fewshot has no effect without --tasks"),
-        (Namespace(public=True, speed=False, answers=None), "--public has no effect without --speed or --answers"),
-    ):
-        assert refused(check_needs, given, needs) == line
+    must_name("--num-fewshot --tasks", check_needs, Namespace(num_fewshot=0, tasks=[], public=False), needs)
+    given = Namespace(public=True, speed=False, answers=None)
+    must_name("--public --speed --answers", check_needs, given, needs)
 
 
 @pytest.mark.parametrize(
@@ -89,40 +86,28 @@ def test_an_unexpected_error_ends_the_process_right_after_its_traceback() -> Non
 # What ranks take from the environment
 
 
-def test_a_rank_waits_an_hour_unless_it_is_told() -> None:  # test_the_timeout_reaches_all_process_groups tells it
-    assert collective_timeout({}) == timedelta(minutes=60)
-
-
-@pytest.mark.parametrize("given", ["", "0", "10m", "9" * 30])
-def test_a_wrong_timeout_is_one_line(given: str) -> None:
-    line = f"DEEPSPEED_TIMEOUT must be whole minutes from 1 to 525600; got '{given}'"
-    assert refused(collective_timeout, {"DEEPSPEED_TIMEOUT": given}) == line
-
-
 def test_the_launcher_chooses_the_gpus_unless_a_number_is_given() -> None:
     assert "--num_accelerators" not in launcher_command("some.module", None, {"CUDA_VISIBLE_DEVICES": "2,3"})
     words = launcher_command("some.module", 3, {})
     assert words[words.index("--num_accelerators") + 1] == "3"
     assert words[-2:] == ["--module", "some.module"]
-    both = refused(launcher_command, "some.module", 2, {"CUDA_VISIBLE_DEVICES": "2,3"})
-    assert both.startswith("--ranks and CUDA_VISIBLE_DEVICES=2,3 both choose the GPUs")
-
-
-ALONE_OF_TWO = "WORLD_SIZE is '2', but RANK is not set; start deepspeed, torchrun or srun, or unset it"
+    two = {"CUDA_VISIBLE_DEVICES": "2,3"}
+    must_name("--ranks CUDA_VISIBLE_DEVICES=2,3", launcher_command, "some.module", 2, two)
 
 
 @pytest.mark.parametrize(
-    ("script", "variable", "line"),
+    ("script", "variable"),
     [
-        ("run", {"DEEPSPEED_TIMEOUT": "soon"}, "DEEPSPEED_TIMEOUT must be whole minutes from 1 to 525600; got 'soon'"),
-        ("evaluate", {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599"}, ALONE_OF_TWO),
+        ("run", {"DEEPSPEED_TIMEOUT": "soon"}),
+        ("evaluate", {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599"}),
     ],
 )
-def test_a_wrong_variable_is_told_first(script: str, variable: dict[str, str], line: str, tmp_path: Path) -> None:
+def test_a_wrong_variable_is_told_first(script: str, variable: dict[str, str], tmp_path: Path) -> None:
     run = ["--config", "launch/configs/quickstart.yaml", "--set", f"output_dir={tmp_path / 'out'}"]
     given = [f"launch/{script}.py", *(run if script == "run" else ["embedded"])]
     ended = run_to_end([sys.executable, *given], cwd=ROOT, environment=variable, timeout=60)
-    assert (ended.code, ended.err) == (2, f"error: {line}\n")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert next(iter(variable)) in ended.err
 
 
 RANK_1_OF_2 = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -136,20 +121,20 @@ def test_a_rank_of_a_launcher_and_one_without_pass() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "line"),
+    ("change", "names"),
     [
-        ({"RANK": None}, ALONE_OF_TWO),
-        ({"RANK": None, "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', but RANK is not set; start deepspeed,"),
-        *(({name: None}, f"RANK is '1', but {name} is not set;") for name in LAUNCHED if name != "RANK"),
-        ({"RANK": "-1"}, "RANK must be a whole number; got '-1'"),
-        ({"LOCAL_RANK": ""}, "LOCAL_RANK must be a whole number; got ''"),
-        ({"MASTER_PORT": "tcp://10.0.0.1:80"}, "MASTER_PORT must be a whole number; got 'tcp://10.0.0.1:80'"),
-        ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2; ranks are counted from 0"),
+        ({"RANK": None}, "WORLD_SIZE RANK"),
+        ({"RANK": None, "WORLD_SIZE": "two"}, "WORLD_SIZE 'two' RANK"),
+        *(({name: None}, name) for name in LAUNCHED if name != "RANK"),
+        ({"RANK": "-1"}, "RANK '-1'"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK ''"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:80"}, "MASTER_PORT"),
+        ({"RANK": "2"}, "RANK 2 WORLD_SIZE"),
     ],
 )
-def test_what_describes_no_rank_is_one_line(change: dict[str, str | None], line: str) -> None:
+def test_what_describes_no_rank_is_named(change: dict[str, str | None], names: str) -> None:
     described = {key: value for key, value in (RANK_1_OF_2 | change).items() if value is not None}
-    assert refused(check_ranks, described).startswith(line)
+    must_name(names, check_ranks, described)
 
 
 # To NCCL "eth" is eth0 and eth1.
@@ -173,7 +158,7 @@ def test_a_start_looks_for_its_device_before_it_meets_the_others(monkeypatch: py
     monkeypatch.setattr(engine, "accelerator", lambda: one_gpu)
     for name, value in RANK_1_OF_2.items():
         monkeypatch.setenv(name, value)
-    refuses(r"^rank 1 has LOCAL_RANK 1 and sees 1 accelerator; .*--gpu-bind=none, not", engine.start_ranks)
+    must_name("rank 1 LOCAL_RANK --gpu-bind", engine.start_ranks)
     check_local_rank(RANK_1_OF_2, devices=2)
 
 

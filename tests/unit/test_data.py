@@ -71,12 +71,6 @@ def test_every_epoch_is_a_permutation_and_steps_follow_on_without_a_gap(samples:
         assert sorted(epoch.tolist()) == list(range(samples))
 
 
-def test_a_step_can_be_looked_up_in_any_order() -> None:
-    forward, backward = (SampleOrder(10, 4, seed=3) for _ in range(2))
-    batches = [forward.batch(step) for step in range(20)]
-    assert all(torch.equal(backward.batch(step), batches[step]) for step in reversed(range(20)))
-
-
 def test_the_order_depends_on_seed_and_epoch_and_not_on_the_batch_size() -> None:
     def stream(seed: int, batch: int) -> list[int]:
         order = SampleOrder(100, batch, seed)
@@ -228,12 +222,6 @@ def test_a_long_response_is_cut_at_the_window_and_a_sample_without_response_is_l
     assert rows(samples)[0][0] == [11, 12, 13, 14, 15, 16, 17, 18]
     assert samples.left_out == 4
     assert len(mask_prompts(pairs[:1] + pairs[3:], make_tokenizer(eos=None), 8, 2)) == 2  # max_samples is of those kept
-
-
-def test_masked_samples_cost_their_tokens_and_not_their_window() -> None:
-    samples = mask_prompts([(words(1, 2), words(3, 4))] * 100, make_tokenizer(), 512)
-    assert len(samples.columns["input_ids"]) == 500
-    assert samples.inputs(numbers(0, 99))["input_ids"].shape == (2, 8)
 
 
 def test_a_prompt_may_hold_braces_and_headings_and_its_mask_ends_where_the_response_begins() -> None:

@@ -17,7 +17,7 @@ from loraprune_ds.pruning import compensate, taps
 from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.zero import device, params
-from loraprune_ds.zero.device import ThroughFloat32, check_dtype, empty_host_cache, fast_half_products, peak_flops
+from loraprune_ds.zero.device import ThroughFloat32, check_dtype, fast_half_products, peak_flops
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
 from tests.family_cuts import without
 from tests.unit.shapes_and_scores import make_shape
@@ -31,18 +31,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return fake
 
 
-@pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("public", [True, False])
-def test_pinned_memory_is_freed_by_the_name_that_torch_has(monkeypatch: pytest.MonkeyPatch, public: bool) -> None:
-    called = []
-    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: called.append("public"), raising=False)
-    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: called.append("private"), raising=False)
-    if not public:
-        monkeypatch.delattr(torch.accelerator, "empty_host_cache")
-    empty_host_cache()
-    assert called == ["public" if public else "private"]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
 def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name: str) -> None:
@@ -51,17 +39,6 @@ def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name:
         assert matmul.allow_tf32 == (name == "cuda" and dtype != torch.float32)
     assert not matmul.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"
-
-
-def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compensate, "tf32_for_halves", asked := Mock(wraps=compensate.tf32_for_halves))
-    monkeypatch.setattr(taps, "lora_linear", lambda layer, linear: nn.Identity())
-    shape = make_shape([(1, 4)])
-    model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, reduce_to=lambda owner, part: part)
-    moments = InputMoments(model, [0], decay=0.0)
-    with moments.record_forward(None):
-        moments._record(shape.input_linear_ids()[0], torch.randn(1, 5, 4).bfloat16())
-    asked.assert_called_once_with(torch.bfloat16, torch.device("cpu"))
 
 
 def test_tokens_are_counted_by_a_layer_that_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +64,7 @@ def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch, gpu: SimpleNa
     )
     check_dtype("float16")
     check_dtype("float32")
-    refused = pytest.raises(UserError, match=r"^model\.dtype bfloat16 is not supported by the cuda device$")
+    refused = pytest.raises(UserError, match=r"model\.dtype bfloat16")
     with refused if emulates else nullcontext():
         check_dtype("bfloat16")
 
@@ -189,12 +166,6 @@ def test_same_as_torchs_own_product(product: Product, dtype: torch.dtype) -> Non
         assert mine.dtype == torchs.dtype
         # A sum of about 24 terms in another order rounds to the next number at most. Attention rounds a few times.
         assert (mine - torchs).abs().max() <= 4 * torch.finfo(dtype).eps * torchs.abs().max()
-
-
-def test_other_dtypes_are_left_alone() -> None:
-    expected = outputs(PRODUCTS["linear"], torch.float64)
-    with ThroughFloat32():
-        assert all(map(torch.equal, outputs(PRODUCTS["linear"], torch.float64), expected))
 
 
 @pytest.mark.parametrize(

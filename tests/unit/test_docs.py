@@ -177,22 +177,3 @@ def test_the_tables_are_generated() -> None:
         text = module.PAGE.read_text()
         assert module.with_tables(text) == text, f"run python -m {module.__name__}"
     assert not [row.key for rows in settings().values() for row in rows if not row.meaning or "|" in row.meaning]
-
-
-@pytest.mark.parametrize(
-    ("check", "text"),
-    [
-        (broken_links, "[here](gone.md)"),
-        (broken_links, "[there](slurm/README.md#no-such-heading)"),
-        (wrong_paths, "see `zero/gone.py`"),
-        (wrong_paths, "see `gone.py`"),
-        (wrong_paths, "```bash\npython launch/run.py --config launch/configs/gone.yaml\n```"),
-        (wrong_commands, "run `python -m tests.benchmarks.gone`"),
-        (wrong_imports, "```python\nfrom loraprune_ds import PruneConfig, Gone\n```"),
-        (wrong_imports, "```python\nfrom loraprune_ds.config import PruneConfig\n```"),
-        (wrong_names, "1. [`x`](loraprune_ds/pruning/step.py): `Pruner.gone` does it."),
-        (unknown_settings, "```bash\npython launch/run.py --set train.gone=1\n```"),
-    ],
-)
-def test_what_does_not_exist_is_found(check: Callable[[Path, str], Iterator[str]], text: str) -> None:
-    assert len(list(check(FIRST, text))) == 1

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import Dtype, Frozen, ModelConfig, RunConfig, TrainConfig
-from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.read_shape import shape_from_config
@@ -18,7 +17,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.zero.ds_config import MAX_BUCKET, OWNED, REFUSED_KEYS, bucket_numel, resolve_ds_config
 from tests.families import MIXTURES, tiny_config
 from tests.integration.launching import ROOT
-from tests.refusals import refused
+from tests.refusals import must_name
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, make_shape
 
 SHIPPED = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -55,10 +54,8 @@ def place(keys: tuple[str, ...], value: Any) -> dict[str, Any]:
     return raw
 
 
-def refusal(tmp_path: Path, raw: dict[str, Any], *given: Any) -> str:
-    where, message = f"{tmp_path / 'ds.json'}: ", refused(resolve, tmp_path, raw, *given)
-    assert message.startswith(where)
-    return message.removeprefix(where)
+def check(tmp_path: Path, raw: dict[str, Any], names: str) -> None:
+    must_name(f"{tmp_path / 'ds.json'} {names}", resolve, tmp_path, raw)
 
 
 def values(tree: Any) -> list[Any]:
@@ -71,12 +68,6 @@ def test_shipped_configs_resolve(path: Path) -> None:
         resolved = resolve_file(path, CONFIG, 2, shape)
         assert "auto" not in values(resolved)
         assert resolved["zero_optimization"]["stage"] == 3
-
-
-def test_shipped_runs_resolve_on_eight_ranks() -> None:
-    for path in (ROOT / "launch" / "configs").glob("llama-*.yaml"):
-        config = load_config(path)
-        assert resolve_file(ROOT / config.deepspeed, config, 8, LLAMA_7B)["bf16"]["enabled"] is True
 
 
 @pytest.mark.parametrize("given", ["auto", None], ids=["auto", "absent"])
@@ -112,42 +103,42 @@ OFFLOAD = {"device": "cpu", "ratio": 0.5}
 
 
 @pytest.mark.parametrize(
-    ("raw", "message"),
+    ("raw", "names"),
     [
-        ({}, "zero_optimization.stage must be 3"),
-        ({"zero_optimization": True}, "zero_optimization.stage must be 3"),
+        ({}, "zero_optimization.stage 3"),
+        ({"zero_optimization": True}, "zero_optimization.stage 3"),
         # unknown keys, and values that have no meaning
-        (zero3() | {"gradient_cliping": 1.0}, "gradient_cliping is not a setting that a run takes; it takes bf16, "),
-        (zero3() | {"wall_clock_breakdown": "yes"}, "wall_clock_breakdown must be true or false, got 'yes'"),
-        (zero3() | {"steps_per_print": "never"}, "steps_per_print must be a whole number above 0, got 'never'"),
-        (zero3(reduce_bucket_size=-1), "zero_optimization.reduce_bucket_size: Input should be greater than 0"),
-        (zero3() | {"fp16": {"loss_scal": 2}}, "fp16.loss_scal: Extra inputs are not permitted, got 2"),
-        (zero3() | {"bf16": True}, "bf16 must be a section of keys, got True"),
+        (zero3() | {"gradient_cliping": 1.0}, "gradient_cliping gradient_clipping"),
+        (zero3() | {"wall_clock_breakdown": "yes"}, "wall_clock_breakdown 'yes'"),
+        (zero3() | {"steps_per_print": "never"}, "steps_per_print 'never'"),
+        (zero3(reduce_bucket_size=-1), "zero_optimization.reduce_bucket_size -1"),
+        (zero3() | {"fp16": {"loss_scal": 2}}, "fp16.loss_scal 2"),
+        (zero3() | {"bf16": True}, "bf16 True"),
         # contradictions to the run config
-        (zero3() | {"train_batch_size": 32}, "train_batch_size is 32, but the run config makes it 24; write "),
-        (zero3() | {"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but the run config makes it 0.5"),
-        (zero3() | {"bf16": {"enabled": False}}, "bf16.enabled is False, but the run config makes it True"),
-        (zero3() | {"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype is bf16, but"),
-        (zero3(stage3_max_live_parameters="auto"), 'zero_optimization.stage3_max_live_parameters is "auto" but'),
+        (zero3() | {"train_batch_size": 32}, "train_batch_size 32 24"),
+        (zero3() | {"gradient_clipping": 1.0}, "gradient_clipping 1.0 0.5"),
+        (zero3() | {"bf16": {"enabled": False}}, "bf16.enabled False True"),
+        (zero3() | {"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype bf16"),
+        (zero3(stage3_max_live_parameters="auto"), 'zero_optimization.stage3_max_live_parameters "auto"'),
         # forms of offload that cannot be cut
-        (zero3(offload_optimizer={"device": "nvme"}), "zero_optimization.offload_optimizer.device nvme: "),
-        (zero3(offload_param={"device": "nvme"}), "zero_optimization.offload_param.device nvme: "),
-        (zero3(offload_optimizer=OFFLOAD), "zero_optimization.offload_optimizer.ratio 0.5: "),
-        (zero3(offload_optimizer={"super_offload": True}), "zero_optimization.offload_optimizer.super_offload True: "),
+        (zero3(offload_optimizer={"device": "nvme"}), "zero_optimization.offload_optimizer.device nvme"),
+        (zero3(offload_param={"device": "nvme"}), "zero_optimization.offload_param.device nvme"),
+        (zero3(offload_optimizer=OFFLOAD), "zero_optimization.offload_optimizer.ratio 0.5"),
+        (zero3(offload_optimizer={"super_offload": True}), "zero_optimization.offload_optimizer.super_offload"),
         # hpZ over unequal groups
-        (zero3(zero_hpz_partition_size=0), "zero_optimization.zero_hpz_partition_size is 0, which does"),
-        (zero3(zero_hpz_partition_size=2), "zero_optimization.zero_hpz_partition_size is 2, which does"),
+        (zero3(zero_hpz_partition_size=0), "zero_optimization.zero_hpz_partition_size 0"),
+        (zero3(zero_hpz_partition_size=2), "zero_optimization.zero_hpz_partition_size 2 3"),
     ],
     ids=str,
 )
-def test_what_cannot_work_is_refused_by_name(tmp_path: Path, raw: dict[str, Any], message: str) -> None:
-    assert refusal(tmp_path, raw).startswith(message)
+def test_what_cannot_work_is_refused_by_name(tmp_path: Path, raw: dict[str, Any], names: str) -> None:
+    check(tmp_path, raw, names)
 
 
 @pytest.mark.parametrize("keys", REFUSED_KEYS | OWNED, ids=".".join)
 def test_every_setting_of_the_tables_is_refused(tmp_path: Path, keys: tuple[str, ...]) -> None:
     for value in ({"device": "cpu"}, {"enabled": True}, {}, 2, "auto"):
-        assert refusal(tmp_path, place(keys, value)).startswith(f"{'.'.join(keys)}: ")
+        check(tmp_path, place(keys, value), ".".join(keys))
 
 
 @pytest.mark.parametrize(
@@ -178,8 +169,8 @@ ALL_REDUCE = [("zero_optimization", f"{stage}use_all_reduce_for_fetch_params") f
 def test_int8_is_not_fetched_by_all_reduce(tmp_path: Path, keys: tuple[str, ...], dtype: Dtype, sizes: str) -> None:
     resolve(tmp_path, place(keys, True), with_dtype(dtype))
     resolve(tmp_path, place(keys, False), with_dtype(dtype, "int8"))
-    with pytest.raises(UserError, match=rf"{'.'.join(keys)}: .* elements of {sizes} bytes$"):
-        resolve(tmp_path, place(keys, True), with_dtype(dtype, "int8"))
+    given = (tmp_path, place(keys, True), with_dtype(dtype, "int8"))
+    must_name(f"{'.'.join(keys)} {sizes}", resolve, *given)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -191,21 +182,21 @@ def test_a_mixture_with_tensors_in_fp32_is_not_either(tmp_path: Path, family: st
     corrected = any(CORRECTION in name for name, _ in stock.named_buffers())
     corrected |= any(name.endswith("A_log") for name, _ in stock.named_parameters())  # of a delta net, in fp32 too
     resolve(tmp_path, raw, with_dtype("float32"), shape=shape)
-    with pytest.raises(UserError, match=r"elements of 2 and 4 bytes$") if corrected else nullcontext():
+    with pytest.raises(UserError, match=ALL_REDUCE[0][1]) if corrected else nullcontext():
         resolve(tmp_path, raw, with_dtype("bfloat16"), shape=shape)
 
 
-TWICE = '{"bf16": {"enabled": true}, "zero_optimization": {"stage": 3}, "bf16": {"enabled": false}}'
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("{", "is not valid JSON"), (TWICE, "is not valid JSON: bf16 is given twice"), (None, "does not exist")],
-)
-def test_a_file_that_is_not_a_json_object(tmp_path: Path, text: str | None, message: str) -> None:
+@pytest.mark.parametrize("text", ["{", '{"bf16": {}, "zero_optimization": {"stage": 3}, "bf16": {}}', None])
+def test_a_file_that_is_not_a_json_object(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "ds.json").write_text(text)
-    assert message in refused(resolve_file, tmp_path / "ds.json", CONFIG, 1)
+    must_name(
+        f"{tmp_path / 'ds.json'} {'bf16' if text and 'bf16' in text else ''}",
+        resolve_file,
+        tmp_path / "ds.json",
+        CONFIG,
+        1,
+    )
 
 
 def test_the_gradient_bucket_holds_all_of_lora_or_one_layer() -> None:

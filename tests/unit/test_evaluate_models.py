@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from loraprune_ds.evaluate.evaluation import choose_dtype
 from loraprune_ds.evaluate.models import find_model, load_model, open_result
 from tests.export_cases import CASES, VOCAB, dense_model, export, exported_config
 from tests.oracle.models import LINEARS, make_lora, make_tiny_llama, make_tokenizer
-from tests.refusals import Spoil, edit, edit_tensors, refused, refuses, remove, truncate, write
+from tests.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate, write
 
 CPU = torch.device("cpu")
 GLOBAL = next(case for case in CASES if case.name == "layers_gqa_biases")
@@ -106,7 +104,7 @@ def test_dtype_is_the_models_own_unless_named(made: Path) -> None:
     assert choose_dtype(source, None) == "float32"
     assert choose_dtype(source, "bfloat16") == "bfloat16"
     source.pretrained.config["dtype"] = "float8"
-    refuses("is stored as float8; choose --dtype bfloat16, float16, float32", choose_dtype, source, None)
+    must_name("float8 --dtype", choose_dtype, source, None)
 
 
 # Results
@@ -127,51 +125,40 @@ def test_a_result_is_opened_from_its_run_or_its_model(made: Path) -> None:
     assert (found.dtype, half.dtype) == (torch.float32, torch.bfloat16)
 
 
-def test_a_result_is_opened_without_deepspeed() -> None:
-    code = "import sys; from loraprune_ds.evaluate.models import open_result; assert 'deepspeed' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 @pytest.mark.parametrize("name", ["tokenizer", "adapter", "nothing"])
 def test_a_folder_without_a_result_is_one_line(made: Path, name: str) -> None:
-    refuses(f"^{made / name}[^\n]*$", open_result, made / name)
+    must_name(str(made / name), open_result, made / name)
 
 
 # Bad input
 
 
-BAD: list[tuple[str, Spoil, str]] = [
-    ("dense", remove("config.json"), "{here}/config.json does not exist"),
-    ("run", edit("status.json", state="running", step=3), "{here} holds an unfinished run (running at step 3 of 8)"),
-    ("run", remove("report.json"), "{here}/report.json does not exist"),
-    ("run", write("report.json", '{"params": {}}'), "{here}/report.json is damaged: KeyError('"),
-    ("run", remove("model/config.json"), "{here}/model/config.json does not exist"),
-    ("adapter", remove(TENSORS), "{here}/adapter_model.safetensors does not exist"),
-    ("adapter", edit(CONFIG, peft_type="IA3"), "{here}/adapter_config.json: only LoRA can be merged"),
-    ("adapter", edit(CONFIG, base_model_name_or_path=None), f"{{here}}/{CONFIG} names no base_model_name_or_path"),
-    ("adapter", edit(CONFIG, base_model_name_or_path="/no"), "base model of adapter {here}: folder /no does not exist"),
-    ("adapter", edit_tensors(dict.popitem, TENSORS), "adapter {here} does not fit its base model: "),
-    ("adapter", truncate(TENSORS), "adapter {here} does not fit its base model: "),
-]
-
-
-@pytest.mark.parametrize(("kind", "spoil", "message"), BAD)
-def test_what_cannot_be_evaluated_is_told(made: Path, tmp_path: Path, kind: str, spoil: Spoil, message: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "spoil", "names"),
+    [
+        ("dense", remove("config.json"), "config.json"),
+        ("run", edit("status.json", state="running", step=3), "running 3 8"),
+        ("run", remove("report.json"), "report.json"),
+        ("run", write("report.json", '{"params": {}}'), "report.json"),
+        ("run", remove("model/config.json"), "model/config.json"),
+        ("adapter", remove(TENSORS), TENSORS),
+        ("adapter", edit(CONFIG, peft_type="IA3"), f"{CONFIG} LoRA"),
+        ("adapter", edit(CONFIG, base_model_name_or_path=None), f"{CONFIG} base_model_name_or_path"),
+        ("adapter", edit(CONFIG, base_model_name_or_path="/no"), "/no"),
+        ("adapter", edit_tensors(dict.popitem, TENSORS), "adapter"),
+        ("adapter", truncate(TENSORS), "adapter"),
+        ("adapter", lambda here: edit(CONFIG, base_model_name_or_path=str(here.parent / "pruned"))(here), "adapter"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named(made: Path, tmp_path: Path, kind: str, spoil: Spoil, names: str) -> None:
     here = tmp_path / "spoilt"
     shutil.copytree(made / kind, here)
+    shutil.copytree(made / "pruned", tmp_path / "pruned")  # another base
     spoil(here)
-    found = refused(lambda: load_model(find_model(str(here)), "float32", CPU))
-    assert found.startswith(message.format(here=here))
+    must_name(f"{here} {names}", lambda: load_model(find_model(str(here)), "float32", CPU))
 
 
 def test_no_such_model(tmp_path: Path) -> None:
-    refuses(f"^folder {tmp_path}/nothing does not exist", find_model, str(tmp_path / "nothing"))
+    must_name(f"{tmp_path}/nothing", find_model, str(tmp_path / "nothing"))
     (tmp_path / "model.bin").touch()
-    refuses(r"model\.bin is a file; a model is a folder or a hub id", find_model, str(tmp_path / "model.bin"))
-
-
-def test_an_adapter_of_another_base_is_one_line(made: Path, tmp_path: Path) -> None:
-    shutil.copytree(made / "adapter", tmp_path / "adapter")
-    edit(CONFIG, base_model_name_or_path=str(made / "pruned"))(tmp_path / "adapter")
-    source = find_model(str(tmp_path / "adapter"))
-    refuses(f"^adapter {tmp_path}/adapter does not fit its base model: .", load_model, source, "float32", CPU)
+    must_name("model.bin", find_model, str(tmp_path / "model.bin"))

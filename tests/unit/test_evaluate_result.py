@@ -137,14 +137,9 @@ def test_answers_have_rows_and_a_line_about_drafts() -> None:
     table = result_table(make_result([pruned, dense], settings, 1, {}))
     found = rows(table)
     assert found["greedy answers, tokens"] == found["sampled answers, tokens"] == ["20.0", "128.0"]
-    assert found["that end by themselves"] == ["90.0 %", "10.0 %"]
-    assert found["repeated 4-grams"] == ["1.0 %", "50.0 %"]
-    assert found["dense model's perplexity of them"] == ["2.000", "9.000"]
     assert (found["exact match"], found["ROUGE-L"]) == (["50.0 %", "0.0 %"], ["0.750", "0.100"])
     assert found["same most probable token"] == ["-", "50.0 %", "on my text"]
-    assert found["overlap, Σ min(p, q)"] == ["-", "0.625"]
-    assert "draft   accepted at the overlap's rate; pays off only below about 1/3 of the dense cost, here 0.74" in table
-    assert "runs/a has no chat template: it continues the prompts as plain text" in table
+    assert "pays off only below about 1/3 of the dense cost, here 0.74" in table
     assert max(map(len, table.splitlines())) <= 100
 
 

@@ -33,7 +33,7 @@ from loraprune_ds.pruning.target import make_limits
 from tests.families import tiny_model
 from tests.family_cuts import PROMPT, Network, dense, difference, draw, reopened, sparse_layers
 from tests.published import MIXTURES
-from tests.refusals import refuses
+from tests.refusals import must_name
 
 KINDS = tuple(name for name, family in FAMILIES.items() if family.mixture)
 IN_ONE = {"gpt_oss": 4, "granitemoe": 2, "gemma4_text": 2}  # tensors on disk that hold all experts of a layer
@@ -144,7 +144,7 @@ def test_four_bit_experts_are_refused_with_what_to_do(tmp_path: Path) -> None:
     tensors |= {f"{name}_{part}": torch.zeros(23, 60, 2, dtype=torch.uint8) for part in ("blocks", "scales")}
     del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
-    refuses(rf"{name}_blocks is stored as MXFP4.*; dequantise it first: .*Mxfp4Config", open_pretrained, tmp_path)
+    must_name(f"{name}_blocks MXFP4 Mxfp4Config", open_pretrained, tmp_path)
 
 
 def factors(experts: int, rows: int, columns: int, r: int) -> LoraFactors:
@@ -175,11 +175,11 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "settings", "reason"),
     [
-        ("mixtral", {"router_jitter_noise": 0.1}, {}, r"config\.json has router_jitter_noise"),
+        ("mixtral", {"router_jitter_noise": 0.1}, {}, "router_jitter_noise"),
         # It makes its masks without positions. tests/unit/test_data_packing.py shows the others.
-        ("gpt_oss", {}, {"data": DataConfig(packing=True, format="chat")}, r"data\.packing is not supported for .*"),
+        ("gpt_oss", {}, {"data": DataConfig(packing=True, format="chat")}, "data.packing"),
         ("gpt_oss", {}, {}, None),
-        ("qwen3_5_moe_text", {}, {"data": DataConfig(packing=True, format="chat")}, r"data\.packing is not supported "),
+        ("qwen3_5_moe_text", {}, {"data": DataConfig(packing=True, format="chat")}, "data.packing"),
     ],
 )
 def test_a_run_that_a_mixture_cannot_do_is_refused(
@@ -198,7 +198,7 @@ def test_a_refit_is_chosen_where_heads_or_channels_leave() -> None:
 
     assert (resolved("llama"), resolved("mixtral")) == ("least_squares", "none")
     assert resolved("mixtral", head_ratio=0.2) == "least_squares"
-    refuses("^prune.compensate: least_squares .* only experts leave", resolved, "mixtral", compensate="least_squares")
+    must_name("prune.compensate least_squares", resolved, "mixtral", compensate="least_squares")
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -231,14 +231,14 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
         check_adapter(tmp_path, LoraConfig(r=3), network.shape)  # whole linears begin with fresh LoRA
         load_adapter(again.model, tmp_path, network.shape, 3)
         save_file({n: x for n, x in tensors.items() if n != whole[1]}, tmp_path / "adapter_model.safetensors")
-        refuses("it lacks .*lora_B", check_adapter, tmp_path, LoraConfig(r=3), network.shape)
+        must_name("lora_B", check_adapter, tmp_path, LoraConfig(r=3), network.shape)
 
 
 def test_an_adapter_without_lora_on_experts_is_refused(tmp_path: Path) -> None:
     shape = dense("mixtral").shape
     config = _adapter_config(LoraConfig(r=3), shape) | {"target_parameters": None}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    refuses("has no LoRA on down_proj, gate_up_proj; ", check_adapter, tmp_path, LoraConfig(r=3), shape)
+    must_name("down_proj gate_up_proj", check_adapter, tmp_path, LoraConfig(r=3), shape)
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -255,4 +255,4 @@ def test_published_mixtures_have_the_parameters_that_are_published(name: str) ->
 def test_servers_divide_the_channels_of_an_expert() -> None:
     shape = dense("mixtral").shape  # 8 channels, 5 heads
     config = PruneConfig(tensor_parallel=5, protected_first=0, protected_last=0)
-    refuses(r"prune\.tensor_parallel 5 does not divide the 8 channels of an expert", make_limits, config, shape)
+    must_name("prune.tensor_parallel 5 8 expert", make_limits, config, shape)

@@ -1,7 +1,6 @@
 """`launch/export.py --push-to-hub`: the calls of the hub's API, with a fake in its place, and the card."""
 
 import json
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from loraprune_ds.export.hub import check_push, write_model_index
 from tests.export_cases import CASES, dense_model, export
 from tests.integration.launching import ROOT
 from tests.refusals import refuses
-from tests.unit.test_answers import answered
 
 TOKEN = "hf_of_the_test"
 REPORT = {
@@ -104,17 +102,6 @@ def test_the_text_of_a_mixture_is_named_by_its_sources_and_no_measurement_has_no
     (tmp_path / "report.json").write_text(json.dumps(REPORT | {"config": {"data": data}}))
     write_model_index(card, "small", tmp_path, [])
     assert model_index(card.read_text())["small"] == {"law.txt + chats perplexity": 25.25}
-
-
-def test_answers_come_before_how_to_load_the_model(tmp_path: Path) -> None:
-    card, results = tmp_path / "README.md", tmp_path / "evaluation.json"
-    card.write_text("---\ntags:\n- pruned\n---\n# Small\n\n## Load it\n\nSo.\n")
-    results.write_text(json.dumps(answered(50)))
-    write_model_index(card, "small", tmp_path, [results])
-    text = card.read_text()
-    assert re.findall("^#+ .*", text, re.MULTILINE) == ["# Small", "## Answers", "## Load it"]
-    assert text.count("\nPrompt:\n") == text.count("\nDense:\n") == text.count("\nPruned:\n") == 5
-    assert text.endswith("\n\n## Load it\n\nSo.\n")
 
 
 def test_a_refused_token_is_one_line(

@@ -27,26 +27,6 @@ RATIO = 0.2  # which experts alone can give
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-7}
 
 
-def test_the_card_refuses_what_cuda_refuses() -> None:
-    on_card, on_host = put(torch.ones(3)), torch.ones(3)
-    refused: list[Callable[[], object]] = [
-        lambda: on_card + on_host,
-        lambda: on_host[put(torch.tensor([0]))],
-        lambda: on_card.index_select(0, torch.tensor([0])),
-        lambda: torch.zeros(3, device=CARD) + on_host,
-    ]
-    with fake_card():
-        for act in refused:
-            with pytest.raises(RuntimeError, match="a tensor of the host"):
-                act()
-        assert isinstance(on_card[torch.tensor([0])], OnCard)  # as CUDA has it
-        assert (on_card + torch.tensor(1.0)).sum().item() == 6
-        assert not isinstance(on_card.cpu(), OnCard)
-        assert isinstance(on_host.to(CARD), OnCard)
-        on_host.copy_(2 * on_card)
-    assert on_host.sum() == 6
-
-
 def padded_batch() -> tuple[Batch, Tensor]:
     """Returns a batch, and the mask of its real tokens."""
     (batch,) = make_batches(steps=1, samples=SAMPLES, tokens=WINDOW, vocab=SIZES["vocab_size"], seed=3)

@@ -1,6 +1,5 @@
 """The table of families against transformers: names, shapes, axes and buffers of every family, and what is refused."""
 
-import re
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,7 +15,7 @@ from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from tests.families import CAUSAL, EQUAL, SIZES, TINY, layers_with, tiny_config
-from tests.refusals import refuses
+from tests.refusals import must_name
 
 # Counts of each kind. 6 query heads divide hidden_size 60, which some stock classes ask for.
 DENSE, FEWER = (SIZES["num_key_value_heads"], SIZES["intermediate_size"]), (3, 11)
@@ -109,7 +108,7 @@ def test_dense_layers_among_sparse_ones_have_no_experts(changes: dict[str, Any],
 
 
 def test_a_mixture_without_experts_is_refused() -> None:
-    refuses(r"^somewhere: no layer has experts", read, "qwen2_moe", mlp_only_layers=[0, 1])
+    must_name("somewhere experts", read, "qwen2_moe", mlp_only_layers=[0, 1])
 
 
 def test_a_width_that_the_class_computes_is_written_out() -> None:
@@ -162,29 +161,24 @@ def test_a_wrong_row_is_named(family: str, row: Linear, exists: bool, monkeypatc
     rows = {linear.name: linear for linear in FAMILIES[family].linears} | {row.name: row}
     linears = tuple(linear for linear in rows.values() if exists or linear is not row)
     monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], linears=linears))
-    refuses(rf"^somewhere: model\.layers\.0\.{row.name}\.weight has shape .*$", read, family)
+    must_name(f"somewhere model.layers.0.{row.name}.weight", read, family)
 
 
 # Models of other kinds
 
 
 @pytest.mark.parametrize("model_type", [*WITHOUT_ROW, "llama4_text", "jamba"])
-def test_models_of_other_kinds_are_refused_in_one_line(model_type: str) -> None:
-    """With the reason, if many ask for it."""
-    reason = WITHOUT_ROW.get(model_type.removesuffix("_text"))
-    why = f", because {re.escape(reason)}" if reason else ""
-    line = rf"^somewhere: model_type '{model_type}' is not supported{why}; .*llama"
-    refuses(line, shape_from_config, {"model_type": model_type}, "somewhere")
+def test_models_of_other_kinds_are_refused(model_type: str) -> None:
+    must_name(f"somewhere '{model_type}' llama", shape_from_config, {"model_type": model_type}, "somewhere")
 
 
 @pytest.mark.parametrize("key", ["num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank"])
 def test_experts_and_latent_attention_under_the_name_of_a_family(key: str) -> None:
     """Some remote modelling code goes by the name of the family that it started from."""
-    line = rf"^somewhere: config.json has {key}: such layers are not supported$"
-    refuses(line, shape_from_config, config_json("llama") | {key: 8}, "somewhere")
+    must_name(f"somewhere {key}", shape_from_config, config_json("llama") | {key: 8}, "somewhere")
     assert shape_from_config(config_json("llama") | {key: None}, "somewhere") == read("llama")
 
 
 def test_the_text_encoder_of_an_image_model_is_refused_as_that() -> None:
     config = config_json("t5") | {"architectures": ["T5EncoderModel"]}
-    refuses("^somewhere: config.json names an encoder without its decoder", shape_from_config, config, "somewhere")
+    must_name("somewhere encoder", shape_from_config, config, "somewhere")

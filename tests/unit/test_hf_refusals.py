@@ -1,6 +1,5 @@
 """A model that cannot be pruned inside a foreign trainer is refused in one line, before the first step."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +18,9 @@ from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear
 from loraprune_ds.model.adapters import set_features
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import LLAMA_LINEARS
-from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import find_zero_optimizer, share_model
 from tests.families import tiny_model
-from tests.refusals import refused, refuses
+from tests.refusals import must_name
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
 ALL = [linear.name.rpartition(".")[2] for linear in LLAMA_LINEARS]
@@ -59,12 +57,12 @@ def test_a_hybrid_passes_with_the_linears_of_both_sorts_of_layers() -> None:
     check(adapted_model)
     assert live_shape(adapted_model) == base_shape(adapted_model)
     without = adapted(cast(Any, tiny_model("qwen3_5_text")), target_modules=[x for x in names if x != "q_proj"])
-    refuses(r"layer 1 self_attn\.q_proj .*target_modules=.*in_proj_qkv.*q_proj", check, without)
+    must_name("layer 1 self_attn.q_proj target_modules in_proj_qkv", check, without)
 
 
 def test_a_t5_passes_once_each_layer_has_its_bias(caplog: pytest.LogCaptureFixture) -> None:
     t5: Any = tiny_model("t5", dropout_rate=0.1, tie_word_embeddings=False)
-    refuses("layers of a t5 share one bias.* give unshare_bias", check, adapted(t5, target_modules=linear_names(t5)))
+    must_name("t5 bias unshare_bias", check, adapted(t5, target_modules=linear_names(t5)))
     own: Any = unshare_bias(tiny_model("t5", dropout_rate=0.1, tie_word_embeddings=False))
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(own(ids, decoder_input_ids=ids).logits, t5(ids, decoder_input_ids=ids).logits)
@@ -76,9 +74,8 @@ def test_a_t5_passes_once_each_layer_has_its_bias(caplog: pytest.LogCaptureFixtu
     noisy: Any = tiny_model("umt5", dropout_rate=0.1)
     noisy = adapted(noisy, target_modules=linear_names(noisy))
     check(noisy)
-    (line,) = caplog.messages
-    assert line == "dropout_rate=0.1 of the model makes scores depend on chance and on the ranks; set it to 0"
-    refuses("umt5 overflow float16", check, noisy.half())
+    assert "dropout_rate=0.1" in caplog.messages.pop()
+    must_name("umt5 float16", check, noisy.half())
 
 
 def check(model: torch.nn.Module) -> None:
@@ -107,28 +104,28 @@ def tied(**more: Any) -> Callable[[], torch.nn.Module]:
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "names"),
     [
-        (tied(target_modules=[n for n in ALL if n != "k_proj"]), "layer 0 self_attn.k_proj has no LoRA"),
-        (tied(use_dora=True), "layer 0 self_attn.q_proj has a variant of LoRA"),
-        (tied(bias="all"), "adapter default: bias='all'"),
-        (tied(modules_to_save=["lm_head"]), "modules_to_save with tied embeddings"),
-        (tied(trainable_token_indices=[1]), "model.embed_tokens: trainable_token_indices are not supported"),
-        (tied(target_modules=[*ALL, "lm_head"]), "lm_head has LoRA, but only the linears"),
+        (tied(target_modules=[n for n in ALL if n != "k_proj"]), "layer 0 self_attn.k_proj"),
+        (tied(use_dora=True), "layer 0 self_attn.q_proj"),
+        (tied(bias="all"), "default bias='all'"),
+        (tied(modules_to_save=["lm_head"]), "modules_to_save"),
+        (tied(trainable_token_indices=[1]), "model.embed_tokens trainable_token_indices"),
+        (tied(target_modules=[*ALL, "lm_head"]), "lm_head"),
         (lambda: adapted(base(attention_bias=True, mlp_bias=True), lora_bias=True), "lora_bias"),
-        (lambda: get_peft_model(base(), LoraConfig(r=2, target_modules=ALL), "mine"), "must be called 'default'"),
-        (changed(lambda model: model.requires_grad_(False)), "q_proj has frozen LoRA of 'default'"),
+        (lambda: get_peft_model(base(), LoraConfig(r=2, target_modules=ALL), "mine"), "'default'"),
+        (changed(lambda model: model.requires_grad_(False)), "q_proj 'default'"),
         (changed(lambda model: setattr(model.get_base_model(), "is_quantized", True)), "quantised"),
         (changed(lambda model: model.compile()), "torch.compile"),
-        (changed(lambda model: model.to(torch.float64)), "is torch.float64"),
-        (base, "needs a PEFT model with LoRA; this is a LlamaForCausalLM"),
-        (olmo2_that_trains_a_norm, "a cut makes model.layers.0.self_attn.q_norm smaller"),
-        (changed(lambda m: delattr(decoder_layers(m)[1].mlp, "gate_proj")), "layer 1 mlp.gate_proj does not exist"),
+        (changed(lambda model: model.to(torch.float64)), "torch.float64"),
+        (base, "LlamaForCausalLM"),
+        (olmo2_that_trains_a_norm, "model.layers.0.self_attn.q_norm"),
+        (changed(lambda m: delattr(decoder_layers(m)[1].mlp, "gate_proj")), "layer 1 mlp.gate_proj"),
     ],
 )
-def test_a_model_that_cannot_be_pruned_is_named(make: Callable[[], torch.nn.Module], words: str) -> None:
+def test_a_model_that_cannot_be_pruned_is_named(make: Callable[[], torch.nn.Module], names: str) -> None:
     model = make()
-    assert words in refused(check, model)
+    must_name(names, check, model)
 
 
 def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
@@ -139,7 +136,7 @@ def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
     begin(args, state, CONTROL, model=model)  # DeepSpeed casts what is not born sharded
     for parameter in model.parameters():
         cast(Any, parameter).ds_id = 0
-    refuses(r"is in bfloat16 and float32, .* autocast_adapter_dtype=False", begin, args, state, CONTROL, model=model)
+    must_name("bfloat16 float32 autocast_adapter_dtype=False", begin, args, state, CONTROL, model=model)
     model.requires_grad_(False)
     begin(args, state, CONTROL, model=model)
 
@@ -151,7 +148,7 @@ def test_an_argument_that_does_not_allow_cuts_is_named(name: str) -> None:
     check_arguments(args, model)
     owner = cast(Any, model).generation_config if "." in name else args
     setattr(owner, name.rpartition(".")[2], value)
-    refuses(f"^{re.escape(f'{name}={value}')}: ", check_arguments, args, model)
+    must_name(f"{name}={value}", check_arguments, args, model)
 
 
 @pytest.mark.parametrize(
@@ -162,55 +159,45 @@ def test_an_optimizer_without_adam_s_state_or_zero_3_is_refused(kind: str, optio
     inner = getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(1))], **options)
     model = adapted()
     zero = cast(Any, SimpleNamespace(optimizer=inner))
-    refuses(f"the optimizer state of {name} cannot be cut", share_model, model, zero, base_shape(model))
-    refuses(f"needs DeepSpeed ZeRO-3 .* the optimizer is {kind}", find_zero_optimizer, inner)
-
-
-def test_a_deepspeed_config_may_have_an_optimizer_but_no_quantised_weights() -> None:
-    zero: dict[str, Any] = {"stage": 3}
-    config = {"zero_optimization": zero, "optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR"}}
-    check_reshardable("the DeepSpeed config", config)
-    zero["zero_quantized_weights"] = True
-    refuses(r"^the DeepSpeed config: .*no flat shards", check_reshardable, "the DeepSpeed config", config)
+    must_name(name, share_model, model, zero, base_shape(model))
+    must_name(f"ZeRO-3 {kind}", find_zero_optimizer, inner)
 
 
 # All of it is asked before the first step
 
 
-def refusal(patch: pytest.MonkeyPatch, model: Any, inner: Any, callback: Any = None, step: int = 0, **args: Any) -> str:
-    """Begins a training as a Trainer does, over a stand-in for ZeRO-3's optimizer. Returns the refusal."""
+def begins_with(
+    patch: pytest.MonkeyPatch, names: str, model: Any, inner: Any, callback: Any = None, step: int = 0, **args: Any
+) -> None:
+    """Begins a training as a Trainer does, over a stand-in for ZeRO-3's optimizer. Checks what the refusal names."""
     state, zero = TrainerState(global_step=step, max_steps=10), SimpleNamespace(optimizer=inner, dp_process_group="g")
     given = cast(Any, SimpleNamespace(output_dir="unused", report_to=[], **args))
     begin = (callback or LoraPruneCallback(PruneConfig())).on_train_begin
     for module in ("callback", "pruning"):
         patch.setattr(f"loraprune_ds.hf.{module}.find_zero_optimizer", lambda zero: zero)
-    return refused(begin, given, state, CONTROL, model=model, optimizer=zero)
+    must_name(names, begin, given, state, CONTROL, model=model, optimizer=zero)
 
 
 def test_a_training_begins_with_all_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
     nvme = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
     weights = [torch.nn.Parameter(torch.zeros(1))]
-    adam = torch.optim.AdamW(weights)
-    assert "load_best_model_at_end=True" in refusal(monkeypatch, adapted(), adam, load_best_model_at_end=True)
-    assert "weights on NVMe" in refusal(monkeypatch, adapted(), adam, deepspeed_plugin=nvme)
-    assert "layer 0 self_attn.q_proj has no LoRA" in refusal(monkeypatch, adapted(target_modules=ALL[1:]), adam)
-    assert "the optimizer state of SGD" in refusal(monkeypatch, adapted(), torch.optim.SGD(weights))
+    adam, sgd = torch.optim.AdamW(weights), torch.optim.SGD(weights)
+    begins_with(monkeypatch, "load_best_model_at_end=True", adapted(), adam, load_best_model_at_end=True)
+    begins_with(monkeypatch, "DeepSpeed NVMe", adapted(), adam, deepspeed_plugin=nvme)
+    begins_with(monkeypatch, "layer 0 self_attn.q_proj", adapted(target_modules=ALL[1:]), adam)
+    begins_with(monkeypatch, "SGD", adapted(), sgd)
     monkeypatch.setattr("loraprune_ds.zero.external_engine.dist.get_world_size", lambda group=None: 2 if group else 4)
-    assert "ZeRO-3 shards over 2 of 4 ranks" in refusal(monkeypatch, adapted(), adam)
+    begins_with(monkeypatch, "2 4 ranks", adapted(), adam)
 
 
 def test_a_resume_needs_the_callback_s_own_and_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    line = refusal(monkeypatch, torch.nn.Linear(1, 1), None, step=3)
-    assert line.startswith("training goes on at step 3, but pruning does not: ")
+    begins_with(monkeypatch, "step 3", torch.nn.Linear(1, 1), None, step=3)
     saved: Any = SimpleNamespace(step=3, steps=20, seed=1)
-    for given, expected in (
-        ({}, "the checkpoint's schedule is of 20 steps, not of 10"),
-        ({"steps": 20, "seed": 2}, "the checkpoint's seed is 1, not 2"),
-    ):
+    for given, names in (({}, "20 10"), ({"steps": 20, "seed": 2}, "seed 1 2")):
         callback = LoraPruneCallback(PruneConfig(), **given)
         callback._checkpoint = PruningCheckpoint(Path(), saved, cast(Any, None))
-        assert refusal(monkeypatch, adapted(), None, callback, step=3) == expected
+        begins_with(monkeypatch, names, adapted(), None, callback, step=3)
 
 
 @pytest.mark.parametrize(
@@ -232,4 +219,4 @@ def test_a_checkpoint_that_is_written_over_does_not_count_as_complete(
 
 
 def test_before_the_training_there_is_nothing_to_save() -> None:
-    refuses("training has not begun", LoraPruneCallback(PruneConfig()).save_model, "anywhere")
+    must_name("training", LoraPruneCallback(PruneConfig()).save_model, "anywhere")

@@ -99,8 +99,7 @@ def test_no_file_imports_itself_through_others() -> None:
 @pytest.mark.parametrize(
     ("line", "unwanted"),
     [
-        ("import loraprune_ds.pruning.step", ["deepspeed"]),
-        ("import loraprune_ds", ["torch", "deepspeed"]),
+        ("import loraprune_ds.pruning.step; from loraprune_ds.evaluate.models import open_result", ["deepspeed"]),
         ("from loraprune_ds import PruneConfig", ["torch", "deepspeed"]),
     ],
 )
@@ -115,19 +114,3 @@ def test_every_public_name_leads_to_its_definition() -> None:
         assert getattr(loraprune_ds, name).__name__ == name
     with pytest.raises(ImportError):
         exec("from loraprune_ds import LoraPrune")
-
-
-@pytest.mark.parametrize(
-    ("part", "line", "faults"),
-    [
-        ("model", "from loraprune_ds.zero.comm import Communicator", 1),
-        ("model", "def load():\n    from loraprune_ds.pruning import mask", 1),
-        ("export", "from loraprune_ds.evaluate.perplexity import perplexity", 1),
-        ("train", "from launch.run import main", 1),
-        ("launch", "from deepspeed import comm", 1),
-        ("zero", "import deepspeed", 0),
-        ("train", "from loraprune_ds.evaluate.perplexity import perplexity", 0),
-    ],
-)
-def test_a_wrong_import_is_a_fault(part: str, line: str, faults: int) -> None:
-    assert len(import_faults(part, line)) == faults

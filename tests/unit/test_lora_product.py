@@ -94,14 +94,6 @@ def test_dropout_has_its_rate(p: float) -> None:
         assert abs(mask.flatten()[i::4].double().mean() - kept) <= 4 * 2 * deviation
 
 
-def test_elements_are_drawn_independently() -> None:
-    torch.manual_seed(4)
-    centred = draw_mask(torch.empty(1 << 20), 0.3)[0].double() - 0.7
-    for distance in (1, 2, 3, 4, 8, 64, 576):
-        correlation = (centred[distance:] * centred[:-distance]).mean() / (0.3 * 0.7)
-        assert abs(correlation) < 5e-3, distance  # five deviations
-
-
 def test_the_seed_decides_the_mask_and_the_numbers_after_it() -> None:
     drawn = []
     for seed in (0, 0, 1):

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -14,14 +13,10 @@ from torch.nn.functional import cross_entropy
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.pruning.prunable_model import CollectedLinear
-from tests.benchmarks import two_four
 from tests.benchmarks.peer_run import METRICS, ExpertNorms, PeerPruner
 from tests.benchmarks.two_four import merged_where_kept, two_of_four
-from tests.export_cases import VOCAB
 from tests.families import SIZES, tiny_model
 from tests.family_cuts import dense, find_router
-from tests.gguf_cases import byte_level_tokenizer
-from tests.oracle.models import make_tiny_llama
 from tests.plain_model import PlainModel
 from tests.unit.test_expert_scores import find_stock
 from tests.unit.test_experts import merged_stacks
@@ -111,19 +106,3 @@ def test_two_of_four_weights_stay_and_a_merge_keeps_the_zeros() -> None:
     linear = CollectedLinear({"weight": masked}, None, lora_A=torch.ones(1, 8), lora_B=torch.ones(1, 1), scaling=2.0)
     merged = merged_where_kept(linear, "float32")
     assert merged["weight"].tolist() == [[3, 0, 0, 6, 0, 10, 3, 0]]
-
-
-def test_a_sparse_model_has_two_zeros_in_every_four_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(two_four, "CALIBRATION", (3, 16))
-    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 32, "ffn": 24, "layers": 2, "vocab": VOCAB, "seed": 0}
-    source = make_tiny_llama(tmp_path / "dense", biases=False, **sizes)  # type: ignore[arg-type]
-    byte_level_tokenizer(source, VOCAB)
-    (tmp_path / "text.txt").write_text("It rains and it snows. " * 40)
-    sparse = two_four.sparse_model(source, tmp_path / "sparse", tmp_path / "text.txt")
-    dense, masked = (load_file(folder / "model.safetensors") for folder in (source, sparse))
-    for name, weight in masked.items():
-        if "_proj" in name:
-            assert torch.all((weight.unflatten(1, (-1, 4)) != 0).sum(2) == 2), name
-            assert torch.equal(weight, dense[name] * (weight != 0)), name
-        else:
-            assert torch.equal(weight, dense[name]), name

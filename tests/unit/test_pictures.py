@@ -1,6 +1,5 @@
 """The pictures show the records: curves, strips, bars and labels are read back from the figure."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
-from tests.unit.run_records import DENSE, cut_record, small_run, step_record
+from tests.unit.run_records import DENSE, small_run, step_record
 
 Counts = Sequence[tuple[int, int]]  # of heads and channels, per layer
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib only warns when a layout collapses
@@ -79,15 +78,6 @@ def test_a_strip_has_the_part_kept_of_each_cell(
     np.testing.assert_allclose(found, strips, rtol=1e-6)
 
 
-def test_eighty_layers_keep_their_strips_apart(tmp_path: Path, figures: list[Any]) -> None:
-    dense = DENSE.with_layers((LayerShape(heads=64, channels=22016),) * 80)
-    draw_kept_groups(tmp_path / "kept_groups.png", dense, kept_of(dense, [(30, 9000)] * 80))
-    for axes in figures[0].axes[:3:2]:
-        assert axes.get_window_extent().height / 80 >= 5  # pixels
-        labels = [tick.get_window_extent() for tick in axes.get_xticklabels() if tick.get_text()]
-        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(labels))
-
-
 def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list[Any]) -> None:
     draw_training(tmp_path / "training.png", small_run())
     assert is_png(tmp_path / "training.png")
@@ -103,36 +93,6 @@ def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list
 
 
 # Perplexities after each of 10 cuts, the dense model's first. Then the exported model's.
-COURSES = {
-    "a dip": [22.6, 21, 21, 21, 22, 23, 24, 25, 26, 27, 29, 25],
-    "a peak": [22.6, 40, 60, 55, 40, 35, 33, 32, 31, 30.5, 30.2, 30.1],
-    "steep": [5.68 * 1.8**i for i in range(11)] + [300],
-    "flat": [10.0] * 12,
-}
-
-
-@pytest.mark.parametrize("course", COURSES)
-def test_no_label_lies_on_a_curve_or_another_label(course: str, tmp_path: Path, figures: list[Any]) -> None:
-    dense, *on_the_way, last_cut, exported = COURSES[course]
-    names = [(0, "dense", dense), *((i, "step", p) for i, p in enumerate(on_the_way, start=1))]
-    evaluations = [EvaluationRecord(step, name, p, 1, 1) for step, name, p in names]  # type: ignore[arg-type]
-    later = ((10, "after_last_cut", last_cut), (12, "pruned", exported))
-    evaluations += [EvaluationRecord(step, name, p, 1, 1) for step, name, p in later]  # type: ignore[arg-type]
-    cuts = [cut_record(i, before=2, after=1, reached=0.03 * i) for i in range(1, 11)]
-    history = History([step_record(i) for i in range(1, 13)], cuts, evaluations)
-    draw_training(tmp_path / "training.png", history)
-    figures[0].draw_without_rendering()
-    axes = figures[0].axes[5]
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert len(boxes) == 3
-    for line in axes.get_lines():
-        path = line.get_transform().transform_path(line.get_path())
-        assert not any(path.intersects_bbox(box, filled=False) for box in boxes)
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
-    inside = axes.get_window_extent()
-    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
-
-
 def test_pictures_of_odd_runs_are_drawn(tmp_path: Path, figures: list[Any]) -> None:
     """Nothing happened yet; one step with a lost loss and a model that fell apart."""
     odd = History(steps=[step_record(1, loss=math.nan)], evaluations=[EvaluationRecord(1, "pruned", math.inf, 1, 1)])

@@ -19,10 +19,6 @@ def no_setup(rank: int, world_size: int, folder: Path) -> None:
     os.environ["RANK"] = str(rank)
 
 
-def broken_setup(rank: int, world_size: int, folder: Path) -> None:
-    raise ValueError(f"no accelerator for {rank}")
-
-
 @pytest.fixture
 def pool() -> Iterator[RankPool]:
     """Workers without torch, which start in a tenth of a second: most tests here end them."""
@@ -57,39 +53,11 @@ def die_on(rank: int) -> None:
     raise ConnectionError("peer is gone")  # what a collective says when a peer dies, here even before it does
 
 
-def sum_over_ranks() -> list[float]:
-    import deepspeed
-    import torch
-
-    value = torch.tensor([float(torch.distributed.get_rank() + 1)])
-    deepspeed.comm.all_reduce(value)
-    return value.tolist()
-
-
-def wait_for_a_sum_nobody_joins() -> None:
-    import torch
-
-    if torch.distributed.get_rank() == 1:
-        torch.distributed.all_reduce(torch.zeros(1))
-
-
 def test_values_come_in_rank_order_from_workers_that_stay(pool: RankPool) -> None:
     first, single, second = (pool.run(size, rank_and, {"a": 1}) for size in (3, 1, 3))
     assert [(rank, argument) for rank, argument, _ in first] == [(rank, {"a": 1}) for rank in range(3)]
     assert first == second
     assert len({os.getpid(), *(pid for *_, pid in [*first, *single])}) == 5
-
-
-def test_a_failure_does_not_wait_for_the_others_and_they_are_replaced(pool: RankPool) -> None:
-    before = [pid for *_, pid in pool.run(2, rank_and, None)]
-    started = time.monotonic()
-    with pytest.raises(RankFailure, match=r"(?s)^rank 1 of 2: .*ValueError: rank 1 says no"):
-        pool.run(2, fail_in_turn, 1, 60.0)
-    assert time.monotonic() - started < 10
-    for pid in before:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-    assert [rank for rank, *_ in pool.run(2, rank_and, None)] == [0, 1]
 
 
 def test_the_deadline_says_where_every_rank_stood(pool: RankPool) -> None:
@@ -115,21 +83,3 @@ def test_every_end_of_a_worker_is_a_failure(
 ) -> None:
     with pytest.raises(RankFailure, match=report):
         pool.run(size, function, *arguments)
-
-
-def test_a_dead_worker_is_named_by_the_next_call(pool: RankPool) -> None:
-    [(_, _, pid)] = pool.run(1, rank_and, None)
-    os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RankFailure, match=r"^rank 0 of 1: killed by SIGKILL"):
-        pool.run(1, rank_and, None)
-
-
-def test_a_failing_setup_is_reported() -> None:
-    with pytest.raises(RankFailure, match=r"no accelerator for 0"):
-        RankPool(setup=broken_setup).run(1, my_rank)
-
-
-def test_a_hanging_collective_is_cut_short(ranks: RankPool) -> None:
-    with pytest.raises(RankFailure, match=r"(?s)rank 1 of 2: .*in all_reduce.*in wait_for_a_sum_nobody_joins"):
-        ranks.run(2, wait_for_a_sum_nobody_joins, timeout=1)
-    assert ranks.run(2, sum_over_ranks) == [[3.0], [3.0]]

@@ -7,7 +7,6 @@ import os
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,14 +149,6 @@ def test_mlflow_writes_a_local_store(tmp_path: Path) -> None:
     assert list(store.glob("*/*/artifacts/training.png"))
 
 
-def test_an_mlflow_server_that_is_not_there_is_told_within_a_minute(tmp_path: Path) -> None:
-    began = time.monotonic()
-    line = r"RankError: logging\.report_to mlflow: MlflowException: API request to http://127\.0\.0\.1"
-    with pytest.raises(AssertionError, match=line):
-        report("mlflow", tmp_path / "run", MLFLOW_TRACKING_URI="http://127.0.0.1:1")
-    assert time.monotonic() - began < 100  # about 15 s and the import. With MLflow's own retries it is 250
-
-
 def test_trackio_writes_a_local_database(tmp_path: Path) -> None:
     report("trackio", tmp_path / "run", TRACKIO_DIR=str(tmp_path / "trackio"), HF_HUB_OFFLINE="1")
     (database,) = (tmp_path / "trackio").glob("*.db")
@@ -212,15 +203,3 @@ def test_all_reporters_get_the_curves_and_pictures_of_pruning(monkeypatch: pytes
 def test_without_an_open_run_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=None))
     write(find_reporters(["wandb", "trackio"], str(tmp_path), None), tmp_path / "training.png")
-
-
-def test_a_reporter_that_fails_does_not_end_the_training(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    logged: list[Any] = []
-    monkeypatch.setitem(sys.modules, "trackio", fake_trackio("log"))
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(log=logged.append))
-    write(find_reporters(["trackio", "wandb"], str(tmp_path), None)[1:])  # without the printer of cuts
-    assert len(logged) == 2
-    line = "report_to trackio gets no more: OperationalError: database is locked\n"
-    assert capsys.readouterr().err == line

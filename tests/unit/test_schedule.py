@@ -14,7 +14,7 @@ from loraprune_ds.pruning.schedule import Schedule, Section, plan_pruning
 from loraprune_ds.pruning.target import Size, make_limits
 from tests.integration.launching import ROOT
 from tests.oracle.formula import cubic_target
-from tests.refusals import refuses
+from tests.refusals import must_name, refuses
 from tests.unit.shapes_and_scores import LLAMA_7B, uniform_counts
 
 
@@ -82,15 +82,15 @@ def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, 
 
 def test_a_ratio_that_changes_no_width_is_refused() -> None:
     config = PruneConfig(ranking="uniform", ratio=1e-4, channel_multiple=128)
-    line = r"^prune\.ratio 0\.0001 is too small .* prune\.channel_multiple 128$"
-    refuses(line, plan_pruning, config, make_limits(config, LLAMA_7B), 100)
+    names = "prune.ratio 0.0001 prune.channel_multiple 128"
+    must_name(names, plan_pruning, config, make_limits(config, LLAMA_7B), 100)
 
 
 def test_a_run_too_short_to_cut_is_refused() -> None:
     config = PruneConfig(warmup_fraction=0.5, cooldown_fraction=0.49)
     assert make_schedule(config, 1).cut_steps() == [1]
     config = replace(config, cooldown_fraction=0.5 - 1e-15)
-    refuses(r"train\.steps 100000000 leaves no step between prune\.warmup_f", make_schedule, config, 100_000_000)
+    must_name("train.steps prune.warmup_fraction", make_schedule, config, 100_000_000)
 
 
 def test_every_step_up_to_the_last_cut_scores() -> None:

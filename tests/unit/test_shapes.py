@@ -1,6 +1,5 @@
 """Sizes read from config.json, and the arithmetic of groups against a count of tensors."""
 
-import re
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from loraprune_ds.pruning.importance import random_scores
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
 from tests.published import sizes_of
-from tests.refusals import refuses
+from tests.refusals import must_name
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape, uniform_counts
 
 LLAMA_CONFIG = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
@@ -54,30 +53,26 @@ def test_layers_that_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "names"),
     [
-        (without("model_type"), "model_type None is not supported; supported: apertus, "),
-        (without(model_type=["llama"]), "model_type ['llama'] is not supported"),
-        *((without(key), f"config.json has no {key}") for key in REQUIRED),
-        (without(hidden_size="wide"), NO_NUMBER),
-        (without(num_attention_heads=0), NO_NUMBER),
-        (without(per_layer_config={"first": {}}), NO_NUMBER),
-        (without(per_layer_config=[1, 2]), NO_NUMBER),
-        (without(num_hidden_layers=0), "config.json holds a size below 1"),
-        (without(intermediate_size=-5), "config.json holds a size below 1"),
-        (without(num_attention_heads=60), "config.json holds a size below 1"),  # head_dim 48 // 60
-        (without(head_dim=5), "head_dim 5 is odd; rotary embeddings need an even one"),
-        (without(hidden_size=50, head_dim=8), "transformers cannot build this model from config.json: StrictDataclass"),
-        (without(num_key_value_heads=4), "layer 0 has 6 query heads for 4 key-value heads; every layer must have"),
-        (
-            without(per_layer_config={"1": {"num_attention_heads": 4}}),
-            "layer 1 has 4 query heads for 2 key-value heads; every layer must have",
-        ),
+        (without("model_type"), "model_type None apertus"),
+        (without(model_type=["llama"]), "model_type ['llama']"),
+        *((without(key), key) for key in REQUIRED),
+        (without(hidden_size="wide"), "config.json"),
+        (without(num_attention_heads=0), "config.json"),
+        (without(per_layer_config={"first": {}}), "config.json"),
+        (without(per_layer_config=[1, 2]), "config.json"),
+        (without(num_hidden_layers=0), "config.json"),
+        (without(num_attention_heads=60), "config.json"),  # head_dim 48 // 60
+        (without(head_dim=5), "head_dim 5"),
+        (without(hidden_size=50, head_dim=8), "config.json"),
+        (without(num_key_value_heads=4), "layer 0 6 4"),
+        (without(per_layer_config={"1": {"num_attention_heads": 4}}), "layer 1 4 2"),
     ],
-    ids=lambda value: str(value)[:40] if isinstance(value, str) else "config",
+    ids=str,
 )
-def test_what_cannot_be_is_refused(config: dict[str, Any], message: str) -> None:
-    refuses(f"^somewhere: {re.escape(message)}.*$", read, config)
+def test_what_cannot_be_is_refused(config: dict[str, Any], names: str) -> None:
+    must_name(f"somewhere {names}", read, config)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from loraprune_ds.pruning.target import describe_target, make_limits, measure, o
 from loraprune_ds.units import read_amount
 from tests.families import EQUAL, MIXTURES, tiny_config
 from tests.paper import PAPER
-from tests.refusals import refused, refuses
+from tests.refusals import must_name, refused
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, random_scores_of, uniform_counts
 
 GIB = 2**30
@@ -113,16 +113,16 @@ def test_the_report_tells_what_was_reached() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prune", "message"),
+    ("prune", "names"),
     [
-        ({"target": "7B"}, "prune.target 7B takes nothing from the dense model, which has 6.48 B"),
-        ({"target": "1B"}, "prune.target 1B is out of reach: with the protected layers and minimum widths at least "),
-        ({"target": "2GiB"}, "prune.target 2GiB is out of reach"),
-        ({"target": "6.4B", "head_ratio": 0.5}, "prune.head_ratio 0.5 alone takes more than prune.target 6.4B asks"),
+        ({"target": "7B"}, "prune.target 7B 6.48"),
+        ({"target": "1B"}, "prune.target 1B"),
+        ({"target": "2GiB"}, "prune.target 2GiB"),
+        ({"target": "6.4B", "head_ratio": 0.5}, "prune.head_ratio 0.5 prune.target 6.4B"),
     ],
 )
-def test_a_target_that_cannot_be_reached_is_refused(prune: dict[str, Any], message: str) -> None:
-    refuses(f"^{re.escape(message)}", make_limits, PruneConfig(**PAPER | prune), LLAMA_7B)
+def test_a_target_that_cannot_be_reached_is_refused(prune: dict[str, Any], names: str) -> None:
+    must_name(names, make_limits, PruneConfig(**PAPER | prune), LLAMA_7B)
 
 
 def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
@@ -173,16 +173,16 @@ def test_the_planner_knows(ranking: Ranking) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prune", "message"),
+    ("prune", "names"),
     [
-        ({"head_ratio": 0.9, "ratio": 0.1}, r"prune.head_ratio 0.9 with prune.ratio 0.1 would take -\d+"),
-        ({"head_ratio": 0.0, "ratio": 0.75}, r"prune.head_ratio 0.0 with prune.ratio 0.75 would take 1\d\d"),
-        ({"head_ratio": 0.9, "tensor_parallel": 3}, "is more of the heads than may go: 66.7%"),
-        ({"head_ratio": 0.0, "channel_multiple": 900}, r"take 78\.2% of the channels, of which 41\.4% may go"),
+        ({"head_ratio": 0.9, "ratio": 0.1}, "prune.ratio 0.1"),
+        ({"head_ratio": 0.0, "ratio": 0.75}, "prune.ratio 0.75"),
+        ({"head_ratio": 0.9, "tensor_parallel": 3}, "66.7%"),
+        ({"head_ratio": 0.0, "channel_multiple": 900}, "78.2% 41.4%"),
     ],
 )
-def test_what_cannot_be_is_refused(prune: dict[str, Any], message: str) -> None:
-    refuses(message, limits_of, **prune)
+def test_what_cannot_be_is_refused(prune: dict[str, Any], names: str) -> None:
+    must_name(f"prune.head_ratio {prune['head_ratio']} {names}", limits_of, **prune)
 
 
 def test_a_delta_net_has_a_state_in_place_of_a_cache() -> None:
@@ -226,17 +226,17 @@ def test_sizes_are_reached_one_after_another_and_no_count_grows(sizes: list[str]
 
 
 @pytest.mark.parametrize(
-    ("prune", "message"),
+    ("prune", "names"),
     [
-        ({"sizes": ["0.5", "0.50"]}, r"prune.sizes: 0.50 removes no more than 0.5"),
-        ({"sizes": ["0.2", "0.99"]}, r"prune.sizes 0.99 is out of reach: .* at most 0.98\d+ can go"),
-        ({"sizes": ["0.2", "9B"]}, r"prune.sizes 9B takes nothing from the dense model, which has 6.48 B"),
-        ({"sizes": ["0.2", "10MB"]}, r"prune.sizes 10MB is out of reach: .* stay"),
-        ({"sizes": ["0.2", "0.5"], "ratio": 0.4}, "prune.ratio 0.4 is not the largest cut of .*, which is 0.5"),
-        ({"sizes": ["0.2", "0.5"], "target": "4B"}, r"prune.target 4B is not the largest cut of prune.sizes"),
-        ({"sizes": ["0.2", "half"]}, r"prune.sizes must be parameters, such as 4.5B, or memory, .* got 'half'"),
+        ({"sizes": ["0.5", "0.50"]}, "0.50 0.5"),
+        ({"sizes": ["0.2", "0.99"]}, "0.99 0.98"),
+        ({"sizes": ["0.2", "9B"]}, "9B 6.48"),
+        ({"sizes": ["0.2", "10MB"]}, "10MB"),
+        ({"sizes": ["0.2", "0.5"], "ratio": 0.4}, "prune.ratio 0.4 0.5"),
+        ({"sizes": ["0.2", "0.5"], "target": "4B"}, "prune.target 4B"),
+        ({"sizes": ["0.2", "half"]}, "'half'"),
     ],
 )
-def test_sizes_that_cannot_be_made_are_refused(prune: dict[str, Any], message: str) -> None:
-    refuses(message, lambda: plan_sizes(config := PruneConfig(**prune), make_limits(config, LLAMA_7B)))
+def test_sizes_that_cannot_be_made_are_refused(prune: dict[str, Any], names: str) -> None:
+    must_name(f"prune.sizes {names}", lambda: plan_sizes(config := PruneConfig(**prune), make_limits(config, LLAMA_7B)))
     assert make_limits(PruneConfig(sizes=["0.2", "0.5"], ratio=0.5), LLAMA_7B).ratio == 0.5

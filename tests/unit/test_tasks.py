@@ -22,7 +22,7 @@ from loraprune_ds.evaluate.settings import TaskSettings
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.train import after
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import refused, refuses
+from tests.refusals import must_name
 from tests.unit.test_data import make_tokenizer
 
 needs_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is missing")
@@ -41,28 +41,26 @@ def rank_of(world_size: int, rank: int, others: tuple[dict[int, str], ...] = ())
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    settings = TaskSettings(("reasoning_gym:chain_sum", "reasoning_gym"), limit=1)
-    message = "--tasks reasoning_gym needs the package reasoning-gym: pip install reasoning-gym"
-    assert refused(tasks.check_tasks, settings) == message
-    settings = TaskSettings(("reasoning_gym:chain_sum",), include_path=Path())
-    assert refused(tasks.check_tasks, settings) == "--include-path has no effect on tasks of reasoning_gym"
+    must_name("--tasks reasoning-gym", tasks.check_tasks, TaskSettings(("reasoning_gym:chain_sum",), limit=1))
+    given = TaskSettings(("reasoning_gym:chain_sum",), include_path=Path())
+    must_name("--include-path reasoning_gym", tasks.check_tasks, given)
 
 
 @needs_gym
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "names"),
     [
-        ("chain_summ", "--tasks: reasoning-gym knows no task chain_summ; did you mean chain_sum, decimal_chain_sum?"),
-        ("puzzle24", "--tasks reasoning_gym:puzzle24: its scorer runs the answer as code"),
-        ("ransom_note:easy", "--tasks reasoning_gym:ransom_note:easy: its questions change from process to process"),
-        ("chain_sum:hard", "--tasks reasoning_gym:chain_sum:hard: a task takes :easy or nothing behind its name"),
-        ("gsm_symbolic:easy", "--tasks reasoning_gym:gsm_symbolic:easy: No curriculum"),
-        ("graph_color", "--tasks reasoning_gym:graph_color: it names no right answer"),
-        ("composite", "--tasks reasoning_gym:composite: Must specify at least one dataset"),
+        ("chain_summ", "chain_sum"),
+        ("puzzle24", "code"),
+        ("ransom_note:easy", "process"),
+        ("chain_sum:hard", ":easy"),
+        ("gsm_symbolic:easy", "curriculum"),
+        ("graph_color", "answer"),
+        ("composite", "dataset"),
     ],
 )
-def test_a_task_that_cannot_be_loaded_is_one_line(name: str, message: str) -> None:
-    assert refused(tasks.check_tasks, TaskSettings((f"reasoning_gym:{name}",), limit=2)).startswith(message)
+def test_a_task_that_cannot_be_loaded_is_named(name: str, names: str) -> None:
+    must_name(f"--tasks {name} {names}", tasks.check_tasks, TaskSettings((f"reasoning_gym:{name}",), limit=2))
 
 
 @needs_gym
@@ -74,11 +72,9 @@ def test_questions_depend_on_the_seed_alone() -> None:
     )
     loaded = load_tasks(TaskSettings(("reasoning_gym",)))
     assert [task.name for task in loaded] == [f"reasoning_gym:{name}" for name in DEFAULT]
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        command = [sys.executable, "-c", code]
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert answer.stdout.split()[-len(loaded) :] == [task.digest for task in loaded]
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}  # here it is another one
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.split()[-len(loaded) :] == [task.digest for task in loaded]
     for task in loaded:
         assert (len(task.questions), len(task.examples)) == (100, 3)
         asked = {entry["question"] for entry in task.questions}
@@ -129,8 +125,7 @@ def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(templa
     assert greedy_answers(task, model, tokenizer, 3, rank_of(1, 0)) == expected
     by_rank_1 = {2: expected[2], 3: expected[3]}  # of batches of two, it has the second
     assert greedy_answers(task, model, tokenizer, 2, rank_of(2, 0, (by_rank_1,))) == expected
-    line = r"^--tasks reasoning_gym:made: a question .* takes \d+ of 64 tokens$"
-    refuses(line, greedy_answers, task_of(2, 60), model, tokenizer, 2, rank_of(1, 0))
+    must_name("--tasks reasoning_gym:made 64", greedy_answers, task_of(2, 60), model, tokenizer, 2, rank_of(1, 0))
 
 
 def test_exact_match_is_the_share_of_full_scores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +179,7 @@ def test_what_is_asked_for_after_a_run_is_measured_once(tmp_path: Path, monkeypa
     after.measure_after(run_of(), tmp_path, print)
     assert not calls
     config = run_of("answers", "piqa", "tasks")
-    with pytest.raises(RunError, match=r"^evaluate\.after failed with code 1"):
+    with pytest.raises(RunError, match=r"evaluate\.after"):
         after.measure_after(config, tmp_path, print)
     assert read_json(tmp_path / "report.json") == {"steps": 3}
     for _ in range(2):
@@ -225,9 +220,7 @@ def test_wrong_tasks_are_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> N
     reasoning.load_tasks.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     after.check_after(run_of("answers"))
-    message = "evaluate.after reasoning_gym needs the package reasoning-gym: pip install reasoning-gym"
-    assert refused(after.check_after, run_of("answers", "tasks")) == message
+    must_name("evaluate.after reasoning-gym", after.check_after, run_of("answers", "tasks"))
     tokenizer = make_tokenizer()
-    message = refused(after.check_prompts, ["answers"], tokenizer, "MODEL", 130)
-    assert message.startswith("evaluate.after: default, row 1: ")
+    must_name("evaluate.after default 1", after.check_prompts, ["answers"], tokenizer, "MODEL", 130)
     after.check_prompts(["tasks"], tokenizer, "MODEL", 130)

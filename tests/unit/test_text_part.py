@@ -18,7 +18,7 @@ from tests.families import tiny_config
 from tests.family_cuts import FEW, PROMPT, cut_and_export, difference, load, logits, reopened, with_lora
 from tests.gguf_cases import byte_level_tokenizer
 from tests.multimodal import IMAGE, TOWERS, multimodal
-from tests.refusals import refuses
+from tests.refusals import must_name
 
 TOLERANCE = 1e-5
 Models = dict[str, tuple[Path, PreTrainedModel]]
@@ -103,14 +103,14 @@ def test_sizes_that_a_published_config_leaves_out() -> None:
 
 def test_what_is_refused(models: Models, tmp_path: Path) -> None:
     llama = tiny_config("llama").to_dict()
-    for config, message in [
-        ({"model_type": "paligemma", "text_config": llama}, "model_type 'paligemma' is not supported"),
-        ({"model_type": "llava", "text_config": {"model_type": "opt"}}, "model_type 'opt' is not supported"),
-        ({"model_type": "llava", "text_config": llama, "vision_config": 3}, "cannot build this model from config.json"),
+    for config, names in [
+        ({"model_type": "paligemma", "text_config": llama}, "'paligemma'"),
+        ({"model_type": "llava", "text_config": {"model_type": "opt"}}, "'opt'"),
+        ({"model_type": "llava", "text_config": llama, "vision_config": 3}, "config.json"),
     ]:
-        refuses(f"^somewhere: .*{message}.*$", shape_from_config, config, "somewhere")
-    for prefixes, message in [
-        ({"language_model.": "mind."}, r"its weight files hold no text part under language_model\.model\. or "),
-        ({"language_model.model.norm.": "norm."}, r"tensor model\.norm\.weight is missing"),
+        must_name(f"somewhere {names}", shape_from_config, config, "somewhere")
+    for prefixes, names in [
+        ({"language_model.": "mind."}, "language_model.model."),
+        ({"language_model.model.norm.": "norm."}, "model.norm.weight"),
     ]:
-        refuses(message, open_pretrained, edited(models["llava"][0], tmp_path / str(len(message)), prefixes))
+        must_name(names, open_pretrained, edited(models["llava"][0], tmp_path / names, prefixes))
