@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 
 COUNTS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 BYTES = {
@@ -35,6 +35,7 @@ def read_amount(text: str, key: str) -> Amount:
     scale = ({"": 1.0} | COUNTS | BYTES).get(suffix) if match else None
     if scale is None:
         raise UserError(f"{key} must be parameters, such as 4.5B, or memory, such as 24GiB; got {text!r}")
+    require(float(number) > 0, f"{key} must be above 0; got {text!r}")
     return Amount(float(number) * scale, "bytes" if suffix in BYTES else "parameters", suffix, scale)
 
 

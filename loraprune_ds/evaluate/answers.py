@@ -24,6 +24,7 @@ from loraprune_ds.evaluate.perplexity import Labelled, Losses, Progress, exp_of_
 from loraprune_ds.evaluate.settings import AnswerSettings
 from loraprune_ds.model.logits import Head, chunk_size, logits_transform, output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX, final_hidden, token_losses
+from loraprune_ds.model.tokenizer import check_ids
 
 AT_ONCE = 32  # answers that are written together
 GRAM = 4
@@ -84,7 +85,7 @@ class Writer:
 
 
 def encode_prompts(
-    settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, path: str, most: int | None
+    settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, path: str, most: int | None, vocab_size: int
 ) -> list[Ids]:
     """Returns the ids of each prompt: by the chat template of the model `path`, or as plain text if it has none."""
     encoded: list[Ids] = []
@@ -98,6 +99,7 @@ def encode_prompts(
         except Exception as error:  # a template can hold any code
             raise UserError(f"{where}: the chat template of {path} refuses it: {one_line(error)}") from error
         encoded.append(list(made["input_ids"]))
+        check_ids(max(encoded[-1], default=0), vocab_size, tokenizer, where)
         length, new = len(encoded[-1]), settings.max_new_tokens
         asked = f"not a prompt of {length} and {new} new ones"
         fits = not most or length + new <= most

@@ -127,7 +127,7 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     if settings.sharded:
         check_dtype(dtype)
         require(not source.adapter, f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
-    most = source.pretrained.config.get("max_position_embeddings")
+    most, vocab_size = source.pretrained.config.get("max_position_embeddings"), source.pretrained.shape.vocab_size
     lengths = [settings.protocol.window] if settings.text else []
     if settings.speed:
         lengths.append(settings.speed.prompt + settings.speed.generated)
@@ -136,11 +136,11 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
         require(fits, f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
     tokenizer = load_tokenizer(source.tokenizer_folder)
     starts = text_starts(tokenizer, source.pretrained.shape.family, source.pretrained.config)
-    protocol = settings.protocol
+    window, windows = settings.protocol.window, settings.protocol.max_windows
     batches, size = list[Labelled](), settings.actual_batch_size
-    if settings.text:
-        batches = split_batches(settings.text.text, tokenizer, protocol.window, protocol.max_windows, starts, size)
-    prompts = encode_prompts(settings.answers, tokenizer, path, most) if settings.answers else []
+    if text := settings.text:
+        batches = split_batches(text.text, tokenizer, window, windows, starts, size, vocab_size=vocab_size)
+    prompts = encode_prompts(settings.answers, tokenizer, path, most, vocab_size) if settings.answers else []
     return PreparedModel(source, dtype, tokenizer, starts, batches, prompts)
 
 

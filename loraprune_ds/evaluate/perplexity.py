@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import require
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.model.tokenizer import Starts, begin_with, tokenize_pairs
+from loraprune_ds.model.tokenizer import Starts, begin_with, check_ids, tokenize_pairs
 
 if TYPE_CHECKING:  # it imports DeepSpeed
     from loraprune_ds.zero.comm import Communicator
@@ -40,20 +40,33 @@ class Perplexity:
 
 
 def split_batches(
-    text: str, tokenizer: PreTrainedTokenizerBase, window: int, most: int | None, starts: Starts, batch_size: int
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    most: int | None,
+    starts: Starts,
+    batch_size: int,
+    *,
+    vocab_size: int,
 ) -> list[Labelled]:
     """Returns batches of windows of a text. For an encoder-decoder, of its lines' targets after their sources.
 
     Args:
         most: windows or lines to take. None: all.
+
+    Raises:
+        UserError: the text is too short or of another form, or it has an id that the embedding lacks.
     """
     if starts.target is None:
         windows = split_windows(text, tokenizer, window, most, starts.window)
-        return [(ids, ids) for ids in windows.split(batch_size)]
-    rows = list(tokenize_pairs(_read_pairs(text)[:most], tokenizer, starts.target))
-    rows = [(source, target[: window - len(source)]) for source, target in rows if len(source) < window]
-    require(bool(rows), f"the evaluation text has no source that leaves room for a target in a window of {window}")
-    return [label_answers(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+        batches = [(ids, ids) for ids in windows.split(batch_size)]
+    else:
+        rows = list(tokenize_pairs(_read_pairs(text)[:most], tokenizer, starts.target))
+        rows = [(source, target[: window - len(source)]) for source, target in rows if len(source) < window]
+        require(bool(rows), f"the evaluation text has no source that leaves room for a target in a window of {window}")
+        batches = [label_answers(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    check_ids(max(int(ids.max()) for ids, _ in batches), vocab_size, tokenizer, "the evaluation text")
+    return batches
 
 
 def _read_pairs(text: str) -> list[tuple[str, str]]:

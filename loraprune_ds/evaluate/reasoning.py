@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.models import Ids, end_ids, generate
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
+from loraprune_ds.model.tokenizer import check_ids
 from loraprune_ds.zero.comm import Communicator
 
 EASY = "easy"
@@ -134,6 +135,8 @@ def greedy_answers(
 ) -> list[str]:
     """Answers all questions of a task, in their order. The batches are the same on any number of ranks. Collective."""
     prompts = [_prompt(task, question["question"], tokenizer) for question in task.questions]
+    embedding: Any = model.get_input_embeddings()
+    check_ids(max(map(max, prompts)), len(embedding.weight), tokenizer, f"--tasks {task.name}")
     answers = tokenizer([entry["answer"] for entry in task.questions], add_special_tokens=False)["input_ids"]
     most = max(map(len, answers)) + ROOM
     length, positions = max(map(len, prompts)) + most, getattr(model.config, "max_position_embeddings", None)

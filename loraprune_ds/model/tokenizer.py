@@ -76,6 +76,12 @@ def tokenize_pairs(
         yield prompt, answer
 
 
+def check_ids(largest: int, vocab_size: int, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Raises UserError if the `largest` id of a text has no row in the embedding. A tokenizer may have more ids."""
+    of = f"the tokenizer of {tokenizer.name_or_path}" if tokenizer.name_or_path else "the tokenizer"
+    require(largest < vocab_size, f"{text}: {of} gives id {largest}, but the model's vocab_size is {vocab_size}")
+
+
 def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[list[int]]:
     encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
     return encoded["input_ids"]  # pyright: ignore[reportReturnType]

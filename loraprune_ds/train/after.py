@@ -34,13 +34,16 @@ def check_after(config: RunConfig) -> None:
         find_model(config.model.adapter)
 
 
-def check_prompts(names: list[str], tokenizer: "PreTrainedTokenizerBase", path: str, positions: int | None) -> None:
-    """Checks that the model's template takes the shipped prompts, and that they fit into its positions."""
+def check_prompts(
+    names: list[str], tokenizer: "PreTrainedTokenizerBase", path: str, positions: int | None, vocab_size: int
+) -> None:
+    """Checks that the model's template takes the shipped prompts, and that they fit its positions and vocabulary."""
     if ANSWERS in names:
         from loraprune_ds.evaluate.answers import encode_prompts
         from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, read_prompts
 
-        _named(lambda: encode_prompts(read_prompts(DEFAULT_PROMPTS), tokenizer, path, positions), "--answers")
+        prompts = read_prompts(DEFAULT_PROMPTS)
+        _named(lambda: encode_prompts(prompts, tokenizer, path, positions, vocab_size), "--answers")
 
 
 def _named(check: Callable[[], object], option: str) -> None:

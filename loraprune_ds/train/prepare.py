@@ -97,10 +97,10 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     config = replace(config, prune=prune)
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
-    positions = pretrained.config.get("max_position_embeddings")
-    check_prompts(config.evaluate.after, tokenizer, model.path, positions)
+    positions, vocab_size = pretrained.config.get("max_position_embeddings"), shape.vocab_size
+    check_prompts(config.evaluate.after, tokenizer, model.path, positions, vocab_size)
     starts = text_starts(tokenizer, shape.family, pretrained.config)
-    global_batch_size, vocab_size = train.global_batch_size, shape.vocab_size
+    global_batch_size = train.global_batch_size
     loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, starts=starts)
     lengths = loaded.samples.lengths() if train.group_by_length else None
     order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
@@ -108,12 +108,13 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     pruning = plan_pruning(config.prune, limits, pruning_steps, config.recovery)
     train.check_warmup(pruning.schedule.cycles()[0])
     window, most, batch_size = config.evaluate.window, config.evaluate.max_windows, config.evaluate.batch_size
+    held_out = split_batches(loaded.held_out, tokenizer, window, most, starts, batch_size, vocab_size=vocab_size)
     return Prepared(
         config=config,
         pretrained=pretrained,
         samples=loaded.samples,
         order=order,
-        held_out=split_batches(loaded.held_out, tokenizer, window, most, starts, batch_size),
+        held_out=held_out,
         pruning_steps=pruning_steps,
         pruning=pruning,
         ds_config=ds_config,

@@ -17,7 +17,7 @@ from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, AnswerSettings, read
 from loraprune_ds.export.model_card import answers_section
 from loraprune_ds.model.logits import output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from tests.oracle.models import make_tiny_llama
+from tests.oracle.models import make_tiny_llama, make_tokenizer
 from tests.refusals import must_name
 from tests.unit.test_evaluate_compare import EVALUATION
 
@@ -49,7 +49,7 @@ def load(folder: Path, settings: AnswerSettings, template: str | None = None) ->
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return Writer(model, tokenizer, encode_prompts(settings, tokenizer, "MODEL", 512))
+    return Writer(model, tokenizer, encode_prompts(settings, tokenizer, "MODEL", 512, 100))
 
 
 # Prompts
@@ -87,6 +87,8 @@ def test_a_file_without_prompts_and_a_prompt_without_room_are_refused(tmp_path: 
     must_name("--max-new-tokens 0", read_prompts, DEFAULT_PROMPTS, max_new_tokens=0)
     path = written(tmp_path, {"prompt": "a"}, {"prompt": "b" * 501})
     must_name("prompts.jsonl 2 MODEL 512 501 12", load, folders[0], read_prompts(path, max_new_tokens=12))
+    prompts, tokenizer = read_prompts(written(tmp_path, {"prompt": "a"}, {"prompt": "é"})), make_tokenizer(259)
+    must_name("prompts.jsonl 2 vocab_size 100", encode_prompts, prompts, tokenizer, "MODEL", None, 100)
 
 
 def test_the_models_template_is_used_and_may_refuse(tmp_path: Path, folders: list[Path]) -> None:

@@ -10,7 +10,7 @@ import yaml
 from loraprune_ds.config import NEEDS, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import REMOVED, config_from_dict, config_value, load_config
 from tests.integration.launching import ROOT
-from tests.refusals import refused
+from tests.refusals import must_name, refused
 
 BASE = "output_dir: out\ntrain: {steps: 100}\n"
 SHIPPED = sorted((ROOT / "launch" / "configs").rglob("*.yaml"))
@@ -212,6 +212,12 @@ def test_a_target_takes_the_place_of_the_ratio(tmp_path: Path, target: str) -> N
 def test_a_wrong_target_is_refused(tmp_path: Path, target: str) -> None:
     message = f"prune.target must be parameters, such as 4.5B, or memory, such as 24GiB; got '{target}'"
     assert refused(load, tmp_path, f"output_dir: out\nprune: {{target: {target}}}\n") == message
+
+
+@pytest.mark.parametrize("setting", ["target: 0", "sizes: [0.5, 0]", "sizes: [0.0GiB]"])
+def test_a_size_of_nothing_is_refused(tmp_path: Path, setting: str) -> None:
+    key, value = setting.partition(":")[0], setting.split()[-1].strip("[]")
+    must_name(f"prune.{key} '{value}'", load, tmp_path, f"output_dir: out\nprune: {{{setting}}}\n")
 
 
 @pytest.mark.parametrize("gone", REMOVED)

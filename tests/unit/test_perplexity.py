@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.evaluate.perplexity import Perplexity, measure_perplexity, split_windows, tokenize
+from loraprune_ds.evaluate.perplexity import Perplexity, measure_perplexity, split_batches, split_windows, tokenize
+from loraprune_ds.model.tokenizer import Starts
 from tests.oracle.models import make_tiny_llama, make_tokenizer
 from tests.refusals import must_name
 
@@ -141,6 +142,16 @@ def test_a_text_shorter_than_a_window_is_refused() -> None:
     tokenizer = make_tokenizer(VOCAB + 200)
     must_name("text 5 6", split_windows, "hello", tokenizer, 6, None)
     assert split_windows("hello", tokenizer, 5, None).shape == (1, 5)
+
+
+def test_a_text_with_ids_that_the_embedding_lacks_is_refused() -> None:
+    """A tokenizer may have more ids than the text."""
+    tokenizer, text = make_tokenizer(VOCAB + 200), "hello, é"
+    largest = max(tokenizer(text)["input_ids"])
+    split_batches(text, tokenizer, 2, 3, Starts(), 2, vocab_size=VOCAB)
+    split_batches(text, tokenizer, 3, None, Starts(), 2, vocab_size=largest + 1)
+    names = f"text {largest} vocab_size"
+    must_name(names, split_batches, text, tokenizer, 3, None, Starts(), 2, vocab_size=largest)
 
 
 # Extreme logits

@@ -142,13 +142,13 @@ def test_a_source_beyond_the_window_is_left_out_and_named(tmp_path: Path) -> Non
 def test_plain_text_is_refused_with_what_to_do(tmp_path: Path) -> None:
     must_name("data.format seq2seq", load, tmp_path, [{"text": "w1"}], format="text")
     for text in ("w1 w2", '{"source": "w1"}', '{"source": "w1", "target": ""}', "[1]"):
-        must_name("line 2 source target", split_batches, f"\n{text}", TOKENIZER, 8, None, STARTS, 2)
+        must_name("line 2 source target", split_batches, f"\n{text}", TOKENIZER, 8, None, STARTS, 2, vocab_size=100)
 
 
 def test_perplexity_is_that_of_targets_after_their_sources() -> None:
     model: Any = tiny_model("t5")
     text = "\n".join(map(json.dumps, PAIRS))
-    batches = split_batches(text, TOKENIZER, 8, 7, STARTS, 3)
+    batches = split_batches(text, TOKENIZER, 8, 7, STARTS, 3, vocab_size=100)
     losses = with_token_losses(tiny_model("t5").requires_grad_(False))
     comm: Any = SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=1, all_reduce=lambda x: x)
     found = measure_perplexity(lambda ids, labels: losses(input_ids=ids, labels=labels), batches, comm)
@@ -168,7 +168,7 @@ def test_answers_are_those_of_generate_and_compared_with_targets(tmp_path: Path)
     texts: list[Any] = [TOKENIZER.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in alone]
     rows = [{"source": x, "target": y} for x, y in zip(sources, [texts[0], "nothing", texts[2] + " w1"], strict=True)]
     settings = read_prompts(str(write_json(tmp_path / "prompts.jsonl", rows)), max_new_tokens=5)
-    prompts = encode_prompts(settings, TOKENIZER, "MODEL", None)
+    prompts = encode_prompts(settings, TOKENIZER, "MODEL", None, 100)
     made, _ = write_answers([Writer(x, TOKENIZER, prompts, START) for x in (model, dense)], settings)
     assert [one.text for one in made.greedy.texts] == texts
     assert made.greedy.exact_match == pytest.approx(1 / 3)

@@ -126,6 +126,9 @@ def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(templa
     by_rank_1 = {2: expected[2], 3: expected[3]}  # of batches of two, it has the second
     assert greedy_answers(task, model, tokenizer, 2, rank_of(2, 0, (by_rank_1,))) == expected
     must_name("--tasks reasoning_gym:made 64", greedy_answers, task_of(2, 60), model, tokenizer, 2, rank_of(1, 0))
+    model.resize_token_embeddings(18)
+    names = "reasoning_gym:made vocab_size 18"
+    must_name(names, greedy_answers, task, model, tokenizer, 2, rank_of(1, 0))
 
 
 def test_exact_match_is_the_share_of_full_scores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,5 +225,5 @@ def test_wrong_tasks_are_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> N
     after.check_after(run_of("answers"))
     must_name("evaluate.after reasoning-gym", after.check_after, run_of("answers", "tasks"))
     tokenizer = make_tokenizer()
-    must_name("evaluate.after default 1", after.check_prompts, ["answers"], tokenizer, "MODEL", 130)
-    after.check_prompts(["tasks"], tokenizer, "MODEL", 130)
+    must_name("evaluate.after default 1", after.check_prompts, ["answers"], tokenizer, "MODEL", 130, 100)
+    after.check_prompts(["tasks"], tokenizer, "MODEL", 130, 100)

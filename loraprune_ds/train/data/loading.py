@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.config import DataConfig, DataSource
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import file_identity, make_once
-from loraprune_ds.model.tokenizer import Starts
+from loraprune_ds.model.tokenizer import Starts, check_ids
 from loraprune_ds.train.data.chat import ChatTemplate, read_chat
 from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples, mix, pack_samples
 from loraprune_ds.train.data.sources import (
@@ -130,8 +130,7 @@ def load_samples(
             + ("" if config.max_samples is None else f"; data.max_samples is {config.max_samples}")
             + (f"; {samples.left_out} more have no answer within data.window" if samples.left_out else "")
         )
-    largest = int(samples.columns["input_ids"].max())
-    require(largest < vocab_size, f"the tokenizer gives id {largest}, but the model's vocab_size is {vocab_size}")
+    check_ids(int(samples.columns["input_ids"].max()), vocab_size, tokenizer, "data.path")
     return loaded
 
 
