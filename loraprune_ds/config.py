@@ -204,7 +204,6 @@ class PruneConfig:
     # fraction of heads, also of delta nets, to remove in layers that are cut. Channels make up the rest. None: the same
     # fraction of all
     head_ratio: FractionOr0 | None = None
-    depth_ratio: FractionOr0 = 0.0  # fraction of the layers that leave whole, before any width. They count in `ratio`
     criterion: Criterion = "fisher"  # how a group is scored
     # `global` ranks over all layers. `uniform` keeps equal counts in all layers. None: `uniform` where a tower stays,
     # otherwise `global`

@@ -111,12 +111,6 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
     return [LayerKeep((kind, some(count, wanted[kind])) for kind, count in now.items()) for now, wanted in layers]
 
 
-def without(keep: list[LayerKeep], *layers: int) -> list[LayerKeep]:
-    """Takes everything from some layers."""
-    nothing = LayerKeep((kind, torch.arange(0)) for kind in keep[0])
-    return [nothing if i in layers else layer for i, layer in enumerate(keep)]
-
-
 def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.std())
 
@@ -138,15 +132,11 @@ def export(family: str, folder: Path, *counts: tuple[int, int], **changes: Any) 
 
 
 def cut_and_export(
-    network: Network,
-    folder: Path,
-    *counts: tuple[int, int],
-    source: PretrainedModel | None = None,
-    dropped: tuple[int, ...] = (),
+    network: Network, folder: Path, *counts: tuple[int, int], source: PretrainedModel | None = None
 ) -> Export:
     """Cuts a model, merges LoRA and writes what a run writes. With the tower of `source`, if it has one."""
     before = network.shape
-    network.cut(without(draw(before, *counts), *dropped))
+    network.cut(draw(before, *counts))
     merged: Any = network.model.merge_and_unload()
     tower = source.tower if source else None
     tensors = in_files(dict(merged.named_parameters()), network.shape, tower)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from loraprune_ds.model import adapters
-from loraprune_ds.model.classes import DroppedLayer, decoder_layers
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import MODEL_DTYPE, Slice, lora_cuts
@@ -66,10 +66,6 @@ class PlainModel:
     @torch.no_grad()
     def cut(self, keep: list[LayerKeep]) -> int:
         after = self.shape.after(keep)
-        for i in self.shape.dropped_by(keep):
-            for parameter in self.layers[i].parameters() if self.optimizer else ():
-                self.optimizer.state.pop(parameter, None)  # type: ignore[union-attr]
-            self.layers[i] = DroppedLayer(i)
         for i, (layer, layer_keep) in enumerate(zip(self.layers, keep, strict=True)):
             for name, kept, linear in MODEL_DTYPE.layer_cuts(self.shape, i, layer_keep):
                 self._select(adapters.base_parameter(layer, name), kept)

@@ -33,7 +33,6 @@ TEACHER_FOLDER = "teacher"
 STATE_FILE = "state.json"
 MANIFEST = "manifest.json"
 SCORES_FILE = "scores.safetensors"
-INFLUENCE = "influence"  # of the layers, in this file
 
 State = Literal["running", "stopped", "finished", "failed"]
 STATUS_TYPES = {"step": int, "steps": int, "error": str | None, "updated": str, "mark": str, "job": str | None}

@@ -42,8 +42,7 @@ class TrainingCheckpoint:
 
     def as_begun(self, dense: PretrainedModel) -> PretrainedModel:
         """Returns the dense model as this run has it. Runs of earlier versions have no LoRA on whole linears."""
-        present = [i for i, layer in enumerate(self.state.kept) if any(layer)]
-        whole = [(i, name) for i in present for name in dense.shape.whole.get(i, {})]
+        whole = [(i, name) for i, linears in dense.shape.whole.items() for name in linears]
         if not whole:
             return dense
         layer, name = whole[0]
@@ -71,7 +70,7 @@ class TrainingCheckpoint:
 
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
         state, scores = self.state, read_scores(self.folder, kinds)
-        return PrunerState(keep_from_lists(state.kept, kinds), *scores, state.updates_since_cut, state.moment_tokens)
+        return PrunerState(keep_from_lists(state.kept, kinds), scores, state.updates_since_cut, state.moment_tokens)
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
         """Reads the flat elements [start, end) of a layer's LoRA tensor, and only the rows that contain them."""
@@ -149,12 +148,12 @@ def keep_from_lists(lists: list[list[list[int]]], kinds: tuple[Kind, ...]) -> li
     return [LayerKeep(zip(kinds, map(torch.LongTensor, layer), strict=True)) for layer in lists]
 
 
-def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> tuple[list[LayerScores] | None, Tensor | None]:
-    """Reads the moving averages: of groups, and of the layers' influence. None of what was not recorded."""
+def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> list[LayerScores] | None:
+    """Reads the moving averages. None if nothing was scored yet."""
     path = folder / layout.SCORES_FILE
     tensors = load_file(path) if path.exists() else {}
-    influence, layers = tensors.pop(layout.INFLUENCE, None), range(len(tensors) // len(kinds))
-    return [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in layers] or None, influence
+    layers = range(len(tensors) // len(kinds))
+    return [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in layers] or None
 
 
 def read_moments(folder: Path, layer: int) -> dict[str, Tensor]:

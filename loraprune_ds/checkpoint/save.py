@@ -98,7 +98,7 @@ def save_step(
         for layers in owner_rounds(len(model.layers), model.world_size):
             collected = {layer: collect_lora_state(model, layer, model.owner(layer)) for layer in layers}
             for layer, tensors in collected.items():
-                if tensors:  # on the owner. All owners of a round write at the same time. A dropped layer has none
+                if tensors:  # on the owner. All owners of a round write at the same time
                     staging.write(layout.layer_file(layer), lambda path, lora=tensors: save_on_cpu(lora, path))
                     write_moments(staging, layer, {} if moments is None else moments.of_layer(layer))
             del collected, tensors
@@ -133,8 +133,6 @@ def write_scores(staging: Staging, state: PrunerState) -> None:
     """Writes the moving averages, if any, in float64. On one rank."""
     layers = enumerate(state.scores or [])
     tensors = {f"{i}.{kind}": groups for i, layer in layers for kind, groups in layer.items()}
-    if state.influence is not None:
-        tensors[layout.INFLUENCE] = state.influence
     if tensors:
         staging.write(layout.SCORES_FILE, lambda path: save_file(tensors, path))
 

@@ -123,7 +123,7 @@ def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
 def write_from_checkpoint(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
     """Writes the Hugging Face model that the run would export now, or its base. One layer is in memory at a time."""
     config, shape, state, tower = unmerged.config, unmerged.shape, unmerged.checkpoint.state, unmerged.dense.tower
-    layers, dtype = shape.present, DTYPES[config.model.dtype]
+    layers, dtype = range(len(shape.layers)), DTYPES[config.model.dtype]
     own, entries = weight_file_count(len(layers)), list[dict[str, int]]()
     count = own + (tower is not None)
     for k, layer in enumerate([*layers, None]):  # the last file has all that belongs to no layer
@@ -152,14 +152,14 @@ def write_from_checkpoint(unmerged: UnmergedModel, folder: Path, *, merge: bool)
 
 def write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
     """Writes the fp32 LoRA, which is no larger than one decoder layer, into the one file that PEFT reads."""
-    exported = unmerged.shape.exported()
+    shape = unmerged.shape
     tensors = {
-        name_in_file(exported, number, name): tensor
-        for number, layer in enumerate(unmerged.shape.present)
-        for name, tensor in as_in_peft(unmerged.lora(layer), unmerged.shape.linears(layer)).items()
+        name_in_file(shape, layer, name): tensor
+        for layer in range(len(shape.layers))
+        for name, tensor in as_in_peft(unmerged.lora(layer), shape.linears(layer)).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / ADAPTER_FILE, _adapter_config(unmerged.config.lora, unmerged.shape))
+    write_json(folder / ADAPTER_FILE, _adapter_config(unmerged.config.lora, shape))
 
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:

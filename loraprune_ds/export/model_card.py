@@ -130,7 +130,7 @@ def model_name(config: ModelConfig) -> str:
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:
     """Writes README.md of the exported model in `folder`."""
     dense, pruned, trust = card.dense, card.pruned, exported.trust_remote_code
-    architecture = architecture_name(exported.config, pruned.exported())
+    architecture = architecture_name(exported.config, pruned)
     in_gguf = f"as architecture `{architecture}`, by an export to GGUF" if architecture else "no architecture holds it"
     text = TEMPLATE.format(
         card=card,
@@ -142,7 +142,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         perplexity_pruned=_perplexity(card.perplexity_pruned),
         others=TITLES[pruned.kinds[-1]],
         llama_cpp=in_gguf,
-        layers="\n".join(_layer_rows(pruned.exported())),
+        layers="\n".join(_layer_rows(pruned)),
         trust=", trust_remote_code=True" if trust else "",
         task=TASKS[exported.auto_class],
         variable="processor" if exported.multimodal else "tokenizer",

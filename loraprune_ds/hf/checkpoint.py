@@ -78,7 +78,7 @@ class PruningCheckpoint:
         """Continues with the state of the pruner, whose model has been cut. Returns the records so far."""
         state, folder, kinds = self.state, self.folder / FOLDER, self.dense.kinds
         kept = keep_from_lists(state.kept, kinds)
-        saved = PrunerState(kept, *read_scores(folder, kinds), state.updates_since_cut, state.moment_tokens)
+        saved = PrunerState(kept, read_scores(folder, kinds), state.updates_since_cut, state.moment_tokens)
         pruner.restore(saved, partial(read_moments, folder))
         return history_from(read_metrics(folder / METRICS_FILE))
 

@@ -14,7 +14,7 @@ from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.hf.checks import refuse_mixture
 from loraprune_ds.model.adapters import base_parameter, last_names
-from loraprune_ds.model.classes import DroppedLayer, decoder_layers
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.read_shape import read_model, shape_from_config
@@ -86,10 +86,9 @@ def model_name(model: PeftModel) -> str:
 
 
 def base_shape(model: PeftModel) -> ModelShape:
-    """Returns the shape that the model's config declares, which stays the dense one, but without dropped layers."""
+    """Returns the shape that the model's config declares, which stays the dense one."""
     base = cast(Any, model.get_base_model())
-    shape = shape_from_config(base.config.to_dict() | _tied(base), model_name(model))
-    return shape.without([i for i, layer in enumerate(decoder_layers(model)) if isinstance(layer, DroppedLayer)])
+    return shape_from_config(base.config.to_dict() | _tied(base), model_name(model))
 
 
 def live_shape(model: PeftModel) -> ModelShape:

@@ -43,7 +43,7 @@ from loraprune_ds.hf.live import (
     live_shape,
     model_name,
 )
-from loraprune_ds.model.adapters import ADAPTER_FILE, number_as_exported
+from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.weight_files import drop_auto_maps
 from loraprune_ds.pruning.schedule import plan_pruning
@@ -234,7 +234,7 @@ class Pruning:
         self._export(Path(folder), tokenizer, frozen_tensors, trained=False)
         if path is not None:
             named = {**(described or {}), "base_model_name_or_path": str(folder)}
-            comm.on_rank_0(lambda: (number_as_exported(path.parent, self.model.shape), write_json(path, named)))
+            comm.on_rank_0(lambda: write_json(path, named))
 
     def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
         """Writes report, kept groups, metrics and pictures. `settings` also go into the report. Collective."""

@@ -10,7 +10,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -156,17 +156,6 @@ def load_adapter(model: PeftModel, folder: Path, shape: ModelShape, r: int) -> N
         own |= {name_in_file(shape, layer, name): factor for name, factor in factors.items()}
     result = set_peft_model_state_dict(model, own)
     assert not result.unexpected_keys, result.unexpected_keys
-
-
-def number_as_exported(folder: Path, shape: ModelShape) -> None:
-    """Numbers the layers in an adapter's file as the export of its base does, if it is not done yet."""
-    if len(shape.present) == len(shape.layers):
-        return
-    prefix, saved = "base_model.model.", load_file(folder / ADAPTER_WEIGHTS)
-    numbers = {int(name.split(".layers.")[1].split(".")[0]) for name in saved if ".layers." in name}
-    if max(numbers) >= len(shape.present):
-        named = {prefix + shape.exported_name(name.removeprefix(prefix)): x for name, x in saved.items()}
-        save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def name_in_file(shape: ModelShape, layer: int, name: str) -> str:

@@ -9,9 +9,8 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
@@ -111,11 +110,7 @@ def store_frozen(model: nn.Module, shape: ModelShape, storage: FrozenStorage) ->
 
 def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:
     """Gives modules on the meta device the sizes of a smaller shape, as a cut does to a live model."""
-    layers = decoder_layers(model)
-    for i, layer in enumerate(layers):
-        if not shape.layers[i].kinds:
-            layers[i] = DroppedLayer(i)
-            continue
+    for i, layer in enumerate(decoder_layers(model)):
         prefix = shape.prefix(i)
         sizes = {name.removeprefix(prefix): size for name, size in shape.layer_parameters(i).items()}
         parameters = {name: base_parameter(layer, name) for name in sizes}
@@ -159,21 +154,6 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-class DroppedLayer(nn.Module):
-    """Passes hidden states on in place of a decoder layer that has left, so that the others keep their numbers."""
-
-    def __init__(self, index: int) -> None:
-        super().__init__()
-        self.index = index
-
-    def forward(self, hidden: Tensor, *args: Any, **settings: Any) -> Tensor:
-        cache = settings.get("cache", settings.get("past_key_values"))
-        if cache is not None and all(isinstance(x, CacheLayerMixin) for x in cache.layers[self.index :][:1]):
-            counted = hidden[:, None, :, :1]  # models ask some layer for the number of cached tokens
-            cache.update(counted, counted, self.index)
-        return hidden
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -15,7 +15,6 @@ from loraprune_ds.model.weight_files import AUTO_MAP
 # Keys about the source's files and its own pruning, not about this model.
 DROPPED = {"_name_or_path", AUTO_MAP, "pretraining_tp", "quantization_config"}
 NEXT_TOKENS = "mtp_num_hidden_layers"  # the layers that predict further tokens are left out. llama.cpp reads this
-PER_LAYER = ("layer_types", "layers_block_type", "no_rope_layers")  # lists with a value for each layer
 MODELLING_FILE = "modeling_pruned.py"
 # The defaults of transformers. The Llama and Mistral classes differ in these.
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
@@ -68,7 +67,6 @@ def export_config(
     """
     if multimodal is not None:
         return ExportedConfig(multimodal_config(multimodal, shape, dtype), None, renamed=False, multimodal=True)
-    source, shape = source | _lists_of_present(source, shape), shape.exported()
     family = family_name(shape.model_type)
     if not shape.shares_bias:
         family = shape.family.in_memory.get("model_type", family)
@@ -92,8 +90,7 @@ def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> 
     """Returns config.json of a multimodal model whose text part has the sizes of `shape`, which are equal layers."""
     config = copy.deepcopy(source)
     text = config.get("text_config", config)  # the first Qwen2.5-VL have these fields outside
-    text |= shape.family.explicit(text) | _lists_of_present(source, shape)
-    shape = shape.exported()
+    text |= shape.family.explicit(text)
     for part in (config, text):
         for key in _dropped(shape):
             part.pop(key, None)
@@ -129,16 +126,6 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
         "transformers_version": version("transformers"),
     }
     return config
-
-
-def _lists_of_present(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-    """Returns the lists with a value for each layer, without the values of dropped ones."""
-    if len(shape.present) == len(shape.layers):
-        return {}
-    # A class may compute its lists, so a source need not have written them.
-    written, made = source.get("text_config", source), config_object(source).get_text_config()
-    lists = {key: written.get(key) or getattr(made, key, None) for key in PER_LAYER}
-    return {key: [values[i] for i in shape.present] for key, values in lists.items() if values}
 
 
 def _dropped(shape: ModelShape) -> set[str]:

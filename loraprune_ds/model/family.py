@@ -180,7 +180,6 @@ FAMILIES: dict[str, Family] = {
         doubled=gemma4_doubled,
         around=gemma4_around,
         equal_layers=True,
-        keeps_layers="its last layers read keys and values of others, and its embedding has a part for each layer",
     ),
     # Its class has hidden_size inputs in o_proj.
     "helium": replace(LLAMA, fixed=("heads",)),
@@ -211,7 +210,6 @@ FAMILIES: dict[str, Family] = {
         ),
         eager_only="attention sinks",
         packs=False,
-        keeps_layers="vLLM gives every other layer a window, by its number",
         mixture=LOCAL_EXPERTS,
     ),
 }

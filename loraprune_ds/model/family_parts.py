@@ -212,7 +212,6 @@ UMT5 = Family(
     },
     explicit=t5_fields,
     around=lambda c, layer: ([layer, c.num_layers] if layer < c.num_layers else [0, layer], {}),
-    keeps_layers="encoder and decoder are not compared",
     per_layer="layer_sizes",
     as_many={"cross_heads": "heads"},
     layer_lists=(LayerList("encoder.block", "num_layers"), LayerList("decoder.block", "num_decoder_layers")),

@@ -164,7 +164,6 @@ class Family:
     doubled: Callable[[Any], Iterable[int]] | None = None
     # And a small model that has a layer: the layers to take, and fields of it.
     around: Callable[[Any, int], tuple[list[int], dict[str, Any]]] = lambda config, layer: ([layer], {})
-    keeps_layers: str | None = None  # why no layer may be dropped
     equal_layers: bool = False  # a modelling file cannot hold layers that differ
     vllm: Literal["auto", "transformers"] = "auto"  # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
 

@@ -43,7 +43,7 @@ def cached_numel(shape: ModelShape) -> int:
     With an encoder it is one of its tokens and one of its decoder's.
     """
     if latent := shape.widths.get("key_value_rank"):
-        return len(shape.present) * (latent + shape.head_dim)
+        return len(shape.layers) * (latent + shape.head_dim)
     whole = sum(layer[WHOLE_KEYS][0] for layer in shape.whole.values() if WHOLE_KEYS in layer)
     heads = (layer.get(kind, 0) for layer in shape.layers[shape.encoder_layers :] for kind in ("heads", "cross_heads"))
     return 2 * (sum(heads) * shape.head_dim + whole)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -105,15 +105,6 @@ class ModelShape:
         """Returns how the names of a layer's parameters begin."""
         place = self.layer_list(layer)
         return f"{self.family.layer_lists[place].path}.{layer - place * self.encoder_layers}."
-
-    @property
-    def present(self) -> list[int]:
-        """The layers that are still there. A dropped one keeps its number, and has no group of any kind."""
-        return [i for i, layer in enumerate(self.layers) if layer.kinds]
-
-    def dropped_by(self, keep: Sequence[LayerKeep]) -> list[int]:
-        """Lists the present layers of which `keep` leaves nothing."""
-        return [i for i in self.present if not keep[i].shape.kinds]
 
     def linears(self, layer: int) -> tuple[Linear, ...]:
         """Returns the LoRA-adapted linears of a decoder layer, in the order of its forward."""
@@ -292,8 +283,8 @@ class ModelShape:
         return self.expert_groups if kind == "experts" else 1
 
     def cut_kinds(self, layer: int, keep: LayerKeep) -> list[Kind]:
-        """Returns the kinds of which the layer loses groups. A layer that leaves as a whole is not cut."""
-        return [kind for kind in self.kinds if keep.shape.kinds and len(keep[kind]) < self.layers[layer][kind]]
+        """Returns the kinds of which the layer loses groups."""
+        return [kind for kind in self.kinds if len(keep[kind]) < self.layers[layer][kind]]
 
     def cut_linears(self, layer: int, keep: LayerKeep) -> list[Linear]:
         kinds = self.cut_kinds(layer, keep)
@@ -303,10 +294,8 @@ class ModelShape:
         return self.with_layers(tuple(layer_keep.shape for layer_keep in keep))
 
     def with_layers(self, layers: tuple[LayerShape, ...]) -> "ModelShape":
-        """Returns the shape with these groups. A layer without any has no parameters."""
-        dropped = {i for i, layer in enumerate(layers) if not layer.kinds}
-        whole, others = ({i: x for i, x in of.items() if i not in dropped} for of in (self.whole, self.layer_others))
-        return replace(self, layers=layers, whole=whole, layer_others=others)
+        """Returns the shape with these groups."""
+        return replace(self, layers=layers)
 
     def only(self, layers: Sequence[int]) -> "ModelShape":
         """Returns the shape of a model of these layers, which count from 0 there."""
@@ -318,23 +307,6 @@ class ModelShape:
             doubled=frozenset(n for n, i in enumerate(layers) if i in self.doubled),
             encoder_layers=sum(i < self.encoder_layers for i in layers),
         )
-
-    def exported(self) -> "ModelShape":
-        """Returns the shape of an export, where the present layers count from 0."""
-        return self.only(self.present)
-
-    def exported_name(self, name: str) -> str:
-        """Returns the name of a parameter in an export."""
-        path = f"{self.family.layer_lists[0].path}."
-        if len(self.present) == len(self.layers) or not name.startswith(path):
-            return name
-        layer, inside = name.removeprefix(path).split(".", 1)
-        return f"{path}{self.present.index(int(layer))}.{inside}"
-
-    def without(self, layers: Collection[int]) -> "ModelShape":
-        """Returns the shape after some layers were dropped."""
-        bare = LayerShape(dict.fromkeys(self.kinds, 0))
-        return self.with_layers(tuple(bare if i in layers else x for i, x in enumerate(self.layers)))
 
     def without_whole(self) -> "ModelShape":
         """Returns the shape of a run without LoRA on whole linears. They are parameters like others there."""

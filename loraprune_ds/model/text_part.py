@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import config_class, config_object, parameters_on_meta, refused_in_one_line
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import multimodal_config
@@ -28,7 +28,6 @@ STANDS_FOR: dict[str, dict[str, Any]] = {
     "qwen3_vl_text": {"model_type": "qwen3"},
     "qwen3_vl_moe_text": {"model_type": "qwen3_moe", "norm_topk_prob": True},
 }
-DEEP_STACKED = ("qwen3", "qwen3_moe")  # the families of Qwen3-VL, whose tower has features for several layers
 TRANSPOSED = ("qwen3_vl_moe",)  # their files have the experts of a layer in one tensor, each transposed
 OF_ROWS = ("mrope_section", "mrope_interleaved")
 Layout = tuple[str, str]  # prefix of the decoder, prefix of the head
@@ -79,11 +78,10 @@ def in_files(
     """Returns tensors as the weight files have them of the text class, or of the class with this tower.
 
     Args:
-        export: the layers count from 0.
+        export: without the copies of a bias that layers share.
     """
 
     def name_on_disk(name: str) -> str:
-        name = shape.exported_name(name) if export else name
         return tower.name_on_disk(name) if tower else name
 
     transposed, copies = tower is not None and tower.config["model_type"] in TRANSPOSED, shape.shared_tensors
@@ -146,18 +144,10 @@ def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -
     if pruned is None or not pruned.is_uniform:
         raise UserError(f"{where}: a stock class with a tower has layers of one size: set {EQUAL_LAYERS}, {OR_TEXT}")
     found = _decoder_sizes(multimodal_config(config, pruned, "float32"), where)
-    for name, size in pruned.exported().parameters().items():
+    for name, size in pruned.parameters().items():
         if name.startswith("model.") and found.get(name.removeprefix("model.")) != size:
             heads = f"{where}: its stock multimodal class cannot hold {name} as {list(size)}; keep all heads"
             raise UserError(f"{heads} (prune.head_ratio: 0), {OR_TEXT}")
-
-
-def check_can_drop(dense: ModelShape, tower: bool) -> None:
-    """Raises UserError if the layers of a model, or of the text part of one with a tower, need their numbers."""
-    reason = dense.family.keeps_layers
-    if tower and family_name(dense.model_type) in DEEP_STACKED:
-        reason = f"images enter its first layers by their numbers; leave it out, {OR_TEXT}"
-    require(reason is None, f"prune.depth_ratio: no layer of this {dense.model_type} can be dropped, because {reason}")
 
 
 def check_processor(folder: Path) -> None:

@@ -64,7 +64,7 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
 
 def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     """Returns the cost of a cut: shards of the layers that get smaller with LoRA's state, and refitted linears."""
-    cut = [i for i in after.present if before.layers[i] != after.layers[i]]
+    cut = [i for i in range(len(after.layers)) if before.layers[i] != after.layers[i]]
     lora = sum(request.shard_numel(before.layer_lora_sizes(i, request.config.lora.r)) for i in cut)
     sent = sum(request.shard_bytes(request.stored(before, i)) for i in cut) + (12 + request.element_size) * lora
     for linear_id in request.measured(before):  # to the owner and back

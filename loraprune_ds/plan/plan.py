@@ -78,8 +78,8 @@ class Plan:
 
 
 def make_plan(request: Request) -> Plan:
-    """Plans the whole run. Its first cut is the one of widths, since nothing is sent for a layer that leaves."""
-    cuts = [step for section in request.pruning.schedule.sections for step in section.width_cuts]
+    """Plans the whole run."""
+    cuts = [step for section in request.pruning.schedule.sections for step in section.cut_steps]
     after, final = request.shape_at(cuts[0]), request.shape_at(cuts[-1])
     return Plan(request, after, final, plan_stages(request, after, final))
 
@@ -190,9 +190,7 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
 
 def notes(plan: Plan) -> list[str]:
     request, nodes = plan.request, plan.request.cluster.nodes
-    lines, drops = [request.config.recipe], request.pruning.schedule.drops
-    if drops:
-        lines.append(f"{len(drops)} layers leave whole by step {drops[-1]:,}; the plan drops the last ones")
+    lines = [request.config.recipe]
     if not request.steps_known:
         known = "--samples N, or --set train.epochs=null --set train.steps=N"
         lines.append(f"the run counts epochs and its data is not here: its steps are assumed ({known})")

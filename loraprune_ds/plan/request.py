@@ -149,15 +149,14 @@ class Request:
         return section.get("device") == "cpu" and (not pinned or bool(section.get("pin_memory")))
 
     def shape_at(self, step: int) -> ModelShape:
-        """Returns the shape after a step. With `global` all layers lose the same, and the last ones are dropped."""
-        limits, schedule = self.pruning.limits, self.pruning.schedule
-        section, dense = schedule.section(step), limits.after_drops(schedule.sections[0].dropped(step))
+        """Returns the shape after a step. With `global` all layers lose the same."""
+        limits, section, dense = self.pruning.limits, self.pruning.schedule.section(step), self.pruning.limits.dense
         if counts := section.counts(limits, step):
             return with_counts(dense, limits, counts)
-        layers, by_width = list(dense.layers), max(0.0, limits.by_width(section.target(step)))
+        layers, leaving = list(dense.layers), limits.leaving(section.target(step))
         for kind, share in limits.shares.items():
             numel = sum(layers[i][kind] * dense.group_numel(kind) for i in limits.open_layers)
-            stays = 1 - by_width * share / max(1, numel)
+            stays = 1 - leaving * share / max(1, numel)
             layers = [LayerShape({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in layers]
         open_layers = set(limits.open_layers)
         return dense.with_layers(tuple(layers[i] if i in open_layers else x for i, x in enumerate(dense.layers)))

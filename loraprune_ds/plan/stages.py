@@ -242,7 +242,7 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
 
 def activations(request: Request, shape: ModelShape, batch: PlannedBatch) -> int:
     """Returns the peak of a micro-batch, without logits."""
-    t, e, h, indices = batch.tokens, batch.element_size, shape.hidden_size, shape.present
+    t, e, h, indices = batch.tokens, batch.element_size, shape.hidden_size, range(len(shape.layers))
     layers = [saved_in_layer(request, shape, i, batch) for i in indices]
     checkpointed = len(layers) * e * t * h + max(layers)
     kept = checkpointed if request.config.train.gradient_checkpointing else sum(layers)
@@ -256,8 +256,8 @@ def activations(request: Request, shape: ModelShape, batch: PlannedBatch) -> int
 def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
     """Returns the bytes at the widest place of a pass without backward, in the MLP or in eager attention."""
     e = batch.element_size
-    mlp = max(4 * e * batch.tokens * mlp_width(shape, i) for i in shape.present)
-    scores = max((e + 4 + batch.copy_size) * batch.probabilities(shape, shape.layers[i]) for i in shape.present)
+    mlp = max(4 * e * batch.tokens * mlp_width(shape, i) for i in range(len(shape.layers)))
+    scores = max((e + 4 + batch.copy_size) * batch.probabilities(shape, layer) for layer in shape.layers)
     return max(mlp, scores) + batch.causal_mask
 
 

@@ -146,9 +146,6 @@ class InputMoments(ForwardRecorder):
     def cut(self, keep: list[LayerKeep]) -> None:
         """Cuts the sums along with the groups. Call it while the model still has its shape from before the cut."""
         shape = self._model.shape
-        dropped = shape.dropped_by(keep)
-        self._linear_ids = [x for x in self._linear_ids if x.layer not in dropped]
-        self.sums = {linear_id: value for linear_id, value in self.sums.items() if linear_id.layer not in dropped}
         for layer, layer_keep in enumerate(keep):
             for linear in shape.cut_linears(layer, layer_keep):
                 linear_id = LinearId(layer, linear)

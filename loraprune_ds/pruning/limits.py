@@ -24,36 +24,10 @@ class Limits:
     multiples: Mapping[Kind, int]  # of which kept counts are multiples, unless they are dense counts
     shares: Mapping[Kind, float]  # each kind's part of the parameters that leave
     ratio: float  # fraction of the dense linear parameters that is gone at the end
-    depth: int = 0  # layers that leave whole
 
-    @cached_property
-    def droppable(self) -> list[int]:
-        """The layers that may leave whole. A KV cache asks layer 0 for its length."""
-        return [i for i in self.open_layers if i > 0]
-
-    @cached_property
-    def stays(self) -> Mapping[int, float]:
-        """The part of each open layer that is left for widths. Which layers leave whole is not known before."""
-        part = 1 - self.depth / len(self.droppable) if self.depth else 1
-        return {i: part if i in self.droppable else 1 for i in self.open_layers}
-
-    @cached_property
-    def depth_numel(self) -> float:
-        """The linear parameters that leave with whole layers, for layers of several sizes on average."""
-        return sum((1 - part) * self.dense.layer_numel(i) for i, part in self.stays.items())
-
-    def after_drops(self, count: int) -> ModelShape:
-        """Returns a shape after this many drops, for plans: the last layers that may leave are dropped."""
-        return self.dense.without(self.droppable[len(self.droppable) - count :])
-
-    @property
-    def ratio_by_depth(self) -> float:
-        """The fraction of the dense linear parameters that leaves with whole layers."""
-        return self.depth_numel / self.dense.linear_numel()
-
-    def by_width(self, ratio: float) -> float:
-        """Counts the linear parameters that leave without whole layers."""
-        return ratio * self.dense.linear_numel() - self.depth_numel
+    def leaving(self, ratio: float) -> float:
+        """Counts the linear parameters that leave with the groups."""
+        return ratio * self.dense.linear_numel()
 
     def chunks(self, layer: int, kind: Kind, count: int) -> list[int]:
         """Returns how many groups leave in each chunk on the way from `count` down to the floor."""
@@ -69,12 +43,12 @@ class Limits:
         return self._widest(self.dense.layers)
 
     @cached_property
-    def open_numel(self) -> dict[Kind, float]:
+    def open_numel(self) -> dict[Kind, int]:
         """The linear parameters of one group, as config.json counts them, of every open layer that has such groups."""
-        numel: dict[Kind, float] = {kind: 0 for kind in self.dense.kinds}
-        for i, part in self.stays.items():
+        numel = dict.fromkeys(self.dense.kinds, 0)
+        for i in self.open_layers:
             for kind in self.dense.layers[i].kinds:
-                numel[kind] += part * self.dense.times(i, kind) * self.dense.group_numel(kind)
+                numel[kind] += self.dense.times(i, kind) * self.dense.group_numel(kind)
         return numel
 
     def within(self, counts: Mapping[Kind, int], layer: int) -> LayerShape:
@@ -82,8 +56,8 @@ class Limits:
         own = self.dense.layers[layer].items()
         return LayerShape((kind, counts[kind] * self.dense.times(layer, kind) if n else 0) for kind, n in own)
 
-    def lost_by_all(self, counts: Mapping[Kind, int]) -> float:
-        """Counts the linear parameters that open layers with these equal counts have lost, without dropped layers."""
+    def lost_by_all(self, counts: Mapping[Kind, int]) -> int:
+        """Counts the linear parameters that open layers with these equal counts have lost."""
         dense = self.open_counts
         return sum(numel * (dense[kind] - counts[kind]) for kind, numel in self.open_numel.items())
 
@@ -133,26 +107,13 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
         floor.append(LayerShape(layer | few))
     open_layers = [i for i in range(count) if i not in protected]
     limits = Limits(dense, tuple(floor), open_layers, multiples, shares={}, ratio=0.0)
-    limits = replace(limits, depth=_depth(config, limits))
     counts = (limits.within(limits.open_counts, i) == dense.layers[i] for i in limits.open_layers)
     if config.ranking == "uniform" and not all(counts):
         raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
     numel = _open_numel(limits)[0]
     if dense.experts_per_token:  # heads are few there, and stay
-        numel |= dict.fromkeys(dense.kinds[:-1], 0.0)
+        numel |= dict.fromkeys(dense.kinds[:-1], 0)
     return replace(limits, shares={kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
-
-
-def _depth(config: PruneConfig, limits: Limits) -> int:
-    """Returns the number of layers that leave whole. One that channels, or experts, can be taken from has to stay."""
-    layers, fine = limits.dense.layers, limits.dense.kinds[-1]
-    count, cut = len(layers), sum(layers[i][fine] > 0 for i in limits.open_layers)
-    may_go = min(len(limits.droppable), cut - 1)
-    depth, asked = round(config.depth_ratio * count), f"prune.depth_ratio {config.depth_ratio} of {count} layers"
-    require(depth > 0 or not config.depth_ratio, f"{asked} is less than half a layer")
-    why = "; layer 0, protected layers and one more stay" if limits.droppable else ""
-    require(depth <= may_go, f"{asked} is {depth}, and at most {may_go} may leave{why}")
-    return depth
 
 
 def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> dict[Kind, int]:
@@ -176,9 +137,6 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
 def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
     """Sets the ratio, and the shares that follow from it. Raises UserError if it conflicts with `prune.head_ratio`."""
     dense, head_ratio = limits.dense, config.head_ratio
-    least = f"prune.ratio {ratio:.6g} is less than the {limits.depth} layers of prune.depth_ratio take: "
-    smallest_step = limits.step_numel(dense.kinds[-1])
-    require(limits.by_width(ratio) >= -smallest_step, f"{least}{limits.ratio_by_depth:.6g}")
     if head_ratio is None:
         return replace(limits, ratio=ratio)
     keeps = f"prune.head_ratio {head_ratio}: a {dense.model_type} keeps its heads; leave it out"
@@ -187,7 +145,7 @@ def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
     *coarse, fine = dense.kinds
     others, most_others = numel.pop(fine), removable.pop(fine)
     heads, most_heads = sum(numel.values()), sum(removable.values())  # also the heads of delta nets
-    leaving, of_heads = max(1, limits.by_width(ratio)), head_ratio * heads
+    leaving, of_heads = max(1, limits.leaving(ratio)), head_ratio * heads
     half_a_step = sum(limits.open_numel[kind] * limits.multiples[kind] for kind in coarse) / 2  # only full heads go
     if of_heads > most_heads + half_a_step:
         raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
@@ -216,11 +174,11 @@ def resolve_refit(config: PruneConfig, limits: Limits) -> PruneConfig:
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
     """Returns the least and the most parameters that can go, up to a part of a group."""
     numel, removable = _open_numel(limits)
-    most, fine, depth = sum(removable.values()), limits.dense.kinds[-1], limits.depth_numel
+    most, fine = sum(removable.values()), limits.dense.kinds[-1]
     if config.head_ratio is None:
-        return depth, depth + most
+        return 0, most
     of_heads = config.head_ratio * (sum(numel.values()) - numel[fine])
-    return depth + of_heads, depth + min(most, of_heads + removable[fine])
+    return of_heads, min(most, of_heads + removable[fine])
 
 
 def check_reachable(config: PruneConfig, limits: Limits) -> None:
@@ -240,11 +198,11 @@ def check_reachable(config: PruneConfig, limits: Limits) -> None:
         raise UserError(f"prune.{'sizes' if config.sizes else 'ratio'} {limits.ratio} is out of reach: {cause}")
 
 
-def _open_numel(limits: Limits) -> tuple[dict[Kind, float], dict[Kind, float]]:
-    """Counts the parameters of each kind in the open layers that are not dropped: all of them, and above the floors."""
+def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:
+    """Counts the parameters of each kind in the open layers: all of them, and above the floors."""
     kinds = [(kind, limits.dense.group_numel(kind)) for kind in limits.dense.kinds]
     dense, floor = (
-        {kind: numel * sum(part * layers[i][kind] for i, part in limits.stays.items()) for kind, numel in kinds}
+        {kind: numel * sum(layers[i][kind] for i in limits.open_layers) for kind, numel in kinds}
         for layers in (limits.dense.layers, limits.floor)
     )
     return dense, {kind: dense[kind] - floor[kind] for kind in dense}

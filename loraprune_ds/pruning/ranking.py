@@ -39,13 +39,13 @@ def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerShape
 
 
 def shape_of_uniform(limits: Limits, bounds: Bounds | None = None) -> ModelShape:
-    """Returns the shape that `uniform` ends with, if the last layers are dropped."""
-    return with_counts(limits.after_drops(limits.depth), limits, uniform_goal(limits, limits.ratio, bounds))
+    """Returns the shape that `uniform` ends with."""
+    return with_counts(limits.dense, limits, uniform_goal(limits, limits.ratio, bounds))
 
 
 def with_counts(shape: ModelShape, limits: Limits, counts: LayerShape) -> ModelShape:
-    """Returns the shape with equal counts in every open layer that was not dropped."""
-    open_layers, layers = set(limits.open_layers) & set(shape.present), enumerate(shape.layers)
+    """Returns the shape with equal counts in every open layer."""
+    open_layers, layers = set(limits.open_layers), enumerate(shape.layers)
     return shape.with_layers(tuple(limits.within(counts, i) if i in open_layers else x for i, x in layers))
 
 
@@ -59,7 +59,7 @@ def uniform_goal(limits: Limits, ratio: float, bounds: Bounds | None = None) -> 
         bounds: of the counts, narrower than the limits' own.
     """
     dense, (*coarse, fine), bounds = limits.open_counts, limits.dense.kinds, bounds or limits.bounds
-    wanted = limits.by_width(ratio)  # parameters that leave
+    wanted = limits.leaving(ratio)  # parameters that leave
     numel = {kind: max(1, part) for kind, part in limits.open_numel.items()}
     share = {kind: dense[kind] - wanted * limits.shares[kind] / numel[kind] for kind in coarse}
 
@@ -107,10 +107,9 @@ def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, 
     """
     removal, dense = _Removal(scores, current, limits), limits.dense
     budget = round(target * dense.linear_numel())
-    by_width = budget - dense.linear_numel() + sum(map(dense.layer_numel, current.present))
     *coarse, fine = current.kinds
     for kind in coarse:
-        removal.take(kind, round(by_width * limits.shares[kind]) + removal.gone_beside(kind))
+        removal.take(kind, round(budget * limits.shares[kind]) + removal.gone_beside(kind))
     removal.take(fine, budget)
     if budget - removal.gone > limits.step_numel(fine) / 2:  # floors stopped the finest
         for kind in coarse:
@@ -127,9 +126,9 @@ class _Removal:
         self.gone = sum(limits.lost(i, left) for i, left in enumerate(self.left))
 
     def gone_beside(self, kind: Kind) -> int:
-        """Counts the parameters that are gone so far, earlier cuts included, but for this kind in layers that stay."""
+        """Counts the parameters of the other kinds that are gone so far, including earlier cuts."""
         dense = self.limits.dense
-        lost = sum(dense.layers[i][kind] - self.left[i][kind] for i in self.current.present)
+        lost = sum(before[kind] - left[kind] for before, left in zip(dense.layers, self.left, strict=True))
         return self.gone - lost * dense.group_numel(kind)
 
     def take(self, kind: Kind, budget: int) -> None:

@@ -15,33 +15,26 @@ from loraprune_ds.pruning.target import Size, plan_sizes
 
 @dataclass(frozen=True)
 class Section:
-    """The steps on the way to one size: warm-up, whole layers, cuts of widths, cool-down, recovery.
+    """The steps on the way to one size: warm-up, cuts, cool-down, recovery.
 
     The cubic schedule (Zhu & Gupta, arXiv 1710.01878), from what is gone before to the size's ratio r:
-    before + (r − before) · (1 − (1 − t)³) between the warm-up or the last whole layer and the cool-down.
+    before + (r − before) · (1 − (1 − t)³) between the warm-up and the cool-down.
 
     Steps count from 1. Step s is the s-th optimizer update, and a cut follows it.
     """
 
     size: Size
-    before: float  # the ratio of the size before, or of the whole layers
+    before: float  # the ratio of the size before
     first: int  # the last step before the section
-    start: int  # the last step of the warm-up, or the one that drops the last layer
+    start: int  # the last step of the warm-up
     end: int  # the last step that may cut, where the target is the size's ratio
     recovery: int  # the last step before the recovery
     last: int  # the last step of the section
     every: int  # steps from one cut to the next
-    drops: tuple[int, ...] = ()  # steps that drop a layer
     passed_over: frozenset[int] = frozenset()  # steps that cut nothing because no width would change
-
-    def dropped(self, step: int) -> int:
-        """Counts the layers that have left whole after `step`."""
-        return sum(drop <= step for drop in self.drops)
 
     def target(self, step: int) -> float:
         """Returns the fraction of the dense linear parameters that should be gone after `step`."""
-        if self.drops and step < self.start:
-            return self.before * self.dropped(step) / len(self.drops)
         t = (step - self.start) / (self.end - self.start)
         return self.before + (self.size.ratio - self.before) * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
 
@@ -55,17 +48,12 @@ class Section:
     def is_cut(self, step: int) -> bool:
         """Returns True if a cut follows this step."""
         due = (step - self.start) % self.every == 0 or step == self.end
-        return (self.start < step <= self.end and due and step not in self.passed_over) or step in self.drops
+        return self.start < step <= self.end and due and step not in self.passed_over
 
     @cached_property
     def cut_steps(self) -> list[int]:
         """Every `every`-th step after the warm-up and the last step before the cool-down, if a width changes."""
-        return [*self.drops, *(step for step in range(self.start + 1, self.end + 1) if self.is_cut(step))]
-
-    @property
-    def width_cuts(self) -> list[int]:
-        """The steps after those that drop layers, which come first."""
-        return self.cut_steps[len(self.drops) :]
+        return [step for step in range(self.start + 1, self.end + 1) if self.is_cut(step)]
 
     @property
     def last_cut(self) -> int:
@@ -100,11 +88,6 @@ class Schedule:
     def last_cut(self) -> int:
         return self.sections[-1].last_cut
 
-    @property
-    def drops(self) -> tuple[int, ...]:
-        """The steps that drop a layer each. All are on the way to the first size."""
-        return self.sections[0].drops
-
     def is_cut(self, step: int) -> bool:
         """Returns True if a cut follows this step."""
         return self.section(step).is_cut(step)
@@ -114,8 +97,8 @@ class Schedule:
         return step <= self.last_cut
 
     def precedes_cut(self, step: int, within: int) -> bool:
-        """Returns True if a cut of widths follows one of the next `within` steps, this one included."""
-        return any(self.is_cut(s) and s not in self.drops for s in range(step, step + within))
+        """Returns True if a cut follows one of the next `within` steps, this one included."""
+        return any(self.is_cut(s) for s in range(step, step + within))
 
     def ends(self) -> dict[int, str]:
         """Returns the last step of each of `prune.sizes`, with its name."""
@@ -144,22 +127,11 @@ def make_section(
     require(end > start, few)
     last = first + steps
     section = Section(size, before, first, start, end, last, last + recovery, config.prune_every)
-    if limits.depth and not earlier:
-        section = _drop_first(section, limits)
     section = replace(section, passed_over=_without_a_change(section, limits))
     if not section.cut_steps:
         multiple = f"prune.channel_multiple {config.channel_multiple}"
         raise UserError(f"prune.ratio {size.ratio:.6g}{to} is too small to change a width with {multiple}")
     return section
-
-
-def _drop_first(section: Section, limits: Limits) -> Section:
-    """Makes the first cuts drop a layer each."""
-    cuts, depth = section.cut_steps, limits.depth
-    few = f"prune.depth_ratio drops {depth} layers, one per cut, and needs a cut for widths; there are {len(cuts)} cuts"
-    require(len(cuts) > depth, few)
-    drops = tuple(cuts[:depth])
-    return replace(section, before=limits.ratio_by_depth, start=drops[-1], drops=drops)
 
 
 def _without_a_change(section: Section, limits: Limits) -> frozenset[int]:
@@ -170,9 +142,9 @@ def _without_a_change(section: Section, limits: Limits) -> frozenset[int]:
     fine, is_uniform = limits.dense.kinds[-1], section.size.bounds is not None
     if not is_uniform and limits.multiples[fine] == 1:
         return frozenset()
-    chunk = (len(limits.open_layers) - limits.depth) * limits.step_numel(fine) / limits.dense.linear_numel()
+    chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
     unchanged, before = list[int](), None
-    for step in (section.start, *section.width_cuts):
+    for step in (section.start, *section.cut_steps):
         now = section.counts(limits, step) or round(section.target(step) / chunk)
         if now == before:
             unchanged.append(step)

@@ -10,8 +10,8 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
                                               steps (importance.py)
     engine.update()                           the optimizer's own step
     pruner.cut(step)                          at a step of the schedule (schedule.py): ranks the groups (ranking.py,
-                                              limits.py) or drops a layer (depth.py), compares the masks of all
-                                              ranks, refits the kept weights (compensate.py), cuts (zero/sharded.py)
+                                              limits.py), compares the masks of all ranks, refits the kept weights
+                                              (compensate.py), cuts (zero/sharded.py)
 
 The paper's criterion `lora` records nothing. `score` gathers LoRA's gradients, which ZeRO-3 has averaged over ranks and
 micro-batches, and each rank scores its shard of W (criterion.py).
@@ -33,7 +33,7 @@ micro-batches, and each rank scores its shard of W (criterion.py).
 import hashlib
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -43,7 +43,6 @@ from torch import Tensor
 from loraprune_ds.errors import RunError, fail_point
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.compensate import Compensator
-from loraprune_ds.pruning.depth import BlockInfluence, least_influential
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
@@ -69,7 +68,6 @@ class PrunerState:
 
     kept_of_dense: list[LayerKeep]
     scores: list[LayerScores] | None  # None: nothing was scored yet
-    influence: Tensor | None  # as `BlockInfluence.average`
     updates_since_cut: int
     moment_tokens: float = 0.0  # that the input moments are sums over
 
@@ -85,7 +83,6 @@ class Pruner:
         compensates = config.compensate != "none"
         self.compensator = Compensator(model, config, schedule, limits.open_layers) if compensates else None
         self.recorder = MaskGradients(model) if config.criterion == "fisher" else None
-        self.influence = BlockInfluence(model, config.moving_average) if limits.depth else None
         self._random = random_scores(limits.dense, seed)
         self._unchecked: GroupSums | None = None
 
@@ -97,17 +94,11 @@ class Pruner:
                 recordings.enter_context(self.compensator.record_step(step))
             if self.recorder is not None and self.schedule.is_scored(step):
                 recordings.enter_context(self.recorder.record())
-            if self.influence is not None and step <= self.schedule.drops[-1]:
-                recordings.enter_context(self.influence.record_step())
             yield
 
-    @contextmanager
-    def record_forward(self, *masks: Tensor | None) -> Generator[None]:
+    def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
         """Records one micro-batch, around its forward pass alone. `masks`: (batch, window), an encoder's first."""
-        with ExitStack() as recordings:
-            for recorder in filter(None, (self.compensator, self.influence)):
-                recordings.enter_context(recorder.record_forward(*masks))
-            yield
+        return nullcontext() if self.compensator is None else self.compensator.record_forward(*masks)
 
     def score(self, step: int) -> None:
         """Scores all groups, if due. Call it after the last backward, before gradients are clipped."""
@@ -136,12 +127,11 @@ class Pruner:
         if self._unchecked is not None:
             self._unchecked.check()  # at no cost here: the update has waited for the device
             self._unchecked = None
-        drops = step in self.schedule.drops
-        if not self.schedule.is_cut(step) or not (scored or drops or step == self.schedule.section(step).last_cut):
+        if not self.schedule.is_cut(step) or not (scored or step == self.schedule.section(step).last_cut):
             return None
         began = time.perf_counter()
         target = self.schedule.target(step)
-        keep = self._drop() if drops else self._rank(self._average(step, scored), step)
+        keep = self._rank(self._average(step, scored), step)
         check_same_mask(keep, self.model, step)
         if self.model.shape.after(keep).layers == self.model.shape.layers:
             return None
@@ -157,28 +147,19 @@ class Pruner:
     def state(self) -> PrunerState:
         """Returns what `restore` needs to go on from here."""
         tokens = 0.0 if self.compensator is None else self.compensator.moments.tokens
-        influence, updates = self.influence and self.influence.average, self.average.updates_since_cut
-        return PrunerState(self.kept_of_dense, self.average.on_host(), influence, updates, tokens)
+        return PrunerState(self.kept_of_dense, self.average.on_host(), self.average.updates_since_cut, tokens)
 
     def restore(self, state: PrunerState, read_moments: Callable[[int], dict[str, Tensor]]) -> None:
         """Goes on from a saved state, on any number of ranks. `read_moments` as in `InputMoments.restore`."""
         self.kept_of_dense = state.kept_of_dense
         self.average.scores = state.scores
         self.average.updates_since_cut = state.updates_since_cut
-        if self.influence is not None:
-            self.influence.average = state.influence
         if self.compensator is not None:
             self.compensator.moments.restore(read_moments, state.moment_tokens)
 
     def reached(self) -> float:
         """Returns the fraction of the dense decoder-layer linear parameters that is gone."""
         return 1 - self.model.shape.linear_numel() / self.limits.dense.linear_numel()
-
-    def _drop(self) -> list[LayerKeep]:
-        influence = self.influence and self.influence.average
-        assert influence is not None, "the step was recorded"
-        shape = self.model.shape
-        return all_groups(shape.without([least_influential(influence, self.limits.droppable, shape)]))
 
     def _average(self, step: int, scored: bool) -> list[LayerScores]:
         scores = self.average.on_host()

@@ -127,7 +127,7 @@ class MaskGradients(StepRecorder):
 
     @property
     def linear_ids(self) -> list[LinearId]:
-        """The linears that are scored, without the dropped layers'."""
+        """The linears that are scored."""
         return self._model.shape.input_linear_ids()
 
     def sums(self) -> list[Tensor]:

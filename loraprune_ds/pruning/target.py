@@ -8,7 +8,6 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.flops import cached_numel, state_numel
 from loraprune_ds.model.shapes import EQUAL_LAYERS, LayerShape, ModelShape
-from loraprune_ds.model.text_part import check_can_drop
 from loraprune_ds.pruning.limits import (
     Bounds,
     Limits,
@@ -30,8 +29,6 @@ def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> t
     Args:
         tower: whether the result has the tower of a multimodal model.
     """
-    if config.depth_ratio:
-        check_can_drop(dense, tower)
     equal = dense.family.equal_layers
     if config.ranking is None:
         config = replace(config, ranking="uniform" if tower or equal else "global")
@@ -97,15 +94,14 @@ def plan_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
     if config.sizes is None:
         return [Size(None, 0, limits.ratio, None if end is None else (end, start))]
     places = range(len(config.sizes))
-    sizes, names, before = list[Size](), config.sizes, limits.ratio_by_depth
+    sizes, names, before = list[Size](), config.sizes, 0.0
     for place in sorted(places, key=lambda i: _ratio_of(config, limits, names[i])):
         bounds, is_last = None if end is None else (end, start), len(sizes) + 1 == len(names)
         ratio = limits.ratio if is_last else _ratio_of(config, limits, names[place], bounds)
         if bounds is not None:
             bounds = (uniform_goal(limits, ratio, bounds), start)
         removes = ratio > before and (bounds is None or bounds[0] != start)
-        least = "removes no more than prune.depth_ratio" if limits.depth else "is too small to change a width"
-        least = f"removes no more than {sizes[-1].name}" if sizes else least
+        least = f"removes no more than {sizes[-1].name}" if sizes else "is too small to change a width"
         require(removes, f"prune.sizes: {names[place]} {least}")
         sizes.append(Size(names[place], place, ratio, bounds))
         before, start = ratio, start if bounds is None else bounds[0]
@@ -150,14 +146,13 @@ def _find_ratio(config: PruneConfig, limits: Limits, key: str, asked: str, bound
         middle = (low + high) / 2
         low, high = (middle, high) if size_at(middle) > amount.value else (low, middle)
     if least and high - least < 1 / numel:
-        heads, layers = f"head_ratio {config.head_ratio}", f"depth_ratio {config.depth_ratio}"
-        raise UserError(f"prune.{heads if config.head_ratio else layers} alone takes more than {key} {asked} asks")
+        raise UserError(f"prune.head_ratio {config.head_ratio} alone takes more than {key} {asked} asks")
     return high
 
 
 def _size_of_global(config: PruneConfig, limits: Limits, amount: Amount) -> float:
     """Returns the size once each kind has lost its share, from whichever layers."""
-    dense, leaving = limits.after_drops(limits.depth), limits.by_width(limits.ratio)
+    dense, leaving = limits.dense, limits.leaving(limits.ratio)
     size = dense_size = measure(config, dense, amount)
     for kind, share in limits.shares.items():
         index = max(range(len(dense.layers)), key=lambda i: dense.layers[i][kind])  # some have no groups of this kind

@@ -59,11 +59,8 @@ class CutRecord:
 def cut_line(cut: CutRecord) -> str:
     """Describes a cut in one line. The weights are the fullest rank's."""
     before, after = (format_bytes(max(b)) for b in (cut.weight_bytes_before, cut.weight_bytes_after))
-    counts = list(zip(*filter(None, (cut.heads, cut.channels, cut.experts, cut.delta)), strict=True))
-    present = sum(map(any, counts))
-    layers = f", {present} of {len(counts)} layers," if present < len(counts) else ""
     return (
-        f"step {cut.step}  cut to {format_percent(cut.reached)} (target {format_percent(cut.target)}){layers} "
+        f"step {cut.step}  cut to {format_percent(cut.reached)} (target {format_percent(cut.target)}) "
         f"in {format_duration(cut.seconds)}, {format_bytes(cut.bytes_sent)} sent, weights per rank {before} → {after}"
     )
 

@@ -144,8 +144,6 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
         "linear parameters",
         config.recipe,
     ]
-    if drops := pruning.schedule.drops:
-        lines.append(f"whole layers leave first: {len(drops)} of {len(dense.layers)}, by step {drops[-1]}")
     if ends := pruning.schedule.ends():
         sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
         lines.append(f"exports each size on the way: {sizes}")

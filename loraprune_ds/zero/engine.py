@@ -155,8 +155,7 @@ def build_inference_engine(
 
 
 def _gather_as_one(model: nn.Module, shape: ModelShape) -> None:
-    layers = decoder_layers(model)
-    for module in chain.from_iterable(leaf_modules(layers[i], shape) for i in shape.present):
+    for module in chain.from_iterable(leaf_modules(layer, shape) for layer in decoder_layers(model)):
         set_z3_leaf_module(module, True)  # ZeRO-3's hooks run once for it, not at every module inside
 
 

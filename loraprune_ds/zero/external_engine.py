@@ -11,7 +11,7 @@ from torch import nn
 
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.adapters import base_parameter
-from loraprune_ds.model.classes import DroppedLayer, decoder_layers
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
@@ -73,10 +73,8 @@ def before_each_update(zero: DeepSpeedZeroOptimizer_Stage3, action: Callable[[],
 @torch.no_grad()
 def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKeep]) -> None:
     """Cuts a PEFT model before an engine has taken it. Its base may be sharded from birth. Collective."""
-    comm, layers = Communicator(), decoder_layers(module)
-    for index in shape.dropped_by(keep):
-        layers[index] = DroppedLayer(index)
-    for index, (layer, layer_keep) in enumerate(zip(layers, keep, strict=True)):
+    comm = Communicator()
+    for index, (layer, layer_keep) in enumerate(zip(decoder_layers(module), keep, strict=True)):
         cuts = parameter_cuts(layer, shape, index, layer_keep, comm)
         cut_parameters([(p, plan) for p, plan in cuts if hasattr(p, "ds_tensor")], comm)
         for parameter, plan in cuts:

@@ -39,13 +39,6 @@ class OptimizerState:
         shards = self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         return shards[cast(Any, parameter).ds_id].float()
 
-    def keep_only(self, module: nn.Module) -> None:
-        """Forgets the parameters that are no longer in `module`. Call `rebuild` next."""
-        left = set(map(id, module.parameters()))
-        self.parameters = [p for p in self.parameters if id(p) in left]
-        for group in self.zero.trainable_param_groups:
-            group["params"] = [p for p in group["params"] if id(p) in left]
-
     @torch.no_grad()
     def rebuild(self) -> None:
         """Lays out flat buffers for the current shapes. Fills them with the carried state. Collective."""

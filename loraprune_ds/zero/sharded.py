@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
-from loraprune_ds.model.classes import DroppedLayer, decoder_layers
+from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.frozen import Dense, storage_format
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
@@ -21,7 +21,7 @@ from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards, storage_bytes
 from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds, layer_owner
 from loraprune_ds.zero.optimizer import OptimizerState, first_nonfinite, unscale
-from loraprune_ds.zero.params import decode_int8, free_shards, full_shape, owned_flat
+from loraprune_ds.zero.params import decode_int8, full_shape, owned_flat
 from loraprune_ds.zero.releases import decide_releases
 
 
@@ -108,11 +108,10 @@ class ShardedModel:
     def cut(self, keep: list[LayerKeep]) -> int:
         """Cuts one decoder layer at a time, then rebuilds the optimizer's flat buffers.
 
-        No loss graph may be alive: autograd remembers the old shapes. For a layer that leaves nothing is sent.
+        No loss graph may be alive: autograd remembers the old shapes.
         """
         before = self.comm.bytes_sent
         self._empty_partition_cache()
-        self._drop(self.shape.dropped_by(keep))
         for i, layer_keep in enumerate(keep):
             cut_layer(self.layers[i], self.shape, i, layer_keep, self.optimizer_state, self.comm)
             empty_host_cache()  # offloaded weights would grow otherwise: no later shard has one of the old sizes
@@ -124,18 +123,6 @@ class ShardedModel:
         empty_host_cache()
         settle_shards()
         return sum(self.comm.gather_objects(self.comm.bytes_sent - before))
-
-    def _drop(self, layers: list[int]) -> None:
-        """Frees all that this rank has of some layers, and makes ZeRO-3 forget their modules."""
-        if not layers:
-            return
-        assert 0 not in layers, "the gradient of its input ends a backward pass (`differentiate_input`)"
-        for i in layers:
-            free_shards(self.layers[i])
-            self.layers[i] = DroppedLayer(i)
-        self.optimizer_state.keep_only(self.module)
-        self.forget_trace()
-        self._releases = decide_releases(self.zero_optimizer.parameter_offload.get_param_coordinator())
 
     def weight_bytes(self) -> list[int]:
         """Gathers the bytes of the weights that each rank holds: (world_size,)."""

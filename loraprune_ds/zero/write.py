@@ -79,9 +79,9 @@ def write_sharded_model(
     Args:
         trained: write the learned copies of PEFT's modules_to_save, not their initial values.
         tower: belongs to the model and is copied.
-        export: the layers count from 0. Those of a checkpoint keep their numbers.
+        export: without the copies of a bias that layers share. A checkpoint has them.
     """
-    own = weight_file_count(len(model.shape.present))
+    own = weight_file_count(len(model.shape.layers))
     count = own + (tower is not None)
     mine: dict[int, dict[str, int]] = {}
     writes = LocalWrites(model.comm, folder)
@@ -111,15 +111,14 @@ def _file_tensors(
 ) -> dict[str, Tensor]:
     """Gathers file k on one rank: a layer, or at last embedding, norm and head. Empty elsewhere. Collective."""
     shape, owner, keep_fp32, tensors = model.shape, model.owner(k), model.shape.keep_fp32, dict[str, Tensor]()
-    if k < len(shape.present):
-        layer = shape.present[k]
-        parent, prefix = model.layers[layer], shape.prefix(layer)
-        for linear in shape.linears(layer):
+    if k < len(shape.layers):
+        parent, prefix = model.layers[k], shape.prefix(k)
+        for linear in shape.linears(k):
             collected = collect_linear(lora_linear(parent, linear), owner, model.comm)
             if collected is not None:
                 tensors |= {f"{prefix}{linear.name}.{name}": x for name, x in tensors_of(collected).items()}
             del collected
-        names = [*shape.others(layer), *(companion.name for companion in shape.companions(layer))]
+        names = [*shape.others(k), *(companion.name for companion in shape.companions(k))]
     else:
         parent, prefix, names = cast(Any, model.module).get_base_model(), "", list(shape.outer_parameters)
     others = {prefix + name: plain_parameter(parent, name, trained=trained) for name in names}

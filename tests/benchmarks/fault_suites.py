@@ -33,7 +33,7 @@ LEVERS = PLAIN | {
     | {"global_batch_size": 16, "micro_batch_size": 4},
     "prune": {"channel_multiple": 1, "prune_every": 3, "criterion": "fisher", "compensate": "least_squares"},
 }
-SHELF = LEVERS | {"prune": LEVERS["prune"] | {"ratio": None, "sizes": ["0.45", "0.6"], "depth_ratio": 0.34}}
+SHELF = LEVERS | {"prune": LEVERS["prune"] | {"ratio": None, "sizes": ["0.45", "0.6"]}}
 _ports = itertools.count(random.Random(os.getpid()).randrange(20_000, 30_000))
 
 

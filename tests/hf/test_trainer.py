@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from loraprune_ds.files import read_json
@@ -171,18 +170,6 @@ def test_what_trains_beside_a_bf16_base_goes_through_cuts_and_a_resume(
         assert not torch.equal(learned, at_first), name
         assert torch.equal(load(out / "base", "bfloat16").get_parameter(f"{path}.weight"), at_first), name
         assert torch.equal(load(out / "model", "bfloat16").get_parameter(f"{path}.weight"), learned), name
-
-
-def test_layers_that_leave_stay_away_in_a_resume_and_a_save(ranks: RankPool, job: Job, tmp_path: Path) -> None:
-    out, setup = tmp_path / "a", Setup(dropped=(1,))
-    run = Run(*ranks.run(2, train_with_callback, job, out, SAVES, None, setup)[0], out)
-    assert not [name for name in run.weights if ".layers.1." in name]
-    resume_and_compare(ranks, job, run, tmp_path / "b", 4, setup)
-    ids = job.batches[0][0]
-    model, adapted = load(out / "model"), PeftModel.from_pretrained(load(out / "base"), out / "adapter")
-    assert len(model.model.layers) == len(run.rows[-1]["kept"]) - 1
-    with torch.no_grad():
-        assert torch.allclose(model(ids).logits, adapted(ids).logits, atol=1e-5)
 
 
 def test_an_evaluation_between_cuts_changes_nothing(ranks: RankPool, job: Job, plain: Run, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 from tests.integration.launching import ROOT
 from tests.numerics.cutting import recorded_collectives
-from tests.numerics.driver import Job, build, dropping, gather_everywhere
+from tests.numerics.driver import Job, build, gather_everywhere
 from tests.refusals import refused
 
 KINDS = ("heads", "channels")
@@ -92,14 +92,12 @@ class Setup:
         reentrant: how activation checkpointing recomputes. None: there is none.
         fp32_lora: LoRA is in fp32 on a base of less, PEFT's default.
         whole: modules that also train, whole, by PEFT's `modules_to_save`.
-        dropped: layers that leave as a whole with the first cut.
     """
 
     reference: bool = False
     reentrant: bool | None = None
     fp32_lora: bool = False
     whole: tuple[str, ...] = ()
-    dropped: tuple[int, ...] = ()
 
     def arguments(self) -> dict[str, Any]:
         if self.reentrant is None:
@@ -271,7 +269,7 @@ def train_with_callback(
     job: Job, out: Path, more: dict[str, Any], checkpoint: str | None = None, setup: Setup = PLAIN
 ) -> tuple[list[Any], dict[str, Any]]:
     """Trains to the end, from the start or from a checkpoint. Returns the rows, and all weights of the model."""
-    with fresh_accelerate(), dropping(*setup.dropped):
+    with fresh_accelerate():
         callback = LoraPruneCallback(PruneConfig(**job.prune))
         watch = Watch(callback)
         args = arguments(job, out, **more, **setup.arguments())  # the model is born sharded then
@@ -280,10 +278,6 @@ def train_with_callback(
         if setup.whole:
             callback.save_model(out / "model")
             callback.save_base(out / "base")
-        if setup.dropped:
-            trainer.save_model(str(out / "adapter"))
-            callback.save_model(out / "model")
-            callback.save_base(out / "base", out / "adapter")
         model = callback.pruning.model
         return watch.rows, {name: gather_everywhere(model, p) for name, p in model.module.named_parameters()}
 

@@ -9,17 +9,14 @@ from unittest import mock
 
 import pytest
 
-from loraprune_ds.config import LoraConfig, RunConfig
+from loraprune_ds.config import RunConfig
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.lora import ExportSource
 from loraprune_ds.model import read_shape
-from loraprune_ds.model.adapters import check_adapter
-from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import ModelShape, Sizes
 from tests.families import families
 from tests.integration import resuming
 from tests.integration.resuming import config_for, contents, losses, read_tensors, run_here, write_family, write_run
-from tests.numerics.driver import dropping
 from tests.ranks import RankPool
 
 TOLERANCE = 1e-5
@@ -51,46 +48,6 @@ def test_goes_on_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path, f
     masters = [name for name in expected.lora if name.endswith(".master")]
     assert masters
     assert max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in masters) < TOLERANCE
-
-
-def run_and_drop(config: RunConfig, dropped: int, resume: str | None = None, stop_at: int | None = None) -> bool:
-    with dropping(dropped):
-        return run_here(config, resume, stop_at)
-
-
-@pytest.mark.parametrize(
-    ("family", "frozen", "prune"),
-    [
-        (None, None, {"criterion": "fisher", "compensate": "least_squares", "protected_first": 1}),
-        ("qwen2_moe", "int8", {"ranking": "uniform", "head_ratio": 0.2}),
-    ],
-)
-def test_layers_that_have_left_stay_away(
-    ranks: RankPool, tmp_path: Path, family: str | None, frozen: str | None, prune: dict[str, Any]
-) -> None:
-    """Goes on with another number of ranks. The moments are counted by a layer that has left."""
-    prune = SECTIONS["prune"] | {"ratio": 0.2} | prune
-    config = write_run(tmp_path, **SECTIONS | {"prune": prune, "model": {"frozen": frozen}})
-    changed = [write_family(tmp_path, family, num_hidden_layers=3, decoder_sparse_step=1)] if family else []
-    straight, out = (config_for(config, tmp_path / name, *changed) for name in ("straight", "out"))
-    ranks.run(2, run_and_drop, straight, 1)
-    assert not any(ranks.run(2, run_and_drop, out, 1, None, STOP))
-    assert all(ranks.run(3, run_and_drop, out, 1, "auto"))
-
-    assert min(cut["step"] for cut in resuming.metrics(tmp_path / "straight", "cut")) < STOP
-    found, expected = contents(tmp_path / "out", STEPS), contents(tmp_path / "straight", STEPS)
-    assert found.kept == expected.kept
-    assert not any(found.kept[1])
-    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "straight"), abs=TOLERANCE)
-    assert max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in expected.lora) < TOLERANCE
-    source = ExportSource("out", None, [tmp_path / "out" / "checkpoints" / f"step-{STEPS}"])
-    export(source, "hf", tmp_path / "merged")
-    resuming.assert_equal_tensors(read_tensors(tmp_path / "merged"), read_tensors(tmp_path / "out" / "model"))
-    export(source, "adapter", tmp_path / "apart")
-    base = open_pretrained(tmp_path / "apart" / "base").shape
-    assert base == open_pretrained(tmp_path / "out" / "model").shape
-    assert len(base.layers) == len(found.kept) - 1
-    check_adapter(tmp_path / "apart" / "adapter", LoraConfig(r=4), base)
 
 
 def run_as_before(config: RunConfig, resume: str | None = None, stop_at: int | None = None) -> bool:

@@ -26,7 +26,6 @@ from loraprune_ds.zero import engine, sharded
 from loraprune_ds.zero.flat import GATHERED_NUMEL, owned_range
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
-from tests.family_cuts import without
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 from tests.refusals import refused
 
@@ -127,14 +126,13 @@ def some_keep(trainer: Trainer, heads: list[int], channels: list[int]) -> list[L
     return [chosen if i in (1, 2) else keep for i, keep in enumerate(whole)]
 
 
-def cut_once(job: Job, heads: list[int], channels: list[int], *dropped: int) -> dict[str, Any]:
+def cut_once(job: Job, heads: list[int], channels: list[int]) -> dict[str, Any]:
     """Makes one cut. Returns the state before and after, the traffic, and how many old shards are alive."""
     trainer = build(job)
     trainer.step(1)
     trainer.step(2)
     before = whole_state(trainer)
-    keep = without(some_keep(trainer, heads, channels), *dropped)
-    gone = [p for i in dropped for p in trainer.model.layers[i].parameters()]
+    keep = some_keep(trainer, heads, channels)
     old = [weakref.ref(t) for t in _replaced_tensors(trainer)]
     with recorded_collectives() as calls:
         sent = trainer.model.cut(keep)
@@ -146,7 +144,6 @@ def cut_once(job: Job, heads: list[int], channels: list[int], *dropped: int) -> 
         "sent": sent,
         "calls": calls,
         "alive": sum(ref() is not None for ref in old),
-        "of_dropped": sum(cast(Any, p).ds_tensor.untyped_storage().nbytes() for p in gone),
         "shape": trainer.model.shape,
         "engine_steps": (trainer.engine.deepspeed.global_steps, float(trainer.engine.deepspeed.get_lr()[0])),
         "next_loss": trainer.step(3).loss,

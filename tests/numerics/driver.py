@@ -3,12 +3,9 @@
 import gc
 import json
 import math
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from safetensors.torch import save_file
@@ -17,7 +14,6 @@ from torch import Tensor
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
-from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores
@@ -34,7 +30,6 @@ from loraprune_ds.zero.flat import partition_numel
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.sharded import ShardedModel
 from tests.families import SIZES, is_seq2seq, tiny_model
-from tests.family_cuts import without
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.paper import PAPER
@@ -247,23 +242,6 @@ def first_batch(job: Job) -> tuple[Tensor, Tensor]:
 def train(job: Job) -> Outcome:
     """Makes the whole run. Returns the outcome."""
     return run_steps(build(job), job)
-
-
-@contextmanager
-def dropping(*layers: int) -> Generator[None]:
-    """Makes the first cut of a run take whole layers, too."""
-    rank = Pruner._rank
-
-    def rank_and_drop(pruner: Pruner, scores: list[LayerScores], step: int) -> list[LayerKeep]:
-        return without(rank(pruner, scores, step), *layers)
-
-    with patch.object(Pruner, "_rank", rank_and_drop):
-        yield
-
-
-def train_and_drop(job: Job, *layers: int) -> Outcome:
-    with dropping(*layers):
-        return train(job)
 
 
 def run_steps(trainer: Trainer, job: Job) -> Outcome:

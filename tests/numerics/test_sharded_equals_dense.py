@@ -9,13 +9,11 @@ shift. With 1e-8 Adam would turn that rounding into full-size steps.
 """
 
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from loraprune_ds.evaluate.perplexity import measure_perplexity
 from tests.numerics.driver import Job, Outcome, assert_same_outcome, build, dense_twin, run_steps, tiny_job, train
@@ -94,39 +92,6 @@ def test_training_and_cuts(ranks: RankPool, base_job: Job, world_size: int, micr
     for other in outcomes[1:]:
         assert other.kept == outcome.kept
         assert other.losses == outcome.losses
-
-
-def least_influential(job: Job) -> int:
-    """Returns the layer that turned the hidden states least in the first steps, from transformers' own record."""
-    model, average = dense_twin(job, epsilon=job.adam_epsilon), torch.zeros(4, dtype=torch.float64)
-    for ids, labels in job.batches[:4]:
-        with torch.no_grad():
-            states = model.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[:-1]
-        influence = [1 - cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(states)]
-        average[:3] = 0.9 * average[:3] + 0.1 * torch.tensor(influence)
-        model.run([(ids, labels)], [job.learning_rate])
-    return 1 + int(average[1:3].argmin())
-
-
-@pytest.mark.parametrize("ranking", ["uniform", "global"])
-@pytest.mark.parametrize("base_job", ["mha"], indirect=True)
-def test_a_layer_leaves_first(ranks: RankPool, base_job: Job, ranking: str) -> None:
-    """The last layer is protected, because transformers records its output after the final norm."""
-    prune = {"ratio": 0.45, "depth_ratio": 0.25, "prune_every": 3, "ranking": ranking}
-    prune |= {"protected_first": 0, "protected_last": 1}
-    job = replace(base_job, prune=prune, micro_batch_size=2)
-    outcome, *others = (ranks.run(world_size, train, job)[0] for world_size in (1, 2, 3))
-    oracle, records = dense_run(job, outcome)
-    assert outcome.cut_steps == [4, 7, 9]
-    (dropped,) = (i for i, layer in enumerate(outcome.kept[3]) if layer == ([], []))
-    assert dropped == least_influential(job)
-    for found in (outcome, *others):
-        assert found.kept == [[(list(h), list(c)) for h, c in record.kept] for record in records]
-        assert found.losses == pytest.approx([record.loss for record in records], abs=TOLERANCE)
-        masters = {n: x for n, x in oracle.masters().items() if not n.startswith(f"layers.{dropped}.")}
-        assert set(found.masters) == set(masters)
-        assert all((found.masters[name] - master).abs().max() < TOLERANCE for name, master in masters.items())
-        assert all(bytes_held == expected for bytes_held, expected in found.state_bytes)
 
 
 # What follows does not depend on the shape of a model: one is enough.

@@ -13,14 +13,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.pruning import compensate, taps
-from loraprune_ds.pruning.compensate import InputMoments
-from loraprune_ds.pruning.step import all_groups
+from loraprune_ds.pruning import compensate
 from loraprune_ds.zero import device, params
 from loraprune_ds.zero.device import ThroughFloat32, check_dtype, fast_half_products, peak_flops
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
-from tests.family_cuts import without
-from tests.unit.shapes_and_scores import make_shape
 
 
 @pytest.fixture
@@ -39,21 +35,6 @@ def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name:
         assert matmul.allow_tf32 == (name == "cuda" and dtype != torch.float32)
     assert not matmul.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"
-
-
-def test_tokens_are_counted_by_a_layer_that_is_still_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taps, "lora_linear", lambda layer, linear: nn.Identity())
-    shape = make_shape([(1, 4)] * 3)
-    model: Any = SimpleNamespace(layers=[None] * 3, shape=shape, owner=lambda layer: 0, reduce_to=lambda _, part: part)
-    model.device, model.sum_over_ranks = "cpu", lambda values: values
-    moments = InputMoments(model, [1, 2], decay=0.5)
-    for layers in ([1, 2], [2]):
-        with moments.record_step(), moments.record_forward(None):
-            for layer in layers:
-                moments._record(shape.input_linear_ids([layer])[0], torch.randn(1, 5, 4))
-        assert {linear_id.layer for linear_id in moments.sums} == {*layers}
-        assert moments.tokens == 5
-        moments.cut(without(all_groups(shape), 1))
 
 
 @pytest.mark.parametrize("emulates", [True, False])

@@ -27,7 +27,6 @@ ABOUT_FILES = {
     *("_name_or_path", "pretraining_tp"),
 }
 OLD_NAMES = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
-DEPTH, DROPPED = 8, (1, 4)
 UNIFORM, PER_LAYER = [(3, 13), (3, 13)], [(3, 13), (4, 14)]
 both_counts = pytest.mark.parametrize("counts", [UNIFORM, PER_LAYER])
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -53,41 +52,6 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the rotary settings as the class of the config reads them."""
     rope: dict[str, Any] = config_object(config).rope_parameters  # type: ignore[attr-defined]
     return {key: value for key, value in rope.items() if key != "type"}  # an older name that transformers keeps
-
-
-@pytest.mark.parametrize(
-    ("family", "key"),
-    [(x, "layer_types") for x in ("gemma2", "gemma3_text", "cohere2", "olmo3", "exaone4", "gpt_oss", "qwen2", "lfm2")]
-    + [("qwen3_5_text", "layer_types"), ("granitemoehybrid", "layer_types"), ("smollm3", "no_rope_layers")],
-)
-@pytest.mark.parametrize("written", [True, False])
-def test_dropped_layers_leave_the_lists_of_layers(family: str, key: str, written: bool) -> None:
-    """Published files leave out a list that the class computes, which it would compute anew of fewer layers."""
-    windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3} if family == "qwen2" else {}
-    given = source(family, num_hidden_layers=DEPTH, **{key: None}, **windows)
-    dense, values = shape_from_config(given, "source"), given[key]
-    left = [x for i, x in enumerate(values) if i not in DROPPED]
-    published = {name: x for name, x in given.items() if written or name != key}
-    config = export_config(published, dense.without(DROPPED), "bfloat16").config
-    assert config[key] == left == getattr(config_object(config), key)
-    assert "auto_map" not in config
-    assert len(left) == config["num_hidden_layers"] == DEPTH - len(DROPPED)
-
-
-@pytest.mark.parametrize(
-    ("family", "key", "expected"),
-    [
-        ("qwen2_moe", "mlp_only_layers", [0, 1, 4]),  # 0, 2, 4 and 6 of the dense model
-        ("glm4_moe", "first_k_dense_replace", 1),
-        ("glm4_moe_lite", "mlp_layer_types", ["dense"] + ["sparse"] * 5),
-    ],
-)
-def test_dense_layers_of_a_mixture_are_counted_anew(family: str, key: str, expected: Any) -> None:
-    given = source(family, num_hidden_layers=DEPTH)
-    shape = shape_from_config(given, "source").without(DROPPED)
-    config = export_config(given, shape, "bfloat16").config
-    assert config[key] == expected
-    assert shape_from_config(config, "exported").layers == shape.exported().layers
 
 
 @both_counts

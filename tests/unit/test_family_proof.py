@@ -21,7 +21,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.weight_files import read_headers
 from tests import family_cuts
-from tests.families import EQUAL, SIZES, TINY, heads_divide_hidden, tiny_model
+from tests.families import EQUAL, SIZES, heads_divide_hidden, tiny_model
 from tests.family_cuts import FEW, MANY, PROMPT, Network, dense, difference, draw, export, load, logits, reopened
 
 TOLERANCE = 1e-5
@@ -177,14 +177,6 @@ def test_a_bias_on_every_linear(family: str, tmp_path: Path) -> None:
 
 # Layers that leave as a whole
 
-DEPTH, DROPPED = 6, (1, 4)  # among them are the first layer of one type and the last of another
-
-
-def deep(family: str) -> Network:
-    """Builds six layers, of the types of the two in TINY."""
-    lists = {key: value * (DEPTH // 2) for key, value in TINY[family].items() if isinstance(value, list)}
-    return dense(family, num_hidden_layers=DEPTH, **lists)
-
 
 def generate(model: Any) -> Tensor:
     """Returns greedy tokens by a cache, after two prompts, one of which is padded."""
@@ -192,28 +184,6 @@ def generate(model: Any) -> Tensor:
     mask[0, :5] = 0
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": None, "use_cache": True}
     return model.generate(input_ids=PROMPT * mask, attention_mask=mask, **settings)
-
-
-@pytest.mark.parametrize("family", [x for x in FAMILIES if x not in (*EQUAL, *ENCODERS)])
-def test_skipped_layers_equal_dropped_ones_and_a_stock_export(family: str, tmp_path: Path) -> None:
-    """Drops layers and cuts the others at once. In memory and in the export, with and without a cache."""
-    network = deep(family)
-    network.cut(draw(network.shape, *[FEW] * DEPTH))
-    skipped: Any = network.model.merge_and_unload()
-    before = logits(skipped)
-    for i in DROPPED:
-        skipped.model.layers[i].forward = lambda hidden, *args, **settings: hidden
-    made = family_cuts.cut_and_export(deep(family), tmp_path / family, *[FEW] * DEPTH, dropped=DROPPED)
-    assert difference(made.logits, logits(skipped)) < TOLERANCE
-    assert difference(made.logits, before) > MATTERS
-    assert sum(p.numel() for p in made.model.parameters()) == made.shape.total_numel()
-    model = load(made.folder)
-    assert type(model).__module__.startswith("transformers.models.")
-    assert difference(logits(model), made.logits) < TOLERANCE
-    assert torch.equal(generate(made.model), generate(model))
-    again = open_pretrained(made.folder)
-    assert again.shape.layers == made.shape.exported().layers
-    assert again.shape == replace(made.shape.exported(), model_type=again.shape.model_type)
 
 
 UNCAPPED = [name for name, family in FAMILIES.items() if family.eager_only is None]

@@ -6,16 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from gguf.constants import MODEL_ARCH_NAMES
 
 from loraprune_ds.export.gguf import write_gguf
-from loraprune_ds.export.gguf_architecture import ARCHITECTURES, architecture_name, architecture_of
-from loraprune_ds.model.classes import config_object
-from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, open_pretrained
-from loraprune_ds.model.read_shape import read_model, shape_from_config
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.read_shape import read_model
 from tests.export_cases import LINEAR, VOCAB
 from tests.families import YARN, is_seq2seq, tiny_config
 from tests.gguf_cases import byte_level_tokenizer
@@ -224,19 +220,3 @@ def test_no_gguf_of_other_families(family: str, tmp_path: Path) -> None:
     pretrained = PretrainedModel(tmp_path, config, modules, ModelWeights(shape, {}, {}, {}))
     must_name(family, write_gguf, pretrained, tmp_path / "model.gguf", "f16", family)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("family", "period"), [("gemma2", 2), ("gemma3_text", 6), ("smollm3", 4), ("gpt_oss", 2)])
-def test_only_whole_periods_may_leave_where_llama_cpp_counts_layers(family: str, period: int) -> None:
-    activation = dict.fromkeys(("hidden_act", "hidden_activation"), ARCHITECTURES[family].activations[0])
-    source = tiny_config(family, num_hidden_layers=2 * period, layer_types=None, no_rope_layers=None).to_dict()
-    dense = shape_from_config(source | activation, "dense")
-
-    def exported(*dropped: int) -> tuple[dict[str, Any], ModelShape]:
-        pruned = dense.without(dropped)
-        return export_config(source | activation, pruned, "float16").config, pruned.exported()
-
-    assert architecture_name(*exported(*range(1, 1 + period))) == MODEL_ARCH_NAMES[ARCHITECTURES[family].uniform]
-    config, shape = exported(1)
-    assert architecture_name(config, shape) is None
-    must_name("pruned order hf, adapter", architecture_of, config_object(config), shape, "pruned")

@@ -28,7 +28,7 @@ from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.model.weight_files import INDEX_FILE
 from tests.families import SIZES, tiny_model
 from tests.family_cuts import FEW, MANY, cut_and_export, difference, load, logits, reopened, with_lora
-from tests.integration.resuming import assert_equal_tensors, read_tensors
+from tests.integration.resuming import read_tensors
 from tests.multimodal import multimodal
 from tests.refusals import edit, must_name
 from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
@@ -74,10 +74,10 @@ def add_head(folder: Path, count: int, *, fused: bool = False) -> PreTrainedMode
     return head
 
 
-def cut(folder: Path, out: Path, *counts: tuple[int, int], dropped: tuple[int, ...] = ()) -> Path:
+def cut(folder: Path, out: Path, *counts: tuple[int, int]) -> Path:
     pretrained = open_pretrained(folder)
     network = with_lora(reopened(pretrained), pretrained.config, "source")
-    return cut_and_export(network, out, *counts, source=pretrained, dropped=dropped).folder
+    return cut_and_export(network, out, *counts, source=pretrained).folder
 
 
 def export(pruned: Path, source: Path, out: Path, name: str = "hf") -> list[str]:
@@ -145,19 +145,6 @@ def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, tmp_p
     expected = logits(head)
     assert difference(logits(load(alone).double()), expected) < TOLERANCE
     assert difference(whole_logits, expected) > MATTERS
-
-
-def test_dropped_layers_change_nothing_in_it(tmp_path: Path) -> None:
-    source, types = tmp_path / "source", ["linear_attention", "full_attention"] * 2
-    tiny_model("qwen3_5_text", **ONE, num_hidden_layers=4, layer_types=types).save_pretrained(source)
-    add_head(source, 1)
-    found = list[dict[str, Tensor]]()
-    for name, dropped in (("all", ()), ("fewer", (1, 2))):
-        export(cut(source, tmp_path / f"{name}-cut", *[FEW] * 4, dropped=dropped), source, tmp_path / name)
-        found.append({key: x for key, x in read_tensors(tmp_path / name).items() if key.startswith("mtp.")})
-    assert_equal_tensors(*found)
-    delta = cut(source, tmp_path / "delta", *[FEW] * 4, dropped=(1, 3))
-    must_name("source", export, delta, source, tmp_path / "out")
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path: Path) -> None:

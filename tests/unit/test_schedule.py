@@ -9,12 +9,11 @@ import pytest
 from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.config_file import load_config
 from loraprune_ds.model.read_shape import read_model_config, shape_from_config
-from loraprune_ds.pruning.ranking import uniform_goal
 from loraprune_ds.pruning.schedule import Schedule, Section, plan_pruning
 from loraprune_ds.pruning.target import Size, make_limits
 from tests.integration.launching import ROOT
 from tests.oracle.formula import cubic_target
-from tests.refusals import must_name, refuses
+from tests.refusals import must_name
 from tests.unit.shapes_and_scores import LLAMA_7B, uniform_counts
 
 
@@ -101,27 +100,3 @@ def test_every_step_up_to_the_last_cut_scores() -> None:
     section = Section(Size(None, 0, 0.5), 0.0, 0, 0, 10, 10, 10, 5, passed_over=frozenset({10}))
     seldom = Schedule([section])  # the last cut would change no width
     assert (seldom.last_cut, [step for step in range(6, 11) if seldom.is_scored(step)]) == (5, [])
-
-
-@pytest.mark.parametrize("ranking", ["uniform", "global"])
-def test_layers_leave_first_one_per_cut(ranking: Ranking) -> None:
-    config = PruneConfig(ratio=0.4, depth_ratio=0.1, ranking=ranking, prune_every=4)
-    plan = plan_pruning(config, make_limits(config, LLAMA_7B), 60)
-    schedule, (section,) = plan.schedule, plan.schedule.sections
-    assert schedule.drops == (10, 14, 18)  # 3 of 32 layers, after a tenth of the steps
-    assert schedule.cut_steps()[:10] == [*range(10, 50, 4)]
-    assert [schedule.target(step) for step in (9, 10, 14, 18)] == pytest.approx([0, 1 / 32, 2 / 32, 3 / 32])
-    widths = [schedule.target(step) - 3 / 32 for step in range(18, 61)]
-    assert widths == pytest.approx([(0.4 - 3 / 32) * (1 - (1 - min(1, t / 36)) ** 3) for t in range(43)])
-    assert not schedule.precedes_cut(10, within=4)  # nothing is refit when a layer leaves
-    assert schedule.precedes_cut(19, within=4)
-    if ranking == "uniform":
-        counts = [section.counts(plan.limits, step) for step in (10, 18, 54)]
-        assert counts[0] == counts[1] == LLAMA_7B.layers[0]
-        assert counts[2] == uniform_goal(plan.limits, 0.4)
-
-
-def test_a_schedule_with_a_cut_for_each_layer_and_no_more_is_refused() -> None:
-    config = PruneConfig(ratio=0.4, depth_ratio=0.25)
-    line = "prune.depth_ratio drops 8 layers, one per cut, and needs a cut for widths; there are 8 cuts"
-    refuses(line, plan_pruning, config, make_limits(config, LLAMA_7B), 100)

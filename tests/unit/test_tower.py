@@ -23,13 +23,13 @@ from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.text_part import LAYOUTS, check_can_drop, check_processor, check_tower
+from loraprune_ds.model.text_part import LAYOUTS, check_processor, check_tower
 from loraprune_ds.model.weight_files import copy_tensors
 from loraprune_ds.pruning.target import resolve
 from tests.families import tiny_config
 from tests.family_cuts import FEW, MANY, PROMPT, Network, cut_and_export, difference, draw, reopened, with_lora
 from tests.multimodal import inputs_with_image, multimodal, save_gemma3
-from tests.refusals import must_name, refuses
+from tests.refusals import must_name
 from tests.unit.shapes_and_scores import make_shape
 from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
 
@@ -95,26 +95,6 @@ def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path
     assert difference(logits(again.load_model(**EAGER).double(), inputs), expected) < TOLERANCE
     evaluated = load_model(find_model(str(export.folder)), "float32", torch.device("cpu"))
     assert difference(logits(evaluated, {"input_ids": PROMPT}), export.logits) < TOLERANCE
-    if name in ("gemma3", "qwen2_5_vl"):
-        last, model = len(counts) - 1, untrained(pretrained)
-        export = cut_and_export(model, tmp_path / "fewer", *counts, source=pretrained, dropped=(last,))
-        check_tower(read_json(folder / "config.json"), export.shape, name)
-        decoder.layers[last].forward = lambda hidden, *args, **settings: hidden
-        loaded = stock.from_pretrained(export.folder, dtype=torch.float64, **EAGER).eval()
-        assert difference(logits(loaded, inputs), logits(whole, inputs)) < TOLERANCE
-
-
-def test_layers_that_need_their_numbers_cannot_be_dropped() -> None:
-    shapes = {x: shape_from_config(tiny_config(x).to_dict(), x) for x in ("llama", "qwen3", "gemma4_text", "gpt_oss")}
-    check_can_drop(shapes["llama"], tower=True)
-    check_can_drop(shapes["qwen3"], tower=False)
-    for name, tower, reason in (
-        ("gemma4_text", False, "its last layers read keys and values of others"),
-        ("gpt_oss", False, "vLLM gives every other layer a window"),
-        ("qwen3", True, "images enter its first layers .* model.text_only: true"),
-    ):
-        line = rf"^prune\.depth_ratio: no layer of this {name} can be dropped, because {reason}.*$"
-        refuses(line, check_can_drop, shapes[name], tower)
 
 
 @pytest.mark.parametrize(
