@@ -18,13 +18,13 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.errors import require
 from loraprune_ds.evaluate.models import Ids, end_ids, generate
 from loraprune_ds.evaluate.perplexity import Labelled, Losses, Progress, exp_of_mean, label_answers
 from loraprune_ds.evaluate.settings import AnswerSettings
 from loraprune_ds.model.logits import Head, chunk_size, logits_transform, output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX, final_hidden, token_losses
-from loraprune_ds.model.tokenizer import check_ids
+from loraprune_ds.model.tokenizer import check_ids, rendering
 
 AT_ONCE = 32  # answers that are written together
 GRAM = 4
@@ -91,13 +91,11 @@ def encode_prompts(
     encoded: list[Ids] = []
     for prompt in settings.prompts:
         where = f"--answers: {settings.name}, row {prompt.row}"
-        try:
-            if tokenizer.chat_template:
+        if tokenizer.chat_template:
+            with rendering(where, path, prompt.messages):
                 made: Any = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)
-            else:
-                made = tokenizer(prompt.text)
-        except Exception as error:  # a template can hold any code
-            raise UserError(f"{where}: the chat template of {path} refuses it: {one_line(error)}") from error
+        else:
+            made = tokenizer(prompt.text)
         encoded.append(list(made["input_ids"]))
         check_ids(max(encoded[-1], default=0), vocab_size, tokenizer, where)
         length, new = len(encoded[-1]), settings.max_new_tokens

@@ -77,7 +77,7 @@ def _read_pairs(text: str) -> list[tuple[str, str]]:
                 row = json.loads(line)
                 pairs.append((row["source"], row["target"]))
                 is_pair = all(isinstance(one, str) and one.strip() for one in pairs[-1])
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 is_pair = False
             needed = '{"source": "...", "target": "..."}, as a model with an encoder needs'
             require(is_pair, f"the evaluation text, line {number}: not {needed}; got {line:.40}")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.models import Ids, end_ids, generate
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
-from loraprune_ds.model.tokenizer import check_ids
+from loraprune_ds.model.tokenizer import check_ids, rendering
 from loraprune_ds.zero.comm import Communicator
 
 EASY = "easy"
@@ -164,5 +164,6 @@ def _prompt(task: GymTask, question: str, tokenizer: PreTrainedTokenizerBase) ->
         for role, key in (("user", "question"), ("assistant", "answer"))
     ]
     chat: Any = [*turns, {"role": "user", "content": question}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    with rendering(f"--tasks {task.name}", tokenizer.name_or_path, chat):
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     return tokenizer(str(text), add_special_tokens=False)["input_ids"]

@@ -1,6 +1,9 @@
 """Loads the tokenizer of a pretrained model, old or new."""
 
-from collections.abc import Iterator, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +18,7 @@ from loraprune_ds.model.family import FAMILIES, PRUNED
 from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.weight_files import AUTO_MAP, TOKENIZER_CONFIG
 
+RENDERING = 10.0  # seconds that a chat template gets for a conversation
 SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE = "tokenizer.model", "spiece.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
@@ -100,6 +104,36 @@ def begin_with(windows: Tensor, start: int | None) -> Tensor:
     windows = windows.clone()
     windows[:, 0] = start
     return windows
+
+
+@contextmanager
+def rendering(where: str, name: str, messages: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    """Turns an error of the chat template `name`, or one that takes longer than RENDERING, into a UserError."""
+    try:
+        with _time_limit(RENDERING):
+            yield
+    except Exception as error:  # a template can hold any code
+        roles, reason = ", ".join(message["role"] for message in messages), f"{type(error).__name__}: {one_line(error)}"
+        refuses = f"the chat template of {name} refuses a conversation of {roles}: {reason}"
+        raise UserError(f"{where}: {refuses}; it begins with {messages[0].get('content')!r:.60}") from error
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in Python code that takes longer. Only the main thread gets alarms."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"no end after {seconds:g} s")
+
+    handler, timer = signal.signal(signal.SIGALRM, stop), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def _load_auto(folder: Path) -> PreTrainedTokenizerBase:

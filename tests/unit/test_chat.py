@@ -10,6 +10,8 @@ from trl import chat_template_utils as trl_templates
 from trl.data_utils import common_prefix_length
 
 from loraprune_ds.config import DataConfig
+from loraprune_ds.evaluate.answers import encode_prompts
+from loraprune_ds.evaluate.settings import read_prompts
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import load_tokenizer
@@ -30,6 +32,7 @@ FORGETFUL = """{%- for message in messages %}{%- if loop.last or message.role ==
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 COUNTING = "{{ messages|length }}" + CHATML
+ENDLESS = "'' }}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ ''"
 SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
 
 
@@ -57,7 +60,8 @@ def tokenizer_with(template: str | None) -> PreTrainedTokenizerBase:
 
 
 def labels_of(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    ((ids, labels),) = ChatTemplate(tokenizer).tokenize([chat])
+    template = ChatTemplate(tokenizer)
+    ((ids, labels),) = template.tokenize([template.mark(chat)])
     return ids, labels
 
 
@@ -200,6 +204,28 @@ def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_pa
 )
 def test_what_cannot_be_used_is_named(rows: list[Any], template: str, names: str, tmp_path: Path) -> None:
     must_name(names, load, write_json(tmp_path / "chats.jsonl", rows * 20), tokenizer_with(template))
+
+
+@pytest.mark.parametrize(
+    ("expression", "error"),
+    [
+        ("1 // 0", "ZeroDivisionError"),
+        ("'{x}'.format()", "KeyError"),
+        ("'{}'.format()", "IndexError"),
+        ("range(10 ** 9)", "OverflowError"),
+        ("'a' * 10 ** 15", "MemoryError"),
+        (ENDLESS, "TimeoutError"),
+    ],
+)
+def test_a_template_that_fails_or_never_ends_is_named_with_the_row(
+    expression: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraprune_ds.model.tokenizer.RENDERING", 0.3)
+    tokenizer = tokenizer_with(f"{{%- if messages[0].content == 'bad' %}}{{{{ {expression} }}}}{{%- endif %}}{CHATML}")
+    rows = [{"messages": TALKS[1]}] * 3 + [{"messages": [user("bad"), assistant("b")]}] + [{"messages": TALKS[1]}] * 9
+    must_name(f"data.path row 4 chats.jsonl {error}", load, write_json(tmp_path / "chats.jsonl", rows), tokenizer)
+    prompts = read_prompts(str(write_json(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "bad"}])))
+    must_name(f"prompts.jsonl row 2 MODEL {error}", encode_prompts, prompts, tokenizer, "MODEL", None, 10**6)
 
 
 def test_a_template_may_lack_and_may_name_more_roles(tmp_path: Path) -> None:

@@ -176,6 +176,8 @@ def test_too_few_samples_and_a_tokenizer_of_another_model_are_told(tmp_path: Pat
         ("a.json", '[{"text": "w1"}, 3]', "a.json 1"),
         ("a.json", '[{"body": "w1"}]', "data.text_field a.json 'text' body"),
         ("a.jsonl", '{"text": null}\n{"text": ["w1"]}', "a.jsonl 2 'text'"),
+        ("a.json", '[{"text": "w1"},\n{"a": ' + "1" * 5_000 + "}]", "a.json 2"),  # beyond what Python parses
+        ("a.jsonl", '{"text": "w1"}\n{"a": ' + "[" * 100_000, "a.jsonl 2"),
         ("a.txt", "w1 \xff", "a.txt 3"),  # byte
         ("a.jsonl", '{"text": "\xff"}', "a.jsonl 10"),
         ("a.csv", "text\nw1", "a.csv"),

@@ -12,12 +12,12 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from loraprune_ds.config import DataSource
-from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.errors import UserError, require
+from loraprune_ds.model.tokenizer import rendering
 from loraprune_ds.train.data.tokens import TokenizedRow, in_batches, mask_outside
 
 CHAT_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"))  # the first that a row has counts
@@ -27,6 +27,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 Message = dict[str, Any]
 Span = tuple[int, int]  # of characters
+Marked = tuple[str, list[Span]]  # the text of a conversation, and the spans that are learnt
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def read_chat(row: Mapping[str, Any]) -> Chat:
 
 def _tools(value: Any) -> list[Any] | None:
     tools = value
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         tools = json.loads(value) if isinstance(value, str) else value
     if not isinstance(tools, list | None):
         raise UserError(f"tools must be a list or its JSON; got {value!r:.80}")
@@ -113,10 +114,10 @@ class ChatTemplate:
             named = any(quote + role + quote in template for quote in ("'", '"'))
             require(named, f"role {role!r} is none of {', '.join(ROLES)}, and the template of {self.name} lacks it")
 
-    def tokenize(self, chats: Iterable[Chat]) -> Iterator[TokenizedRow]:
-        """Makes ids and labels of conversations. A token is learnt if any of its characters is the assistant's."""
-        for batch in in_batches(chats):
-            texts, spans = zip(*map(self.mark, batch), strict=True)
+    def tokenize(self, marked: Iterable[Marked]) -> Iterator[TokenizedRow]:
+        """Makes ids and labels of what `mark` returns. A token is learnt if any of its characters is in a span."""
+        for batch in in_batches(marked):
+            texts, spans = zip(*batch, strict=True)
             encoded: Any = self._tokenizer(
                 list(texts),
                 add_special_tokens=False,
@@ -138,7 +139,7 @@ class ChatTemplate:
         begin, end = spans[-1] if spans else (len(text), len(text))
         return text[:begin], text[begin:end]
 
-    def mark(self, chat: Chat) -> tuple[str, list[Span]]:
+    def mark(self, chat: Chat) -> Marked:
         """Returns the text of a conversation and the spans in it that are learnt.
 
         Raises:
@@ -179,7 +180,7 @@ class ChatTemplate:
         self, chat: Chat, count: int, *, prompt: bool = False, mark: bool = False
     ) -> tuple[str, list[Span] | None]:
         """Renders the first `count` messages. With `mark` the template returns the assistant's spans."""
-        try:
+        with rendering("data.format chat", self.name, chat.messages[:count]):
             rendered: Any = render_jinja_template(
                 [chat.messages[:count]],
                 tools=chat.tools,
@@ -188,11 +189,5 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 **cast(dict[str, Any], self._tokenizer.special_tokens_map),
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(message["role"] for message in chat.messages[:count])
-            raise UserError(
-                f"data.format chat: the chat template of {self.name} refuses a conversation of {roles}: "
-                f"{one_line(error)}; it begins with {chat.messages[0].get('content')!r:.60}"
-            ) from None
         texts, spans = rendered
         return texts[0], spans[0] if mark else None

@@ -6,10 +6,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError, safe_open
@@ -43,6 +44,8 @@ from loraprune_ds.train.data.tokens import (
 
 SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"
 LONGEST_EPOCH = 1_000_000_000  # samples of a mixture, of 8 bytes each
+NumberedRow = tuple[int, TextRow]  # from 1
+T = TypeVar("T")
 LINE_END_WITHIN = 1000  # characters before the middle of a document where the end of a line may lie
 
 
@@ -50,21 +53,25 @@ class RowFormat(NamedTuple):
     """How the rows of a source become text and tokens."""
 
     text: Callable[[TextRow], str]
-    tokenize: Callable[[Iterable[TextRow]], Iterator[TokenizedRow]] | None = None  # None: documents fill windows
+    read: Callable[[TextRow], Any]  # what `tokenize` takes, or a document
+    tokenize: Callable[[Iterable[Any]], Iterator[TokenizedRow]] | None = None  # None: documents fill windows
     check: Callable[[TextRow], None] | None = None  # takes seconds for all rows, and tokenising them takes minutes
 
 
 def _documents(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
     key = f"{source.section}.format"
     require(starts.target is None, f"{key} text: an encoder needs sources with targets; take {key} seq2seq")
-    return RowFormat(lambda row: _text_of(row, source.text_field))
+
+    def read(row: TextRow) -> str:
+        return _text_of(row, source.text_field)
+
+    return RowFormat(read, read)
 
 
 def _pairs(read: Callable[[TextRow], Instruction], tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
     """Reads rows as a prompt and its answer: the source and the target of an encoder-decoder, which has no gaps."""
 
-    def tokenize(rows: Iterable[TextRow]) -> Iterator[TokenizedRow]:
-        return tokenize_instructions(map(read, rows), tokenizer, starts.target)
+    tokenize = partial(tokenize_instructions, tokenizer=tokenizer, start=starts.target)
 
     def named(row: TextRow) -> dict[str, str]:
         return dict(zip(("source", "target"), read(row), strict=True))
@@ -74,8 +81,8 @@ def _pairs(read: Callable[[TextRow], Instruction], tokenizer: PreTrainedTokenize
             require(bool(text.strip()), f"its {name} is empty")
 
     if starts.target is None:
-        return RowFormat(lambda row: "".join(read(row)), tokenize)
-    return RowFormat(lambda row: json.dumps(named(row)), tokenize, check)
+        return RowFormat(lambda row: "".join(read(row)), read, tokenize)
+    return RowFormat(lambda row: json.dumps(named(row)), read, tokenize, check)
 
 
 def _seq2seq(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
@@ -97,7 +104,8 @@ def _conversations(source: DataSource, tokenizer: PreTrainedTokenizerBase, start
         return _pairs(lambda row: template.last_turn(read_chat(row)), tokenizer, starts)
     return RowFormat(
         lambda row: template.render(read_chat(row)),
-        lambda rows: template.tokenize(map(read_chat, rows)),
+        lambda row: template.mark(read_chat(row)),
+        template.tokenize,
         lambda row: template.check_roles(read_chat(row)),
     )
 
@@ -188,24 +196,32 @@ def _make(
     parts, held_out_texts = [], []
     for source, row_format in zip(config.sources, formats, strict=True):
         rows = read_rows(source)
+        named = f"{source.section}.path", source.path
         if row_format.check is not None:
-            for number, row in enumerate(rows, start=1):
-                try:
-                    row_format.check(row)
-                except UserError as error:
-                    raise UserError(f"{source.section}.path: row {number} of {source.path}: {error}") from None
+            for _ in _each(row_format.check, enumerate(rows, start=1), *named):
+                pass
         tuning, held_out, numbers = _hold_out(rows, source, row_format, config.held_out_fraction)
+        read = _each(row_format.read, tuning, *named)
         if row_format.tokenize is None:
-            texts = map(row_format.text, tuning)
-            samples = pack_documents(texts, tokenizer, config.window, config.max_samples, starts.window)
+            samples = pack_documents(read, tokenizer, config.window, config.max_samples, starts.window)
         else:
             places = (f"row {number} of {source.path}" for number in numbers)
-            samples = collect_rows(row_format.tokenize(tuning), config.window, config.max_samples, places)
+            samples = collect_rows(row_format.tokenize(read), config.window, config.max_samples, places)
             samples = pack_samples(samples) if config.packing else samples
         parts.append(samples)
-        held_out_texts.append("\n\n".join(map(row_format.text, held_out)))
+        held_out_texts.append("\n\n".join(_each(row_format.text, held_out, *named)))
     text = "\n\n".join(held_out_texts) if held_out_text is None else held_out_text
     return LoadedData(join_samples(parts), text, _epoch(config.sources, parts))
+
+
+def _each(act: Callable[[TextRow], T], rows: Iterable[NumberedRow], key: str, path: str) -> Iterator[T]:
+    """Yields what `act` makes of each row. Its UserError names the setting, the file and the row's number."""
+    for number, row in rows:
+        try:
+            made = act(row)
+        except UserError as error:
+            raise UserError(f"{key}: row {number} of {path}: {error}") from None
+        yield made
 
 
 def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
@@ -233,25 +249,26 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start
     if path.suffix not in JSON_SUFFIXES:
         return read_text_file(path)
     (source,) = dataclasses.replace(config, path=str(path), packing=False).sources  # whose format may be text
-    return "\n\n".join(map(FORMATS[source.format](source, tokenizer, starts).text, read_rows(source)))
+    text, rows = FORMATS[source.format](source, tokenizer, starts).text, enumerate(read_rows(source), start=1)
+    return "\n\n".join(_each(text, rows, "data.held_out", str(path)))
 
 
 def _hold_out(
     rows: TextRows, source: DataSource, row_format: RowFormat, fraction: float | None
-) -> tuple[Iterable[TextRow], Iterable[TextRow], Iterable[int]]:
-    """Splits rows into those to tune on and those to hold out, which are spread evenly. Numbers the first, from 1.
+) -> tuple[Iterable[NumberedRow], Iterable[NumberedRow], Iterable[int]]:
+    """Splits rows into those to tune on and those to hold out, which are spread evenly. Returns the first's numbers.
 
     The fraction counts characters of documents, because their lengths differ a lot. If there are too few documents for
     that, the end of each one is held out.
     """
     if fraction is None:
-        return rows, (), range(1, len(rows) + 1)
+        return enumerate(rows, start=1), (), range(1, len(rows) + 1)
     are_documents = row_format.tokenize is None
     sizes = (len(row_format.text(row)) for row in rows) if are_documents else repeat(1, len(rows))
     if chosen := _spread(sizes, fraction):
         left_out = set(chosen)
-        tuning = (row for i, row in enumerate(rows) if i not in left_out)
-        return tuning, (rows[i] for i in chosen), (i + 1 for i in range(len(rows)) if i not in left_out)
+        tuning = ((i + 1, row) for i, row in enumerate(rows) if i not in left_out)
+        return tuning, ((i + 1, rows[i]) for i in chosen), (i + 1 for i in range(len(rows)) if i not in left_out)
     if not are_documents:
         raise UserError(
             f"data.held_out_fraction {fraction} of the {len(rows)} rows in {source.path} is none; raise it "
@@ -259,7 +276,7 @@ def _hold_out(
         )
     parts = [_split_tail(row_format.text(row), fraction) for row in rows]
     heads, tails = ([{source.text_field: pair[half]} for pair in parts] for half in (0, 1))
-    return heads, tails, range(1, len(parts) + 1)
+    return enumerate(heads, start=1), enumerate(tails, start=1), range(1, len(parts) + 1)
 
 
 def _spread(sizes: Iterable[int], fraction: float) -> list[int]:

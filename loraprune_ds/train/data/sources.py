@@ -8,6 +8,8 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
+from pydantic_core import from_json
+
 from loraprune_ds.config import DataSource
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import file_identity
@@ -152,8 +154,20 @@ def _parse_json(text: str, path: Path, first_line: int) -> Any:
             value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
         return value
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(f"{path}, line {line}, column {error.colno}: not valid JSON: {error.msg}") from None
+        reason, line, column = error.msg, error.lineno, error.colno
+    except (ValueError, RecursionError):
+        reason, line, column = _beyond_limits(text)
+    raise UserError(f"{path}, line {first_line + line - 1}, column {column}: not valid JSON: {reason}")
+
+
+def _beyond_limits(text: str) -> tuple[str, int, int]:
+    """Finds what Python's parser cannot hold, such as an integer of 5,000 digits: the reason, line and column."""
+    try:
+        from_json(text)
+    except ValueError as error:
+        if found := re.fullmatch(r"(.+) at line (\d+) column (\d+)", str(error)):
+            return found[1], int(found[2]), int(found[3])
+    return "a number is too long, or it is nested too deep", 1, 1
 
 
 def _read_fields(source: DataSource, known: set[str]) -> list[str]:
