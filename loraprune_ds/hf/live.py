@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.hf.checks import refuse_mixture
-from loraprune_ds.model.adapters import base_parameter, last_names
+from loraprune_ds.model.adapters import base_parameter, last_names, plain_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.frozen import DTYPES
@@ -73,10 +73,10 @@ def base_config(model: PeftModel) -> dict[str, Any]:
 
 
 def _tied(base: Any) -> dict[str, bool]:
-    """Says whether the head of an encoder-decoder is the embedding. transformers' object of a T5 always says so."""
-    if not base.config.is_encoder_decoder:
-        return {}
-    return {"tie_word_embeddings": base.get_output_embeddings().weight is base.get_input_embeddings().weight}
+    """Says whether the head is the embedding. The config may say so of a model whose files hold two of them."""
+    ends = base.get_output_embeddings(), base.get_input_embeddings()
+    head, embedding = (plain_parameter(module, "weight", trained=False) for module in ends)
+    return {"tie_word_embeddings": head is embedding}
 
 
 def model_name(model: PeftModel) -> str:

@@ -19,11 +19,11 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, Pieces, StoredTensor, fill
-from loraprune_ds.model.read_shape import check_family, read_model
+from loraprune_ds.model.read_shape import check_depth, check_family, read_family, read_model
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import MODEL_DTYPE, FrozenStorage, Slice
 from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, text_config, text_tensors
-from loraprune_ds.model.weight_files import Headers, read_headers
+from loraprune_ds.model.weight_files import Headers, have_equal_values, read_headers
 
 HEAD = "lm_head.weight"
 # Recomputed, tied, and what the first T5 files have of no use.
@@ -265,15 +265,21 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     where = str(folder)
     full = read_json(folder / "config.json")
     config = text_config(full, where)
-    shape, modules = read_model(config, where)
-    headers = read_headers(folder)
+    family, headers = read_family(config, where), read_headers(folder)
     names, tower = {name: name for name in headers}, None
     if full.get("model_type") in MULTIMODAL:
         layout = find_layout(headers, where)
         names = text_tensors(headers, layout)
         others = {name: file for name, (_, _, file) in headers.items() if not name.startswith((*layout, MTP))}
         tower = Tower(full, layout, others)
-    if (tied := _is_tied(config, shape, HEAD in names, tower is not None)) != shape.tie_word_embeddings:
+    check_depth(config, family, names, where)
+    shape, modules = read_model(config, where)
+    embedding = next(iter(shape.outer_parameters))
+    tied = shape.tie_word_embeddings or config.get("scale_decoder_outputs") is False  # transformers ties every T5
+    tied = tied and (not names.keys() >= {embedding, HEAD} or have_equal_values(names[embedding], names[HEAD], headers))
+    if tied and HEAD in names:
+        names.setdefault(embedding, names[HEAD])
+    if tied != shape.tie_word_embeddings:
         config = config | {"tie_word_embeddings": tied}
         shape, modules = read_model(config, where)
     names |= {copy: first for copy, first in shape.shared_tensors.items() if first in names and copy not in names}
@@ -282,13 +288,6 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
     weights = check_weights(folder, headers, names, shape, "config.json")
     return PretrainedModel(folder, config, modules, weights, tower)
-
-
-def _is_tied(config: dict[str, Any], shape: ModelShape, has_head: bool, multimodal: bool) -> bool:
-    """Says whether the head is the embedding, as transformers decides: by the files, where a config may be wrong."""
-    if config.get("scale_decoder_outputs") is False:  # a T5
-        return not has_head
-    return shape.tie_word_embeddings and not (multimodal and has_head)
 
 
 def open_for_pruning(folder: Path, model: ModelConfig, *, packing: bool = False) -> PretrainedModel:

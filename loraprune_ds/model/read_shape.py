@@ -1,6 +1,6 @@
 """Reads a model's sizes: its counts from config.json, and every parameter's shape from modules without weights."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
@@ -8,7 +8,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, config_object, refused_in_one_line
 from loraprune_ds.model.family import FAMILIES, find_family
@@ -58,7 +58,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
             names `where`, the folder or hub id.
     """
     config = text_config(config, where)
-    family = _find_family(config, where)
+    family = read_family(config, where)
     try:
         depths = [int(config[layers.count]) for layers in family.layer_lists]
         overrides = cast(dict[str, dict[str, Any]], config.get(family.per_layer) or {})
@@ -113,6 +113,16 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     return shape, modules
 
 
+def check_depth(config: dict[str, Any], family: Family, names: Collection[str], where: str) -> None:
+    """Checks that the files hold the last layer that config.json counts. To build a million layers takes a minute."""
+    for layers in family.layer_lists:
+        count = config.get(layers.count)
+        if isinstance(count, int) and count > 0:
+            last = f"{layers.path}.{count - 1}."
+            lacks = f"{where}: tensor {last}* is missing, and config.json says {layers.count} {count}"
+            require(any(name.startswith(last) for name in names), lacks)
+
+
 def check_family(family: Family, source: dict[str, Any], where: str, dtype: str, *, packing: bool) -> None:
     """Checks that this family can do what a run asks for. `source` is config.json.
 
@@ -131,7 +141,8 @@ def _inside(parameters: Sizes, prefix: str) -> Sizes:
     return {name.removeprefix(prefix): size for name, size in parameters.items() if name.startswith(prefix)}
 
 
-def _find_family(config: dict[str, Any], where: str) -> Family:
+def read_family(config: dict[str, Any], where: str) -> Family:
+    """Returns the family of config.json. Raises UserError if the family, or a sort of layer in it, is not supported."""
     family = find_family(
         config.get("model_type"), where, f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
     )

@@ -1,17 +1,20 @@
 """The files of a model's folder: safetensors with their headers and index, tokenizer, processors and documents."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.frozen import Pieces
+from loraprune_ds.model.frozen import READ_CHUNK, Pieces
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHT_FILES = "model-*-of-*.safetensors"
@@ -57,6 +60,18 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             return {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def have_equal_values(name: str, other: str, headers: Headers) -> bool:
+    """Whether two tensors have the same values. Embedding and head are tied only then, as in transformers."""
+    (size, _, file), (other_size, _, other_file) = headers[name], headers[other]
+    if size != other_size:
+        return False
+    rows = max(1, READ_CHUNK // math.prod(size[1:]))
+    with safe_open(file, framework="pt") as one, safe_open(other_file, framework="pt") as two:
+        views: Any = one.get_slice(name), two.get_slice(other)
+        chunks = ([view[i : i + rows].float() for view in views] for i in range(0, size[0], rows))
+        return all(torch.equal(*pair) for pair in chunks)
 
 
 def weight_file_names(folder: Path) -> list[str]:

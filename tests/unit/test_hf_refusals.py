@@ -49,6 +49,14 @@ def test_plain_lora_passes_also_beside_another_adapter_and_an_untied_head_that_t
     assert (module.out_features, module.base_layer.in_features) == (20, 12)
 
 
+def test_a_head_of_its_own_is_seen_though_the_config_calls_it_tied() -> None:
+    """So is it in transformers, where the files hold two different tensors."""
+    assert base_shape(adapted(base(tie_word_embeddings=True))).tie_word_embeddings
+    model = base(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight + 1)
+    assert not base_shape(adapted(model)).tie_word_embeddings
+
+
 def test_a_hybrid_passes_with_the_linears_of_both_sorts_of_layers() -> None:
     model = tiny_model("qwen3_5_text")
     names = linear_names(model)

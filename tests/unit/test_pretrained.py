@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.model import hub, pretrained
+from loraprune_ds.model import hub, pretrained, weight_files
 from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import build_for_losses
@@ -99,6 +99,29 @@ def test_tensors_and_files_that_the_model_does_not_need_are_ignored(folder: Path
     assert "model.layers.0.self_attn.rotary_emb.inv_freq" not in open_pretrained(folder).weights.files
 
 
+@pytest.mark.parametrize("difference", [0.0, 1e-3, None])
+def test_a_head_that_config_json_calls_tied_is_tied_as_in_transformers(
+    folder: Path, difference: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the values where both are stored, in the last chunk here. One alone, under either name, serves as both."""
+    monkeypatch.setattr(weight_files, "READ_CHUNK", 7 * SIZES["hidden"])
+    tensors, embedding, head = tensors_of(folder), "model.embed_tokens.weight", "lm_head.weight"
+    tensors[head] = tensors[embedding].clone()
+    tensors[head][-1, -1] += difference or 0.0
+    if difference is None:
+        del tensors[embedding]
+    save(folder, tensors)
+    edit("config.json", tie_word_embeddings=True)(folder)
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    tied = stock.lm_head.weight is stock.model.embed_tokens.weight
+    assert tied != bool(difference)
+    opened = open_pretrained(folder)
+    assert (opened.shape.tie_word_embeddings, opened.config["tie_word_embeddings"]) == (tied, tied)
+    assert opened.shape.total_numel() == sum(parameter.numel() for parameter in stock.parameters())
+    for name in (embedding, *([] if tied else [head])):
+        assert torch.equal(opened.weights.read_full(name, torch.float32), stock.state_dict()[name])
+
+
 # Damage
 
 SINGLE, FIRST, SECOND = "model.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -113,6 +136,7 @@ DAMAGE: list[tuple[bool, Spoil, str]] = [  # of one file, or of two and their in
     *((False, truncate(SINGLE, left), SINGLE) for left in (0, 3, 100, -1)),
     (False, lambda folder: (folder / SINGLE).write_bytes(random.Random(0).randbytes(5000)), SINGLE),
     (*change_tensors(lambda x: x.pop(WEIGHT)), WEIGHT),
+    (False, edit("config.json", num_hidden_layers=10**6), "model.layers.999999. num_hidden_layers 1000000"),
     (False, edit("config.json", attention_bias=True), "model.layers.0.self_attn.q_proj.bias"),
     (*change_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].t().contiguous()})), f"{SINGLE} {WEIGHT} [48, 37] [37, 48]"),
     (*change_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].to(torch.int8)})), f"{SINGLE} {WEIGHT} I8"),
