@@ -1,4 +1,4 @@
-"""Exceptions that a user sees as one line, without a traceback, and fail-points, where a test can kill a rank."""
+"""Exceptions that a user sees as one line, without a traceback. And fail-points, at which a test can kill a rank."""
 
 import os
 import sys
@@ -21,11 +21,11 @@ class RunError(UserError):
 
 
 class RankError(RunError):
-    """An error that only one rank met during a run. The others are waiting, so this rank must report it."""
+    """An error of one rank alone during a run. The other ranks wait, so this rank must report it."""
 
 
 def is_shared(error: BaseException) -> bool:
-    """Whether all ranks raise this error, so that rank 0 alone reports it."""
+    """Returns True if all ranks raise this error. Rank 0 alone then reports it."""
     return isinstance(error, UserError) and not isinstance(error, RankError)
 
 
@@ -41,7 +41,7 @@ def one_line(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message. From the hub and `datasets` the rest is advice to programmers."""
+    """Returns the first line of an error's message. The hub and `datasets` add advice to programmers."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

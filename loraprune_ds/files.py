@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, however the writing process ends. JSON is always valid."""
+"""Files and folders that are complete or absent, even if the writing process is killed. JSON is always valid."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from loraprune_ds.errors import UserError, fail_point, one_line, require
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system without locks, as Lustre can be
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from a file system without locks, such as some Lustre
 
 
 def flush(path: Path) -> None:
@@ -28,12 +28,12 @@ def flush(path: Path) -> None:
 
 
 def staging_of(target: Path, mark: str = "") -> Path:
-    """Returns the hidden sibling in which the folder `target` is built. The `mark` is of the process that builds it."""
+    """Returns the hidden sibling in which the folder `target` is built. `mark` names the process that builds it."""
     return target.with_name(f".{target.name}{mark and '.'}{mark}.partial")
 
 
 def begin_folder(target: Path, mark: str = "") -> Path:
-    """Makes the empty staging folder of `target`. Replaces what a crashed attempt left."""
+    """Makes the empty staging folder of `target`. Replaces the folder of a crashed attempt."""
     staging = staging_of(target, mark)
     if staging.exists():
         shutil.rmtree(staging)
@@ -61,7 +61,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Removes what killed processes have left in `root`."""
+    """Removes the leftovers of killed processes in `root`."""
     for leftover in (*root.glob(".*.removed"), *root.glob(".*.partial")):
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in root.glob(".*.tmp"):
@@ -89,7 +89,7 @@ def make_once(folder: Path, make: Callable[[Path], None]) -> None:
             except OSError:
                 if not folder.exists():
                     raise
-                # Another node that shares the file system was faster, and its folder is the same.
+                # Another node on the shared file system was faster, and made the same folder.
 
 
 @contextlib.contextmanager
@@ -99,11 +99,11 @@ def _lock(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX)  # released when the process ends
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise  # without a lock every process makes its own, and the first one's is taken
+                raise  # without a lock every process makes a folder, and the first one is used
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # a waiting process finds the folder, or makes another: both are good
+            path.unlink(missing_ok=True)  # a waiting process finds the folder or makes another. Both are right
 
 
 def finite(value: Any) -> Any:
@@ -139,7 +139,7 @@ def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
     """Reads a JSON file that must hold one object. With `unique_keys`, a key given twice is an error.
 
     Raises:
-        UserError: it is missing, unreadable or holds no object. The message names the file.
+        UserError: the file is missing, unreadable or holds no object. The message names it.
     """
     require(path.is_file(), f"{path} does not exist")
     try:

@@ -16,7 +16,7 @@ BYTES = {
 
 @dataclass(frozen=True)
 class Amount:
-    """A number of parameters or of bytes, and what one of `suffix` is."""
+    """A number of parameters or bytes, and the size of one `suffix`."""
 
     value: float
     unit: Literal["parameters", "bytes"]
@@ -24,12 +24,12 @@ class Amount:
     scale: float
 
     def format(self, value: float) -> str:
-        """Writes a value as this one was written, such as '4.50 B' or '24.00 GiB'."""
+        """Writes a value in the unit of this one, such as '4.50 B' or '24.00 GiB'."""
         return f"{value / self.scale:,.2f} {self.suffix}".rstrip()
 
 
 def read_amount(text: str, key: str) -> Amount:
-    """Reads '4.5B' as parameters, '24GiB' or '24GB' as bytes. Raises UserError, which names the key, for others."""
+    """Reads '4.5B' as parameters, '24GiB' or '24GB' as bytes. Raises UserError, which names the key, for other text."""
     match = re.fullmatch(r"(\d+\.?\d*)\s*([a-zA-Z]*)", text.strip())
     number, suffix = match.groups() if match else ("", "")
     scale = ({"": 1.0} | COUNTS | BYTES).get(suffix) if match else None

@@ -32,7 +32,7 @@ GRAM = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """One text. `tokens` counts no end token. `ended`: whether the model wrote one after a text."""
+    """One text. `tokens` excludes the end token. `ended` is True if the model wrote one after a text."""
 
     text: str
     tokens: int
@@ -48,17 +48,17 @@ class Answers:
     ended: float
     repetition: float
     dense_perplexity: float | None  # of the answers and their ends, after the prompts. None without a dense model
-    exact_match: float | None  # share of the answers that are their targets. None without targets
+    exact_match: float | None  # share of the answers that equal their targets. None without targets
     rouge_l: float | None  # mean F-measure of the longest common subsequence of words, stemmed
     texts: list[Answer]
 
 
 @dataclass(frozen=True)
 class Closeness:
-    """Two models on a text, averaged over `predictions` tokens."""
+    """Compares two models on a text. All values are means over `predictions` tokens."""
 
     text: str
-    agreement: float  # share of tokens where both find the same one most probable
+    agreement: float  # share of positions where both models find the same token most probable
     overlap: float
     kl: float  # KL(dense ‖ pruned), in nats
     predictions: int
@@ -81,7 +81,7 @@ class Writer:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Ids]
-    start: int | None = None  # precedes what a decoder writes after its encoder
+    start: int | None = None  # the first token of a decoder after an encoder
 
 
 def encode_prompts(
@@ -99,7 +99,7 @@ def encode_prompts(
         encoded.append(list(made["input_ids"]))
         check_ids(max(encoded[-1], default=0), vocab_size, tokenizer, where)
         length, new = len(encoded[-1]), settings.max_new_tokens
-        asked = f"not a prompt of {length} and {new} new ones"
+        asked = f"not a prompt of {length} tokens and {new} new ones"
         fits = not most or length + new <= most
         require(fits, f"{where}: {path} reads at most {most} tokens (max_position_embeddings), {asked}")
     return encoded
@@ -112,7 +112,7 @@ def write_answers(
     text: tuple[str, Iterable[Labelled]] | None = None,
     progress: Progress = lambda rounds, _: rounds,
 ) -> list[Generation]:
-    """Returns the answers of each model. The second is the dense one, which also reads the first one's answers.
+    """Returns the answers of each model. The second model is dense, and also reads the first one's answers.
 
     Args:
         text: a name and batches, on which the two models are compared. None: the dense model's greedy answers.
@@ -168,13 +168,13 @@ def _rouge_l(pairs: list[tuple[str, str]]) -> float:
 
 
 def repetition(ids: Ids) -> float:
-    """Returns the share of 4-grams that occurred before. A shorter text repeats nothing."""
+    """Returns the share of 4-grams that occurred before. A text of fewer tokens repeats nothing."""
     grams = [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 def _labelled(writer: Writer, written: list[Ids], batch_size: int) -> Iterator[Labelled]:
-    """Yields batches of prompts with their answers, which alone have labels."""
+    """Yields batches of prompts with their answers. Only the answers have labels."""
     start = [] if writer.start is None else [writer.start]
     rows = [(prompt + start, ids) for prompt, ids in zip(writer.prompts, written, strict=True)]
     for i in range(0, len(rows), batch_size):
@@ -200,7 +200,7 @@ def losses_of(model: PreTrainedModel) -> Losses:
 def measure_closeness(
     dense: PreTrainedModel, pruned: PreTrainedModel, batches: Iterable[Labelled], text: str
 ) -> Closeness:
-    """Compares next-token probabilities on the labelled tokens of a text that both read as the same ids."""
+    """Compares next-token probabilities on the labelled tokens of a text. Both models must tokenise it alike."""
     heads = [frozen_head(model) for model in (dense, pruned)]
     vocabulary = min(len(head.weight) for head in heads)  # an embedding may be padded
     total, count = torch.zeros(3, dtype=torch.float64), 0

@@ -1,4 +1,4 @@
-"""Compares pruned models in a table and a picture. They are folders of runs, or JSON of launch/evaluate.py."""
+"""Compares pruned models in a table and a picture. Each is the folder of a run, or JSON from launch/evaluate.py."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the s
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that models are compared by, and its form in the table and in the picture."""
+    """A number to compare models by, and its form in the table and in the picture."""
 
     cell: Callable[[float], str]
     label: Callable[[float], str]
@@ -46,7 +46,7 @@ MEASURES = {
 
 
 class Value(NamedTuple):
-    """Holds a measured number and the dense model's. Numbers compare only if `basis` agrees, a line for a reader."""
+    """Holds a measured number and the dense model's. Numbers compare only if `basis`, a line for readers, is equal."""
 
     value: float
     dense: float | None
@@ -65,7 +65,7 @@ class ComparedModel:
 
     @property
     def text(self) -> str:
-        """Returns the text and windows of the perplexity, or nothing if there is none."""
+        """Returns the text and windows of the perplexity. Empty without a perplexity."""
         return self.measured["perplexity"].basis if "perplexity" in self.measured else ""
 
 
@@ -129,7 +129,7 @@ def _read_evaluation(path: Path) -> ComparedModel:
 
 
 def _tasks_and_answers(model: dict[str, Any], dense: dict[str, Any] | None) -> dict[str, Value]:
-    """Returns what an evaluation, or a run's `after`, has measured of tasks and greedy answers."""
+    """Returns the measures of tasks and greedy answers, from an evaluation or a run's `after`."""
     tasks, answers, measured = model.get("tasks"), model.get("answers"), dict[str, Value]()
     if tasks:
         for name, metric in (("accuracy", "acc"), ("exact match", "exact_match")):
@@ -151,7 +151,7 @@ def _tasks_and_answers(model: dict[str, Any], dense: dict[str, Any] | None) -> d
 
 
 def _counts(settings: dict[str, Any]) -> list[str]:
-    """Describes how many documents tasks had, where that is known and not all."""
+    """Describes how many documents tasks had, if the number is known and limited."""
     limit, questions = settings.get("limit"), (settings.get(GYM) or {}).get("documents", {})
     return [f"{count} questions" for count in sorted(set(questions.values()))] + ([f"limit {limit}"] if limit else [])
 
@@ -183,7 +183,7 @@ def comparison_table(models: Sequence[ComparedModel]) -> str:
 
 
 def _row(model: ComparedModel) -> dict[str, str]:
-    """Returns the cells by their heads."""
+    """Returns the cells by column."""
     removed = "-" if model.removed_fraction is None else f"{100 * model.removed_fraction:.2f} %"
     parameters = f"{model.parameters:,}"
     row = {"result": model.name, "method": model.method or "-", "parameters": parameters, "removed": removed}
@@ -206,14 +206,14 @@ class _Panel:
 
 
 def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
-    """Draws a panel for each measure, and for each text or set of tasks that it was made on."""
+    """Draws a panel for each measure on each text or set of tasks."""
     drawable = [model for model in models if model.removed_fraction is not None]
     panels = [
         _Panel(name, basis, [m for m in drawable if name in m.measured and m.measured[name].basis == basis])
         for name in MEASURES
         for basis in dict.fromkeys(model.measured[name].basis for model in drawable if name in model.measured)
     ]
-    lacking = "no result has a quality and a removed fraction (launch/evaluate.py --dense gives it one)"
+    lacking = "no result has a quality and a removed fraction; give launch/evaluate.py --dense"
     require(bool(panels), f"nothing to draw: {lacking}")
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

@@ -52,7 +52,7 @@ def picture(
 
 
 def scale_perplexity(axes: "Axes", values: Sequence[float]) -> None:
-    """Makes the y axis logarithmic, with plain numbers, where these perplexities lie far apart."""
+    """Makes the y axis logarithmic, with plain numbers, if the perplexities lie far apart."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     if max(values) <= LOG_FROM * min(values):
@@ -66,7 +66,7 @@ def scale_perplexity(axes: "Axes", values: Sequence[float]) -> None:
 def label_beside(axes: "Axes", text: str, at: tuple[float, float], **options: Any) -> None:
     """Writes `text` at the place nearest to the point `at` that has no curve and no other label.
 
-    The figure must be laid out (`draw_without_rendering`), with all its curves. `options` are of `annotate`.
+    The figure must be laid out (`draw_without_rendering`), with all its curves. `options` are passed to `annotate`.
     """
     taken, inside = [label.get_window_extent() for label in axes.texts], axes.get_window_extent()
     curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]

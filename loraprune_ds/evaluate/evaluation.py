@@ -44,8 +44,8 @@ class PreparedModel:
 class Macs:
     """Multiply-accumulates per token of a forward pass, without norms, rotations and activations."""
 
-    # One per parameter of the decoder layers' linears, without experts that a token does not choose. A token of an
-    # encoder-decoder is in one of the two, so this and `attention` are half of both.
+    # One per parameter of the decoder layers' linears, without experts that a token does not choose. A token passes
+    # either the encoder or the decoder, so this and `attention` are half of their sum.
     linear: int
     attention: float  # sum over layers of 2 · query heads · head_dim · mean_context
     head: int  # vocabulary · hidden size. An embedding multiplies nothing
@@ -57,7 +57,7 @@ class Macs:
 class ModelCost:
     """Costs of a model on any hardware."""
 
-    parameters: int  # of the whole model. Each tensor counts once, also a tied head
+    parameters: int  # of the whole model. A tied head counts once
     linear_parameters: int  # of the decoder layers' linears, without biases
     weight_bytes: int
     kv_bytes_per_token: int  # added to the cache: sum over layers of 2 · kv heads · head_dim · element size
@@ -114,10 +114,12 @@ def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[Prepa
         pairs = zip_longest(models[0].batches, other.batches)
         if not all(a and b and all(map(torch.equal, a, b)) for a, b in pairs):
             both = f"{paths[0]} and {other.source.path}"
-            raise UserError(f"{both} read the text as different tokens: their perplexities do not compare")
+            raise UserError(f"{both} tokenise the text differently, so their perplexities are not comparable")
         same = models[0].tokenizer.get_vocab() == other.tokenizer.get_vocab()
         if settings.answers and not same:
-            raise UserError(f"{paths[0]} and {other.source.path} have different tokenizers: --answers cannot compare")
+            raise UserError(
+                f"{paths[0]} and {other.source.path} have different tokenizers; --answers cannot compare them"
+            )
     return models
 
 
@@ -153,16 +155,16 @@ def choose_dtype(source: ModelSource, dtype: str | None) -> Dtype:
 
 
 def count_cost(shape: ModelShape, config: dict[str, Any], window: int, element_size: int) -> ModelCost:
-    """Counts the costs on windows of `window` tokens. `config`: of the model, whose layers may have sliding windows."""
+    """Counts the costs on windows of `window` tokens. `config` says which layers have sliding windows."""
     made, encoder = config_object(config), shape.encoder_layers
     narrow = _mean_context(window, sliding_window(made))
-    layers = DynamicCache(config=made).layers  # transformers reads there which layers have a sliding window
+    layers = DynamicCache(config=made).layers  # transformers finds the layers with a sliding window
     sliding = [getattr(layer, "is_sliding", False) for layer in layers]
-    # Layers without keys and values of their own are not there.
+    # Layers that share keys and values are absent.
     sliding += [kind == "sliding_attention" for kind in getattr(made, "layer_types", None) or ()][len(layers) :]
     contexts: list[float] = [narrow if is_narrow else _mean_context(window, None) for is_narrow in sliding]
     heads = [shape.query_heads(layer) for layer in shape.layers]
-    if encoder:  # whose whole window all heads see but those of its decoder's own attention
+    if encoder:  # all heads see the whole window, except in the decoder's self-attention
         contexts = [window] * encoder + [_mean_context(window, None)] * (len(heads) - encoder) + [window]
         heads.append(sum(layer.get("cross_heads", 0) for layer in shape.layers))
     context = sum(map(mul, contexts, heads)) / sum(heads)
@@ -186,7 +188,7 @@ def _mean_context(window: int, sliding_window: int | None) -> float:
 def _measure(
     prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Communicator, progress: Progress
 ) -> tuple[Measurement, PreTrainedModel | None]:
-    """Measures all but answers and speed, which need all models in memory, and returns the model for these."""
+    """Measures all but answers and speed. Returns the model for these two, which need all models in memory."""
     source, shape = prepared.source, prepared.source.pretrained.shape
     perplexity = tasks = model = None
     if settings.sharded and prepared.batches:
@@ -226,5 +228,5 @@ def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Prog
     perplexity = measure_perplexity(
         lambda ids, labels: engine(input_ids=ids, labels=labels), prepared.batches, comm, progress
     )
-    release(engine)  # the next model needs the room
+    release(engine)  # the next model needs the memory
     return perplexity

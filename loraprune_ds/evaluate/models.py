@@ -25,7 +25,7 @@ from loraprune_ds.model.text_part import in_files
 from loraprune_ds.model.tokenizer import load_tokenizer, target_start
 
 Ids = list[int]
-EXPORT_FIRST = "launch/export.py --format hf makes a model of it"
+EXPORT_FIRST = "make a model from it with launch/export.py --format hf"
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PruningResult:
         return read_json(path).get("layers") if path.is_file() else None
 
     def load_model(self, **options: Any) -> PreTrainedModel:
-        """Loads the model with its tower, by `options` of `from_pretrained`. No code of its folder is run."""
+        """Loads the model with its tower, with `options` for `from_pretrained`. No code in its folder runs."""
         text_class, tower = causal_lm_class(self.pretrained.shape.model_type), self.pretrained.tower
         return (AutoModelForImageTextToText if tower else text_class).from_pretrained(self.folder, **options)
 
@@ -59,7 +59,7 @@ def open_result(folder: str | Path) -> PruningResult:
     """Opens the folder of a finished run, or of a model that it has exported.
 
     Raises:
-        UserError: the folder holds neither. Or a file is missing or damaged: the message names it.
+        UserError: the folder holds neither, or a file is missing or damaged. The message names the file.
     """
     folder = Path(folder).expanduser()
     is_model = (folder / "config.json").is_file() and not (folder / layout.STATUS_FILE).exists()
@@ -107,7 +107,7 @@ def find_model(path: str) -> ModelSource:
 
 
 def _find_adapter(path: str, folder: Path) -> ModelSource:
-    """Finds a LoRA adapter and its base model: in a folder relative to the adapter, or by its name."""
+    """Finds a LoRA adapter and its base model, in a folder relative to the adapter or by name."""
     config = read_json(folder / ADAPTER_FILE)
     base = config.get("base_model_name_or_path")
     kind = config.get("peft_type")
@@ -135,7 +135,7 @@ def load_model(source: ModelSource, dtype: str, device: torch.device) -> PreTrai
     model_class = causal_lm_class(pretrained.shape.model_type)
     folder: Path | None = pretrained.folder
     weights = pretrained.weights
-    if weights.transposed:  # which the text class does not read
+    if weights.transposed:  # the text class does not read these
         tensors = {name: weights.read_full(name, read_dtype) for name in weights.shape.parameters()}
         options = {**options, "state_dict": in_files(tensors, weights.shape, None), "key_mapping": None}
         folder = None
@@ -166,7 +166,7 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[i
 
 
 def generate(model: PreTrainedModel, prompts: list[Ids], ends: set[int], **how: Any) -> Iterator[Ids]:
-    """Yields the new ids for each prompt of a batch, with the id that ends them if the model wrote one.
+    """Yields the new ids for each prompt of a batch, with the end id if the model wrote one.
 
     Args:
         ends: ids that end a text, see `end_ids`.

@@ -1,7 +1,7 @@
-"""Perplexity of a text, which is tokenised once, on windows side by side. Or of targets given their sources.
+"""Perplexity of a text in adjacent windows, or of targets given their sources.
 
-The tokenizer adds its special tokens once, at the start of the text. A Gemma predicts badly without BOS, so BOS
-replaces the first token of each of its windows, which no window predicts. llama.cpp measures the same way. Negative
+The text is tokenised once, so special tokens stand only at its start. A Gemma predicts badly without BOS, so BOS
+replaces the first token of each window, which is never predicted. llama.cpp measures the same way. Negative
 log-likelihoods are summed in float64 over all ranks.
 """
 
@@ -32,7 +32,7 @@ Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood over `tokens` predictions in `windows` windows, or pairs."""
+    """The exponential of the mean negative log-likelihood, over `tokens` predictions in `windows` windows or pairs."""
 
     perplexity: float
     tokens: int
@@ -49,7 +49,7 @@ def split_batches(
     *,
     vocab_size: int,
 ) -> list[Labelled]:
-    """Returns batches of windows of a text. For an encoder-decoder, of its lines' targets after their sources.
+    """Returns batches of a text's windows. For an encoder-decoder a row is a line's target after its source.
 
     Args:
         most: windows or lines to take. None: all.
@@ -85,9 +85,9 @@ def _read_pairs(text: str) -> list[tuple[str, str]]:
 
 
 def label_answers(rows: Sequence[tuple[list[int], list[int]]]) -> Labelled:
-    """Returns a batch of prompts with their answers, which alone have labels. Padding is behind them."""
+    """Returns a batch of prompts with their answers, padded at the end. Only the answers have labels."""
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
-    # No id changes the losses before it, so any fills the rows.
+    # No id changes earlier losses, so any id can pad.
     ids = torch.tensor([(prompt + answer + [0] * width)[:width] for prompt, answer in rows])
     labels = torch.full_like(ids, IGNORE_INDEX)
     for i, (prompt, answer) in enumerate(rows):
@@ -99,7 +99,7 @@ def label_answers(rows: Sequence[tuple[list[int], list[int]]]) -> Labelled:
 def split_windows(
     text: str, tokenizer: PreTrainedTokenizerBase, window: int, max_windows: int | None, start: int | None = None
 ) -> Tensor:
-    """Returns (windows, window) int64, side by side. The tail that fills no window is dropped.
+    """Returns adjacent windows, (windows, window) int64. The tail that fills no window is dropped.
 
     Args:
         start: the first id of every window (`Starts.window`). None: the text's own.
@@ -114,7 +114,7 @@ def split_windows(
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) -> Tensor:
     """Returns (tokens,) int64 of the whole text, or of a beginning with at least `needed` tokens."""
     if needed is not None and len(text) > (enough := needed * CHARACTERS_PER_TOKEN):
-        # A held-out text can have gigabytes, and only its first windows are used.
+        # A held-out text can have gigabytes, but only its first windows are used.
         token_ids = tokenize(text[:enough], tokenizer, None)
         if len(token_ids) > needed:
             return token_ids
@@ -125,7 +125,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) 
 def measure_perplexity(
     losses: Losses, batches: Sequence[Labelled], comm: "Communicator", progress: Progress = lambda rounds, _: rounds
 ) -> Perplexity:
-    """Measures the batches, dealt out to the ranks in turn. The result is the same on any number of ranks. Collective.
+    """Measures the batches, dealt to the ranks in turn. The result does not depend on the number of ranks. Collective.
 
     A sharded model gathers its weights in `losses`, so a rank without a batch left repeats the first one, uncounted.
 
@@ -147,4 +147,4 @@ def measure_perplexity(
 def exp_of_mean(loss: float, tokens: int) -> float:
     """Returns the perplexity of a summed loss. NaN stays NaN."""
     mean = loss / tokens
-    return math.inf if mean > 700 else math.exp(mean)  # a float holds no more
+    return math.inf if mean > 700 else math.exp(mean)  # exp of more overflows a float

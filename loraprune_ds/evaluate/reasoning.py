@@ -1,4 +1,4 @@
-"""Tasks with checkable answers by the package `reasoning-gym`, which makes the questions and scores the answers."""
+"""Tasks with checkable answers. The package `reasoning-gym` makes the questions and scores the answers."""
 
 import hashlib
 import importlib
@@ -18,21 +18,21 @@ from loraprune_ds.model.tokenizer import check_ids, rendering
 from loraprune_ds.zero.comm import Communicator
 
 EASY = "easy"
-# SmolLM2-135M-Instruct solves these of 39 tasks above 20 %, and better than the best constant answer:
+# Of 39 tasks SmolLM2-135M-Instruct solves these above 20 %, and better than the best constant answer:
 # tests/benchmarks/results/reasoning_gym.json
 DEFAULT = ("number_sequence", "number_sequence:easy", "products:easy")
 FEWSHOT, QUESTIONS = 3, 100
-# Question i has the seed SEED + i, so examples need a far one.
+# Question i has the seed SEED + i, so the seed of the examples must be far away.
 SEED, EXAMPLES_SEED = 0, 10**6
 ROOM = 8  # tokens beyond the longest right answer
-# The scorers of these run the answer as Python, and a model can write anything.
+# The scorers of these tasks run the answer as Python, and a model can write anything.
 RUN_ANSWERS = (
     *("binary_matrix", "countdown", "intermediate_integration", "n_queens", "polynomial_multiplication", "puzzle24"),
     *("simple_integration", "spiral_matrix", "string_insertion"),
 )
 UNSTABLE = ("isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder")
 REFUSED_TASKS = dict.fromkeys(RUN_ANSWERS, "its scorer runs the answer as code") | dict.fromkeys(
-    UNSTABLE, "its questions change from process to process, whatever the seed"
+    UNSTABLE, "its questions differ from process to process, even with one seed"
 )
 
 
@@ -47,7 +47,7 @@ class GymTask:
 
     @property
     def digest(self) -> str:
-        """Returns the SHA-256 of all that is asked. Results are comparable only if these agree."""
+        """Returns the SHA-256 of all that is asked. Only results with equal digests are comparable."""
         asked = [entry["question"] for entry in (*self.examples, *self.questions)]
         return hashlib.sha256("\0".join(asked).encode()).hexdigest()
 
@@ -76,7 +76,7 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
     if task not in known.DATASETS:
         hint = did_you_mean(task, known.DATASETS.keys() - REFUSED_TASKS.keys())
         raise UserError(f"--tasks: reasoning-gym knows no task {task}{hint}")
-    require(level in ("", EASY), f"--tasks {GYM}:{name}: a task takes :{EASY} or nothing behind its name")
+    require(level in ("", EASY), f"--tasks {GYM}:{name}: only :{EASY} may follow the name of a task")
 
     def make(seed: int, size: int) -> Any:
         if level:  # the first level of its curriculum
@@ -92,7 +92,7 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
     except Exception as error:  # a task may need more settings, and its generator raises anything
         raise UserError(f"--tasks {GYM}:{name}: {one_line(error)}") from error
     answered = all(isinstance(entry["answer"], str) for entry in (*questions, *examples))
-    require(answered, f"--tasks {GYM}:{name}: it names no right answer, so there are no examples of one")
+    require(answered, f"--tasks {GYM}:{name}: its questions have no right answer for the examples")
     few = f"--tasks {GYM}:{name}: it has too few different questions; lower --num-fewshot or --limit"
     require(len(examples) >= fewshot, few)
     return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
@@ -105,7 +105,7 @@ def run_tasks(
     batch_size: int,
     comm: Communicator,
 ) -> dict[str, Any]:
-    """Runs the tasks. Rank r takes every batch from the r-th on in steps of `world_size`. Collective.
+    """Runs the tasks. Rank r takes batches r, r + world_size, and so on. Collective.
 
     Returns:
         {"results": {task: {metric: value}}, "settings": …}. `exact_match` is the share of full scores.
@@ -133,7 +133,7 @@ def run_tasks(
 def greedy_answers(
     task: GymTask, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, comm: Communicator
 ) -> list[str]:
-    """Answers all questions of a task, in their order. The batches are the same on any number of ranks. Collective."""
+    """Answers all questions of a task, in order. The batches do not depend on the number of ranks. Collective."""
     prompts = [_prompt(task, question["question"], tokenizer) for question in task.questions]
     embedding: Any = model.get_input_embeddings()
     check_ids(max(map(max, prompts)), len(embedding.weight), tokenizer, f"--tasks {task.name}")
@@ -154,7 +154,7 @@ def greedy_answers(
 
 
 def _prompt(task: GymTask, question: str, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """Builds the token ids of the examples and a question: by the chat template, or as plain paragraphs without one."""
+    """Builds the token ids of the examples and a question: in the chat template, or else as plain paragraphs."""
     if not tokenizer.chat_template:
         shown = [f"{entry['question']}\n{entry['answer']}\n\n" for entry in task.examples]
         return tokenizer("".join([*shown, f"{question}\n"]))["input_ids"]

@@ -1,6 +1,6 @@
-"""The result of an evaluation: as JSON, which launch/compare.py reads, as a table, and its answers as a page.
+"""The result of an evaluation: JSON for launch/compare.py, a table, and a page with the answers.
 
-The page is one HTML file: no server, no script, all texts escaped.
+The page is one HTML file without server or script. All texts are escaped.
 """
 
 import math
@@ -16,7 +16,7 @@ from loraprune_ds.units import aligned, format_change, format_percent, format_pe
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
 KINDS = ("greedy", "sampled")
-# Columns become rows where two do not fit, as on a phone.
+# Columns become rows if two do not fit, as on a phone.
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
 body { max-width: 72rem; margin: 0 auto; padding: 0 0.8rem 3rem; }

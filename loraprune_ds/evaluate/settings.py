@@ -1,4 +1,4 @@
-"""Settings of an evaluation. Importing them is fast, so wrong options are told before torch is imported."""
+"""Settings of an evaluation. They import fast, so wrong options are reported before torch is imported."""
 
 import difflib
 import hashlib
@@ -43,10 +43,10 @@ class TextDataset:
 
 
 DATASETS = {
-    # The rows keep spaces and line ends. Only a blank line, " \n" in wiki.*.raw, is an empty row.
+    # Rows keep spaces and line ends. Only blank lines, " \n" in wiki.*.raw, are empty rows.
     "wikitext2": TextDataset("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", lambda row: row or " \n"),
-    # Published as a script, which `datasets` no longer runs. The hub keeps its output on this branch.
-    # ptb.*.txt has a space before and after every sentence. The rows are stripped.
+    # `datasets` no longer runs the published script. The hub keeps the script's output on this branch.
+    # ptb.*.txt has a space before and after every sentence, which the rows lack.
     "ptb": TextDataset(
         "ptb-text-only/ptb_text_only", None, "refs/convert/parquet", "sentence", lambda row: f" {row} \n"
     ),
@@ -83,7 +83,7 @@ def load_dataset_text(name: str, split: str) -> EvaluationText:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question to a model, and what helps a reader to judge the answer. `row` counts the file's lines from 1."""
+    """A question to a model, with notes for readers of the answer. `row` counts the lines of the file from 1."""
 
     row: int
     messages: list[Message]  # the last one is the user's
@@ -99,7 +99,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """Each prompt is answered twice: greedily, and by sampling with these values. The names are Hugging Face's."""
+    """Each prompt is answered greedily, and by sampling with these values. The names are Hugging Face's."""
 
     name: str
     sha256: str  # of the file
@@ -150,7 +150,7 @@ def _read_row(where: str, row: int, line: bytes) -> Prompt:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     wrong = f"{where}: prompt must be a text, or a list of messages with role and content; neither may be empty"
     require(isinstance(messages, list) and bool(messages) and all(map(_is_message, messages)), wrong)
-    require(messages[-1]["role"] == "user", f"{where}: the last message must be the user's, which a model answers")
+    require(messages[-1]["role"] == "user", f"{where}: the last message must be the user's")
     for key, note in notes.items():
         require(note is None or isinstance(note, str), f"{where}: {key} must be a text; got {note!r:.80}")
     return Prompt(row, messages, **notes)
@@ -161,13 +161,13 @@ def _is_message(value: Any) -> bool:
     return all(isinstance(part, str) and part.strip() for part in parts)
 
 
-GYM = "reasoning_gym"  # begins the names of its tasks, as in reasoning_gym:chain_sum. Alone it is a default set
+GYM = "reasoning_gym"  # prefix of its tasks, as in reasoning_gym:chain_sum. The prefix alone is a default set
 TOKENS_PER_BATCH = 2048  # the default: enough work for one pass, and logits of some hundred megabytes
 
 
 @dataclass(frozen=True)
 class PerplexityProtocol:
-    """Perplexity on windows of `window` tokens, side by side."""
+    """Perplexity on adjacent windows of `window` tokens."""
 
     window: int = 128
     max_windows: int | None = None
@@ -179,9 +179,9 @@ class PerplexityProtocol:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """The tasks: of lm-eval, or of reasoning-gym."""
+    """The tasks, from lm-eval or reasoning-gym."""
 
-    # tasks, groups or tags of lm-eval or of `include_path`, paths of task files, `paper`, `GYM` or `GYM`:task
+    # tasks, groups or tags from lm-eval or `include_path`, paths of task files, `paper`, `GYM` or `GYM`:task
     names: tuple[str, ...]
     include_path: Path | None = None
     fewshot: int | None = None  # None: the default of each task, 0 for the paper's seven and 3 for reasoning-gym
@@ -193,7 +193,7 @@ class TaskSettings:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns the end of an error's line that names similar tasks, or nothing."""
+    """Returns the end of an error line, which names similar tasks. Empty if there are none."""
     close = difflib.get_close_matches(name, known, n=3)
     return f"; did you mean {', '.join(close)}?" if close else ""
 
@@ -213,7 +213,7 @@ class SpeedSettings:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What to measure, and how. Text, tasks, answers or speed that are None are not measured."""
+    """Selects what to measure. Text, tasks, answers and speed are not measured if they are None."""
 
     protocol: PerplexityProtocol
     text: EvaluationText | None = None
@@ -222,7 +222,7 @@ class EvaluationSettings:
     tasks: TaskSettings | None = None
     answers: AnswerSettings | None = None
     speed: SpeedSettings | None = None
-    sharded: bool = False  # ZeRO-3 spreads the weights over the ranks, for models that fit no single device
+    sharded: bool = False  # ZeRO-3 shards the weights, for models that fit no single device
 
     def __post_init__(self) -> None:
         _check_least("--batch-size", self.batch_size, 1)
@@ -236,7 +236,7 @@ class EvaluationSettings:
 
     @property
     def needs_models_together(self) -> bool:
-        """Whether all models stay in memory after their perplexity and tasks."""
+        """True if all models must stay in memory after their perplexity and tasks."""
         return bool(self.answers or self.speed)
 
 

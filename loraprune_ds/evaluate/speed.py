@@ -1,6 +1,6 @@
 """Speed of models at batch size 1: prefill and decode of one sequence, by torch.
 
-The models take turns within every round, so that other work on the machine slows all of them equally.
+The models take turns in every round, so other work on the machine slows all of them equally.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, Pr
 from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.zero.device import accelerator, is_cpu
 
-# transformers renamed the argument between the versions that pyproject.toml allows.
+# transformers renamed this argument within the range that pyproject.toml allows.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 Round = tuple[float, float, int | None]  # seconds of prefill and of decode, and the peak in bytes
 
@@ -63,7 +63,7 @@ def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> Round:
 
 
 def _prefill(model: PreTrainedModel, token_ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Reads the prompt. Returns the last logits, and what reads further tokens into the same caches."""
+    """Reads the prompt. Returns the last logits, and a function that reads further tokens into the same caches."""
     if not model.config.is_encoder_decoder:
         read = partial(model, use_cache=True, **{CACHE: DynamicCache(config=model.config)})
         return read(input_ids=token_ids, logits_to_keep=1).logits, lambda ids: read(input_ids=ids).logits
@@ -74,6 +74,6 @@ def _prefill(model: PreTrainedModel, token_ids: Tensor) -> tuple[Tensor, Callabl
 
 
 def _now() -> float:
-    """Returns the seconds when the device has done all its work."""
+    """Returns the time once the device is idle, in seconds."""
     accelerator().synchronize()
     return time.perf_counter()

@@ -1,6 +1,6 @@
-"""Tasks by name. A name with reasoning-gym's prefix is its own. All others are of EleutherAI's lm-evaluation-harness.
+"""Tasks by name. Those with its prefix come from reasoning-gym, all others from EleutherAI's lm-evaluation-harness.
 
-Both are optional packages, and imported where they are used.
+Both packages are optional, and imported only when used.
 """
 
 import importlib
@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 
-if TYPE_CHECKING:  # launch/compare.py only reads results and need not wait for them
+if TYPE_CHECKING:  # launch/compare.py only reads results, and must not wait for these imports
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from loraprune_ds.zero.comm import Communicator
 
-# The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by the names of lm-eval.
+# The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by their names in lm-eval.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 PAPER = "paper"
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "batch_size")
 
 
 def check_tasks(settings: TaskSettings) -> None:
-    """Checks that the packages are installed and can load all tasks. Raises UserError naming the first that fails."""
+    """Checks that the packages are installed and can load all tasks. Raises UserError with the first that fails."""
     gym, others = _split(settings)
     require(bool(others.names) or settings.include_path is None, f"--include-path has no effect on tasks of {GYM}")
     if gym.names:
@@ -58,8 +58,8 @@ def run_tasks(
     """Runs all tasks. Collective.
 
     Returns:
-        On rank 0 {"results": {task: {metric: value}}, "settings": …}, with lm-eval's names of metrics, and
-        reasoning-gym's settings below its name. Else None.
+        On rank 0 {"results": {task: {metric: value}}, "settings": …}, with lm-eval's metric names, and
+        reasoning-gym's settings under its name. None elsewhere.
     """
     gym, others = _split(settings)
     judged, solved = _run_lm_eval(others, model, tokenizer, batch_size, comm) if others.names else None, None
@@ -75,7 +75,7 @@ def run_tasks(
 
 
 def mean_metric(tasks: dict[str, Any], metric: str) -> float | None:
-    """Returns the mean over the tasks with this metric, or None: "acc", or "exact_match" of written answers."""
+    """Returns the mean over the tasks with a metric, such as "acc" or "exact_match". None without such tasks."""
     values = [tasks["results"][name][f"{metric},none"] for name in tasks_with(tasks, metric)]
     return sum(values) / len(values) if values else None
 
@@ -98,7 +98,7 @@ def _run_lm_eval(
     batch_size: int,
     comm: "Communicator",
 ) -> dict[str, Any] | None:
-    """Runs the tasks. Rank r takes every document from the r-th on in steps of `world_size`. Collective."""
+    """Runs the tasks. Rank r takes documents r, r + world_size, and so on. Collective."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         answer = _lm_eval("").simple_evaluate(
@@ -140,7 +140,7 @@ def _model_on_ranks(
             self._world_size = comm.world_size
 
         def all_gather(self, tensor: "Tensor") -> "Tensor":
-            """Gathers a scalar of every rank -> (world_size,)."""
+            """Gathers a scalar from every rank: (world_size,)."""
             return comm.all_gather(tensor.view(1)).flatten()
 
         def barrier(self) -> None:

@@ -1,4 +1,4 @@
-"""The machines of a plan. Its import is quick, so that bad arguments are named without waiting for DeepSpeed."""
+"""The machines of a plan. This module imports fast, so bad arguments are reported before DeepSpeed is imported."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ GIB = 1 << 30
 NCCL_RINGS = 1_060_000_000
 NCCL_PER_NEAR_RANK = (4_340_000_000 - NCCL_RINGS) // 7
 NCCL_PER_FAR_RANK = 2 * 2 * (4 << 20)
-MOST_GPUS = 1 << 20  # beyond any machine there is: a number typed wrong
+MOST_GPUS = 1 << 20  # no cluster is larger, so the number must be a typing error
 
 
 def _option(default: float | None, meaning: str) -> Any:
@@ -32,10 +32,10 @@ class Cluster:
     nccl: float | None = _option(None, "GiB of a GPU that NCCL takes; default: by the number of ranks")
     host_reserve: float = _option(3.0, "GiB of host memory of a rank's process before it loads anything")
     intra_bandwidth: float = _option(300.0, "GB/s a GPU receives from GPUs of its machine")
-    inter_bandwidth: float = _option(25.0, "GB/s a machine receives from the others")  # all its network cards together
+    inter_bandwidth: float = _option(25.0, "GB/s that a machine receives from the others")  # over all its network cards
     host_bandwidth: float = _option(25.0, "GB/s between GPU and host memory")
-    flops: float = _option(312.0, "TFLOP/s of a GPU in matrix products of the model's dtype, as its maker says")
-    utilisation: float = _option(0.4, "fraction of these that a run reaches")
+    flops: float = _option(312.0, "TFLOP/s of a GPU in matrix products of the model's dtype, by its data sheet")
+    utilisation: float = _option(0.4, "fraction of --flops that a run reaches")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -45,7 +45,7 @@ class Cluster:
         gpus = f"--nodes {self.nodes} x --gpus-per-node {self.gpus_per_node}"
         require(self.world_size <= MOST_GPUS, f"{gpus} is more than {MOST_GPUS} GPUs")
         taken = f"--reserve {self.reserve}" + (f" and --nccl {self.nccl_bytes / GIB:.1f}" if self.nccl_bytes else "")
-        require(self.gpu_bytes > 0, f"--gpu-memory {self.gpu_memory} leaves nothing beside {taken}")
+        require(self.gpu_bytes > 0, f"--gpu-memory {self.gpu_memory} leaves nothing after {taken}")
 
     @property
     def world_size(self) -> int:
@@ -57,7 +57,7 @@ class Cluster:
 
     @property
     def nccl_bytes(self) -> int:
-        """The memory of a GPU that NCCL takes for its rings and for every other rank."""
+        """The GPU memory that NCCL takes for its rings and for every other rank."""
         if self.nccl is not None or self.world_size == 1:
             return int((self.nccl or 0) * GIB)
         near, far = self.gpus_per_node - 1, self.world_size - self.gpus_per_node
@@ -68,10 +68,10 @@ class Cluster:
         return int(self.host_memory * GIB)
 
     def between_nodes(self, per_rank: float, ranks: int) -> float:
-        """Returns the part of `per_rank` bytes that goes to other nodes, if a rank sends them evenly to `ranks`."""
+        """Returns how many of `per_rank` bytes go to other nodes, if a rank sends them evenly to `ranks`."""
         return per_rank * max(0, ranks - self.gpus_per_node) / max(1, ranks - 1)
 
     def seconds_to_receive(self, per_rank: float, ranks: int) -> float:
-        """Returns the time in which every rank receives `per_rank` bytes over the slower link, without latencies."""
+        """Returns the time until every rank has received `per_rank` bytes over the slower link, without latencies."""
         per_node = self.between_nodes(per_rank, ranks)  # a byte enters a node once for all its GPUs
         return max(per_rank / (self.intra_bandwidth * 1e9), per_node / (self.inter_bandwidth * 1e9))

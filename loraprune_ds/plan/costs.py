@@ -10,13 +10,13 @@ from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import full_bytes, passes_of_weights
 from loraprune_ds.pruning.compensate import numel_sent
 
-IN_GROUP = "weights_in_group"  # inside a group of hpZ. Other bytes go to all ranks
-StepKind = tuple[bool, bool]  # it scores; it measures inputs (`prune.compensate`)
+IN_GROUP = "weights_in_group"  # sent inside a group of hpZ. Other bytes go to all ranks
+StepKind = tuple[bool, bool]  # (the step scores, the step measures inputs for `prune.compensate`)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Holds the bytes that a rank sends by term, the bytes of these that go to other nodes, and seconds."""
+    """Holds the bytes that a rank sends by term, how many go to other nodes, and seconds."""
 
     sent: dict[str, int]
     between_nodes: float
@@ -31,7 +31,7 @@ class Cost:
 
 
 class Total(NamedTuple):
-    """Holds seconds if everything overlaps, seconds if nothing does, and bytes sent."""
+    """Holds the seconds with full overlap, the seconds without overlap, and bytes sent."""
 
     at_least: float
     at_most: float
@@ -55,7 +55,7 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
     if measures and others and (measured := request.measured(shape)):
         moments = 8 + 4 * micro * sum(numel_sent(shape.linear_shape(i, x)[1]) for i, x in measured)
     weights = _gathers(request, request.stored(shape), passes_of_weights(request, shape) * micro, lora)
-    embedding = request.stored(shape)[:1] if shape.encoder_layers else []  # a decoder reads it after its encoder
+    embedding = request.stored(shape)[:1] if shape.encoder_layers else []  # the decoder reads it after the encoder
     for again, passes in ((request.taught, micro), (embedding, (1 + bool(request.taught)) * micro)):
         for term, sent in _gathers(request, again, passes).items():
             weights[term] += sent
@@ -63,7 +63,7 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
 
 
 def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
-    """Returns the cost of a cut: shards of the layers that get smaller with LoRA's state, and refitted linears."""
+    """Returns the cost of a cut: shards of smaller layers with LoRA's state, and refitted linears."""
     cut = [i for i in range(len(after.layers)) if before.layers[i] != after.layers[i]]
     lora = sum(request.shard_numel(before.layer_lora_sizes(i, request.config.lora.r)) for i in cut)
     sent = sum(request.shard_bytes(request.stored(before, i)) for i in cut) + (12 + request.element_size) * lora
@@ -74,7 +74,7 @@ def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
 
 
 def all_steps(request: Request, final: ModelShape) -> Total:
-    """Adds up all steps. Between the dense and the final shape costs fall linearly with the parameters."""
+    """Adds up all steps. Costs fall linearly with the parameters from the dense to the final shape."""
     prune, schedule, total = request.config.prune, request.pruning.schedule, Total(0, 0, 0)
     kinds: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
     known = {kind: [step_cost(request, x, kind).total for x in (request.shape, final)] for kind in kinds}
@@ -87,7 +87,7 @@ def all_steps(request: Request, final: ModelShape) -> Total:
 
 
 def _gathers(request: Request, weights: list[StoredTensor], passes: int, lora_shards: int = 0) -> dict[str, int]:
-    """Returns the bytes of passes that gather all weights. hpZ copies LoRA again in every step."""
+    """Returns the bytes sent by passes that gather all weights. hpZ copies LoRA again in every step."""
     others, group = request.world_size - 1, request.fetch.zero_hpz_partition_size
     factors = request.element_size * lora_shards
     shards = request.shard_bytes(weights) + factors
@@ -112,7 +112,7 @@ def _cost(request: Request, sent: dict[str, int], operations: float) -> Cost:
 
 
 def _attention_product(request: Request, shape: ModelShape) -> float:
-    """Returns the operations per token of one product of attention: over half a window, or all of it if eager."""
+    """Returns the operations per token of one attention product, over half a window, or all of it if eager."""
     return flops.attention_product(shape, request.config.data.window) / (1 if request.batch(1, 1).eager else 2)
 
 
@@ -125,4 +125,4 @@ def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> flo
         per_token += sum(2 * numel_sent(shape.linear_shape(i, x)[1]) for i, x in request.measured(shape))
     if request.taught:
         per_token += 2 * flops.active_numel(request.shape) + 2 * _attention_product(request, request.shape)
-    return per_token / len(shape.layer_lists)  # a token is in one of them
+    return per_token / len(shape.layer_lists)  # a token passes either the encoder or the decoder

@@ -1,4 +1,4 @@
-"""The plan of a run: memory, bytes sent, seconds, what to change, and all of it as JSON and as a table."""
+"""The plan of a run: memory, bytes sent, seconds and suggestions, as JSON and as a table."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +15,7 @@ from loraprune_ds.plan.request import Request, changed
 from loraprune_ds.plan.stages import Stage, full_bytes, moment_bytes, plan_stages
 from loraprune_ds.pruning.target import describe_target, on_a_server
 
-MOST_NODES = 512  # that --smallest tries without --nodes
+MOST_NODES = 512  # limit of --smallest without --nodes
 COSTS = ("step", "last_step", "first_cut")
 ONE, AGAIN = {"micro_batch_size": 1}, {"gradient_checkpointing": True}
 PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
@@ -23,7 +23,7 @@ PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds the memory of a run, and computes bytes sent and seconds when they are read."""
+    """Holds the memory of a run. Bytes sent and seconds are computed on access."""
 
     request: Request
     after: ModelShape  # after the first cut
@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """The most bytes of a checkpoint: LoRA with its state, weights unless the source has them, moments."""
+        """The bytes of the largest checkpoint: LoRA with its state, moments, and weights that the source lacks."""
         request, dense, measured = self.request, self.request.shape, self.request.measured(self.request.shape)
         weights = full_bytes(request.stored(dense)) if measured else 0
         moments = sum(moment_bytes(dense, measured, request.world_size))
@@ -85,7 +85,7 @@ def make_plan(request: Request) -> Plan:
 
 
 def suggestions(plan: Plan) -> list[dict[str, Any]]:
-    """Plans each change that saves memory, then all together, then more GPUs."""
+    """Plans each change that saves memory, then all changes together, then more GPUs."""
     request, changes = plan.request, _changes(plan.request)
     plans = [(change, setting, make_plan(changed(request, **values))) for change, setting, values in changes]
     if len(changes) > 1:
@@ -122,7 +122,7 @@ def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def largest_micro_batch(plan: Plan) -> int | None:
-    """Finds the largest `train.micro_batch_size` that fits, which has the fewest passes per step."""
+    """Finds the largest `train.micro_batch_size` that fits. It has the fewest passes per step."""
     batch = plan.request.config.train.global_batch_size // plan.request.world_size
     sizes = (size for size in range(batch, 0, -1) if batch % size == 0)
     return next((n for n in sizes if make_plan(changed(plan.request, train={"micro_batch_size": n})).fits), None)
@@ -131,7 +131,7 @@ def largest_micro_batch(plan: Plan) -> int | None:
 def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, str]:
     """Tries 1, 2, … GPUs of a node, then whole nodes, where they can split the global batch.
 
-    Returns the plan on the fewest GPUs; if none fits, on the most that were tried, and a line for the user.
+    Returns the plan on the fewest GPUs that fit, or on the most that were tried, and a line for the user.
     """
     plan, most, passes = None, largest.gpus_per_node, request.micro_batches * request.world_size  # of a step
     sizes = [(1, gpus) for gpus in range(1, most + 1)]
@@ -142,7 +142,7 @@ def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, s
         try:
             smaller = changed(request, replace(largest, nodes=nodes, gpus_per_node=gpus))
         except UserError:
-            continue  # hpZ has no such groups
+            continue  # hpZ cannot split such a node
         plan = make_plan(smaller)
         if plan.fits:
             return plan, ""
@@ -153,7 +153,7 @@ def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, s
 
 
 def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
-    """Returns bytes, seconds and counts, also on a server with `server_gib` for weights and KV cache."""
+    """Returns bytes, seconds and counts. `server_gib` adds a server with that memory for weights and KV cache."""
     request, cluster, prune = plan.request, plan.request.cluster, plan.request.config.prune
     served = [("dense", request.shape), ("pruned", plan.final)] if server_gib else []
     return {
@@ -193,12 +193,12 @@ def notes(plan: Plan) -> list[str]:
     lines = [request.config.recipe]
     if not request.steps_known:
         known = "--samples N, or --set train.epochs=null --set train.steps=N"
-        lines.append(f"the run counts epochs and its data is not here: its steps are assumed ({known})")
+        lines.append(f"the run counts epochs of absent data, so its steps are assumed ({known})")
     if request.config.prune.ranking != "uniform":
-        lines.append("prune.ranking global is planned as if it took from all layers alike")
+        lines.append("the plan of prune.ranking global removes the same from all layers")
     if plan.step.communication > plan.step.compute and nodes > 1 and request.fetch.zero_hpz_partition_size == 1:
         setting = "--set deepspeed=ds_configs/zero3_multinode_hpz.json"
-        lines.append(f"sending takes longer than the arithmetic; with {setting} every node has a copy of the weights")
+        lines.append(f"sending takes longer than the arithmetic; {setting} keeps a copy of the weights on every node")
     lines.append("gathered weights and bytes sent are upper bounds; seconds are estimates, not measurements")
     lines.append("not counted: loading, evaluations, saving, the host's work; every sample counts as a full window")
     return lines
@@ -213,7 +213,7 @@ def verdict(plan: Plan) -> str:
 
 
 def plan_table(plan: Plan, facts: dict[str, Any]) -> str:
-    """Lays out what `plan_json` returned."""
+    """Lays out the `facts` of `plan_json`."""
     request, cluster, train = plan.request, plan.request.cluster, plan.request.config.train
     lines = [
         f"{request.model}: {facts['parameters']:,} parameters, {facts['parameters_after']:,} after the last cut",

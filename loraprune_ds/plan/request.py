@@ -24,7 +24,7 @@ from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
 from loraprune_ds.zero.flat import partition_numel
 
-ASSUMED_STEPS = 1000  # where a run counts epochs of data that are not here
+ASSUMED_STEPS = 1000  # for a run that counts epochs of absent data
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PlannedBatch:
     samples: int
     window: int
     element_size: int
-    eager: bool = False  # attention holds whole matrices of probabilities
+    eager: bool = False  # attention stores full matrices of probabilities
 
     @property
     def tokens(self) -> int:
@@ -50,7 +50,7 @@ class PlannedBatch:
         return self.eager * self.element_size * self.samples * self.window**2
 
     def probabilities(self, shape: ModelShape, layer: LayerShape) -> int:
-        """Counts the elements of one layer's attention probabilities, which only eager attention holds."""
+        """Counts the elements of one layer's attention probabilities. Only eager attention stores them."""
         return self.eager * self.samples * shape.query_heads(layer) * self.window**2
 
 
@@ -149,7 +149,7 @@ class Request:
         return section.get("device") == "cpu" and (not pinned or bool(section.get("pin_memory")))
 
     def shape_at(self, step: int) -> ModelShape:
-        """Returns the shape after a step. With `global` all layers lose the same."""
+        """Returns the shape after a step. `global` is planned with equal losses."""
         limits, section, dense = self.pruning.limits, self.pruning.schedule.section(step), self.pruning.limits.dense
         if counts := section.counts(limits, step):
             return with_counts(dense, limits, counts)
@@ -170,7 +170,7 @@ def make_request(
     overrides: Sequence[str] = (),
     samples: int | None = None,
 ) -> Request:
-    """Reads everything that a plan needs, with the arguments of launch/plan.py. Raises the errors that a run would."""
+    """Reads the input of a plan, given the arguments of launch/plan.py. Raises the errors that a run would raise."""
     if model in LLAMA_SIZES:
         config_path = config_path or str(SHIPPED / "launch" / "configs" / "paper" / f"{model}.yaml")
     if config_path is not None:

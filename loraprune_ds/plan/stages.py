@@ -1,4 +1,4 @@
-"""Bytes of a rank over the whole run, term by term. README.md in this folder has the formulas."""
+"""Bytes of a rank over the whole run, by term. README.md in this folder has the formulas."""
 
 import math
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ Terms = dict[str, int]  # bytes by name
 
 @dataclass(frozen=True)
 class Stage:
-    """Holds the bytes of a rank: on the GPU between two steps, in phases that do not overlap, and in host memory."""
+    """Holds the bytes of a rank: on the GPU between two steps, in separate phases, and in host memory."""
 
     name: str
     state: Terms
@@ -41,10 +41,10 @@ class Stage:
 
 
 def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[Stage]:
-    """Plans the memory of the run. The first cut needs the most of all cuts; `after` is the shape after it."""
+    """Plans the memory of the run. The first cut is the largest; `after` is the shape after it."""
     dense, cut = training_stage("dense", request, request.shape), _cut(request, request.shape, after)
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
-    if request.storage.int8:  # the export is not int8, and is evaluated when the run's own model is gone
+    if request.storage.int8:  # the export is not int8. It is evaluated after the run's model was freed
         stock = changed(request, model={"frozen": None})
         shape = stock.shape_at(stock.steps)
         weights = {"weights": stock.shard_bytes(stock.stored(shape))}
@@ -53,7 +53,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
 
 
 def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bool = True) -> Stage:
-    """Builds the stage of steps, evaluations and the export at a shape, whose steps may score and measure."""
+    """Builds the stage of steps, evaluations and the export at a shape. Its steps may score and measure."""
     state, host = split_state(request, shape, measures=scores)
     factors = [StoredTensor((n,), request.element_size) for n in shape.lora_sizes(request.config.lora.r)]
     embedding = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
@@ -85,7 +85,7 @@ def split_state(
         "weights": request.shard_bytes(stored),
         "teacher": request.shard_bytes(taught),
         "lora": e * lora,
-        "lora_masters": 4 * lora,  # fp32, as are moments, gradients and the bucket
+        "lora_masters": 4 * lora,  # fp32, like moments, gradients and the bucket
         "lora_moments": 8 * lora if stepped else 0,
         "lora_gradients": 4 * lora,
         "reduce_bucket": 4 * int(request.zero["reduce_bucket_size"]),
@@ -97,9 +97,9 @@ def split_state(
     host = {name: terms.pop(name) for name in list(terms) if name in away}
     blocks = list[int]()  # of page-locked memory, which torch rounds up to powers of two
     if request.offloads("optimizer"):
-        host["lora_gradients_for_the_step"] = host["lora_gradients"]  # DeepSpeed's CPU optimizer has its own
+        host["lora_gradients_for_the_step"] = host["lora_gradients"]  # DeepSpeed's CPU optimizer has a separate copy
         blocks += 2 * [host["lora_gradients"]] if request.offloads("optimizer", pinned=True) else []
-    if request.offloads("param", pinned=True):  # frozen shards one by one, LoRA's in a buffer
+    if request.offloads("param", pinned=True):  # each frozen shard is a block, and LoRA's share a buffer
         second = [request.second_copies([x]) for x in frozen] if copies else []
         blocks += [host["lora"], *(request.shard_bytes([x]) for x in frozen), *second]
     if blocks:
@@ -110,7 +110,7 @@ def split_state(
 
 
 def moment_bytes(shape: ModelShape, linears: Iterable[LinearId], world_size: int) -> list[int]:
-    """Returns by rank the bytes of the fp32 input moments of these linears, whose layers the ranks own."""
+    """Returns the bytes of these linears' fp32 input moments on each rank, which has those of its own layers."""
     of_ranks = [0] * world_size
     for i, linear in linears:
         of_ranks[layer_owner(i, world_size)] += 4 * shape.linear_shape(i, linear)[1] ** 2
@@ -136,7 +136,7 @@ def passes_of_weights(request: Request, shape: ModelShape) -> int:
     numel, _ = _model_size(request, shape)
     stays = numel <= min(request.fetch.max_live_parameters, request.fetch.max_reuse_distance)
     again = request.config.train.gradient_checkpointing and shape.hidden_size > LEAF_LAYER_HIDDEN
-    return (1 if stays else 2) + again  # a layer that is gathered whole is there when it is computed again
+    return (1 if stays else 2) + again  # a layer that is gathered as one is still there for recomputation
 
 
 def full_bytes(tensors: Iterable[StoredTensor]) -> int:
@@ -189,7 +189,7 @@ def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
 
 
 def _training(request: Request, shape: ModelShape) -> Terms:
-    """Returns the terms of a micro-batch. With `distill_weight` there are logits of both models, and the target."""
+    """Returns the terms of a micro-batch. `distill_weight` adds the teacher's logits and the target."""
     train, e = request.config.train, request.element_size
     batch = request.batch(train.micro_batch_size, request.config.data.window)
     head = logits(shape, batch)
@@ -207,7 +207,7 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
     tokens = config.train.micro_batch_size * config.data.window
     if config.prune.criterion == "fisher":
         widths = [(x.is_stack, shape.inputs_per_token(i, x)) for i, x in shape.input_linear_ids()]
-        # Dropout replaces the inputs of a stack of experts, so the originals are kept for it.
+        # Dropout replaces the inputs of expert stacks, so the originals are kept.
         kept = sum(n for is_stack, n in widths if is_stack) if config.lora.lora_dropout else 0
         blocks = 12 * min(tokens * max(n for _, n in widths), DEVICE_BLOCK_NUMEL)
         terms["squared_gradients"] = blocks + request.element_size * tokens * kept
@@ -230,7 +230,7 @@ def _evaluation(request: Request, shape: ModelShape) -> Terms:
 
 
 def _scoring(request: Request, shape: ModelShape) -> Terms:
-    """Returns the terms of scoring: LoRA masters and gradients of some layers as shards and as factors, and blocks."""
+    """Returns the terms of scoring: blocks, and LoRA masters and gradients of some layers as shards and factors."""
     if request.config.prune.criterion == "fisher":
         return {}
     layers = [sum(shape.layer_lora_sizes(i, request.config.lora.r)) for i in range(len(shape.layers))]

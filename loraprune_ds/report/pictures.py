@@ -21,7 +21,7 @@ from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, History, StepRecord
 from loraprune_ds.units import format_percent, format_perplexity
 
-if TYPE_CHECKING:  # takes a second to import, so only where a picture is drawn
+if TYPE_CHECKING:  # takes a second to import, which only pictures need
     import numpy as np
     from matplotlib.axes import Axes
 
@@ -39,9 +39,9 @@ LEGEND_ABOVE: Any = {
     "handlelength": 1.6,
 }
 MOST_CELLS = 384  # of a strip: more would be narrower than a pixel or two
-MOST_CELLS_APART = 64  # which have a gap between them
+MOST_CELLS_APART = 64  # with gaps between the cells
 MOST_NUMBERED = 48  # layers whose counts are written down
-# Evaluations on the way need no words.
+# Evaluations during the run have no label.
 NAMES: dict[EvaluationName, str] = {"dense": "dense", "after_last_cut": "after the last cut", "pruned": "exported"}
 # The title and colour of a kind.
 PANELS: dict[Kind, tuple[str, str]] = {
@@ -54,7 +54,7 @@ PANELS: dict[Kind, tuple[str, str]] = {
 
 
 def draw_kept_groups(path: Path, dense: ModelShape, kept: Sequence[LayerKeep]) -> None:
-    """Draws which groups of each kind every layer kept, as a strip per layer, and how many."""
+    """Draws which groups of each kind every layer kept, as a strip per layer, and their number."""
     from matplotlib.ticker import MaxNLocator
 
     height = 1.3 + min(max(0.115 * len(dense.layers), 1.4), 9.0)
@@ -73,7 +73,7 @@ def draw_kept_groups(path: Path, dense: ModelShape, kept: Sequence[LayerKeep]) -
 
 
 def _draw_strips(axes: "Axes", kept: Sequence["Groups"], had: Sequence[int], colour: str) -> None:
-    """Draws a row per layer and a cell per group, or per several groups where there are too many."""
+    """Draws a row per layer and a cell per group, or per several if there are too many."""
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.ticker import MaxNLocator
@@ -81,7 +81,7 @@ def _draw_strips(axes: "Axes", kept: Sequence["Groups"], had: Sequence[int], col
     most = max(had)
     together = math.ceil(most / MOST_CELLS)
     cells = math.ceil(most / together)
-    share = np.full((len(had), cells), np.nan)  # of the groups of a cell, the part that stayed
+    share = np.full((len(had), cells), np.nan)  # kept fraction of the groups in a cell
     for row, groups, count in zip(share, kept, had, strict=True):
         cell = np.arange(count) // together
         there = np.bincount(cell, minlength=cells)
@@ -99,7 +99,7 @@ def _draw_strips(axes: "Axes", kept: Sequence["Groups"], had: Sequence[int], col
 
 
 def _draw_counts(axes: "Axes", had: Sequence[int], have: Sequence[int], colour: str) -> None:
-    """Draws how many groups each layer kept, as bars over the dense counts, with numbers where there is room."""
+    """Draws the number of kept groups per layer as bars over the dense counts, with numbers if they fit."""
     layers = range(len(had))
     axes.barh(layers, had, height=0.8, color=PALE)
     bars = axes.barh(layers, have, height=0.8, color=colour)
@@ -111,7 +111,7 @@ def _draw_counts(axes: "Axes", had: Sequence[int], have: Sequence[int], colour: 
 
 
 def draw_training(path: Path, history: History) -> None:
-    """Draws loss, perplexity over the removed part, sparsity, seconds and bytes per rank, with the cuts marked."""
+    """Draws loss, perplexity over the removed fraction, sparsity, seconds and bytes per rank, and marks the cuts."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with picture(path, (10, 8.2), STYLE, ConstrainedLayoutEngine(h_pad=0.09)) as figure:
@@ -141,8 +141,8 @@ def draw_training(path: Path, history: History) -> None:
 
 
 def _draw_loss(axes: "Axes", steps: Sequence[StepRecord], measured: Sequence[EvaluationRecord]) -> None:
-    """Draws the loss, and the logarithm of held-out perplexities, which is a loss too."""
-    known = [s for s in steps if math.isfinite(s.loss)]  # other trainers report it only for some steps
+    """Draws the loss, and held-out losses, which are logarithms of perplexities."""
+    known = [s for s in steps if math.isfinite(s.loss)]  # other trainers report the loss only for some steps
     axes.plot([s.step for s in known], [s.loss for s in known], color=BLUE, lw=1.2, label="training")
     if measured:
         points = [e.step for e in measured], [math.log(e.perplexity) for e in measured]
@@ -173,7 +173,7 @@ def _draw_perplexity(axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence
 
 def _draw_sparsity(axes: "Axes", history: History) -> None:
     steps, percent = [s.step for s in history.steps], [100 * s.sparsity for s in history.steps]
-    # A cut follows its step: the value of a step is drawn up to it, and the curve jumps on the line of the cut.
+    # A cut follows its step, so the curve keeps the value up to that step and jumps on the line of the cut.
     axes.plot(steps, percent, color=BLUE, lw=1.6, drawstyle="steps-pre", label="reached", **UNCLIPPED)
     targets = [100 * c.target for c in history.cuts]
     axes.plot([c.step for c in history.cuts], targets, color=VERMILION, lw=1, ls="--", label="target")
@@ -192,7 +192,7 @@ def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[
 
 
 def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None) -> None:
-    """Draws perplexity over the parameters of the sizes, rows of report.json, with the dense model's and agreement."""
+    """Draws perplexity and agreement over parameters, with the dense perplexity. `shelf` is report.json's."""
     points = [(row["parameters"] / 1e6, row["perplexity"], row) for row in shelf if row["perplexity"]]
     if not points:
         return

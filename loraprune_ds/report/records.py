@@ -1,6 +1,6 @@
-"""The events of a run as three kinds of records, and metrics.jsonl, which has a line for each.
+"""The events of a run as three kinds of records, and metrics.jsonl with a line for each.
 
-Reports, pictures and curves are made from them.
+Reports, pictures and curves are made from these records.
 """
 
 import json
@@ -26,15 +26,15 @@ class StepRecord:
     loss: float
     learning_rate: float
     grad_norm: float | None
-    sparsity: float  # fraction of the decoder-layer linear parameters that is gone during this step
+    sparsity: float  # removed fraction of the decoder-layer linear parameters during this step
     tokens: int  # of the global batch, without padding
-    seconds: float  # wall time, without a cut or an evaluation after the step
+    seconds: float  # wall time, excluding a cut or an evaluation after the step
     tokens_per_second: float
     weight_bytes: list[int]  # frozen and LoRA
-    resident_bytes: list[int]  # memory in use now, not its peak
+    resident_bytes: list[int]  # current memory, not its peak
     skipped: bool = False  # the fp16 gradients overflowed and the weights did not change
     reserved_bytes: list[int] = field(default_factory=list)  # held by the allocator. Empty on a CPU
-    mfu: float | None = None  # needed operations (model/flops.py) over the GPUs' peak. None if that is unknown
+    mfu: float | None = None  # needed operations (model/flops.py) / the GPUs' peak. None if the peak is unknown
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class CutRecord:
     """Describes one cut, made right after the optimizer step of the same number."""
 
     step: int
-    target: float  # fraction of the decoder-layer linear parameters that should be gone
-    reached: float  # fraction that is gone
+    target: float  # fraction of the decoder-layer linear parameters to remove
+    reached: float  # removed fraction
     removed_fraction: float  # of all parameters of the model
     seconds: float
     bytes_sent: int  # by all ranks together
@@ -57,7 +57,7 @@ class CutRecord:
 
 
 def cut_line(cut: CutRecord) -> str:
-    """Describes a cut in one line. The weights are the fullest rank's."""
+    """Describes a cut in one line, with the weights of the fullest rank."""
     before, after = (format_bytes(max(b)) for b in (cut.weight_bytes_before, cut.weight_bytes_after))
     return (
         f"step {cut.step}  cut to {format_percent(cut.reached)} (target {format_percent(cut.target)}) "
@@ -106,7 +106,7 @@ class History:
         of[type(record)].append(record)
 
     def perplexity(self, name: EvaluationName) -> float | None:
-        """Returns the latest measurement of that name."""
+        """Returns the latest measurement with this name."""
         return next((e.perplexity for e in reversed(self.evaluations) if e.name == name), None)
 
 
@@ -131,7 +131,7 @@ class MetricsLog:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.read_bytes().endswith(b"\n"):
-            write_text(path, _complete_lines(path))  # else the next record would join the half line of a killed process
+            write_text(path, _complete_lines(path))  # or the next record would continue a killed process's half line
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -139,10 +139,10 @@ class MetricsLog:
         self._file.flush()
 
     def truncate_to(self, step: int) -> None:
-        """Drops the lines of later steps, which a run that resumes after `step` writes again. With 0 it drops all."""
-        lines = read_metrics(self.path, step) if step else []  # of a run that starts again they may be damaged
+        """Drops the lines after `step`, because a resumed run writes them again. 0 drops all lines."""
+        lines = read_metrics(self.path, step) if step else []  # a run that starts again may have damaged lines
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._file.close()  # it still points to the file that was replaced
+        self._file.close()  # it still points to the replaced file
         self._file = self.path.open("a", encoding="utf-8")
 
     def flush(self) -> None:
@@ -164,10 +164,10 @@ def _line(record: Record) -> str:
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     """Reads the complete lines of a metrics.jsonl, or those up to `last_step`.
 
-    A checkpoint at `last_step` has flushed its lines. After them a crash of the machine may have left anything.
+    A checkpoint at `last_step` has flushed its lines. A crash of the machine may have damaged later ones.
 
     Raises:
-        UserError: the file does not exist, a line is damaged, or a step is missing. The message names the place.
+        UserError: the file does not exist, a line is damaged, or a step is missing. The message names file and line.
     """
     try:
         lines = _complete_lines(path).splitlines()
@@ -190,7 +190,7 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
 
 
 def _complete_lines(path: Path) -> str:
-    """Reads the text up to its last newline, after which a killed process may have left half a line."""
+    """Reads the text up to its last newline. A killed process may have left half a line after it."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1]
 
@@ -202,7 +202,7 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is not valid JSON") from None
     if not isinstance(value, dict) or value.get("kind") not in RECORD_KINDS or not isinstance(value.get("step"), int):
         raise UserError(f"{where} is damaged: it must hold an object with kind and step")
-    # Fields with a default are newer than the first versions.
+    # Lines from the first versions lack the fields with a default.
     known = fields(RECORD_KINDS[value["kind"]])
     required = {f.name for f in known if f.default is MISSING and f.default_factory is MISSING}
     if missing := required - value.keys():

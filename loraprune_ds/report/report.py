@@ -1,4 +1,4 @@
-"""Writes report.json and kept_groups.json: the results of a run as data, with the versions and hardware behind them."""
+"""Writes report.json and kept_groups.json: the results of a run as data, with versions and hardware."""
 
 import json
 import math
@@ -20,11 +20,11 @@ from loraprune_ds.model.flops import cached_numel
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
 from loraprune_ds.report.records import History, StepRecord
 
-KINDS = ("heads", "channels", "experts", "delta", "cross_heads")  # which a cut record counts per layer
+KINDS = ("heads", "channels", "experts", "delta", "cross_heads")  # a cut record counts these per layer
 QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
-CHECKOUT = Path(__file__).resolve().parents[2]  # if this is one
+CHECKOUT = Path(__file__).resolve().parents[2]  # if the package runs from one
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "loraprune_ds")
-RESULTS = "tests/benchmarks/results"  # a benchmark writes them, they do not change it
+RESULTS = "tests/benchmarks/results"  # a benchmark's output, not its code
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Outcome:
     pruned: ModelShape
     kept_of_dense: list[LayerKeep]  # per layer, the kept groups as indices into the dense model
     resumed_from: list[int]  # the steps at which the run was resumed
-    target: dict[str, Any] | None = None  # `prune.target` and the size reached
-    sizes: dict[int, str] = field(default_factory=dict)  # the last step of each of `prune.sizes`, with its name
+    target: dict[str, Any] | None = None  # `prune.target` and the reached size
+    sizes: dict[int, str] = field(default_factory=dict)  # last step -> name of each of `prune.sizes`
 
 
 def make_report(
@@ -46,13 +46,13 @@ def make_report(
     peak_bytes: list[int],
     accelerator: str,
 ) -> dict[str, Any]:
-    """Makes the content of report.json. `peak_bytes` has each rank's peak memory, `accelerator` names their device."""
+    """Makes the content of report.json. `peak_bytes` has each rank's peak, `accelerator` their device's name."""
     steps, cuts, pruned, resumed_from = history.steps, history.cuts, outcome.pruned, outcome.resumed_from
     steps_before = [s for s in steps if not cuts or s.step <= cuts[0].step]
     steps_after = [s for s in steps if cuts and s.step > cuts[-1].step]
     before, after = next(reversed(steps_before), None), steps[-1] if steps and cuts else None
     return {
-        "params": {  # without LoRA, a tied tensor once
+        "params": {  # without LoRA. A tied tensor counts once
             "dense": dense.total_numel(),
             "pruned": pruned.total_numel(),
             "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
@@ -83,11 +83,11 @@ def make_report(
 
 
 def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[dict[str, Any]]:
-    """Returns a row per size, from the first to the last. KV bytes are per token, in 16 bits."""
+    """Returns a row per size, in order. KV bytes are per token, in 16 bits."""
     rows = list[dict[str, Any]]()
     for step, size in sizes.items():
         cuts = [cut for cut in history.cuts if cut.step <= step]
-        shape = dense  # no cut if nothing could go
+        shape = dense  # there is no cut if no group could leave
         if cuts:
             layers = zip(*(getattr(cuts[-1], kind) for kind in dense.kinds), strict=True)
             shape = dense.with_layers(tuple(LayerShape(zip(dense.kinds, counts, strict=True)) for counts in layers))
@@ -111,7 +111,7 @@ def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[d
 def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     """Returns the tensor-parallel sizes and the quantisation groups that divide every layer."""
     divided = [count for layer in pruned.layers for kind, count in layer.items() if kind != "experts"]
-    together = math.gcd(pruned.expert_size, *divided)  # an expert is split by its channels. 0 without experts
+    together = math.gcd(pruned.expert_size, *divided)  # a server splits an expert by channels. 0 without experts
     inputs = math.gcd(*(pruned.inputs(i, linear) for i, linear in pruned.linear_ids()))
     return {
         "tensor_parallel": [size for size in range(1, together + 1) if together % size == 0],
@@ -120,14 +120,14 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
 
 
 def _seconds_per_step(steps: Sequence[StepRecord], resumed_from: Sequence[int]) -> float | None:
-    """Returns the median, without the first step of every process and skipped ones."""
+    """Returns the median, excluding skipped steps and the first step of every process."""
     warm_up = {1, *(step + 1 for step in resumed_from)}
     times = [s.seconds for s in steps if s.step not in warm_up and not s.skipped]
     return statistics.median(times) if times else None
 
 
 def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: ModelShape) -> None:
-    """Writes a line per layer: the kept groups as indices into the dense model, and how many that has.
+    """Writes a line per layer: the kept groups as indices into the dense model, and the dense number.
 
     `heads` are key-value heads, with all query heads that read them.
     """
@@ -147,7 +147,7 @@ def versions() -> dict[str, str | None]:
 
 def commit(checkout: Path) -> str | None:
     """Returns the commit, with `-dirty` if files other than results have changed. None without git or a checkout."""
-    if not (checkout / ".git").exists():  # an installed copy may lie inside another repository
+    if not (checkout / ".git").exists():  # an installed copy may be inside another repository
         return None
     head = _git(checkout, "rev-parse", "HEAD")
     changed = _git(checkout, "diff", "--name-only", "HEAD", "--", ".", f":(exclude){RESULTS}")

@@ -1,7 +1,7 @@
-"""Shows records as curves: in TensorBoard, wandb, trackio and mlflow.
+"""Shows records as curves in TensorBoard, wandb, trackio and mlflow.
 
 The last three are optional packages with their own settings, such as `WANDB_MODE=offline` or `MLFLOW_TRACKING_URI`.
-Records go to a new run, or to the one that a Trainer has opened.
+Records go to a new run, or to the open run of a Trainer.
 """
 
 import importlib
@@ -17,8 +17,8 @@ from loraprune_ds.errors import RankError, first_line, require
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, StepRecord
 
 PROJECT = "loraprune_ds"
-STEP_AXIS = "train/global_step"  # as in transformers. A resumed run may go back on it
-MOST_CURVES = 8  # ranks that have a curve each. Of more, only the smallest and the largest value have one
+STEP_AXIS = "train/global_step"  # as in transformers. A resumed run may repeat values of this axis
+MOST_CURVES = 8  # one per rank. With more ranks, only the smallest and the largest value have a curve
 Curves = Callable[[Record], dict[str, float]]
 
 
@@ -57,7 +57,7 @@ class TensorBoardLog:
     curves = staticmethod(scalars)
 
     def __init__(self, folder: Path, resumed_from: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes half a second, which runs without it save
+        from torch.utils.tensorboard import SummaryWriter  # takes half a second, so only runs that use it import it
 
         purge_step = None if resumed_from is None else resumed_from + 1
         self._writer = SummaryWriter(str(folder), purge_step=purge_step)
@@ -66,7 +66,7 @@ class TensorBoardLog:
         for tag, value in self.curves(record).items():
             self._writer.add_scalar(tag, value, record.step)
         if not isinstance(record, StepRecord):
-            self._writer.flush()  # rare and worth seeing immediately
+            self._writer.flush()  # rare, and worth seeing immediately
 
     def picture(self, path: Path) -> None:
         from matplotlib.image import imread
@@ -78,7 +78,7 @@ class TensorBoardLog:
 
 
 class Wandb:
-    """The calls of wandb's module. The other services differ in some of them."""
+    """The calls of wandb's module. The other services override some."""
 
     def __init__(self, module: Any) -> None:
         self.module = module
@@ -89,7 +89,7 @@ class Wandb:
         self.module.define_metric("*", step_metric=STEP_AXIS)
 
     def open_run(self) -> Any:
-        """Returns the open run. None where there is none, or where wandb is switched off."""
+        """Returns the open run. None without one, or if wandb is switched off."""
         return getattr(self.module, "run", self.module)
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -114,7 +114,7 @@ class Trackio(Wandb):
 
 class Mlflow(Wandb):
     def start(self, folder: Path, settings: dict[str, Any]) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take minutes, in which all ranks wait
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 take minutes, while all ranks wait
         if "MLFLOW_EXPERIMENT_NAME" not in os.environ:
             self.module.set_experiment(PROJECT)
         self.module.start_run(run_name=folder.name)
@@ -144,7 +144,7 @@ def check_installed(report_to: Iterable[str]) -> None:
 
 
 class ModuleLog:
-    """Logs to a run that was opened elsewhere. An error ends the reports, not the run."""
+    """Logs to a run that other code has opened. An error ends the reports, not the run."""
 
     def __init__(self, name: str, warn: Callable[[str], None], curves: Curves = scalars) -> None:
         self._name, self._warn, self._curves = name, warn, curves
@@ -173,7 +173,7 @@ class ModuleLog:
     def _try(self, send: Callable[[], object]) -> None:
         if self._works and (failure := _failure(send)):
             self._works = False
-            self._warn(f"report_to {self._name} gets no more: {failure}")
+            self._warn(f"stopped reporting to {self._name}: {failure}")
 
 
 class ReportedRun(ModuleLog):
@@ -195,9 +195,9 @@ class ReportedRun(ModuleLog):
 
 
 def _failure(call: Callable[[], object]) -> str | None:
-    """Calls a service. Returns its error in one line, possibly one of a library below it, such as sqlite3."""
+    """Calls a service. Returns the error in one line, from the service or a library below, such as sqlite3."""
     try:
         call()
-    except Exception as error:  # noqa: BLE001  # no list of their classes would be complete, and none may end a run
+    except Exception as error:  # noqa: BLE001  # no list of classes would be complete, and no error may end a run
         return f"{type(error).__name__}: {first_line(error)}"
     return None

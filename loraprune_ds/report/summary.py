@@ -1,4 +1,4 @@
-"""Makes the table that people read when a run is over."""
+"""Makes the table that users read at the end of a run."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +18,7 @@ from loraprune_ds.units import (
 )
 
 RESULT_FILES = (
-    (layout.MODEL_FOLDER, "Hugging Face model, smaller, LoRA merged in"),
+    (layout.MODEL_FOLDER, "the smaller Hugging Face model, LoRA merged"),
     (layout.REPORT_FILE, "these numbers and more, with versions and config"),
     (layout.KEPT_GROUPS_FILE, "the groups that every layer kept"),
     (layout.KEPT_GROUPS_PICTURE, "the same as a picture"),
@@ -41,7 +41,7 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
     table = aligned(rows, "<>><")
     shelf = _shelf_rows(report.get("shelf") or [])
     gpus, groups = (", ".join(map(str, report["serving"][key])) for key in ("tensor_parallel", "quantisation_groups"))
-    serving = f"tensor-parallel sizes that divide it: {gpus}; quantisation groups that do: {groups or 'none'}"
+    serving = f"tensor-parallel sizes that fit: {gpus}; quantisation groups that fit: {groups or 'none'}"
     return "\n".join([title, "", *table, "", *shelf, serving, *_results(folder)]) + "\n"
 
 
@@ -74,7 +74,7 @@ def _size_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
 
 
 def _quality_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
-    """Yields perplexity, and what `evaluate.after` has measured."""
+    """Yields perplexity and the measurements of `evaluate.after`."""
     dense, after_cut, exported = (report["perplexity"][name] for name in ("dense", "after_last_cut", "pruned"))
     remark = "" if after_cut is None else f"{format_perplexity(after_cut)} right after the last cut"
     yield "perplexity, held-out text", format_perplexity(dense), format_perplexity(exported), remark

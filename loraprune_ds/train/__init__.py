@@ -1,1 +1,1 @@
-"""The training: preparation, loop, distillation, checkpoints in time, output folder."""
+"""The training: preparation, loop, distillation, checkpoints, output folder."""

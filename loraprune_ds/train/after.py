@@ -1,4 +1,4 @@
-"""Measures the exported model after a run, in a separate process. No rank holds a model any more."""
+"""Measures the exported model after a run, in a separate process. The ranks have freed their models."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def check_after(config: RunConfig) -> None:
 def check_prompts(
     names: list[str], tokenizer: "PreTrainedTokenizerBase", path: str, positions: int | None, vocab_size: int
 ) -> None:
-    """Checks that the model's template takes the shipped prompts, and that they fit its positions and vocabulary."""
+    """Checks that template, positions and vocabulary of the model accept the shipped prompts."""
     if ANSWERS in names:
         from loraprune_ds.evaluate.answers import encode_prompts
         from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, read_prompts
@@ -47,7 +47,7 @@ def check_prompts(
 
 
 def _named(check: Callable[[], object], option: str) -> None:
-    """Runs a check of launch/evaluate.py. Its UserError names the setting instead of the option."""
+    """Runs a check of launch/evaluate.py. Its UserError then names the setting, not the option."""
     try:
         check()
     except UserError as error:
@@ -55,7 +55,7 @@ def _named(check: Callable[[], object], option: str) -> None:
 
 
 def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object]) -> None:
-    """Measures what `evaluate.after` asks for, unless report.json has it. On rank 0 only. Raises RunError."""
+    """Makes the measurements of `evaluate.after` that report.json lacks. On rank 0 only. Raises RunError."""
     names, report = config.evaluate.after, read_json(folder / REPORT_FILE)
     if not names or report.get("after", {}).get("asked") == names:
         return
@@ -88,17 +88,17 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
 def _evaluate(folder: Path, arguments: list[str]) -> str:
     """Runs launch/evaluate.py, and returns its JSON."""
     command = [sys.executable, "-m", "loraprune_ds.cli.evaluate", *arguments]
-    # With torchrun's variables the process would wait for a store that other ranks serve.
+    # With torchrun's variables the process would wait for the store of other ranks.
     environment = {k: v for k, v in os.environ.items() if k not in RANK and not k.startswith("TORCHELASTIC_")}
     answer = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if answer.returncode != 0:
         failed = f"evaluate.after failed with code {answer.returncode}"
-        raise RunError(f"{failed}; {folder} holds the finished run, and another start measures again")
+        raise RunError(f"{failed}; {folder} holds the finished run; start it again to measure again")
     return answer.stdout
 
 
 def _measured(result: dict[str, Any]) -> dict[str, Any]:
-    """Returns what report.json keeps of an evaluation."""
+    """Returns the part of an evaluation for report.json."""
     plan = result["answers_plan"] and {key: value for key, value in result["answers_plan"].items() if key != "prompts"}
     return {"answers_plan": plan} | _without_texts(result) | {"dense": _without_texts(result["dense"])}
 
@@ -108,7 +108,7 @@ def _tasks(names: list[str]) -> tuple[str, ...]:
 
 
 def _without_texts(model: dict[str, Any]) -> dict[str, Any]:
-    """Returns the tasks and answers of a model. The answers' texts stay in the evaluation's own file."""
+    """Returns the tasks and answers of a model, without the texts, which evaluation.json keeps."""
     answers = model["answers"] and {
         kind: {key: value for key, value in part.items() if key != "texts"} if isinstance(part, dict) else part
         for kind, part in model["answers"].items()

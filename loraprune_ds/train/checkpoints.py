@@ -1,4 +1,4 @@
-"""Saves and resumes a run: ties the checkpoint format to the trainer."""
+"""Saves and resumes a run. Connects the checkpoint format with the trainer."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -35,18 +35,18 @@ from loraprune_ds.zero.write import LocalWrites
 
 
 def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str]) -> TrainingCheckpoint | None:
-    """Finds the checkpoint that a run resumes from. None to start at step 0. Collective.
+    """Finds the checkpoint to resume from. None: the run starts at step 0. Collective.
 
-    `warnings` gets a line for each that cannot be used. Raises UserError if a given path has no good one of this run.
+    `warnings` gets a line for each unusable checkpoint. Raises UserError if a given path has no usable one of this run.
     """
     settings, path = output.config.to_dict(), output.resume_path
-    # The folder of a step, even one that lost its state. A run may have any name, even step-1.
+    # A step's folder, even if it lost its state. A run may have any name, even step-1.
     if path is not None and ((path / STATE_FILE).is_file() or path.parent.name == CHECKPOINTS_FOLDER):
         checkpoint = open_training_checkpoint(path, comm)
     else:
         root = path or output.path
         root = root if root.resolve().name == CHECKPOINTS_FOLDER else root / CHECKPOINTS_FOLDER
-        # Before anything is read in full, and before another run's checkpoints are called damaged.
+        # This comes before full reads, and before another run's checkpoints are called damaged.
         comm.all_or_raise(lambda: _check_settings(newest_state(root), root, settings))
         checkpoint = find_newest(root, comm, warnings.append)
         if checkpoint is None and path is not None:
@@ -115,7 +115,7 @@ class Checkpoints:
         save_step(engine.model, self.root, state, pruner, compensator and compensator.moments)
 
     def drop_old(self, comm: Communicator, step: int) -> None:
-        """Removes the files that no later start needs, after `step-{step}` was published. Collective."""
+        """Removes files that no later start needs, once `step-{step}` is published. Collective."""
         keep_last = self.config.checkpoint.keep_last
         LocalWrites(comm, self.root).do_on_rank_0(lambda: drop_old(self.root, step, keep_last))
 

@@ -1,4 +1,4 @@
-"""Holds what the parts of a run share on one rank, and keeps its status.json true, however the run ends."""
+"""Holds the state that the parts of a run share on one rank. Keeps status.json true, however the run ends."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from loraprune_ds.zero.comm import Communicator
 
 
 class RunStatus:
-    """Writes "running" on rank 0 while it is open, and "failed" with one line if an exception passes through.
+    """Writes "running" on rank 0 while it is open, and "failed" with one line after an exception.
 
-    An error that another rank meets alone is written by that rank. Rank 0 only sees a broken connection.
+    A rank that fails alone writes its own error, because rank 0 only sees a broken connection.
 
     Args:
-        first: steps that are done already.
-        mark: of this start, the same on all ranks.
+        first: the number of steps done before this start.
+        mark: identifies this start. The same on all ranks.
     """
 
     def __init__(self, folder: Path, steps: int, *, first: int, mark: str, rank: int = 0, ranks: int = 1) -> None:
@@ -41,15 +41,14 @@ class RunStatus:
     def update(self, step: int) -> None:
         """Writes the number of steps done. Raises RankError like `check_owner`."""
         self.step = step
-        if self._rank == 0:  # one rank is enough: a thousand would read the file at every step
+        if self._rank == 0:  # one rank is enough. A thousand would read the file at every step
             recorded = self.check_owner(RankError)
-            if recorded is None or recorded.state != "failed":  # else another rank has written its error
+            if recorded is None or recorded.state != "failed":  # otherwise another rank has written its error
                 self._write("running")
 
     def check_owner(self, error: type[RunError] = RunError) -> Status | None:
         """Raises the error if another process continues this run. On rank 0 only."""
-        # A process on a lost node wakes up when the node is found again. By then the run may continue on other nodes,
-        # or be finished there.
+        # A process on a lost node may wake up again. By then the run may continue on other nodes, or be finished.
         recorded = self._recorded()
         if recorded is not None and recorded.mark != self.mark:
             raise error(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
@@ -66,7 +65,7 @@ class RunStatus:
         if error is None or (self._rank > 0 and is_shared(error)):
             return
         recorded = self._recorded()
-        # Otherwise another rank was first.
+        # Otherwise another rank wrote its error first.
         if recorded is None or (recorded.mark == self.mark and recorded.state == "running"):
             with suppress(OSError):  # a full disk must not hide the error
                 self._write("failed", self._line(error))
@@ -109,10 +108,10 @@ class RunContext:
         return [*self.checkpoint.state.resumed_from, self.checkpoint.state.step] if self.checkpoint else []
 
     def stop_requested(self) -> bool:
-        """Whether a rank was asked to stop, where no step carries the request. If so, it is honoured. Collective."""
+        """Checks for requests to stop outside of steps, and honours one. Returns True if there was one. Collective."""
         if self.requests.agree(self.comm) != STOP:
             return False
-        self.check_owner()  # the file may ask the other process
+        self.check_owner()  # the file may address the other process
         self.requests.clear(STOP)
         self.recorder.show(f"stopped at step {self.status.step}; go on with --resume auto")
         return True

@@ -18,11 +18,11 @@ from loraprune_ds.zero.write import write_sharded_model
 
 
 def write_weights(context: RunContext, model: ShardedModel, target: Path) -> None:
-    """Writes the weights with LoRA merged in, into the staging folder of `target`. Collective."""
+    """Writes the weights with LoRA merged into the staging folder of `target`. Collective."""
     mark, dtype = context.status.mark, context.config.model.dtype
 
     def make_room() -> None:
-        if target.exists():  # of a process that was killed before its report
+        if target.exists():  # from a process that was killed before its report
             shutil.rmtree(target)
         begin(target, mark)
 
@@ -38,7 +38,7 @@ def exported_config(context: RunContext, pruned: ModelShape) -> ExportedConfig:
 
 
 def export_size(context: RunContext, model: ShardedModel, step: int) -> None:
-    """Exports the model of a size that is done after `step`, unless an earlier start did. Collective."""
+    """Exports the model of a size that ends at `step`, unless an earlier start did. Collective."""
     mark, dense = context.status.mark, context.prepared.pretrained
     target = context.folder / export_folder(context.prepared.pruning.schedule.ends(), step)
     if model.comm.gather_objects(target.exists())[0]:
@@ -58,7 +58,7 @@ def export_size(context: RunContext, model: ShardedModel, step: int) -> None:
 
 
 def make_card(context: RunContext, pruned: ModelShape, step: int, measured: EvaluationName) -> ModelCard:
-    """Makes an export's README, with the perplexities known so far. `measured` names the export's own."""
+    """Makes an export's README, with the perplexities known so far. `measured` names the one of the export."""
     prepared, history = context.prepared, context.recorder.history
     return card_of_run(
         context.config,

@@ -1,4 +1,4 @@
-"""Goes through the steps of a run: train, cut, evaluate, save, and stop when asked."""
+"""Runs the steps of a run: train, cut, evaluate, save, and stop on request."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,11 +50,11 @@ class TrainingLoop:
         self._totals = checkpoint.state.totals if checkpoint else RunTotals()
 
     def run(self) -> bool:
-        """Makes all remaining steps. Returns False if it was asked to stop, after a checkpoint."""
+        """Makes all remaining steps. Returns False after a request to stop, which saves a checkpoint."""
         if not self._context.checkpoint:
             self._evaluate(0, "dense")
         for step in range(self.status.step + 1, self.prepared.steps + 1):
-            if self._schedule.is_size(step - 1):  # here, so that a resumed run catches up on it
+            if self._schedule.is_size(step - 1):  # before the step, so that a resumed run makes up for it
                 export_size(self._context, self.model, step - 1)
             self._step(step)
             request = self._trainer.requested

@@ -1,4 +1,4 @@
-"""Decides what a start does with its output folder, and makes the folder."""
+"""Decides how a start uses its output folder, and makes the folder."""
 
 import os
 import time
@@ -17,21 +17,21 @@ from loraprune_ds.config_file import config_from_dict, differences, forget_remov
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import remove_leftovers, write_text
 
-if TYPE_CHECKING:  # a start that fails on its config need not wait for DeepSpeed's imports
+if TYPE_CHECKING:  # a start with a bad config must not wait for DeepSpeed's imports
     from loraprune_ds.zero.comm import Communicator
 
 CONFIG_FILE = "config.yaml"
-# A run that is shown or measured otherwise, or elsewhere, is the same run.
+# Settings that may differ in the same run: how it is shown and measured, and where.
 NOT_THE_RUN = ("logging", "output_dir", "evaluate.after")
 # A resumed run may also change how it saves and how it splits a global batch.
 MAY_DIFFER = (*NOT_THE_RUN, "checkpoint", "deepspeed", "model.text_only", "train.micro_batch_size")
 CHOOSE = "choose another output_dir"
 GO_ON = f"go on with --resume auto, or {CHOOSE}"
-SHARED_WAIT = 60.0  # seconds; a network file system may remember for half a minute that a file was missing
+SHARED_WAIT = 60.0  # seconds; a network file system may cache for half a minute that a file is missing
 
 
 class EarlierRun:
-    """What an earlier start left in a folder. Every file is read once."""
+    """Reads the files of an earlier start in a folder, each once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,9 +51,9 @@ class EarlierRun:
 
 
 class OutputFolder:
-    """The output folder of one start. `create` is the first to write there.
+    """The output folder of one start. Nothing is written before `create`.
 
-    A run that resumes keeps its own settings where none are given, so a default that changes later changes no run.
+    A resumed run keeps its settings unless new ones are given, so a later default changes no run.
 
     Args:
         given: the keys that the YAML and `--set` give.
@@ -71,15 +71,15 @@ class OutputFolder:
         with _unreadable_in_one_line(output_dir):
             self.resume_path = None if resume is None or resume == "auto" else Path(resume).resolve()
             own = [Path(output_dir).expanduser()] if isinstance(output_dir, str) else []
-            # A run, its checkpoints, or one of them.
+            # A run, its folder of checkpoints, or one checkpoint.
             named = [self.resume_path, *self.resume_path.parents[:2]] if self.resume_path else []
             earlier = [EarlierRun(folder) for folder in (*own, *named)]
             saved = next(filter(None, (run.config for run in earlier)), None)
-            if saved is None:  # a crash may have lost it, and every checkpoint holds it too
+            if saved is None:  # a crash may have lost the file, but every checkpoint holds the config
                 saved = next((run.newest_state.config for run in earlier if run.newest_state), {})
         try:
             config = config_from_dict(merge(forget_removed(saved), given))
-        except UserError:  # what does not go together is another run, which `start` refuses
+        except UserError:  # settings that do not fit belong to another run, which `start` refuses
             config = config_from_dict(given)
         self.config = replace(config, output_dir=os.path.expanduser(config.output_dir))
         self.path = Path(self.config.output_dir)
@@ -87,12 +87,12 @@ class OutputFolder:
 
     @cached_property
     def start(self) -> Literal["fresh", "resume", "finished"]:
-        """How to begin, decided without touching the folder.
+        """Returns how to begin, without touching the folder.
 
         Raises:
-            UserError: the folder holds another run, no run, or an unfinished one without `--resume`. Or the path to
-                resume from does not exist, or leads elsewhere though the folder holds a run. Or the folder is not
-                accessible.
+            UserError: the folder is not accessible, holds another run or foreign files, or holds an unfinished run
+                without `--resume`. Or the path to resume from does not exist, or is elsewhere although the folder
+                holds a run.
         """
         with _unreadable_in_one_line(self.path):
             self._check_access(os.R_OK | os.X_OK, "readable")
@@ -115,7 +115,7 @@ class OutputFolder:
         config_file, is_new = self.path / CONFIG_FILE, self.start == "fresh"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if is_new:  # only one of two starts at the same time can make the file
+            if is_new:  # only one of two simultaneous starts can make the file
                 config_file.touch(exist_ok=False)
             remove_leftovers(self.path)
             remove_leftovers(self.path / layout.CHECKPOINTS_FOLDER)
@@ -162,10 +162,8 @@ class OutputFolder:
         ):
             self._refuse_foreign()
         elif path is not None and not path.is_relative_to(self.path.resolve()):
-            raise UserError(
-                f"output_dir {self.path} holds a run already, so it cannot take up --resume {path}; {GO_ON}"
-            )
-        _ = self._earlier.newest_state  # another format has its own error line
+            raise UserError(f"output_dir {self.path} holds a run already, so it cannot resume from {path}; {GO_ON}")
+        _ = self._earlier.newest_state  # raises the error line for another format
         if self._earlier.config:
             self._check_same_run(MAY_DIFFER)
 
@@ -179,7 +177,7 @@ class OutputFolder:
 
 @contextmanager
 def _unreadable_in_one_line(folder: object) -> Iterator[None]:
-    """Turns a name that is too long, or a disk that does not answer, into one line."""
+    """Reports a name that is too long, or a disk that does not answer, in one line."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Prepares a run before any long work, to find everything that is wrong with its input."""
+"""Prepares a run, and finds every error in its input before any long work."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,7 +49,7 @@ class Prepared:
         return self.pruning.steps
 
     def with_model(self, pretrained: PretrainedModel) -> "Prepared":
-        """Plans the same run of another dense model."""
+        """Plans the same run for another dense model."""
         if pretrained is self.pretrained:
             return self
         limits = make_limits(self.config.prune, pretrained.shape)
@@ -58,7 +58,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) -> Prepared:
-    """Checks the whole input on every rank. All raise the same UserError. Collective."""
+    """Checks the whole input on every rank. All ranks raise the same UserError. Collective."""
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
     comm.on_rank_0(lambda: check_after(config))  # the rank that will measure
     own = partial(_prepare, config, comm.world_size, comm.ranks_per_node())
@@ -72,7 +72,7 @@ def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) ->
 
 
 def _check_before_download(config: RunConfig, world_size: int) -> None:
-    """Checks everything that does not depend on the model, which may take an hour to download."""
+    """Makes the checks that need no model, because its download may take an hour."""
     check_private_attributes()
     check_dtype(config.model.dtype)
     check_flash_attention(config.model)
@@ -124,7 +124,7 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
 def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
     """Checks that the model can be built here and is large enough for the settings."""
     shape, positions = pretrained.shape, pretrained.config.get("max_position_embeddings")
-    build_for_losses(pretrained, config.model.attn_implementation)  # as the engine will
+    build_for_losses(pretrained, config.model.attn_implementation)  # as the engine will build it
     hidden = shape.hidden_size
     require(config.lora.r <= hidden, f"lora.r {config.lora.r} is above the model's hidden_size {hidden}")
     for key, window in (("data.window", config.data.window), ("evaluate.window", config.evaluate.window)):
@@ -133,7 +133,7 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 
 
 def describe_run(prepared: Prepared, world_size: int) -> str:
-    """Describes in two or three lines what a run prunes, on which ranks, and how far."""
+    """Describes the model, the ranks and the cuts of a run, in two or three lines."""
     config, dense, pruning = prepared.config, prepared.pretrained.shape, prepared.pruning
     ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
     lines = [
@@ -152,18 +152,18 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
     changed = dense.family.changed_in_memory(config_object(prepared.pretrained.config))
     lines += [f"config.json's {name} {value} is {dense.family.in_memory[name]} here" for name, value in changed.items()]
     if prepared.pretrained.tower:
-        lines.append("only the text part is tuned and cut. The vision tower comes along, which needs equal layers")
+        lines.append("only the text part is tuned and cut. The vision tower is copied, so layers must stay of one size")
     if prepared.pretrained.config.get(NEXT_TOKENS):
         gone = f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0"
         lines.append(f"{gone}. launch/export.py --mtp keeps them, cut to fit")
     if dense.experts_per_token and config.prune.compensate != "none":
         refit = f"prune.compensate: {config.prune.compensate}"
-        lines.append(f"{refit} refits o_proj. Nothing makes up for experts that leave")
+        lines.append(f"{refit} refits o_proj. Removed experts cannot be compensated")
     if config.train.distill_weight and config.model.adapter:
         lines.append("the teacher is model.path without model.adapter; merge the adapter first to keep it")
     if left_out := prepared.samples.left_out:
         such = f"such as {prepared.samples.first_left_out}"
-        lines.append(f"{left_out:,} rows have no answer within data.window {config.data.window}, {such}: left out")
+        lines.append(f"{left_out:,} rows have no answer in data.window {config.data.window}, {such}; they are left out")
     if world_size == 1:
         lines.append("world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Passes records on to the history, metrics.jsonl, the reporters and the progress display, and writes the results."""
+"""Passes records to the history, metrics.jsonl, the reporters and the progress display. Writes the results."""
 
 import math
 import os
@@ -25,7 +25,7 @@ from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog
 from loraprune_ds.units import format_bytes, format_percent, format_perplexity
 from loraprune_ds.zero.device import device_name
 
-LATEST = 10  # steps that the time left is estimated from, because steps get faster with every cut
+LATEST = 10  # steps behind the estimate of the time left. Only these, because steps get faster with every cut
 EVALUATED = {
     "dense": "dense model",
     "after_last_cut": "right after the last cut",
@@ -36,13 +36,13 @@ EVALUATED = {
 
 
 class Progress:
-    """Shows steps as they come, and each cut, evaluation and message on its own line.
+    """Shows steps as they come, and each cut, evaluation and message on a separate line.
 
     Args:
         steps: of the whole run.
         first: steps done before a resume.
-        stream: default standard error. A terminal gets the live line, anything else plain lines.
-        every_seconds: least time between two step lines that are not on a terminal.
+        stream: default standard error. A terminal gets a live line, any other stream plain lines.
+        every_seconds: least time between two step lines outside of a terminal.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Progress:
 
 
 def _can_show_live_line(stream: TextIO) -> bool:
-    """Whether the stream is a terminal with a width. tqdm shows nothing where it is 0, as in some containers."""
+    """Returns True for a terminal with a width. tqdm shows nothing at width 0, as in some containers."""
     if not stream.isatty():
         return False
     try:
@@ -133,7 +133,7 @@ def _can_show_live_line(stream: TextIO) -> bool:
 
 
 class Recorder:
-    """Adds records to a history and passes them on to the sinks, which only rank 0 has."""
+    """Adds records to a history and passes them to the sinks, which only rank 0 has."""
 
     def __init__(self, history: records.History, sinks: Sequence[records.Sink]) -> None:
         self.history, self.sinks = history, list(sinks)
@@ -172,7 +172,7 @@ class Recorder:
 
 
 class RunRecorder(Recorder):
-    """Records a run of our own trainer: also in metrics.jsonl and on the progress display. On rank 0 only."""
+    """Records a run of our own trainer, also in metrics.jsonl and on the progress display. On rank 0 only."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class RunRecorder(Recorder):
             return
         metrics = records.MetricsLog(folder / layout.METRICS_FILE)
         first = checkpoint and checkpoint.state.step
-        metrics.truncate_to(first or 0)  # a killed run may have gone beyond it
+        metrics.truncate_to(first or 0)  # a killed run may have written later steps
         self.history = records.history_from(records.read_metrics(metrics.path))
         self.sinks.append(metrics)
         report_to = ["tensorboard"] if logging.report_to is None else logging.report_to

@@ -34,14 +34,14 @@ from loraprune_ds.zero.training_engine import release
 
 
 def run(output: OutputFolder, comm: Communicator) -> bool:
-    """Carries out a run, or the rest of one. False if it was asked to stop, after a checkpoint. Collective.
+    """Carries out a run, or the rest of one. Returns False after a request to stop, which saves. Collective.
 
     Raises:
         UserError: the input cannot be used. Nothing was written yet.
         RunError: the run went wrong. status.json names the reason.
     """
     config = output.config
-    resumes = output.start == "resume"  # which every rank finds out before rank 0 makes the folder
+    resumes = output.start == "resume"  # every rank reads this before rank 0 makes the folder
     torch.use_deterministic_algorithms(config.train.deterministic)
     prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
     warnings: list[str] = []
@@ -65,7 +65,7 @@ def run(output: OutputFolder, comm: Communicator) -> bool:
         finished = outcome is not None and _finish(context, outcome)
         context.check_owner()
         context.status.end("finished" if finished else "stopped")
-        comm.barrier()  # a rank that leaves first with another code than 0 makes the launcher end the others
+        comm.barrier()  # the launcher ends the other ranks if one exits early with a code other than 0
     return finished
 
 
@@ -99,21 +99,21 @@ def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
 
 
 def _train(context: RunContext) -> Outcome | None:
-    """Trains and cuts the model, then writes its merged weights. None if it was asked to stop. Collective."""
+    """Trains and cuts the model, then writes its merged weights. None after a request to stop. Collective."""
     loop = TrainingLoop(context)
     if context.stop_requested() or not loop.run() or context.stop_requested():
         return None
     context.check_owner()
     context.recorder.show("writing the merged model")
     write_weights(context, loop.model, context.folder / MODEL_FOLDER)
-    loop.release()  # or it would take memory next to the exported model, which is measured next
+    loop.release()  # frees memory for the exported model, which is measured next
     target = describe_target(context.config.prune, context.prepared.pretrained.shape, loop.model.shape)
     ends = loop.pruner.schedule.ends()
     return Outcome(loop.model.shape, loop.pruner.kept_of_dense, context.resumed_from, target, ends)
 
 
 def _finish(context: RunContext, outcome: Outcome) -> bool:
-    """Completes the exported model, measures it, and publishes it with the report. False if asked to stop before."""
+    """Completes the exported model, measures it, and publishes it with the report. False after a request to stop."""
     config, comm, recorder, folder = context.config, context.comm, context.recorder, context.folder
     mark, dense = context.status.mark, context.prepared.pretrained
     staging = staging_of(folder / MODEL_FOLDER, mark)
@@ -144,10 +144,10 @@ def _finish(context: RunContext, outcome: Outcome) -> bool:
 def _evaluate_exported(staging: Path, context: RunContext) -> EvaluationRecord:
     """Measures the exported model, read back from disk and sharded. Collective."""
     config, prepared, comm = context.config, context.prepared, context.comm
-    # Every rank opens it: if one cannot, output_dir is not shared.
+    # Every rank opens it. A rank that cannot shows that output_dir is not shared.
     pretrained = comm.all_or_raise(lambda: open_pretrained(staging))
     model = config.model
     engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config)
     record = measure_held_out(engine, prepared.held_out, comm, step=prepared.steps, name="pruned")
-    release(engine)  # `evaluate.after` needs the room
+    release(engine)  # `evaluate.after` needs the memory
     return record

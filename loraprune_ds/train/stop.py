@@ -1,4 +1,4 @@
-"""Requests to stop or save, by files and signals, and the launchers, whose end is a request to stop.
+"""Requests to stop or save, by files and signals. The end of a launcher is a request to stop, too.
 
 The next step carries a request to all ranks.
 """
@@ -15,32 +15,32 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-if TYPE_CHECKING:  # a start looks for its launchers before the slow imports
+if TYPE_CHECKING:  # a start finds its launchers before the slow imports
     from loraprune_ds.zero.comm import Communicator
 
 NOTHING, SAVE, STOP = 0, 1, 2
 STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
-# The files that a request removes once its checkpoint is there.
+# A checkpoint removes the files of requests that it honours.
 REQUEST_FILES = {NOTHING: (), SAVE: (SAVE_FILE,), STOP: (STOP_FILE, SAVE_FILE)}
-# A parent counts by the program it runs. Any other may end before the run: the shell of `nohup ... &`, or a process
-# outside of the container. RANK proves nothing, because Kubeflow sets it for process 1 of a container.
+# A parent is a launcher if it runs one of these programs. Other parents may end before the run: the shell of
+# `nohup ... &`, or a process outside of the container. RANK proves nothing: Kubeflow sets it in containers.
 LAUNCHERS = {
     *("deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch"),
     *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
-    "slurmstepd",  # starts what srun asks for
+    "slurmstepd",  # starts the tasks of srun
 }
-RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}  # the last one by `loraprune-ds run`
+RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}  # `loraprune-ds run` uses the last one
 
 
 class RequestListener:
-    """Keeps the request that this rank has received. A step takes the largest of all ranks."""
+    """Keeps the request that this rank has received. A step uses the largest request of all ranks."""
 
     def __init__(self, folder: Path, *, watches_files: bool) -> None:
         self._folder, self._watches_files = folder, watches_files
         self._signalled, self._interrupted_at = False, 0.0
         numbers = [signal.SIGTERM, signal.SIGINT]
-        # Where srun started this rank itself. A launcher in between dies of it and takes its ranks with it.
+        # Only if srun itself started this rank. A launcher in between would die of the signal, with its ranks.
         if "SLURM_PROCID" in os.environ and not {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
             numbers.append(signal.SIGUSR1)
         self._before: dict[signal.Signals, Any] = {n: signal.signal(n, self._on_signal) for n in numbers}
@@ -70,9 +70,9 @@ class RequestListener:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
         if number != signal.SIGINT:
-            return  # Slurm and the launcher each deliver TERM, which is never more than one request
+            return  # Slurm and the launcher each deliver TERM, for one request
         now = time.monotonic()
-        # A terminal and the launcher both deliver Ctrl-C. A second press comes later than the launcher's copy.
+        # A terminal and the launcher both deliver Ctrl-C. A user's second press comes later than the launcher's copy.
         if self._interrupted_at and now - self._interrupted_at > 1.0:
             raise KeyboardInterrupt
         self._interrupted_at = self._interrupted_at or now
@@ -90,7 +90,7 @@ def find_launchers() -> list[int]:
     """Returns the parent, if it is a launcher, and the `deepspeed` command above it, which no launcher watches."""
     pids: list[int] = []
     process: psutil.Process | None = psutil.Process()
-    with contextlib.suppress(psutil.Error):  # a process that has just ended
+    with contextlib.suppress(psutil.Error):  # the process has just ended
         for known in (LAUNCHERS, RUNNERS):
             process = process.parent()
             if process is None or program_of(process.cmdline()) not in known:
@@ -100,7 +100,7 @@ def find_launchers() -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Returns False for a process that has ended, also if its parent has not waited for it yet."""
+    """Returns False for a process that has ended, even if its parent has not waited for it."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

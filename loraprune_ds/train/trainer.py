@@ -35,7 +35,7 @@ class PruningSteps:
         self.scored = False  # whether the last step's gradients were finite
 
     def exchange(self, own: Tensor, *numbers: int) -> list[list[float]]:
-        """Exchanges in one collective how the step went on each rank. It waits for the device once.
+        """Exchanges the outcome of a step between the ranks, in one collective. Waits for the device once.
 
         Args:
             own: a number of this rank, fp64 and on the device: its part of the loss, or its tokens.
@@ -82,10 +82,10 @@ class PruningSteps:
 
 
 class Teacher:
-    """Holds the source's decoder in a separate engine, sharded, stored as `model.frozen` says, in evaluation mode.
+    """Holds the source's decoder in a separate sharded engine, stored by `model.frozen`, in evaluation mode.
 
-    It has no LoRA, is never scored, cut or saved, and draws no random numbers. It needs no head, since the
-    student's is never cut.
+    It has no LoRA, is never scored, cut or saved, and draws no random numbers. It needs no head, because the
+    student's head is never cut.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Trainer:
     ) -> None:
         self.engine, self.model, self.pruner = engine, engine.model, pruner
         self.samples, self.order, self.config = samples, order, config
-        self.requested = NOTHING  # by any rank at the last step
+        self.requested = NOTHING  # the largest request of any rank at the last step
         self.pruning_steps = PruningSteps(self.model, pruner, dtype)
         self._seed, self._current_request, self._teacher = seed, current_request, teacher
         self._peak_flops = peak_flops(device_name(), dtype)
@@ -133,7 +133,7 @@ class Trainer:
         batch = self.order.batch(step - 1)
         texts, supervised = self.samples.text_lengths(batch), self.samples.count_supervised(batch)
         tokens = sum(texts)
-        learning_rate, sparsity = self.engine.learning_rate, self.pruner.reached()  # before the step changes them
+        learning_rate, sparsity = self.engine.learning_rate, self.pruner.reached()  # read before the step changes them
         flops = tokens * needed_flops_per_token(self.model.shape, sum(length**2 for length in texts) / tokens)
         with self.pruner.record_step(step):
             loss = self._accumulate(step, batch, supervised)
@@ -178,7 +178,7 @@ class Trainer:
             total += loss.detach()
             engine.backward(loss * (world_size / supervised))  # ZeRO-3 averages gradients over the ranks
             fail_point("backward")
-            del loss  # a live graph remembers the shapes before a cut
+            del loss  # a live graph would keep the shapes from before a cut
             if number < micro_batches[-1][0]:
                 engine.end_micro_batch()
         return total

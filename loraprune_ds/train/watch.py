@@ -1,9 +1,9 @@
-"""Notices in threads that the launcher is gone, or another rank. No collective reports it in time.
+"""Notices in threads when the launcher or another rank is gone. Collectives report that too late.
 
-The launcher ends the ranks one after the other and gives each 30 s, so ranks that hang in a collective with a dead one
-would stay for minutes. A launcher that was killed ends none. Without Slurm, ranks that wait for a lost node wait for
-an hour. For these every rank counts up in a store on rank 0. Rank 0 compares the counts and names a rank whose count
-stands still. The others read that name, and take rank 0 as lost if the store stays silent.
+The launcher ends the ranks one after the other and gives each 30 s, so ranks that hang in a collective with a dead rank
+would stay for minutes. A killed launcher ends no rank. Without Slurm, ranks wait for a lost node for an hour. Therefore
+every rank counts up in a store on rank 0. Rank 0 compares the counts and names a rank whose count stands still. The
+others read that name, and take rank 0 as lost if the store stays silent.
 """
 
 import os
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from loraprune_ds.zero.comm import Communicator
 
 INTERVAL = 1.0  # seconds
-GRACE = 15.0  # seconds in which a rank that lost another may end with its own traceback
-LOOKS = 10  # a rank whose count stands still for this many looks is lost
+GRACE = 15.0  # seconds for a rank that lost another to end with its own traceback
+LOOKS = 10  # a rank is lost if its count stands still for this many looks
 PATIENCE = timedelta(seconds=30)  # to open the store
 LOST = "lost"
 
@@ -36,8 +36,8 @@ class Watch(threading.Thread):
     """Runs until `close`. The constructor starts it and is collective.
 
     Args:
-        silence: seconds after which a rank that gives no sign counts as lost.
-        launchers: process ids, found before the imports, so a launcher that is killed meanwhile is noticed, too.
+        silence: seconds without a sign after which a rank counts as lost.
+        launchers: process ids, found before the imports, so the death of a launcher during imports is noticed, too.
     """
 
     def __init__(self, comm: "Communicator", silence: float, launchers: Sequence[int]) -> None:
@@ -50,7 +50,7 @@ class Watch(threading.Thread):
         self._closed = threading.Event()
         self._heartbeat = Heartbeat(comm, silence) if comm.world_size > 1 else None
         if self._heartbeat is not None and self._heartbeat.problem and comm.rank == 0:
-            self._say(f"no heartbeat, since {self._heartbeat.problem}: a lost node is noticed late")
+            self._say(f"no heartbeat, because {self._heartbeat.problem}; a lost node will be noticed late")
         self.start()
 
     def close(self) -> None:
@@ -65,13 +65,13 @@ class Watch(threading.Thread):
                 self._leave(lost)
             if not has_asked and not all(map(is_alive, self._launchers)):
                 has_asked = True
-                self._say("the launcher is gone, which is a request to stop")
+                self._say("the launcher is gone, so the run will stop")
                 os.kill(os.getpid(), signal.SIGTERM)
             if gone := [rank for rank, pid in self._others.items() if not is_alive(pid)]:
                 self._leave(f"rank {gone[0]} is gone")
 
     def _lost_elsewhere(self) -> str | None:
-        """Names a rank that gives no sign any more. Each call counts as one interval, however late it comes."""
+        """Names a rank that has gone silent. Each call counts as one interval, even a late call."""
         heartbeat = self._heartbeat
         if heartbeat is None or heartbeat.problem:
             return None
@@ -83,19 +83,19 @@ class Watch(threading.Thread):
     def _leave(self, reason: str) -> None:
         if not self._closed.wait(min(GRACE, self._silence)):
             self._say(f"{reason}: leaving")
-            os._exit(1)  # the main thread waits for that rank in a collective and cannot be told
+            os._exit(1)  # the main thread waits for that rank in a collective, and cannot be interrupted
 
     def _say(self, text: str) -> None:
         try:
             os.write(sys.stderr.fileno(), f"rank {self._rank}: {text}\n".encode())
-        except OSError:  # the reader of the output is gone too, and a rank must not die of that before it has saved
+        except OSError:  # the reader of the output is gone, too. A rank must not die of that before it has saved
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.dup2(nowhere, sys.stderr.fileno())
 
 
 def _pid_namespace() -> str:
-    """Names what process ids mean here. Ranks with the same name see each other's processes."""
+    """Names the namespace of process ids. Ranks with the same name see each other's processes."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -106,8 +106,8 @@ def _pid_namespace() -> str:
 class Heartbeat(threading.Thread):
     """Counts up until `close`. The constructor starts it and is collective.
 
-    The thread keeps beating while its rank saves, cuts or reads data, which release Python's lock. It counts looks, not
-    seconds, so a job that Slurm suspends and continues loses no rank. After `silence` seconds a rank counts as lost.
+    The thread keeps beating while its rank saves, cuts or reads data, because these release Python's lock. It counts
+    looks, not seconds, so a job that Slurm suspends and continues loses no rank. A rank is lost after `silence` s.
     """
 
     def __init__(self, comm: "Communicator", silence: float) -> None:
@@ -149,7 +149,7 @@ class Heartbeat(threading.Thread):
     def _beat(self, store: TCPStore) -> None:
         try:
             store.add(str(self._rank), 1)
-            if self._rank == 0 and self.is_alive():  # all ranks have counted once
+            if self._rank == 0 and self.is_alive():  # every rank has counted once
                 counts = store.multi_get([str(rank) for rank in range(len(self._nodes))])
                 self.lost = self.look([int(count) for count in counts])
                 if self.lost is not None:
@@ -157,12 +157,12 @@ class Heartbeat(threading.Thread):
             elif store.check([LOST]):
                 self.lost = store.get(LOST).decode()
         except DistError:
-            return  # rank 0 is gone, or has ended: a rank that still runs notices the silence
+            return  # rank 0 is gone or has ended. A rank that still runs notices the silence
         self.contacts += 1
 
 
 def _open_store(host: str, port: int, *, is_master: bool) -> TCPStore | None:
-    """Opens the store, on a free port if this rank holds it. None if that fails, for example at a firewall."""
+    """Opens the store, on a free port if this rank holds it. None on failure, for example behind a firewall."""
     try:
         return TCPStore(host, port, is_master=is_master, timeout=PATIENCE, wait_for_workers=False)
     except DistError:

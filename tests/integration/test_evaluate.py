@@ -245,7 +245,7 @@ TEXT, DENSE = "--text {made}/text.txt", "{made}/dense"
 # Arguments, the error's beginning, and a function that makes what is wrong in {here}. Unit tests have more.
 BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
     ("{here}/model " + TEXT, "{here}/model has no tokenizer that can be read", drop_tokenizer),
-    (f"{DENSE} --dense {{here}}/other {TEXT}", f"{DENSE} and {{here}}/other read the text as different", make_other),
+    (f"{DENSE} --dense {{here}}/other {TEXT}", f"{DENSE} and {{here}}/other tokenise the text differently", make_other),
     ("{made}/run/checkpoints/step-4 " + TEXT, "{made}/run/checkpoints/step-4 is a checkpoint; launch/export.py", None),
     ("{here}/nothing --dataset wikitext2", "folder {here}/nothing does not exist", None),  # before a download
     (f"{DENSE} {TEXT} --split train", "--split is a part of --dataset; --text is read whole", None),

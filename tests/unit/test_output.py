@@ -216,7 +216,7 @@ def test_a_path_in_the_run_or_elsewhere(config: RunConfig, tmp_path: Path, monke
     inside = Path(config.output_dir) / "checkpoints"
     inside.mkdir()
     assert start_with(config, str(inside)).start == "resume"
-    assert "holds a run already, so it cannot take up --resume" in refused_start(config, str(other))
+    assert "holds a run already, so it cannot resume from" in refused_start(config, str(other))
     assert "no such folder" in refused_start(config, str(tmp_path / "nowhere"))
 
 

@@ -76,7 +76,7 @@ def test_an_error_ends_reports_with_one_warning(monkeypatch: pytest.MonkeyPatch,
         run.write(step_record(step))
     run.picture(tmp_path / "training.png")
     run.close()
-    assert warnings == ["report_to trackio gets no more: OperationalError: database is locked"]
+    assert warnings == ["stopped reporting to trackio: OperationalError: database is locked"]
 
 
 def test_a_service_that_fails_to_open_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ print(os.getpid(), os.getppid(), flush=True)
 time.sleep(20)
 """
 PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-GONE = "rank 1: the launcher is gone, which is a request to stop\n"
+GONE = "rank 1: the launcher is gone, so the run will stop\n"
 # A shell that starts a rank, and ends when it has read a line.
 SHELL = ["sh", "-c", '"$@" & read line', "sh"]
 

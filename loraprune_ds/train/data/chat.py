@@ -1,8 +1,8 @@
 """Tokenises conversations with the tokenizer's chat template. Only the assistant's turns enter the loss.
 
-A template with `{% generation %}` marks them. Otherwise a turn lies between two prefixes: the rendered first messages
-before and with it. The complete conversation begins with both, but for a thought that its prompt begins. Where a
-template changes earlier turns it does not, and only the last answer is learnt.
+A template with `{% generation %}` marks these turns. Otherwise a turn lies between two rendered prefixes of the
+conversation: the messages before it, and these with it. The conversation must begin with both prefixes, apart from a
+thought that the prompt begins. If a template changes earlier turns, only the last answer is learnt.
 """
 
 import json
@@ -20,9 +20,9 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.tokenizer import rendering
 from loraprune_ds.train.data.tokens import TokenizedRow, in_batches, mask_outside
 
-CHAT_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"))  # the first that a row has counts
+CHAT_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"))  # the first form that a row has is used
 TOOLS = "tools"
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # others have the same name there
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # other roles have the same name there
 ROLES = ("system", "developer", "user", "assistant", "tool")
 GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 Message = dict[str, Any]
@@ -32,7 +32,7 @@ Marked = tuple[str, list[Span]]  # the text of a conversation, and the spans tha
 
 @dataclass(frozen=True)
 class Chat:
-    """Holds a conversation. Its first `context` messages are not learnt, whatever their role."""
+    """Holds a conversation. The first `context` messages are not learnt, whatever their role."""
 
     messages: list[Message]
     tools: list[Any] | None = None
@@ -40,19 +40,19 @@ class Chat:
 
 
 def chat_fields(known: Iterable[str], source: DataSource) -> list[str]:
-    """Returns the fields that conversations are read from. Raises UserError if there are none."""
+    """Returns the fields that hold conversations. Raises UserError if there are none."""
     present = set(known)
     fields = next((fields for fields in CHAT_FIELDS if present.issuperset(fields)), None)
     if fields is None:
         raise UserError(
-            f"{source.section}.format chat: {source.path} has no field messages, nor conversations, nor prompt and "
+            f"{source.section}.format chat: {source.path} has none of messages, conversations, and prompt with "
             f"completion; it has {', '.join(sorted(present))}"
         )
     return [*fields, *present.intersection([TOOLS])]
 
 
 def read_chat(row: Mapping[str, Any]) -> Chat:
-    """Reads a conversation in the format of TRL or ShareGPT. Raises UserError for any other."""
+    """Reads a conversation in the format of TRL or ShareGPT. Raises UserError for any other format."""
     tools = _tools(row.get(TOOLS))
     if "messages" in row or "conversations" in row:
         return Chat(_messages(row.get("messages") or row.get("conversations")), tools)
@@ -70,7 +70,7 @@ def _tools(value: Any) -> list[Any] | None:
 
 
 def _messages(value: Any, role: str | None = None) -> list[Message]:
-    """Reads a list of messages. With `role` a text is one message of that role."""
+    """Reads a list of messages. With `role` a text counts as one message with that role."""
     if role is not None and isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list | None):
@@ -83,11 +83,11 @@ def _message(value: Any) -> Message:
         value = {"role": SHAREGPT_ROLES.get(value["from"], value["from"]), "content": value.get("value")}
     if not (isinstance(value, dict) and isinstance(value.get("role"), str)):
         raise UserError(f"a message must have role and content, or from and value; got {value!r:.80}")
-    return {key: item for key, item in value.items() if item is not None}  # Arrow fills what a message lacks with null
+    return {key: item for key, item in value.items() if item is not None}  # Arrow fills absent keys with null
 
 
 class NotAPrefix(UserError):
-    """A conversation does not begin with its first messages, rendered alone."""
+    """The rendered conversation does not begin with its first messages, rendered alone."""
 
 
 class ChatTemplate:
@@ -102,20 +102,20 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UserError(
                 f"data.format chat needs a chat template, and the tokenizer of {self.name} has none; "
-                "write one into chat_template.jinja beside it, or take data.format instruction"
+                "write chat_template.jinja next to the tokenizer, or use data.format instruction"
             )
-        require(bool(tokenizer.is_fast), f"data.format chat needs a fast tokenizer; that of {self.name} is none")
+        require(bool(tokenizer.is_fast), f"data.format chat needs a fast tokenizer; {self.name} has a slow one")
         self._tokenizer = tokenizer
 
     def check_roles(self, chat: Chat) -> None:
-        """Checks that every role is a common one or stands in the template. Most templates take any word."""
+        """Checks that every role is common or occurs in the template. Most templates accept any word."""
         template = self._tokenizer.get_chat_template(tools=chat.tools)
         for role in {message["role"] for message in chat.messages}.difference(ROLES):
             named = any(quote + role + quote in template for quote in ("'", '"'))
             require(named, f"role {role!r} is none of {', '.join(ROLES)}, and the template of {self.name} lacks it")
 
     def tokenize(self, marked: Iterable[Marked]) -> Iterator[TokenizedRow]:
-        """Makes ids and labels of what `mark` returns. A token is learnt if any of its characters is in a span."""
+        """Makes ids and labels from the results of `mark`. A token is learnt if any of its characters is in a span."""
         for batch in in_batches(marked):
             texts, spans = zip(*batch, strict=True)
             encoded: Any = self._tokenizer(
@@ -152,10 +152,10 @@ class ChatTemplate:
         if spans is not None:
             begin = self._end(chat, chat.context, text) if chat.context else 0
             return text, [span for span in spans if span[0] >= begin]
-        first = max(1, chat.context)  # nothing prompts a first message
+        first = max(1, chat.context)  # a first message has no prompt
         turns = [i for i in range(first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"]
         spans = list[Span]()
-        for i in turns:  # some templates change earlier answers, such as Qwen3's, which drops their thinking
+        for i in turns:  # some templates change earlier answers. Qwen3's drops their thinking
             with nullcontext() if i == turns[-1] else suppress(NotAPrefix):
                 spans.append((self._end(chat, i, text, prompt=True), self._end(chat, i + 1, text)))
         return text, spans
@@ -168,7 +168,7 @@ class ChatTemplate:
         if not text.startswith(prefix):
             if prompt and text.startswith(self._render(chat, count)[0]):
                 differ = (i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b)
-                return next(differ, len(text))  # the prompt begins a thought, this answer has none
+                return next(differ, len(text))  # the prompt begins a thought, but this answer has none
             raise NotAPrefix(
                 f"data.format chat: the chat template of {self.name} has no {{% generation %}}, and its first {count} "
                 f"of {len(chat.messages)} messages alone become {prefix[-60:]!r}, which the whole does not have there; "

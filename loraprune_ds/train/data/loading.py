@@ -1,4 +1,4 @@
-"""Makes the samples and the held-out text of `data.path`. They stay on disk for the next run with the same settings."""
+"""Makes samples and held-out text from `data.path`, and keeps them on disk for later runs with the same settings."""
 
 import dataclasses
 import hashlib
@@ -46,21 +46,21 @@ SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"
 LONGEST_EPOCH = 1_000_000_000  # samples of a mixture, of 8 bytes each
 NumberedRow = tuple[int, TextRow]  # from 1
 T = TypeVar("T")
-LINE_END_WITHIN = 1000  # characters before the middle of a document where the end of a line may lie
+LINE_END_WITHIN = 1000  # characters before the split of a document, in which a line may end
 
 
 class RowFormat(NamedTuple):
-    """How the rows of a source become text and tokens."""
+    """Converts the rows of a source to text and tokens."""
 
     text: Callable[[TextRow], str]
-    read: Callable[[TextRow], Any]  # what `tokenize` takes, or a document
+    read: Callable[[TextRow], Any]  # an input of `tokenize`, or a document
     tokenize: Callable[[Iterable[Any]], Iterator[TokenizedRow]] | None = None  # None: documents fill windows
-    check: Callable[[TextRow], None] | None = None  # takes seconds for all rows, and tokenising them takes minutes
+    check: Callable[[TextRow], None] | None = None  # checks all rows in seconds, before minutes of tokenising
 
 
 def _documents(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
     key = f"{source.section}.format"
-    require(starts.target is None, f"{key} text: an encoder needs sources with targets; take {key} seq2seq")
+    require(starts.target is None, f"{key} text: an encoder needs sources with targets; use {key} seq2seq")
 
     def read(row: TextRow) -> str:
         return _text_of(row, source.text_field)
@@ -69,7 +69,7 @@ def _documents(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: S
 
 
 def _pairs(read: Callable[[TextRow], Instruction], tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
-    """Reads rows as a prompt and its answer: the source and the target of an encoder-decoder, which has no gaps."""
+    """Reads rows as prompt and answer: source and target of an encoder-decoder, where both must have text."""
 
     tokenize = partial(tokenize_instructions, tokenizer=tokenizer, start=starts.target)
 
@@ -121,12 +121,12 @@ def load_samples(
 
     Args:
         minimum: samples of one global batch.
-        starts: of windows and targets. An instruction begins as the tokenizer begins a text.
+        starts: first ids of windows and targets. An instruction begins as the tokenizer begins a text.
 
     Raises:
         UserError: the data cannot be read, does not fit the model, or is shorter than one global batch.
     """
-    # Fails before a long download.
+    # An error here comes before a long download.
     formats = [FORMATS[source.format](source, tokenizer, starts) for source in config.sources]
     loaded = cached(config, tokenizer, starts, lambda: _make(config, tokenizer, formats, starts))
     samples = loaded.samples
@@ -145,14 +145,14 @@ def load_samples(
 def cached(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, starts: Starts, make: Callable[[], LoadedData]
 ) -> LoadedData:
-    """Returns what `make` returns, from the disk if it was made before with these settings."""
+    """Returns the result of `make`, from the disk if an earlier run had these settings."""
     cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
     folder = Path(cache).expanduser() / "loraprune_ds" / _digest(config, tokenizer, starts)
     try:
         if not folder.exists():
             make_once(folder, lambda made: _write(make(), made))
         return _read(folder)
-    except (OSError, SafetensorError) as error:  # the second, too, where the disk is full
+    except (OSError, SafetensorError) as error:  # a full disk raises either
         raise UserError(f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}") from None
 
 
@@ -229,11 +229,11 @@ def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
     if not weights:
         return None
     for source, part in zip(sources, parts, strict=True):
-        require(len(part) > 0, f"{source.section}.path: {source.path} gives no sample, and so it can have no weight")
+        require(len(part) > 0, f"{source.section}.path: {source.path} gives no sample, so it cannot have a weight")
     length = max(len(part) / weight for part, weight in zip(parts, weights, strict=True)) * sum(weights)
     require(
         length <= LONGEST_EPOCH,
-        f"data.path: by these weights an epoch has {length:.2g} samples, as each is seen at least once; the most are "
+        f"data.path: these weights make an epoch of {length:.2g} samples, to see each at least once; the limit is "
         f"{LONGEST_EPOCH:.2g}",
     )
     return mix([len(part) for part in parts], weights)
@@ -245,7 +245,7 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start
     path = Path(config.held_out).expanduser()
     require(path.is_file(), f"data.held_out: {config.held_out} does not exist")
     if path.resolve() in [file.resolve() for source in config.sources for file in files_of(source) or []]:
-        raise UserError(f"data.held_out: {config.held_out} is tuned on too, as a part of data.path")
+        raise UserError(f"data.held_out: {config.held_out} is also a part of data.path, which is tuned on")
     if path.suffix not in JSON_SUFFIXES:
         return read_text_file(path)
     (source,) = dataclasses.replace(config, path=str(path), packing=False).sources  # whose format may be text
@@ -256,10 +256,10 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start
 def _hold_out(
     rows: TextRows, source: DataSource, row_format: RowFormat, fraction: float | None
 ) -> tuple[Iterable[NumberedRow], Iterable[NumberedRow], Iterable[int]]:
-    """Splits rows into those to tune on and those to hold out, which are spread evenly. Returns the first's numbers.
+    """Splits rows into tuned rows and evenly spread held-out rows. Returns the numbers of the tuned rows, too.
 
-    The fraction counts characters of documents, because their lengths differ a lot. If there are too few documents for
-    that, the end of each one is held out.
+    The fraction counts characters, because documents differ in length. With too few documents the end of each one is
+    held out.
     """
     if fraction is None:
         return enumerate(rows, start=1), (), range(1, len(rows) + 1)
@@ -280,9 +280,9 @@ def _hold_out(
 
 
 def _spread(sizes: Iterable[int], fraction: float) -> list[int]:
-    """Returns the numbers of items whose sizes make up `fraction` of all.
+    """Returns the numbers of items that make up `fraction` of the total size.
 
-    An item is chosen if that brings the chosen size nearer to `fraction` of the size so far.
+    An item is chosen if it brings the chosen size nearer to `fraction` of the size so far.
     """
     chosen, seen, taken = [], 0, 0
     for i, size in enumerate(sizes):
@@ -304,4 +304,4 @@ def _text_of(row: TextRow, field: str) -> str:
     value = row.get(field)
     if not isinstance(value, str | None):
         raise UserError(f"field {field!r} must be text; a row has {value!r:.80}")
-    return value or ""  # rows of real data have gaps
+    return value or ""  # real data has rows with gaps

@@ -1,7 +1,7 @@
-"""Holds the tuning samples of a run in memory, packs several into one window, and puts them in order.
+"""Holds the tuning samples of a run in memory, packs several into a window, and orders them.
 
-The order depends only on the seed, the step and the micro-batch: ranks agree without communication, and a run resumes
-on any number of ranks.
+The order depends only on the seed, the step and the micro-batch. So ranks agree without communication, and a run
+resumes on any number of ranks.
 """
 
 import hashlib
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 
-PADDING_ID = 0  # every model knows this id, and nothing looks at it
-PADDING = {"input_ids": PADDING_ID, "labels": IGNORE_INDEX, "position_ids": 0}  # behind the end of a sample
-WIDTH_MULTIPLE = 8  # matrix products are fastest at widths that tensor cores divide
+PADDING_ID = 0  # every model has this id, and no result depends on it
+PADDING = {"input_ids": PADDING_ID, "labels": IGNORE_INDEX, "position_ids": 0}  # after the end of a sample
+WIDTH_MULTIPLE = 8  # tensor cores need such widths for fast matrix products
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
     """Holds N samples of up to `window` tokens, end to end and without padding.
 
-    The model needs no attention mask: padding follows a sample, where causal attention cannot see it.
+    The model needs no attention mask, because causal attention does not see the padding after a sample.
     """
 
     # (total,) integers each, by the model's names. `labels` are the ids, or IGNORE_INDEX at prompts. Models shift them.
@@ -35,12 +35,12 @@ class Samples:
     columns: dict[str, Tensor]
     starts: Tensor  # (N + 1,) int64; sample i is starts[i]:starts[i + 1] of each column
     window: int
-    left_out: int = 0  # rows without a sample, because nothing of their answer lies within the window
-    first_left_out: str = ""  # where that one is
+    left_out: int = 0  # rows without a sample, because the window holds no part of their answer
+    first_left_out: str = ""  # the place of that row
 
     @classmethod
     def of_windows(cls, input_ids: Tensor, labels: Tensor | None = None) -> "Samples":
-        """Makes samples of (N, window) ids. Labels are the ids unless given."""
+        """Makes samples of (N, window) ids. Labels default to the ids."""
         count, window = input_ids.shape
         ids = input_ids.flatten()
         columns = {"input_ids": ids, "labels": ids if labels is None else labels.flatten()}
@@ -63,7 +63,7 @@ class Samples:
         return self.starts.diff()
 
     def text_lengths(self, indices: Tensor) -> list[int]:
-        """Counts the tokens of each text in these samples. Attention does not leave a text."""
+        """Counts the tokens of each text in these samples. Attention stays within a text."""
         inside = self._inside(indices)
         if "position_ids" not in self.columns:
             return inside.sum(1).tolist()
@@ -82,7 +82,7 @@ class Samples:
         return digest.hexdigest()
 
     def _inside(self, indices: Tensor) -> Tensor:
-        """Returns which of (len(indices), width) places are tokens. The longest sample decides the width."""
+        """Returns (len(indices), width) bool, True at tokens. The longest sample decides the width."""
         lengths = self.starts[indices + 1] - self.starts[indices]
         width = min(self.window, -(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
         return torch.arange(width) < lengths[:, None]
@@ -95,7 +95,7 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class LoadedData:
-    """Holds the samples to tune on, and a text for perplexity that tuning never sees."""
+    """Holds the samples to tune on, and a held-out text for perplexity."""
 
     samples: Samples
     held_out: str
@@ -107,7 +107,7 @@ class LoadedData:
 
 
 def join_samples(parts: Sequence[Samples]) -> Samples:
-    """Concatenates samples. If some have position ids, the others get them, too."""
+    """Concatenates samples. If some have position ids, all get them."""
     if len(parts) == 1:
         return parts[0]
     names = [name for name in PADDING if any(name in part.columns for part in parts)]
@@ -132,14 +132,14 @@ def positions_of(lengths: Tensor) -> Tensor:
 
 
 def pack_samples(samples: Samples) -> Samples:
-    """Packs the samples into windows by best fit. Positions restart at 0, so that attention does not cross samples.
+    """Packs the samples into windows by best fit. Positions restart at 0, so attention does not cross samples.
 
-    The first token of a sample is not learnt, because the last token of another one precedes it.
+    The first token of a sample is not learnt, because it follows the last token of another sample.
     """
     packs = best_fit(samples.lengths().tolist(), samples.window)
     members = torch.tensor([sample for pack in packs for sample in pack], dtype=torch.int64)
     lengths = samples.lengths()[members]
-    begins, positions = starts_of(lengths), positions_of(lengths)  # of the members, in the packs
+    begins, positions = starts_of(lengths), positions_of(lengths)  # of the packed samples
     taken = samples.starts[members].repeat_interleave(lengths) + positions
     columns = {name: column[taken] for name, column in samples.columns.items()} | {"position_ids": positions}
     columns["labels"][begins[:-1]] = IGNORE_INDEX
@@ -148,7 +148,7 @@ def pack_samples(samples: Samples) -> Samples:
 
 
 def best_fit(lengths: list[int], window: int) -> list[list[int]]:
-    """Returns packs of sample numbers. The longest goes first, each into the fullest pack with room for it."""
+    """Returns packs of sample numbers. Each goes into the fullest pack with room for it, the longest first."""
     packs: list[list[int]] = []
     open_packs: defaultdict[int, list[list[int]]] = defaultdict(list)  # by room
     rooms: list[int] = []  # of open packs, ascending
@@ -201,7 +201,7 @@ def _permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray[Any, np.
 
 
 def mix(counts: Sequence[int], weights: Sequence[float]) -> Tensor:
-    """Returns the sample numbers of the shortest epoch that contains all samples and has sources in these proportions.
+    """Returns the sample numbers of the shortest epoch with all samples and with sources in these proportions.
 
     Source i has counts[i] samples, numbered after the earlier sources'.
     """

@@ -1,4 +1,4 @@
-"""Reads the rows of `data.path`: files, a `datasets` name, or Python's own help."""
+"""Reads the rows of `data.path` from files, a `datasets` name, or Python's own help."""
 
 import json
 import re
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".json", ".jsonl")
 SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES
-# The settings that name the text fields of a row. Those of a conversation have fixed names.
+# The settings that name the text fields of a row. The fields of a conversation have fixed names.
 FIELD_SETTINGS = {
     "text": ("text_field",),
     "instruction": ("prompt_field", "response_field", "input_field"),
     "seq2seq": ("source_field", "target_field"),
     "chat": (),
 }
-HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # of a pair that stands for one character, or alone
+HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # half of a surrogate pair, or a lone surrogate
 TextRow = Mapping[str, Any]
 TextRows = Sequence[TextRow]  # a list or a `datasets.Dataset`
 
@@ -39,7 +39,7 @@ def read_rows(source: DataSource) -> TextRows:
     """Reads all rows of a source. A text file is one row.
 
     Raises:
-        UserError: nothing is there, a file cannot be read (names file and line), or a field is unknown.
+        UserError: the path does not exist, a file cannot be read (names file and line), or a field is unknown.
     """
     if source.path == EMBEDDED:
         refusal = f"{source.section}.format {source.format} needs a data.path; the embedded text is plain text"
@@ -66,7 +66,7 @@ def files_of(source: DataSource) -> list[Path] | None:
     """Finds the files of a source: a file, a glob, or all files of a folder, sorted. None: its path is not local.
 
     Raises:
-        UserError: it looks like a path, but nothing is there. Or `data_files` are named beside local ones.
+        UserError: a path does not exist, or local files have `data_files`.
     """
     path, key = source.path, f"{source.section}.path"
     local, is_glob = Path(path).expanduser(), any(wildcard in path for wildcard in "*?[")
@@ -128,7 +128,7 @@ def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
 
 
 def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a file with their place. `datasets` would name no line, and parse dates."""
+    """Yields the rows of a file with their place. `datasets` would not name the line, and would parse dates."""
     if path.suffix == ".jsonl":
         with _utf8(path) as lines:
             for number, line in enumerate(lines, start=1):
@@ -150,7 +150,7 @@ def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
     try:
         value = json.loads(text)
-        if HALF.search(text):  # no tokenizer takes half of a character
+        if HALF.search(text):  # no tokenizer accepts a surrogate
             value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
         return value
     except json.JSONDecodeError as error:
@@ -182,7 +182,7 @@ def _read_fields(source: DataSource, known: set[str]) -> list[str]:
 
 
 def _load_dataset(source: DataSource) -> "Dataset":
-    from datasets import Dataset, load_dataset  # takes seconds, and files do not need it
+    from datasets import Dataset, load_dataset  # takes seconds, which files do not need
     from datasets.exceptions import DatasetsError
 
     try:

@@ -1,4 +1,4 @@
-"""Makes samples of text: documents fill windows, and the prompts of instructions do not enter the loss."""
+"""Makes samples from text. Documents fill windows. The prompts of instructions do not enter the loss."""
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import begin_with, eos_id, token_ids, tokenize_pairs
 from loraprune_ds.train.data.samples import Samples
 
-TEXTS_AT_ONCE = 1000  # that are tokenised in one call
+TEXTS_AT_ONCE = 1000  # texts per call of the tokenizer
 PROMPT = "Answer the request.\n\n### Request\n{prompt}\n\n### Answer\n"
 PROMPT_WITH_INPUT = "Answer the request about the text.\n\n### Request\n{prompt}\n\n### Text\n{input}\n\n### Answer\n"
 
@@ -24,7 +24,7 @@ Instruction = tuple[str, str]  # prompt and response
 
 
 def make_instruction(prompt: str, about: str, response: str) -> Instruction:
-    """Puts a request into the template, with the text that it is `about` unless that is empty."""
+    """Puts a request into the template, with the text `about` unless it is empty."""
     return (PROMPT_WITH_INPUT if about else PROMPT).format(prompt=prompt, input=about), response
 
 
@@ -43,7 +43,7 @@ def pack_documents(
     stream = array("i")
     for batch in in_batches(document for document in documents if document):
         for ids in token_ids(batch, tokenizer, special=True):
-            if stream and eos is not None and stream[-1] != eos:  # some tokenizers add EOS themselves
+            if stream and eos is not None and stream[-1] != eos:  # some tokenizers add EOS
                 stream.append(eos)
             stream.extend(ids)
         if max_samples is not None and len(stream) >= max_samples * window:
@@ -56,15 +56,15 @@ def pack_documents(
 def collect_rows(
     rows: Iterable[TokenizedRow], window: int, max_samples: int | None, places: Iterable[str] | None = None
 ) -> Samples:
-    """Makes one sample of each row, cut at the window. A row with nothing to predict is left out.
+    """Makes one sample from each row, cut at the window. Rows without predictions are left out.
 
-    `places` tell where the rows come from.
+    `places` name the origins of the rows.
     """
     ids, labels = array("i"), array("i")
     starts = array("q", [0])
     left_out, first = 0, ""
     for (row_ids, row_labels), place in zip(rows, repeat("") if places is None else places, strict=False):
-        if all(label == IGNORE_INDEX for label in row_labels[1:window]):  # nothing predicts a first token
+        if all(label == IGNORE_INDEX for label in row_labels[1:window]):  # no token predicts the first
             left_out, first = left_out + 1, first or place
             continue
         ids.extend(row_ids[:window])
@@ -79,7 +79,7 @@ def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: 
     """Returns labels: the ids of tokens that overlap a span of characters, IGNORE_INDEX for the others.
 
     Args:
-        offsets: the half-open range of characters of each token. They ascend, as the spans do.
+        offsets: the half-open range of characters of each token. Offsets and spans ascend.
     """
     labels, first = [IGNORE_INDEX] * len(ids), 0
     for begin, end in spans:
@@ -94,7 +94,7 @@ def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: 
 def tokenize_instructions(
     instructions: Iterable[Instruction], tokenizer: PreTrainedTokenizerBase, start: int | None = None
 ) -> Iterator[TokenizedRow]:
-    """Makes ids and labels of instructions by `tokenize_pairs`. The prompt is not learnt."""
+    """Makes ids and labels from instructions by `tokenize_pairs`. The prompt is not learnt."""
     for batch in in_batches(instructions):
         for prompt, response in tokenize_pairs(batch, tokenizer, start):
             yield prompt + response, [IGNORE_INDEX] * len(prompt) + response
