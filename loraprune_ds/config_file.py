@@ -2,9 +2,8 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -13,27 +12,6 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError, one_line, require
 
 SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_configs/, in a checkout and in a wheel
-SEE = "(tests/benchmarks/README.md)"
-NO_DEFAULT: Any = object()  # of a removed setting without which any run is another one
-
-
-class Removed(NamedTuple):
-    """A setting of an earlier version. A run with the old default is the same run without the setting."""
-
-    reason: str
-    default: Any = NO_DEFAULT
-    has_effect: bool = True  # on the result. Otherwise a recorded run may have had any value
-
-
-REMOVED = {  # settings, and values of settings
-    "prune.normalize=None": Removed("name l2, step or none"),
-    "prune.criterion=lora_squared": Removed("prune.criterion: squared scores of `lora` measured no better"),
-    "prune.criterion=gradient": Removed(f"prune.criterion: fisher measured better and costs less {SEE}"),
-    "prune.score_every": Removed("every step before the last cut scores", 1),
-    "prune.max_layer_ratio": Removed(f"a cap per layer measured no better {SEE}", 1.0),
-    "train.distill_top_k": Removed("the dense model stays on the ranks, with all its logits", None, has_effect=False),
-    "logging.profile_steps": Removed("a script can open torch.profiler around a run", None, has_effect=False),
-}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -91,49 +69,13 @@ def config_value(config: RunConfig, dotted: str) -> Any:
 
 def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     """Checks a nested dictionary, such as `RunConfig.to_dict` gives. Raises UserError like `load_config`."""
-    return _build(RunConfig, _without_removed(raw))
+    return _build(RunConfig, raw)
 
 
-def forget_removed(saved: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recorded config without the settings that are gone. Raises UserError if one made it another run."""
-    kept = _without_removed(saved, recorded=True)
-    if isinstance(model := kept.get("model"), dict):
-        kept["model"] = {"text_only": True} | model  # before this setting, no result had a tower
-    prune = kept.get("prune")
-    if isinstance(prune, dict) and prune.get("normalize", "") is None:  # the criterion and the ranking decided
-        raw = prune["ranking"] == "global" or prune["criterion"] == "fisher"
-        kept["prune"] = prune | {"normalize": "none" if raw else "l2"}
-    for name, value in dotted_values(kept):
-        if name in REMOVED and REMOVED[name].default is not NO_DEFAULT:
-            raise UserError(f"this run has {name} {value!r}, which is gone: {REMOVED[name].reason}")
-    return kept
-
-
-def _without_removed(raw: dict[str, Any], *, recorded: bool = False) -> dict[str, Any]:
-    """Leaves out the removed settings that have their old default, or that had no effect where they are `recorded`."""
-
-    def stays(name: str, value: Any) -> bool:
-        removed = REMOVED.get(name)
-        return removed is None or (value != removed.default and (removed.has_effect or not recorded))
-
-    return {
-        section: {key: value for key, value in values.items() if stays(f"{section}.{key}", value)}
-        if isinstance(values, dict)
-        else values
-        for section, values in raw.items()
-    }
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str]) -> list[str]:
-    """Finds the dotted keys whose values differ. Sections and keys in `ignored` do not count.
-
-    Keys that the config of an earlier version lacks have their defaults there. Raises UserError as `forget_removed`.
-    """
-    old = forget_removed(old)
-    with suppress(UserError):  # a key that no version knows is a difference like others
-        old = config_from_dict(old).to_dict()
-    before, after = dict(dotted_values(old)), dict(dotted_values(new))
-    keys = (key for key in (after | before) if before.get(key) != after.get(key))
+def differences(old: RunConfig, new: RunConfig, ignored: Sequence[str]) -> list[str]:
+    """Finds the dotted keys whose values differ. Sections and keys in `ignored` do not count."""
+    before = dict(dotted_values(old.to_dict()))
+    keys = [key for key, value in dotted_values(new.to_dict()) if value != before[key]]
     return [key for key in keys if key not in ignored and key.partition(".")[0] not in ignored]
 
 
@@ -197,11 +139,8 @@ def _entry_class(kind: Any) -> type | None:
 
 
 def _describe(error: ValidationError, cls: type, prefix: str) -> str:
-    """Describes the most likely cause in one line: a key that is gone, then an unknown one, then a wrong value."""
+    """Describes the most likely cause in one line: an unknown key, then a wrong value."""
     problems = error.errors()
-    named = {f"{prefix}{p['loc'][0]}{value}" for p in problems for value in ("", f"={p['input']}")}
-    if gone := next((name for name in REMOVED if name in named), None):
-        return f"{gone} is gone: {REMOVED[gone].reason}"
     first = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
     key = f"{prefix}{first['loc'][0]}"
     match first["type"]:

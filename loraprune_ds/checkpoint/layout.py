@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from uuid import uuid4
 
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import flush, read_json, write_json
 
-# Of everything that a run or a callback resumes from. Every later version reads this format.
+# Of everything that a run or a callback resumes from. A change that older folders lack raises it.
 FORMAT = 5
+READERS = dict.fromkeys("1234", "3c6d113b") | {"5": "b3c6aacb"}  # the last commit that reads a format
 
 STATUS_FILE = "status.json"
 REPORT_FILE = "report.json"
@@ -28,7 +31,6 @@ ANSWERS_PAGE = "answers.html"
 MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
 TENSORBOARD_FOLDER = "tensorboard"
-TEACHER_FOLDER = "teacher"
 # In a checkpoint.
 STATE_FILE = "state.json"
 MANIFEST = "manifest.json"
@@ -44,10 +46,20 @@ class CheckpointMismatch(UserError):
 
 def check_format(version: object, path: Path) -> None:
     if version != FORMAT:
-        raise CheckpointMismatch(
-            f"{path} has format {version}; this version of loraprune_ds reads format {FORMAT}: "
-            "finish the run with the version that began it, or start it again in another folder"
-        )
+        raise CheckpointMismatch(f"{path} has format {version}, {_reader(version)}; this version reads format {FORMAT}")
+
+
+def recorded_config(raw: dict[str, Any], path: Path) -> RunConfig:
+    """Reads the config in `path`. Raises CheckpointMismatch if another version wrote it, with other settings."""
+    try:
+        return config_from_dict(raw)
+    except UserError as error:
+        raise CheckpointMismatch(f"{path} has format {FORMAT} of other settings, {_reader(FORMAT)}: {error}") from None
+
+
+def _reader(version: object) -> str:
+    reader = READERS.get(str(version))
+    return f"which commit {reader} reads" if reader else "which another version reads"
 
 
 def export_folder(sizes: Mapping[int, str], step: int) -> str:
@@ -102,7 +114,7 @@ def read_status(folder: Path) -> Status | None:
     raw = read_json(path)
     if raw.get("state") not in get_args(State):
         raise UserError(f"{path} is damaged: state is {raw.get('state')!r}, not one of {', '.join(get_args(State))}")
-    check_format(raw.get("format", "4 or older"), path)
+    check_format(raw.get("format", 4), path)
     for key, kind in STATUS_TYPES.items():
         require(isinstance(raw.get(key), kind), f"{path} is damaged: {key} is {raw.get(key)!r}")
     values: dict[str, Any] = {key: raw.get(key) for key in ("state", *STATUS_TYPES)}

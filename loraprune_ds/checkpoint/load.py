@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, read_state
+from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, read_state, recorded_config
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import config_from_dict, forget_removed
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.hub import locate_model
@@ -38,18 +37,7 @@ class TrainingCheckpoint:
     @cached_property
     def config(self) -> RunConfig:
         """The settings of the run that wrote it."""
-        return config_from_dict(forget_removed(self.state.config))
-
-    def as_begun(self, dense: PretrainedModel) -> PretrainedModel:
-        """Returns the dense model as this run has it. Runs of earlier versions have no LoRA on whole linears."""
-        whole = [(i, name) for i, linears in dense.shape.whole.items() for name in linears]
-        if not whole:
-            return dense
-        layer, name = whole[0]
-        with safe_open(self.folder / layout.layer_file(layer), framework="pt") as file:
-            if f"{name}.lora_A.master" in file.keys():
-                return dense
-        return replace(dense, weights=replace(dense.weights, shape=dense.shape.without_whole()))
+        return recorded_config(self.state.config, self.folder / layout.STATE_FILE)
 
     def shape_folder(self) -> Path:
         """Returns the folder of its frozen weights. A source that has moved is found at `model.path`."""
@@ -65,7 +53,7 @@ class TrainingCheckpoint:
         if not self.state.shape.is_source:
             return replace(dense, weights=open_stored(folder, dense.shape.after(keep), dense.weights.storage))
         if folder.resolve() != dense.folder.resolve():
-            dense = self.as_begun(open_for_pruning(folder, self.config.model))
+            dense = open_for_pruning(folder, self.config.model)
         return replace(dense, weights=dense.weights.cut(keep))
 
     def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:

@@ -90,7 +90,7 @@ def _read_run(folder: Path) -> list[ComparedModel]:
         measured |= _value("perplexity", perplexity["pruned"], perplexity["dense"], text)
         method = describe_method(report)
         models = [ComparedModel(folder.name, method, params["pruned"], params["removed_fraction"], measured)]
-        for row in (report.get("shelf") or [])[:-1]:  # the last one is the run's model
+        for row in report["shelf"][:-1]:  # the last one is the run's model
             of_size = _value("perplexity", row["perplexity"], perplexity["dense"], text)
             of_size |= _tasks_and_answers(row.get("after") or {}, None)
             name = f"{folder.name}/{row['folder']}"
@@ -164,8 +164,7 @@ def _value(name: str, value: float | None, dense: float | None, basis: str) -> d
 
 def _describe(name: str, protocol: dict[str, Any], dtype: str) -> str:
     most = "" if protocol["max_windows"] is None else f"first {protocol['max_windows']} "
-    stride = f" every {protocol['stride']}" if protocol.get("stride") else ""  # of earlier versions
-    return f"{name}, {most}windows of {protocol['window']}{stride}, {dtype}"
+    return f"{name}, {most}windows of {protocol['window']}, {dtype}"
 
 
 def comparison_table(models: Sequence[ComparedModel]) -> str:

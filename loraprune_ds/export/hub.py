@@ -71,12 +71,11 @@ def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[P
 
 def _run_results(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
     value, config = report["perplexity"][which], report["config"]
-    data = config.get("data", {})
     if value is not None:
-        source = data.get("held_out") or data.get("path", "held-out text")
+        source = config["data"]["held_out"] or config["data"]["path"]
         paths = [source] if isinstance(source, str) else [entry["path"] for entry in source]  # of a mixture
         text = " + ".join(Path(path).name for path in paths)
-        yield _perplexity(value, text, config.get("evaluate", {}).get("window"))
+        yield _perplexity(value, text, config["evaluate"]["window"])
 
 
 def _evaluation_results(result: dict[str, Any], model: dict[str, Any]) -> Iterator[EvalResult]:

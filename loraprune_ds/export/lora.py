@@ -64,7 +64,7 @@ class UnmergedModel:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         model = self.config.model
-        self.dense = checkpoint.as_begun(open_for_pruning(locate_model(model), model))
+        self.dense = open_for_pruning(locate_model(model), model)
         self.base = checkpoint.frozen_model(self.dense).weights
         self.shape = self.base.shape
 

@@ -90,7 +90,7 @@ class LoraPruneCallback(TrainerCallback):
         self._checkpoint = cut_to_checkpoint(model, Path(folder), self.config, Communicator())
         if self._checkpoint is None:
             return None
-        self.config = self._checkpoint.config
+        self.config = self._checkpoint.state.prune
         return str(self._checkpoint.folder)
 
     def save_model(self, folder: str | Path) -> None:

@@ -9,10 +9,9 @@ is complete.
 
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -21,7 +20,6 @@ from loraprune_ds.checkpoint.layout import METRICS_FILE, STATE_FILE
 from loraprune_ds.checkpoint.load import keep_from_lists, read_moments, read_scores
 from loraprune_ds.checkpoint.save import Staging, write_moments, write_scores
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.config_file import forget_removed
 from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.live import find_peft_model, live_shape
@@ -46,7 +44,7 @@ class PruningState:
     steps: int
     world_size: int
     seed: int
-    prune: dict[str, Any]  # the PruneConfig
+    prune: PruneConfig
     dense: list[list[int]]  # per layer, the number of groups of each kind
     kept: list[list[list[int]]]  # per layer, the kept groups of each kind, as indices into the dense model
     updates_since_cut: int
@@ -63,10 +61,6 @@ class PruningCheckpoint:
     folder: Path
     state: PruningState
     dense: ModelShape
-
-    @property
-    def config(self) -> PruneConfig:
-        return PruneConfig(**self.state.prune)
 
     def check(self, steps: int, seed: int) -> None:
         """Raises UserError if a training has other steps or another seed, and so would make other cuts."""
@@ -141,16 +135,16 @@ def _find(folder: Path) -> Path | None:
 def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState:
     path = folder / FOLDER / STATE_FILE
     raw = read_json(path)
-    layout.check_format(raw.get("format"), path)
+    layout.check_format(raw.get("format", 4), path)
     try:
+        raw["prune"] = layout.recorded_config({"output_dir": str(folder), "prune": raw["prune"]}, path).prune
         state = PruningState(**raw)
-        state = replace(state, **forget_removed({"prune": state.prune}))
-    except TypeError:
+    except (KeyError, TypeError):
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None
-    ranks, defaults = state.world_size, asdict(PruneConfig())
+    ranks, defaults, saved = state.world_size, asdict(PruneConfig()), asdict(state.prune)
     require(ranks == comm.world_size, f"{folder} was saved by {ranks} ranks, so DeepSpeed loads it on {ranks} only")
     different = [  # a setting that has its default comes from the checkpoint
-        key for key, value in asdict(config).items() if value not in (defaults[key], state.prune.get(key))
+        key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])
     ]
     require(not different, f"{folder} was saved with other settings: {', '.join(different)}")
     for part in (FOLDER, state.shape):

@@ -197,7 +197,7 @@ class Pruning:
             steps=self.steps,
             world_size=model.world_size,
             seed=self.seed,
-            prune=asdict(pruner.config),
+            prune=pruner.config,
             dense=group_counts(dense),
             kept=keep_to_lists(saved.kept_of_dense, dense.kinds),
             updates_since_cut=saved.updates_since_cut,

@@ -308,16 +308,6 @@ class ModelShape:
             encoder_layers=sum(i < self.encoder_layers for i in layers),
         )
 
-    def without_whole(self) -> "ModelShape":
-        """Returns the shape of a run without LoRA on whole linears. They are parameters like others there."""
-        bare = replace(self, whole={}, layer_others={})
-
-        def others(i: int) -> Sizes:
-            cut, every = bare.layer_parameters(i), self.layer_parameters(i)
-            return {name.removeprefix(self.prefix(i)): every[name] for name in every if name not in cut}
-
-        return replace(bare, layer_others={i: others(i) for i in range(len(self.layers))})
-
     @property
     def is_uniform(self) -> bool:
         """True if all layers with groups of a kind have the same number, so that a stock model class can hold them."""

@@ -93,8 +93,6 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     for layers in dense.layer_lists:
         first = -(-len(layers) // 10) if config.protected_first is None else config.protected_first
         protected |= {*layers[:first], *layers[max(0, len(layers) - config.protected_last) :]}
-    if config.ranking == "uniform" and dense.experts_per_token:  # only runs of before have no LoRA in dense MLPs
-        protected |= {i for i, layer in enumerate(dense.layers) if not layer["experts"] and not dense.whole.get(i)}
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)

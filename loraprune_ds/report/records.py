@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, runtime_checkable
 
@@ -115,7 +115,7 @@ def history_from(metrics: Iterable[dict[str, Any]]) -> History:
     history = History()
     for line in metrics:
         record = RECORD_KINDS[line["kind"]]
-        values: dict[str, Any] = {f.name: line[f.name] for f in fields(record) if f.name in line}
+        values: dict[str, Any] = {f.name: line[f.name] for f in fields(record)}
         lost: dict[str, Any] = {f.name: math.nan for f in fields(record) if f.type is float and values[f.name] is None}
         history.add(record(**values | lost))
     return history
@@ -202,9 +202,6 @@ def _parse_line(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where} is not valid JSON") from None
     if not isinstance(value, dict) or value.get("kind") not in RECORD_KINDS or not isinstance(value.get("step"), int):
         raise UserError(f"{where} is damaged: it must hold an object with kind and step")
-    # Lines from the first versions lack the fields with a default.
-    known = fields(RECORD_KINDS[value["kind"]])
-    required = {f.name for f in known if f.default is MISSING and f.default_factory is MISSING}
-    if missing := required - value.keys():
+    if missing := {f.name for f in fields(RECORD_KINDS[value["kind"]])} - value.keys():
         raise UserError(f"{where} is damaged: {', '.join(sorted(missing))} missing")
     return value

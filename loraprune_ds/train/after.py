@@ -66,7 +66,7 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
     options += ["--answers"] if ANSWERS in names else []
     if tasks := _tasks(names):
         options += ["--tasks", *tasks]
-    shelf = report.get("shelf") or []
+    shelf = report["shelf"]
     for row in shelf[:-1]:
         say(f"measuring {', '.join(names)} of {row['folder']}/")
         row["after"] = _measured(json.loads(_evaluate(folder, [str(folder / row["folder"]), *options])))

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from loraprune_ds.checkpoint.layout import (
     CHECKPOINTS_FOLDER,
@@ -12,6 +11,7 @@ from loraprune_ds.checkpoint.layout import (
     RunTotals,
     ShapeSource,
     newest_state,
+    recorded_config,
 )
 from loraprune_ds.checkpoint.load import (
     TrainingCheckpoint,
@@ -21,8 +21,9 @@ from loraprune_ds.checkpoint.load import (
     source_digest,
 )
 from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
+from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import differences
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder
@@ -39,7 +40,7 @@ def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str
 
     `warnings` gets a line for each unusable checkpoint. Raises UserError if a given path has no usable one of this run.
     """
-    settings, path = output.config.to_dict(), output.resume_path
+    config, path = output.config, output.resume_path
     # A step's folder, even if it lost its state. A run may have any name, even step-1.
     if path is not None and ((path / STATE_FILE).is_file() or path.parent.name == CHECKPOINTS_FOLDER):
         checkpoint = open_training_checkpoint(path, comm)
@@ -47,7 +48,7 @@ def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str
         root = path or output.path
         root = root if root.resolve().name == CHECKPOINTS_FOLDER else root / CHECKPOINTS_FOLDER
         # This comes before full reads, and before another run's checkpoints are called damaged.
-        comm.all_or_raise(lambda: _check_settings(newest_state(root), root, settings))
+        comm.all_or_raise(lambda: _check_settings(newest_state(root), root, config))
         checkpoint = find_newest(root, comm, warnings.append)
         if checkpoint is None and path is not None:
             because = f" ({warnings[-1]})" if warnings else ""
@@ -55,13 +56,14 @@ def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str
     if checkpoint is None:
         warnings.append("no usable checkpoint: starting at step 0")
         return None
-    _check_settings(checkpoint.state, checkpoint.folder, settings)
+    _check_settings(checkpoint.state, checkpoint.folder, config)
     return checkpoint
 
 
-def _check_settings(state: RunState | None, folder: Path, settings: dict[str, Any]) -> None:
-    if state is not None and (different := differences(state.config, settings, MAY_DIFFER)):
-        raise UserError(f"{folder} belongs to a run with other settings: {', '.join(different)}")
+def _check_settings(state: RunState | None, folder: Path, config: RunConfig) -> None:
+    if state is not None:
+        different = ", ".join(differences(recorded_config(state.config, folder), config, MAY_DIFFER))
+        require(not different, f"{folder} belongs to a run with other settings: {different}")
 
 
 def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> TrainingEngine:

@@ -13,7 +13,7 @@ import yaml
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import config_from_dict, differences, forget_removed, merge
+from loraprune_ds.config_file import config_from_dict, differences, merge
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import remove_leftovers, write_text
 
@@ -78,7 +78,7 @@ class OutputFolder:
             if saved is None:  # a crash may have lost the file, but every checkpoint holds the config
                 saved = next((run.newest_state.config for run in earlier if run.newest_state), {})
         try:
-            config = config_from_dict(merge(forget_removed(saved), given))
+            config = config_from_dict(merge(saved, given))
         except UserError:  # settings that do not fit belong to another run, which `start` refuses
             config = config_from_dict(given)
         self.config = replace(config, output_dir=os.path.expanduser(config.output_dir))
@@ -171,7 +171,7 @@ class OutputFolder:
         saved, folder = self._earlier.config, self.path
         if saved is None:
             raise UserError(f"{folder / CONFIG_FILE} is missing or damaged; remove {folder} or {CHOOSE}")
-        different = ", ".join(differences(saved, self.config.to_dict(), ignored))
+        different = ", ".join(differences(layout.recorded_config(saved, folder / CONFIG_FILE), self.config, ignored))
         require(not different, f"output_dir {folder} holds another run ({different} differs); {CHOOSE}")
 
 

@@ -19,7 +19,7 @@ from loraprune_ds.model.text_part import MTP, check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, text_starts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
-from loraprune_ds.pruning.target import final_shape, make_limits, resolve
+from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.after import check_after, check_prompts
 from loraprune_ds.train.data.loading import load_samples
@@ -40,21 +40,12 @@ class Prepared:
     samples: Samples
     order: SampleOrder
     held_out: list[Labelled]  # batches of the held-out text
-    pruning_steps: int  # without recoveries
     pruning: PruningPlan
     ds_config: dict[str, Any]  # with every "auto" replaced
 
     @property
     def steps(self) -> int:
         return self.pruning.steps
-
-    def with_model(self, pretrained: PretrainedModel) -> "Prepared":
-        """Plans the same run for another dense model."""
-        if pretrained is self.pretrained:
-            return self
-        limits = make_limits(self.config.prune, pretrained.shape)
-        pruning = plan_pruning(self.config.prune, limits, self.pruning_steps, self.config.recovery)
-        return replace(self, pretrained=pretrained, pruning=pruning)
 
 
 def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) -> Prepared:
@@ -115,7 +106,6 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
         samples=loaded.samples,
         order=order,
         held_out=held_out,
-        pruning_steps=pruning_steps,
         pruning=pruning,
         ds_config=ds_config,
     )

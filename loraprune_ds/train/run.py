@@ -2,14 +2,13 @@
 
 import errno
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
 
-from loraprune_ds.checkpoint.layout import MODEL_FOLDER, TEACHER_FOLDER
+from loraprune_ds.checkpoint.layout import MODEL_FOLDER
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.errors import RankError, fail_point
 from loraprune_ds.export.huggingface import finish_folder, publish
@@ -46,8 +45,6 @@ def run(output: OutputFolder, comm: Communicator) -> bool:
     prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
     warnings: list[str] = []
     checkpoint = find_checkpoint(output, comm, warnings) if resumes else None
-    if checkpoint:
-        prepared = prepared.with_model(checkpoint.as_begun(prepared.pretrained))
 
     def open_output() -> None:
         output.create(prepared.config)
@@ -135,7 +132,6 @@ def _finish(context: RunContext, outcome: Outcome) -> bool:
         publish(folder / MODEL_FOLDER, mark)
         fail_point("finish.after_rename")
         recorder.write_results(folder, config.to_dict(), dense.shape, outcome, peaks)
-        shutil.rmtree(folder / TEACHER_FOLDER, ignore_errors=True)  # of an earlier version, which kept outputs
 
     comm.on_rank_0(publish_all)
     return True

@@ -276,7 +276,7 @@ def test_after_a_power_cut_the_checkpoints_are_enough(again: Again) -> None:
     assert "belongs to a run with other settings: seed" in str(again.find(again.config("seed=1"))[0].error)
 
 
-NEWER = f"format {FORMAT + 1}; this version of loraprune_ds reads format {FORMAT}"
+NEWER = f"format {FORMAT + 1}, which another version reads; this version reads format {FORMAT}"
 
 
 def newer_format(out: Path) -> None:

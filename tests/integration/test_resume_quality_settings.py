@@ -50,15 +50,13 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
 
 
 def test_a_run_killed_after_its_model_is_there_can_be_finished(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
-    """Kills it before status.json says "finished". An earlier version kept the teacher's outputs in a folder."""
+    """Kills it before status.json says "finished"."""
     out = tmp_path / "out"
     shutil.copytree(straight, out)
-    (out / "teacher").mkdir()
     status = json.loads((out / "status.json").read_text())
     (out / "status.json").write_text(json.dumps(status | {"state": "running"}))
     assert all(ranks.run(2, run_here, config_for(straight.parent / "config.yaml", out), "auto"))
     assert json.loads((out / "status.json").read_text())["state"] == "finished"
-    assert not (out / "teacher").exists()
 
 
 def test_goes_on_with_another_number_of_ranks(ranks: RankPool, straight: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from loraprune_ds.config import NEEDS, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.config_file import REMOVED, config_from_dict, config_value, load_config
+from loraprune_ds.config_file import config_from_dict, config_value, load_config
 from tests.integration.launching import ROOT
 from tests.refusals import must_name, refused
 
@@ -218,12 +218,3 @@ def test_a_wrong_target_is_refused(tmp_path: Path, target: str) -> None:
 def test_a_size_of_nothing_is_refused(tmp_path: Path, setting: str) -> None:
     key, value = setting.partition(":")[0], setting.split()[-1].strip("[]")
     must_name(f"prune.{key} '{value}'", load, tmp_path, f"output_dir: out\nprune: {{{setting}}}\n")
-
-
-@pytest.mark.parametrize("gone", REMOVED)
-def test_what_is_gone_is_refused_with_the_reason(tmp_path: Path, gone: str) -> None:
-    """Whatever else is wrong beside it."""
-    dotted, _, value = gone.partition("=")
-    section, key = dotted.split(".")
-    message = refused(load, tmp_path, f"output_dir: out\n{section}: {{another: 7, {key}: {value or 7}}}\n")
-    assert message == f"{gone} is gone: {REMOVED[gone].reason}"

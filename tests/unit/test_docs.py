@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import loraprune_ds
-from loraprune_ds.config_file import REMOVED
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
 from tests import family_table, settings_table
 from tests.integration.launching import ROOT
@@ -131,10 +130,9 @@ def defaults() -> dict[str, str]:
 
 def unknown_settings(readme: Path, text: str) -> Iterator[str]:
     sections = "|".join({key.split(".")[0] for key in defaults() if "." in key})
-    known = defaults().keys() | (REMOVED if readme.parent.name == "benchmarks" else ())  # whose figures stay there
     for line in shell_lines(text):
         for key, suffix in re.findall(rf"(?<![\w./])((?:{sections})\.(\w+))(?=$|[=:\s])", line):
-            if key not in known and suffix not in ("py", "sbatch", "json", "yaml"):
+            if key not in defaults() and suffix not in ("py", "sbatch", "json", "yaml"):
                 yield f"no setting {key}"
 
 

@@ -18,6 +18,7 @@ def run_report(criterion: str, removed: float, perplexity: float | None, **data:
     return {
         "params": {"dense": 1000, "pruned": round(1000 * (1 - removed)), "removed_fraction": removed},
         "perplexity": {"dense": 18.0, "after_last_cut": 90.0, "pruned": perplexity},
+        "shelf": [],
         "config": {
             "model": {"dtype": "bfloat16"},
             "data": given | data,
@@ -36,7 +37,7 @@ EVALUATION = {
     "tasks": {"results": {"piqa": {"acc,none": 0.5}, "boolq": {"acc,none": 0.7}}},
     "dense": {"perplexity": 50.0, "tasks": {"results": {"piqa": {"acc,none": 0.8}, "boolq": {"acc,none": 0.8}}}},
     "text": {"name": "wikitext2", "split": "test", "sha256": "0"},
-    "protocol": {"window": 128, "stride": 64, "max_windows": None},  # of a version with sliding windows
+    "protocol": {"window": 128, "max_windows": None},
 }
 
 

@@ -99,7 +99,7 @@ def test_the_text_of_a_mixture_is_named_by_its_sources_and_no_measurement_has_no
     card.write_text("---\ntags:\n- pruned\n---\n# Small\n")
     write_model_index(card, "small", tmp_path, [])
     assert "model-index" not in card.read_text()
-    (tmp_path / "report.json").write_text(json.dumps(REPORT | {"config": {"data": data}}))
+    (tmp_path / "report.json").write_text(json.dumps(REPORT | {"config": REPORT["config"] | {"data": data}}))
     write_model_index(card, "small", tmp_path, [])
     assert model_index(card.read_text())["small"] == {"law.txt + chats perplexity": 25.25}
 

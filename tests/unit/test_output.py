@@ -17,7 +17,6 @@ from loraprune_ds.errors import RankError, RunError, UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.train.context import RunStatus
 from loraprune_ds.train.output import OutputFolder
-from tests.paper import PAPER
 from tests.refusals import refused, refuses
 
 
@@ -64,6 +63,13 @@ def of_another_seed(config: RunConfig, state: layout.State = "stopped") -> None:
     leave(dataclasses.replace(config, seed=5), state)
 
 
+def of_an_earlier_commit(config: RunConfig, state: layout.State = "stopped") -> None:
+    """Leaves a run with a setting that has gone since."""
+    leave(config, state)
+    path = Path(config.output_dir) / "config.yaml"
+    path.write_text(path.read_text().replace("prune:\n", "prune:\n  score_every: 1\n"))
+
+
 Make = Callable[[RunConfig], object]
 FOREIGN = partial(hold, name="thesis.tex")
 OF_ANOTHER_TOOL = partial(hold, name="config.yaml", text="on: push\njobs: {1: a}\n")  # keys that are no strings
@@ -86,6 +92,9 @@ CASES: list[tuple[Make, str | None, str]] = [
     (hit_by_a_power_cut, "auto", "resume"),
     (of_another_seed, "auto", "holds another run (seed differs)"),
     (partial(of_another_seed, state="finished"), None, "holds another run (seed differs)"),
+    (of_an_earlier_commit, "auto", "unknown key prune.score_every"),
+    (of_an_earlier_commit, "auto", f"commit {layout.READERS['5']}"),
+    (partial(of_an_earlier_commit, state="finished"), None, f"commit {layout.READERS['5']}"),
 ]
 
 
@@ -114,45 +123,6 @@ def test_a_finished_run_may_be_measured_in_another_way(config: RunConfig) -> Non
     evaluate = EvaluateConfig(after=["piqa"])
     output = start_with(dataclasses.replace(config, evaluate=evaluate))
     assert (output.start, output.config.evaluate) == ("finished", evaluate)
-
-
-# The defaults that a run of an earlier version has recorded. `normalize: null` was `l2` for these.
-OLD_PRUNE = PAPER | {"compensate_steps": 2, "compensate_decay": 0.5}
-OLD_TRAIN: dict[str, Any] = {"distill_weight": 0.0, "distill_temperature": 1.0}
-FORMAT_5 = {
-    "prune": OLD_PRUNE | {"normalize": None, "score_every": 1, "max_layer_ratio": 1.0},
-    "train": OLD_TRAIN | {"distill_top_k": 64},
-    "logging": {"profile_steps": [3]},
-}
-
-
-def written_before(config: RunConfig, **sections: dict[str, Any]) -> None:
-    """Leaves a stopped run of a version that had more settings and other defaults."""
-    leave(config)
-    path = Path(config.output_dir) / "config.yaml"
-    raw = yaml.safe_load(path.read_text())
-    old = {key: raw[key] | values | sections.get(key, {}) for key, values in FORMAT_5.items()}
-    path.write_text(yaml.safe_dump(raw | old))
-
-
-def test_a_run_with_settings_that_are_gone_goes_on(config: RunConfig) -> None:
-    written_before(config, prune={"ratio": 0.25})
-    resumed = OutputFolder({"output_dir": config.output_dir}, "auto")
-    assert resumed.config.prune == PruneConfig(**OLD_PRUNE, ratio=0.25)
-    assert resumed.config.train == TrainConfig(**OLD_TRAIN, steps=100)
-    assert resumed.start == "resume"
-
-
-@pytest.mark.parametrize(
-    ("section", "words"),
-    [
-        ({"score_every": 2}, "this run has prune.score_every 2, which is gone: every step before the last cut"),
-        ({"of_a_later_version": 1}, "of_a_later_version"),
-    ],
-)
-def test_a_setting_that_made_another_run_is_told(config: RunConfig, section: dict[str, Any], words: str) -> None:
-    written_before(config, prune=section)
-    assert words in refused_start({"output_dir": config.output_dir})
 
 
 def test_what_is_not_given_comes_from_the_run_that_goes_on(config: RunConfig, tmp_path: Path) -> None:
@@ -198,8 +168,8 @@ def test_a_run_of_another_format_is_refused_as_such(config: RunConfig, name: str
     (folder / "status.json").write_text(json.dumps(status))
     (folder / "config.yaml").write_text("" if name == "config.yaml" else yaml.safe_dump({"seed": 1, "gone": 2}))
 
-    line = f"has format {layout.FORMAT - 1}; this version of loraprune_ds reads format"
-    with pytest.raises(layout.CheckpointMismatch, match=line):
+    reader = layout.READERS[str(layout.FORMAT - 1)]
+    with pytest.raises(layout.CheckpointMismatch, match=f"has format {layout.FORMAT - 1}, which commit {reader} reads"):
         _ = OutputFolder({"output_dir": config.output_dir}, resume).start
 
 

@@ -178,13 +178,13 @@ def test_what_is_asked_for_after_a_run_is_measured_once(tmp_path: Path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    write_json(tmp_path / "report.json", {"steps": 3})
+    write_json(tmp_path / "report.json", {"shelf": []})
     after.measure_after(run_of(), tmp_path, print)
     assert not calls
     config = run_of("answers", "piqa", "tasks")
     with pytest.raises(RunError, match=r"evaluate\.after"):
         after.measure_after(config, tmp_path, print)
-    assert read_json(tmp_path / "report.json") == {"steps": 3}
+    assert read_json(tmp_path / "report.json") == {"shelf": []}
     for _ in range(2):
         after.measure_after(config, tmp_path, print)
     assert len(calls) == 2
@@ -192,7 +192,7 @@ def test_what_is_asked_for_after_a_run_is_measured_once(tmp_path: Path, monkeypa
     assert calls[1][-6:] == ["--dtype", "bfloat16", "--answers", "--tasks", "piqa", "reasoning_gym"]
     asked = {"asked": ["answers", "piqa", "tasks"], "answers_plan": {"name": "default"}}
     asked |= kept(0.1) | {"dense": kept(0.3)}
-    assert read_json(tmp_path / "report.json") == {"steps": 3, "after": asked}
+    assert read_json(tmp_path / "report.json") == {"shelf": [], "after": asked}
     assert read_json(tmp_path / "evaluation.json") == result
     after.measure_after(run_of("piqa"), tmp_path, print)
     assert calls[2][-2:] == ["--tasks", "piqa"]

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from loraprune_ds.config import ModelConfig, PruneConfig, Ranking
-from loraprune_ds.config_file import forget_removed
 from loraprune_ds.evaluate.models import find_model, load_model, open_result
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.experts import stack_experts
@@ -112,11 +111,6 @@ def test_gemma_4_has_equal_layers_without_its_tower_too() -> None:
     for unequal in (replace(equal, ranking="global"), replace(equal, protected_last=1)):
         must_name("gemma4_text prune.ranking", resolve, unequal, shape)
     must_name("prune.head_ratio 0.1 gemma4_text", resolve, replace(equal, head_ratio=0.1), shape)
-
-
-def test_a_recorded_run_without_the_setting_has_no_tower() -> None:
-    assert forget_removed({"model": {"path": "somewhere"}}) == {"model": {"path": "somewhere", "text_only": True}}
-    assert forget_removed({"model": {"text_only": False}}) == {"model": {"text_only": False}}
 
 
 def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], tmp_path: Path) -> None:
