@@ -1,4 +1,4 @@
-"""`loraprune-ds COMMAND`, and how the commands read their arguments."""
+"""`loraprune-ds COMMAND`, and the argument parser of all commands."""
 
 import argparse
 import importlib
@@ -13,7 +13,7 @@ COMMANDS = {  # the modules of loraprune_ds/cli
     "run": "prune a model while it is tuned",
     "plan": "estimate what a run needs",
     "evaluate": "measure a model, alone or next to the dense one",
-    "export": "convert a result for the tool that will read it",
+    "export": "convert a result to the format of another tool",
     "compare": "compare results",
 }
 
@@ -24,7 +24,7 @@ def main() -> NoReturn:
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         commands = "\n".join(f"  {command:10}{about}" for command, about in COMMANDS.items())
-        sys.stdout.write(f"loraprune-ds COMMAND ...      (loraprune-ds COMMAND --help tells more)\n\n{commands}\n")
+        sys.stdout.write(f"loraprune-ds COMMAND ...      (for details: loraprune-ds COMMAND --help)\n\n{commands}\n")
         leave(0)
     if name not in COMMANDS:
         tell(UserError(f"there is no command {name}; there are {', '.join(COMMANDS)}"))
@@ -35,7 +35,7 @@ def main() -> NoReturn:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports wrong arguments like any other wrong input. Its help shows the command that was typed."""
+    """A parser that reports wrong arguments like other wrong input. Its help shows the command as typed."""
 
     def __init__(
         self, description: str | None, parents: Sequence[argparse.ArgumentParser] = (), *, add_help: bool = True

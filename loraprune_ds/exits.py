@@ -1,4 +1,4 @@
-"""Ends a command: errors in one line, exit codes, and an end that waits for no other rank."""
+"""Ends a command with one-line errors and exit codes, without waiting for other ranks."""
 
 import os
 import sys
@@ -15,10 +15,10 @@ GRACE = 5.0  # seconds that the other ranks stay after an error
 
 
 def tell(error: UserError, *, agreed: bool = True) -> None:
-    """Prints an error in one line: rank 0 for all ranks, or a rank that met it alone.
+    """Prints an error in one line: on rank 0 for all ranks, or on the one rank that has it.
 
-    The first rank that exits makes the launcher end the others, so those wait until rank 0 has printed. A rank that is
-    still alive then prints its error, unless the ranks `agreed` on it.
+    The launcher ends all ranks when the first one exits, so other ranks wait until rank 0 has printed. A rank that is
+    then still alive prints its error, unless the ranks `agreed` on it.
     """
     rank = os.environ.get("RANK", "0")
     if rank != "0":
@@ -30,7 +30,7 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
 
 
 def run_command(work: Callable[[], int | None]) -> int:
-    """Returns the exit code: `work`'s, or 0 without one, or 2 for unusable input."""
+    """Returns the exit code of `work`: 0 if it returns None, 2 for unusable input."""
     try:
         return work() or 0
     except UserError as error:
@@ -39,7 +39,7 @@ def run_command(work: Callable[[], int | None]) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process immediately. An interpreter that shuts down can abort in a thread of gloo (exit code -6)."""
+    """Ends this process immediately. A normal shutdown can abort in a thread of gloo (exit code -6)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -47,17 +47,16 @@ def leave(code: int) -> NoReturn:
 
 def leave_on_error() -> None:
     """Makes an unexpected error end this process right after its traceback."""
-    # While an interpreter shuts down it can wait for the other ranks, which wait for this one, while the launcher waits
-    # for its exit code.
+    # A normal shutdown can wait for other ranks, which wait for this one, while the launcher waits for the exit code.
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        # torch calls this hook with sys.stderr pointing at a buffer, which would be lost here.
+        # torch calls this hook with sys.stderr redirected to a buffer, which would be lost.
         text = "".join(traceback.format_exception(kind, error, trace))
         if os.environ.get("WORLD_SIZE", "1") != "1":
             text = textwrap.indent(text, f"[rank {os.environ.get('RANK', '0')}] ")
         try:
             os.write(2, text.encode(errors="backslashreplace"))
-        finally:  # also if the reader of stderr is gone
+        finally:  # even if the reader of stderr is gone
             os._exit(1)
 
     sys.excepthook = hook

@@ -1,4 +1,4 @@
-"""Reads, checks and sets the environment of a rank: what launchers and Slurm set, time limits, the network."""
+"""Reads, checks and sets the environment of a rank: variables of launchers and Slurm, time limits, the network."""
 
 import logging
 import os
@@ -12,32 +12,32 @@ from pathlib import Path
 
 from loraprune_ds.errors import require
 
-# A long write to a slow disk is no reason to end a run. If a rank dies, the launcher ends it.
+# A long write to a slow disk must not end a run. If a rank dies, the launcher ends the run.
 MINUTES = 60
 MOST_MINUTES = 525_600
-SILENCE = 80.0  # seconds. With the grace that ranks have to end by themselves, a job ends within two minutes
+SILENCE = 80.0  # seconds. With the grace period for ranks, a job ends within two minutes
 INTERFACES = Path("/sys/class/net")
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # every launcher sets these
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 HINT = "start deepspeed, torchrun or srun, or unset it"
-# What cuBLAS and flash-attn read when they start, for `train.deterministic`.
+# cuBLAS and flash-attn read these at their start, for `train.deterministic`.
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
 
 
 def silence_libraries() -> None:
     """Silences the libraries. Must run before they are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else every rank tells of every retry
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # otherwise every rank reports every retry
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-    # DeepSpeed's logger prints to stdout, from its import on. It sets its own level.
+    # DeepSpeed's logger prints to stdout from its import on, and sets its own level.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
 def launcher_command(module: str, ranks: int | None, environment: Mapping[str, str]) -> list[str]:
     """Returns DeepSpeed's command that starts `module` on this machine, on one rank per GPU if `ranks` is None."""
-    with socket.socket() as probe:  # the launcher's default port may be taken by another run
+    with socket.socket() as probe:  # another run may use the launcher's default port
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--master_port", str(port)]
@@ -50,14 +50,14 @@ def launcher_command(module: str, ranks: int | None, environment: Mapping[str, s
 
 
 def adopt_srun_ranks() -> None:
-    """Sets the environment variables that a launcher would set, if srun starts every rank without one."""
+    """Sets the environment variables of a launcher, if srun starts the ranks without one."""
     if "RANK" not in os.environ:
         os.environ |= srun_ranks(os.environ)
 
 
 def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns RANK, LOCAL_RANK, WORLD_SIZE and a meeting point from srun's variables. Empty outside a job step."""
-    # SLURM_NTASKS is not enough: a batch script has it too, and its commands without srun are one process.
+    # SLURM_NTASKS is not enough. A batch script has it, too, and its commands without srun are one process.
     if "SLURM_STEP_NUM_TASKS" not in environment:
         return {}
     nodes = re.split(r",(?![^\[]*\])", environment["SLURM_STEP_NODELIST"])  # gpu[01-04,7],login -> gpu[01-04,7]
@@ -73,7 +73,7 @@ def srun_ranks(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_ranks(environment: Mapping[str, str]) -> None:
-    """Checks the launcher's variables. Raises UserError if they describe no rank. Without RANK this is the only one."""
+    """Checks the launcher's variables. Raises UserError if they describe no rank. Without RANK there is one rank."""
     if "RANK" not in environment:
         size = environment.get("WORLD_SIZE", "1")
         require(size == "1", f"WORLD_SIZE is {size!r}, but RANK is not set; {HINT}")
@@ -88,7 +88,7 @@ def check_ranks(environment: Mapping[str, str]) -> None:
 
 
 def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
-    """Checks that this rank sees its own device, whose number is LOCAL_RANK by DeepSpeed's rule."""
+    """Checks that this rank sees its device. DeepSpeed takes the one with the number LOCAL_RANK."""
     rank, local_rank = environment["RANK"], environment["LOCAL_RANK"]
     require(
         int(local_rank) < devices,
@@ -99,7 +99,7 @@ def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
 
 
 def collective_timeout(environment: Mapping[str, str]) -> timedelta:
-    """Returns how long a rank waits for the others: DEEPSPEED_TIMEOUT, in minutes. DeepSpeed reads it when imported."""
+    """Returns how long a rank waits for the others: DEEPSPEED_TIMEOUT minutes. DeepSpeed reads it on import."""
     text = environment.get("DEEPSPEED_TIMEOUT", str(MINUTES))
     minutes = int(text) if text.isdecimal() else 0
     in_range = 1 <= minutes <= MOST_MINUTES
@@ -119,9 +119,9 @@ def longest_silence(environment: Mapping[str, str]) -> float:
 
 
 def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES) -> dict[str, str]:
-    """Returns GLOO_SOCKET_IFNAME where only NCCL has been told its network. Empty if it names none."""
-    # By default gloo takes the address of the node's name. On Debian it is 127.0.1.1, where no other node finds it.
-    # NCCL takes a name as a prefix. After "=" it is the full name, after "^" one to avoid.
+    """Returns GLOO_SOCKET_IFNAME if only NCCL's network is set. Empty if that names no interface."""
+    # By default gloo takes the address of the node's name. On Debian that is 127.0.1.1, which other nodes cannot reach.
+    # NCCL reads a name as a prefix, after "=" as a full name, after "^" as one to avoid.
     names = environment.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
     if environment.get("GLOO_SOCKET_IFNAME") or names.startswith("^"):
         return {}

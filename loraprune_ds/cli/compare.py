@@ -1,4 +1,4 @@
-"""Puts results side by side: one table, and one picture of quality against the true removed fraction.
+"""Compares results in one table, and in one picture of quality over the removed fraction.
 
 %(prog)s runs/lora runs/magnitude pruned.json --picture comparison.png
 

@@ -9,17 +9,17 @@ deepspeed --quiet --num_accelerators 2 launch/evaluate.py MODEL --text FILE --sh
 deepspeed --module loraprune_ds.cli.evaluate MODEL --text FILE --sharded            (without a checkout)
 
 MODEL is a Hugging Face folder or hub id, stock or pruned, a PEFT LoRA adapter, `embedded`, or the folder of a finished
-run. launch/export.py makes a model of a checkpoint.
+run. launch/export.py makes a model from a checkpoint.
 
-Perplexity: the text is tokenised once, with the special tokens that the tokenizer adds at its start. It is split into
-windows side by side, and the tail is dropped. Each window of n tokens gives n - 1 predictions, summed in float64. The
-result is the same on any number of ranks. For a Gemma, BOS replaces the first token of each window. A model with an
-encoder wants lines like {"source": "2 + 3?", "target": "5"}, and predicts the targets.
+Perplexity: the text is tokenised once, with special tokens only at its start, and split into adjacent windows. The tail
+is dropped. Each window of n tokens gives n - 1 predictions, summed in float64. The result does not depend on the number
+of ranks. For a Gemma, BOS replaces the first token of each window. A model with an encoder predicts the targets of
+lines like {"source": "2 + 3?", "target": "5"}.
 
-Answers: one process writes them, after perplexity and tasks. A row of PROMPTS.jsonl is {"prompt": "2 + 3?"}, where the
-prompt may be a list of messages. Optional are "kind" and "expected", which the page shows, and a "target" for exact
-match and ROUGE-L. With --dense, next-token probabilities of both models are compared on the text, or without one on the
-dense model's greedy answers.
+Answers: one process writes them, after perplexity and tasks. A row of PROMPTS.jsonl is {"prompt": "2 + 3?"}. A prompt
+may be a list of messages. "kind" and "expected" are optional, for the page, and so is a "target" for exact match and
+ROUGE-L. --dense also compares next-token probabilities of both models, on the text or else on the dense model's greedy
+answers.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from loraprune_ds.evaluate.settings import (
 from loraprune_ds.exits import leave, leave_on_error, tell
 from loraprune_ds.files import finite, write_text
 
-ROUND = fields(SpeedSettings)  # an option each
+ROUND = fields(SpeedSettings)  # one option each
 TASKS_HELP = "lm-eval's names or files, `paper`, reasoning_gym:NAME, or `reasoning_gym` for its default set"
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
 NEEDS = {
@@ -64,7 +64,7 @@ NEEDS = {
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--dense", metavar="MODEL", help="measure this one too, side by side")
+    parser.add_argument("--dense", metavar="MODEL", help="also measure this model, side by side")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", type=Path, metavar="FILE", help="perplexity on a UTF-8 file")
     about = f"perplexity on a test set by name (default: {DEFAULT_DATASET})"
@@ -78,8 +78,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=TASKS_HELP)
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="more task files")
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
-    parser.add_argument("--limit", type=int, metavar="N", help="documents per task, to try things")
-    about = f"let the model write, and measure how (without a file: {DEFAULT_PROMPTS}, 50 shipped prompts)"
+    parser.add_argument("--limit", type=int, metavar="N", help="documents per task, for trials")
+    about = f"write answers and measure them (without a file: {DEFAULT_PROMPTS}, 50 shipped prompts)"
     parser.add_argument("--answers", nargs="?", const=DEFAULT_PROMPTS, metavar="PROMPTS.jsonl", help=about)
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 128)")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write the answers side by side")
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{field.name}", type=int, metavar="N", default=argparse.SUPPRESS, help=about)
     parser.add_argument("--sharded", action="store_true", help="spread the weights over the ranks (ZeRO-3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--verbose", action="store_true", help="let the libraries speak")
+    parser.add_argument("--verbose", action="store_true", help="show the messages of libraries")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the launcher
     return parser.parse_args()
 
@@ -99,7 +99,7 @@ def main() -> int:
     ranks.adopt_srun_ranks()
     try:
         arguments = parse_arguments()
-        stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")  # for the result alone
+        stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")  # only for the result
         os.dup2(2, 1)  # other prints, also from C, go to stderr
         result = measure(arguments)
     except UserError as error:
@@ -123,7 +123,7 @@ def is_rank_0() -> bool:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
-    ranks.check_ranks(os.environ)  # wrong ranks are an error before DeepSpeed is imported
+    ranks.check_ranks(os.environ)  # before DeepSpeed is imported
     ranks.collective_timeout(os.environ)
     check_needs(arguments, NEEDS)
     names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
@@ -132,11 +132,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     speed = SpeedSettings(**rounds) if arguments.speed else None
     measured = {"tasks": tasks, "answers": answer_settings(arguments), "speed": speed}
     if not arguments.verbose:
-        ranks.silence_libraries()  # their bars stay on a terminal
+        ranks.silence_libraries()  # progress bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
-    # Heavy imports come after the arguments are checked: a typo should not cost ten seconds.
+    # Heavy imports come after the check of arguments, so a typo does not cost ten seconds.
     from loraprune_ds.evaluate.evaluation import evaluate
     from loraprune_ds.evaluate.models import find_model
     from loraprune_ds.evaluate.result import make_result
@@ -148,7 +148,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.verbose:
         quiet_deepspeed()
     comm = start_ranks()
-    # One rank per node downloads or converts. The others then find the result in the node's cache.
+    # One rank per node downloads or converts. The others find the result in the node's cache.
     is_first = os.environ["LOCAL_RANK"] == "0"
     models = [arguments.model, *([arguments.dense] if arguments.dense else [])]
     if tasks:
@@ -169,25 +169,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     measurements = evaluate(models, settings, comm, show_progress)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(measurements, settings, comm.world_size, provenance)
-    stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
+    stop_ranks()  # not after an error, because NCCL would wait for ranks that wait for this one
     return result
 
 
 def answer_settings(arguments: argparse.Namespace) -> AnswerSettings | None:
-    """Reads the prompts, and checks that the page can be written, before anything that takes long."""
+    """Reads the prompts, and checks that the page can be written, before any long work."""
     if arguments.answers is None:
         return None
     require(os.environ.get("WORLD_SIZE", "1") == "1", "--answers writes on one rank; start it without a launcher")
     if page := arguments.page:
         require(page.suffix == ".html" and not page.is_dir(), f"--page {page}: give it the name of an .html file")
-        require(os.access(page.parent, os.W_OK), f"--page {page}: {page.parent} is no folder that can be written")
+        require(os.access(page.parent, os.W_OK), f"--page {page}: {page.parent} is not a writable folder")
     given = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
     return read_prompts(arguments.answers, **given)
 
 
 def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:
-    """Reads the text that the user names. The default is WikiText-2, or none if anything else is measured."""
-    require(not (arguments.text and arguments.split), "--split is a part of --dataset; --text is read whole")
+    """Reads the text that the user names. The default is WikiText-2, or no text if another measurement is asked for."""
+    require(not (arguments.text and arguments.split), "--split needs --dataset; --text is always read completely")
     if arguments.text:
         return read_text(arguments.text)
     if not arguments.dataset and (arguments.tasks or arguments.answers or arguments.speed):

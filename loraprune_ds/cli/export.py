@@ -1,8 +1,8 @@
-"""Converts the result of a run to the format of the tool that will read it.
+"""Converts the result of a run to the format of another tool.
 
 %(prog)s runs/quickstart --format gguf-q8_0
 %(prog)s runs/quickstart --push-to-hub OWNER/NAME --results evaluation.json        (private, unless --public)
-%(prog)s runs/quickstart/checkpoints/step-20 --format adapter     (a run that goes on, or was stopped)
+%(prog)s runs/quickstart/checkpoints/step-20 --format adapter     (of a running or stopped run)
 
 hf         Hugging Face model, LoRA merged
 adapter    the pruned base and its PEFT adapter, for further tuning
@@ -24,10 +24,10 @@ NEEDS = {"--public": "--push-to-hub", "--results": "--push-to-hub"}
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="folder of a run, of one of its checkpoints, or of a merged model")
-    about = "a Hugging Face model (the default), base and LoRA apart, or a file for llama.cpp"
+    about = "a Hugging Face model (the default), separate base and LoRA, or a file for llama.cpp"
     parser.add_argument("--format", default="hf", choices=("hf", "adapter", "gguf-f16", "gguf-q8_0"), help=about)
     parser.add_argument("--out", type=Path, help="new folder for the result (default: ./NAME-FORMAT)")
-    parser.add_argument("--mtp", metavar="DENSE", help="keep this model's layers for further tokens, cut to fit")
+    parser.add_argument("--mtp", metavar="DENSE", help="keep this model's layers that predict further tokens")
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the result, to a private repository")
     parser.add_argument("--public", action="store_true", help="make that repository public, if it is new")
     about = "outputs of launch/evaluate.py --json, for the card on the hub"

@@ -1,4 +1,4 @@
-"""Plans a run before it runs: memory per rank over the whole run, whether that fits, traffic, seconds.
+"""Plans a run: memory per rank, whether it fits, traffic and seconds.
 
 %(prog)s llama-65b --nodes 4 --gpus-per-node 8 --gpu-memory 80
 %(prog)s path/to/model --config my.yaml --set train.micro_batch_size=4 --nodes 1 --gpus-per-node 8 --json
@@ -6,8 +6,8 @@
 %(prog)s llama-7b --server-memory 24                           tokens of KV cache next to the dense and the pruned
 %(prog)s path/to/model --set prune.target=12GiB --set prune.target_context=8192      which ratio that takes
 
-MODEL is a folder, a hub id (only its config.json is fetched) or llama-7b, llama-13b, llama-30b, llama-65b, which bring
-their run config from launch/configs/. No weight is loaded. Exit codes: 0 it fits, 3 it does not, 2 unusable input.
+MODEL is a folder, a hub id (only its config.json is fetched), or llama-7b, llama-13b, llama-30b or llama-65b, with the
+run config from launch/configs/. No weight is loaded. Exit codes: 0 it fits, 3 it does not, 2 unusable input.
 """
 
 import argparse
@@ -33,11 +33,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a value of the run")
     samples = "in the training data, for a run that counts epochs; default: 1,000 steps are assumed"
     parser.add_argument("--samples", type=int, help=samples)
-    server = "say what a server with that much memory for weights and KV cache can hold"
+    server = "show what a server with this memory for weights and KV cache can hold"
     parser.add_argument("--server-memory", type=float, metavar="GIB", help=server)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--smallest", action="store_true", help="find the fewest such GPUs on which it fits")
-    parser.add_argument("--explain", action="store_true", help="print the formula of every term and end")
+    parser.add_argument("--smallest", action="store_true", help="find the fewest such GPUs that suffice")
+    parser.add_argument("--explain", action="store_true", help="print the formula of every term and exit")
     for name, field in CLUSTER.items():
         default, about = field.default, field.metadata["help"]
         kind, about = (float, about) if default is None else (type(default), f"{about} ({default})")
@@ -58,7 +58,7 @@ def plan(arguments: argparse.Namespace) -> int:
     gib = arguments.server_memory
     require(gib is None or 0 < gib < float("inf"), f"--server-memory must be a number above 0; got {gib}")
     silence_libraries()
-    # Seconds of imports, after good arguments.
+    # These imports take seconds, so they come after the check of arguments.
     from loraprune_ds.plan.plan import MOST_NODES, make_plan, plan_json, plan_table, search, verdict
     from loraprune_ds.plan.request import make_request
 

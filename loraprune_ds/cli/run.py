@@ -22,7 +22,7 @@ from loraprune_ds.train.after import measure_after
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.stop import find_launchers
 
-STOPPED_EXIT_CODE = 85  # asked to stop, and saved
+STOPPED_EXIT_CODE = 85  # stopped on request, and saved
 INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped immediately
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
-    """Reads the command line, with the options of `more` parsers."""
+    """Reads the command line, with options from `more` parsers."""
     parser = Parser(__doc__, more)
     parser.add_argument("--config", required=True, help="YAML file of the run, or a shipped launch/configs/*.yaml")
     value = "override a value, e.g. --set prune.ratio=0.3; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=value)
-    where = "go on from the newest good checkpoint of output_dir, or of a run or step folder"
+    where = "go on from the newest undamaged checkpoint of output_dir, or of a run or step folder"
     parser.add_argument("--resume", metavar="auto|PATH", help=where)
-    shown = "print this value of the config, for example output_dir, and leave"
+    shown = "print this value of the config, for example output_dir, and exit"
     parser.add_argument("--show", metavar="KEY", help=shown)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -86,14 +86,14 @@ def launch() -> int:
         chosen, arguments = own.parse_known_args()
         options = parse_arguments(own)
         launcher = ranks.launcher_command(__name__, chosen.ranks, os.environ)
-        OutputFolder(read_config(options.config, options.set), options.resume)  # before launchers and ranks speak
+        OutputFolder(read_config(options.config, options.set), options.resume)  # before launchers and ranks print
     except UserError as error:
         tell(error)
         return error.exit_code
     if options.show is not None:
         sys.argv[1:] = arguments
         return main()
-    if chosen.ranks is not None:  # else each rank on a CPU would use all cores
+    if chosen.ranks is not None:  # otherwise each rank on a CPU would use all cores
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // chosen.ranks)))
     os.execv(launcher[0], [*launcher, *arguments])
 
@@ -109,8 +109,8 @@ def join_ranks() -> "Communicator":
         from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
 
         quiet_deepspeed()
-        import loraprune_ds.train.run  # noqa: F401  # a missing package is an error before other ranks wait
-    except ImportError as error:  # also of DeepSpeed's private modules
+        import loraprune_ds.train.run  # noqa: F401  # reports a missing package before other ranks wait
+    except ImportError as error:  # or DeepSpeed lacks a private module
         raise UserError(
             f"{error}; install the versions that pyproject.toml names, as launch/quickstart.sh does"
         ) from None
@@ -118,21 +118,21 @@ def join_ranks() -> "Communicator":
 
 
 def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> bool:
-    """Runs on all ranks. Returns False if it was asked to stop. Collective."""
+    """Runs on all ranks. Returns False after a request to stop. Collective."""
     from loraprune_ds.train.run import run
     from loraprune_ds.train.watch import Watch
     from loraprune_ds.zero.device import empty_cache
     from loraprune_ds.zero.engine import stop_ranks
 
-    gc.freeze()  # the imports left no garbage, and DeepSpeed collects twice per cut over all objects
+    gc.freeze()  # DeepSpeed collects garbage over all objects twice per cut, and imports left none
     watch = Watch(comm, ranks.longest_silence(os.environ), launchers)
     try:
         finished = run(output, comm)
     finally:
         watch.close()
-    stop_ranks()  # not after an error: NCCL would wait there for ranks that wait for this one
+    stop_ranks()  # not after an error, because NCCL would wait for ranks that wait for this one
     gc.collect()
-    empty_cache()  # the process that `evaluate.after` starts needs the room
+    empty_cache()  # the process of `evaluate.after` needs the memory
     return finished
 
 

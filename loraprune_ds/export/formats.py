@@ -23,7 +23,7 @@ from loraprune_ds.model.text_part import MTP
 from loraprune_ds.model.weight_files import read_headers
 from loraprune_ds.units import format_bytes
 
-HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/`, the LoRA that was tuned on it in `adapter/`, for further tuning.
+HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/` and its LoRA in `adapter/`, for further tuning.
 
 ```python
 from peft import PeftModel
@@ -63,7 +63,7 @@ def export(source: ExportSource, name: str, out: Path) -> list[str]:
             publish(out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # a full disk, or a checkpoint that its run has dropped meanwhile
+    except (OSError, SafetensorError) as error:  # a full disk, or a checkpoint that its run has just removed
         raise UserError(f"{out} cannot be made: {one_line(error)}") from None
     return remarks
 
@@ -89,7 +89,7 @@ def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
 def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
     if not source.checkpoints:
         others = ", ".join(name for name in FORMATS if name != "adapter")
-        raise UserError(f"{source.name} has no checkpoint with its LoRA apart; formats that can: {others}")
+        raise UserError(f"{source.name} has no checkpoint with separate LoRA; possible formats: {others}")
     unmerged, remarks = open_newest(source.checkpoints)
     unmerged.dense = replace(unmerged.dense, tower=None)  # an adapter has the names of the text class
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
@@ -100,7 +100,7 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
     write_adapter(unmerged, adapter)
     exported = unmerged.exported
     trust = ", trust_remote_code=True" if exported.trust_remote_code else ""
-    # A finished run knows more about its result than its checkpoint.
+    # A finished run has a fuller model card than its checkpoint.
     copy_model_card(
         source.model or base, folder, HOW_TO_LOAD_ADAPTER.format(trust=trust, auto_class=exported.auto_class)
     )
@@ -116,7 +116,7 @@ def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> 
     pretrained = open_pretrained(model)
     path = folder / f"{source.name}-{precision}.gguf"
     remarks += write_gguf(pretrained, path, precision, source.name)
-    remarks += ["it reads text alone: the tower is not in the file"] * (pretrained.tower is not None)
+    remarks += ["the file reads text alone, because a GGUF file has no tower"] * (pretrained.tower is not None)
     dtype, arch = pretrained.config.get("dtype"), architecture_name(pretrained.config, pretrained.shape)
     load = (LOAD_ENCODER if pretrained.shape.family.has_encoder else LOAD_DECODER).format(file=path.name)
     how_to_load = HOW_TO_LOAD_GGUF.format(file=path.name, dtype=dtype, precision=precision, arch=arch, load=load)

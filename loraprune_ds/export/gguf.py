@@ -20,7 +20,7 @@ from loraprune_ds.model.tokenizer import target_start
 
 FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
 
-T5_TOKENS = 512  # of its training. Its positions have no limit
+T5_TOKENS = 512  # a T5's training length. Its positions have no limit
 EPSILONS = {
     **dict.fromkeys(("rms_norm_eps", "norm_eps"), "add_layer_norm_rms_eps"),
     "layer_norm_eps": "add_layer_norm_eps",
@@ -34,10 +34,10 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
         name: the model's name in the file.
     """
     shape, folder = pretrained.shape, str(pretrained.folder)
-    config: Any = config_object(pretrained.config)  # with the defaults that config.json leaves out
+    config: Any = config_object(pretrained.config)  # with the defaults that config.json omits
     architecture = architecture_of(config, shape, folder)
     tensors = plan_tensors(architecture, config, shape, precision, folder)
-    logging.getLogger("gguf").setLevel(logging.WARNING)  # else it tells every step
+    logging.getLogger("gguf").setLevel(logging.WARNING)  # otherwise it logs every step
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture.of(shape)])
     writer.add_type("model")
     writer.add_name(name)
@@ -55,7 +55,7 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     _write(writer, pretrained, tensors, factors)
     halves = sum(tensor.type is GGMLQuantizationType.F16 for tensor in tensors)
     if halves and precision == "q8_0":
-        advice = "their rows are no multiple of 32 (prune.channel_multiple: 32 avoids it)"
+        advice = "because their rows are no multiple of 32 (prune.channel_multiple: 32 avoids that)"
         remarks.append(f"{halves} tensors stay f16, {advice}")
     return remarks
 
@@ -74,7 +74,7 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> Array:
 
 
 def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) -> list[str]:
-    """Writes the context length, limited by the sliding window where the architecture has none."""
+    """Writes the context length, limited by the sliding window if the architecture has none."""
     positions, window = getattr(config, "max_position_embeddings", T5_TOKENS), sliding_window(config)
     if architecture.window_period:
         writer.add_sliding_window(int(config.sliding_window))
@@ -82,20 +82,20 @@ def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) ->
         writer.add_context_length(positions)
         return []
     writer.add_context_length(window)
-    return [f"context length {window:,}, the sliding window: llama.cpp attends to all earlier tokens"]
+    return [f"context length {window:,}, the sliding window, because llama.cpp attends to all earlier tokens"]
 
 
 def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture: Architecture) -> None:
     heads = [layer["heads"] for layer in shape.layers]
     queries = [shape.query_heads(layer) for layer in shape.layers]
     channels = [layer.get("channels", shape.expert_size) for layer in shape.layers]
-    if any(layer.get("experts") == 0 for layer in shape.layers):  # a dense layer has these instead
+    if any(layer.get("experts") == 0 for layer in shape.layers):  # a dense layer has channels instead
         channels = [config.intermediate_size]
     writer.add_block_count(len(shape.layer_lists[0]))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)
-    writer.add_head_count(max(queries) if shape.is_uniform else queries)  # a delta net has none
-    latent = shape.widths.get("key_value_rank")  # which all heads share
+    writer.add_head_count(max(queries) if shape.is_uniform else queries)  # a delta net has no heads
+    latent = shape.widths.get("key_value_rank")  # all heads share it
     one = shape.is_uniform and not architecture.short
     writer.add_head_count_kv(1 if latent else max(heads) if one else heads)
     writer.add_feed_forward_length(channels[0] if shape.is_uniform else channels)
@@ -108,7 +108,7 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
     if architecture.gating:
         writer.add_expert_gating_func(architecture.gating)
         writer.add_leading_dense_block_count(sum(layer["experts"] == 0 for layer in shape.layers))
-    # Without these llama.cpp takes hidden_size / heads, which is wrong after a cut.
+    # By default llama.cpp takes hidden_size / heads, which is wrong after a cut.
     writer.add_key_length(latent + shape.head_dim if latent else shape.head_dim)
     writer.add_value_length(latent or shape.head_dim)
     if architecture.delta:
@@ -134,7 +134,7 @@ def _add_rope(
         raise UserError(f"{where}: GGUF cannot hold {what} ({', '.join(architecture.ropes)} it can); {FORMATS_LEFT}")
     writer.add_rope_dimension_count(int(head_dim * part))
     writer.add_rope_freq_base(full["rope_theta"])
-    if architecture.delta:  # the pairs that turn by time, height and width, equal in a text
+    if architecture.delta:  # the pairs that rotate by time, height and width, which are equal in text
         pairs = int(head_dim * part) // 2
         writer.add_rope_dimension_sections([(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0])
     if sliding:
@@ -144,14 +144,14 @@ def _add_rope(
         writer.add_rope_scaling_factor(full["factor"])
     if rope_type == "yarn":
         writer.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
-        if scale := full.get("mscale_all_dim"):  # of attention
+        if scale := full.get("mscale_all_dim"):  # scale of attention
             writer.add_rope_scaling_yarn_log_mul(0.1 * scale)
     return llama3_factors(full, head_dim) if rope_type == "llama3" else None
 
 
 def _write(writer: GGUFWriter, pretrained: PretrainedModel, tensors: list[GgufTensor], factors: Array | None) -> None:
     for tensor in tensors:
-        # The data type only matters where no raw type is given.
+        # The data type matters only without a raw type.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)

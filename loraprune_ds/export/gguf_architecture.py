@@ -1,8 +1,8 @@
-"""The architectures of llama.cpp that hold a family of models, and where they differ from transformers.
+"""The architectures of llama.cpp for our families, and their differences from transformers.
 
 `bash tests/run_heavy.sh` compares each with transformers. llama.cpp's qwen2, phi3, starcoder2, cohere2 and olmo2 take
-hidden_size for the width of all query heads, so they cannot hold a model that lost heads. A Qwen2 or a Phi-3 is written
-as the LLaMA that computes the same.
+hidden_size for the width of all query heads, so they cannot hold a model that lost heads. A Qwen2 or Phi-3 is written
+as an equivalent LLaMA.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,32 +25,32 @@ PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     **dict.fromkeys(("mlp.gate_up_proj", "shared_mlp.input_linear"), ("mlp.gate_proj", "mlp.up_proj")),
 }
-ACTIVATIONS = ("feed_forward_proj", "hidden_activation", "hidden_act")  # fields that name one
+ACTIVATIONS = ("feed_forward_proj", "hidden_activation", "hidden_act")  # fields that name the activation
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp holds a family."""
+    """Describes how llama.cpp holds a family."""
 
     uniform: MODEL_ARCH  # for layers of one size
     unequal: MODEL_ARCH | None = None  # for layers that differ
     neighbours: bool = False  # the two rows of a rotary pair are adjacent; transformers has them half a head apart
-    activations: tuple[str, ...] = ("silu",)  # those that its code computes
-    biases: frozenset[str] = frozenset()  # the linears whose biases it adds
+    activations: tuple[str, ...] = ("silu",)  # the ones that llama.cpp computes
+    biases: frozenset[str] = frozenset()  # linears with a bias in llama.cpp
     ropes: tuple[str, ...] = ("default",)  # the supported kinds of rotary scaling
     numbers: Mapping[str, str] = field(default_factory=dict[str, str])  # config field, unless null -> GGUFWriter method
     norm_offset: float = 0.0  # transformers adds it to the weight of each norm
     window_period: int = 0  # every n-th layer attends to all tokens, the others within a sliding window. 0: no window
     rope_period: int = 0  # every n-th layer has no rotary embedding. 0: all have one
-    square: tuple[str, ...] = ()  # linears that it takes for hidden_size x hidden_size, so that no heads may be removed
-    only: Mapping[str, Any] = field(default_factory=dict[str, Any])  # config field -> the one value it computes with
+    square: tuple[str, ...] = ()  # linears that must be hidden_size x hidden_size, so no heads may leave
+    only: Mapping[str, Any] = field(default_factory=dict[str, Any])  # config field -> its one supported value
     in_turn: bool = False  # an expert's gate and up outputs alternate in transformers
-    scaled: str | None = None  # the tensor that takes the factor between the two attention scales
-    odd_depth: int = 0  # with this number of layers it divides scores by sqrt(hidden_size // query heads), not head_dim
-    partial: bool = False  # it can rotate a part of each head
-    gating: ExpertGatingFuncType | None = None  # how a router makes weights of scores, where the file must say it
-    delta: bool = False  # it has gated delta nets, whose keys are as wide as their values
-    lite: tuple[int, ...] = ()  # depths at which queries must not be latent. At all others they must be
+    scaled: str | None = None  # the tensor to multiply by the ratio of the two attention scales
+    odd_depth: int = 0  # with this many layers, scores are divided by sqrt(hidden_size // query heads), not head_dim
+    partial: bool = False  # partial rotary embeddings are supported
+    gating: ExpertGatingFuncType | None = None  # converts router scores to weights, if the file must name it
+    delta: bool = False  # gated delta nets, with keys as wide as values
+    lite: tuple[int, ...] = ()  # models with these numbers of layers have no latent queries, all others must have them
     short: bool = False  # a layer without key-value heads is a short convolution
 
     def of(self, shape: ModelShape) -> MODEL_ARCH:
@@ -60,7 +60,7 @@ class Architecture:
         return arch
 
     def attention_factor(self, config: Any, shape: ModelShape) -> float:
-        """Returns the factor on queries that gives transformers' attention scale where llama.cpp has its own."""
+        """Returns the factor on queries that turns llama.cpp's attention scale into transformers'."""
         if self.scaled is None:
             return 1.0
         queries = config.num_attention_heads
@@ -101,7 +101,7 @@ LATENT = Architecture(
     | LATENT_NUMBERS
     | {"n_group": "add_expert_group_count", "topk_group": "add_expert_group_used_count"},
     ropes=("default", "yarn"),
-    only={"rope_interleave": True, "rms_norm_eps": 1e-6},  # its own norms of latents have that epsilon
+    only={"rope_interleave": True, "rms_norm_eps": 1e-6},  # the norms of latents have that epsilon
     gating=ExpertGatingFuncType.SIGMOID,
     lite=(26, 27),
 )
@@ -119,7 +119,7 @@ GEMMA_ARCH = Architecture(MODEL_ARCH.GEMMA, activations=("gelu_pytorch_tanh",), 
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA_ARCH),
     **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), replace(LLAMA_ARCH, unequal=None)),
-    "helium": replace(LLAMA_ARCH, unequal=None, neighbours=False),  # in transformers they are, too
+    "helium": replace(LLAMA_ARCH, unequal=None, neighbours=False),  # a Helium has neighbours in transformers, too
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
     "mixtral": replace(LLAMA_ARCH, unequal=None),
     "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}),
@@ -153,7 +153,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gating=ExpertGatingFuncType.SIGMOID,
     ),
     "deepseek_v3": LATENT,
-    # llama.cpp has its rms_norm_eps in the norms of latents, too: 1e-5, where transformers has 1e-6.
+    # llama.cpp uses rms_norm_eps 1e-5 in the norms of latents, too. transformers has 1e-6 there.
     "glm4_moe_lite": replace(LATENT, ropes=("default",), only={"rope_interleave": True}),
     "deepseek_v2": replace(
         LATENT,
@@ -211,12 +211,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def attention_interval(config: Any) -> int:
-    """Returns n if every n-th layer has full attention. `architecture_of` has checked the others."""
+    """Returns n if every n-th layer has full attention. `architecture_of` has checked the other layers."""
     return [*config.layer_types, "full_attention"].index("full_attention") + 1
 
 
 def architecture_name(config: dict[str, Any], shape: ModelShape) -> str | None:
-    """Returns llama.cpp's name of the architecture that holds a model. None if none does. `config`: of the export."""
+    """Returns llama.cpp's name of the architecture for a model, or None. `config` belongs to the export."""
     try:
         return MODEL_ARCH_NAMES[architecture_of(config_object(text_config(config, "")), shape, "").of(shape)]
     except UserError:
@@ -224,14 +224,14 @@ def architecture_name(config: dict[str, Any], shape: ModelShape) -> str | None:
 
 
 def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:
-    """Returns the architecture of a model. `config`: an object of transformers, with all defaults."""
+    """Returns the architecture of a model. `config` is transformers' object, with all defaults."""
     architecture = ARCHITECTURES.get(family_name(shape.model_type))
     if architecture is None:
         checked = f"{', '.join(ARCHITECTURES)}, not for {shape.model_type}"
-        raise UserError(f"{where}: GGUF is checked in llama.cpp for {checked}; {FORMATS_LEFT}")
+        raise UserError(f"{where}: GGUF is tested in llama.cpp for {checked}; {FORMATS_LEFT}")
     name = MODEL_ARCH_NAMES[architecture.uniform]
     if not shape.is_uniform and architecture.unequal is None:
-        raise UserError(f"{where}: all layers of llama.cpp's {name} have one size, and these differ; {FORMATS_LEFT}")
+        raise UserError(f"{where}: llama.cpp's {name} needs layers of one size, but these differ; {FORMATS_LEFT}")
     for missing in _missing(architecture, config, shape):
         raise UserError(f"{where}: GGUF cannot hold {missing} in llama.cpp's {name}; {FORMATS_LEFT}")
     return architecture
@@ -257,9 +257,9 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
 
 
 def _missing_orders(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
-    """Yields the numbers and orders of layers that the architecture lacks."""
+    """Yields the unsupported numbers and orders of layers."""
     layers, (first, *decoder) = len(shape.layers), map(len, shape.layer_lists)
-    if any(count > first for count in decoder):  # it makes room for the encoder's number of layers
+    if any(count > first for count in decoder):  # llama.cpp allocates as many decoder layers as the encoder has
         yield f"{decoder[0]} decoder layers after {first} of the encoder"
     if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):
         yield f"{layers} layers with q_lora_rank {config.q_lora_rank}"

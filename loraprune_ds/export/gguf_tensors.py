@@ -1,7 +1,7 @@
 """The tensors of a GGUF file: their names, and their values in llama.cpp's layout.
 
-llama.cpp splits fused linears. It stores gate and up separately, each for all experts of a layer, and in `kv_b_proj`
-the rows of keys, transposed because queries are multiplied by them, separately from the rows of values.
+llama.cpp splits fused linears. Gate and up are separate, each for all experts of a layer. So are the rows of keys and
+values in `kv_b_proj`. The rows of keys are transposed, because queries are multiplied by them.
 """
 
 import math
@@ -34,18 +34,18 @@ ROUTER, SHARED_GATE = ".ffn_gate_inp", ".ffn_gate_inp_shexp"
 CONVOLUTIONS = (".ssm_conv1d", ".shortconv.conv")
 DELTA_NET, GATED_NORM, A_LOG = ".linear_attn.", "linear_attn.norm", ".A_log"
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
-BIAS = "_proj_bias"  # ends the name of biases with a row for each expert
+BIAS = "_proj_bias"  # end of the names of biases with a row per expert
 # The last name of a stack -> its parts in llama.cpp. A stock GGUF converter gives the tensors these names, too.
 EXPERT_PARTS = {"gate_up": ("mlp.experts.gate_proj", "mlp.experts.up_proj"), "down": ("mlp.experts.down_proj",)}
 
 
 class Slices(NamedTuple):
-    """Takes the same part of one matrix per expert or head. In the source they follow one another."""
+    """Takes the same slice from each matrix of a sequence, with one matrix per expert or head."""
 
     count: int
-    shape: tuple[int, ...]  # of one matrix in the source
-    take: tuple[slice, ...]  # along each of its axes
-    transposed: bool  # after it was taken
+    shape: tuple[int, ...]  # shape of one matrix in the source
+    take: tuple[slice, ...]  # slices along its axes
+    transposed: bool  # transposes each slice
 
     def read(self, read_flat: Callable[[int, int], Tensor]) -> Tensor:
         """Returns (count, rows, ...). `read_flat`: (start, end) -> these elements of the source."""
@@ -55,7 +55,7 @@ class Slices(NamedTuple):
 
 
 class SourcePart(NamedTuple):
-    """A part of a source tensor that is a tensor in llama.cpp. `start`: its first element in the flat source."""
+    """A part of a source tensor that is a tensor in llama.cpp. `start` is its first element in the flat source."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,12 +64,12 @@ class SourcePart(NamedTuple):
 
 
 class ValueHeads(NamedTuple):
-    """How a tensor of a gated delta net has its value heads, `each` of them per key head one after another."""
+    """Describes the value heads in a tensor of a gated delta net: `each` adjacent ones per key head."""
 
     keys: int
     each: int
-    start: int  # rows before them
-    columns: bool  # they are columns
+    start: int  # rows before the heads
+    columns: bool  # the heads are columns, not rows
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class GgufTensor:
 
     source: str  # name in the pretrained model
     name: str
-    shape: tuple[int, ...]  # (out_features, in_features), or with experts before, or (n,)
+    shape: tuple[int, ...]  # (out_features, in_features), perhaps with experts first, or (n,)
     type: GGMLQuantizationType
     start: int = 0  # as in SourcePart
     slices: Slices | None = None
@@ -131,7 +131,7 @@ def plan_tensors(
 
 
 def _with_scaled_head(tensors: list[GgufTensor], shape: ModelShape) -> list[GgufTensor]:
-    """Puts the scale of the decoder's outputs into its head, which is then apart from the embedding."""
+    """Puts the scale of the decoder's outputs into the head, which is then untied from the embedding."""
     named = {tensor.name: tensor for tensor in tensors}
     head = replace(named.get(OUTPUT, named[EMBEDDING]), name=OUTPUT, factor=shape.hidden_size**-0.5)
     return list((named | {OUTPUT: head}).values())
@@ -153,14 +153,14 @@ def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
         values = (values + np.float32(tensor.offset)) * np.float32(tensor.factor)
     if tensor.type is GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
         where = f"{pretrained.weights.files[tensor.source]}: {tensor.source}"
-        raise UserError(f"{where} has values beyond 65504, the largest of f16; {FORMATS_LEFT}")
+        raise UserError(f"{where} has values beyond 65504, the limit of f16; {FORMATS_LEFT}")
     return quants.quantize(values, tensor.type)
 
 
 def permute(rows: Array, heads: int) -> Array:
-    """Puts the rows (heads * head_dim, ...) of q_proj or k_proj in the order of llama.cpp's `llama` and its kin.
+    """Puts the rows (heads * head_dim, ...) of q_proj or k_proj in the order of llama.cpp's `llama` and similar ones.
 
-    The two rows of a rotary pair are half a head apart in transformers and next to each other in llama.cpp.
+    The two rows of a rotary pair are half a head apart in transformers, and adjacent in llama.cpp.
     """
     split = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
@@ -184,7 +184,7 @@ def _value_heads(source: str, shape: ModelShape) -> ValueHeads | None:
 
 
 def _parts(source: str, size: tuple[int, ...], shape: ModelShape, in_turn: bool) -> Iterable[SourcePart]:
-    """Returns the parts of a parameter that are tensors in llama.cpp: most are one part."""
+    """Returns the parts of a parameter that are tensors in llama.cpp. Most parameters are one part."""
     if source.startswith("model.layers."):
         *_, number, inside = source.split(".", 3)
         layer, prefix = int(number), source.removesuffix(inside)

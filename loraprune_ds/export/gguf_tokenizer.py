@@ -1,6 +1,6 @@
 """Writes a tokenizer into a GGUF file, so that llama.cpp reads the same tokens as transformers.
 
-llama.cpp has three kinds: byte-level BPE with merges, sentencepiece's BPE with scores, and its unigrams, as T5's.
+llama.cpp has three kinds: byte-level BPE with merges, and sentencepiece's BPE with scores and unigrams (T5).
 """
 
 import json
@@ -27,7 +27,7 @@ TEKKEN_PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Published in the tokenizer.json of Qwen2, Qwen3.5 and Phi-4-mini.
+# From the tokenizer.json of Qwen2, Qwen3.5 and Phi-4-mini.
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 QWEN35_PATTERN = QWEN2_PATTERN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
 GPT4O_PATTERN = (
@@ -35,7 +35,7 @@ GPT4O_PATTERN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The steps by which a byte-level tokenizer cuts text into words before it merges -> their name in llama-vocab.cpp.
+# The steps that split text into words before byte-level merges -> their name in llama-vocab.cpp.
 PRE_TOKENIZERS = {
     ("words",): "gpt-2",
     ("digits", "words"): "smollm",
@@ -45,30 +45,30 @@ PRE_TOKENIZERS = {
     (GPT4O_PATTERN, "bytes"): "gpt-4o",
     (TEKKEN_PATTERN, "bytes"): "tekken",
 }
-# llama.cpp's own converter leaves it out as well, for Qwen2 and its kin.
-NOT_COMPOSED = "llama.cpp does not compose letters and accents (Unicode NFC) before it makes tokens of a text"
+# llama.cpp's own converter omits this step, too, for Qwen2 and similar models.
+NOT_COMPOSED = "llama.cpp does not compose letters and accents (Unicode NFC) before it tokenises a text"
 SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType.BPE
 SPACE = "▁"  # sentencepiece's
-# As transformers' conversions write what sentencepiece and llama.cpp do with spaces. Older ones do not strip.
+# transformers' conversions describe the spaces of sentencepiece and llama.cpp like this. Older ones do not strip.
 STRIP = {"type": "Strip", "strip_left": False, "strip_right": True}
 EXTRA_SPACES = (STRIP, *({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": x} for x in (SPACE, " ")))
-LAST_SPACE = "llama.cpp makes no token of a space at the end of a text or before a special token"
+LAST_SPACE = "llama.cpp drops a space at the end of a text or before a special token"
 ADDED_SCORE = -1000.0  # never merged into
 PROBE = "a"
-FORMATS_LEFT = "formats that can: hf, adapter"
+FORMATS_LEFT = "possible formats: hf, adapter"
 
 
 @dataclass
 class Vocabulary:
-    """Tokens by id, first without the added ones."""
+    """Tokens by id, at first without added ones."""
 
     model: str  # llama.cpp's name of the algorithm
-    pre: str  # its name of the way to cut text into words
+    pre: str  # its name of the splitting into words
     tokens: list[str]
     types: list[int]
-    scores: list[float] = field(default_factory=list)  # of sentencepiece: a pair with a higher score merges first
-    merges: list[str] = field(default_factory=list)  # of byte-level BPE: `left right`, the first one merges first
-    characters: bytes = b""  # of unigrams: sentencepiece's table that normalises a text
+    scores: list[float] = field(default_factory=list)  # sentencepiece: pairs with higher scores merge first
+    merges: list[str] = field(default_factory=list)  # byte-level BPE: `left right`, in order of merging
+    characters: bytes = b""  # unigrams: sentencepiece's table for normalisation
     remarks: list[str] = field(default_factory=list)
 
     def fill(self, size: int) -> None:
@@ -90,7 +90,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str
     vocabulary = read_vocabulary(folder)
     _put_added_tokens(vocabulary, tokenizer)
     if len(vocabulary.tokens) > vocab_size:
-        raise UserError(f"{folder}: its tokenizer has {len(vocabulary.tokens)} tokens, its model only {vocab_size}")
+        raise UserError(f"{folder}: its tokenizer has {len(vocabulary.tokens)} tokens, but its model only {vocab_size}")
     vocabulary.fill(vocab_size)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -112,7 +112,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
-    """Reads `tokenizer.json` or `tokenizer.model`. Raises UserError where llama.cpp cannot do the same."""
+    """Reads `tokenizer.json` or `tokenizer.model`. Raises UserError if llama.cpp cannot do the same."""
     path = folder / "tokenizer.json"
     fast = read_json(path) if path.is_file() else {}
     pre_tokenizer = _steps(fast.get("pre_tokenizer"), "pretokenizers")
@@ -128,12 +128,12 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 
 
 def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Puts in the added tokens, which both libraries look for in a text before anything else."""
+    """Adds the added tokens. Both libraries first search a text for them."""
     for index, added in sorted(tokenizer.added_tokens_decoder.items()):
         vocabulary.fill(index + 1)
         if vocabulary.types[index] == TokenType.UNKNOWN:
             continue
-        # llama.cpp compares with the raw text, which has no sentencepiece spaces yet.
+        # llama.cpp compares with raw text, without sentencepiece spaces.
         vocabulary.tokens[index] = added.content if added.special else added.content.replace(SPACE, " ")
         vocabulary.types[index] = int(TokenType.CONTROL if added.special else TokenType.USER_DEFINED)
         if vocabulary.scores:
@@ -141,7 +141,7 @@ def _put_added_tokens(vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase
 
 
 def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes whether BOS and EOS surround every text. A probe shows it: the settings have too many forms."""
+    """Writes whether BOS and EOS surround every text. A probe shows that, because the settings have many forms."""
     plain = tokenizer(PROBE, add_special_tokens=False).input_ids
     complete = tokenizer(PROBE).input_ids
     start = next(i for i in range(len(complete)) if complete[i : i + len(plain)] == plain)
@@ -179,7 +179,7 @@ def _byte_level(fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path:
 
 
 def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
-    """Reads sentencepiece's unigrams, whose most probable row of pieces is the tokens of a text."""
+    """Reads sentencepiece's unigrams. The tokens of a text are its most probable sequence of pieces."""
     normalizer = _steps(fast["normalizer"], "normalizers")
     tables = [step["precompiled_charsmap"] for step in normalizer if step["type"] == "Precompiled"]
     spaces = [step for step in normalizer if step in EXTRA_SPACES]
@@ -208,7 +208,7 @@ def _describe(step: dict[str, Any]) -> str:
 
 
 def _tokens_and_merges(model: dict[str, Any]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Returns the tokens in the order of their ids, which have no gap, and the pairs that merge, first ones first."""
+    """Returns the tokens by id, without gaps, and the pairs to merge, in order."""
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])  # strings: older files
     return tokens, [(left, right) for left, right in pairs]
@@ -218,7 +218,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
     model = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     model.ParseFromString(path.read_bytes())
     if model.trainer_spec.model_type != SENTENCEPIECE_BPE:
-        raise UserError(f"{path}: only sentencepiece models of type BPE, as LLaMA's, fit llama.cpp; {FORMATS_LEFT}")
+        raise UserError(f"{path}: llama.cpp needs a sentencepiece model of type BPE, as LLaMA has; {FORMATS_LEFT}")
     pieces = model.pieces
     # The numbers of sentencepiece's piece types are llama.cpp's token types.
     types = [piece.type for piece in pieces]
@@ -228,7 +228,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
 def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
     """Rebuilds a sentencepiece model from transformers' conversion to merges.
 
-    It lists every pair of tokens that makes a token, best token first, so a token's score is its place.
+    The conversion lists every pair that makes a token, best token first, so a token's score is its place.
     """
     tokens, merges = _tokens_and_merges(fast["model"])
     made = [left + right for left, right in merges]
@@ -237,7 +237,7 @@ def _sentencepiece_from_merges(fast: dict[str, Any], path: Path) -> Vocabulary:
     known = set(tokens).difference(token["content"] for token in fast["added_tokens"])
     splits = ((token[:i], token[i:]) for token in known for i in range(1, len(token)))
     if not in_one_go or not {pair for pair in splits if known.issuperset(pair)} <= set(merges):
-        raise UserError(f"{path}: its merges are not those of a sentencepiece model; {FORMATS_LEFT}")
+        raise UserError(f"{path}: its merges do not come from a sentencepiece model; {FORMATS_LEFT}")
     types = [_type_of(token, fast["model"].get("unk_token")) for token in tokens]
     return Vocabulary("llama", "default", tokens, types, [places.get(token, float(-len(merges))) for token in tokens])
 

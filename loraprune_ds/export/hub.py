@@ -1,6 +1,6 @@
 """Pushes an export to the hub, with the measured results as the `model-index` of its card.
 
-The token is the hub's own: `HF_TOKEN`, or the one that `hf auth login` stored.
+The token is `HF_TOKEN`, or the stored one of `hf auth login`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,11 +31,11 @@ def check_push(repo: str, results: Sequence[Path]) -> None:
 
 
 def push(folder: Path, repo: str, run: Path, results: Sequence[Path], *, private: bool) -> str:
-    """Puts the results into the export's card and uploads it. Returns the address.
+    """Adds the results to the card of the export, and uploads the export. Returns the address.
 
     Args:
-        run: folder of the run, whose report has perplexities. Any other folder has none.
-        results: files that launch/evaluate.py --json has written.
+        run: folder of the run, for the perplexities of its report. Any other folder has none.
+        results: files from launch/evaluate.py --json.
     """
     api = HfApi()
     write_model_index(folder / CARD_FILE, repo.rpartition("/")[2], run, results)
@@ -48,7 +48,7 @@ def push(folder: Path, repo: str, run: Path, results: Sequence[Path], *, private
 
 
 def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[Path]) -> None:
-    """Writes the measured results into a card's `model-index`, of the pruned model and the dense one, and answers."""
+    """Writes the measured results of the pruned and the dense model into the card's `model-index`, and answers."""
     pruned, dense = list[EvalResult](), list[EvalResult]()
     if (run / REPORT_FILE).is_file():
         report = read_json(run / REPORT_FILE)
@@ -73,7 +73,7 @@ def _run_results(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
     value, config = report["perplexity"][which], report["config"]
     if value is not None:
         source = config["data"]["held_out"] or config["data"]["path"]
-        paths = [source] if isinstance(source, str) else [entry["path"] for entry in source]  # of a mixture
+        paths = [source] if isinstance(source, str) else [entry["path"] for entry in source]  # a mixture
         text = " + ".join(Path(path).name for path in paths)
         yield _perplexity(value, text, config["evaluate"]["window"])
 

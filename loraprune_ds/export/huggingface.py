@@ -1,4 +1,4 @@
-"""Makes the folder of an exported Hugging Face model, which appears whole or not at all.
+"""Makes the folder of an exported Hugging Face model. It appears complete or not at all.
 
 rank 0  staging = begin(out)
 each    write_weight_file(staging, ...)       (model/weight_files.py, called by zero/write.py)
@@ -33,13 +33,13 @@ from loraprune_ds.model.weight_files import (
     weight_file_names,
 )
 
-PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads tokenizer.json and nothing else, in transformers 4 and 5
+PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads only tokenizer.json, in transformers 4 and 5
 
 
 def begin(out: Path, mark: str = "") -> Path:
-    """Makes the empty staging folder of `out`. `mark` distinguishes several processes' folders."""
+    """Makes the empty staging folder of `out`. `mark` separates the folders of several processes."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists already; remove it or choose another place for the exported model")
+        raise UserError(f"{out} exists already; remove it, or export to another folder")
     return begin_folder(out, mark)
 
 
@@ -51,7 +51,7 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
         drop_auto_maps(folder)
     elif has_tokenizer(folder):
         is_text_part = _read_if_there(dense / "config.json").get("model_type") in MULTIMODAL
-        if exported.renamed or is_text_part:  # whose class has another model type
+        if exported.renamed or is_text_part:  # the class has another model type
             _pin_tokenizer(dense, folder)
     write_json(folder / "config.json", exported.config)
     if exported.modelling_file:
@@ -73,14 +73,14 @@ def copy_model(model: PretrainedModel, out: Path) -> None:
 
 
 def _write_modelling_file(folder: Path, model_type: str) -> None:
-    """Writes our modelling file, with the constant in it that names the family."""
+    """Writes our modelling file with the name of the family."""
     code = resources.files("loraprune_ds.model").joinpath(MODELLING_FILE).read_text(encoding="utf-8")
     code = code.replace(f'FAMILY = "{FAMILY}"', f'FAMILY = "{family_name(model_type)}"')
     (folder / MODELLING_FILE).write_text(code, encoding="utf-8")
 
 
 def publish(out: Path, mark: str = "") -> None:
-    """Gives the finished export its name, in one step, once it is on the disk."""
+    """Renames the finished export, once it is on the disk."""
     for path in staging_of(out, mark).rglob("*"):
         flush(path)
     publish_folder(out, mark)
@@ -89,8 +89,8 @@ def publish(out: Path, mark: str = "") -> None:
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copies tokenizer, chat template and generation settings from folder `source` to folder `out`, without code.
 
-    Names that only transformers 5 reads become their older ones. From a sentencepiece file alone AutoTokenizer would
-    make other tokens than the run did, so the files made of it are written as well.
+    Class names of transformers 5 become older ones. AutoTokenizer would tokenise differently from a sentencepiece file
+    alone, so the files that the run derived from it are written, too.
     """
     copy_named(source, out, TOKENIZER_FILES)
     sentencepiece = any((source / name).is_file() for name in (SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE))
@@ -98,7 +98,7 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     if is_alone:
         load_tokenizer(source).save_pretrained(out)
     names_code = AUTO_MAP in _read_if_there(out / TOKENIZER_CONFIG)
-    # Without that name AutoTokenizer may choose another class.
+    # Without the class name AutoTokenizer may choose another class.
     if is_alone or (names_code and has_tokenizer(out)):
         _pin_tokenizer(source, out)
     drop_auto_maps(out)
@@ -117,8 +117,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _pin_tokenizer(source: Path, out: Path) -> None:
-    """Makes the copy in `out` read the same tokens as `source`, though its config.json names another model type."""
-    # AutoTokenizer splits text after a special token differently under `llama` and `mistral`.
+    """Makes the copy in `out` tokenise like `source`, although its config.json names another model type."""
+    # AutoTokenizer splits the text after a special token differently for `llama` and `mistral`.
     tokenizer = load_tokenizer(source)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return

@@ -1,4 +1,4 @@
-"""Finds the weights that an export starts from, and writes a checkpoint's LoRA: merged into W, or as PEFT's adapter."""
+"""Finds the weights to export, and writes a checkpoint's LoRA, merged into W or as PEFT's adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +30,16 @@ MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
 
 @dataclass(frozen=True)
 class ExportSource:
-    """The folders that an export can read. The checkpoints, newest first, have the weights of `model` if it is set."""
+    """The folders to export from. With `model` the checkpoints, newest first, have its weights."""
 
     name: str  # for file names
     model: Path | None
     checkpoints: list[Path]
-    mtp: Path | None = None  # a dense model whose layers that predict further tokens are kept (mtp.py)
+    mtp: Path | None = None  # a dense model, to keep its layers that predict further tokens (mtp.py)
 
 
 def find_source(path: Path) -> ExportSource:
-    """Looks at the folder of a run, of one of its checkpoints, or of a merged model."""
+    """Finds the source in the folder of a run, of one of its checkpoints, or of a merged model."""
     name, root = path.resolve().name, path / layout.CHECKPOINTS_FOLDER
     if status := layout.read_status(path):
         steps = layout.numbered(root, "step")[::-1]
@@ -58,7 +58,7 @@ def find_source(path: Path) -> ExportSource:
 
 
 class UnmergedModel:
-    """A verified checkpoint and its models: `dense`, which the run began with, and `base`, pruned and without LoRA."""
+    """A verified checkpoint and its models: `dense`, the source of the run, and `base`, pruned and without LoRA."""
 
     def __init__(self, checkpoint: TrainingCheckpoint) -> None:
         self.checkpoint = checkpoint
@@ -80,7 +80,7 @@ class UnmergedModel:
 
 
 def open_newest(checkpoints: list[Path]) -> tuple[UnmergedModel, list[str]]:
-    """Opens the first undamaged checkpoint. Also returns remarks about it and about those passed over."""
+    """Opens the first undamaged checkpoint. Also returns remarks about it and the damaged ones."""
     remarks: list[str] = []
     for path in checkpoints:
         try:
@@ -96,7 +96,7 @@ def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, d
     """Computes W + scaling·B·A in fp32, a block of rows at a time, and rounds once, to `dtype`.
 
     Args:
-        weight: (out_features, in_features). In a stack, experts lie one below the other, here and in A and B.
+        weight: (out_features, in_features). The experts of a stack are concatenated along axis 0, as in A and B.
         lora_a: (r, in_features), preferably the fp32 master.
         lora_b: (out_features, r).
         scaling: lora_alpha / r.
@@ -126,7 +126,7 @@ def write_from_checkpoint(unmerged: UnmergedModel, folder: Path, *, merge: bool)
     layers, dtype = range(len(shape.layers)), DTYPES[config.model.dtype]
     own, entries = weight_file_count(len(layers)), list[dict[str, int]]()
     count = own + (tower is not None)
-    for k, layer in enumerate([*layers, None]):  # the last file has all that belongs to no layer
+    for k, layer in enumerate([*layers, None]):  # the last file has the parameters outside of layers
         names = shape.outer_parameters if layer is None else shape.layer_parameters(layer)
         tensors = {name: unmerged.base.read_full(name, dtype) for name in names}
         if merge and layer is not None:
@@ -151,7 +151,7 @@ def write_from_checkpoint(unmerged: UnmergedModel, folder: Path, *, merge: bool)
 
 
 def write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
-    """Writes the fp32 LoRA, which is no larger than one decoder layer, into the one file that PEFT reads."""
+    """Writes the fp32 LoRA, at most the size of a decoder layer, into the one file that PEFT reads."""
     shape = unmerged.shape
     tensors = {
         name_in_file(shape, layer, name): tensor
@@ -165,7 +165,7 @@ def write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
     linears = list(dict.fromkeys(linear for _, linear in shape.linear_ids()))
     stacks = [in_peft(x).tensor for x in linears if x.is_stack]
-    # PEFT has no dropout on tensors that are not modules, and would take modules of a dense MLP for experts.
+    # PEFT has no dropout on tensors without a module, and would take the modules of a dense MLP for experts.
     of_experts = {
         "target_modules": [x.name for x in linears if x.parts and not x.is_stack],
         "target_parameters": [*stacks, *(f"{x.name}.weight" for x in linears if not x.parts)],

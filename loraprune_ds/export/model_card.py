@@ -80,14 +80,14 @@ IMAGES = """
 
 @dataclass(frozen=True)
 class ModelCard:
-    """The facts of the README. Names contain no path of this machine. A perplexity is None if it was not measured."""
+    """The facts of the README. Names contain no path of this machine. A perplexity that was not measured is None."""
 
     base_model: str
     dense: ModelShape
     pruned: ModelShape
     criterion: str
     ranking: str | None
-    data: str  # of the recovery training
+    data: str  # the training data
     steps: int
     perplexity_data: str
     perplexity_dense: float | None = None
@@ -103,7 +103,7 @@ def card_of_run(
     windows: int | None = None,
     **perplexities: float | None,
 ) -> ModelCard:
-    """Collects the facts of a run. `windows`: the number that perplexity was measured on, if it is known."""
+    """Collects the facts of a run. `windows` is the measured number of windows, if known."""
     paths = [source.path for source in config.data.sources]
     names = ("Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name for path in paths)
     data = " + ".join(names)
@@ -123,7 +123,7 @@ def card_of_run(
 
 
 def model_name(config: ModelConfig) -> str:
-    """Names the dense model without the folders of this machine."""
+    """Names the dense model, without folders of this machine."""
     return "SmolLM2-135M-Instruct" if config.path == EMBEDDED else Path(config.path).name
 
 
@@ -131,7 +131,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
     """Writes README.md of the exported model in `folder`."""
     dense, pruned, trust = card.dense, card.pruned, exported.trust_remote_code
     architecture = architecture_name(exported.config, pruned)
-    in_gguf = f"as architecture `{architecture}`, by an export to GGUF" if architecture else "no architecture holds it"
+    in_gguf = f"as architecture `{architecture}`, by an export to GGUF" if architecture else "not supported"
     text = TEMPLATE.format(
         card=card,
         exported=exported,
@@ -153,7 +153,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
 
 
 def copy_model_card(source: Path, folder: Path, how_to_load: str) -> None:
-    """Copies the model card of `source`, if it has one, with a new section on loading in place of ours."""
+    """Copies the model card of `source`, if any, with another section on loading."""
     path = source / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     facts = text.partition(LOAD_HEADING)[0].rstrip()
@@ -161,7 +161,7 @@ def copy_model_card(source: Path, folder: Path, how_to_load: str) -> None:
 
 
 def answers_section(result: dict[str, Any]) -> str:
-    """Makes a section with a few of the greedy answers in an evaluation's result, over all its kinds of prompts."""
+    """Makes a section with a few greedy answers from an evaluation, over all kinds of prompts."""
     prompts = result["answers_plan"]["prompts"]
     lines = ["## Answers", "", f"Greedy, at most {result['answers_plan']['max_new_tokens']} tokens.", ""]
     for i in sorted({i * len(prompts) // SHOWN for i in range(SHOWN)}):
@@ -170,7 +170,7 @@ def answers_section(result: dict[str, Any]) -> str:
             texts += [(name, model["answers"]["greedy"]["texts"][i]["text"])] if model else []
         for name, text in texts:
             wrapped = (textwrap.wrap(line, 100, drop_whitespace=False) or [""] for line in text.splitlines() or [""])
-            # After four spaces no line of a text can end the block, or be read as Markdown or HTML.
+            # Four spaces keep a line from ending the block, and from being read as Markdown or HTML.
             lines += [f"{name}:", "", *(f"    {part}" for parts in wrapped for part in parts), ""]
     return "\n".join(lines)
 
@@ -184,7 +184,7 @@ def _perplexity(value: float | None) -> str:
 
 
 def _layer_rows(shape: ModelShape) -> list[str]:
-    """Makes a table with one row for each run of equal layers."""
+    """Makes a table with a row per sequence of equal layers."""
     titles = ["layers", "query heads", *(TITLES[kind] for kind in shape.kinds)]
     rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for layer, run in groupby(range(len(shape.layers)), key=lambda i: shape.layers[i]):

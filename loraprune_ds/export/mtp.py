@@ -1,7 +1,7 @@
 """Keeps the layers that predict further tokens (MTP). They are cut to the counts of the pruned model.
 
-A server builds them by the same config.json as the others, and verifies what they predict. No forward of a run passes
-them, so they have no scores and are not tuned: of each kind the groups with the largest weights stay.
+A server builds these layers from the same config.json as the others, and verifies their predictions. No forward of a
+run passes them, so they have no scores and are not tuned. The groups with the largest weights of each kind stay.
 """
 
 from dataclasses import replace
@@ -22,17 +22,17 @@ from loraprune_ds.pruning.importance import GroupSums
 from loraprune_ds.pruning.ranking import keep_best
 
 MTP_FILE = "mtp.safetensors"
-FC = f"{MTP}fc.weight"  # joins a token's embedding and the last hidden state, before the first of these layers
+FC = f"{MTP}fc.weight"  # joins the embedding and the last hidden state of a token, before these layers
 LAYERS, IN_FILE = "model.layers.", f"{MTP}layers."
 NOTE = f"{MTP_FILE} has the layers that predict further tokens, cut by the norms of their weights and not tuned"
 
 
 def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
-    """Opens these layers of a dense model, and cuts them to the counts that `pruned` has in layers of their sort.
+    """Opens these layers of a dense model, and cuts them to the counts of the same layers in `pruned`.
 
     Raises:
-        UserError: the model in `folder` has none, or `pruned` is no cut of it or has layers of different sizes. Or as
-            `check_weights`.
+        UserError: the model in `folder` has no such layers, or `pruned` is not a cut of it or has layers of different
+            sizes. Also the errors of `check_weights`.
     """
     dense = open_pretrained(folder)
     headers = {name: header for name, header in read_headers(folder).items() if name.startswith(MTP)}
@@ -42,7 +42,7 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
     one, left = _one_of_their_sort(shape), _one_of_their_sort(pruned)
     fits = left.layers != () and one.with_layers(left.layers).parameters() == left.parameters()
     is_cut = fits and all(left.layers[0][kind] <= n for kind, n in one.layers[0].items())
-    require(is_cut, f"{folder} is not the dense model: its sizes do not fit the pruned one's")
+    require(is_cut, f"{folder} is not the dense model: its sizes do not fit the pruned model")
     own = replace(
         one.only([0] * count),
         outer_parameters={name: size for name, (size, _, _) in headers.items() if not name.startswith(IN_FILE)},
@@ -56,7 +56,7 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
 
 
 def _one_of_their_sort(shape: ModelShape) -> ModelShape:
-    """Returns the shape of a model of the first layer with attention, if any."""
+    """Returns the shape of a model with only the first attention layer, if any."""
     layers = (i for i, layer in enumerate(shape.layers) if {"heads", shape.kinds[-1]} <= layer.kinds)
     return shape.only(list(layers)[:1])
 
@@ -75,7 +75,7 @@ def _largest(weights: ModelWeights, counts: LayerShape) -> list[LayerKeep]:
 
 
 def add_mtp(weights: ModelWeights, folder: Path) -> str:
-    """Writes what `cut_mtp` returned into the folder of the pruned model, in the dtype of its files. Returns a note."""
+    """Writes the weights from `cut_mtp` into the folder of the pruned model, in its dtype. Returns a note."""
     with safe_open(weights.files[FC], framework="pt") as file:
         dtype = file.get_tensor(FC).dtype
     tensors = {name: weights.read_full(name, dtype) for name in weights.shape.parameters()}

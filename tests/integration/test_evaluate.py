@@ -248,11 +248,15 @@ BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
     (f"{DENSE} --dense {{here}}/other {TEXT}", f"{DENSE} and {{here}}/other tokenise the text differently", make_other),
     ("{made}/run/checkpoints/step-4 " + TEXT, "{made}/run/checkpoints/step-4 is a checkpoint; launch/export.py", None),
     ("{here}/nothing --dataset wikitext2", "folder {here}/nothing does not exist", None),  # before a download
-    (f"{DENSE} {TEXT} --split train", "--split is a part of --dataset; --text is read whole", None),
+    (f"{DENSE} {TEXT} --split train", "--split needs --dataset", None),
     (f"{DENSE} {TEXT} --window 1024", f"{DENSE} reads at most 512 tokens (max_position_embeddings), not 1024", None),
     (f"{DENSE} --dense {{here}}/other --answers", f"{DENSE} and {{here}}/other have different tokenizers", make_other),
     (f"{DENSE} --page a.html", "--page has no effect without --answers", None),
-    (f"{DENSE} --answers --page {{here}}/gone/a.html", "--page {here}/gone/a.html: {here}/gone is no folder", None),
+    (
+        f"{DENSE} --answers --page {{here}}/gone/a.html",
+        "--page {here}/gone/a.html: {here}/gone is not a writable folder",
+        None,
+    ),
     (f"{DENSE} --rounds 2", "--rounds has no effect without --speed", None),
     ("{made}/apart/adapter " + TEXT + " --sharded", "{made}/apart/adapter: --sharded cannot merge an adapter", None),
 )

@@ -163,7 +163,9 @@ def test_bad_input_is_one_line(run: Path, unfinished: Path, tmp_path: Path) -> N
         no_room = Mock(side_effect=SafetensorError("Error while serializing: No space left on device"))
         patch.setattr("loraprune_ds.export.lora.write_weight_file", no_room)
         check_error(export(unfinished, "--out", out), f"{out} cannot be made: Error while serializing: No space left")
-    check_error(export(run / "model", "--format", "adapter", "--out", out), "model has no checkpoint with its LoRA")
+    check_error(
+        export(run / "model", "--format", "adapter", "--out", out), "model has no checkpoint with separate LoRA"
+    )
     check_error(export(run, "--out", unfinished), "exists already")
     check_error(export(run, "--mtp", tmp_path / "no", "--out", out), f"--mtp: folder {tmp_path}/no does not exist")
     check_error(export(run, "--mtp", run / "model", "--out", out), "model has no layers that predict further tokens")
