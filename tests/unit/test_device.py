@@ -13,10 +13,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.pruning import compensate
+from loraprune_ds.pruning import compensate, taps
+from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.zero import device, params
 from loraprune_ds.zero.device import ThroughFloat32, check_dtype, fast_half_products, peak_flops
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
+from tests.unit.shapes_and_scores import make_shape
 
 
 @pytest.fixture
@@ -35,6 +37,17 @@ def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name:
         assert matmul.allow_tf32 == (name == "cuda" and dtype != torch.float32)
     assert not matmul.allow_tf32
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compensate, "tf32_for_halves", asked := Mock(wraps=compensate.tf32_for_halves))
+    monkeypatch.setattr(taps, "lora_linear", lambda layer, linear: nn.Identity())
+    shape = make_shape([(1, 4)])
+    model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, reduce_to=lambda owner, part: part)
+    moments = InputMoments(model, [0], decay=0.0)
+    with moments.record_forward(None):
+        moments._record(shape.input_linear_ids()[0], torch.randn(1, 5, 4).bfloat16())
+    asked.assert_called_once_with(torch.bfloat16, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("emulates", [True, False])

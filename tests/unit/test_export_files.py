@@ -19,7 +19,7 @@ from tests.export_cases import CASES, dense_model, exported_config, model_card
 from tests.families import tiny_model
 from tests.oracle.models import make_tokenizer
 from tests.published import sizes_of
-from tests.refusals import refuses
+from tests.refusals import must_name
 
 MHA = CASES[0]
 
@@ -72,7 +72,7 @@ def test_nothing_is_visible_before_publish(tmp_path: Path) -> None:
     publish(out)
     assert [path.name for path in out.iterdir()] == ["config.json"]
     assert [path.name for path in out.parent.iterdir()] == ["model"]
-    refuses(f"{out} exists already", begin, out)
+    must_name(str(out), begin, out)
     (tmp_path / "empty").mkdir()
     begin(tmp_path / "empty")
     publish(tmp_path / "empty")

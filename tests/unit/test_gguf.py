@@ -1,6 +1,7 @@
 """Reads GGUF files back with gguf-py: every tensor, every size, and the errors for models that no file can hold."""
 
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,20 @@ def test_llama3_factors_are_those_of_transformers() -> None:
     factors = llama3_factors(rope, 128)
     assert len(set(factors.tolist())) > 5  # both ends and between
     np.testing.assert_allclose(factors, (plain / scaled).numpy(), rtol=1e-5)
+
+
+def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
+    """Measures numpy's share, which tracemalloc sees: permuted, rounded and quantised values."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 64}
+    case = Case("deep", "llama", heads | {"hidden_size": 256, "intermediate_size": 256}, [(4, 256)] * 24, "llama")
+    model = make_model(case, tmp_path)
+    tracemalloc.start()
+    convert(model, tmp_path / "m.gguf")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(t.numel() * 2 for t in tensors_of(model).values()) > 20_000_000
+    # Names and headers are a tenth of that. The vocabulary's tensor has 400 kB in fp32.
+    assert peak < 4_000_000
 
 
 def edit_config(model: Path, copy: Path, **changes: Any) -> Path:

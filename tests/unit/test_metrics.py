@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import os
+import pty
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +118,18 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path, capfd: pytest.CaptureF
     assert capfd.readouterr() == ("", "")
 
 
+def test_tensorboard_of_a_gpu_and_of_many_ranks(tmp_path: Path) -> None:
+    values = [1000 - rank for rank in range(9)]
+    record = replace(step_record(1), weight_bytes=values, resident_bytes=values[:8], reserved_bytes=[7, 8], mfu=0.25)
+    fill(TensorBoardLog(tmp_path), [record])
+    found = {tag: value for tag, ((_, value),) in scalars_of(tmp_path).items()}
+    spread = {tag: value for tag, value in found.items() if tag.startswith("weight_bytes/")}
+    assert spread == {"weight_bytes/min": 992, "weight_bytes/max": 1000}
+    assert [found[f"resident_bytes/rank_{rank}"] for rank in range(8)] == values[:8]
+    assert (found["reserved_bytes/rank_0"], found["reserved_bytes/rank_1"], found["speed/mfu"]) == (7, 8, 0.25)
+    assert found["speed/tokens_per_second_per_rank"] == pytest.approx(4096 / 9)
+
+
 def test_tensorboard_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     fill(TensorBoardLog(tmp_path), [step_record(step, loss=1.0) for step in range(1, 6)])
     fill(TensorBoardLog(tmp_path, resumed_from=3), [step_record(4, loss=2.0)])
@@ -157,6 +171,16 @@ def test_a_terminal_gets_one_live_line() -> None:
     assert "step 2/2" in lines[-2]
     assert lines[-1] == ""  # the cursor is on a new line
     assert len(lines) == 3  # one line for the cut, one that stays
+
+
+def test_a_terminal_without_a_width_gets_whole_lines() -> None:
+    """The terminal of `script` and of some containers has none. A live line would be cut to nothing."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream, os.fdopen(ours, "rb", buffering=0) as seen:
+        progress = Progress(2, stream=stream)
+        progress.write(step_record(1))
+        progress.close()
+        assert seen.read(1000).startswith(b"step 1/2  ")
 
 
 def clock(line: str) -> str:

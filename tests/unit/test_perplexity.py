@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.evaluate.perplexity import Perplexity, measure_perplexity, split_batches, split_windows, tokenize
-from loraprune_ds.model.tokenizer import Starts
+from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.tokenizer import Starts, text_starts
 from tests.oracle.models import make_tiny_llama, make_tokenizer
 from tests.refusals import must_name
 
@@ -117,6 +118,12 @@ def test_every_window_can_begin_with_bos() -> None:
     assert (after[:, 0] == bos).all()
     assert (before[:, 0] != bos).all()
     assert torch.equal(after[:, 1:], before[:, 1:])
+
+
+def test_only_gemmas_windows_begin_with_bos() -> None:
+    tokenizer = make_tokenizer(VOCAB)
+    windows = {name: text_starts(tokenizer, family, {}).window for name, family in FAMILIES.items()}
+    assert [name for name in windows if windows[name] == tokenizer.bos_token_id] == [x for x in windows if "gemma" in x]
 
 
 def test_only_the_beginning_of_a_long_text_is_tokenised_if_it_has_enough_tokens() -> None:

@@ -170,11 +170,12 @@ def test_what_is_gathered_is_bounded_by_the_limits_and_by_the_model() -> None:
 
 def test_eager_attention_checkpointing_and_recovery_cost_what_they_change() -> None:
     plain, longer = request(Cluster(1, 4)), make_plan(request(Cluster(1, 4), recovery_steps=30))
-    changes: Any = ({"train": {"gradient_checkpointing": True}}, {}, {"model": {"attn_implementation": "eager"}})
+    changes: Any = [{"train": {"gradient_checkpointing": True}}, {}, {"model": {"attn_implementation": "eager"}}]
     again, usual, eager = plans = [make_plan(changed(plain, **x)) for x in changes]
+    taught = make_plan(changed(plain, train={"distill_weight": 0.5}))
     kept = [stage(plan, "dense").phases["training"]["activations"] for plan in plans]
     assert 2 * kept[0] < kept[1] < kept[2]
-    assert usual.step.compute < min(again.step.compute, eager.step.compute)
+    assert usual.step.compute < min(x.step.compute for x in (again, eager, taught))
     added = 30 * usual.last_step.total.at_least
     assert longer.in_all.at_least == pytest.approx(usual.in_all.at_least + added)
 
@@ -231,6 +232,7 @@ def test_hpz_keeps_its_gathers_inside_whole_nodes(tmp_path: Path) -> None:
     one, two = Cluster(1, 4), Cluster(2, 4)
     plain, copied = make_plan(request(two)), make_plan(with_hpz(tmp_path, "auto", two))
     assert copied.step.communication < plain.step.communication
+    assert copied.step.sent["weights"] == 7 * (sum(SMALL.lora_sizes(8)) // 8 * 2)  # LoRA, which is new in every step
     assert ["hpz.json" in " ".join(notes(plan)) for plan in (plain, copied)] == [True, False]
     alone = with_hpz(tmp_path, "auto", one)  # where it means nothing
     assert make_plan(alone).step == make_plan(request(one)).step

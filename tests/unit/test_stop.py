@@ -114,6 +114,7 @@ time.sleep(20)
 """
 PIPES: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 GONE = "rank 1: the launcher is gone, so the run will stop\n"
+UNSHARE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
 # A shell that starts a rank, and ends when it has read a line.
 SHELL = ["sh", "-c", '"$@" & read line', "sh"]
 
@@ -166,6 +167,18 @@ def test_a_shell_may_end_before_its_run() -> None:
     process.wait(timeout=10)
     time.sleep(0.5)
     os.kill(rank, signal.SIGKILL)  # an error if it has left
+    assert process.communicate(timeout=10) == ("", "")
+
+
+def test_a_parent_outside_of_the_container_is_no_launcher() -> None:
+    """Is process 1 of a container, and what `docker exec` and `kubectl exec` start: the parent has number 0."""
+    if subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no pid namespace can be made here")
+    process = start(UNSHARE)
+    assert read_ids(process) == (1, 0)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.kill()
     assert process.communicate(timeout=10) == ("", "")
 
 
