@@ -38,7 +38,7 @@ begin() {
   echo "${NODES//$'\n'/" slots=$RANKS_PER_NODE"$'\n'} slots=$RANKS_PER_NODE" >"$HOSTFILE"
   trap 'rm -f "$HOSTFILE"' EXIT
   # shellcheck disable=SC2086  # one argument per node
-  step python "$LORAPRUNE_ROOT/launch/preflight.py" --nodes $NODES --port "$CHECK_PORT" \
+  step python "$LORAPRUNE_ROOT/slurm/preflight.py" --nodes $NODES --port "$CHECK_PORT" \
     --ranks-per-node "$RANKS_PER_NODE" --output "$OUTPUT" ||
     fail "not all nodes are fit; sbatch --exclude=NODE leaves one out"
 }

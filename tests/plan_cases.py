@@ -20,10 +20,11 @@ from loraprune_ds.model.read_shape import read_model_config, shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import FrozenStorage, lora_cuts
 from loraprune_ds.model.token_loss import IGNORE_INDEX
+from loraprune_ds.plan.activations import logits, saved_in_layer
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Request, build_request
-from loraprune_ds.plan.stages import logits, saved_in_layer, split_state, training_stage
+from loraprune_ds.plan.stages import split_state, training_stage
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Teacher, Trainer
 from loraprune_ds.zero.device import resident_bytes, storage_bytes

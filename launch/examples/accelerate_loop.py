@@ -19,7 +19,7 @@ optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 rows = load_dataset("json", data_files=data, split="train").map(lambda row: tokenizer(row["text"][:64]))
 loader = DataLoader(rows.with_format("torch", ["input_ids"]), batch_size=1)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-pruning = Pruning.attach(model, optimizer, PruneConfig(ratio=0.3, prune_every=2), steps=len(loader))
+pruning = Pruning(model, optimizer, PruneConfig(ratio=0.3, prune_every=2), steps=len(loader))
 model.train()
 for batch in loader:
     pruning.begin_step()

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, check_training_checkpoint
-from loraprune_ds.config import Dtype, LoraConfig
+from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
+from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run
 from loraprune_ds.files import write_json
@@ -19,13 +19,11 @@ from loraprune_ds.model.experts import as_in_peft, in_peft
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.hub import locate_model
+from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.text_part import in_files
 from loraprune_ds.model.weight_files import copy_tensors, weight_file_count, write_index, write_weight_file
-from loraprune_ds.pruning.prunable_model import CollectedLinear
-
-MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
 
 
 @dataclass(frozen=True)
@@ -92,34 +90,6 @@ def open_newest(checkpoints: list[Path]) -> tuple[UnmergedModel, list[str]]:
     raise UserError(remarks[0])
 
 
-def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Computes W + scaling·B·A in fp32, a block of rows at a time, and rounds once, to `dtype`.
-
-    Args:
-        weight: (out_features, in_features). The experts of a stack are concatenated along axis 0, as in A and B.
-        lora_a: (r, in_features), preferably the fp32 master.
-        lora_b: (out_features, r).
-        scaling: lora_alpha / r.
-    """
-    experts = len(lora_a) // lora_b.shape[1]
-    if experts > 1:
-        blocks = zip(*(tensor.chunk(experts) for tensor in (weight, lora_a, lora_b)), strict=True)
-        return torch.cat([merge_lora(w, a, b, scaling, dtype) for w, a, b in blocks])
-    merged = torch.empty_like(weight, dtype=dtype)
-    a, rows_at_once = lora_a.float(), max(1, MERGE_BLOCK // weight.shape[1])
-    for start in range(0, len(weight), rows_at_once):
-        rows = slice(start, start + rows_at_once)
-        merged[rows] = torch.addmm(weight[rows].float(), lora_b[rows].float(), a, alpha=scaling)
-    return merged
-
-
-def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
-    """Merges a linear that was collected from the ranks."""
-    target = DTYPES[dtype]
-    weight = merge_lora(linear.weight, linear.lora_A, linear.lora_B, linear.scaling, target)
-    return {"weight": weight} | ({} if linear.bias is None else {"bias": linear.bias.to(target)})
-
-
 def write_from_checkpoint(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
     """Writes the Hugging Face model that the run would export now, or its base. One layer is in memory at a time."""
     config, shape, state, tower = unmerged.config, unmerged.shape, unmerged.checkpoint.state, unmerged.dense.tower
@@ -143,6 +113,7 @@ def write_from_checkpoint(unmerged: UnmergedModel, folder: Path, *, merge: bool)
         config,
         unmerged.dense.shape,
         shape,
+        llama_cpp=architecture_name(unmerged.exported.config, shape),
         steps=state.step,
         perplexity_dense=state.totals.perplexity_dense,
         perplexity_pruned=state.totals.perplexity,

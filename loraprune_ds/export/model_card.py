@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.config import ModelConfig, RunConfig
-from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.hub import EMBEDDED
 from loraprune_ds.model.shapes import ModelShape
@@ -90,6 +89,7 @@ class ModelCard:
     data: str  # the training data
     steps: int
     perplexity_data: str
+    llama_cpp: str | None  # name of the architecture that it supports the model as, if any
     perplexity_dense: float | None = None
     perplexity_pruned: float | None = None
 
@@ -99,6 +99,7 @@ def card_of_run(
     dense: ModelShape,
     pruned: ModelShape,
     *,
+    llama_cpp: str | None,
     steps: int,
     windows: int | None = None,
     **perplexities: float | None,
@@ -118,6 +119,7 @@ def card_of_run(
         data=data,
         steps=steps,
         perplexity_data=f"{held_out}, {count}windows of {config.evaluate.window} tokens",
+        llama_cpp=llama_cpp,
         **perplexities,
     )
 
@@ -130,8 +132,9 @@ def model_name(config: ModelConfig) -> str:
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:
     """Writes README.md of the exported model in `folder`."""
     dense, pruned, trust = card.dense, card.pruned, exported.trust_remote_code
-    architecture = architecture_name(exported.config, pruned)
-    in_gguf = f"as architecture `{architecture}`, by an export to GGUF" if architecture else "not supported"
+    llama_cpp = "not supported"
+    if card.llama_cpp:
+        llama_cpp = f"as architecture `{card.llama_cpp}`, by an export to GGUF"
     text = TEMPLATE.format(
         card=card,
         exported=exported,
@@ -141,7 +144,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         perplexity_dense=_perplexity(card.perplexity_dense),
         perplexity_pruned=_perplexity(card.perplexity_pruned),
         others=TITLES[pruned.kinds[-1]],
-        llama_cpp=in_gguf,
+        llama_cpp=llama_cpp,
         layers="\n".join(_layer_rows(pruned)),
         trust=", trust_remote_code=True" if trust else "",
         task=TASKS[exported.auto_class],

@@ -130,7 +130,7 @@ class LoraPruneCallback(TrainerCallback):
             raise UserError(f"training goes on at step {state.global_step}, but pruning does not: {RESUME}")
         self._tokenizer = more.get("processing_class")
         report_to, is_first = args.report_to or (), state.is_world_process_zero
-        self._pruning = Pruning.attach(
+        self._pruning = Pruning(
             model,
             more["optimizer"],
             self.config,

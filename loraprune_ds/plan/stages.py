@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
 from loraprune_ds.model.family_row import LinearId
-from loraprune_ds.model.flops import mlp_width, saved_by_layer
-from loraprune_ds.model.frozen import DTYPES, StoredTensor
+from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.logits import chunk_size
 from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.plan.activations import activations, forward_temporaries, logits
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
@@ -238,37 +238,3 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
     sizes = {shape.linear_shape(i, x) for i, x in shape.linear_ids() if x.parts}
     block = max(request.shard_numel([rows * columns]) + 2 * columns for rows, columns in sizes)  # whole rows
     return {"lora_factors": 24 * at_once, "score_blocks": 12 * min(block, DEVICE_BLOCK_NUMEL)}
-
-
-def activations(request: Request, shape: ModelShape, batch: PlannedBatch) -> int:
-    """Returns the peak of a micro-batch, without logits."""
-    t, e, h, indices = batch.tokens, batch.element_size, shape.hidden_size, range(len(shape.layers))
-    layers = [saved_in_layer(request, shape, i, batch) for i in indices]
-    checkpointed = len(layers) * e * t * h + max(layers)
-    kept = checkpointed if request.config.train.gradient_checkpointing else sum(layers)
-    # Gradients of the residual, and at the widest place: in the MLP, in eager attention (fp32), or in a norm (fp32).
-    widest = max(max(4 * e * t * mlp_width(shape, i), 8 * batch.probabilities(shape, shape.layers[i])) for i in indices)
-    gradients = 2 * e * t * h + max(widest, 12 * t * h)
-    rotary_angles, last_norm = 2 * e * batch.window * shape.head_dim, 4 * t * h + 4 * t + e * t * h
-    return kept + gradients + rotary_angles + batch.causal_mask + last_norm
-
-
-def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
-    """Returns the bytes at the widest place of a pass without backward, in the MLP or in eager attention."""
-    e = batch.element_size
-    mlp = max(4 * e * batch.tokens * mlp_width(shape, i) for i in range(len(shape.layers)))
-    scores = max((e + 4 + batch.copy_size) * batch.probabilities(shape, layer) for layer in shape.layers)
-    return max(mlp, scores) + batch.causal_mask
-
-
-def logits(shape: ModelShape, batch: PlannedBatch) -> int:
-    """Returns the bytes of a chunk's logits, in the model's dtype and in fp32, and of all tokens' hidden states."""
-    chunk = min(batch.tokens, chunk_size(shape.vocab_size, buffers=1))
-    return chunk * shape.vocab_size * (4 + batch.copy_size) + 2 * batch.tokens * shape.hidden_size * batch.element_size
-
-
-def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
-    """Returns the bytes that autograd keeps of a layer without checkpointing."""
-    lora, dtype, size = request.config.lora, DTYPES[request.config.model.dtype], (batch.samples, batch.window)
-    options = {"storage": request.storage, "lora": lora, "eager": batch.eager}
-    return saved_by_layer(request.source, shape, index, size, dtype, **options)

@@ -6,7 +6,7 @@ Reports, pictures and curves are made from these records.
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO, runtime_checkable
@@ -108,6 +108,29 @@ class History:
     def perplexity(self, name: EvaluationName) -> float | None:
         """Returns the latest measurement with this name."""
         return next((e.perplexity for e in reversed(self.evaluations) if e.name == name), None)
+
+
+class Recorder:
+    """Adds records to a history and passes them to the sinks, which only rank 0 has."""
+
+    def __init__(self, history: History, sinks: Sequence[Sink]) -> None:
+        self.history, self.sinks = history, list(sinks)
+
+    def write(self, record: Record) -> None:
+        self.history.add(record)
+        for sink in self.sinks:
+            sink.write(record)
+
+    def show_pictures(self, paths: Sequence[Path]) -> None:
+        """Sends pictures to the sinks that take them."""
+        for sink in self.sinks:
+            if isinstance(sink, PictureSink):
+                for path in paths:
+                    sink.picture(path)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
 
 
 def history_from(metrics: Iterable[dict[str, Any]]) -> History:

@@ -14,10 +14,19 @@ from typing import Any
 
 import torch
 
-from loraprune_ds.checkpoint.layout import KEPT_GROUPS_FILE, export_folder
-from loraprune_ds.files import write_text
+from loraprune_ds.checkpoint.layout import (
+    KEPT_GROUPS_FILE,
+    KEPT_GROUPS_PICTURE,
+    REPORT_FILE,
+    SHELF_PICTURE,
+    TRAINING_PICTURE,
+    export_folder,
+)
+from loraprune_ds.errors import fail_point
+from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.flops import cached_numel
 from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
+from loraprune_ds.report.pictures import draw_kept_groups, draw_shelf, draw_training
 from loraprune_ds.report.records import History, StepRecord
 
 KINDS = ("heads", "channels", "experts", "delta", "cross_heads")  # a cut record counts these per layer
@@ -36,6 +45,29 @@ class Outcome:
     resumed_from: list[int]  # the steps at which the run was resumed
     target: dict[str, Any] | None = None  # `prune.target` and the reached size
     sizes: dict[int, str] = field(default_factory=dict)  # last step -> name of each of `prune.sizes`
+
+
+def write_results(
+    folder: Path,
+    config: dict[str, Any],
+    history: History,
+    dense: ModelShape,
+    outcome: Outcome,
+    peak_bytes: list[int],
+    accelerator: str,
+) -> list[Path]:
+    """Writes report, kept groups and pictures, and returns the pictures. Has the arguments of `make_report`."""
+    pictures = [folder / TRAINING_PICTURE, folder / KEPT_GROUPS_PICTURE]
+    write_kept_groups(folder, outcome.kept_of_dense, dense)
+    report = make_report(config, history, dense, outcome, peak_bytes, accelerator)
+    write_json(folder / REPORT_FILE, report)
+    fail_point("finish.reported")
+    draw_training(pictures[0], history)
+    draw_kept_groups(pictures[1], dense, outcome.kept_of_dense)
+    if shelf := report["shelf"]:
+        pictures.append(folder / SHELF_PICTURE)
+        draw_shelf(pictures[-1], shelf, report["perplexity"]["dense"])
+    return pictures
 
 
 def make_report(

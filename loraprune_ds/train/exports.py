@@ -5,8 +5,8 @@ from pathlib import Path
 
 from loraprune_ds.checkpoint.layout import export_folder
 from loraprune_ds.errors import fail_point
+from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
-from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.export.model_card import ModelCard, card_of_run
 from loraprune_ds.files import staging_of
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
@@ -14,7 +14,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report.records import EvaluationName
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.write import write_sharded_model
+from loraprune_ds.zero.write import merged_tensors, write_sharded_model
 
 
 def write_weights(context: RunContext, model: ShardedModel, target: Path) -> None:
@@ -64,6 +64,7 @@ def make_card(context: RunContext, pruned: ModelShape, step: int, measured: Eval
         context.config,
         prepared.pretrained.shape,
         pruned,
+        llama_cpp=architecture_name(exported_config(context, pruned).config, pruned),
         steps=step,
         windows=sum(len(ids) for ids, _ in prepared.held_out),
         perplexity_dense=history.perplexity("dense"),

@@ -1,11 +1,11 @@
-"""Passes records to the history, metrics.jsonl, the reporters and the progress display. Writes the results."""
+"""Passes records to the history, metrics.jsonl, the reporters and the progress display."""
 
 import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO
@@ -15,15 +15,10 @@ from tqdm import tqdm
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import LoggingConfig
-from loraprune_ds.errors import fail_point
-from loraprune_ds.files import write_json, write_text
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.files import write_text
 from loraprune_ds.report import records
-from loraprune_ds.report.pictures import draw_kept_groups, draw_shelf, draw_training
-from loraprune_ds.report.report import Outcome, make_report, write_kept_groups
 from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog
 from loraprune_ds.units import format_bytes, format_percent, format_perplexity
-from loraprune_ds.zero.device import device_name
 
 LATEST = 10  # steps behind the estimate of the time left. Only these, because steps get faster with every cut
 EVALUATED = {
@@ -132,46 +127,7 @@ def _can_show_live_line(stream: TextIO) -> bool:
         return True
 
 
-class Recorder:
-    """Adds records to a history and passes them to the sinks, which only rank 0 has."""
-
-    def __init__(self, history: records.History, sinks: Sequence[records.Sink]) -> None:
-        self.history, self.sinks = history, list(sinks)
-
-    def write(self, record: records.Record) -> None:
-        self.history.add(record)
-        for sink in self.sinks:
-            sink.write(record)
-
-    def write_results(
-        self, folder: Path, settings: dict[str, Any], dense: ModelShape, outcome: Outcome, peak_bytes: list[int]
-    ) -> None:
-        """Writes report, kept groups and pictures, and sends the pictures to the sinks. On rank 0 only."""
-        kept, pictures = outcome.kept_of_dense, [folder / layout.TRAINING_PICTURE, folder / layout.KEPT_GROUPS_PICTURE]
-        write_kept_groups(folder, kept, dense)
-        report = make_report(settings, self.history, dense, outcome, peak_bytes, device_name())
-        write_json(folder / layout.REPORT_FILE, report)
-        fail_point("finish.reported")
-        draw_training(pictures[0], self.history)
-        draw_kept_groups(pictures[1], dense, kept)
-        if shelf := report["shelf"]:
-            draw_shelf(folder / layout.SHELF_PICTURE, shelf, report["perplexity"]["dense"])
-            pictures.append(folder / layout.SHELF_PICTURE)
-        self.show_pictures(pictures)
-
-    def show_pictures(self, paths: Sequence[Path]) -> None:
-        """Sends pictures to the sinks that take them."""
-        for sink in self.sinks:
-            if isinstance(sink, records.PictureSink):
-                for path in paths:
-                    sink.picture(path)
-
-    def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
-
-
-class RunRecorder(Recorder):
+class RunRecorder(records.Recorder):
     """Records a run of our own trainer, also in metrics.jsonl and on the progress display. On rank 0 only."""
 
     def __init__(

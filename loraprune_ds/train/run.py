@@ -17,7 +17,7 @@ from loraprune_ds.files import staging_of
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.records import EvaluationRecord
-from loraprune_ds.report.report import Outcome
+from loraprune_ds.report.report import Outcome, write_results
 from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.context import RunContext, RunStatus
 from loraprune_ds.train.exports import exported_config, make_card, write_weights
@@ -27,7 +27,7 @@ from loraprune_ds.train.prepare import Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import fast_half_products, peak_bytes
+from loraprune_ds.zero.device import device_name, fast_half_products, peak_bytes
 from loraprune_ds.zero.engine import build_inference_engine
 from loraprune_ds.zero.training_engine import release
 
@@ -131,7 +131,8 @@ def _finish(context: RunContext, outcome: Outcome) -> bool:
         fail_point("finish.before_rename")
         publish(folder / MODEL_FOLDER, mark)
         fail_point("finish.after_rename")
-        recorder.write_results(folder, config.to_dict(), dense.shape, outcome, peaks)
+        history, device = recorder.history, device_name()
+        recorder.show_pictures(write_results(folder, config.to_dict(), history, dense.shape, outcome, peaks, device))
 
     comm.on_rank_0(publish_all)
     return True

@@ -1,6 +1,5 @@
 """Makes one optimizer step on the global batch and scores the groups. Then loop.py calls `cut`."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,68 +16,11 @@ from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import CutRecord, StepRecord
 from loraprune_ds.train.data.samples import BatchOrder, Samples, rank_micro_batches, seed_dropout
+from loraprune_ds.train.pruning_steps import PruningSteps
 from loraprune_ds.train.stop import NOTHING
-from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, reserved_bytes, resident_bytes, to_device
+from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, to_device
 from loraprune_ds.zero.engine import build_inference_engine
-from loraprune_ds.zero.optimizer import decide
-from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.training_engine import TrainingEngine, release
-
-
-class PruningSteps:
-    """Scores and cuts after each step, for our trainer and for the callback. `dtype` is of the frozen weights."""
-
-    def __init__(self, model: ShardedModel, pruner: Pruner, dtype: Dtype) -> None:
-        self.weight_bytes = model.weight_bytes()  # (world_size,)
-        self._model, self._pruner = model, pruner
-        self._dtype: Dtype = dtype
-        self.scored = False  # whether the last step's gradients were finite
-
-    def exchange(self, own: Tensor, *numbers: int) -> list[list[float]]:
-        """Exchanges the outcome of a step between the ranks, in one collective. Waits for the device once.
-
-        Args:
-            own: a number of this rank, fp64 and on the device: its part of the loss, or its tokens.
-
-        Returns:
-            A row per rank: `own`, the sum of its gradients, its resident bytes, `numbers`.
-        """
-        on_host = torch.tensor([resident_bytes(), *numbers], dtype=torch.float64)
-        on_device = torch.stack([own, self._model.gradient_sum().to(own)])
-        return self._model.comm.all_gather(torch.cat([on_device, to_device(on_host)])).tolist()
-
-    def score(self, step: int, rows: list[list[float]], losses: Sequence[float] = ()) -> None:
-        """Scores the groups, unless the step must be skipped. `rows` come from `exchange`."""
-        self.scored = decide(self._find_bad_layers(rows), list(losses), dtype=self._dtype, step=step) == "update"
-        if self.scored:
-            self._pruner.score(step)
-
-    def cut(self, step: int) -> CutRecord | None:
-        """Cuts the model if the schedule says so."""
-        before = self.weight_bytes
-        cut = self._pruner.cut(step, scored=self.scored)
-        if cut is None:
-            return None
-        self.weight_bytes, shape = self._model.weight_bytes(), self._model.shape
-        return CutRecord(
-            step=cut.step,
-            target=cut.target,
-            reached=cut.reached,
-            removed_fraction=1 - shape.total_numel() / self._pruner.limits.dense.total_numel(),
-            seconds=cut.seconds,
-            bytes_sent=cut.bytes_sent,
-            weight_bytes_before=before,
-            weight_bytes_after=self.weight_bytes,
-            **{kind: [layer[kind] for layer in shape.layers] for kind in shape.kinds},
-        )
-
-    def _find_bad_layers(self, rows: list[list[float]]) -> list[int | None]:
-        """Finds each rank's first layer with numbers that are not finite. Collective if some are not."""
-        if all(math.isfinite(number) for row in rows for number in row[:2]):
-            return [None] * len(rows)
-        is_finite = math.isfinite(rows[self._model.rank][0])
-        find = self._model.nonfinite_layer if is_finite else self._model.nonfinite_weights
-        return self._model.comm.gather_objects(find())
 
 
 class Teacher:
@@ -137,16 +79,15 @@ class Trainer:
         flops = tokens * needed_flops_per_token(self.model.shape, sum(length**2 for length in texts) / tokens)
         with self.pruner.record_step(step):
             loss = self._accumulate(step, batch, supervised)
-            rows = self.pruning_steps.exchange(loss, self._current_request(), reserved_bytes())
-            losses = [row[0] for row in rows]
-            self.pruning_steps.score(step, rows, losses)
+            numbers = self.pruning_steps.exchange(loss, self._current_request())
+            self.pruning_steps.score(step, numbers, numbers.own)
         skipped = not self.pruning_steps.scored
         grad_norm = self.engine.update(skipped=skipped)
-        self.requested = int(max(row[3] for row in rows))
+        self.requested = max(numbers.requests)
         seconds = time.perf_counter() - began
         return StepRecord(
             step=step,
-            loss=sum(losses) / supervised,
+            loss=sum(numbers.own) / supervised,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             sparsity=sparsity,
@@ -154,9 +95,9 @@ class Trainer:
             seconds=seconds,
             tokens_per_second=tokens / seconds,
             weight_bytes=self.pruning_steps.weight_bytes,
-            resident_bytes=[int(row[2]) for row in rows],
+            resident_bytes=numbers.resident_bytes,
             skipped=skipped,
-            reserved_bytes=[] if is_cpu() else [int(row[4]) for row in rows],
+            reserved_bytes=[] if is_cpu() else numbers.reserved_bytes,
             mfu=self._peak_flops and flops / seconds / self._peak_flops / self.model.world_size,
         )
 

@@ -16,6 +16,7 @@ from loraprune_ds.config import Dtype
 from loraprune_ds.errors import RunError, one_line
 from loraprune_ds.model.adapters import lora_linear, plain_parameter
 from loraprune_ds.model.frozen import DTYPES
+from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.text_part import Tower, in_files
 from loraprune_ds.model.weight_files import (
     INDEX_FILE,
@@ -130,3 +131,10 @@ def _file_tensors(
 def frozen_tensors(linear: CollectedLinear) -> dict[str, Tensor]:
     """Returns the stored tensors of a linear, without LoRA."""
     return linear.stored | ({} if linear.bias is None else {"bias": linear.bias})
+
+
+def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
+    """Merges a linear that was collected from the ranks."""
+    target = DTYPES[dtype]
+    weight = merge_lora(linear.weight, linear.lora_A, linear.lora_B, linear.scaling, target)
+    return {"weight": weight} | ({} if linear.bias is None else {"bias": linear.bias.to(target)})

@@ -182,11 +182,10 @@ def main() -> int:
     parser.add_argument("--peer", choices=[*PEERS, "two-four"], required=True)
     given, sys.argv[1:] = parser.parse_known_args()
     from loraprune_ds.cli import run
-    from loraprune_ds.train import loop
-    from loraprune_ds.train import run as trained
+    from loraprune_ds.train import exports, loop
 
     if given.peer == "two-four":
-        cast(Any, loop).Pruner, cast(Any, trained).merged_tensors = CutNothing, merged_where_kept
+        cast(Any, loop).Pruner, cast(Any, exports).merged_tensors = CutNothing, merged_where_kept
     else:
         cast(Any, loop).Pruner = partial(PeerPruner, given.peer)
     return run.main()

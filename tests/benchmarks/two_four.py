@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.evaluate.settings import read_text
-from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.files import read_json
 from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.pruning.prunable_model import CollectedLinear
 from loraprune_ds.pruning.step import Cut, Pruner
+from loraprune_ds.zero.write import merged_tensors
 
 CALIBRATION = (64, 128)  # windows, tokens of each: the first of the tuning text
 

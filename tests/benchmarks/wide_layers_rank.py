@@ -15,7 +15,6 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.export.lora import merged_tensors
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.schedule import Section
@@ -25,7 +24,7 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine, quiet_deepspeed, start_ranks, stop_ranks
-from loraprune_ds.zero.write import write_sharded_model
+from loraprune_ds.zero.write import merged_tensors, write_sharded_model
 from tests.benchmarks.memory import Peak, tell
 from tests.benchmarks.running import make_parser
 from tests.numerics.driver import Consecutive, assemble

@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 
 from loraprune_ds.config import DataConfig, LoraConfig, PruneConfig, RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.lora import _adapter_config, merge_lora
+from loraprune_ds.export.lora import _adapter_config
 from loraprune_ds.model.adapters import check_adapter, load_adapter, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.flops import active_numel
+from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.pruning.limits import resolve_refit

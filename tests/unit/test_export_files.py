@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from loraprune_ds.export.huggingface import begin, copy_tokenizer, finish_folder, publish
-from loraprune_ds.export.lora import merge_lora
 from loraprune_ds.export.model_card import write_model_card
 from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file

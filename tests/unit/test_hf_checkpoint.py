@@ -17,8 +17,6 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.hf import checkpoint
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.hf.pruning import Pruning
-from loraprune_ds.report.records import History
-from loraprune_ds.train.recorder import Recorder
 from loraprune_ds.zero.external_engine import before_each_update
 from tests.refusals import must_name, refuses
 
@@ -122,10 +120,15 @@ def attach(
     model.weight_bytes.return_value, model.comm.gather_objects = [1], lambda layer: [layer]
     model.comm.all_gather = lambda row: row[None]
     pruner.record_step, pruner.reached.return_value, pruner.cut.return_value = lambda _: nullcontext(), 0.0, None
-    monkeypatch.setattr("loraprune_ds.hf.pruning.ForwardWatch", lambda *_: watch)
-    monkeypatch.setattr("loraprune_ds.hf.pruning.gradient_norm", lambda _: 1.0)
+    results = {"find_zero_optimizer": model.zero_optimizer, "share_model": model, "Pruner": pruner}
+    results |= {"base_dtype": "float16", "resolve": (None, None), "ForwardWatch": watch, "gradient_norm": 1.0}
+    for name in ("find_peft_model", "check_model", "base_shape", "live_shape", "plan_pruning", "reduced_dtypes"):
+        results[name] = Mock(parameters=list)
+    for name, result in results.items():
+        monkeypatch.setattr(f"loraprune_ds.hf.pruning.{name}", lambda *_, result=result: result)
     monkeypatch.setattr("loraprune_ds.hf.pruning.before_each_update", update)
-    pruning = Pruning(Mock(), model, pruner, "float16", Recorder(History(), []), steps=9, seed=0)
+    monkeypatch.setattr("loraprune_ds.hf.pruning.warn_of_rounded_gradients", Mock())
+    pruning = Pruning(Mock(), Mock(), PruneConfig(), steps=9)
     parts = Mock(pruner=pruner, let_go=[watch.close, update.return_value])
     return pruning, parts, update.call_args.args[1]
 

@@ -21,7 +21,7 @@ SRUN_OPTIONS=() RANKS_PER_NODE=2
 SRUN = """#!/usr/bin/env bash
 echo "${{*@Q}}" >>{started}
 case $* in
-  *launch/preflight.py*) ;;
+  *slurm/preflight.py*) ;;
   *--show*) echo {out} ;;
   *) {ranks} ;;
 esac

@@ -14,6 +14,7 @@ from tests.integration.launching import ROOT
 
 PACKAGE = "loraprune_ds"
 MAX_LINES = 400
+MOST_LOADED = 60
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
@@ -30,12 +31,13 @@ LAYERS = (
     ("train",),
     ("hf",),
     ("cli",),
-    ("launch",),
+    ("launch", "slurm"),
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 KNOWS_DEEPSPEED = "zero"
 
-FILES = sorted((ROOT / PACKAGE).rglob("*.py")) + sorted((ROOT / "launch").rglob("*.py"))
+SCRIPTS = ("launch", "slurm")
+FILES = sorted(path for folder in (PACKAGE, *SCRIPTS) for path in (ROOT / folder).rglob("*.py"))
 
 
 def part_of(module: str) -> str:
@@ -60,18 +62,21 @@ def import_faults(part: str, source: str) -> list[str]:
         root, target = module.split(".")[0], part_of(module)
         if root == "deepspeed" and part != KNOWS_DEEPSPEED:
             faults.append(f"{part} imports {module}; only {KNOWS_DEEPSPEED} may know DeepSpeed")
-        if root in (PACKAGE, "launch") and target in LEVEL and target != part and LEVEL[target] >= LEVEL[part]:
+        if root in (PACKAGE, *SCRIPTS) and target in LEVEL and target != part and LEVEL[target] >= LEVEL[part]:
             faults.append(f"{part} imports {module}, which comes after it")
     return faults
 
 
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
 def part_of_file(path: Path) -> str:
-    names = path.relative_to(ROOT).with_suffix("").parts
-    return part_of(".".join(name for name in names if name != "__init__"))
+    return part_of(module_of(path).removesuffix(".__init__"))
 
 
 def imports_between_files() -> dict[str, set[str]]:
-    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+    modules = {module_of(path): path for path in FILES}
     found = {}
     for module, path in modules.items():
         targets = {name for name in imported_modules(ast.parse(path.read_text())) if name.startswith(PACKAGE)}
@@ -106,6 +111,14 @@ def test_no_file_imports_itself_through_others() -> None:
 def test_an_import_does_not_wait_for_packages_it_does_not_need(line: str, unwanted: list[str]) -> None:
     code = f"{line}; import sys; sys.exit(any(name in sys.modules for name in {unwanted}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_callback_loads_a_part_of_the_package() -> None:
+    code = "import sys; from loraprune_ds import LoraPruneCallback, PruneConfig; print(*sys.modules)"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    loaded, own = set(printed.split()), {module_of(path) for path in FILES}  # without the empty packages
+    assert not loaded & {"gguf", "matplotlib"}
+    assert len(loaded & own) <= MOST_LOADED
 
 
 def test_every_public_name_leads_to_its_definition() -> None:

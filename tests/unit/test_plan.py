@@ -11,14 +11,14 @@ from torch import Tensor
 
 from loraprune_ds.config import DataConfig, LoraConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.adapters import add_lora
-from loraprune_ds.model.flops import saved_by_layer
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
+from loraprune_ds.plan.activations import logits, saved_by_layer
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, notes, search, suggestions
 from loraprune_ds.plan.request import Request, build_request, changed
-from loraprune_ds.plan.stages import Stage, gathered_weights, logits
+from loraprune_ds.plan.stages import Stage, gathered_weights
 from tests.families import tiny_model
 from tests.family_cuts import in_memory
 from tests.paper import PAPER

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch import preflight
+from slurm import preflight
 from tests.integration.launching import ROOT, free_port, run_to_end
 
 NODES = ["localhost", "gpu2", "gpu3"]  # all meet at the first one
@@ -70,7 +70,7 @@ def test_a_folder_that_is_not_shared_or_cannot_be_written(tmp_path: Path, monkey
 
 
 def test_gloo_that_finds_no_way_to_the_others_is_told_its_variable(tmp_path: Path) -> None:
-    command = [sys.executable, "launch/preflight.py", "--nodes", "localhost", "--port", str(free_port())]
+    command = [sys.executable, "slurm/preflight.py", "--nodes", "localhost", "--port", str(free_port())]
     command += ["--output", str(tmp_path)]
     ended = run_to_end(command, cwd=ROOT, environment={"GLOO_SOCKET_IFNAME": "nosuch"}, timeout=120)
     assert ended.code == 1

@@ -20,9 +20,9 @@ from loraprune_ds.config import LoggingConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.hf.callback import find_reporters
 from loraprune_ds.report import reporters
-from loraprune_ds.report.records import History, Sink
+from loraprune_ds.report.records import History, Recorder, Sink
 from loraprune_ds.report.reporters import STEP_AXIS, ReportedRun, check_installed
-from loraprune_ds.train.recorder import Recorder, RunRecorder
+from loraprune_ds.train.recorder import RunRecorder
 from tests.integration.launching import ROOT
 from tests.refusals import must_name
 from tests.unit.run_records import small_run, step_record

@@ -1,6 +1,6 @@
 """Checks the nodes of a job before a long run, and names the bad ones. Started by srun, once per node:
 
-srun --ntasks-per-node=1 python launch/preflight.py --nodes node1 node2 --port 29400 --output runs/mine
+srun --ntasks-per-node=1 python slurm/preflight.py --nodes node1 node2 --port 29400 --output runs/mine
 
 Each node imports what a run imports, computes on every accelerator and writes where the run will write. Then the
 nodes check that they share this folder, and that collectives pass between all hosts (by gloo) and between all ranks.

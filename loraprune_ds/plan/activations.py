@@ -1,0 +1,170 @@
+"""Bytes of a micro-batch's activations: what a layer saves for its backward pass, and the widest places of a pass."""
+
+import json
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from loraprune_ds.config import LoraConfig
+from loraprune_ds.model.adapters import add_lora, differentiate_input
+from loraprune_ds.model.classes import build_on_meta, config_object, decoder_layers, shrink_on_meta, store_frozen
+from loraprune_ds.model.frozen import DTYPES
+from loraprune_ds.model.logits import chunk_size
+from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.storage import FrozenStorage
+from loraprune_ds.plan.request import PlannedBatch, Request
+
+FUSED = "planned"  # our attention, by the name that transformers finds it under
+
+
+def activations(request: Request, shape: ModelShape, batch: PlannedBatch) -> int:
+    """Returns the peak of a micro-batch, without logits."""
+    t, e, h, indices = batch.tokens, batch.element_size, shape.hidden_size, range(len(shape.layers))
+    layers = [saved_in_layer(request, shape, i, batch) for i in indices]
+    checkpointed = len(layers) * e * t * h + max(layers)
+    kept = checkpointed if request.config.train.gradient_checkpointing else sum(layers)
+    # Gradients of the residual, and at the widest place: in the MLP, in eager attention (fp32), or in a norm (fp32).
+    widest = max(max(4 * e * t * mlp_width(shape, i), 8 * batch.probabilities(shape, shape.layers[i])) for i in indices)
+    gradients = 2 * e * t * h + max(widest, 12 * t * h)
+    rotary_angles, last_norm = 2 * e * batch.window * shape.head_dim, 4 * t * h + 4 * t + e * t * h
+    return kept + gradients + rotary_angles + batch.causal_mask + last_norm
+
+
+def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
+    """Returns the bytes at the widest place of a pass without backward, in the MLP or in eager attention."""
+    e = batch.element_size
+    mlp = max(4 * e * batch.tokens * mlp_width(shape, i) for i in range(len(shape.layers)))
+    scores = max((e + 4 + batch.copy_size) * batch.probabilities(shape, layer) for layer in shape.layers)
+    return max(mlp, scores) + batch.causal_mask
+
+
+def logits(shape: ModelShape, batch: PlannedBatch) -> int:
+    """Returns the bytes of a chunk's logits, in the model's dtype and in fp32, and of all tokens' hidden states."""
+    chunk = min(batch.tokens, chunk_size(shape.vocab_size, buffers=1))
+    return chunk * shape.vocab_size * (4 + batch.copy_size) + 2 * batch.tokens * shape.hidden_size * batch.element_size
+
+
+def mlp_width(shape: ModelShape, layer: int) -> int:
+    """Counts the channels in the MLP of a layer that one token meets at the same time."""
+    counts, matrices = shape.layers[layer], shape.whole.get(layer, {}).values()
+    chosen = shape.experts_per_token * shape.expert_size if counts.get("experts") else 0
+    whole = (rows if columns == shape.hidden_size else columns for rows, columns in matrices)
+    return max(counts.get("channels", 0), chosen, *whole)
+
+
+def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
+    """Returns the bytes that autograd keeps of a layer without checkpointing."""
+    lora, dtype, size = request.config.lora, DTYPES[request.config.model.dtype], (batch.samples, batch.window)
+    options = {"storage": request.storage, "lora": lora, "eager": batch.eager}
+    return saved_by_layer(request.source, shape, index, size, dtype, **options)
+
+
+def saved_by_layer(
+    source: dict[str, Any],
+    shape: ModelShape,
+    index: int,
+    tokens: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    storage: FrozenStorage,
+    lora: LoraConfig,
+    eager: bool,
+) -> int:
+    """Returns the bytes that one decoder layer saves without gradient checkpointing.
+
+    Args:
+        source: config.json of the dense model.
+        tokens: samples, and the window of each.
+        eager: with transformers' eager attention instead of a fused kernel.
+    """
+    family, depth, made = shape.family, len(shape.layers), _config_object(json.dumps(source))
+    chosen, fields = family.around(made, index)
+    lists = {key: x for key, x in source.items() if isinstance(x, list) and len(x) == depth and type(x[0]) is not float}
+    few = source | {key: [value[i] for i in chosen] for key, value in lists.items()}
+    of_few = shape.only(chosen)
+    few |= {layers.count: len(x) for layers, x in zip(family.layer_lists, of_few.layer_lists, strict=True)} | fields
+    few.pop(family.per_layer, None)
+    if mixture := family.mixture:
+        few |= mixture.dense([n for n, i in enumerate(chosen) if not shape.layers[i].get("experts")], len(chosen))
+    if types := getattr(made, "layer_types", None):
+        few["layer_types"] = [types[i] for i in chosen]
+    at = chosen.index(index)
+    return _saved(json.dumps(few), of_few, at, tokens, dtype, storage, lora, eager)
+
+
+@cache
+def _config_object(source: str) -> Any:
+    return config_object(json.loads(source))
+
+
+@cache
+def _saved(
+    source: str,
+    shape: ModelShape,
+    index: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    storage: FrozenStorage,
+    lora: LoraConfig,
+    eager: bool,
+) -> int:
+    """Counts the storages that a layer saves, its input included, the shared rotary angles excluded."""
+    ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
+    causal_lm: Any = build_on_meta(json.loads(source), "eager" if eager else FUSED)
+    shrink_on_meta(causal_lm, shape)
+    store_frozen(causal_lm, shape, storage)
+    with torch.device("meta"):
+        model = add_lora(causal_lm, shape, lora, seed=0)
+    model.to(device="meta", dtype=dtype).train()
+    kept, others = list[Tensor](), list[Tensor](model.parameters())
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+
+    def enter(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+        others.extend(x for x in pytree.tree_leaves((positional[1:], named)) if isinstance(x, Tensor))
+        hooks.__enter__()
+
+    layer = decoder_layers(model)[index]
+    causal_lm.enable_input_require_grads()  # what comes from embeddings, as in every layer but the first
+    differentiate_input(layer)  # encoder and decoder embed tokens in separate modules
+    layer.register_forward_pre_hook(enter, with_kwargs=True)
+    layer.register_forward_hook(lambda *_: hooks.__exit__())
+    tokens = torch.zeros(size, dtype=torch.int64, device="meta")
+    # A mask of four dimensions is taken as it is. transformers would look into another, or into ids without one.
+    mask = tokens.new_empty(size[0], 1, size[1], size[1], dtype=torch.bool)
+    decoder = {"decoder_input_ids": tokens, "decoder_attention_mask": mask} if shape.encoder_layers else {}
+    causal_lm.base_model(input_ids=tokens, attention_mask=mask, use_cache=False, **decoder)
+    apart = {tensor.untyped_storage()._cdata for tensor in others}
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(count for key, count in storages.items() if key not in apart)
+
+
+def _fused_attention(
+    module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: None, **settings: Any
+) -> tuple[Tensor, None]:
+    """Saves what sdpa does."""
+    sliding, window = settings.get("sliding_window"), queries.shape[-2]
+    bias = None if settings.get("position_bias") is None else queries.new_empty(*queries.shape[:3], window)
+    if sliding is not None and sliding <= window:  # a mask like the queries, and keys and values of every query head
+        keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (keys, values))
+        bias = queries.new_empty(len(queries), 1, window, window)
+    out: Any = _FusedAttention.apply(queries, keys, values, bias)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Saves its inputs, the output and the fp32 log-sum-exp. All are (batch, heads, window, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        out = torch.empty_like(queries[..., : values.shape[-1]])  # in memory as the queries, as on GPUs
+        ctx.save_for_backward(queries, keys, values, mask, out, torch.empty_like(queries[..., 0], dtype=torch.float32))
+        return out

@@ -1,0 +1,82 @@
+"""Scores and cuts after each step, for our trainer and for the callback, when all ranks know how the step went."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.config import Dtype
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.report.records import CutRecord
+from loraprune_ds.zero.device import reserved_bytes, resident_bytes, to_device
+from loraprune_ds.zero.optimizer import decide
+from loraprune_ds.zero.sharded import ShardedModel
+
+
+@dataclass(frozen=True)
+class RankNumbers:
+    """Describes a step by a number of each rank, in rank order."""
+
+    own: list[float]  # its part of the loss, or its tokens
+    gradient_sums: list[float]
+    resident_bytes: list[int]
+    reserved_bytes: list[int]
+    requests: list[int]  # to stop or save (stop.py)
+
+
+class PruningSteps:
+    """Scores and cuts after each step, for our trainer and for the callback. `dtype` is of the frozen weights."""
+
+    def __init__(self, model: ShardedModel, pruner: Pruner, dtype: Dtype) -> None:
+        self.weight_bytes = model.weight_bytes()  # (world_size,)
+        self._model, self._pruner = model, pruner
+        self._dtype: Dtype = dtype
+        self.scored = False  # whether the last step's gradients were finite
+
+    def exchange(self, own: Tensor, request: int = 0) -> RankNumbers:
+        """Exchanges the outcome of a step between the ranks, in one collective. Waits for the device once.
+
+        Args:
+            own: `RankNumbers.own` of this rank, fp64 and on the device.
+            request: to stop or save (stop.py).
+        """
+        on_device = torch.stack([own, self._model.gradient_sum().to(own)])
+        on_host = torch.tensor([resident_bytes(), reserved_bytes(), request], dtype=torch.float64)
+        gathered = self._model.comm.all_gather(torch.cat([on_device, to_device(on_host)])).T.cpu()
+        own_numbers, gradient_sums = gathered[:2].tolist()
+        return RankNumbers(own_numbers, gradient_sums, *gathered[2:].long().tolist())
+
+    def score(self, step: int, numbers: RankNumbers, losses: Sequence[float] = ()) -> None:
+        """Scores the groups, unless the step must be skipped. `numbers` come from `exchange`."""
+        self.scored = decide(self._find_bad_layers(numbers), list(losses), dtype=self._dtype, step=step) == "update"
+        if self.scored:
+            self._pruner.score(step)
+
+    def cut(self, step: int) -> CutRecord | None:
+        """Cuts the model if the schedule says so."""
+        before = self.weight_bytes
+        cut = self._pruner.cut(step, scored=self.scored)
+        if cut is None:
+            return None
+        self.weight_bytes, shape = self._model.weight_bytes(), self._model.shape
+        return CutRecord(
+            step=cut.step,
+            target=cut.target,
+            reached=cut.reached,
+            removed_fraction=1 - shape.total_numel() / self._pruner.limits.dense.total_numel(),
+            seconds=cut.seconds,
+            bytes_sent=cut.bytes_sent,
+            weight_bytes_before=before,
+            weight_bytes_after=self.weight_bytes,
+            **{kind: [layer[kind] for layer in shape.layers] for kind in shape.kinds},
+        )
+
+    def _find_bad_layers(self, numbers: RankNumbers) -> list[int | None]:
+        """Finds each rank's first layer with numbers that are not finite. Collective if some are not."""
+        if all(map(math.isfinite, (*numbers.own, *numbers.gradient_sums))):
+            return [None] * len(numbers.own)
+        is_finite = math.isfinite(numbers.own[self._model.rank])
+        find = self._model.nonfinite_layer if is_finite else self._model.nonfinite_weights
+        return self._model.comm.gather_objects(find())
