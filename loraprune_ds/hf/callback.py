@@ -1,4 +1,4 @@
-"""Prunes inside transformers' Trainer and the trainers of TRL, by one callback:
+"""Prunes in transformers' Trainer and in TRL's trainers, by one callback:
 
 trainer = SFTTrainer(..., callbacks=[LoraPruneCallback(PruneConfig(ratio=0.3))])
 """
@@ -30,8 +30,8 @@ from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import find_zero_optimizer
 
 REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
-LIMIT = "_save_total_limit"  # where the Trainer's arguments keep the user's value while a training lasts
-TRAINERS_OWN = ("train/loss", "train/learning_rate", "train/grad_norm")  # the Trainer logs them itself
+LIMIT = "_save_total_limit"  # key in the Trainer's arguments for the user's value during a training
+TRAINERS_OWN = ("train/loss", "train/learning_rate", "train/grad_norm")  # the Trainer logs these
 RESUME = "call trainer.train(resume_from_checkpoint=pruning.resume(trainer.model))"
 
 
@@ -42,8 +42,8 @@ class LoraPruneCallback(TrainerCallback):
     folder `pruning/`. With `PruneConfig.sizes`, `output_dir` gets each size as `model-<size>`, and the last as `model`.
 
     Args:
-        steps: optimizer steps that the schedule is a fraction of. Default: all steps of the Trainer.
-        seed: of criterion `random`.
+        steps: the optimizer steps of the schedule. Default: all steps of the Trainer.
+        seed: for the criterion `random`.
     """
 
     def __init__(self, config: PruneConfig, steps: int | None = None, seed: int = 0) -> None:
@@ -68,23 +68,23 @@ class LoraPruneCallback(TrainerCallback):
 
     @property
     def reached(self) -> float:
-        """The fraction of the dense decoder-layer linear parameters that is gone."""
+        """The removed fraction of the dense decoder-layer linear parameters."""
         return self.pruning.reached
 
     def resume(self, model: Any, folder: str | Path | None = None) -> str | None:
         """Cuts the dense model to a checkpoint. Call it before `trainer.train(resume_from_checkpoint=...)`. Collective.
 
-        Settings that have their default come from the checkpoint.
+        Settings with their default value come from the checkpoint.
 
         Args:
             model: `trainer.model`, dense and with LoRA.
-            folder: a checkpoint, or a folder with some. Default: the `output_dir`.
+            folder: a checkpoint, or a folder of checkpoints. Default: the `output_dir`.
 
         Returns:
             The newest complete checkpoint, for `resume_from_checkpoint`. None before the first one.
 
         Raises:
-            UserError: the checkpoint is damaged, or it is of another model, config or number of ranks.
+            UserError: the checkpoint is damaged, or belongs to another model, config or number of ranks.
         """
         folder = self._output_dir if folder is None else folder
         self._checkpoint = cut_to_checkpoint(model, Path(folder), self.config, Communicator())
@@ -94,7 +94,7 @@ class LoraPruneCallback(TrainerCallback):
         return str(self._checkpoint.folder)
 
     def save_model(self, folder: str | Path) -> None:
-        """Writes the pruned model with LoRA merged in. Collective. Raises UserError if the folder is not empty."""
+        """Writes the pruned model with LoRA merged. Collective. Raises UserError if the folder is not empty."""
         self.pruning.save_model(folder, self._tokenizer)
 
     def save_base(self, folder: str | Path, adapter: str | Path | None = None) -> None:
@@ -106,19 +106,19 @@ class LoraPruneCallback(TrainerCallback):
         self.pruning.save_base(folder, adapter, self._tokenizer)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """Checks what DeepSpeed would fail at without a reason, such as a checkpoint loaded without `resume`."""
+        """Refuses what DeepSpeed would fail on without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
         if (ds_config := _ds_config(args)) is not None:
-            check_reshardable("the DeepSpeed config", ds_config)  # some fail in DeepSpeed's own start
+            check_reshardable("the DeepSpeed config", ds_config)  # some settings fail at DeepSpeed's start
         if isinstance(model := more.get("model"), nn.Module):
             check_one_dtype(model)
-            check_arguments(args, model)  # already here, before TRL starts an engine that generates
+            check_arguments(args, model)  # before TRL starts an engine for generation
             self._guard = model.register_load_state_dict_pre_hook(self._refuse_load)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        """Checks everything, then attaches to the model and its optimizer."""
+        """Checks the training, then attaches to the model and its optimizer."""
         require(self._pruning is None, "LoraPruneCallback serves one training; make a new one for the next")
         model, checkpoint = cast(nn.Module, more["model"]), self._checkpoint
         find_zero_optimizer(more["optimizer"])
@@ -127,7 +127,7 @@ class LoraPruneCallback(TrainerCallback):
             self._guard.remove()
         resumed_from = checkpoint.state.step if checkpoint else None
         if state.global_step != (resumed_from or 0):
-            raise UserError(f"training goes on at step {state.global_step}, but pruning does not: {RESUME}")
+            raise UserError(f"training resumes at step {state.global_step}, but pruning does not: {RESUME}")
         self._tokenizer = more.get("processing_class")
         report_to, is_first = args.report_to or (), state.is_world_process_zero
         self._pruning = Pruning(
@@ -141,14 +141,14 @@ class LoraPruneCallback(TrainerCallback):
             sinks=find_reporters(report_to, str(args.output_dir), resumed_from) if is_first else (),
         )
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
-        self._save_total_limit = args.__dict__.pop(LIMIT, args.save_total_limit)  # kept there by a training that failed
+        self._save_total_limit = args.__dict__.pop(LIMIT, args.save_total_limit)  # a failed training may have left it
         args.__dict__[LIMIT], args.save_total_limit = self._save_total_limit, None
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.pruning.begin_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Makes the cut that is due, then saves a size that is done. The Trainer logs, evaluates and saves after it."""
+        """Makes a due cut, then saves a finished size. The Trainer logs, evaluates and saves after that."""
         self.pruning.end_step()
         self.pruning.save_size(str(args.output_dir), self._tokenizer)
         _forget_overwritten(args, state, control)
@@ -157,7 +157,7 @@ class LoraPruneCallback(TrainerCallback):
         _forget_overwritten(args, state, control)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        """Adds the loss to the records. It is a mean over the steps since the last log."""
+        """Adds the loss to the records, a mean over the steps since the last log."""
         history = self.pruning.recorder.history
         loss = (more.get("logs") or {}).get("loss", math.nan)
         if history.steps and history.steps[-1].step == state.global_step and math.isfinite(loss):
@@ -168,7 +168,7 @@ class LoraPruneCallback(TrainerCallback):
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         self.pruning.save(folder)
         if args.should_save:
-            spared = state.best_model_checkpoint or str(folder)  # otherwise the newest, where files have no times
+            spared = state.best_model_checkpoint or str(folder)  # otherwise the newest, in case files have no times
             rotate_checkpoints(str(args.output_dir), self._save_total_limit, spared, use_mtime=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -181,7 +181,7 @@ class LoraPruneCallback(TrainerCallback):
     def _refuse_load(self, module: nn.Module, *_: Any) -> None:
         in_engine = all(hasattr(parameter, "ds_id") for parameter in module.parameters())
         if in_engine and self._checkpoint is None:
-            raise UserError(f"a checkpoint is loaded, but pruning does not go on from it: {RESUME}")
+            raise UserError(f"a checkpoint is loaded, but pruning does not resume from it: {RESUME}")
 
 
 def _ds_config(args: TrainingArguments) -> dict[str, Any] | None:
@@ -190,7 +190,7 @@ def _ds_config(args: TrainingArguments) -> dict[str, Any] | None:
 
 
 def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-    """Makes a checkpoint of an earlier training incomplete if the Trainer may write over it."""
+    """Makes a checkpoint of an earlier training incomplete if the Trainer may overwrite it."""
     old = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / FOLDER
     may_save = control.should_save or args.save_strategy == "best"  # the Trainer decides after its evaluation
     if may_save and args.should_save and old.exists():
@@ -198,9 +198,9 @@ def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: T
 
 
 def find_reporters(report_to: Iterable[str], output_dir: str, resumed_from: int | None) -> list[Sink]:
-    """Makes the sinks of a Trainer's `report_to`, and one that prints a line for each cut.
+    """Makes the sinks for a Trainer's `report_to`, and one that prints a line for each cut.
 
-    A callback cannot add to the Trainer's own log lines, because its reporters have read them before.
+    A callback cannot add to the Trainer's own log lines, because the reporters have already read them.
     """
     sinks: list[Sink] = [CutPrinter()]
     if "tensorboard" in report_to:

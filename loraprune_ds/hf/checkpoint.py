@@ -1,10 +1,9 @@
-"""Keeps the pruner's state in a trainer's checkpoint, and cuts a fresh model to it.
+"""Keeps the pruner's state in a trainer's checkpoint, and cuts a fresh model to match it.
 
 checkpoint-120/pruning/    state.json, scores.safetensors, moments-*.safetensors, metrics.jsonl, manifest.json
 checkpoint-120/shape-3/    the frozen weights, if `compensate` has changed them
 
-The trainer itself saves LoRA, its optimizer and its own state. `pruning/` is written last, so a checkpoint that has it
-is complete.
+The trainer saves LoRA, its optimizer and its own state. `pruning/` is written last, so it marks a complete checkpoint.
 """
 
 import json
@@ -33,12 +32,12 @@ from loraprune_ds.zero.external_engine import cut_without_engine, overwrite_line
 from loraprune_ds.zero.sharded import ShardedModel
 
 FOLDER = "pruning"
-TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes itself
+TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes
 
 
 @dataclass(frozen=True)
 class PruningState:
-    """Describes pruning after `step` optimizer steps. The schedule is made for `steps`."""
+    """Describes pruning after `step` optimizer steps. The schedule has `steps`."""
 
     step: int
     steps: int
@@ -49,27 +48,27 @@ class PruningState:
     kept: list[list[list[int]]]  # per layer, the kept groups of each kind, as indices into the dense model
     updates_since_cut: int
     moment_tokens: float
-    shape: str | None  # folder of the frozen weights. None where they are slices of the dense model
+    shape: str | None  # folder of the frozen weights. None if they are slices of the dense model
     resumed_from: list[int]
     format: int = layout.FORMAT
 
 
 @dataclass(frozen=True)
 class PruningCheckpoint:
-    """Holds a verified checkpoint that the live model has been cut to. `dense` is its shape before any cut."""
+    """Holds a verified checkpoint that the live model matches after cuts. `dense` is the shape before any cut."""
 
     folder: Path
     state: PruningState
     dense: ModelShape
 
     def check(self, steps: int, seed: int) -> None:
-        """Raises UserError if a training has other steps or another seed, and so would make other cuts."""
+        """Raises UserError if steps or seed of a training differ, because it would then make other cuts."""
         state = self.state
-        require(state.steps == steps, f"the checkpoint's schedule is of {state.steps} steps, not of {steps}")
+        require(state.steps == steps, f"the checkpoint's schedule has {state.steps} steps, not {steps}")
         require(state.seed == seed, f"the checkpoint's seed is {state.seed}, not {seed}")
 
     def restore(self, pruner: Pruner) -> History:
-        """Continues with the state of the pruner, whose model has been cut. Returns the records so far."""
+        """Restores the pruner of a model that has been cut. Returns the records so far."""
         state, folder, kinds = self.state, self.folder / FOLDER, self.dense.kinds
         kept = keep_from_lists(state.kept, kinds)
         saved = PrunerState(kept, read_scores(folder, kinds), state.updates_since_cut, state.moment_tokens)
@@ -95,9 +94,9 @@ def write_pruning(folder: Path, state: PruningState, pruner: Pruner, model: Shar
 def cut_to_checkpoint(
     model: nn.Module, folder: Path, config: PruneConfig, comm: Communicator
 ) -> PruningCheckpoint | None:
-    """Cuts a dense PEFT model to a checkpoint, before DeepSpeed takes it. None without a checkpoint. Collective.
+    """Cuts a dense PEFT model to match a checkpoint, before DeepSpeed wraps it. None without a checkpoint. Collective.
 
-    Has the arguments and errors of `LoraPruneCallback.resume`. The weights may be sharded already.
+    Arguments and errors are those of `LoraPruneCallback.resume`. The weights may already be sharded.
     """
     checkpoint = comm.all_or_raise(lambda: _find(folder))
     if checkpoint is None:
@@ -105,7 +104,7 @@ def cut_to_checkpoint(
     state = comm.all_or_raise(lambda: _read(checkpoint, config, comm))
     peft_model = find_peft_model(model)
     dense = live_shape(peft_model)
-    require(group_counts(dense) == state.dense, f"{checkpoint} was made of another model: its layers have other sizes")
+    require(group_counts(dense) == state.dense, f"{checkpoint} belongs to another model: its layers have other sizes")
     keep = keep_from_lists(state.kept, dense.kinds)
     cut_without_engine(peft_model, dense, keep)
     if state.shape is not None:
@@ -128,7 +127,7 @@ def _find(folder: Path) -> Path | None:
     is_checkpoint = folder.is_dir() and re.fullmatch(r"checkpoint-\d+", folder.name)
     if checkpoints or is_checkpoint or (folder / TRAINER_STATE).is_file():
         newest = checkpoints[-1] if checkpoints else folder
-        raise UserError(f"{newest} has no {FOLDER}/: its save was cut short, or it was saved without LoraPruneCallback")
+        raise UserError(f"{newest} has no {FOLDER}/: its save was interrupted, or LoraPruneCallback was absent")
     return None
 
 
@@ -142,8 +141,10 @@ def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState
     except (KeyError, TypeError):
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None
     ranks, defaults, saved = state.world_size, asdict(PruneConfig()), asdict(state.prune)
-    require(ranks == comm.world_size, f"{folder} was saved by {ranks} ranks, so DeepSpeed loads it on {ranks} only")
-    different = [  # a setting that has its default comes from the checkpoint
+    require(
+        ranks == comm.world_size, f"{folder} was saved by {ranks} ranks, so DeepSpeed needs {ranks} ranks to load it"
+    )
+    different = [  # settings with their default value come from the checkpoint
         key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])
     ]
     require(not different, f"{folder} was saved with other settings: {', '.join(different)}")

@@ -1,4 +1,4 @@
-"""Refuses trainings that cannot be pruned, in one line each and before the first step."""
+"""Refuses trainings that cannot be pruned, each in one line before the first step."""
 
 import logging
 from collections.abc import Callable
@@ -21,32 +21,32 @@ log = logging.getLogger(__name__)
 
 Refused = Callable[[Any], bool]
 KEEPS_HEADS = "such a cache keeps the dense number of heads"
-GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")  # others are laid out by the dense counts of a config
+GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")  # others have the dense sizes of a config
 # (argument of a Trainer, whether its value is refused, reason). A Trainer may lack an argument.
 ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
-    ("load_best_model_at_end", bool, "the best checkpoint may be from before a cut and no longer fits the model"),
-    ("auto_find_batch_size", bool, "a second attempt would begin with a model that is cut already"),
+    ("load_best_model_at_end", bool, "the best checkpoint may be from before a cut, and then does not fit the model"),
+    ("auto_find_batch_size", bool, "a second attempt would begin with a pruned model"),
     ("torch_compile", bool, "compiled code keeps the sizes from before a cut"),
-    ("use_vllm", bool, "vLLM holds the dense model and cannot take smaller weights; generate with transformers"),
-    ("use_transformers_continuous_batching", bool, "its cache is laid out by the dense number of heads"),
+    ("use_vllm", bool, "vLLM holds the dense model and cannot load smaller weights; generate with transformers"),
+    ("use_transformers_continuous_batching", bool, "its cache has the dense number of heads"),
     ("cache_implementation", lambda value: value not in GROWING_CACHES, KEEPS_HEADS),
     ("generation_kwargs", lambda value: (value or {}).get("cache_implementation") not in GROWING_CACHES, KEEPS_HEADS),
-    ("precompute_ref_log_probs", bool, "they are the dense model's, but the reference is the pruned base"),
+    ("precompute_ref_log_probs", bool, "they come from the dense model, but the reference is the pruned base"),
 )
-# (whether PEFT's module of a linear is refused, reason). A row relies on the rows before it.
+# (whether PEFT's module for a linear is refused, reason). A row relies on the rows before it.
 LINEARS: tuple[tuple[Refused, str], ...] = (
     (lambda x: x is None, "does not exist"),
     (lambda x: not hasattr(x, "base_layer"), "has no LoRA, which the criterion needs on every linear: {needed}"),
     (lambda x: (type(x), type(x.base_layer)) != (LoraLinear, nn.Linear), "is a {kind}, not plain LoRA over a linear"),
     (lambda x: ADAPTER not in x.lora_A, f"has no LoRA of the adapter {ADAPTER!r}: {{needed}}"),
-    (lambda x: any(map(x.lora_variant.get, x.lora_A)), "has a variant of LoRA, as with use_dora, and must be plain"),
+    (lambda x: any(map(x.lora_variant.get, x.lora_A)), "has a variant of LoRA, such as DoRA; use plain LoRA"),
     (lambda x: any(map(x.lora_bias.get, x.lora_A)), "has lora_bias, which is not supported"),
     (lambda x: not all(weight.requires_grad for weight in lora_weights(x)), f"has frozen LoRA of {ADAPTER!r}"),
 )
 
 
 def check_arguments(args: Any, model: nn.Module) -> None:
-    """Raises UserError for an argument of a Trainer, or a cache of the model, that does not allow cuts."""
+    """Raises UserError for an argument of a Trainer or a cache of the model that does not allow cuts."""
     for name, refused, reason in ARGUMENTS:
         value = getattr(args, name, None)
         require(not refused(value), f"{name}={value}: {reason}")
@@ -55,13 +55,13 @@ def check_arguments(args: Any, model: nn.Module) -> None:
 
 
 def refuse_mixture(family: Family, where: str) -> None:
-    """Refuses families with experts, because only a run builds their stacks and the LoRA on them."""
-    line = f"{where}: families with experts, also their dense models, are pruned by launch/run.py, not by the callback"
+    """Refuses families with experts, because only a run builds stacks of experts with LoRA."""
+    line = f"{where}: the callback cannot prune families with experts, not even dense models; use launch/run.py"
     require(family.mixture is None, line)
 
 
 def check_one_dtype(model: nn.Module) -> None:
-    """Checks that all trained weights of a model that is born sharded have one dtype. DeepSpeed only asserts it.
+    """Checks that a model that is built sharded has trained weights of one dtype. DeepSpeed only asserts it.
 
     PEFT makes LoRA fp32 by default, but not `modules_to_save`.
     """
@@ -69,32 +69,32 @@ def check_one_dtype(model: nn.Module) -> None:
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
     require(
         not born_sharded or len(dtypes) < 2,
-        f"what trains is in {' and '.join(dtypes)}, and ZeRO-3 keeps it in one buffer; "
-        "give get_peft_model autocast_adapter_dtype=False",
+        f"trained weights are in {' and '.join(dtypes)}, but ZeRO-3 needs one dtype for its buffer; "
+        "call get_peft_model with autocast_adapter_dtype=False",
     )
 
 
 def check_model(model: PeftModel, shape: ModelShape) -> None:
-    """Checks that the LoRA of a live model serves the criterion and that a cut fits the rest of the model.
+    """Checks that a live model has the LoRA that the criterion needs, and that the rest allows a cut.
 
-    The config declares `shape`. UserError names the layer and linear, or PEFT's setting.
+    `shape` comes from the config. UserError names the layer and linear, or PEFT's setting.
     """
     family = shape.family
     refuse_mixture(family, shape.model_type)
     shared = (
-        f"the layers of a {shape.model_type} share one bias, so their heads cannot differ; give unshare_bias(model)"
+        f"the layers of a {shape.model_type} share one bias, so their heads cannot differ; pass unshare_bias(model)"
     )
     require(family.shared_bias is None, f"{shared} to get_peft_model")
     optimized: Any = torch._dynamo.OptimizedModule
     compiled = any(isinstance(m, optimized) or m._compiled_call_impl is not None for m in model.modules())
-    require(not compiled, "a model that torch.compile has taken keeps the sizes from before a cut")
+    require(not compiled, "a model compiled by torch.compile keeps the sizes from before a cut")
     base = cast(Any, model.get_base_model())
     for name, value in family.changed_in_memory(base.config).items():
-        log.warning("%s=%s of the model makes scores depend on chance and on the ranks; set it to 0", name, value)
+        log.warning("%s=%s of the model makes scores random, and dependent on the ranks; set it to 0", name, value)
     quantised = getattr(base.config, "quantization_config", None) or getattr(base, "is_quantized", False)
     unquantised = "load it in bfloat16, float16 or float32. Only launch/run.py holds int8 weights (model.frozen)"
     require(not quantised, f"a quantised base has no flat shards to cut; {unquantised}")
-    require(ADAPTER in model.peft_config, f"the adapter that trains must be called {ADAPTER!r}, PEFT's own name")
+    require(ADAPTER in model.peft_config, f"the trained adapter must be called {ADAPTER!r}, which is PEFT's default")
     for name, peft_config in model.peft_config.items():
         bias = getattr(peft_config, "bias", "none")
         require(bias == "none", f"adapter {name}: bias={bias!r}: trained biases are not supported")
@@ -112,7 +112,7 @@ def check_model(model: PeftModel, shape: ModelShape) -> None:
 
 
 def _check_others(model: PeftModel, shape: ModelShape) -> None:
-    """Checks the other trained modules: an export must hold them, and a cut must not change them."""
+    """Checks other trained modules. An export must hold them, and a cut must not change them."""
     layers = decoder_layers(model)
     pruned = {id(layers[i].get_submodule(linear.name)) for i, linear in shape.linear_ids()}
     cut_along = tuple(f".{companion.name.rpartition('.')[0]}" for companion in shape.family.companions)
@@ -120,7 +120,7 @@ def _check_others(model: PeftModel, shape: ModelShape) -> None:
         name = name.removeprefix("base_model.model.")
         require(
             not isinstance(module, BaseTunerLayer) or id(module) in pruned,
-            f"{name} has LoRA, but only the linears of the decoder layers may: an export would lose it. Use "
+            f"{name} has LoRA, which an export would lose: only linears of the decoder layers may have it. Use "
             "target_modules=linear_names(model), and modules_to_save for other modules",
         )
         if not isinstance(module, AuxiliaryTrainingWrapper):

@@ -1,4 +1,4 @@
-"""Reads what pruning must know from a PEFT model in memory, and watches its forward passes."""
+"""Reads the shape and dtype of a PEFT model in memory, and watches its forward passes."""
 
 import json
 from contextlib import ExitStack
@@ -32,7 +32,7 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
     """
     if isinstance(model, PreTrainedModel):
         model_type, where = model.config.model_type, type(model).__name__
-    else:  # AutoConfig would ask on the terminal whether to run code of the folder
+    else:  # AutoConfig would ask on the terminal whether to run code in the folder
         model_type, where = PreTrainedConfig.get_config_dict(model)[0].get("model_type"), str(model)
     family = find_family(model_type, where)
     refuse_mixture(family, where)
@@ -40,13 +40,13 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
 
 
 def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
-    """Makes a UMT5 without dropout of a T5 or mT5, to prune it. Each layer gets a copy of the bias that they share.
+    """Turns a T5 or mT5 into a UMT5 without dropout, to prune it. Each layer gets a copy of the shared bias.
 
     Raises:
-        UserError: the model is sharded already.
+        UserError: the model is already sharded.
     """
     sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    require(not sharded, "unshare_bias: the model is sharded; load it before TrainingArguments are made")
+    require(not sharded, "unshare_bias: the model is sharded; load it before you make TrainingArguments")
     shape, made = read_model(model.config.to_dict() | _tied(model), type(model).__name__)
     tensors = model.state_dict()
     made.load_state_dict(tensors | {copy: tensors[name] for copy, name in shape.shared_tensors.items()}, assign=True)
@@ -56,7 +56,7 @@ def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:
-    """Finds the PEFT model inside an engine. Raises UserError if it holds none."""
+    """Finds the PEFT model inside an engine. Raises UserError if there is none."""
     inner: Any = model
     while not isinstance(inner, PeftModel) and hasattr(inner, "module"):
         inner = inner.module
@@ -66,14 +66,14 @@ def find_peft_model(model: nn.Module) -> PeftModel:
 
 
 def base_config(model: PeftModel) -> dict[str, Any]:
-    """Returns the dense model's config.json, as `save_pretrained` would write it."""
+    """Returns config.json of the dense model, as `save_pretrained` would write it."""
     config = json.loads(cast(Any, model.get_base_model()).config.to_json_string())
     config.pop("use_cache", None)  # trainers switch it off
     return config | _tied(model.get_base_model())
 
 
 def _tied(base: Any) -> dict[str, bool]:
-    """Says whether the head is the embedding. The config may say so of a model whose files hold two of them."""
+    """Returns the setting for a head tied to the embedding. The config may claim it although the files have both."""
     ends = base.get_output_embeddings(), base.get_input_embeddings()
     head, embedding = (plain_parameter(module, "weight", trained=False) for module in ends)
     return {"tie_word_embeddings": head is embedding}
@@ -86,7 +86,7 @@ def model_name(model: PeftModel) -> str:
 
 
 def base_shape(model: PeftModel) -> ModelShape:
-    """Returns the shape that the model's config declares, which stays the dense one."""
+    """Returns the shape in the model's config, which stays the dense shape."""
     base = cast(Any, model.get_base_model())
     return shape_from_config(base.config.to_dict() | _tied(base), model_name(model))
 
@@ -105,7 +105,7 @@ def live_shape(model: PeftModel) -> ModelShape:
 
 
 def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
-    """Returns the dtype of the frozen weights. Raises UserError if no export can have it."""
+    """Returns the dtype of the frozen weights. Raises UserError if no export can have that dtype."""
     name = f"{shape.linears(0)[0].name}.weight"
     dtype = base_parameter(decoder_layers(model)[0], name).dtype
     for key, value in DTYPES.items():
@@ -113,14 +113,14 @@ def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
             overflows = key == "float16" and shape.encoder_layers > 0
             require(not overflows, f"hidden states of a {shape.model_type} overflow float16; load it in bfloat16")
             return cast(Dtype, key)
-    raise UserError(f"layer 0 {name} is {dtype}; a base of {', '.join(DTYPES)} can be pruned")
+    raise UserError(f"layer 0 {name} is {dtype}; only a base in {', '.join(DTYPES)} can be pruned")
 
 
 class ForwardWatch:
     """Records the forward passes that have a backward pass, and counts their tokens.
 
-    A reference, a generation and an evaluation have none. The hooks are on encoder and decoder, because a trainer with
-    a fused loss calls the decoder without the model around it.
+    References, generations and evaluations have none. The hooks are on encoder and decoder, because a trainer with a
+    fused loss calls the decoder directly.
 
     Attributes:
         active: an optimizer step is open.
@@ -133,7 +133,7 @@ class ForwardWatch:
         self._trained = True  # in the last forward pass
         self._recording = ExitStack()
         self._layer_lists = model.shape.family.layer_lists
-        # The first before DeepSpeed's own.
+        # The first hook comes before DeepSpeed's.
         self._hooks = [peft_model.register_forward_pre_hook(self._note_mode, prepend=True)]
         for layers in self._layer_lists:
             module = peft_model.get_base_model().get_submodule(layers.path.rpartition(".")[0])
@@ -161,10 +161,10 @@ class ForwardWatch:
             return
         inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
         mask, size = kwargs.get("attention_mask"), inputs.shape[:2]
-        if mask is None and "encoder_hidden_states" in kwargs:  # the target, whose end predicts nothing
+        if mask is None and "encoder_hidden_states" in kwargs:  # a target, whose last token predicts nothing
             own: Any = decoder.config
             mask = ~torch.isin(inputs, torch.tensor([own.pad_token_id, own.eos_token_id], device=inputs.device))
-            mask[:, 0] = True  # the start, which is padding, too
+            mask[:, 0] = True  # the start token has the id of padding
         if isinstance(mask, Tensor) and mask.shape == size:  # (samples, window), False at padding
             mask = mask.bool()
             self._tokens += mask.sum()

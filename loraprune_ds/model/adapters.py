@@ -23,21 +23,21 @@ from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS, read_header
 
-BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # of an export with LoRA unmerged
+BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # folders of an export with unmerged LoRA
 ADAPTER = "default"
 ADAPTER_FILE = "adapter_config.json"
-VARIANTS = ("use_dora", "use_rslora", "alora_invocation_tokens")  # each computes something else
+VARIANTS = ("use_dora", "use_rslora", "alora_invocation_tokens")  # variants that compute something else
 PATTERNS = ("rank_pattern", "alpha_pattern")
 STARTS_THAT_CHANGE_W = ("pissa", "olora", "corda", "loftq", "lora_ga")
-LEAF_LAYER_HIDDEN = 4096  # up to this hidden_size a layer is gathered in one piece: 0.4 GB in bf16 for LLaMA-7B
+LEAF_LAYER_HIDDEN = 4096  # up to this hidden_size a layer is gathered as one: 0.4 GB in bf16 for LLaMA-7B
 
 
 def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed: int) -> PeftModel:
-    """Wraps the model. A is drawn from `seed` alone, so it is the same on any number of ranks. B is zero."""
+    """Wraps the model. A depends on `seed` alone, not on the number of ranks. B is zero."""
     torch.manual_seed(seed)
     peft_config = PeftLoraConfig(
         r=config.r,
-        lora_alpha=cast(int, config.lora_alpha),  # PEFT types it int and divides it as a float
+        lora_alpha=cast(int, config.lora_alpha),  # PEFT declares an int, and divides it as a float
         lora_dropout=config.lora_dropout,
         # Full names, because other linears can have the same last name.
         target_modules=[f"{shape.prefix(i)}{linear.name}" for i, linear in shape.linear_ids()],
@@ -46,11 +46,11 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
     )
     peft_config._register_custom_module({ExpertStack: ExpertLora, nn.Linear: FusedLoraLinear})
     own: Any = model.config
-    model_type, own.model_type = own.model_type, ""  # else PEFT takes a dense MLP for experts of transformers 4
+    model_type, own.model_type = own.model_type, ""  # otherwise PEFT takes a dense MLP for experts of transformers 4
     wrapped = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     own.model_type = model_type
     for parameter in (p for p in wrapped.parameters() if p.requires_grad):
-        parameter.data = parameter.data.to(model.dtype)  # next to an int8 weight PEFT leaves it in fp32
+        parameter.data = parameter.data.to(model.dtype)  # PEFT leaves LoRA on an int8 weight in fp32
     return cast(PeftModel, wrapped)
 
 
@@ -63,7 +63,7 @@ def leaf_modules(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:
     """Lists the modules of a decoder layer that ZeRO-3 gathers as one: the layer, or each linear with its LoRA.
 
     One gather per layer costs the host less, but a rank briefly holds the layer twice. A cut must not change the
-    choice, because the order of a sum depends on it.
+    choice, because that would change the order of sums.
     """
     if shape.hidden_size <= LEAF_LAYER_HIDDEN:
         return [layer]
@@ -84,10 +84,10 @@ def differentiate_input(layer: nn.Module) -> None:
 
 
 def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
-    """Checks that an adapter is plain LoRA on all linears of the decoder layers, with the r and alpha of the config.
+    """Checks that an adapter is plain LoRA on all linears of the decoder layers, with r and alpha of the config.
 
     Raises:
-        UserError: a file is missing or damaged, or something does not fit. The line names it.
+        UserError: a file is missing or damaged, or a setting or tensor does not fit. The line names it.
     """
     settings = read_json(folder / ADAPTER_FILE)
     start = str(settings.get("init_lora_weights"))
@@ -107,7 +107,7 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
             settings.get("lora_alpha") != config.lora_alpha
         ),
         f"has no LoRA on {', '.join(missing)}; the criterion needs it on all linears that it scores": (
-            missing and not isinstance(targets, str)  # a pattern, whose tensors are checked below
+            missing and not isinstance(targets, str)  # a pattern. Its tensors are checked below
         ),
     }
     for reason, applies in refusals.items():
@@ -133,7 +133,7 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
 
 
 def _with_lora(shape: ModelShape, layer: int, names: Collection[str]) -> list[Linear]:
-    """Lists the linears of a layer with LoRA among the `names` of an adapter's file, which whole ones may lack."""
+    """Lists the linears of a layer with LoRA in an adapter's file with these `names`. Whole linears may lack it."""
     return [x for x in shape.linears(layer) if x.parts or name_in_file(shape, layer, f"{x.name}.lora_A") in names]
 
 
@@ -197,7 +197,7 @@ def plain_parameter(module: nn.Module, name: str, *, trained: bool) -> nn.Parame
 
 
 def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) -> None:
-    """Sets the head counts that a live layer's forward reads. A config that layers share is copied first."""
+    """Sets the counts that the forward of a live layer reads. A config that layers share is copied first."""
     for runtime in (x for x in shape.family.runtime if x.kind in counts.kinds):
         path, _, last = runtime.module.rpartition(".")
         holder = layer.get_submodule(path)
@@ -209,7 +209,7 @@ def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) 
 
 
 def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:
-    """Sets the sizes that PEFT reads in repr, merge and save, after a cut of the linear."""
+    """Sets the sizes after a cut, which PEFT reads in repr, merge and save."""
     for holder in (cast(nn.Linear, module.base_layer), module):
         holder.out_features, holder.in_features = out_features, in_features
     for adapter in module.lora_A:

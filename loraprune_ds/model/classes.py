@@ -1,4 +1,4 @@
-"""The classes of transformers by `model_type`, and a model's modules without any weights."""
+"""transformers' classes by `model_type`, and the modules of a model without weights."""
 
 import copy
 from collections.abc import Iterator
@@ -33,13 +33,13 @@ def config_class(model_type: str) -> type[PreTrainedConfig]:
 
 
 def config_object(config: dict[str, Any]) -> PreTrainedConfig:
-    """Makes transformers' object of config.json, with all defaults. Does not change nested settings of `config`."""
+    """Makes transformers' object from config.json, with all defaults. Does not change nested settings of `config`."""
     plain = PreTrainedConfig._decode_special_floats(copy.deepcopy(config))  # transformers writes infinity as a dict
     return config_class(config["model_type"]).from_dict(plain)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Returns the window of the layers that have one. A class without this setting ignores it in config.json."""
+    """Returns the sliding window. Some classes ignore this setting of config.json."""
     return getattr(config, "sliding_window", None) or None if hasattr(type(config), "sliding_window") else None
 
 
@@ -54,12 +54,12 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
 
 def attn_implementation(requested: str, family: Family) -> str:
     """Returns the attention implementation for a value of `model.attn_implementation`."""
-    # torch's kernels under sdpa cannot cap scores or add sinks. transformers would drop a cap, or refuse the model.
+    # torch's sdpa cannot cap scores or add sinks. transformers would drop the cap, or refuse the model.
     return "eager" if requested == "sdpa" and family.eager_only is not None else requested
 
 
 def describe_attention(requested: str, family: Family) -> str | None:
-    """Says which implementation replaces the requested one. None if it is used."""
+    """Names the implementation that replaces the requested one. None if there is no replacement."""
     used = attn_implementation(requested, family)
     if used == requested:
         return None
@@ -71,13 +71,13 @@ def check_flash_attention(config: ModelConfig) -> None:
     setting = f"model.attn_implementation {config.attn_implementation}"
     if config.attn_implementation.startswith("flash_attention"):
         require(config.dtype != "float32", f"{setting} needs model.dtype bfloat16 or float16; got {config.dtype}")
-        require(torch.cuda.is_available(), f"{setting} needs a GPU, and this rank sees none")
+        require(torch.cuda.is_available(), f"{setting} needs a GPU, but this rank sees none")
 
 
 def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") -> PreTrainedModel:
-    """Builds the modules with every parameter on the meta device: shapes only, no memory. Buffers are real.
+    """Builds the modules with all parameters on the meta device, without memory. Buffers are real.
 
-    Experts are our stacks (experts.py).
+    Experts become our stacks (experts.py).
     """
     family = FAMILIES[family_name(config["model_type"])]
     config = {**config, **family.in_memory}
@@ -87,7 +87,7 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
     with parameters_on_meta():
         model = causal_lm_class(config["model_type"])(made)
         if family.has_encoder and not config.get("tie_word_embeddings", True):
-            # transformers 5 ties it in any case.
+            # transformers 5 ties the head in any case.
             tied: dict[str, str] = model._tied_weights_keys  # type: ignore[assignment]
             model._tied_weights_keys = {name: to for name, to in tied.items() if name != "lm_head.weight"}
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
@@ -96,7 +96,7 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
 
 
 def store_frozen(model: nn.Module, shape: ModelShape, storage: FrozenStorage) -> None:
-    """Gives the linears of all decoder layers their storage. Those in int8 have no values yet."""
+    """Gives the linears of all decoder layers their storage. int8 linears have no values yet."""
     layers = decoder_layers(model)
     for i, linear in shape.linear_ids():
         if isinstance(stored_as := storage.format_of(shape, linear), Int8):
@@ -109,7 +109,7 @@ def store_frozen(model: nn.Module, shape: ModelShape, storage: FrozenStorage) ->
 
 
 def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:
-    """Gives modules on the meta device the sizes of a smaller shape, as a cut does to a live model."""
+    """Gives modules on the meta device the sizes of a smaller shape, like a cut of a live model."""
     for i, layer in enumerate(decoder_layers(model)):
         prefix = shape.prefix(i)
         sizes = {name.removeprefix(prefix): size for name, size in shape.layer_parameters(i).items()}
@@ -126,27 +126,27 @@ def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:
 
 @contextmanager
 def refused_in_one_line(where: str, advice: str = "") -> Iterator[None]:
-    """Turns what transformers raises about a config.json into a UserError that names `where` and ends with `advice`."""
+    """Turns transformers' errors about a config.json into a UserError that names `where` and ends with `advice`."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # a config.json may hold anything
-        reason = f"{type(error).__name__}: {one_line(error)[:200].rstrip('.')}"  # one lists all model types
+    except Exception as error:  # a config.json can hold anything
+        reason = f"{type(error).__name__}: {one_line(error)[:200].rstrip('.')}"  # some messages list all model types
         raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}{advice}") from error
 
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Moves every parameter to the meta device as soon as a module has it, before anything is written to its memory.
+    """Moves every parameter to the meta device when a module gets it, before its memory is written.
 
-    Buffers stay real: no weight file holds rotary frequencies or an embedding's scale.
+    Buffers stay real, because weight files lack rotary frequencies and an embedding's scale.
     """
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:  # a tied one stays the same object
+        if parameter is not None and not parameter.is_meta:  # a tied parameter stays the same object
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]

@@ -1,16 +1,16 @@
 """The experts of a decoder layer as two stacks of linears, with LoRA for each expert.
 
-transformers holds the experts of a layer in two tensors of three dimensions. Here they are matrices: the weights of
-expert 0, below them the weights of expert 1, and so on.
+transformers holds the experts of a layer in two three-dimensional tensors. Here these are matrices, with the rows of
+expert 0 first, then those of expert 1, and so on.
 
     gate_up  (experts · 2 · expert_size, hidden_size)   A (experts · r, hidden_size)   B (experts · 2 · expert_size, r)
     down     (experts · hidden_size, expert_size)       A (experts · r, expert_size)   B (experts · hidden_size, r)
 
-An expert is a range of rows in each of them, and a cut of experts is a cut along axis 0. That also holds for int8
-weights and their scales (frozen.py). A product dequantises the weight of one expert at a time.
+An expert is a range of rows in each matrix, so a cut of experts is along axis 0. The same is true of int8 weights and
+their scales (frozen.py). A product dequantises one expert at a time.
 
-GPT-OSS stores each expert's matrices transposed. A range then has the rows (inputs) and columns (outputs) of the file.
-LoRA's A and B are still factors of that range, so only the products differ.
+GPT-OSS stores the matrices transposed. The rows of a range are then inputs, and the columns outputs. LoRA's A and B are
+still factors of that range, so only the products differ.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ class ExpertStack(FrozenLinear):
     """Holds one linear of every expert: `weight` (experts * rows, columns)."""
 
     def __init__(self, stacked: Tensor, transposed: bool) -> None:
-        """Takes the tensor of transformers, (experts, rows, columns). If transposed, its rows belong to inputs."""
+        """Takes transformers' tensor, (experts, rows, columns). If transposed, its rows are inputs."""
         nn.Module.__init__(self)
         self.transposed = transposed
         experts, self.rows, self.in_features = stacked.shape
@@ -41,7 +41,7 @@ class ExpertStack(FrozenLinear):
         return self.out_features // self.rows
 
     def forward(self, input: Tensor, counts: list[int]) -> Tensor:
-        """Maps tokens in the order of their experts. `counts`: tokens of each expert."""
+        """Maps tokens, sorted by expert. `counts` has the tokens of each expert."""
         return multiply(input, counts, self.transposed, self.stored_as, *stored_tensors(self))
 
 
@@ -75,7 +75,7 @@ class ExpertLora(LoraLinear):
 
 
 CORRECTION = "e_score_correction_bias"
-BIASES = ("gate_up_proj_bias", "down_proj_bias")  # (experts, outputs), where the stock class has them
+BIASES = ("gate_up_proj_bias", "down_proj_bias")  # (experts, outputs), if the stock class has biases
 
 
 class Experts(nn.Module):
@@ -90,7 +90,7 @@ class Experts(nn.Module):
         self._apply_gate: Callable[[Tensor], Tensor] = stock._apply_gate
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Maps (tokens, hidden_size) by each token's chosen experts (tokens, k) and their weights (tokens, k)."""
+        """Maps (tokens, hidden_size) by the chosen experts (tokens, k) and their weights (tokens, k)."""
         chosen = top_k_index.flatten()  # (tokens · k,)
         order = chosen.argsort(stable=True)
         counts = tokens_per_expert(chosen, self.experts)
@@ -111,10 +111,10 @@ class Experts(nn.Module):
 
 
 def stack_experts(model: nn.Module) -> None:
-    """Replaces the experts of all layers. Buffers that weight files hold become frozen parameters, which can be cut."""
-    # DeepSeek has a router's correction as a buffer, because it trains that by another rule.
+    """Replaces the experts of all layers. Buffers in weight files become frozen parameters, which can be cut."""
+    # DeepSeek keeps a router's correction in a buffer, because another rule trains it.
     for module in list(model.modules()):
-        for name, buffer in list(module._buffers.items()):  # in order, for a gather joins parameters by their order
+        for name, buffer in list(module._buffers.items()):  # in order, because a gather joins parameters in their order
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 del module._buffers[name]
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
@@ -125,25 +125,25 @@ def stack_experts(model: nn.Module) -> None:
 
 
 def tokens_per_expert(chosen: Tensor, experts: int) -> list[int]:
-    """Counts how often each expert was chosen, which waits for the device. On the meta device all get equal shares."""
+    """Counts how often each expert was chosen. Waits for the device. On the meta device all counts are equal."""
     if chosen.is_meta:
         return [len(chosen) * (i + 1) // experts - len(chosen) * i // experts for i in range(experts)]
     return cast(list[int], torch.bincount(chosen, minlength=experts).tolist())
 
 
 def multiply(x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, *stored: Tensor) -> Tensor:
-    """Maps the tokens (tokens, inputs), in the order of their experts, each by its expert's rows.
+    """Maps tokens (tokens, inputs), sorted by expert, each by the rows of its expert.
 
     Args:
-        counts: tokens of each expert.
+        counts: the tokens of each expert.
         transposed: the stack is (experts * inputs, outputs), not (experts * outputs, inputs).
-        stored: the tensors of `stored_as`. A dense one may be trained.
+        stored: the tensors of `stored_as`. A dense weight may be trained.
     """
     return _Product.apply(x, counts, transposed, stored_as, *stored)  # type: ignore[return-value]
 
 
 def products(outputs: Tensor, inputs: Tensor, counts: list[int]) -> Tensor:
-    """Returns outputs^T @ inputs of each expert's tokens, one below the other: (experts * rows, columns)."""
+    """Returns outputs^T @ inputs for the tokens of each expert, concatenated: (experts * rows, columns)."""
     stack = outputs.new_empty(len(counts), outputs.shape[1], inputs.shape[1])
     for left, right, out in zip(outputs.split(counts), inputs.split(counts), stack, strict=True):
         torch.mm(left.t(), right, out=out)
@@ -151,7 +151,7 @@ def products(outputs: Tensor, inputs: Tensor, counts: list[int]) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """As `multiply`. autograd saves the parameters, not a view of every expert that would keep the gathered weight."""
+    """Computes `multiply`. autograd saves the parameters. Views of experts would keep the gathered weight alive."""
 
     @staticmethod
     def forward(
@@ -177,7 +177,7 @@ class _Product(torch.autograd.Function):
 def _multiply_into(
     out: Tensor, x: Tensor, counts: list[int], transposed: bool, stored_as: StorageFormat, stored: Sequence[Tensor]
 ) -> Tensor:
-    """Maps the tokens of each expert by its matrix (inputs, outputs) if transposed, or by (outputs, inputs)."""
+    """Maps the tokens of each expert by its matrix, (inputs, outputs) if transposed, otherwise (outputs, inputs)."""
     matrices = (tensor.unflatten(0, (len(counts), -1)) for tensor in stored)
     for tokens, result, *matrix in zip(x.split(counts), out.split(counts), *matrices, strict=True):
         if len(tokens):
@@ -187,23 +187,23 @@ def _multiply_into(
 
 
 class InPeft(NamedTuple):
-    """Names the paths of a stack inside a decoder layer: of PEFT's LoRA, and of the tensor of transformers."""
+    """Names the paths of a stack inside a decoder layer, for PEFT's LoRA and for transformers' tensor."""
 
     lora: str
     tensor: str
 
 
 def in_peft(stack: Linear) -> InPeft:
-    """PEFT wraps down_proj around gate_up_proj, which is then the `base_layer`."""
+    """Returns the paths. PEFT wraps down_proj around gate_up_proj, which is then its `base_layer`."""
     experts, _, last = stack.name.rpartition(".")
     return InPeft(experts if last == "down" else f"{experts}.base_layer", f"{stack.name}_proj")
 
 
 def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[Linear]) -> dict[str, Tensor]:
-    """Renames and reorders the LoRA of a decoder layer ("{linear}.lora_A") as PEFT's `target_parameters` has it.
+    """Renames and reorders the LoRA of a decoder layer ("{linear}.lora_A") for PEFT's `target_parameters`.
 
-    A stack's A is the same there, (experts * r, in_features). B is (out_features, r * experts), and its columns belong
-    to the experts in turn. PEFT's A always has the inputs, so the factors of a transposed stack are swapped.
+    A stack's A is the same there, (experts * r, in_features). B is (out_features, r * experts), with the columns of the
+    experts interleaved. PEFT's A always has the inputs, so the factors of a transposed stack are swapped.
     """
     tensors: dict[str, Tensor] = {}
     for linear in linears:

@@ -1,4 +1,4 @@
-"""The config.json of a pruned model, which transformers 4 and 5 read. Stock if a stock class can hold the shape."""
+"""The config.json of a pruned model, for transformers 4 and 5. It names a stock class if one can hold the shape."""
 
 import copy
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from loraprune_ds.model.family import PRUNED, family_name
 from loraprune_ds.model.shapes import LayerShape, ModelShape
 from loraprune_ds.model.weight_files import AUTO_MAP
 
-# Keys about the source's files and its own pruning, not about this model.
+# Keys about the source's files and earlier pruning, not about this model.
 DROPPED = {"_name_or_path", AUTO_MAP, "pretraining_tp", "quantization_config"}
-NEXT_TOKENS = "mtp_num_hidden_layers"  # the layers that predict further tokens are left out. llama.cpp reads this
+NEXT_TOKENS = "mtp_num_hidden_layers"  # of layers that predict further tokens, which are left out. llama.cpp reads it
 MODELLING_FILE = "modeling_pruned.py"
-# The defaults of transformers. The Llama and Mistral classes differ in these.
+# transformers' defaults, which differ between the Llama and Mistral classes.
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
 DEFAULT_SLIDING_WINDOW = 4096  # of MistralConfig
 DEFAULT_ROPE_THETA = 10000.0
@@ -28,8 +28,8 @@ class ExportedConfig:
     """Describes a pruned model on disk."""
 
     config: dict[str, Any]
-    modelling_file: str | None  # of loraprune_ds/model, belongs next to the weights. None for a stock model
-    renamed: bool  # the model type is not the source's
+    modelling_file: str | None  # in loraprune_ds/model. Belongs next to the weights. None for a stock model
+    renamed: bool  # the model type differs from the source's
     multimodal: bool = False  # with the tower of the source
 
     @property
@@ -48,29 +48,29 @@ class ExportedConfig:
 
 
 def auto_class(config: dict[str, Any]) -> str:
-    """Returns the class of transformers that loads a language model of this config.json with its head."""
+    """Returns the class of transformers that loads the language model of a config.json with its head."""
     return "AutoModelForSeq2SeqLM" if config.get("is_encoder_decoder") else "AutoModelForCausalLM"
 
 
 def export_config(
     source: dict[str, Any], shape: ModelShape, dtype: str, multimodal: dict[str, Any] | None = None
 ) -> ExportedConfig:
-    """Describes a model of the source's family with the sizes of `shape`. Weights are stored as `dtype` ("bfloat16").
+    """Describes a model of the source's family with the sizes of `shape`, stored as `dtype` ("bfloat16").
 
     Uniform layers stay a stock model. Some stock configs of transformers 5 refuse a head count that does not divide
-    hidden_size. A Llama without biases then becomes a Mistral, whose class computes the same without such a check. A T5
-    whose heads have left becomes a UMT5. The others get the shipped modelling file.
+    hidden_size. A Llama without biases then becomes a Mistral, whose class computes the same without this check. A T5
+    that lost heads becomes a UMT5. Other models get the shipped modelling file.
 
     Args:
-        source: config.json of the model that was pruned, possibly of a pruned export.
-        multimodal: config.json of the multimodal model whose text part it is, if the tower stays.
+        source: config.json of the model before pruning, possibly a pruned export.
+        multimodal: config.json of the multimodal model around it, if the tower stays.
     """
     if multimodal is not None:
         return ExportedConfig(multimodal_config(multimodal, shape, dtype), None, renamed=False, multimodal=True)
     family = family_name(shape.model_type)
     if not shape.shares_bias:
         family = shape.family.in_memory.get("model_type", family)
-    # For a stock umt5 AutoTokenizer wants tokenizer.json, which a ByT5 lacks.
+    # AutoTokenizer needs tokenizer.json for a stock umt5, which a ByT5 lacks.
     named = shape.shares_bias or source.get("tokenizer_class") != "ByT5Tokenizer"
     stock = [family] if shape.is_uniform and named else []
     if stock and family == "llama" and not shape.biases:
@@ -79,7 +79,7 @@ def export_config(
         config = _config_of(source, shape, dtype, model_type)
         try:
             config_object(config)
-        except StrictDataclassError:  # of the head count. Phi-3 computes the length of its long rotary factors from it
+        except StrictDataclassError:  # for the head count. Phi-3 computes the length of its long rotary factors from it
             continue
         return ExportedConfig(config, None, model_type != shape.model_type)
     config = name_our_code(_config_of(source, shape, dtype, PRUNED + family))
@@ -87,9 +87,9 @@ def export_config(
 
 
 def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> dict[str, Any]:
-    """Returns config.json of a multimodal model whose text part has the sizes of `shape`, which are equal layers."""
+    """Returns config.json of a multimodal model with a text part of `shape`, whose layers are equal."""
     config = copy.deepcopy(source)
-    text = config.get("text_config", config)  # the first Qwen2.5-VL have these fields outside
+    text = config.get("text_config", config)  # the first Qwen2.5-VL have these fields at the top level
     text |= shape.family.explicit(text)
     for part in (config, text):
         for key in _dropped(shape):
@@ -100,7 +100,7 @@ def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> 
 
 
 def name_our_code(config: dict[str, Any]) -> dict[str, Any]:
-    """Removes foreign code from a config.json, and names our modelling file if it is needed."""
+    """Removes foreign code from a config.json, and adds our modelling file if needed."""
     if not str(config["model_type"]).startswith(PRUNED):
         return {key: value for key, value in config.items() if key != AUTO_MAP}
     module, with_head = MODELLING_FILE.removesuffix(".py"), auto_class(config)
@@ -122,7 +122,7 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
         "tie_word_embeddings": shape.tie_word_embeddings,
         "torch_dtype": dtype,  # the name up to transformers 4.55
         "dtype": dtype,
-        # Without a version AutoTokenizer suspects every mistral model of an old tokenizer bug, and warns.
+        # Without a version AutoTokenizer warns of an old tokenizer bug for every mistral model.
         "transformers_version": version("transformers"),
     }
     return config
@@ -138,7 +138,7 @@ def _no_next_tokens(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(shape: ModelShape) -> dict[str, Any]:
-    """Returns each layer's sizes, and as global ones the widest layer's: a reader of only these reserves enough."""
+    """Returns the sizes of each layer, and the largest as global sizes, which suffice for readers of only these."""
     counted = shape.counted
     widest = LayerShape((kind, max(layer[kind] for layer in counted)) for kind in shape.kinds)
     counts = {layers.count: len(x) for layers, x in zip(shape.family.layer_lists, shape.layer_lists, strict=True)}
@@ -158,13 +158,13 @@ def _layer_sizes(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
 
 
 def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
-    """Returns the rotary settings under the names of transformers 4 and of transformers 5."""
-    # 4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. 5 prefers a rope_scaling that is not
-    # null, and completes it with rope_theta. Otherwise it reads rope_parameters, where Gemma 3 and Olmo 3 have settings
-    # for each kind of layer. 4 can scale only full attention.
+    """Returns the rotary settings under the names of transformers 4 and 5."""
+    # Version 4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. Version 5 prefers rope_scaling
+    # with rope_theta, unless it is null. Otherwise it reads rope_parameters, where Gemma 3 and Olmo 3 have settings for
+    # each kind of layer. Version 4 can scale only full attention.
     settings = source.get("rope_scaling") or source.get("rope_parameters") or {}
     full = dict(settings.get("full_attention", settings))
-    unknown = full.get("rope_type") == "proportional"  # to transformers 4
+    unknown = full.get("rope_type") == "proportional"  # in transformers 4
     if unknown or (family not in DEFAULT_POSITIONS and (OLD_ROPE & source.keys() or "rope_theta" not in full)):
         return {}  # both versions read the source's settings, and each family has its own defaults
     theta = full.pop("rope_theta", None) or source.get("rope_theta") or DEFAULT_ROPE_THETA
@@ -182,7 +182,7 @@ def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
 
 
 def _family_options(source: dict[str, Any], shape: ModelShape, model_type: str) -> dict[str, Any]:
-    """Returns fields of Llama and Mistral: a Llama may be written as a Mistral, whose defaults differ."""
+    """Returns fields of Llama and Mistral. A Llama may be written as a Mistral, whose defaults differ."""
     family = family_name(shape.model_type)
     if family not in DEFAULT_POSITIONS:
         return {}

@@ -1,4 +1,4 @@
-"""How a rank stores the frozen weight of a linear: unchanged, or as int8 with scales.
+"""Storage formats for the frozen weight of a linear: unchanged, or int8 with scales.
 
 int8 has one scale for each block of BLOCK neighbours along the hidden axis, which no cut shortens. The last block may
 be short. Each expert of a stack has separate blocks. A row, column or expert that leaves takes whole blocks with it, so
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from loraprune_ds.config import Dtype, ModelConfig
 
-DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}  # that config may name
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}  # the dtypes of a config
 WEIGHT, SCALE = "weight", "weight_scale"
-BLOCK = 64  # weights under one scale. 32 gave no lower perplexity (tests/benchmarks/README.md)
+BLOCK = 64  # weights per scale. 32 gave no lower perplexity (tests/benchmarks/README.md)
 LARGEST = 127
 UNSTACKED = 1 << 40  # more rows than any matrix has
-READ_CHUNK = 1 << 24  # elements converted at a time, so that reading needs little memory beyond the shard
+READ_CHUNK = 1 << 24  # elements converted at a time, so reading needs little memory beyond the shard
 
 Matrix = tuple[int, int]
 Rows = TypeVar("Rows", int, Tensor)
@@ -35,8 +35,8 @@ class Pieces(NamedTuple):
     """Names the tensors on disk that make up one parameter, stacked along axis 0."""
 
     names: tuple[str, ...]
-    shape: tuple[int, ...]  # of each. A single one may have three dimensions
-    transposed: bool = False  # each matrix is so in the files
+    shape: tuple[int, ...]  # of each tensor. A single tensor may have three dimensions
+    transposed: bool = False  # the files have each matrix transposed
 
     def keep_rows(self, rows: Tensor) -> "Pieces":
         """Returns the pieces that hold these rows of the parameter. Each piece is kept whole or dropped."""
@@ -60,14 +60,14 @@ class StoredTensor(NamedTuple):
 
 
 def fill(flat: Tensor, start: int, values: Tensor, origin: int) -> None:
-    """Fills the part of a flat tensor from `start` with all of its values that `values`, from `origin` on, has."""
+    """Fills `flat`, which starts at `start`, with all its values among `values`, which start at `origin`."""
     low, high = max(start, origin), min(start + len(flat), origin + len(values))
     flat[low - start : high - start] = values[low - origin : high - origin]
 
 
 @dataclass(frozen=True)
 class Dense:
-    """The weight itself. `tensors` are the names of the parameters that store it."""
+    """Stores the weight unchanged. `tensors` names the parameters that store it."""
 
     tensors: ClassVar[tuple[str, ...]] = (WEIGHT,)
 
@@ -93,12 +93,12 @@ class Dense:
 class Int8:
     """int8 weights with scales in the model's dtype: W = weight * weight_scale, rounded to that dtype.
 
-    Rows form bands that share no scale: one row each (axis 0), or up to BLOCK rows (axis 1). Each band belongs to one
-    row of scales, so any flat part of either tensor can be computed from whole rows of the weight.
+    Rows form bands that share no scale: one row each (axis 0), or up to BLOCK rows (axis 1). Each band has one row of
+    scales, so any flat part of either tensor can be computed from complete rows of the weight.
 
     Attributes:
-        axis: the one without blocks.
-        rows: of one matrix, if several are stacked and have their blocks along the rows. By default there is one.
+        axis: the axis without blocks.
+        rows: the rows of one matrix, if several are stacked with blocks along the rows. Default: one matrix.
     """
 
     tensors: ClassVar[tuple[str, ...]] = (WEIGHT, SCALE)
@@ -129,7 +129,7 @@ class Int8:
 
     @torch.no_grad()
     def split(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """As `Dense.split`. Raises NotFinite. Only some rows are converted to fp32 at a time."""
+        """Computes these tensors like `Dense.split`, some rows in fp32 at a time. Raises NotFinite."""
         rows = self._band * max(1, READ_CHUNK // (self._band * weight.shape[1]))
         matrices = weight.split(self.rows)
         parts = [self._quantise(part.float(), dtype) for matrix in matrices for part in matrix.split(rows)]
@@ -149,7 +149,7 @@ class Int8:
         """Returns the flat elements [start, end) of the tensor `name`, which stores a weight of `shape`.
 
         Args:
-            read: reads the weight. It is called for whole bands.
+            read: reads complete bands of the weight.
 
         Raises:
             NotFinite: a part has an inf or NaN.
@@ -197,7 +197,7 @@ class Int8:
         if not torch.isfinite(largest).all():
             raise NotFinite
         limits = torch.finfo(dtype)
-        scale = (largest / LARGEST).to(dtype).clamp_(min=limits.tiny * limits.eps)  # the smallest number above 0
+        scale = (largest / LARGEST).to(dtype).clamp_(min=limits.tiny * limits.eps)  # the smallest above 0
         values = weight.clone()
         for part, scales in _with_scales(values, scale, hidden):
             part.div_(scales.float())
@@ -209,7 +209,7 @@ DENSE = Dense()
 
 
 def dequantise(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
-    """Returns weight * scale in the dtype of `scale`. int8 is exact there, so each product is rounded once."""
+    """Returns weight * scale in the dtype of `scale`. int8 is exact in that dtype, so each product is rounded once."""
     product = weight.to(scale.dtype)
     for part, scales in _with_scales(product, scale, 1 - axis):
         part.mul_(scales)
@@ -217,7 +217,7 @@ def dequantise(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 
 def _blocks(matrix: Tensor, hidden: int) -> Iterator[Tensor]:
-    """Yields a view of all full blocks and one of the short last one. Dimension hidden + 1 runs within a block."""
+    """Yields views of all full blocks and of a short last block. Dimension hidden + 1 runs within a block."""
     size = matrix.shape[hidden]
     full = size - size % BLOCK
     if full:
@@ -240,7 +240,7 @@ class FrozenLinear(nn.Linear):
     stored_as: StorageFormat = DENSE
 
     def store_as(self, stored_as: Int8, like: Tensor) -> None:
-        """Replaces the weight by the format's parameters, without values. `like` has the model's dtype and device."""
+        """Replaces the weight with parameters of the format, without values, with dtype and device of `like`."""
         shape = (self.out_features, self.in_features)
         weight, scale = like.new_empty(shape, dtype=torch.int8), like.new_empty(stored_as.scale_shape(shape))
         self.register_parameter(WEIGHT, nn.Parameter(weight, requires_grad=False))

@@ -12,7 +12,7 @@ from loraprune_ds.model.embedded import embedded_model_dir
 
 EMBEDDED = "embedded"
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "spiece.model", "*.txt", "*.jinja"]
-# The bases are errors of the hub's HTTP library. It raises them when a connection is lost midway.
+# The bases are errors of the hub's HTTP library, which it raises when a connection breaks.
 HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, OSError)  # type: ignore[assignment]
 
 

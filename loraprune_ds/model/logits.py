@@ -1,9 +1,9 @@
 """The logits of a causal LM, and the token losses of one chunk, with distillation from the dense model.
 
-Some families have a factor, a divisor or a soft cap on the product of the head. A distilled loss is
+Some families scale or cap the product of the head. A distilled loss is
 (1 − w) · cross-entropy + w · T² · KL(teacher ‖ student). Within the KL the logits of both are divided by T
-(Hinton et al., arXiv 1503.02531). The teacher is the dense model. The head is never cut, so the teacher needs none:
-its final hidden states and the student's head make its logits. The gradient by the student's logits z is
+(Hinton et al., arXiv 1503.02531). The teacher is the dense model. The head is never cut, so the teacher's
+logits come from its final hidden states and the student's head. The gradient with respect to the student's logits z is
 (1 − w) · (softmax(z) − label) + w · T · (softmax(z / T) − softmax(teacher's logits / T)).
 """
 
@@ -57,12 +57,12 @@ class Head:
     transform: LogitsTransform
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Maps (tokens, hidden_size) to (tokens, vocabulary), as the stock model does and in its dtype."""
+        """Maps (tokens, hidden_size) to (tokens, vocabulary), as the stock model does, in its dtype."""
         return self.transform.apply_(hidden @ self.weight.t())
 
 
 def logits_transform(config: Any) -> LogitsTransform:
-    """Reads the transform from a config object of transformers, which has all defaults."""
+    """Reads the transform from transformers' config object, which has all defaults."""
     family = FAMILIES[family_name(config.model_type)]
 
     def value(field: str | None, nothing: float | None) -> float | None:
@@ -76,7 +76,7 @@ def output_head(model: PreTrainedModel) -> nn.Linear:
     """Returns the head of a causal LM. Refuses a bias, which the losses would not add."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
-    require(head.bias is None, f"{type(model).__name__}: lm_head has a bias; such a head is not supported")
+    require(head.bias is None, f"{type(model).__name__}: lm_head has a bias; such heads are not supported")
     return head
 
 
@@ -88,14 +88,13 @@ class Distillation:
 
 
 def chunk_size(vocab_size: int, tokens: int | None = None, *, buffers: int = BUFFERS) -> int:
-    """Returns the tokens whose logits are in memory together. By default all buffers have LOGITS_AT_ONCE elements."""
+    """Returns the tokens whose logits are in memory together. `buffers` of them have LOGITS_AT_ONCE elements."""
     return tokens or max(1, LOGITS_AT_ONCE // (buffers * vocab_size))
 
 
 def chunk_with_gradient(head: Head, tokens: int | None, *, buffers: int) -> int:
     """Returns the `chunk_size` of a loss that may be differentiated."""
-    # The slope of a cap is computed from its logits. fp32 logits are one more buffer, 16-bit logits fit into a later
-    # one.
+    # A cap's slope is computed from the logits. fp32 logits are one more buffer, and 16-bit logits reuse a later one.
     chunk = chunk_size(len(head.weight), tokens, buffers=buffers)
     is_larger = head.transform.softcap is not None and head.weight.dtype == torch.float32
     return max(1, chunk // 2) if is_larger else chunk
@@ -108,7 +107,7 @@ def distilled_losses(
     w, temperature, transform = distillation.weight, distillation.temperature, head.transform
     logits = head.logits(hidden).float()
     log_probs = logits.log_softmax(1)
-    # The difference of logits and log_probs. The slope of a cap needs the logits, which are not kept.
+    # Logits minus log_probs. The slope of a cap needs the logits, which are not kept.
     total = None if transform.softcap is None else logits[:, :1] - log_probs[:, :1]
     del logits
     softened = log_probs if temperature == 1 else (log_probs / temperature).log_softmax(1)

@@ -1,7 +1,7 @@
 """A linear with LoRA as one operation of autograd.
 
-PEFT's forward pass takes a dozen operations, which is most of a step's cost on the host for narrow layers. Only the
-forward pass is replaced. Modules, names and parameters remain PEFT's.
+PEFT's forward pass takes a dozen operations, most of the host's work in a step with narrow layers. Only the forward
+pass is replaced. Modules, names and parameters remain PEFT's.
 """
 
 from typing import Any, cast
@@ -17,7 +17,7 @@ MERGE_BLOCK = 1 << 24  # elements in fp32 at a time
 
 
 class FusedLoraLinear(LoraLinear):
-    """PEFT's linear with one adapter. Without dropout the outputs are equal bit by bit. The dropout masks differ."""
+    """PEFT's linear with one adapter. Without dropout the outputs are bitwise equal. Dropout masks differ."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = cast(nn.Linear, self.base_layer)
@@ -50,7 +50,7 @@ class _Product(torch.autograd.Function):
         *stored: Tensor,
     ) -> Tensor:
         mask, kept = draw_mask(x, p) if p else (None, 1.0)
-        s /= kept  # not x, which is wider
+        s /= kept  # x would be wider
         narrow = _masked(x, mask) @ a.t()
         ctx.save_for_backward(x, mask, narrow, a, b, *stored)
         ctx.s, ctx.stored_as = s, stored_as
@@ -77,8 +77,8 @@ class _Product(torch.autograd.Function):
 
 def draw_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Returns a uint8 mask in the shape of x, and the exact probability of its ones."""
-    # torch's dropout draws at least 32 bits per element, which takes a tenth of a training step on a CPU. Here an
-    # element uses 16 bits, so p is rounded down to a multiple of 2⁻¹⁶.
+    # torch's dropout draws at least 32 bits per element, a tenth of a training step on a CPU. Here an element uses 16
+    # bits, so p is rounded down to a multiple of 2⁻¹⁶.
     dropped = int(p * DRAW)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(1 << 63), None)  # all 64 bits
     numbers = draws.view(torch.int16)[: x.numel()].view(x.shape)

@@ -1,10 +1,10 @@
 """A stock language model whose layers differ in attention heads and MLP width, as structured pruning leaves them.
 
-config.json has the sizes of each layer in transformers' own form. It parses that from 5.16 on. 4.x has a plain dict.
+config.json has the sizes of each layer in the form of transformers, which parses it from 5.16 on. 4.x has a plain dict.
     "per_layer_config": {"0": {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1301}, ...}
-Sizes that a layer does not name are the global ones. This file needs only torch and transformers:
+Layers take other sizes from the global fields. This file needs only torch and transformers:
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-A UMT5 has "layer_sizes" for the layers of its encoder and then its decoder, and AutoModelForSeq2SeqLM loads it.
+A UMT5 has "layer_sizes" for the layers of its encoder, then of its decoder. AutoModelForSeq2SeqLM loads it.
 """
 
 import copy
@@ -32,7 +32,7 @@ def layer_config(config: Any, layer: int) -> Any:
 
 
 def rebuild_layers(model: Any, config: Any) -> None:
-    """Rebuilds each layer at its own size. from_pretrained does that on the meta device, where it costs nothing."""
+    """Rebuilds each layer at its own size. from_pretrained does that on the meta device, at no cost."""
     if hasattr(model, "encoder"):
         return rebuild_encoder_decoder(model, config)
     for i, layer in enumerate(model.layers):
@@ -53,7 +53,7 @@ def rebuild_encoder_decoder(model: Any, config: Any) -> None:
 
 
 def give_config(model: Any, one_size: Any, config: Any) -> None:
-    """Gives a model its config. It was built at one size, as transformers 5 warns where a global size is read."""
+    """Gives a model its config. It was built with one size, because transformers 5 warns when a global size is read."""
     config._attn_implementation = one_size._attn_implementation  # chosen by transformers
     model.config = config
 
@@ -68,7 +68,7 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
 
     class PrunedConfig(base_config):
         model_type = f"pruned_{family}"
-        # Code of transformers 5 that knows one size for all layers reads the global one instead of raising.
+        # Code in transformers 5 that expects one size for all layers reads the global size instead of raising.
         allow_global_per_layer_attribute_access = True
 
         def validate(self) -> None:
@@ -84,7 +84,7 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
             return base_lm._can_set_attn_implementation()
 
         def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-            """Tells every layer. Each has a separate config, which must not keep the old implementation."""
+            """Sets the implementation in every layer, because each has a separate config."""
             super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
             model: Any = self
             for module in model.modules():
@@ -119,10 +119,10 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
 
 
 def share_conversions(family: str, model_type: str) -> None:
-    """Makes transformers 5 read weight files like the family's, where experts are stacked while they are read."""
+    """Makes transformers 5 stack experts while it reads weight files, as for the stock family."""
     try:
         from transformers import conversion_mapping
-    except ImportError:  # transformers 4 has them apart, as the files do
+    except ImportError:  # transformers 4 keeps experts separate, like the files
         return
     known = conversion_mapping.get_checkpoint_conversion_mapping(family)
     if known is not None:

@@ -26,11 +26,11 @@ from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, te
 from loraprune_ds.model.weight_files import Headers, have_equal_values, read_headers
 
 HEAD = "lm_head.weight"
-# Recomputed, tied, and what the first T5 files have of no use.
+# Recomputed or tied tensors, and an unused tensor in early T5 files.
 IGNORED = (".rotary_emb.inv_freq", HEAD, "coder.embed_tokens.weight", ".EncDecAttention.relative_attention_bias.weight")
-FUSED_EXPERTS = ".experts.gate_up_proj"  # the end of a name where all experts of a layer are one tensor
+FUSED_EXPERTS = ".experts.gate_up_proj"  # end of the name if all experts of a layer are one tensor
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
-MXFP4 = "_blocks"  # the end of the names of 4-bit experts
+MXFP4 = "_blocks"  # end of the names of 4-bit experts
 DEQUANTISE = (
     "dequantise it first: AutoModelForCausalLM.from_pretrained(folder, dtype='bfloat16', "
     "quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(other_folder)"
@@ -39,14 +39,14 @@ DEQUANTISE = (
 
 @dataclass(frozen=True)
 class ModelWeights:
-    """Reads the weights of a model, or of the smaller model that `cut` leaves.
+    """Reads the weights of a model, or of the smaller model after `cut`.
 
     Attributes:
         files: tensor name -> weight file.
         names_on_disk: tensor name -> its name in the file.
-        pieces: name of a stack of experts -> the tensors on disk that form it, which are the keys of `files`.
-        slices: tensor name -> the part of it that belongs to the model, after a cut.
-        storage: how the ranks store the weights. The files may have them in the model's dtype.
+        pieces: name of a stack of experts -> its tensors on disk, which are the keys of `files`.
+        slices: tensor name -> the part that belongs to the model after a cut.
+        storage: how the ranks store the weights. Files may have the model's dtype instead.
     """
 
     shape: ModelShape
@@ -54,7 +54,7 @@ class ModelWeights:
     names_on_disk: Mapping[str, str]
     pieces: Mapping[str, Pieces]
     slices: Mapping[str, Slice] = field(default_factory=dict)
-    transposed: bool = False  # so is the matrix of each expert in the files
+    transposed: bool = False  # the files have the matrix of each expert transposed
     storage: FrozenStorage = MODEL_DTYPE
 
     def cut(self, keep: Sequence[LayerKeep]) -> "ModelWeights":
@@ -76,7 +76,7 @@ class ModelWeights:
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Returns the elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
 
-        Only the rows that contain them, and rows between two kept ones, are read from disk.
+        Only the rows with these elements, and rows between two kept ones, are read from disk.
         """
         if name in self.pieces:
             return self._read_pieces(self.pieces[name], start, end, dtype)
@@ -105,7 +105,7 @@ class ModelWeights:
         return torch.cat(parts)
 
     def read_stored(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        """As `read_flat`, for a tensor of `FrozenStorage.stored`. int8 weights and fp32 parameters ignore `dtype`."""
+        """Reads a tensor of `FrozenStorage.stored` like `read_flat`. int8 and fp32 parameters ignore `dtype`."""
         path, _, tensor = name.rpartition(".")
         weight = f"{path}.{WEIGHT}"
         if weight not in self._int8 or tensor not in Int8.tensors:
@@ -145,7 +145,7 @@ class ModelWeights:
 
 
 class Transposed:
-    """Reads a tensor of three dimensions as if each matrix were transposed."""
+    """Reads a three-dimensional tensor with each matrix transposed."""
 
     def __init__(self, view: Any) -> None:
         self._view = view
@@ -159,7 +159,7 @@ class Transposed:
 
 
 def _rows(view: Any, start: int, end: int) -> Tensor:
-    """Reads some rows of a tensor on disk. Rows of a tensor of three dimensions are counted across its matrices."""
+    """Reads some rows of a tensor on disk. Rows of a three-dimensional tensor are counted across its matrices."""
     shape = view.get_shape()
     if len(shape) < 3:
         return view[start:end] if shape else view[...][None]
@@ -178,7 +178,7 @@ def _chunks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def open_stored(folder: Path, shape: ModelShape, storage: FrozenStorage) -> ModelWeights:
-    """Opens weights that ranks have written in their own storage. Raises UserError as `check_weights`."""
+    """Opens weights that ranks have written in their storage format. Raises UserError like `check_weights`."""
     headers = read_headers(folder)
     on_disk = storage if any(name.endswith(f".{SCALE}") for name in headers) else MODEL_DTYPE
     names = {name: name for name in headers}
@@ -193,7 +193,7 @@ def check_weights(
     described_by: str,
     on_disk: FrozenStorage = MODEL_DTYPE,
 ) -> ModelWeights:
-    """Checks the headers of weight files against the shape that `described_by` gives.
+    """Checks the headers of weight files against the shape from `described_by`.
 
     Args:
         names: name of a tensor or of a piece of it -> its name in the file.
@@ -239,9 +239,9 @@ class PretrainedModel:
 
     Attributes:
         config: config.json, or its text part.
-        modules: on the meta device, as the config describes them. Engines copy them.
-        weights: of these modules, or of the smaller ones that cuts have left.
-        tower: what a multimodal model has besides. None if it has no place in an export.
+        modules: on the meta device, as in the config. Engines copy them.
+        weights: of these modules, or of the smaller ones after cuts.
+        tower: the rest of a multimodal model. None if the export has no place for it.
     """
 
     folder: Path
@@ -283,7 +283,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
         config = config | {"tie_word_embeddings": tied}
         shape, modules = read_model(config, where)
     names |= {copy: first for copy, first in shape.shared_tensors.items() if first in names and copy not in names}
-    extra = config.get("num_nextn_predict_layers") or 0  # layers after the last one, which the model does not use
+    extra = config.get("num_nextn_predict_layers") or 0  # unused layers after the last one
     beyond = (MTP, *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
     names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
     weights = check_weights(folder, headers, names, shape, "config.json")
@@ -291,7 +291,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
 
 
 def open_for_pruning(folder: Path, model: ModelConfig, *, packing: bool = False) -> PretrainedModel:
-    """Opens the model of a run as `open_pretrained`, and checks that it has everything that the run needs."""
+    """Opens the model of a run like `open_pretrained`, and checks that the run can use it."""
     pretrained = open_pretrained(folder)
     check_family(pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing)
     if model.text_only:

@@ -1,4 +1,4 @@
-"""The text part of a multimodal model, which alone is built, and its tower, which is copied from file to file."""
+"""The text part of a multimodal model, and its tower. Only the text part is built. The tower is copied."""
 
 import json
 import re
@@ -19,41 +19,41 @@ from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.shapes import EQUAL_LAYERS, ModelShape
 from loraprune_ds.model.weight_files import PROCESSOR_FILES, as_on_disk
 
-# Without an image their forward equals the text class's, and their weight files have one of LAYOUTS.
+# Without an image their forward equals that of the text class. Their weight files have one of LAYOUTS.
 MULTIMODAL = "gemma3 mistral3 llava llava_next llava_onevision vipllava internvl idefics3 smolvlm".split()
 MULTIMODAL += "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe qwen3_vl_moe gemma4".split()
-# Text classes without a causal LM, and the family that computes the same where all rows of positions are equal.
+# A text class without a causal LM -> the family that computes the same if all rows of positions are equal.
 STANDS_FOR: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"model_type": "qwen2"},
     "qwen3_vl_text": {"model_type": "qwen3"},
     "qwen3_vl_moe_text": {"model_type": "qwen3_moe", "norm_topk_prob": True},
 }
-TRANSPOSED = ("qwen3_vl_moe",)  # their files have the experts of a layer in one tensor, each transposed
+TRANSPOSED = ("qwen3_vl_moe",)  # their files have the experts of a layer in one tensor, each expert transposed
 OF_ROWS = ("mrope_section", "mrope_interleaved")
 Layout = tuple[str, str]  # prefix of the decoder, prefix of the head
 OF_TEXT: Layout = ("model.", "lm_head.")
-# transformers saves the first one or two, and also reads the others.
+# transformers saves the first one or two, and reads all.
 LAYOUTS: tuple[Layout, ...] = (
     ("language_model.model.", "language_model.lm_head."),
     ("model.language_model.", "lm_head."),
     ("model.text_model.", "lm_head."),
     ("model.", "lm_head."),
 )
-# Published text configs leave out sizes that their class has as defaults.
+# Published text configs omit sizes that are defaults of their class.
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
 TEXT_SIZES += ("num_attention_heads", "num_key_value_heads")
-SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")  # outside the text config
-MTP = "mtp."  # the layers that predict further tokens, which are left out
+SHARED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id")  # from outside the text config
+MTP = "mtp."  # prefix of the layers that predict further tokens, which are left out
 OR_TEXT = "or model.text_only: true, to export the text part alone"
 
 
 @dataclass(frozen=True)
 class Tower:
-    """What a multimodal model has beside its text part.
+    """The rest of a multimodal model, outside its text part.
 
     Attributes:
         config: config.json of the whole model.
-        layout: where its weight files have the text part.
+        layout: the names of the text part in the weight files.
         files: the other tensors, and the weight file of each.
     """
 
@@ -62,23 +62,23 @@ class Tower:
     files: Mapping[str, Path]
 
     def name_on_disk(self, name: str) -> str:
-        """Returns the name in the weight files of a tensor of the text class."""
+        """Returns the name in the weight files for a tensor of the text class."""
         decoder, head = self.layout
         return decoder + name.removeprefix("model.") if name.startswith("model.") else head + name.split(".", 1)[1]
 
     @property
     def key_mapping(self) -> dict[str, str]:
-        """By this option transformers' `from_pretrained` loads the text class."""
+        """The option with which transformers' `from_pretrained` loads the text class."""
         return {f"^{re.escape(prefix)}": text for prefix, text in zip(self.layout, OF_TEXT, strict=True)}
 
 
 def in_files(
     tensors: Mapping[str, Tensor], shape: ModelShape, tower: Tower | None, *, export: bool = True
 ) -> dict[str, Tensor]:
-    """Returns tensors as the weight files have them of the text class, or of the class with this tower.
+    """Returns tensors under their names in weight files, of the text class or of the class with this tower.
 
     Args:
-        export: without the copies of a bias that layers share.
+        export: omit the copies of a bias that layers share.
     """
 
     def name_on_disk(name: str) -> str:
@@ -90,7 +90,7 @@ def in_files(
 
 
 def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns the config of a multimodal model's text part, or of another model, with all sizes of the family."""
+    """Returns the config of a text model, or of a multimodal model's text part, with all sizes of the family."""
     text = _text_part(config, where) if config.get("model_type") in MULTIMODAL else config
     family = FAMILIES.get(family_name(str(text.get("model_type"))))
     with refused_in_one_line(where):
@@ -101,7 +101,7 @@ def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:
     with refused_in_one_line(where):
         made = config_object(config)
         inner = made.get_text_config()
-    tied = {"tie_word_embeddings": bool(made.tie_word_embeddings)}  # by the outer config and the rules of its class
+    tied = {"tie_word_embeddings": bool(made.tie_word_embeddings)}  # from the outer config, by the rules of its class
     if inner.model_type in STANDS_FOR:
         text = json.loads(inner.to_json_string(use_diff=False))
         rope = {key: value for key, value in text["rope_parameters"].items() if key not in OF_ROWS}
@@ -118,11 +118,11 @@ def find_layout(stored: Collection[str], where: str) -> Layout:
     for layout in LAYOUTS:
         if f"{layout[0]}embed_tokens.weight" in stored:
             return layout
-    raise UserError(f"{where}: its weight files hold no text part under {' or '.join(x for x, _ in LAYOUTS)}")
+    raise UserError(f"{where}: its weight files have no text part under {' or '.join(x for x, _ in LAYOUTS)}")
 
 
 def text_tensors(stored: Collection[str], layout: Layout) -> dict[str, str]:
-    """Maps the names of the text class to the names `stored` in the weight files of a multimodal model."""
+    """Maps names of the text class to the `stored` names in the weight files of a multimodal model."""
     prefixes = dict(zip(layout, OF_TEXT, strict=True))
     return {
         text + name.removeprefix(prefix): name
@@ -133,16 +133,16 @@ def text_tensors(stored: Collection[str], layout: Layout) -> dict[str, str]:
 
 
 def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -> None:
-    """Checks that the stock multimodal class of a config.json will hold the pruned text part.
+    """Checks that the stock multimodal class of a config.json can hold the pruned text part.
 
     Args:
         pruned: the result, or None if scores decide what each layer keeps.
 
     Raises:
-        UserError: it will not, or it needs an unknown tower. The line names `where`, the folder or hub id.
+        UserError: the class cannot hold it, or the tower is unknown. The line names `where`, the folder or hub id.
     """
     if pruned is None or not pruned.is_uniform:
-        raise UserError(f"{where}: a stock class with a tower has layers of one size: set {EQUAL_LAYERS}, {OR_TEXT}")
+        raise UserError(f"{where}: a stock class with a tower needs layers of one size: set {EQUAL_LAYERS}, {OR_TEXT}")
     found = _decoder_sizes(multimodal_config(config, pruned, "float32"), where)
     for name, size in pruned.parameters().items():
         if name.startswith("model.") and found.get(name.removeprefix("model.")) != size:
@@ -151,7 +151,7 @@ def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -
 
 
 def check_processor(folder: Path) -> None:
-    """Raises UserError if the folder of a multimodal model lacks the settings of its images."""
+    """Raises UserError if the folder of a multimodal model lacks the settings of its image processor."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         raise UserError(f"{folder} has none of {', '.join(PROCESSOR_FILES)}, which its tower needs; add it, {OR_TEXT}")
 

@@ -1,8 +1,8 @@
-"""Losses of every token, a chunk of tokens at a time, so that the logits of a whole batch are never in memory.
+"""Token losses, computed in chunks of tokens, so the logits of a full batch are never in memory.
 
-With a vocabulary of 128,000 and 4,096 tokens the fp32 logits alone are 2 GB, and their gradient is as large. While the
-logits of a chunk exist, the forward pass also computes the gradient of each loss by its hidden state, and the backward
-pass only scales it. Logits are computed once, and the frozen head is gathered once.
+With a vocabulary of 128,000 and 4,096 tokens the fp32 logits alone are 2 GB, and their gradient is as large. While
+the logits of a chunk exist, the forward pass also computes the gradient of each loss with respect to its hidden state.
+The backward pass only scales it. So logits are computed once, and the frozen head is gathered once.
 """
 
 import copy
@@ -26,7 +26,7 @@ from loraprune_ds.model.logits import (
 )
 from loraprune_ds.model.pretrained import PretrainedModel
 
-IGNORE_INDEX = -100  # a label that is not supervised, as in torch's cross_entropy
+IGNORE_INDEX = -100  # label of an unsupervised token, as in torch's cross_entropy
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
@@ -37,17 +37,17 @@ def supervised_positions(labels: Tensor) -> Tensor:
 
 
 class SplitRows(NamedTuple):
-    """Holds rows of source, start and target for an encoder and its decoder, which reads start and target."""
+    """Holds rows for an encoder, which reads the source, and its decoder, which reads start and target."""
 
     source: Tensor  # (batch, longest source) ids
     source_mask: Tensor  # False at padding
     target: Tensor  # (batch, longest target) ids: the start, then the target without its last token
     target_mask: Tensor
-    places: Tensor  # (batch · window,) int64: for each place of a row the flat one in `target`, if it is there
+    places: Tensor  # (batch · window,) int64: the flat place in `target` of each place of a row, if any
 
 
 def split_rows(input_ids: Tensor, labels: Tensor) -> SplitRows:
-    """Splits rows (batch, window). The first label that counts tells where the target begins, behind its start."""
+    """Splits rows (batch, window). The first supervised label marks the begin of the target, after its start."""
     learnt, window = (labels != IGNORE_INDEX).int(), torch.arange(labels.shape[1], device=labels.device)
     starts, ends = learnt.argmax(1, keepdim=True) - 1, window[-1] - learnt.flip(1).argmax(1, keepdim=True)
     steps = window[: int((ends - starts).max())]
@@ -74,7 +74,7 @@ def final_hidden(
     decoded = model.get_decoder()(
         input_ids=target, encoder_hidden_states=encoded, encoder_attention_mask=source_mask, use_cache=False
     ).last_hidden_state
-    if getattr(model.config, "scale_decoder_outputs", False):  # not logits, which round otherwise in 16 bits
+    if getattr(model.config, "scale_decoder_outputs", False):  # logits would round differently in 16 bits
         decoded = decoded * model.config.d_model**-0.5
     return decoded.flatten(0, 1).index_select(0, places).view(*input_ids.shape, -1)
 
@@ -87,13 +87,13 @@ def token_losses(
     distillation: Distillation | None = None,
     supervised: Tensor | None = None,
 ) -> Tensor:
-    """Returns next-token losses in fp32, (batch, window - 1), with 0 where a token is not supervised.
+    """Returns next-token losses in fp32, (batch, window - 1), with 0 for unsupervised tokens.
 
-    They can be differentiated by `hidden`, once. The head is frozen, and only supervised tokens reach it.
+    They can be differentiated with respect to `hidden`, once. The head is frozen, and only supervised tokens reach it.
 
     Args:
         hidden: (batch, window, hidden_size) from the decoder's last norm.
-        labels: (batch, window), IGNORE_INDEX where a token is not supervised. Position t predicts label t + 1.
+        labels: (batch, window), IGNORE_INDEX for unsupervised tokens. Position t predicts label t + 1.
         chunk_tokens: as in `chunk_size`.
         distillation: mixes the cross-entropies with a divergence from a teacher.
         supervised: `supervised_positions` of the labels, if they are already known.
@@ -109,9 +109,9 @@ def token_losses(
 def chunked_losses(
     hidden: Tensor, head: Head, labels: Tensor, chunk_tokens: int | None, distillation: Distillation | None
 ) -> Tensor:
-    """As `token_losses`, for hidden states (tokens, hidden_size) and labels (tokens,) of supervised tokens."""
+    """Computes `token_losses` of supervised tokens, from hidden states (tokens, hidden_size) and labels (tokens,)."""
     differentiate = torch.is_grad_enabled() and hidden.requires_grad
-    assert not (differentiate and head.weight.requires_grad), "the head is frozen: no gradient of it is computed"
+    assert not (differentiate and head.weight.requires_grad), "the head is frozen, so it gets no gradient"
     chunk = chunk_with_gradient(head, chunk_tokens, buffers=1 if distillation is None else BUFFERS)
     losses: Any = _ChunkedLosses.apply(hidden, head, labels, distillation, chunk, differentiate)
     return losses
@@ -151,7 +151,7 @@ class _ChunkedLosses(torch.autograd.Function):
 
 def _cross_entropies(hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None) -> Tensor:
     """Returns the losses (tokens,) of a chunk with labels (tokens, 1), and writes their gradient into `gradient`."""
-    keep = gradient is not None and head.transform.softcap is not None  # a cap's slope is computed from its logits
+    keep = gradient is not None and head.transform.softcap is not None  # the slope of a cap is computed from the logits
     logits = head.logits(hidden)
     probabilities = logits.to(torch.float32, copy=keep)
     largest, label_logits = probabilities.amax(1, keepdim=True), probabilities.gather(1, labels)
@@ -171,7 +171,7 @@ class LossHead(nn.Linear):
 
     def __init__(self, head: nn.Linear, transform: LogitsTransform, chunk_tokens: int | None) -> None:
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
-        self.weight = head.weight  # the same parameter, which may be the embedding's
+        self.weight = head.weight  # the same parameter, perhaps tied to the embedding
         self.transform = transform
         self.chunk_tokens = chunk_tokens
 
@@ -189,7 +189,7 @@ class LossHead(nn.Linear):
 
 
 class TokenLosses:
-    """Precedes a stock language model as a base class. Its forward returns token losses for labels."""
+    """Comes before a stock language model as a base class. Its forward returns token losses for labels."""
 
     lm_head: nn.Module | None
 
@@ -203,9 +203,9 @@ class TokenLosses:
         rows: SplitRows | None = None,
         **settings: Any,
     ) -> Any:
-        """Returns losses (batch, window - 1) fp32 for labels (batch, window). Without a head, `final_hidden`.
+        """Returns losses (batch, window - 1) fp32 for labels (batch, window). Without a head: `final_hidden`.
 
-        A new text begins where `position_ids` (batch, window) start again. Attention does not reach across texts.
+        A text begins where `position_ids` (batch, window) restart. Attention does not cross texts.
         """
         if labels is None:
             settings["position_ids"] = position_ids
@@ -223,7 +223,7 @@ def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -
 
 
 def build_for_losses(pretrained: PretrainedModel, attention: str) -> PreTrainedModel:
-    """Copies a pretrained model's modules without weights, as small as its shape, with token losses.
+    """Copies the modules of a pretrained model without weights, in the sizes of its shape, with token losses.
 
     Raises:
         UserError: transformers refuses config.json or `model.attn_implementation`, or the head has a bias.

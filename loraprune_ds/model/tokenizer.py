@@ -18,20 +18,20 @@ from loraprune_ds.model.family import FAMILIES, PRUNED
 from loraprune_ds.model.family_row import Family
 from loraprune_ds.model.weight_files import AUTO_MAP, TOKENIZER_CONFIG
 
-RENDERING = 10.0  # seconds that a chat template gets for a conversation
+RENDERING = 10.0  # seconds that a chat template may take for a conversation
 SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE = "tokenizer.model", "spiece.model"
 LLAMA_SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a local folder, which may be LLaMA's sentencepiece file alone."""
+    """Loads the tokenizer of a local folder, possibly from LLaMA's sentencepiece file alone."""
     sentencepiece_only = (folder / SENTENCEPIECE_FILE).is_file() and not (folder / "tokenizer.json").is_file()
     try:
         tokenizer = _load_llama(folder) if sentencepiece_only else _load_auto(folder)
     except UserError:
         raise
-    except Exception as error:  # the Rust library under it raises bare Exception
-        raise UserError(f"{folder} has no tokenizer that can be read: {one_line(error)}") from error
+    except Exception as error:  # the Rust library below raises bare Exception
+        raise UserError(f"{folder} has no readable tokenizer: {one_line(error)}") from error
     # transformers silently makes an empty tokenizer from some damaged files.
     ids: Any = tokenizer("text", add_special_tokens=False)["input_ids"]
     require(bool(ids), f"{folder}: its tokenizer has no vocabulary")
@@ -39,10 +39,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 class Starts(NamedTuple):
-    """Names ids that a model wants at the start of a text, and that its tokenizer does not put there."""
+    """Names ids that a model needs at the start of a text, and that its tokenizer does not add."""
 
-    window: int | None = None  # replaces the first token of each window, which nothing predicts
-    target: int | None = None  # precedes what a decoder writes after its encoder. None: there is no encoder
+    window: int | None = None  # replaces the first token of each window, which is never predicted
+    target: int | None = None  # first token of a decoder after an encoder. None without an encoder
 
 
 def text_starts(tokenizer: PreTrainedTokenizerBase, family: Family, config: dict[str, Any]) -> Starts:
@@ -53,7 +53,7 @@ def text_starts(tokenizer: PreTrainedTokenizerBase, family: Family, config: dict
 
 
 def target_start(config: dict[str, Any]) -> int:
-    """Returns what a decoder reads before its first token: padding, if no other token is named."""
+    """Returns the first input of a decoder: padding, unless another token is named."""
     named = (config.get(name) for name in ("decoder_start_token_id", "pad_token_id"))
     return next((token for token in named if token is not None), 0)
 
@@ -61,10 +61,10 @@ def target_start(config: dict[str, Any]) -> int:
 def tokenize_pairs(
     pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, start: int | None
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields the ids of each prompt and of its answer with EOS. They are tokenised apart, so none lies in both.
+    """Yields the ids of each prompt and of its answer with EOS. Separate tokenising keeps tokens from spanning both.
 
-    An encoder reads the EOS of its prompt, and the `start` of what the decoder writes follows. That begins with the
-    tokenizer's BOS, if it adds one, as CodeT5 has learnt it.
+    An encoder reads the EOS of its prompt, and the decoder's text begins with `start`, then with the tokenizer's BOS if
+    it adds one, as CodeT5 was trained.
     """
     eos, end = eos_id(tokenizer), "" if start is None else str(tokenizer.eos_token or "")
     prompts = token_ids([prompt for prompt, _ in pairs], tokenizer, special=True)
@@ -75,7 +75,7 @@ def tokenize_pairs(
             prompt = [*prompt, start]
         elif eos is not None and prompt[-1:] == [eos]:  # the tokenizer has added EOS
             prompt = prompt[:-1]
-        if eos is not None and answer and answer[-1] != eos:  # which a chat template may have added
+        if eos is not None and answer and answer[-1] != eos:  # a chat template may have added EOS
             answer = [*answer, eos]
         yield prompt, answer
 
@@ -98,7 +98,7 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def begin_with(windows: Tensor, start: int | None) -> Tensor:
-    """Returns windows (count, window) of token ids that begin with `start`, unless it is None."""
+    """Returns windows (count, window) of token ids with `start` as their first, unless it is None."""
     if start is None:
         return windows
     windows = windows.clone()
@@ -108,7 +108,7 @@ def begin_with(windows: Tensor, start: int | None) -> Tensor:
 
 @contextmanager
 def rendering(where: str, name: str, messages: Sequence[Mapping[str, Any]]) -> Iterator[None]:
-    """Turns an error of the chat template `name`, or one that takes longer than RENDERING, into a UserError."""
+    """Raises a UserError if the chat template of `name` fails, or takes longer than RENDERING."""
     try:
         with _time_limit(RENDERING):
             yield
@@ -120,7 +120,7 @@ def rendering(where: str, name: str, messages: Sequence[Mapping[str, Any]]) -> I
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in Python code that takes longer. Only the main thread gets alarms."""
+    """Raises TimeoutError in Python code that takes longer. Only works in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -137,7 +137,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
-    for family in FAMILIES:  # AutoTokenizer reads config.json and must know its model type
+    for family in FAMILIES:  # AutoTokenizer reads config.json, and must know the model type
         AutoConfig.register(PRUNED + family, config_class(PRUNED + family), exist_ok=True)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -145,20 +145,20 @@ def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
         if "trust_remote_code" not in str(error):
             raise
     raise UserError(
-        f"{folder}: its tokenizer is code of the folder, which is never run; "
+        f"{folder}: its tokenizer is code in the folder, which is never run; "
         f"save it as tokenizer.json and remove {AUTO_MAP} from {TOKENIZER_CONFIG}"
     )
 
 
 def _load_llama(folder: Path) -> PreTrainedTokenizerBase:
-    """Builds the tokenizer from tokenizer.model alone. AutoTokenizer would leave out the BOS that LLaMA needs."""
-    try:  # transformers would take a damaged file for a tiktoken file
+    """Builds the tokenizer from tokenizer.model alone. AutoTokenizer would omit the BOS that LLaMA needs."""
+    try:  # transformers would read a damaged file as a tiktoken file
         SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
     except RuntimeError as error:
         raise UserError(f"{folder / SENTENCEPIECE_FILE} is damaged: {error}") from None
     path = folder / TOKENIZER_CONFIG
     saved = read_json(path) if path.is_file() else {}
     settings: dict[str, Any] = {"add_bos_token": saved.get("add_bos_token") is not False}
-    # Early conversions of LLaMA have empty names, on which transformers recurses without end.
+    # Early conversions of LLaMA have empty names, which make transformers recurse without end.
     settings |= {key: token for key, token in LLAMA_SPECIAL_TOKENS.items() if saved.get(key) == ""}
     return LlamaTokenizer.from_pretrained(folder, **settings)

@@ -33,11 +33,11 @@ TOKENIZER_FILES = (
 LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 DOCUMENTS = ("README.md", *(f"{name}{end}" for name in LEGAL for end in ("", ".md", ".txt")))
-AUTO_MAP = "auto_map"  # the key by which a JSON file names classes in the folder's code
+AUTO_MAP = "auto_map"  # JSON key that names classes in the folder's code
 
 
 def read_headers(folder: Path) -> Headers:
-    """Reads the headers of all weight files, which also checks the length of each."""
+    """Reads the headers of all weight files, and checks the length of each file."""
     names = weight_file_names(folder)
     headers: Headers = {}
     for path in (folder / name for name in names):
@@ -45,15 +45,15 @@ def read_headers(folder: Path) -> Headers:
         require(os.access(path, os.R_OK), f"{path} cannot be read: permission denied")
         for name, (shape, dtype) in read_header(path).items():
             if name in headers:
-                raise UserError(f"{path}: {name} is in {headers[name][2].name}, too")
+                raise UserError(f"{path}: {name} is also in {headers[name][2].name}")
             headers[name] = shape, dtype, path
     if surplus := sorted(path for path in folder.glob(WEIGHT_FILES) if path.name not in names):
-        raise UserError(f"{surplus[0]} is one weight file too many; {INDEX_FILE} does not name it")
+        raise UserError(f"{surplus[0]} is not named by {INDEX_FILE}; remove it or repair the index")
     return headers
 
 
 def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Reads shape and dtype of each tensor in a safetensors file, whose length is checked."""
+    """Reads shape and dtype of each tensor in a safetensors file, and checks its length."""
     try:
         with safe_open(path, framework="pt") as file:
             views = {name: file.get_slice(name) for name in file.keys()}
@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def have_equal_values(name: str, other: str, headers: Headers) -> bool:
-    """Whether two tensors have the same values. Embedding and head are tied only then, as in transformers."""
+    """Returns True if two tensors have the same values. Only then embedding and head are tied, as in transformers."""
     (size, _, file), (other_size, _, other_file) = headers[name], headers[other]
     if size != other_size:
         return False
@@ -75,11 +75,11 @@ def have_equal_values(name: str, other: str, headers: Headers) -> bool:
 
 
 def weight_file_names(folder: Path) -> list[str]:
-    """Lists the weight files of a folder, from its index if it has one."""
+    """Lists the weight files of a folder, from its index if there is one."""
     if (folder / INDEX_FILE).is_file():
         return indexed_names(folder / INDEX_FILE)
     names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS)
-    require(bool(names), f"{folder} has no safetensors files; a model in .bin files is saved again by {SAVE_AGAIN}")
+    require(bool(names), f"{folder} has no safetensors files; save a model in .bin files again by {SAVE_AGAIN}")
     return names
 
 
@@ -90,7 +90,7 @@ def indexed_names(index: Path) -> list[str]:
         raise UserError(f"{index} has no weight_map")
     for tensor, name in weight_map.items():
         if Path(str(name)).name != str(name):
-            raise UserError(f"{index}: {tensor} is in {name}; only files beside the index are read")
+            raise UserError(f"{index}: {tensor} is in {name}; only files next to the index are read")
     return sorted(set(map(str, weight_map.values())))
 
 
@@ -112,7 +112,7 @@ def write_weight_file(folder: Path, index: int, count: int, tensors: Mapping[str
 
 
 def copy_tensors(files: Mapping[str, Path], folder: Path, index: int, count: int) -> dict[str, int]:
-    """Copies tensors of other weight files, bit by bit, into a new one. Returns its entry as `write_weight_file`."""
+    """Copies tensors bit by bit from other weight files into a new one. Returns its entry like `write_weight_file`."""
     tensors: dict[str, Tensor] = {}
     for path in dict.fromkeys(files.values()):
         with safe_open(path, framework="pt") as file:
@@ -133,7 +133,7 @@ def as_on_disk(
 
 
 def write_index(folder: Path, entries: list[dict[str, int]]) -> None:
-    """Writes model.safetensors.index.json. `entries[k]` is what `write_weight_file` returned for file k."""
+    """Writes model.safetensors.index.json. `entries[k]` is the result of `write_weight_file` for file k."""
     weight_map: dict[str, str] = {}
     for index, entry in enumerate(entries):
         assert not weight_map.keys() & entry.keys(), "a tensor is in two files"
@@ -146,19 +146,19 @@ def _write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -
 
 
 def add_weight_file(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Adds a weight file of this name to a model's folder, and writes the index anew."""
+    """Adds a weight file with this name to a model's folder, and rewrites the index."""
     weight_map = {tensor: path.name for tensor, (_, _, path) in read_headers(folder).items()}
     save_file(dict(tensors), folder / name, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(tensors, name)
     total_size = 0
     for path in {folder / file for file in weight_map.values()}:
-        with path.open("rb") as file:  # which begins with the length of its header
+        with path.open("rb") as file:  # the file begins with the length of its header
             total_size += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
     _write_index(folder, weight_map, total_size)
 
 
 def named_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
-    """Yields the files with these names, links included: the hub's cache has only links."""
+    """Yields the files with these names. Links count, because the hub's cache has only links."""
     for pattern in patterns:
         yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
 
