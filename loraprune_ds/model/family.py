@@ -99,7 +99,9 @@ FAMILIES: dict[str, Family] = {
         companions=(
             *MIXTRAL.companions,
             Companion(
-                *("mlp.e_score_correction_bias", (EXPERTS,), ()),
+                "mlp.e_score_correction_bias",
+                (EXPERTS,),
+                (),
                 on_disk="block_sparse_moe.e_score_correction_bias",
                 keep_fp32=True,
             ),
@@ -125,12 +127,18 @@ FAMILIES: dict[str, Family] = {
     # It has all of a key head together.
     "qwen3_next": Family(
         (
-            *(*GATED_ATTENTION, rows("linear_attn.in_proj_qkvz", Part("delta", "delta_all")), DELTA_OUT),
-            *(*EXPERT_STACKS, *DENSE_MLP, *SHARED_EXPERT),
+            *GATED_ATTENTION,
+            rows("linear_attn.in_proj_qkvz", Part("delta", "delta_all")),
+            DELTA_OUT,
+            *EXPERT_STACKS,
+            *DENSE_MLP,
+            *SHARED_EXPERT,
         ),
         (
             Companion("linear_attn.in_proj_ba.weight", (Part("delta", "delta_numbers"),), ("hidden",)),
-            *(DELTA_CONVOLUTION, *DELTA_DECAY, router("mlp.gate")),
+            DELTA_CONVOLUTION,
+            *DELTA_DECAY,
+            router("mlp.gate"),
         ),
         (
             *QWEN3_5.runtime,
@@ -144,7 +152,9 @@ FAMILIES: dict[str, Family] = {
     # Its short convolutions are as wide as the residual stream.
     "lfm2": Family(
         (
-            *(*ATTENTION[:3], columns("self_attn.out_proj", QUERIES), *whole("conv", "in_proj", "out_proj")),
+            *ATTENTION[:3],
+            columns("self_attn.out_proj", QUERIES),
+            *whole("conv", "in_proj", "out_proj"),
             *(rows(f"feed_forward.{name}", CHANNELS) for name in ("w1", "w3")),
             columns("feed_forward.w2", CHANNELS),
         ),
@@ -154,7 +164,8 @@ FAMILIES: dict[str, Family] = {
     # The inner width of its Mamba is a multiple of hidden_size.
     "granitemoehybrid": Family(
         (
-            *(*ATTENTION, *whole("mamba", "in_proj")),
+            *ATTENTION,
+            *whole("mamba", "in_proj"),
             rows("shared_mlp.input_linear", CHANNELS, CHANNELS),
             columns("shared_mlp.output_linear", CHANNELS),
         ),

@@ -153,11 +153,13 @@ QWEN3_5 = Family(
         *GATED_ATTENTION,
         rows("linear_attn.in_proj_qkv", *DELTA_QKV),
         rows("linear_attn.in_proj_z", DELTA_VALUES),
-        *(DELTA_OUT, *GATED),
+        DELTA_OUT,
+        *GATED,
     ),
     (
         *(Companion(f"linear_attn.in_proj_{x}.weight", (DELTA_EACH,), ("hidden",)) for x in "ab"),
-        *(DELTA_CONVOLUTION, *DELTA_DECAY),
+        DELTA_CONVOLUTION,
+        *DELTA_DECAY,
     ),
     (
         Runtime("linear_attn", "key_dim", "delta", "delta_key"),

@@ -26,9 +26,19 @@ SAVE_AGAIN = (
 Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tekken.json", TOKENIZER_CONFIG, "chat_template.*"),
-    *("special_tokens_map.json", "added_tokens.json", "generation_config.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "spiece.model"),
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "tekken.json",
+    TOKENIZER_CONFIG,
+    "chat_template.*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
 )
 LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")

@@ -26,8 +26,13 @@ REQUEST_FILES = {NOTHING: (), SAVE: (SAVE_FILE,), STOP: (STOP_FILE, SAVE_FILE)}
 # A parent is a launcher if it runs one of these programs. Other parents may end before the run: the shell of
 # `nohup ... &`, or a process outside of the container. RANK proves nothing: Kubeflow sets it in containers.
 LAUNCHERS = {
-    *("deepspeed.launcher.launch", "torchrun", "torch.distributed.run", "torch.distributed.launch"),
-    *("accelerate", "accelerate-launch", "accelerate.commands.launch"),
+    "deepspeed.launcher.launch",
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate",
+    "accelerate-launch",
+    "accelerate.commands.launch",
     "slurmstepd",  # starts the tasks of srun
 }
 RUNNERS = {"deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner"}  # `loraprune-ds run` uses the last one

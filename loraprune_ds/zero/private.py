@@ -23,21 +23,42 @@ from loraprune_ds.errors import UserError
 
 # Lists that describe the flat buffers. They are emptied before the optimizer lays out new ones.
 FLAT_LISTS = (
-    *("fp16_groups", "fp16_partitioned_groups", "fp16_partitioned_groups_flat", "fp16_partitioned_groups_flat_numel"),
-    *("fp16_partitioned_groups_flat_id", "param_groups_fp16_flat_cpu_memory", "fp32_partitioned_groups_flat"),
-    *("next_swappable_fp32_partitioned_groups", "groups_padding"),
+    "fp16_groups",
+    "fp16_partitioned_groups",
+    "fp16_partitioned_groups_flat",
+    "fp16_partitioned_groups_flat_numel",
+    "fp16_partitioned_groups_flat_id",
+    "param_groups_fp16_flat_cpu_memory",
+    "fp32_partitioned_groups_flat",
+    "next_swappable_fp32_partitioned_groups",
+    "groups_padding",
 )
 if (deepspeed.__version_major__, deepspeed.__version_minor__) >= (0, 19):  # before, sub-groups share a group of ranks
     FLAT_LISTS += ("sub_group_process_groups", "sub_group_partition_counts")
 OPTIMIZER_METHODS = (
-    *("_create_fp16_partitions_with_defragmentation", "_setup_for_real_optimizer", "set_grad_positions"),
-    *("get_param_id", "zero_grad", "step", "empty_partition_cache"),
+    "_create_fp16_partitions_with_defragmentation",
+    "_setup_for_real_optimizer",
+    "set_grad_positions",
+    "get_param_id",
+    "zero_grad",
+    "step",
+    "empty_partition_cache",
 )
 OPTIMIZER_ATTRIBUTES = (
     *FLAT_LISTS,
-    *("sub_group_to_group_id", "trainable_param_groups", "grad_position", "averaged_gradients", "ipg_buckets"),
-    *("parameter_offload", "persistent_parameters", "loss_scaler", "optimizer", "dp_process_group"),
-    *("communication_data_type", "gradient_accumulation_dtype", "_global_grad_norm"),
+    "sub_group_to_group_id",
+    "trainable_param_groups",
+    "grad_position",
+    "averaged_gradients",
+    "ipg_buckets",
+    "parameter_offload",
+    "persistent_parameters",
+    "loss_scaler",
+    "optimizer",
+    "dp_process_group",
+    "communication_data_type",
+    "gradient_accumulation_dtype",
+    "_global_grad_norm",
 )
 LAYOUT_ATTRIBUTES = ("grad_partitions_flat_buffer", "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition")
 OFFLOAD_ATTRIBUTES = ("param_numel_persistence_threshold", "model_persistence_threshold", "persistent_parameters")
@@ -48,8 +69,15 @@ COORDINATOR_ATTRIBUTES = (
     _MANGLED + "max_reuse_dist_in_numel",
 )
 PARAMETER_ATTRIBUTES = (
-    *("ds_id", "ds_shape", "ds_numel", "ds_tensor", "ds_status", "ds_persist"),
-    *("ds_active_sub_modules", "ds_secondary_tensor", "ds_process_group"),
+    "ds_id",
+    "ds_shape",
+    "ds_numel",
+    "ds_tensor",
+    "ds_status",
+    "ds_persist",
+    "ds_active_sub_modules",
+    "ds_secondary_tensor",
+    "ds_process_group",
 )
 ENGINE_COUNTERS = ("global_steps", "global_samples", "micro_steps")
 LOSS_SCALE_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -14,9 +14,15 @@ UNIFORM = "prune.ranking=uniform"
 PROTECTED = ("prune.protected_first=null", "prune.protected_last=1")
 # The published code's method, which was the default of earlier versions.
 PLAIN = (
-    *("prune.criterion=lora", UNIFORM, "prune.normalize=l2", *PROTECTED),
-    *("prune.compensate=none", "prune.compensate_steps=2", "prune.compensate_decay=0.5"),
-    *("train.distill_weight=0", "train.distill_temperature=1"),
+    "prune.criterion=lora",
+    UNIFORM,
+    "prune.normalize=l2",
+    *PROTECTED,
+    "prune.compensate=none",
+    "prune.compensate_steps=2",
+    "prune.compensate_decay=0.5",
+    "train.distill_weight=0",
+    "train.distill_temperature=1",
 )
 STOCK = ("prune.protected_first=0", "prune.protected_last=0")  # every layer alike: stock classes load the result
 
@@ -126,8 +132,14 @@ def _settings() -> list[Setting]:
 
 # The paper's experiments (PAPER.md). `once` scores ten steps without tuning, and prunes in one cut.
 ONCE = (
-    *("train.steps=10", "train.global_batch_size=8", "train.learning_rate=1e-12", "train.lr_scheduler=constant"),
-    *("prune.prune_every=10", "prune.warmup_fraction=0", "prune.cooldown_fraction=0", *BOTH),
+    "train.steps=10",
+    "train.global_batch_size=8",
+    "train.learning_rate=1e-12",
+    "train.lr_scheduler=constant",
+    "prune.prune_every=10",
+    "prune.warmup_fraction=0",
+    "prune.cooldown_fraction=0",
+    *BOTH,
 )
 WHOLE_RUN = ("prune.prune_every=80", "prune.warmup_fraction=0", "prune.cooldown_fraction=0")  # one cut, at the end
 TUNED_FIRST = (*WHOLE_RUN, "prune.warmup_fraction=0.9")

@@ -30,7 +30,9 @@ def run(arguments: Namespace, name: str, *changes: str) -> dict[str, Any]:
         f"data.path={arguments.tune.resolve()}",
         f"evaluate.max_windows={VALIDATION_WINDOWS}",
         "logging.report_to=[]",
-        *(*BOTH, RATE, "train.global_batch_size=8"),
+        *BOTH,
+        RATE,
+        "train.global_batch_size=8",
         *changes,
     ]
     run_quickstart(1, settings, "--resume", "auto")

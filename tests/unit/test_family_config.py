@@ -13,18 +13,41 @@ from loraprune_ds.model.read_shape import shape_from_config
 from tests.families import CAUSAL, EQUAL, SIZES, layers_with, tiny_config
 
 COUNTS = {
-    *("num_attention_heads", "num_key_value_heads", "head_dim", "per_layer_config"),
-    *("intermediate_size", "shared_intermediate_size", "num_local_experts", "num_experts"),
-    *("global_head_dim", "num_global_key_value_heads"),  # the published names
-    *("n_routed_experts", "num_nextn_predict_layers", "mtp_num_hidden_layers"),
-    *("linear_num_key_heads", "linear_num_value_heads"),
-    *("num_heads", "num_cross_heads", "d_ff", "layer_sizes", "scale_decoder_outputs"),
-    *("mlp_only_layers", "decoder_sparse_step"),  # two ways to say which layers are dense
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "per_layer_config",
+    "intermediate_size",
+    "shared_intermediate_size",
+    "num_local_experts",
+    "num_experts",
+    # the published names
+    "global_head_dim",
+    "num_global_key_value_heads",
+    "n_routed_experts",
+    "num_nextn_predict_layers",
+    "mtp_num_hidden_layers",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "num_heads",
+    "num_cross_heads",
+    "d_ff",
+    "layer_sizes",
+    "scale_decoder_outputs",
+    # two ways to say which layers are dense
+    "mlp_only_layers",
+    "decoder_sparse_step",
 }
 # The last two are in files of old models and do not describe the network.
 ABOUT_FILES = {
-    *("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "model_type"),
-    *("_name_or_path", "pretraining_tp"),
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "model_type",
+    "_name_or_path",
+    "pretraining_tp",
 }
 OLD_NAMES = {"rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"}
 UNIFORM, PER_LAYER = [(3, 13), (3, 13)], [(3, 13), (4, 14)]

@@ -25,7 +25,11 @@ def limits_of(shape: ModelShape, **prune: Any) -> Limits:
 @pytest.mark.parametrize(
     ("layers", "prune", "protected"),
     [
-        *((3, {}, [0, 2]), (10, {}, [0, 9]), (11, {}, [0, 1, 10]), (30, {}, [0, 1, 2, 29]), (32, {}, [0, 1, 2, 3, 31])),
+        (3, {}, [0, 2]),
+        (10, {}, [0, 9]),
+        (11, {}, [0, 1, 10]),
+        (30, {}, [0, 1, 2, 29]),
+        (32, {}, [0, 1, 2, 3, 31]),
         (70, {}, [*range(7), 69]),
         (4, {"protected_first": 0, "protected_last": 0}, []),
         (30, {"protected_first": 2, "protected_last": 3}, [0, 1, 27, 28, 29]),
