@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 from loraprune_ds.errors import UserError, require
@@ -47,10 +47,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def check_needs(arguments: argparse.Namespace, needs: Mapping[str, str]) -> None:
-    """Refuses an option that has no effect without another. `needs`: option -> "--this or --that"."""
-    values = {f"--{name.replace('_', '-')}": value for name, value in vars(arguments).items()}
-    given = {option for option, value in values.items() if value or type(value) is int}  # 0 is given, False is not
-    for option, needed in needs.items():
-        missing = option in given and not given & set(needed.split(" or "))
-        require(not missing, f"{option} has no effect without {needed}")
+def require_option(arguments: argparse.Namespace, needed: str, *options: str) -> None:
+    """Raises UserError if one of the `options` is given without the `needed` one, which alone reads them."""
+    for option in options:
+        value = getattr(arguments, option, None)
+        given = value or type(value) is int  # 0 is given, False is not
+        names = [f"--{name.replace('_', '-')}" for name in (option, needed)]
+        require(bool(getattr(arguments, needed)) or not given, "{} has no effect without {}".format(*names))

@@ -4,12 +4,11 @@ pydantic checks every value once, here. The rest of the package trusts the types
 """
 
 import dataclasses
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
@@ -46,34 +45,19 @@ DataFormat = Literal["text", "instruction", "seq2seq", "chat"]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-# Exactly one of each pair must be given.
-EITHER = {"prune": ("ratio", "target"), "train": ("steps", "epochs"), "data": ("held_out", "held_out_fraction")}
-MEMORY = (lambda prune: prune.sizes_memory, "a prune.target or prune.sizes in bytes, such as 24GiB")
-ANSWERS = (lambda data: not data.only_text, "data.format instruction or chat")
-# What a setting needs. Without it nothing reads the setting, and its user wanted an effect.
-NEEDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "prune.target_context": MEMORY,
-    "prune.target_weight_bits": MEMORY,
-    "data.packing": ANSWERS,
-}
+ONE, LIST = "(one)", "(list)"  # the branches of a union, which errors name
+IS_LIST = Discriminator(lambda value: LIST if isinstance(value, list) else ONE)
 
 
-def check_settings(section: Any, name: str) -> None:
-    """Checks a section against `EITHER` and `NEEDS`. Raises UserError if a setting lacks or excludes another one."""
-    one, other = EITHER[name]
-    is_one = (getattr(section, one) is None) != (getattr(section, other) is None)
-    replaced = getattr(section, "sizes", None) is not None
-    require(is_one or replaced, f"give exactly one of {name}.{one} and {name}.{other}; null takes one away")
-    for setting, (is_read, needed) in NEEDS.items():
-        of, key = setting.split(".")
-        if of == name and getattr(section, key) != getattr(type(section), key):
-            require(is_read(section), f"{setting} has no effect without {needed}")
+def require_one(first: object, second: object, keys: str) -> None:
+    """Raises UserError, which names the `keys`, unless exactly one of two settings is given."""
+    require((first is None) != (second is None), f"give exactly one of {keys}; null takes one away")
 
 
-def replace_default(given: Any, key: str, other: str) -> Any:
-    """Leaves `key` out where only the `other` is given. For a validator that runs before all others."""
+def replace_default(given: Any, key: str, *others: str) -> Any:
+    """Leaves `key` out where only one of the `others` is given. For a validator that runs before all others."""
     values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
-    if values.get(other) is None or key in values:
+    if not isinstance(values, dict) or key in values or all(values.get(other) is None for other in others):
         return given
     return ArgsKwargs((), values | {key: None})
 
@@ -105,48 +89,10 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class MixtureEntry:
-    """Names one of several sources in `data.path`. Missing keys come from `data`."""
+class SourceKeys:
+    """Holds the keys that `data` and each entry of a mixture have."""
 
-    path: str
-    weight: Positive | None = None  # its samples per samples of the others. None: all samples, once
-    name: str | None = None
-    data_files: list[str] | None = None
-    split: str | None = None
-    format: DataFormat | None = None
-    text_field: str | None = None
-    prompt_field: str | None = None
-    input_field: str | None = None
-    response_field: str | None = None
-    source_field: str | None = None
-    target_field: str | None = None
-
-
-@dataclass(frozen=True, config=STRICT)
-class DataSource:
-    """Describes one source. `section` is where the config names it."""
-
-    path: str
-    name: str | None
-    data_files: list[str] | None
-    split: str
-    format: DataFormat
-    text_field: str
-    prompt_field: str
-    input_field: str | None
-    response_field: str
-    source_field: str
-    target_field: str
-    weight: Positive | None = None
-    section: str = "data"
-
-
-@dataclass(frozen=True, config=STRICT)
-class DataConfig:
-    """Names the texts to tune on and those to hold out."""
-
-    # a file, folder, glob or `datasets` name, `embedded` (Python's help topics), or a list of these: a mixture
-    path: str | list[MixtureEntry] = "embedded"
+    path: object
     name: str | None = None  # configuration of a `datasets` data set
     data_files: list[str] | None = None  # list of files of a `datasets` data set to fetch. None: all
     split: str = "train"  # split of a `datasets` data set
@@ -157,6 +103,29 @@ class DataConfig:
     response_field: str = "response"  # field with the answer
     source_field: str = "source"  # field with what an encoder reads, of format `seq2seq`, which adds no template
     target_field: str = "target"  # field with what its decoder writes
+
+
+@dataclass(frozen=True, config=STRICT)
+class MixtureEntry(SourceKeys):
+    """Names one of several sources in `data.path`. In a file missing keys come from `data`."""
+
+    path: str
+    weight: Positive | None = None  # its samples per samples of the others. None: all samples, once
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataSource(MixtureEntry):
+    """Describes one source. `section` is where the config names it."""
+
+    section: str = "data"
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig(SourceKeys):
+    """Names the texts to tune on and those to hold out."""
+
+    # a file, folder, glob or `datasets` name, `embedded` (Python's help topics), or a list of these: a mixture
+    path: Annotated[Annotated[str, Tag(ONE)] | Annotated[list[MixtureEntry], Tag(LIST)], IS_LIST] = "embedded"
     window: Window = 512  # tokens of a sample. An encoder-decoder's has source and target
     held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`
     held_out_fraction: Fraction | None = 0.1  # size of that part. None if `held_out` is given
@@ -170,7 +139,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.path != [] and all(source.path for source in self.sources), "data.path, or a path in it, is empty")
-        check_settings(self, "data")
+        require_one(self.held_out, self.held_out_fraction, "data.held_out and data.held_out_fraction")
+        packs = self.packing and self.only_text
+        require(not packs, "data.packing has no effect without data.format instruction or chat")
         entries = [] if isinstance(self.path, str) else self.path
         for i, entry in enumerate(entries):
             other = f"data.path[0] has {'a' if entry.weight is None else 'no'} weight; give all entries one, or none"
@@ -183,12 +154,9 @@ class DataConfig:
     @property
     def sources(self) -> list[DataSource]:
         """The sources that `path` names: one, or the entries of a mixture."""
-        keys = [f.name for f in dataclasses.fields(DataSource) if f.name not in ("path", "weight", "section")]
-        shared = {key: getattr(self, key) for key in keys}
         if isinstance(self.path, str):
-            return [DataSource(path=self.path, **shared)]
-        given = [{key: value for key, value in vars(entry).items() if value is not None} for entry in self.path]
-        return [DataSource(**shared | values, section=f"data.path[{i}]") for i, values in enumerate(given)]
+            return [DataSource(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SourceKeys)})]
+        return [DataSource(**vars(entry), section=f"data.path[{i}]") for i, entry in enumerate(self.path)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -226,14 +194,18 @@ class PruneConfig:
     @model_validator(mode="before")
     @classmethod
     def _target_replaces_default(cls, given: Any) -> Any:
-        return replace_default(replace_default(given, "ratio", "target"), "ratio", "sizes")
+        return replace_default(given, "ratio", "target", "sizes")
 
     def __post_init__(self) -> None:
         if self.target is not None:
             read_amount(self.target, "prune.target")  # refuses any other form
         for size in self.sizes or ():
             read_amount(size, "prune.sizes")
-        check_settings(self, "prune")
+        if self.sizes is None:
+            require_one(self.ratio, self.target, "prune.ratio and prune.target")
+        for key in ("target_context", "target_weight_bits"):
+            is_read = self.sizes_memory or getattr(self, key) == getattr(PruneConfig, key)
+            require(is_read, f"prune.{key} has no effect without a target or size in bytes, such as 24GiB")
         without_cuts = self.warmup_fraction + self.cooldown_fraction
         require(without_cuts < 1, "prune.warmup_fraction + prune.cooldown_fraction must be below 1")
 
@@ -262,7 +234,7 @@ class TrainConfig:
     steps: Count | None = None  # optimizer steps with cuts
     epochs: Positive | None = None  # the same, as passes over the samples
     # steps after these, without cuts. With prune.sizes after each size's cuts, or a list with a number for each
-    recovery_steps: CountOr0 | list[CountOr0] = 0
+    recovery_steps: Annotated[Annotated[CountOr0, Tag(ONE)] | Annotated[list[CountOr0], Tag(LIST)], IS_LIST] = 0
     learning_rate: LearningRate = 1e-4  # largest learning rate
     lr_scheduler: Scheduler = "linear"  # `linear` and `cosine` fall to zero
     warmup_steps: CountOr0 = 0  # steps in which the learning rate rises
@@ -279,7 +251,7 @@ class TrainConfig:
         batch, micro = self.global_batch_size, self.micro_batch_size
         uneven = f"train.global_batch_size ({batch}) is not a multiple of train.micro_batch_size ({micro})"
         require(batch % micro == 0, uneven)
-        check_settings(self, "train")
+        require_one(self.steps, self.epochs, "train.steps and train.epochs")
         if self.steps is not None:
             self.check_warmup(self.steps)
 

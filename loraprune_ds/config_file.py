@@ -1,17 +1,21 @@
 """Reads YAML and `--set` overrides into the frozen dataclasses of `config.py`."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import LIST, ONE, MixtureEntry, RunConfig, SourceKeys
 from loraprune_ds.errors import UserError, one_line, require
 
 SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_configs/, in a checkout and in a wheel
+RUN = TypeAdapter(RunConfig)
+SECTIONS: dict[Any, Any] = {f.name: f.type for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.type)}
+SHARED_KEYS = [f.name for f in dataclasses.fields(SourceKeys) if f.name != "path"]  # of `data` and a mixture's entries
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -45,7 +49,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a number too long
         raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     require(isinstance(raw, dict), f"{path} must be a mapping of keys to values")
     for override in overrides:
@@ -69,7 +73,16 @@ def config_value(config: RunConfig, dotted: str) -> Any:
 
 def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     """Checks a nested dictionary, such as `RunConfig.to_dict` gives. Raises UserError like `load_config`."""
-    return _build(RunConfig, raw)
+    given = {key: value for key, value in raw.items() if value is not None or key not in SECTIONS}
+    data = given.get("data")
+    if isinstance(data, dict) and isinstance(data.get("path"), list):
+        given["data"] = data | {"path": [_complete(entry, data) for entry in data["path"]]}
+    try:
+        return RUN.validate_json(json.dumps(given, default=str))  # strict Python values would not be sections
+    except ValidationError as error:
+        raise UserError(_describe(error)) from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the config holds more than keys, lists and plain values: {error}") from None
 
 
 def differences(old: RunConfig, new: RunConfig, ignored: Sequence[str]) -> list[str]:
@@ -112,40 +125,32 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         require(isinstance(target, dict), f"--set {dotted}: {section} is not a section")
     try:
         target[key] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"--set {dotted}: {value!r} is not a YAML value") from None
 
 
-def _build(cls: type, raw: Any, prefix: str = "") -> Any:
-    """Makes a section or the whole run from a dictionary. An empty section gets its defaults."""
-    require(isinstance(raw, dict), f"{prefix.rstrip('.')} must be a section of keys, got {raw!r}")
-    values = {str(key): value for key, value in raw.items()}
-    for f in dataclasses.fields(cls):
-        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type) and f.name in values:
-            value = values[f.name]
-            values[f.name] = _build(f.type, {} if value is None else value, f"{prefix}{f.name}.")
-        elif (item := _entry_class(f.type)) and isinstance(values.get(f.name), list):
-            values[f.name] = [_build(item, v, f"{prefix}{f.name}[{i}].") for i, v in enumerate(values[f.name])]
-    try:
-        return cls(**values)
-    except ValidationError as error:
-        raise UserError(_describe(error, cls, prefix)) from None
+def _complete(entry: Any, data: dict[str, Any]) -> Any:
+    """Gives an entry of a mixture the keys that it lacks, or leaves empty, from `data`."""
+    if not isinstance(entry, dict):
+        return entry
+    shared = {key: data[key] for key in SHARED_KEYS if key in data}
+    return shared | {key: value for key, value in entry.items() if value is not None}
 
 
-def _entry_class(kind: Any) -> type | None:
-    """Returns the dataclass of a key that may hold a list of them."""
-    items = [item for choice in get_args(kind) if get_origin(choice) is list for item in get_args(choice)]
-    return next(filter(dataclasses.is_dataclass, items), None)
-
-
-def _describe(error: ValidationError, cls: type, prefix: str) -> str:
-    """Describes the most likely cause in one line: an unknown key, then a wrong value."""
-    problems = error.errors()
-    first = next((p for p in problems if p["type"] == "unexpected_keyword_argument"), problems[0])
-    key = f"{prefix}{first['loc'][0]}"
+def _describe(error: ValidationError) -> str:
+    """Describes the most likely cause in one line: an unknown key, then a wrong value, in outer sections first."""
+    unknown = "unexpected_keyword_argument"
+    first = min(error.errors(), key=lambda problem: (problem["type"] != unknown, len(problem["loc"])))
+    path = [part for part in first["loc"] if part not in (ONE, LIST)]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     match first["type"]:
         case "unexpected_keyword_argument":
-            return f"unknown key {key}; known keys there: {', '.join(f.name for f in dataclasses.fields(cls))}"
+            section = MixtureEntry if len(path) > 2 else SECTIONS[path[0]] if len(path) == 2 else RunConfig
+            return f"unknown key {key}; known keys there: {', '.join(f.name for f in dataclasses.fields(section))}"
         case "missing":
             return f"the key {key} is missing"
-    return f"{key} {first['msg'].replace('Input should', 'must')}; got {first['input']!r}"
+        case "dataclass_type":
+            return f"{key} must be a section of keys, got {first['input']!r}"
+        case "json_invalid":
+            return f"a value is not Unicode text: {first['msg']}"
+    return f"{key} {first['msg'].replace('Input should', 'must').replace('array', 'list')}; got {first['input']!r}"

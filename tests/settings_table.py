@@ -41,7 +41,9 @@ def settings() -> dict[str, list[Setting]]:
 
 
 def describe(section: Any, prefix: str = "") -> list[Setting]:
-    comments = comments_of_fields(inspect.getsource(section))
+    comments: dict[str, str] = {}
+    for cls in section.__mro__[-2::-1]:  # from the first base class after `object`
+        comments |= comments_of_fields(inspect.getsource(cls))
     return [
         Setting(prefix + field.name, default_of(field), meaning(comments[field.name], choices(field.type)))
         for field in dataclasses.fields(section)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from loraprune_ds import ranks
-from loraprune_ds.arguments import Parser, check_needs
+from loraprune_ds.arguments import Parser, require_option
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.settings import (
@@ -54,11 +54,6 @@ from loraprune_ds.files import finite, write_text
 ROUND = fields(SpeedSettings)  # one option each
 TASKS_HELP = "lm-eval's names or files, `paper`, reasoning_gym:NAME, or `reasoning_gym` for its default set"
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
-NEEDS = {
-    **dict.fromkeys(("--include-path", "--num-fewshot", "--limit"), "--tasks"),
-    **{f"--{field.name}": "--speed" for field in ROUND},
-    **dict.fromkeys(("--max-new-tokens", "--page"), "--answers"),
-}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -125,7 +120,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
     ranks.check_ranks(os.environ)  # before DeepSpeed is imported
     ranks.collective_timeout(os.environ)
-    check_needs(arguments, NEEDS)
+    require_option(arguments, "tasks", "include_path", "num_fewshot", "limit")
+    require_option(arguments, "speed", *(field.name for field in ROUND))
+    require_option(arguments, "answers", "max_new_tokens", "page")
     names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
     tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit) if names else None
     rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}

@@ -15,10 +15,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from loraprune_ds.arguments import Parser, check_needs
+from loraprune_ds.arguments import Parser, require_option
 from loraprune_ds.exits import run_command
-
-NEEDS = {"--public": "--push-to-hub", "--results": "--push-to-hub"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,7 +41,7 @@ def convert(arguments: argparse.Namespace) -> None:
     """Writes the export. Prints notes and one line about the result."""
     source: Path = arguments.source
     out: Path = arguments.out or Path(f"{source.resolve().name}-{arguments.format}")
-    check_needs(arguments, NEEDS)
+    require_option(arguments, "push_to_hub", "public", "results")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # These imports take seconds.
     from loraprune_ds.config import ModelConfig

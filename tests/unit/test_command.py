@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.arguments import check_needs
+from loraprune_ds.arguments import require_option
 from loraprune_ds.errors import RankError, UserError
 from loraprune_ds.exits import tell
 from loraprune_ds.ranks import (
@@ -41,12 +41,11 @@ raise RuntimeError("out of memory")
 
 
 def test_an_option_without_the_one_it_needs_is_named() -> None:
-    needs = {"--num-fewshot": "--tasks", "--public": "--speed or --answers"}
-    check_needs(Namespace(num_fewshot=None, tasks=[], public=False, speed=False, answers=None), needs)
-    check_needs(Namespace(num_fewshot=0, tasks=["piqa"], public=True, speed=False, answers="file"), needs)
-    must_name("--num-fewshot --tasks", check_needs, Namespace(num_fewshot=0, tasks=[], public=False), needs)
-    given = Namespace(public=True, speed=False, answers=None)
-    must_name("--public --speed --answers", check_needs, given, needs)
+    require_option(Namespace(num_fewshot=None, tasks=[], page=False), "tasks", "num_fewshot", "page", "absent")
+    require_option(Namespace(num_fewshot=0, tasks=["piqa"], page=True), "tasks", "num_fewshot", "page")
+    for option, value in (("num_fewshot", 0), ("include_path", "x")):
+        given = Namespace(tasks=[], **{option: value})
+        must_name(f"--{option.replace('_', '-')} --tasks", require_option, given, "tasks", "limit", option)
 
 
 @pytest.mark.parametrize(

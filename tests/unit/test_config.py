@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from loraprune_ds.config import NEEDS, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.config_file import config_from_dict, config_value, load_config
 from tests.integration.launching import ROOT
 from tests.refusals import must_name, refused
@@ -89,11 +89,10 @@ def test_a_file_takes_the_place_of_the_part_that_is_held_out(tmp_path: Path) -> 
     assert load(tmp_path, "output_dir: out\ndata: {held_out: text.txt}\n").data.held_out_fraction is None
 
 
-@pytest.mark.parametrize("setting", NEEDS)
-def test_a_setting_that_nothing_reads_names_what_is_missing(tmp_path: Path, setting: str) -> None:
-    value = {"data.packing": "true", "prune.compensate_decay": "0.25"}.get(setting, "3")
-    message = refused(load, tmp_path, BASE, f"{setting}={value}")
-    assert message == f"{setting} has no effect without {NEEDS[setting][1]}"
+@pytest.mark.parametrize("setting", ["data.packing=true", "prune.target_context=3", "prune.target_weight_bits=3"])
+def test_a_setting_that_nothing_reads_is_named(tmp_path: Path, setting: str) -> None:
+    must_name(setting.partition("=")[0], load, tmp_path, BASE, setting)
+    load(tmp_path, BASE, setting, "data.format=chat", "prune.target=24GiB")
 
 
 @pytest.mark.parametrize(
@@ -218,3 +217,28 @@ def test_a_wrong_target_is_refused(tmp_path: Path, target: str) -> None:
 def test_a_size_of_nothing_is_refused(tmp_path: Path, setting: str) -> None:
     key, value = setting.partition(":")[0], setting.split()[-1].strip("[]")
     must_name(f"prune.{key} '{value}'", load, tmp_path, f"output_dir: out\nprune: {{{setting}}}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ("data: {path: 7}", "data.path 7"),
+        ("data: {path: [{path: a, weight: -1}]}", "data.path[0].weight"),
+        ("data: {path: [{path: a, section: b}]}", "data.path[0].section weight"),
+        ("data: {path: [{path: a}], format: csv}", "data.format csv"),
+        ("train: {steps: 3, recovery_steps: [1, -1]}", "train.recovery_steps[1] -1"),
+        ("evaluate: {after: [piqa, 5]}", "evaluate.after[1] 5"),
+        ("logging: {report_to: [paper]}", "logging.report_to[0] paper"),
+        ("prune: {sizes: []}", "prune.sizes"),
+        ("seed: 2024-01-01", "seed 2024-01-01"),
+        ("2024-01-01: 3", "config"),
+        ('model: {path: "\\uD800"}', "Unicode"),
+    ],
+)
+def test_the_place_of_a_wrong_value_is_named(tmp_path: Path, given: str, names: str) -> None:
+    must_name(names, load, tmp_path, f"output_dir: out\n{given}\n")
+
+
+def test_an_empty_section_keeps_its_defaults(tmp_path: Path) -> None:
+    empty = "".join(f"{field.name}:\n" for field in dataclasses.fields(RunConfig)[3:])
+    assert load(tmp_path, f"output_dir: out\n{empty}") == RunConfig("out")
