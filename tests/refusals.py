@@ -1,7 +1,6 @@
 """What a user reads when something is refused, and what spoils a folder so that it is."""
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,11 +53,6 @@ def refused(act: Callable[..., object], *given: Any, **settings: Any) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-def refuses(pattern: str, act: Callable[..., object], *given: Any, **settings: Any) -> None:
-    """Checks that the one line of the UserError has this pattern."""
-    assert re.search(pattern, message := refused(act, *given, **settings)), message
 
 
 def must_name(names: str, act: Callable[..., object], *given: Any, **settings: Any) -> None:

@@ -17,7 +17,7 @@ from loraprune_ds.errors import RankError, RunError, UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.train.context import RunStatus
 from loraprune_ds.train.output import OutputFolder
-from tests.refusals import refused, refuses
+from tests.refusals import must_name, refused
 
 
 @pytest.fixture
@@ -76,25 +76,25 @@ OF_ANOTHER_TOOL = partial(hold, name="config.yaml", text="on: push\njobs: {1: a}
 CASES: list[tuple[Make, str | None, str]] = [
     (lambda config: None, None, "fresh"),
     (hold, None, "fresh"),
-    (create, None, "is not empty and holds no run"),
-    (FOREIGN, None, "is not empty and holds no run"),
-    (OF_ANOTHER_TOOL, None, "is not empty and holds no run"),
-    (partial(leave, state="running"), None, "holds an unfinished run (running at step 3 of 10)"),
-    (partial(leave, state="failed"), None, "holds an unfinished run (failed at step 3 of 10)"),
+    (create, None, "output_dir"),
+    (FOREIGN, None, "output_dir"),
+    (OF_ANOTHER_TOOL, None, "output_dir"),
+    (partial(leave, state="running"), None, "running 3 10"),
+    (partial(leave, state="failed"), None, "failed 3 10"),
     (partial(leave, state="finished"), None, "finished"),
     (lambda config: None, "auto", "resume"),
     (hold, "auto", "resume"),
     (create, "auto", "resume"),
-    (FOREIGN, "auto", "is not empty and holds no run"),
+    (FOREIGN, "auto", "output_dir"),
     (leave, "auto", "resume"),
     (partial(leave, state="finished"), "auto", "finished"),
-    (hit_by_a_power_cut, None, "status.json is not valid JSON"),
+    (hit_by_a_power_cut, None, "status.json"),
     (hit_by_a_power_cut, "auto", "resume"),
-    (of_another_seed, "auto", "holds another run (seed differs)"),
-    (partial(of_another_seed, state="finished"), None, "holds another run (seed differs)"),
-    (of_an_earlier_commit, "auto", "unknown key prune.score_every"),
-    (of_an_earlier_commit, "auto", f"commit {layout.READERS['5']}"),
-    (partial(of_an_earlier_commit, state="finished"), None, f"commit {layout.READERS['5']}"),
+    (of_another_seed, "auto", "seed"),
+    (partial(of_another_seed, state="finished"), None, "seed"),
+    (of_an_earlier_commit, "auto", "prune.score_every"),
+    (of_an_earlier_commit, "auto", layout.READERS["5"]),
+    (partial(of_an_earlier_commit, state="finished"), None, layout.READERS["5"]),
 ]
 
 
@@ -105,7 +105,7 @@ def test_start(config: RunConfig, make: Make, resume: str | None, expected: str,
     if expected in ("fresh", "resume", "finished"):
         assert start_with(config, resume).start == expected
     else:
-        assert expected in refused_start(config, resume)
+        must_name(expected, lambda: start_with(config, resume).start)
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
@@ -132,7 +132,7 @@ def test_what_is_not_given_comes_from_the_run_that_goes_on(config: RunConfig, tm
     more = given | {"prune": {"ratio": 0.4}, "train": None}
     found = OutputFolder(more, "auto").config
     assert (found.prune.ratio, found.prune.channel_multiple, found.train) == (0.4, 1, saved.train)
-    assert "another run (prune.ratio differs)" in refused_start(more)
+    assert "prune.ratio" in refused_start(more)
     # Steps and epochs contradict each other.
     assert "train.steps, train.epochs" in refused_start(given | {"train": {"epochs": 2}})
 
@@ -169,7 +169,7 @@ def test_a_run_of_another_format_is_refused_as_such(config: RunConfig, name: str
     (folder / "config.yaml").write_text("" if name == "config.yaml" else yaml.safe_dump({"seed": 1, "gone": 2}))
 
     reader = layout.READERS[str(layout.FORMAT - 1)]
-    with pytest.raises(layout.CheckpointMismatch, match=f"has format {layout.FORMAT - 1}, which commit {reader} reads"):
+    with pytest.raises(layout.CheckpointMismatch, match=f"{layout.FORMAT - 1}.* {reader}"):
         _ = OutputFolder({"output_dir": config.output_dir}, resume).start
 
 
@@ -186,8 +186,8 @@ def test_a_path_in_the_run_or_elsewhere(config: RunConfig, tmp_path: Path, monke
     inside = Path(config.output_dir) / "checkpoints"
     inside.mkdir()
     assert start_with(config, str(inside)).start == "resume"
-    assert "holds a run already, so it cannot resume from" in refused_start(config, str(other))
-    assert "no such folder" in refused_start(config, str(tmp_path / "nowhere"))
+    for path in (other, tmp_path / "nowhere"):
+        assert str(path) in refused_start(config, str(path))
 
 
 def test_one_fresh_start_gets_the_folder_and_the_next_removes_what_a_killed_process_left(config: RunConfig) -> None:
@@ -195,7 +195,7 @@ def test_one_fresh_start_gets_the_folder_and_the_next_removes_what_a_killed_proc
     assert (first.start, second.start) == ("fresh", "fresh")
     first.create(config)
     folder = first.path
-    refuses("another start has just taken it", lambda: second.create(config))
+    must_name(str(second.path), lambda: second.create(config))
     assert yaml.safe_load((folder / "config.yaml").read_text()) == config.to_dict()
     (folder / ".status.json.1234.tmp").write_text("{")
     (folder / "checkpoints" / ".step-4.1234.partial").mkdir(parents=True)
@@ -243,9 +243,9 @@ def test_of_two_jobs_on_one_run_the_first_ends_and_leaves_the_status_alone(tmp_p
     def be_superseded() -> None:
         first.update(5)
         second.__enter__()
-        with pytest.raises(RunError, match="another process has taken over this run"):
+        with pytest.raises(RunError, match="output_dir"):
             first.check_owner()
-        with pytest.raises(RankError, match="another process has taken over this run"):
+        with pytest.raises(RankError, match="output_dir"):
             first.update(6)
 
     fail_inside(first, RankError("another process"), be_superseded)
