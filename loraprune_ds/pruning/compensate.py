@@ -1,13 +1,13 @@
-"""Makes up for the inputs that a cut removes, in the linears that lose inputs (o_proj, down_proj), not for experts.
+"""Makes up for removed inputs in the linears that lose inputs (o_proj, down_proj). It cannot replace experts.
 
-Let W' = W + s·B·A, K the kept and R the removed columns, and x the inputs of a layer. The kept columns take over what
-they can predict of the removed ones: W[:, K] += ΔW, with the ridge solution
+Let W' = W + s·B·A, K the kept and R the removed columns, and x the inputs of a layer. The kept columns take over
+the predictable part of the removed ones: W[:, K] += ΔW, with the ridge solution
 ΔW = W'[:, R] · C[R, K] · (C[K, K] + λ·mean(diag C)·I)⁻¹, where C is the mean of x xᵀ.
 
-The solution makes no output worse on the recorded tokens, because ΔW = 0 is a candidate. Rounding to 16 bits could,
-where inputs share a large common part, so an output that would get worse keeps its weights.
+The solution makes no output worse on the recorded tokens, because ΔW = 0 is a candidate. Rounding to 16 bits can make
+an output worse if inputs share a large common part. Such an output keeps its weights.
 
-C is symmetric, so ranks compute and send only half of it: tiles on and right of the diagonal, one after the other.
+C is symmetric, so ranks compute and send only half of it, as tiles on and right of the diagonal.
 """
 
 # torch does not type every method:
@@ -27,12 +27,12 @@ from loraprune_ds.pruning.prunable_model import CollectedLinear, LinearId, Pruna
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.taps import ForwardRecorder, hook_inputs
 
-RIDGE = 0.05  # measured with 0.01 too: tests/benchmarks/README.md
-TILE_ROWS = 1024  # of a second moment that are computed at a time
+RIDGE = 0.05  # 0.01 was also measured: tests/benchmarks/README.md
+TILE_ROWS = 1024  # rows of a second moment that are computed at a time
 
 
 class Compensator:
-    """Records the inputs before each cut and makes up for the inputs that it removes."""
+    """Records the inputs before each cut, and makes up for the removed ones."""
 
     def __init__(
         self, model: PrunableModel, config: PruneConfig, schedule: Schedule, open_layers: Sequence[int]
@@ -51,7 +51,7 @@ class Compensator:
         return self.moments.record_forward(*masks) if self._records else nullcontext()
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
-        """Refits the weights that will lose inputs in the cut to `keep`, just before it. Collective."""
+        """Refits the weights that lose inputs in the cut to `keep`, right before it. Collective."""
         shape = self._model.shape
         cut = ((i, linear) for i, layer in enumerate(keep) for linear in shape.cut_linears(i, layer))
         linear_ids = [LinearId(i, linear) for i, linear in cut if linear.loses_inputs]
@@ -72,7 +72,7 @@ class Compensator:
 
 
 def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Adds ΔW to the kept columns of the weight: (out_features, in_features), in its own dtype.
+    """Returns the weight (out_features, in_features) with ΔW added to the kept columns, in its dtype.
 
     `moment` is C or any multiple of it, `ridge` is λ. Raises RunError if C is zero or holds an inf or NaN.
 
@@ -96,7 +96,7 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
     old = linear.weight.index_select(1, kept)
     new = (old.double() + delta).to(old.dtype)
     del delta
-    # The change of each output's mean squared error: diag(D·C[K, K]·Dᵀ − 2·D·right), with the rounded step D.
+    # The change of each output's mean squared error is diag(D·C[K, K]·Dᵀ − 2·D·right), with the rounded step D.
     step = new.double() - old.double()
     change = step @ moment.index_select(0, kept).index_select(1, kept).double()
     worse = change.sub_(right.T, alpha=2).mul_(step).sum(1) > 0
@@ -108,7 +108,7 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
 
 
 def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LinearId]:
-    """Lists the linears of some layers, or of all, that lose inputs. Stacks do not: they lose experts."""
+    """Lists the linears that lose inputs, of some layers or all. Stacks lose experts, not inputs."""
     return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.loses_inputs]
 
 
@@ -116,7 +116,7 @@ class InputMoments(ForwardRecorder):
     """Keeps moving sums of x xᵀ over steps, (n, n) fp32, of the `layers` that may be cut.
 
     `tokens` moves in the same way, so sums / tokens is the mean. The last step weighs most. Only the owner of a layer
-    holds its sums: in the forward pass every rank forms its part for one linear at a time, which the owner adds
+    holds its sums. In the forward pass every rank computes its part for one linear at a time, and the owner adds it
     immediately. A rank holds at most 4·n²·(ceil(layers / world_size) + 1/2) bytes for n = intermediate_size, and the
     sums of o_proj.
     """
@@ -144,7 +144,7 @@ class InputMoments(ForwardRecorder):
         self.tokens = decay * self.tokens + self._weight * int(self._model.sum_over_ranks(own))
 
     def cut(self, keep: list[LayerKeep]) -> None:
-        """Cuts the sums along with the groups. Call it while the model still has its shape from before the cut."""
+        """Cuts the sums along with the groups. Call it before the model is cut."""
         shape = self._model.shape
         for layer, layer_keep in enumerate(keep):
             for linear in shape.cut_linears(layer, layer_keep):
@@ -158,7 +158,7 @@ class InputMoments(ForwardRecorder):
         return {linear_id.linear.name: value for linear_id, value in self.sums.items() if linear_id.layer == layer}
 
     def restore(self, read: Callable[[int], dict[str, Tensor]], tokens: float) -> None:
-        """Goes on from a checkpoint. `read` gives what `of_layer` returned on the rank that owned the layer."""
+        """Restores a checkpoint. `read` returns the `of_layer` of the rank that owned the layer."""
         self.tokens = tokens
         for layer in range(len(self._model.layers)):
             if self._model.owner(layer) == self._model.rank:
@@ -190,7 +190,7 @@ class InputMoments(ForwardRecorder):
 
 @contextmanager
 def tf32_for_halves(dtype: torch.dtype, device: torch.device) -> Generator[None]:
-    """Allows TF32 for fp32 products of bf16 or fp16 numbers, whose 11 significant bits it keeps. Sums are fp32."""
+    """Allows TF32 for fp32 products of bf16 or fp16 numbers. It keeps their 11 significant bits. Sums are fp32."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         yield
         return

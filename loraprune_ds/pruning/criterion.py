@@ -40,7 +40,7 @@ def lora(weight: Tensor, factors: LoraFactors) -> Tensor:
     return gradient_estimate(factors).mul_(effective_weight(weight, factors))
 
 
-# `fisher` scores masks on inputs, and no elements: taps.py.
+# `fisher` scores masks on inputs, not elements: taps.py.
 ELEMENT_CRITERIA: dict[str, ElementCriterion] = {"lora": lora, "magnitude": effective_weight}
 
 
@@ -48,8 +48,8 @@ ELEMENT_CRITERIA: dict[str, ElementCriterion] = {"lora": lora, "magnitude": effe
 def score_shard(shard: OwnedShard, factors: LoraFactors, criterion: ElementCriterion, axis: int) -> Tensor:
     """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the full weight.
 
-    Blocks of rows are scored in fp32 and added up in float64: (out_features,) or (in_features,). In the first and last
-    row only the owned elements count, so the sums of the ranks add up to the sums of the weight.
+    Blocks of rows are scored in fp32 and added up in float64: (out_features,) or (in_features,). Only owned elements
+    count in the first and last row, so the sums of the ranks add up to the sums of the weight.
     """
     columns = shard.shape[1]
     total = torch.zeros(shard.shape[axis], dtype=torch.float64, device=shard.flat.device)
@@ -63,7 +63,7 @@ def score_shard(shard: OwnedShard, factors: LoraFactors, criterion: ElementCrite
         low, high = max(start, row * columns), min(end, stop * columns)  # the owned part of these rows
         head, tail = low - row * columns, stop * columns - high
         owned = shard.flat[low - start : high - start]
-        # Zeros stand for what the first and the last row lack.
+        # Zeros fill the first and the last row.
         stored = (pad(owned, (head, tail)) if head or tail else owned).view(-1, columns)
         factors_of_rows = replace(factors, B=factors.B[row:stop], grad_B=factors.grad_B[row:stop])
         importance = criterion(shard.decode(stored, row), factors_of_rows)
@@ -80,12 +80,12 @@ def score_shard(shard: OwnedShard, factors: LoraFactors, criterion: ElementCrite
 
 
 def split_experts(shard: OwnedShard, factors: LoraFactors) -> Iterator[tuple[OwnedShard, LoraFactors]]:
-    """Yields what this rank owns of each expert's linear. A linear that is not a stack counts as one expert."""
+    """Yields this rank's part of each expert's linear. A linear that is not a stack counts as one expert."""
     experts = len(factors.A) // factors.B.shape[1]
     rows, columns = shard.shape[0] // experts, shard.shape[1]
     split = (tensor.chunk(experts) for tensor in (factors.A, factors.B, factors.grad_A, factors.grad_B))
     for i, of_expert in enumerate(zip(*split, strict=True)):
-        origin = shard.start - i * rows * columns  # of the shard, counted from the first element of the expert
+        origin = shard.start - i * rows * columns  # start of the shard, counted from the first element of the expert
         low = min(max(origin, 0), rows * columns)
         high = max(low, min(origin + len(shard.flat), rows * columns))
         own = slice(low - origin, high - origin)

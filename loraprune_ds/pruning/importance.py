@@ -35,9 +35,9 @@ class GroupSums:
     def by_layer(self, normalization: Normalization) -> list[LayerScores]:
         """Adds the scores of a layer's parts to the scores of its groups.
 
-        `l2` first divides a part's scores by their norm, as the released code of LoRAPrune (arXiv 2305.18403), so a
-        fused linear counts like the separate linears of another family. `step` divides all by their sum, so a step with
-        large gradients weighs the same as others in the moving average. `none` adds them unchanged.
+        `l2` first divides the scores of each part by their norm, as LoRAPrune's released code does (arXiv 2305.18403).
+        A fused linear then counts like separate linears. `step` divides all scores by their sum, so steps with large
+        gradients weigh the same in the moving average. `none` adds the scores unchanged.
         """
         parts, zeros = self.parts, self.parts[0].new_zeros
         if normalization == "l2":
@@ -75,7 +75,7 @@ def score_groups(
 ) -> GroupSums:
     """Scores all groups, with one all-reduce of O(groups).
 
-    `fisher` has a recorder, which holds this rank's sums over tokens. Other criteria sum over this rank's shards of W.
+    The `recorder` of `fisher` has this rank's sums over tokens. Other criteria sum over this rank's shards of W.
     """
     if recorder is not None:
         return add_over_ranks(model, recorder.linear_ids, recorder.sums(), step)

@@ -1,4 +1,4 @@
-"""Limits on what pruning may take from a layer: protected layers and minimum widths."""
+"""Limits of pruning for each layer: protected layers and minimum widths."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,18 +19,18 @@ class Limits:
     """Holds the limits on each layer, fixed at the start of a run."""
 
     dense: ModelShape
-    floor: tuple[LayerShape, ...]  # fewest groups that each layer keeps: all of a protected layer
-    open_layers: list[int]  # that are not protected
-    multiples: Mapping[Kind, int]  # of which kept counts are multiples, unless they are dense counts
-    shares: Mapping[Kind, float]  # each kind's part of the parameters that leave
-    ratio: float  # fraction of the dense linear parameters that is gone at the end
+    floor: tuple[LayerShape, ...]  # fewest groups that each layer keeps. A protected layer keeps all
+    open_layers: list[int]  # layers that are not protected
+    multiples: Mapping[Kind, int]  # kept counts are multiples of these, unless they are dense counts
+    shares: Mapping[Kind, float]  # each kind's fraction of the removed parameters
+    ratio: float  # removed fraction of the dense linear parameters at the end
 
     def leaving(self, ratio: float) -> float:
-        """Counts the linear parameters that leave with the groups."""
+        """Counts the linear parameters to remove."""
         return ratio * self.dense.linear_numel()
 
     def chunks(self, layer: int, kind: Kind, count: int) -> list[int]:
-        """Returns how many groups leave in each chunk on the way from `count` down to the floor."""
+        """Returns the groups of each chunk from `count` down to the floor."""
         multiple, floor = self.multiples[kind], self.floor[layer][kind]
         if count <= floor:
             return []
@@ -52,7 +52,7 @@ class Limits:
         return numel
 
     def within(self, counts: Mapping[Kind, int], layer: int) -> LayerShape:
-        """Picks a layer's own kinds from equal counts."""
+        """Selects the kinds of a layer from equal counts."""
         own = self.dense.layers[layer].items()
         return LayerShape((kind, counts[kind] * self.dense.times(layer, kind) if n else 0) for kind, n in own)
 
@@ -88,7 +88,7 @@ class Limits:
 
 
 def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
-    """Makes the limits that do not depend on the ratio. All kinds lose the same part of their parameters."""
+    """Makes the limits that do not depend on the ratio. All kinds lose the same fraction of their parameters."""
     count, protected = len(dense.layers), set[int]()
     for layers in dense.layer_lists:
         first = -(-len(layers) // 10) if config.protected_first is None else config.protected_first
@@ -107,15 +107,15 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     limits = Limits(dense, tuple(floor), open_layers, multiples, shares={}, ratio=0.0)
     counts = (limits.within(limits.open_counts, i) == dense.layers[i] for i in limits.open_layers)
     if config.ranking == "uniform" and not all(counts):
-        raise UserError("prune.ranking: uniform needs layers of equal shape, and this model's differ; use global")
+        raise UserError("prune.ranking: uniform needs equal layers, but the layers of this model differ; use global")
     numel = _open_numel(limits)[0]
-    if dense.experts_per_token:  # heads are few there, and stay
+    if dense.experts_per_token:  # such models have few heads, which stay
         numel |= dict.fromkeys(dense.kinds[:-1], 0)
     return replace(limits, shares={kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
 
 
 def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> dict[Kind, int]:
-    """Returns the divisor of the kept counts of each kind. Dense counts must be divisible by the servers too."""
+    """Returns the divisor of the kept counts of each kind. Dense counts must be divisible by the servers, too."""
     servers, multiple = config.tensor_parallel, math.lcm(config.channel_multiple, config.tensor_parallel)
     odd = f"prune.tensor_parallel {servers} does not divide the"
     if dense.expert_size % servers:
@@ -137,40 +137,40 @@ def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
     dense, head_ratio = limits.dense, config.head_ratio
     if head_ratio is None:
         return replace(limits, ratio=ratio)
-    keeps = f"prune.head_ratio {head_ratio}: a {dense.model_type} keeps its heads; leave it out"
+    keeps = f"prune.head_ratio {head_ratio}: a {dense.model_type} keeps its heads; remove the setting"
     require("heads" in dense.kinds or head_ratio == 0, keeps)
     numel, removable = _open_numel(limits)
     *coarse, fine = dense.kinds
     others, most_others = numel.pop(fine), removable.pop(fine)
-    heads, most_heads = sum(numel.values()), sum(removable.values())  # also the heads of delta nets
+    heads, most_heads = sum(numel.values()), sum(removable.values())  # including the heads of delta nets
     leaving, of_heads = max(1, limits.leaving(ratio)), head_ratio * heads
     half_a_step = sum(limits.open_numel[kind] * limits.multiples[kind] for kind in coarse) / 2  # only full heads go
     if of_heads > most_heads + half_a_step:
-        raise UserError(f"prune.head_ratio {head_ratio} is more of the heads than may go: {most_heads / heads:.1%}")
+        raise UserError(f"prune.head_ratio {head_ratio}: at most {most_heads / heads:.1%} of the heads may leave")
     if not of_heads <= leaving <= of_heads + most_others + half_a_step:
         raise UserError(
-            f"prune.head_ratio {head_ratio} with prune.ratio {ratio} would take {(leaving - of_heads) / others:.1%} of "
-            f"the {fine}, of which {most_others / others:.1%} may go"
+            f"prune.head_ratio {head_ratio} with prune.ratio {ratio} would remove {(leaving - of_heads) / others:.1%} "
+            f"of the {fine}, but only {most_others / others:.1%} may leave"
         )
     shares = {kind: head_ratio * part / leaving for kind, part in numel.items()}
     return replace(limits, ratio=ratio, shares=shares | {fine: 1 - of_heads / leaving})
 
 
 def resolve_refit(config: PruneConfig, limits: Limits) -> PruneConfig:
-    """Fills in `prune.compensate`. Raises UserError if it is given, and experts alone leave."""
+    """Fills in `prune.compensate`. Raises UserError if it is set although only experts leave."""
     refits = any(share > 0 for kind, share in limits.shares.items() if kind != "experts")
     if config.compensate is None:
         return replace(config, compensate="least_squares" if refits else "none")
     require(
         refits or config.compensate == "none",
-        f"prune.compensate: {config.compensate} makes up for heads and channels, and here only experts leave; "
-        "set prune.head_ratio, or leave prune.compensate out",
+        f"prune.compensate: {config.compensate} makes up for heads and channels, but here only experts leave; "
+        "set prune.head_ratio, or remove prune.compensate",
     )
     return config
 
 
 def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
-    """Returns the least and the most parameters that can go, up to a part of a group."""
+    """Returns the least and the most parameters that can leave, up to a fraction of a group."""
     numel, removable = _open_numel(limits)
     most, fine = sum(removable.values()), limits.dense.kinds[-1]
     if config.head_ratio is None:
@@ -180,7 +180,7 @@ def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
 
 
 def check_reachable(config: PruneConfig, limits: Limits) -> None:
-    """Raises UserError if the ratio is out of reach. The message names the largest one."""
+    """Raises UserError if the ratio is out of reach. The message names the largest ratio."""
     dense, (_, most) = limits.dense, reachable(config, limits)
     # The largest ratio may be missed: `global` by a group, `uniform` by half a multiple of channels per layer.
     if config.ranking != "uniform":
@@ -192,7 +192,7 @@ def check_reachable(config: PruneConfig, limits: Limits) -> None:
         near = step * limits.open_numel[fine] / 2
     if most == 0 or limits.ratio * dense.linear_numel() > most + near:
         largest = math.floor(1e4 * most / dense.linear_numel()) / 1e4
-        cause = f"with the protected layers and minimum widths at most {largest} can go"
+        cause = f"with the protected layers and minimum widths at most {largest} can leave"
         raise UserError(f"prune.{'sizes' if config.sizes else 'ratio'} {limits.ratio} is out of reach: {cause}")
 
 

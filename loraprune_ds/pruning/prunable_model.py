@@ -1,6 +1,6 @@
-"""The protocol that pruning needs of a model, and the values that travel through it.
+"""The protocol of a model that can be pruned, and the values that pass through it.
 
-zero/sharded.py implements it over the ranks of ZeRO-3. tests/plain_model.py implements it in one process.
+zero/sharded.py implements it on the ranks of ZeRO-3, tests/plain_model.py in one process.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ from loraprune_ds.model.shapes import LayerKeep, ModelShape
 class LoraFactors:
     """Holds the LoRA of one linear and its loss gradients in fp32, averaged over the global batch, not clipped."""
 
-    # Of a stack, the factors of the experts lie one below the other.
+    # The factors of the experts in a stack are concatenated along axis 0.
     A: Tensor  # (r, in_features)
     B: Tensor  # (out_features, r)
     grad_A: Tensor
@@ -39,7 +39,7 @@ def in_fp32(rows: Tensor, first: int) -> Tensor:
 
 @dataclass(frozen=True)
 class OwnedShard:
-    """Holds the flat elements [start, start + len(flat)) of a row-major weight of `shape`, which this rank owns."""
+    """Holds this rank's flat elements [start, start + len(flat)) of a row-major weight of `shape`."""
 
     flat: Tensor
     start: int
@@ -64,12 +64,12 @@ class CollectedLinear:
         return self.stored_as.join(self.stored.values())
 
 
-# Computes the new weight of a full linear, in its shape and dtype. Raises UserError where it cannot.
+# Computes the new weight of a full linear, in its shape and dtype. Raises UserError if it cannot.
 ComputeWeight = Callable[[LinearId, CollectedLinear], Tensor]
 
 
 class PrunableModel(Protocol):
-    """The model under pruning. Unless a method says otherwise it is collective: every rank calls it, in one order."""
+    """The model under pruning. Unless a method says otherwise, it is collective: every rank calls it, in one order."""
 
     shape: ModelShape
     world_size: int
@@ -82,7 +82,7 @@ class PrunableModel(Protocol):
         ...
 
     def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
-        """Returns the shard of the frozen weight that this rank owns. Collective only where the weights are int8."""
+        """Returns the shard of the frozen weight that this rank owns. Collective only for int8 weights."""
         ...
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class PrunableModel(Protocol):
         ...
 
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
-        """Replaces frozen weights. Each is computed on its layer's owner, all owners at the same time."""
+        """Replaces frozen weights. Each is computed on the owner of its layer. Owners work in parallel."""
         ...
 
     def cut(self, keep: list[LayerKeep]) -> int:

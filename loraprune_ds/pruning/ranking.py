@@ -1,4 +1,4 @@
-"""Ranking: from scores and a target to the groups that every layer keeps. Pure and deterministic.
+"""Ranking: chooses the groups that every layer keeps, from scores and a target. Pure and deterministic.
 
 A target is a fraction of the linear parameters of all decoder layers of the *dense* model. Ties keep the lower index.
 """
@@ -22,14 +22,14 @@ from loraprune_ds.pruning.limits import Bounds, Limits
 def rank_uniform(scores: list[LayerScores], current: ModelShape, limits: Limits, counts: LayerShape) -> list[LayerKeep]:
     """Keeps equal `counts` in every open layer, the best groups of each by its own scores (the paper's ranking).
 
-    Layers of several sorts, such as those with a delta net and those with attention, have the counts of their kinds.
+    Layers with delta nets and layers with attention have the counts of their own kinds.
     `scores` and the result belong to the current groups.
     """
     return keep_best(scores, with_counts(current, limits, counts).layers, current)
 
 
 def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerShape:
-    """Returns the counts at a part of the way down the bounds, all kinds in proportion. They never grow with `part`."""
+    """Returns the counts at a fraction `part` of the way down the bounds, which never grow with `part`."""
     goal, start = bounds
     counts = {kind: count - round(part * (count - goal[kind])) for kind, count in start.items()}
     return LayerShape(
@@ -52,11 +52,11 @@ def with_counts(shape: ModelShape, limits: Limits, counts: LayerShape) -> ModelS
 def uniform_goal(limits: Limits, ratio: float, bounds: Bounds | None = None) -> LayerShape:
     """Returns the counts that every open layer keeps in the end, as near to `ratio` as possible.
 
-    Channels fill up what heads leave. Of all counts within half a step of the channels from the target, those win
-    that are closest to the share of the heads.
+    Channels make up for what heads cannot reach. Of all counts within half a channel step from the target, those
+    closest to the share of the heads win.
 
     Args:
-        bounds: of the counts, narrower than the limits' own.
+        bounds: bounds of the counts, narrower than those of `limits`.
     """
     dense, (*coarse, fine), bounds = limits.open_counts, limits.dense.kinds, bounds or limits.bounds
     wanted = limits.leaving(ratio)  # parameters that leave
@@ -100,7 +100,7 @@ def best_first(scores: Tensor, parts: int) -> Tensor:
 
 
 def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, target: float) -> list[LayerKeep]:
-    """Removes the least important groups of all open layers until the budget is spent. Arguments as `rank_uniform`.
+    """Removes the least important groups of all open layers until the budget is spent. Arguments as for `rank_uniform`.
 
     Heads give their share of the target, channels the rest. The total ends within one group (or multiple) of the
     target, or half a multiple of channels beyond, because channels that replaced a head do not come back.
@@ -111,14 +111,14 @@ def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, 
     for kind in coarse:
         removal.take(kind, round(budget * limits.shares[kind]) + removal.gone_beside(kind))
     removal.take(fine, budget)
-    if budget - removal.gone > limits.step_numel(fine) / 2:  # floors stopped the finest
+    if budget - removal.gone > limits.step_numel(fine) / 2:  # floors have stopped the finest kind
         for kind in coarse:
             removal.take(kind, budget)
     return keep_best(scores, removal.left, current)
 
 
 class _Removal:
-    """Takes chunks of groups one by one, least important first, within the limits. It only keeps counts."""
+    """Takes chunks of groups one by one, least important first, within the limits. It only counts them."""
 
     def __init__(self, scores: list[LayerScores], current: ModelShape, limits: Limits) -> None:
         self.scores, self.current, self.limits = scores, current, limits
@@ -132,7 +132,7 @@ class _Removal:
         return self.gone - lost * dense.group_numel(kind)
 
     def take(self, kind: Kind, budget: int) -> None:
-        """Removes groups of a kind while that brings the total loss nearer to `budget`."""
+        """Removes groups of a kind while this brings the total nearer to `budget`."""
         numel = self.limits.dense.group_numel(kind)
         for layer, groups in self._candidates(kind):
             if self.gone + numel / 2 > budget:
@@ -142,7 +142,7 @@ class _Removal:
                 self.gone += groups * numel
 
     def _candidates(self, kind: Kind) -> list[tuple[int, int]]:
-        """Lists (layer, groups) of all chunks of a kind by ascending mean score, in a tie the last layer first."""
+        """Lists (layer, groups) of all chunks of a kind by ascending mean score. Ties: the last layer first."""
         candidates, means = list[tuple[int, int]](), list[Tensor]()
         for layer in reversed(self.limits.open_layers):
             left, values = self.left[layer][kind], self.scores[layer][kind]

@@ -1,4 +1,4 @@
-"""The plan of a run's pruning: within which limits, at which steps, and how much should be gone by then."""
+"""The plan of a run's pruning: its limits, the steps of its cuts, and their targets."""
 
 import math
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from loraprune_ds.pruning.target import Size, plan_sizes
 
 @dataclass(frozen=True)
 class Section:
-    """The steps on the way to one size: warm-up, cuts, cool-down, recovery.
+    """The steps towards one size: warm-up, cuts, cool-down, recovery.
 
-    The cubic schedule (Zhu & Gupta, arXiv 1710.01878), from what is gone before to the size's ratio r:
+    The cubic schedule (Zhu & Gupta, arXiv 1710.01878) goes from the ratio before to the size's ratio r:
     before + (r − before) · (1 − (1 − t)³) between the warm-up and the cool-down.
 
     Steps count from 1. Step s is the s-th optimizer update, and a cut follows it.
@@ -27,11 +27,11 @@ class Section:
     before: float  # the ratio of the size before
     first: int  # the last step before the section
     start: int  # the last step of the warm-up
-    end: int  # the last step that may cut, where the target is the size's ratio
+    end: int  # the last step that may cut. Its target is the ratio of the size
     recovery: int  # the last step before the recovery
     last: int  # the last step of the section
     every: int  # steps from one cut to the next
-    passed_over: frozenset[int] = frozenset()  # steps that cut nothing because no width would change
+    passed_over: frozenset[int] = frozenset()  # steps without a cut, because no width would change
 
     def target(self, step: int) -> float:
         """Returns the fraction of the dense linear parameters that should be gone after `step`."""
@@ -105,11 +105,11 @@ class Schedule:
         return {section.last: section.size.name for section in self.sections if section.size.name}
 
     def is_size(self, step: int) -> bool:
-        """Returns True if a size is done after this step, and others follow."""
+        """Returns True if a size ends at this step, and others follow."""
         return any(section.last == step for section in self.sections[:-1])
 
     def cycles(self) -> list[int]:
-        """Lists the steps of each cycle of the learning rate: with cuts, and of each recovery."""
+        """Lists the lengths of the learning rate's cycles: the cuts and the recovery of each section."""
         parts = [n for x in self.sections for n in (x.recovery - x.first, x.last - x.recovery)]
         return [steps for steps in parts if steps]
 
@@ -119,7 +119,7 @@ def make_section(
 ) -> Section:
     """Makes the section after the `earlier` one. Raises UserError if no step is left to cut or changes a width."""
     first, before = (earlier.last, earlier.size.ratio) if earlier else (0, 0.0)
-    # The sliver keeps 0.29 of 100 steps from being 28.999999999999996.
+    # The small term keeps 0.29 of 100 steps from being 28.999999999999996.
     start = first + math.floor(config.warmup_fraction * steps + 1e-6)
     end = first + steps - math.floor(config.cooldown_fraction * steps + 1e-6)
     to = f" for prune.sizes {size.name}" if size.name else ""
@@ -137,7 +137,7 @@ def make_section(
 def _without_a_change(section: Section, limits: Limits) -> frozenset[int]:
     """Finds the steps whose cut would change no width of `uniform`.
 
-    With multiples `global` waits until each open layer could lose one more on average, and keeps the last step.
+    With multiples `global` waits until each open layer could lose one more on average. The last step always counts.
     """
     fine, is_uniform = limits.dense.kinds[-1], section.size.bounds is not None
     if not is_uniform and limits.multiples[fine] == 1:
@@ -153,13 +153,13 @@ def _without_a_change(section: Section, limits: Limits) -> frozenset[int]:
 
 
 def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int:
-    """Returns the whole steps in some epochs, at least one."""
+    """Returns the number of complete steps in some epochs, at least one."""
     return max(1, math.floor(epochs * samples / global_batch_size + 1e-9))  # 0.29 * 100 is 29, not 28.999...
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Holds what is fixed about pruning before the first step."""
+    """Holds the decisions about pruning before the first step."""
 
     config: PruneConfig
     limits: Limits
@@ -172,11 +172,11 @@ class PruningPlan:
 
 
 def plan_pruning(config: PruneConfig, limits: Limits, steps: int, recovery: Sequence[int] = ()) -> PruningPlan:
-    """Plans the pruning of a run within its `make_limits`. Raises UserError as `make_section` and `plan_sizes`.
+    """Plans the pruning of a run within its `make_limits`. Raises the errors of `make_section` and `plan_sizes`.
 
     Args:
-        steps: with cuts. Sizes share them in proportion to what they remove.
-        recovery: steps after each size's cuts, in the order of `prune.sizes`.
+        steps: the steps with cuts. Sizes share them in proportion to what they remove.
+        recovery: the steps after the cuts of each size, in the order of `prune.sizes`.
     """
     sections, shared = list[Section](), 0
     for size in plan_sizes(config, limits):

@@ -17,13 +17,13 @@ The paper's criterion `lora` records nothing. `score` gathers LoRA's gradients, 
 micro-batches, and each rank scores its shard of W (criterion.py).
 
     group          removed together: one key-value head with its query heads, one MLP channel, or one expert
-    kind           heads, channels or experts, as the family has them (model/family.py)
+    kind           heads, channels or experts, depending on the family (model/family.py)
     part           all groups of one kind along an axis of a linear (model/family_row.py)
     dense          the model before any cut
     keep           the groups that stay in this cut, as indices into the current groups
-    kept_of_dense  the groups that are left, as indices into the groups of the dense model
+    kept_of_dense  the remaining groups, as indices into the groups of the dense model
     shard          the part of a flat tensor that one rank owns. To reshard is to exchange shards after a cut
-    owner          the rank that holds the full tensors of a layer, where there are any
+    owner          the rank that holds the full tensors of a layer, if any
     W              the frozen weight of a linear
 """
 
@@ -117,11 +117,11 @@ class Pruner:
         """Cuts the model, if the schedule says so. Call it after each update. Returns None if no width changed.
 
         Args:
-            scored: False if the step's gradients overflowed in fp16. The next cut then takes over this one's groups.
-                The last cut of a size has no next one and uses the earlier scores.
+            scored: False if the step's gradients overflowed in fp16. Its groups then leave in the next cut.
+                The last cut of a size has no next one, so it uses the earlier scores.
 
         Raises:
-            RunError: a score is not finite or all are zero, none was updated since the last cut, or a rank computed
+            RunError: a score is not finite, all are zero, none was updated since the last cut, or a rank computed
                 another mask.
         """
         if self._unchecked is not None:
@@ -164,9 +164,9 @@ class Pruner:
     def _average(self, step: int, scored: bool) -> list[LayerScores]:
         scores = self.average.on_host()
         if scores is None or (scored and self.average.updates_since_cut == 0):
-            raise RunError(f"step {step}: a cut is due but no score was updated since the last one")
+            raise RunError(f"step {step}: a cut is due but no score was updated since the last cut")
         if not any(values.any() for layer in scores for values in layer.values()):
-            raise RunError(f"step {step}: a cut is due but all scores are zero, as where a model equals its teacher")
+            raise RunError(f"step {step}: a cut is due but all scores are zero; is the model identical to its teacher?")
         return scores
 
     def _rank(self, scores: list[LayerScores], step: int) -> list[LayerKeep]:

@@ -1,4 +1,4 @@
-"""Records what passes through the linears of the decoder layers, in the passes of training itself."""
+"""Records the inputs of linears and the gradients of masks, in the forward and backward passes of training."""
 
 # torch does not type every method:
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -15,7 +15,7 @@ from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
 
-CPU_INPUTS = 1 << 17  # elements of inputs at a time: their fp32 copies and squares stay in a CPU's cache
+CPU_INPUTS = 1 << 17  # elements of inputs at a time, so their fp32 copies and squares stay in a CPU's cache
 
 # (linear, its input; for a stack also the tokens of each expert) -> a replacement for the input, or None to keep it.
 SeeInput = Callable[..., Tensor | None]
@@ -37,7 +37,7 @@ def hook_inputs(model: PrunableModel, linear_ids: Sequence[LinearId], see: SeeIn
 
 
 class ForwardRecorder:
-    """Sees the forward passes of training inside `record_forward`, and no padded positions."""
+    """Records forward passes inside `record_forward`, without padded positions."""
 
     def __init__(self) -> None:
         self._active = False
@@ -67,7 +67,7 @@ class StepRecorder:
 
     @contextmanager
     def record(self) -> Generator[None]:
-        """Records while open: around all passes of a step and the use of its results. Nothing is kept afterwards."""
+        """Records while open, around all passes of a step and the use of the results. Keeps nothing afterwards."""
         self._active = True
         try:
             yield
@@ -84,7 +84,7 @@ class StepRecorder:
 
 
 class Tap(torch.autograd.Function):
-    """Passes a tensor on. Its backward calls a receiver with the tensor's gradient and with a saved tensor.
+    """Returns its input. The backward pass calls a receiver with the gradient and with a saved tensor.
 
     With activation checkpointing the forward runs twice and the backward once, so the receiver is called once.
     """

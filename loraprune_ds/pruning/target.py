@@ -1,4 +1,4 @@
-"""How much a run removes: `prune.ratio`, or what `prune.target` or each of `prune.sizes` asks for."""
+"""The ratio of a run, from `prune.ratio`, `prune.target` or `prune.sizes`."""
 
 import math
 from dataclasses import dataclass, replace
@@ -24,10 +24,10 @@ BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and bias
 
 
 def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> tuple[PruneConfig, Limits]:
-    """Fills in `prune.ranking` and `prune.compensate`, and makes the limits. Raises UserError as `make_limits`.
+    """Fills in `prune.ranking` and `prune.compensate`, and makes the limits. Raises the errors of `make_limits`.
 
     Args:
-        tower: whether the result has the tower of a multimodal model.
+        tower: True if the result has the tower of a multimodal model.
     """
     equal = dense.family.equal_layers
     if config.ranking is None:
@@ -36,7 +36,7 @@ def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> t
     if equal:
         final = final_shape(config, limits)
         fits = final is not None and final.is_uniform
-        require(fits, f"{dense.model_type} has layers of one size: set {EQUAL_LAYERS}")
+        require(fits, f"{dense.model_type} needs layers of one size: set {EQUAL_LAYERS}")
     return resolve_refit(config, limits), limits
 
 
@@ -46,7 +46,7 @@ def final_shape(config: PruneConfig, limits: Limits) -> ModelShape | None:
 
 
 def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
-    """Makes the limits of a run, whose ratio is `prune.ratio` or follows from `prune.target` or the largest size.
+    """Makes the limits of a run. The ratio is `prune.ratio`, or follows from `prune.target` or the largest size.
 
     Raises UserError if settings conflict, or if the ratio or target is out of reach. The message names the largest
     ratio or the smallest size.
@@ -63,32 +63,32 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
 
 
 def with_largest_size(config: PruneConfig, limits: Limits) -> PruneConfig:
-    """Makes the size that removes most the run's ratio or target. Raises UserError if another one is given."""
+    """Sets ratio or target to the size that removes most. Raises UserError if the config sets another one."""
     if config.sizes is None:
         return config
     largest = max(config.sizes, key=lambda size: _ratio_of(config, limits, size))
     ratio = _fraction(largest)
     target = None if ratio else largest
     for key, given, own in (("ratio", config.ratio, ratio), ("target", config.target, target)):
-        other = f"prune.{key} {given} is not the largest cut of prune.sizes, which is {largest}; leave it out"
+        other = f"prune.{key} {given} is not the largest cut of prune.sizes, which is {largest}; remove it"
         require(given in (None, own), other)
     return replace(config, ratio=ratio, target=target)
 
 
 @dataclass(frozen=True)
 class Size:
-    """One of the sizes that a run makes, or its only one."""
+    """One size that a run makes, or its only one."""
 
     name: str | None  # as given in `prune.sizes`. None: the run has no sizes
     place: int  # in `prune.sizes`
-    ratio: float  # fraction of the dense linear parameters that is gone
-    bounds: Bounds | None = None  # `uniform`: the equal counts that it ends with, and those that it starts from
+    ratio: float  # removed fraction of the dense linear parameters
+    bounds: Bounds | None = None  # `uniform`: the equal counts at its end and at its start
 
 
 def plan_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
-    """Lists the sizes of a run in the order of what they remove. Raises UserError for equal ones.
+    """Lists the sizes of a run, ordered by what they remove. Raises UserError for equal sizes.
 
-    With `uniform` the counts of each lie between the size before and the last: none has to grow.
+    With `uniform` the counts of each lie between those of the size before and of the last, so no count grows.
     """
     end, start = uniform_goal(limits, limits.ratio) if config.ranking == "uniform" else None, limits.open_counts
     if config.sizes is None:
@@ -109,26 +109,26 @@ def plan_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
 
 
 def _fraction(size: str) -> float | None:
-    """Returns a size that is a fraction to remove. None for parameters and memory."""
+    """Returns the fraction to remove. None if the size is a number of parameters or memory."""
     amount = read_amount(size, "prune.sizes")
     return amount.value if amount.unit == "parameters" and amount.value < 1 else None
 
 
 def _ratio_of(config: PruneConfig, limits: Limits, size: str, bounds: Bounds | None = None) -> float:
-    """Returns what one of `prune.sizes` removes, as a ratio."""
-    fraction, free = _fraction(size), replace(config, head_ratio=None)  # all sizes share like the last
+    """Returns the ratio that one of `prune.sizes` removes."""
+    fraction, free = _fraction(size), replace(config, head_ratio=None)  # all sizes have the shares of the last
     return _find_ratio(free, limits, "prune.sizes", size, bounds) if fraction is None else fraction
 
 
 def _find_ratio(config: PruneConfig, limits: Limits, key: str, asked: str, bounds: Bounds | None = None) -> float:
     """Finds the ratio that reaches a number of parameters or the memory of a server.
 
-    `uniform` ends at or below the target, within one step of its widths. `global` ends within one group of it.
+    `uniform` ends at or below the target, within one step of its widths. `global` ends within one group of the target.
     """
     amount, numel = read_amount(asked, key), limits.dense.linear_numel()
     size = measure(config, limits.dense, amount)
     if size <= amount.value:
-        raise UserError(f"{key} {asked} takes nothing from the dense model, which has {amount.format(size)}")
+        raise UserError(f"{key} {asked} removes nothing from the dense model, which has {amount.format(size)}")
 
     def size_at(ratio: float) -> float:
         at = with_ratio(config, limits, ratio)
@@ -146,16 +146,16 @@ def _find_ratio(config: PruneConfig, limits: Limits, key: str, asked: str, bound
         middle = (low + high) / 2
         low, high = (middle, high) if size_at(middle) > amount.value else (low, middle)
     if least and high - least < 1 / numel:
-        raise UserError(f"prune.head_ratio {config.head_ratio} alone takes more than {key} {asked} asks")
+        raise UserError(f"prune.head_ratio {config.head_ratio} alone removes more than {key} {asked} asks for")
     return high
 
 
 def _size_of_global(config: PruneConfig, limits: Limits, amount: Amount) -> float:
-    """Returns the size once each kind has lost its share, from whichever layers."""
+    """Returns the size after each kind has lost its share, from any layers."""
     dense, leaving = limits.dense, limits.leaving(limits.ratio)
     size = dense_size = measure(config, dense, amount)
     for kind, share in limits.shares.items():
-        index = max(range(len(dense.layers)), key=lambda i: dense.layers[i][kind])  # some have no groups of this kind
+        index = max(range(len(dense.layers)), key=lambda i: dense.layers[i][kind])  # some layers lack this kind
         layers = list(dense.layers)
         layers[index] = LayerShape({**layers[index], kind: layers[index][kind] - 1})
         of_a_group = dense_size - measure(config, dense.with_layers(tuple(layers)), amount)
@@ -164,9 +164,9 @@ def _size_of_global(config: PruneConfig, limits: Limits, amount: Amount) -> floa
 
 
 def server_memory(config: PruneConfig, shape: ModelShape) -> dict[str, float]:
-    """Counts the bytes on a server: of the weights, and of a KV cache of `prune.target_context` tokens.
+    """Counts the bytes on a server, for the weights and for a KV cache of `prune.target_context` tokens.
 
-    Delta nets have a state for each sequence instead. That of one counts.
+    Delta nets have a state for each sequence instead. One state counts.
     """
     linear = shape.linear_numel()
     weights = linear * config.target_weight_bits / 8 + (shape.total_numel() - linear) * BYTES
@@ -174,7 +174,7 @@ def server_memory(config: PruneConfig, shape: ModelShape) -> dict[str, float]:
 
 
 def on_a_server(config: PruneConfig, shape: ModelShape, memory: float) -> dict[str, float]:
-    """Returns the bytes of weights, and the tokens of KV cache that fit into the rest of `memory` bytes."""
+    """Returns the bytes of weights, and how many tokens of KV cache fit into the rest of `memory` bytes."""
     weights = server_memory(config, shape)["weights"]
     tokens = max(0, math.floor((memory - weights - _state_bytes(shape)) / (BYTES * cached_numel(shape))))
     return {"parameters": shape.total_numel(), "weights": weights, "tokens": tokens}

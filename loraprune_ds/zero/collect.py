@@ -21,7 +21,7 @@ from loraprune_ds.zero.params import full_shape, overwrite_shard
 def collect_tensor(parameter: Tensor, owner: int, comm: Communicator, shard: Tensor | None = None) -> Tensor | None:
     """Gathers a parameter, or its fp32 state by each rank's `shard`, on rank `owner`. None elsewhere. Collective."""
     local = parameter.ds_tensor if shard is None else shard  # type: ignore[attr-defined]
-    gathered = comm.gather_to(owner, local.detach().to(comm.device))  # an offloaded shard lies on the host
+    gathered = comm.gather_to(owner, local.detach().to(comm.device))  # an offloaded shard is on the host
     if gathered is None:
         return None
     shape = full_shape(parameter)
@@ -51,9 +51,9 @@ def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> Collec
 def replace_weights(
     layers: nn.ModuleList, linear_ids: Sequence[LinearId], compute: ComputeWeight, comm: Communicator
 ) -> None:
-    """Gathers every linear on the owner of its layer, computes there, scatters the result. Collective.
+    """Gathers every linear on the owner of its layer, computes its new weight there, and scatters it. Collective.
 
-    A round has one linear of each of `world_size` layers, so all owners compute in parallel. All ranks raise a
+    A round has one linear from each of `world_size` layers, so all owners compute in parallel. All ranks raise the
     UserError of `compute`.
     """
     grouped: dict[tuple[int, str], list[LinearId]] = {}
@@ -66,7 +66,7 @@ def replace_weights(
             linear = collect_linear(module, layer_owner(linear_id.layer, comm.world_size), comm)
             if linear is not None:
                 collected[linear_id] = linear
-            del linear  # only `collected` holds it, until the results of the round exist
+            del linear  # only `collected` keeps it, until the results of the round exist
         results = comm.all_or_raise(
             lambda collected=collected: {linear_id: compute(linear_id, each) for linear_id, each in collected.items()}
         )
@@ -78,7 +78,7 @@ def replace_weights(
 
 
 def _install(base: nn.Linear, owner: int, weight: Tensor | None, comm: Communicator) -> None:
-    """Scatters a linear's new weight, which only `owner` has, in its storage format."""
+    """Scatters the new weight of a linear from `owner`, in its storage format."""
     stored_as = storage_format(base)
     tensors: dict[str, Tensor] = {} if weight is None else {**stored_as.split(weight, weight.dtype)}
     del weight

@@ -1,4 +1,4 @@
-"""The collectives of pruning, with a count of the bytes sent. The gathers of a training step are DeepSpeed's own."""
+"""The collectives of pruning, with a count of sent bytes. DeepSpeed makes the gathers of a training step."""
 
 import socket
 from collections import Counter
@@ -30,7 +30,7 @@ class Communicator:
         self.bytes_sent = 0
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """Gathers (n,) of every rank. Returns (world_size, n)."""
+        """Gathers (n,) from every rank. Returns (world_size, n)."""
         if self.world_size == 1:
             return local[None]
         gathered = torch.empty(self.world_size * local.numel(), dtype=local.dtype, device=local.device)
@@ -55,7 +55,7 @@ class Communicator:
         return incoming
 
     def gather_to(self, owner: int, local: Tensor) -> Tensor | None:
-        """Gathers (n,) of every rank. Returns (world_size, n) on `owner` only."""
+        """Gathers (n,) from every rank. Returns (world_size, n) on `owner` only."""
         if self.world_size == 1:
             return local[None]
         into = [torch.empty_like(local) for _ in range(self.world_size)] if self.rank == owner else None
@@ -71,11 +71,11 @@ class Communicator:
         return values if self.rank == owner else None
 
     def scatter_from(self, owner: int, flat: Tensor | None, shard: Tensor) -> None:
-        """Fills every rank's `shard` from a flat tensor that `owner` holds. Padding becomes zero."""
+        """Fills the `shard` of every rank from a flat tensor on `owner`. Padding becomes zero."""
         parts = None
         if flat is not None:
             missing = len(shard) * self.world_size - len(flat)
-            padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat  # a copy only where it must be
+            padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat  # copies only if needed
             parts = list(padded.split(len(shard)))
         if self.world_size == 1:
             shard.copy_(cast(list[Tensor], parts)[0])
@@ -84,7 +84,7 @@ class Communicator:
         self._count(len(shard) * (self.world_size - 1) if parts else 0, shard.element_size())
 
     def gather_objects(self, value: T) -> list[T]:
-        """Gathers a small picklable value of every rank, in rank order."""
+        """Gathers a small picklable value from every rank, in rank order."""
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
@@ -99,17 +99,17 @@ class Communicator:
         return self.gather_objects(uuid4().hex[:8])[0]
 
     def ranks_per_node(self) -> int:
-        """Counts the ranks on the node that has the most. Collective."""
+        """Counts the ranks on the node with the most ranks. Collective."""
         return max(Counter(self.gather_objects(socket.gethostname())).values())
 
     def all_or_raise(self, action: Callable[[], T]) -> T:
-        """Runs `action` on every rank. If it fails on some, all raise the error of the lowest one.
+        """Runs `action` on every rank. If it fails on some, all raise the error of the lowest of these.
 
-        This is how ranks agree on an error. Without it a rank with bad input would leave, and the others would wait for
+        Ranks agree on an error by this call. Otherwise a rank with bad input would leave, and the others would wait for
         it in the next collective.
 
         Raises:
-            UserError: raised by `action`, or for its OSError. An error of another rank names that rank.
+            UserError: raised by `action`, or in place of its OSError. The error of another rank names that rank.
         """
         result, error = None, None
         try:
@@ -140,7 +140,7 @@ class Communicator:
     def warm_up(self) -> None:
         """Runs the collectives of a step, a cut and a save once, on a few bytes. Collective."""
         # NCCL connects two ranks at their first exchange, and allocates gigabytes of buffers outside torch's pool
-        # (NVIDIA/nccl #1685). A lack of memory or a broken network shows before the run, not at the first cut.
+        # (NVIDIA/nccl #1685). So a lack of memory or a broken network shows before the run, not at the first cut.
         ones, before = torch.ones(self.world_size, device=self.device), self.bytes_sent
         self.all_reduce(ones.clone())
         self.all_gather(ones)

@@ -25,7 +25,7 @@ def cut_layer(
     layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep, state: OptimizerState, comm: Communicator
 ) -> None:
     """Keeps the groups in `keep` of layer `index`. `shape` is from before the cut. Collective."""
-    # New shards of the optimizer state are written into the old slots. `OptimizerState.rebuild` shortens these later.
+    # New shards of the optimizer state go into the old slots. `OptimizerState.rebuild` shortens these later.
     cuts = parameter_cuts(layer, shape, index, keep, comm)
     if not cuts:
         return
@@ -67,7 +67,7 @@ def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
 
 
 def set_sizes(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) -> None:
-    """Gives the modules of a layer their sizes after the cut. `shape` is from before it."""
+    """Gives the modules of a layer their sizes after the cut. `shape` is from before the cut."""
     after = shape.with_layers((*shape.layers[:index], keep.shape, *shape.layers[index + 1 :]))
     for linear in shape.linears(index):
         set_features(lora_linear(layer, linear), *after.linear_shape(index, linear))

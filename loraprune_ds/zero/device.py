@@ -1,4 +1,4 @@
-"""The device that this rank computes on: what it is, its memory, and how a CPU multiplies in half precision."""
+"""The device of this rank: its name, its memory, and half-precision products on a CPU."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
 
-# Dense bf16 and fp16 matrix products, from NVIDIA's data sheets. The first entry that a card's name contains counts.
+# Dense bf16 and fp16 matrix products, from NVIDIA's data sheets. The first entry contained in a card's name is used.
 PEAK_TERAFLOPS = {
     "B200": 2250,
     "GH200": 989,
@@ -64,19 +64,19 @@ def check_dtype(dtype: str) -> None:
 
 
 def to_device(tensor: Tensor) -> Tensor:
-    """Copies a tensor of the host to this rank's device, asynchronously."""
+    """Copies a tensor from the host to this rank's device, asynchronously."""
     return accelerator().pin_memory(tensor).to(current_device(), non_blocking=True)
 
 
 def settle_shards() -> None:
     """Waits for the device, at the end of every cut, refit, restore and update."""
-    # With `overlap_comm` DeepSpeed gathers on a separate stream, which never waits for the one that computes: a
+    # With `overlap_comm` DeepSpeed gathers on a separate stream, which never waits for the computing one. A
     # prefetch could read a shard before it is written.
     accelerator().synchronize()
 
 
 def empty_cache() -> None:
-    """Returns unused device memory, which torch would keep, to NCCL and CUDA."""
+    """Returns unused device memory from torch to NCCL and CUDA."""
     accelerator().empty_cache()
 
 
@@ -91,17 +91,17 @@ def empty_host_cache() -> None:
 
 
 def resident_bytes() -> int:
-    """Returns the device memory that is allocated now, or a CPU process's anonymous and shared pages."""
+    """Returns the allocated device memory, or the anonymous and shared pages of a CPU process."""
     return _process_bytes("RssAnon", "RssShmem") if is_cpu() else int(accelerator().memory_allocated())
 
 
 def reserved_bytes() -> int:
-    """Returns the device memory that torch's allocator holds, used or not. 0 on a CPU, where it keeps none."""
+    """Returns the device memory of torch's allocator, used or not. 0 on a CPU, where it keeps none."""
     return 0 if is_cpu() else int(accelerator().memory_reserved())
 
 
 def peak_bytes() -> int:
-    """Returns the most memory this rank has used: the device allocator's peak, or a CPU process's resident peak."""
+    """Returns the peak memory of this rank: of the device allocator, or the resident peak of a CPU process."""
     return _process_bytes("VmHWM") if is_cpu() else int(accelerator().max_memory_allocated())
 
 
@@ -112,7 +112,7 @@ def _process_bytes(*keys: str) -> int:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Returns the bytes of the storages behind some tensors. Views and aliases count once."""
+    """Returns the bytes of the storages of some tensors. Views and aliases count once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())
 
@@ -129,8 +129,8 @@ def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
 class ThroughFloat32(TorchDispatchMode):
     """Computes products of half-precision CPU tensors in fp32. All other operations pass unchanged.
 
-    Without instructions for them, torch's own loop is ten to thirty times slower. Either way the sums are fp32 and
-    rounded once, so results differ only where the order of a sum decides a rounding.
+    On a CPU without half-precision instructions torch's own loop is ten to thirty times slower. Either way the sums are
+    fp32 and rounded once, so results differ only if the order of a sum decides a rounding.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

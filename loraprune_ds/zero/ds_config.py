@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON. The run config owns some settings, which are "auto" in the JSON and filled in here."""
+"""DeepSpeed's JSON. This module fills in the settings of the run config, which are "auto" in the JSON."""
 
 import math
 from collections.abc import Collection
@@ -30,11 +30,11 @@ OWNED = {
 }
 # Settings that cannot work with a cut, in any trainer.
 REFUSED_KEYS = {
-    ("torch_autocast",): "weights are kept in model.dtype; autocast is not supported",
-    ("amp",): "weights are kept in model.dtype; apex is not supported",
-    ("zero_optimization", "cpu_offload"): "gone from DeepSpeed; write offload_optimizer: {device: cpu}",
-    ("zero_optimization", "cpu_offload_param"): "gone from DeepSpeed; write offload_param: {device: cpu}",
-    ("zero_optimization", "mics_shard_size"): "gone from DeepSpeed; use hpZ (zero_hpz_partition_size)",
+    ("torch_autocast",): "weights have model.dtype; autocast is not supported",
+    ("amp",): "weights have model.dtype; apex is not supported",
+    ("zero_optimization", "cpu_offload"): "removed from DeepSpeed; write offload_optimizer: {device: cpu}",
+    ("zero_optimization", "cpu_offload_param"): "removed from DeepSpeed; write offload_param: {device: cpu}",
+    ("zero_optimization", "mics_shard_size"): "removed from DeepSpeed; use hpZ (zero_hpz_partition_size)",
     ("zero_optimization", "zero_quantized_weights"): "quantized weights have no flat shards to reshard",
     ("zero_optimization", "zero_quantized_nontrainable_weights"): "quantized weights cannot be resharded",
     ("zero_optimization", "zero_quantized_gradients"): "scores need the exact LoRA gradients",
@@ -46,20 +46,20 @@ REFUSED_KEYS = {
     ("fp16", "fp16_master_weights_and_grads"): "LoRA's masters and gradients are fp32",
     ("prescale_gradients",): "DeepSpeed's ZeRO-3 has no prescaled gradients",
     ("gradient_predivide_factor",): "DeepSpeed's ZeRO-3 has no predivided gradients",
-    ("sequence_parallel_size",): "every rank reads whole samples; sequence parallelism is not supported",
-    ("tensor_parallel",): "a linear split over ranks is not supported; ZeRO-3 shards it",
+    ("sequence_parallel_size",): "every rank reads complete samples; sequence parallelism is not supported",
+    ("tensor_parallel",): "linears split over ranks are not supported; ZeRO-3 shards them",
     ("compression_training",): "DeepSpeed's own compression is not supported",
-    ("progressive_layer_drop",): "layers that are dropped at random are not supported",
+    ("progressive_layer_drop",): "dropping layers at random is not supported",
 }
-# Settings of which only some values work: these values, and why others do not.
+# Settings with some supported values: these values, and the reason against others.
 _OPTIMIZER = ("zero_optimization", "offload_optimizer")
 ONLY: dict[tuple[str, ...], tuple[tuple[Any, ...], str]] = {
     (*_OPTIMIZER, "device"): (("none", "cpu"), "masters and moments on NVMe cannot be cut; use cpu"),
-    (*_OPTIMIZER, "ratio"): ((1,), "a part of it would need a second optimizer; offload all of it"),
-    (*_OPTIMIZER, "super_offload"): ((False,), "SuperOffload has its own optimizer, whose state is not resharded"),
+    (*_OPTIMIZER, "ratio"): ((1,), "partial offload would need a second optimizer; offload all of it"),
+    (*_OPTIMIZER, "super_offload"): ((False,), "SuperOffload has its own optimizer, whose state cannot be resharded"),
     ("zero_optimization", "offload_param", "device"): (("none", "cpu"), "weights on NVMe cannot be cut; use cpu"),
 }
-# Settings that need all weights in one dtype. DeepSpeed takes either name.
+# Settings that need all weights in one dtype. DeepSpeed accepts either name.
 ONE_DTYPE = (
     ("zero_optimization", "stage3_use_all_reduce_for_fetch_params"),
     ("zero_optimization", "use_all_reduce_for_fetch_params"),
@@ -72,7 +72,7 @@ SECTIONS = {
     "fp16": DeepSpeedFP16Config,
     "timers.throughput": DeepSpeedThroughputTimerConfig,
 }
-# Defaults of DeepSpeed that change nothing.
+# Values that change nothing.
 NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 
 
@@ -99,8 +99,8 @@ def resolve_ds_config(
         ranks_per_node: None if all ranks are on one node.
 
     Raises:
-        UserError: it is not ZeRO-3, a setting does not work with a cut, a value contradicts the run config, an "auto"
-            is not owned by it, or DeepSpeed does not know a key or value.
+        UserError: it is not ZeRO-3, a setting does not allow a cut, a value contradicts the run config, the run config
+            has no value for an "auto", or DeepSpeed does not know a key or value.
     """
     resolved = read_json(Path(path), unique_keys=True)
     stored = FrozenStorage.from_config(model).stored(shape, DTYPES[model.dtype].itemsize)
@@ -111,11 +111,11 @@ def resolve_ds_config(
     for keys, value in owned.items():
         _fill(path, resolved, keys, value)
     zero = resolved["zero_optimization"]
-    if zero.get(HPZ) == "auto":  # needless on a single node
+    if zero.get(HPZ) == "auto":  # useless on a single node
         zero[HPZ] = ranks_per_node if ranks_per_node and ranks_per_node < world_size else 1
     leftover = _find_auto(resolved, ())
     if leftover:
-        raise UserError(f'{path}: {".".join(leftover)} is "auto" but the run config does not own it; give a value')
+        raise UserError(f'{path}: {".".join(leftover)} is "auto", but the run config has no value for it; give one')
     _validate(path, resolved)
     size = zero_settings(resolved).zero_hpz_partition_size
     if size < 1 or world_size % size:
@@ -138,10 +138,10 @@ def _owned_values(
         # With sums of LoRA gradients in bf16, scores would depend on the number of micro-batches and ranks.
         ("data_types", "grad_accum_dtype"): "fp32",
         ("communication_data_type",): "fp32",
-        # It waits for the device at every forward pass and update. metrics.jsonl has the speed.
+        # The timer waits for the device at every forward pass and update. metrics.jsonl has the speed.
         ("timers", "throughput", "enabled"): False,
-        ("zero_allow_untested_optimizer",): True,  # torch's AdamW is one
-        ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW also when the optimizer is offloaded
+        ("zero_allow_untested_optimizer",): True,  # DeepSpeed calls torch's AdamW untested
+        ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW, even if the optimizer is offloaded
         # Any LoRA gradient fits a bucket of one layer's LoRA. A larger bucket means fewer reduce-scatters.
         ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, lora_rank),
         # Two of the largest linears: the next weights arrive while the current ones are used.
@@ -172,7 +172,7 @@ def check_reshardable(where: str, raw: dict[str, Any], element_sizes: Collection
     _refuse(where, raw, REFUSED_KEYS)
     if len(element_sizes) > 1:
         sizes = " and ".join(map(str, sorted(element_sizes)))
-        reason = f"an all-reduce fetches weights in one buffer, but these have elements of {sizes} bytes"
+        reason = f"an all-reduce fetches weights in one buffer, but these weights have elements of {sizes} bytes"
         _refuse(where, raw, dict.fromkeys(ONE_DTYPE, reason))
 
 
@@ -190,7 +190,7 @@ def _check_known(path: str | Path, raw: dict[str, Any], owned: set[str]) -> None
     known = {*owned, *FLAGS, "steps_per_print"}
     for key, value in raw.items():
         if key not in known and (key,) not in REFUSED_KEYS | OWNED:
-            raise UserError(f"{path}: {key} is not a setting that a run takes; it takes {', '.join(sorted(known))}")
+            raise UserError(f"{path}: {key} is not a setting of a run; the settings are {', '.join(sorted(known))}")
         require(key not in FLAGS or isinstance(value, bool), f"{path}: {key} must be true or false, got {value!r}")
         if key == "steps_per_print" and value != "auto" and (type(value) is not int or value < 1):
             raise UserError(f"{path}: {key} must be a whole number above 0, got {value!r}")
@@ -202,7 +202,7 @@ def _fill(path: str | Path, resolved: dict[str, Any], keys: tuple[str, ...], val
         section = section.setdefault(key, {})
         require(isinstance(section, dict), f"{path}: {key} must be a section of keys, got {section!r}")
     in_json = section.get(keys[-1], "auto")
-    tunable = keys[0] in ("zero_optimization", "timers")  # they change speed, not results: the JSON may set them
+    tunable = keys[0] in ("zero_optimization", "timers")  # these change speed, not results, so the JSON may set them
     if in_json == "auto":
         section[keys[-1]] = value
     elif in_json != value and not tunable:

@@ -1,4 +1,4 @@
-"""Starts DeepSpeed: the process group, then a model that is born sharded in a ZeRO-3 engine."""
+"""Starts DeepSpeed: the process group, then a ZeRO-3 engine with a model that is built sharded."""
 
 import logging
 import math
@@ -44,7 +44,7 @@ def quiet_deepspeed() -> None:
 
 
 def start_ranks() -> Communicator:
-    """Joins the process group that the launcher described in the environment. Without a launcher it has one rank.
+    """Joins the process group of the launcher's environment. Without a launcher it has one rank.
 
     Raises:
         UserError: the ranks cannot meet, the environment describes no rank, or this rank does not see its device.
@@ -58,8 +58,8 @@ def start_ranks() -> Communicator:
     if not is_cpu():
         check_local_rank(os.environ, accelerator().device_count())
         accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    # Keeps CPU ranks from compiling DeepSpeed's shared-memory all-reduce, which only its inference uses: half a minute,
-    # a compiler and 70 MB of /dev/shm per rank. Killed midway, it would leave a lock that blocks every later start.
+    # Keeps CPU ranks from compiling DeepSpeed's shared-memory all-reduce, which only inference uses. It takes half a
+    # minute, a compiler and 70 MB of /dev/shm per rank, and leaves a lock that blocks later starts if it is killed.
     deepspeed.ops.__dict__["__compatible_ops__"] = defaultdict(bool)
     backend = accelerator().communication_backend_name()
     # DeepSpeed makes more groups, for example for hpZ, without a timeout. They get torch's default.
@@ -70,7 +70,7 @@ def start_ranks() -> Communicator:
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     except torch.distributed.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        hint = "if another run uses that port, give the launcher a --master_port"
+        hint = "if another run uses that port, give the launcher another --master_port"
         raise UserError(f"the ranks cannot meet at {where} ({hint}): {str(error).splitlines()[0]}") from None
     comm = Communicator()
     comm.warm_up()
@@ -94,7 +94,7 @@ def learning_rate_factor(config: TrainConfig, cycles: Sequence[int], step: int) 
     """Returns the schedule's factor on the learning rate at a 0-based step.
 
     It warms up linearly, then stays, or falls to zero linearly or as a cosine. Each of the `cycles`, in steps, has its
-    own schedule. Those after the first have no warm-up, because Adam's moments exist already.
+    own schedule. Only the first has a warm-up, because Adam's moments exist later.
     """
     steps, *others = cycles
     if others and step >= steps:
@@ -156,7 +156,7 @@ def build_inference_engine(
 
 def _gather_as_one(model: nn.Module, shape: ModelShape) -> None:
     for module in chain.from_iterable(leaf_modules(layer, shape) for layer in decoder_layers(model)):
-        set_z3_leaf_module(module, True)  # ZeRO-3's hooks run once for it, not at every module inside
+        set_z3_leaf_module(module, True)  # ZeRO-3's hooks then run once, not at every module inside
 
 
 def _sharded_base(
@@ -166,6 +166,6 @@ def _sharded_base(
     model: Any = build_for_losses(pretrained, attn_implementation)
     if not head:
         model.lm_head = None
-    # A single rank may find a weight that int8 cannot hold.
+    # One rank alone may find a weight that int8 cannot hold.
     comm.all_or_raise(lambda: shard_at_birth(model, pretrained.weights.read_stored, ds_config, DTYPES[dtype], comm))
     return model

@@ -1,4 +1,4 @@
-"""What the pruner needs of an engine that another trainer has built, and of its PEFT model before that."""
+"""Connects the pruner with the engine of another trainer, and with its PEFT model before there is an engine."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ from loraprune_ds.zero.params import ReadFlat, overwrite_shard, pad
 from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
 
-ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # state with a shape: exp_avg and exp_avg_sq alone
+ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # their only state with a shape is exp_avg and exp_avg_sq
 
 
 def find_zero_optimizer(optimizer: Any) -> DeepSpeedZeroOptimizer_Stage3:
@@ -36,7 +36,7 @@ def find_zero_optimizer(optimizer: Any) -> DeepSpeedZeroOptimizer_Stage3:
 
 
 def share_model(module: nn.Module, zero: DeepSpeedZeroOptimizer_Stage3, shape: ModelShape) -> ShardedModel:
-    """Makes the model that the pruner cuts while another trainer trains it. Raises UserError if it cannot be cut."""
+    """Wraps a model that another trainer trains, for the pruner. Raises UserError if it cannot be cut."""
     check_private_attributes()
     inner = zero.optimizer
     if type(inner).__name__ not in ADAM or any(group.get("amsgrad") for group in inner.param_groups):
@@ -49,7 +49,7 @@ def share_model(module: nn.Module, zero: DeepSpeedZeroOptimizer_Stage3, shape: M
 
 
 def reduced_dtypes(zero: DeepSpeedZeroOptimizer_Stage3) -> set[torch.dtype]:
-    """Returns the dtypes in which gradients travel between the ranks and add up over micro-batches."""
+    """Returns the dtypes in which gradients are sent between ranks and accumulated over micro-batches."""
     return {zero.communication_data_type, zero.gradient_accumulation_dtype}
 
 
@@ -59,7 +59,7 @@ def gradient_norm(zero: DeepSpeedZeroOptimizer_Stage3) -> float:
 
 
 def before_each_update(zero: DeepSpeedZeroOptimizer_Stage3, action: Callable[[], None]) -> Callable[[], None]:
-    """Runs `action` right before each update, where gradients are averaged and not yet clipped. Returns an undo."""
+    """Runs `action` right before each update, on averaged gradients before clipping. Returns an undo."""
     step = zero.step
 
     def act_and_step(*args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ def before_each_update(zero: DeepSpeedZeroOptimizer_Stage3, action: Callable[[],
 
 @torch.no_grad()
 def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKeep]) -> None:
-    """Cuts a PEFT model before an engine has taken it. Its base may be sharded from birth. Collective."""
+    """Cuts a PEFT model before an engine wraps it. Its base may already be sharded. Collective."""
     comm = Communicator()
     for index, (layer, layer_keep) in enumerate(zip(decoder_layers(module), keep, strict=True)):
         cuts = parameter_cuts(layer, shape, index, layer_keep, comm)
@@ -86,7 +86,7 @@ def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKee
 
 @torch.no_grad()
 def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat) -> None:
-    """Reads the frozen weights of all decoder layers' linears again, before an engine has taken the PEFT model."""
+    """Reads the frozen weights of all decoder layers' linears again, before an engine wraps the PEFT model."""
     comm = Communicator()
     for index, layer in enumerate(decoder_layers(module)):
         for linear in shape.linears(index):

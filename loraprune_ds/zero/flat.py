@@ -60,7 +60,7 @@ def overlap(start_a: Tensor, end_a: Tensor, start_b: Tensor, end_b: Tensor) -> T
 class AxisCut:
     """A cut along one axis. `keep` lists the rows (axis 0) or columns (axis 1) that stay: (kept,) int64, ascending."""
 
-    shape: tuple[int, ...]  # before the cut. With axis 0 any dimensions after it count as one
+    shape: tuple[int, ...]  # before the cut. With axis 0 all later dimensions count as one
     axis: int
     keep: Tensor
 
@@ -97,9 +97,9 @@ class AxisCut:
 
 
 class ReshardPlan:
-    """Holds how many elements one rank sends to and receives from each rank in a cut, itself included, in rank order.
+    """Holds the elements that one rank sends to and receives from each rank in a cut, itself included, in rank order.
 
-    Ranks that get nothing are left out. Tensors with the same cut share a plan.
+    Ranks without elements are left out. Tensors with the same cut share a plan.
     """
 
     def __init__(self, cut: AxisCut, world_size: int, rank: int) -> None:

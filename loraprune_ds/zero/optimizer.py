@@ -1,4 +1,4 @@
-"""The optimizer state of LoRA: fp32 masters, Adam moments and averaged gradients as flat shards. fp16's overflow."""
+"""The optimizer state of LoRA: fp32 masters, Adam moments and averaged gradients as flat shards; fp16's overflow."""
 
 import copy
 import math
@@ -25,7 +25,7 @@ class OptimizerState:
         self.parameters = parameters
 
     def keys(self) -> tuple[str, ...]:
-        """Names the tensors that travel with a parameter's own shard. Adam creates the moments at its first step."""
+        """Names the tensors that are cut along with a parameter. Adam creates the moments at its first step."""
         return ("master", *MOMENTS) if self.zero.optimizer.state else ("master",)
 
     def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
@@ -35,19 +35,19 @@ class OptimizerState:
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """Returns this rank's (padded) shard of the averaged gradient, between the last backward and the update."""
-        # DeepSpeed's public call waits for the device at each parameter. The end of a backward has already waited.
+        # DeepSpeed's public call waits for the device at each parameter, although the end of a backward has waited.
         shards = self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         return shards[cast(Any, parameter).ds_id].float()
 
     @torch.no_grad()
     def rebuild(self) -> None:
-        """Lays out flat buffers for the current shapes. Fills them with the carried state. Collective."""
+        """Lays out flat buffers for the current shapes, and fills them with the carried state. Collective."""
         zero, keys = self.zero, self.keys()
         old_flats = [{key: self._flat(i, key) for key in keys} for i in range(len(zero.fp32_partitioned_groups_flat))]
         old_slots = [self._slot(p) for p in self.parameters]
         states = list(zero.optimizer.state.values())
         for bucket in zero.ipg_buckets.values():
-            bucket.buffer = None  # it keeps its size. Two of them could outweigh everything else in a cut
+            bucket.buffer = None  # the new one has the same size, and two could outweigh the rest of a cut
         for name in private.FLAT_LISTS:
             getattr(zero, name).clear()
         zero.sub_group_to_group_id = {}
@@ -66,7 +66,7 @@ class OptimizerState:
                 new.copy_(old_flats[group][key].narrow(0, offset, new.numel()))
 
     def create_moments(self, others: dict[str, Any]) -> None:
-        """Creates zero moments for every flat buffer, and a copy of `others`, where most Adams count their updates."""
+        """Creates zero moments for every flat buffer, and a copy of `others`, such as the counts of updates."""
         for flat in self.zero.fp32_partitioned_groups_flat:
             moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
             self.zero.optimizer.state[flat] = copy.deepcopy(others) | moments
@@ -91,14 +91,14 @@ def first_nonfinite(layers: list[list[Tensor]]) -> int | None:
 
 
 def decide(bad_layers: list[int | None], losses: list[float], *, dtype: Dtype, step: int) -> Literal["update", "skip"]:
-    """Decides whether a step's gradients can be scored and applied. fp16 skips a step whose gradients overflowed.
+    """Decides whether a step's gradients can be scored and applied. fp16 skips a step with overflowed gradients.
 
     Args:
         bad_layers: per rank, the first layer with a non-finite LoRA gradient, or with a non-finite weight if the loss
             is not finite.
 
     Raises:
-        RunError: a loss is not finite, or a gradient in a dtype without a loss scale.
+        RunError: a loss is not finite, or a gradient is not finite in a dtype without a loss scale.
     """
     if lost := [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]:
         weights = [layer for rank in lost if (layer := bad_layers[rank]) is not None]

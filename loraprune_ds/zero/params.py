@@ -1,4 +1,4 @@
-"""Parameters that are born sharded, and how a live one gets a smaller shard."""
+"""Builds parameters sharded, and gives live ones smaller shards."""
 
 import math
 from collections.abc import Callable
@@ -23,18 +23,18 @@ ReadFlat = Callable[[str, int, int, torch.dtype], Tensor]
 def shard_at_birth(
     model: nn.Module, read_flat: ReadFlat, ds_config: dict[str, Any], dtype: torch.dtype, comm: Communicator
 ) -> None:
-    """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads only the shards that it owns from disk.
+    """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads only its own shards from disk.
 
-    Tied parameters stay one parameter. Buffers go to the device: DeepSpeed leaves them on the host, and each forward
-    pass would wait for a copy.
+    Tied parameters stay one parameter. Buffers go to the device, because DeepSpeed leaves them on the host, and each
+    forward pass would wait for a copy.
 
     Args:
         read_flat: (name, start, end, dtype) -> the flat elements [start, end) of a tensor on disk.
     """
-    # With hpZ the first Init makes the group of a node, which belongs to the process. A second one must reuse it.
+    # With hpZ the first Init makes the group of a node, which lasts for the process. A second Init must reuse it.
     node_group = groups._get_zero_param_intra_parallel_group()
     init = Init(config_dict_or_path=ds_config, enabled=True, zero_param_parallel_group=node_group)
-    with init:  # from now on autograd keeps no view of a gathered weight until its backward
+    with init:  # from now on autograd keeps no view of a gathered weight
         pass
     sharded: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
@@ -70,7 +70,7 @@ def pad(shard: Tensor, numel: int, world_size: int) -> Tensor:
 def install_shard(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> None:
     """Replaces this rank's shard by a new, padded one on the same device. The parameter now has `shape`.
 
-    No module may be using the parameter, and it must not be gathered.
+    The parameter must not be gathered or in use by a module.
     """
     old: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
     if old.is_pinned():
@@ -114,7 +114,7 @@ def overwrite_shard(parameter: nn.Parameter, shard: Tensor) -> None:
     """Copies new values into this rank's (padded) shard."""
     state: Any = parameter
     state.ds_tensor.copy_(shard)
-    state.ds_secondary_tensor = None  # hpZ's copy has the old values. The next gather makes a new one
+    state.ds_secondary_tensor = None  # hpZ's copy has the old values. The next gather makes a new copy
 
 
 def owned_flat(parameter: Tensor, world_size: int, rank: int) -> tuple[Tensor, int]:
@@ -130,7 +130,7 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 
 
 class ScalePlan:
-    """Says which scales of an int8 weight each rank needs to read its shard, and which ranks have them."""
+    """Holds which scales of an int8 weight each rank needs to read its shard, and which ranks have them."""
 
     def __init__(self, int8: Int8, shape: Matrix, world_size: int) -> None:
         rows, columns = int8.scale_shape(shape)

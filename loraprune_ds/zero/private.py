@@ -1,7 +1,7 @@
-"""The list of DeepSpeed internals that a cut relies on. A start checks it.
+"""The list of DeepSpeed internals that a cut relies on. Every start checks it.
 
-DeepSpeed has no public call that changes the shape of a sharded parameter. All code of this package that touches
-private state uses only these names. A DeepSpeed that lacks one is refused before any work starts.
+DeepSpeed has no public call that changes the shape of a sharded parameter. This package uses no other private names. A
+DeepSpeed that lacks one is refused before any work starts.
 
 Four more names are only written, and cannot be checked: a parameter's `ds_numel_aligned`, a shard's `status` and
 `final_location` (params.py), and `deepspeed.ops.__compatible_ops__` (engine.py).
@@ -115,6 +115,6 @@ def check_private_attributes() -> None:
         missing += [f"{holder}.{name}" for name in names if name not in assigned]
     if missing:
         raise UserError(
-            f"deepspeed {deepspeed.__version__} lacks what in-place pruning relies on ({', '.join(missing)}); "
+            f"deepspeed {deepspeed.__version__} lacks names that in-place pruning needs ({', '.join(missing)}); "
             "install a version that pyproject.toml allows"
         )

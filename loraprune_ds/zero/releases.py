@@ -1,9 +1,9 @@
-"""Decides which weights ZeRO-3 frees after a module: the same ones as DeepSpeed, but from a list of uses.
+"""Decides which weights ZeRO-3 frees after a module, like DeepSpeed, but from a list of uses.
 
 A weight stays if the recorded pass uses it again within `stage3_max_reuse_distance` elements. DeepSpeed walks over the
-rest of the record for every decision: with 30 layers the second step of a run took half a minute. One difference: for a
-module that is gathered as one, DeepSpeed looks for uses inside every module on the way. Here a module uses the
-parameters that are gathered for it.
+rest of the record for every decision, so the second step of a run with 30 layers took half a minute. One difference:
+DeepSpeed looks for uses inside every module of one that is gathered as one. Here a module uses the parameters that are
+gathered for it.
 """
 
 from bisect import bisect_left
@@ -16,7 +16,7 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import z3_leaf_module
 from torch import nn
 
-iter_params: Any = partitioned_param_coordinator.iter_params  # its parameters have attributes that torch's lack
+iter_params: Any = partitioned_param_coordinator.iter_params  # DeepSpeed's parameters have attributes that torch's lack
 LISTED = "_loraprune_listed"
 
 
@@ -52,7 +52,7 @@ class Releases:
 
 
 def fetched_by(module: nn.Module) -> Iterator[Any]:
-    """Yields the parameters that are gathered for a module: its own, or all inside it if it is gathered as one."""
+    """Yields the parameters that are gathered for a module: its own, or all inside if it is gathered as one."""
     return listed_once(module, z3_leaf_module(module))
 
 
@@ -82,7 +82,7 @@ class _Uses:
             self._before.append(self._before[-1] + numel)
 
     def come_within(self, reach: int, parameter_id: int, step: int) -> bool:
-        """Whether a module from position `step` on uses the parameter, less than `reach` elements away."""
+        """Returns True if a module from position `step` on uses the parameter, less than `reach` elements away."""
         positions = self._positions[parameter_id]
         later = bisect_left(positions, step)
         return later < len(positions) and self._before[positions[later]] - self._before[step] < reach

@@ -1,4 +1,4 @@
-"""The model under pruning as ZeRO-3 holds it. Every rank has a shard of every tensor, and cuts it in place."""
+"""The ZeRO-3 model under pruning. Every rank has a shard of every tensor, and cuts it in place."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ class ShardedModel:
 
     pruning/prunable_model.py documents the methods of the protocol `PrunableModel`.
 
-    Under CPU offload the shards and the optimizer state lie on the host. Scoring and cutting copy them to the device
+    Under CPU offload the shards and the optimizer state are on the host. Scoring and cutting copy them to the device
     and back.
 
     Args:
@@ -56,8 +56,7 @@ class ShardedModel:
     @torch.no_grad()
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         """Gathers masters and averaged gradients of A and B on every rank, several layers by one all-gather."""
-        # ZeRO-3 has reduce-scattered the gradients at the accumulation boundary. fp16 ones are divided by the loss
-        # scale.
+        # ZeRO-3 has reduce-scattered the gradients at the accumulation boundary. fp16 gradients are unscaled here.
         parameters = self._all_lora_parameters()
         sizes = [2 * sum(math.prod(full_shape(p)) for p in layer) for layer in parameters]
         for layers in gather_rounds(sizes, GATHERED_NUMEL):
@@ -108,13 +107,13 @@ class ShardedModel:
     def cut(self, keep: list[LayerKeep]) -> int:
         """Cuts one decoder layer at a time, then rebuilds the optimizer's flat buffers.
 
-        No loss graph may be alive: autograd remembers the old shapes.
+        No loss graph may be alive, because autograd keeps the old shapes.
         """
         before = self.comm.bytes_sent
         self._empty_partition_cache()
         for i, layer_keep in enumerate(keep):
             cut_layer(self.layers[i], self.shape, i, layer_keep, self.optimizer_state, self.comm)
-            empty_host_cache()  # offloaded weights would grow otherwise: no later shard has one of the old sizes
+            empty_host_cache()  # no later shard has an old size, so pinned blocks would accumulate
             fail_point("cut.layer")
         self.shape = self.shape.after(keep)
         self.optimizer_state.rebuild()
@@ -131,7 +130,7 @@ class ShardedModel:
     # Training
 
     def gradient_sum(self) -> Tensor:
-        """Returns the sum of this rank's shards of averaged LoRA gradients. It is not finite if one of them is not."""
+        """Returns the sum of this rank's shards of averaged LoRA gradients. It is finite if all of them are."""
         return self.zero_optimizer.grad_partitions_flat_buffer.sum()
 
     def nonfinite_layer(self) -> int | None:
@@ -147,7 +146,7 @@ class ShardedModel:
         return next((i for layer in shards for i, shard in layer if not torch.isfinite(shard).all()), None)
 
     def forget_trace(self) -> None:
-        """Makes ZeRO-3 record the order of the modules again, which it prefetches by."""
+        """Makes ZeRO-3 record the order of modules again, by which it prefetches."""
         coordinator = self.zero_optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
@@ -170,9 +169,9 @@ class ShardedModel:
         return [part.reshape(-1)[: m * n].view(m, n) for part, (m, n) in zip(parts, shapes, strict=True)]
 
     def _refresh_zero(self) -> None:
-        """Updates the rest of DeepSpeed's state that depends on sizes. Its record of the modules' order stays valid."""
+        """Updates the rest of DeepSpeed's state that depends on sizes. The record of the module order stays valid."""
         offload = self.zero_optimizer.parameter_offload
-        for parameter in self.module.parameters():  # weights that a cut made small may take the place of others
+        for parameter in self.module.parameters():  # smaller weights may replace others among the persistent ones
             cast(Any, parameter).ds_persist = False
         persistent = offload.mark_persistent_parameters(
             offload.param_numel_persistence_threshold, offload.model_persistence_threshold

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine as our own training loop needs it, and the training state that a checkpoint keeps."""
+"""DeepSpeed's engine for our own training loop, and the training state of a checkpoint."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,12 +33,12 @@ class TrainingEngine:
         return self.deepspeed(**inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of a micro-batch, averaged over the ranks. `loss` is its share of the step's loss."""
+        """Adds the gradients of a micro-batch, averaged over the ranks. `loss`: its share of the step's loss."""
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def end_micro_batch(self) -> None:
-        """Counts a micro-batch. Call it after every one of a step except the last."""
-        self.deepspeed.step()  # not a boundary: only counts
+        """Counts a micro-batch. Call it after every micro-batch of a step except the last."""
+        self.deepspeed.step()  # only counts, because this is not a boundary
 
     def update(self, *, skipped: bool) -> float | None:
         """Makes the update, unless fp16 has `skipped` it. Returns the gradient norm before clipping, or None."""
@@ -49,8 +49,8 @@ class TrainingEngine:
 
     def infer(self, **inputs: Any) -> Any:
         """Makes one forward pass in evaluation mode. It does not change what training gathers."""
-        # DeepSpeed caches which weights to free after which module. With the choices of an evaluation every later step
-        # would gather weights twice. While a pass is recorded, nothing is cached.
+        # DeepSpeed caches which weights to free after which module. After an evaluation its decisions would make
+        # every later step gather weights twice. DeepSpeed caches nothing while it records a pass.
         self.model.forget_trace()
         self.deepspeed.eval()
         with torch.no_grad():
@@ -65,7 +65,7 @@ class TrainingEngine:
 
 
 def optimizer_step(engine: Any, *, skipped: bool) -> None:
-    """Makes the update and sets the next learning rate. The schedule counts skipped steps too, DeepSpeed does not."""
+    """Makes the update and sets the next learning rate. The schedule counts skipped steps, DeepSpeed does not."""
     engine.step()
     if skipped:
         engine.lr_scheduler.step()
@@ -73,13 +73,13 @@ def optimizer_step(engine: Any, *, skipped: bool) -> None:
 
 def release(engine: Any) -> None:
     """Frees the weights and the optimizer's state. The engine cannot be used afterwards."""
-    # Dropping the engine frees nothing, because DeepSpeed keeps references: a list of the process and a cache of a
-    # class hold every module that ran, and every parameter holds the optimizer.
+    # Dropping the engine frees nothing: a global list and a class's cache in DeepSpeed hold every module that ran, and
+    # every parameter holds the optimizer.
     engine.empty_partition_cache()
     engine.destroy()  # removes the hooks and waits for the device
     free_shards(engine.module)
     zero = engine.optimizer
-    if inner := vars(zero).get("optimizer"):  # missing in an engine that only evaluates
+    if inner := vars(zero).get("optimizer"):  # an engine for inference has none
         inner.state.clear()
     vars(zero).clear()  # masters, gradients, buckets and flat copies, under any name
     accelerator().empty_cache()
@@ -100,7 +100,7 @@ def collect_lora_state(model: ShardedModel, layer: int, owner: int) -> dict[str,
 
 @torch.no_grad()
 def restore_lora_state(model: ShardedModel, read: ReadState, adam_step: int) -> None:
-    """Reads this rank's shards of the state. The parameters' low-precision copies follow their masters."""
+    """Reads this rank's shards of the state. The low-precision parameters are set from their masters."""
     state = model.optimizer_state
     if adam_step:
         state.create_moments({"step": torch.tensor(float(adam_step))})

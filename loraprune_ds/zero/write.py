@@ -1,7 +1,7 @@
 """Writes a model from the ZeRO-3 ranks. No rank ever holds more than one layer, or the embedding and head.
 
-A layer is gathered linear by linear, and each is converted before the next one comes. In a round all owners write
-their weight files at the same time.
+A layer is gathered linear by linear, and each linear is converted before the next arrives. In a round all owners write
+their weight files in parallel.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class LocalWrites:
             self._error = error
 
     def do_on_rank_0(self, write: Callable[[], object]) -> None:
-        """Makes a write on rank 0 alone. Then raises as `agree`. Collective."""
+        """Makes a write on rank 0 alone. Then raises like `agree`. Collective."""
         if self._comm.rank == 0:
             self.do(write)
         self.agree()
@@ -79,7 +79,7 @@ def write_sharded_model(
 
     Args:
         trained: write the learned copies of PEFT's modules_to_save, not their initial values.
-        tower: belongs to the model and is copied.
+        tower: the tower of the model, to copy.
         export: without the copies of a bias that layers share. A checkpoint has them.
     """
     own = weight_file_count(len(model.shape.layers))
@@ -93,7 +93,7 @@ def write_sharded_model(
     for indices in owner_rounds(own, model.world_size):
         collected = {k: _file_tensors(model, k, DTYPES[dtype], tensors_of, trained) for k in indices}
         for k, tensors in collected.items():
-            if tensors:  # this rank's. The other owners write theirs at the same time
+            if tensors:  # this rank owns the file. Other owners write theirs in parallel
                 writes.do(lambda k=k, tensors=tensors: mine.update({k: write(k, tensors)}))
         del collected, tensors
     writes.agree()
@@ -110,7 +110,7 @@ def write_sharded_model(
 def _file_tensors(
     model: ShardedModel, k: int, dtype: torch.dtype, tensors_of: TensorsOf, trained: bool
 ) -> dict[str, Tensor]:
-    """Gathers file k on one rank: a layer, or at last embedding, norm and head. Empty elsewhere. Collective."""
+    """Gathers file k on one rank: a layer, or embedding, norm and head. Empty elsewhere. Collective."""
     shape, owner, keep_fp32, tensors = model.shape, model.owner(k), model.shape.keep_fp32, dict[str, Tensor]()
     if k < len(shape.layers):
         parent, prefix = model.layers[k], shape.prefix(k)
@@ -134,7 +134,7 @@ def frozen_tensors(linear: CollectedLinear) -> dict[str, Tensor]:
 
 
 def merged_tensors(linear: CollectedLinear, dtype: Dtype) -> dict[str, Tensor]:
-    """Merges a linear that was collected from the ranks."""
+    """Merges LoRA into a collected linear."""
     target = DTYPES[dtype]
     weight = merge_lora(linear.weight, linear.lora_A, linear.lora_B, linear.scaling, target)
     return {"weight": weight} | ({} if linear.bias is None else {"bias": linear.bias.to(target)})

@@ -82,7 +82,7 @@ def random_config(draw: random.Random, ranking: Ranking, shape: ModelShape) -> P
 
 def largest_ratio(config: PruneConfig, shape: ModelShape) -> float:
     """The one that the error of an unreachable ratio states."""
-    stated = re.search(r"out of reach.* at most ([\d.e-]+) can go$", refused(make_limits, config, shape))
+    stated = re.search(r"out of reach.* at most ([\d.e-]+) can leave$", refused(make_limits, config, shape))
     assert stated
     return float(stated[1])
 

@@ -16,7 +16,7 @@ from tests.refusals import refused
 
 def refusal() -> str:
     message = refused(check_private_attributes)
-    assert message.startswith(f"deepspeed {deepspeed.__version__} lacks what in-place pruning relies on (")
+    assert message.startswith(f"deepspeed {deepspeed.__version__} lacks names that in-place pruning needs (")
     return message.split("(", 1)[1].rsplit(")", 1)[0]
 
 
