@@ -1,1 +1,1 @@
-"""What a run resumes from: layout, writing, reading."""
+"""Checkpoints: layout, writing, reading."""

@@ -1,4 +1,4 @@
-"""The files of a run's folder: their names, and the contents of status.json, state.json and manifest.json."""
+"""The files in a run's folder: their names, and the contents of status.json, state.json and manifest.json."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import flush, read_json, write_json
 
-# Of everything that a run or a callback resumes from. A change that older folders lack raises it.
+# The format of all that a run or a callback resumes from. A change that old folders lack increases it.
 FORMAT = 5
 READERS = dict.fromkeys("1234", "3c6d113b") | {"5": "b3c6aacb"}  # the last commit that reads a format
 
@@ -24,7 +24,7 @@ REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.jsonl"
 KEPT_GROUPS_FILE = "kept_groups.json"
 KEPT_GROUPS_PICTURE = "kept_groups.png"
-SHELF_PICTURE = "shelf.png"  # of a run with several sizes
+SHELF_PICTURE = "shelf.png"  # only with several sizes
 TRAINING_PICTURE = "training.png"
 EVALUATION_FILE = "evaluation.json"  # of `evaluate.after`, as `launch/evaluate.py --json` prints it
 ANSWERS_PAGE = "answers.html"
@@ -41,7 +41,7 @@ STATUS_TYPES = {"step": int, "steps": int, "error": str | None, "updated": str, 
 
 
 class CheckpointMismatch(UserError):
-    """An undamaged checkpoint that this start cannot use, and that a run from step 0 would remove at its first save."""
+    """An undamaged checkpoint that this start cannot use. A run from step 0 would remove it at its first save."""
 
 
 def check_format(version: object, path: Path) -> None:
@@ -50,7 +50,7 @@ def check_format(version: object, path: Path) -> None:
 
 
 def recorded_config(raw: dict[str, Any], path: Path) -> RunConfig:
-    """Reads the config in `path`. Raises CheckpointMismatch if another version wrote it, with other settings."""
+    """Reads the config in `path`. Raises CheckpointMismatch if another version with other settings wrote it."""
     try:
         return config_from_dict(raw)
     except UserError as error:
@@ -63,7 +63,7 @@ def _reader(version: object) -> str:
 
 
 def export_folder(sizes: Mapping[int, str], step: int) -> str:
-    """Names the folder of the model that a run exports after a step. `sizes`: the last step of each, with its name."""
+    """Names the folder of the model that a run exports after a step. `sizes`: last step -> name."""
     return MODEL_FOLDER if step == max(sizes) else f"{MODEL_FOLDER}-{sizes[step].replace(' ', '')}"
 
 
@@ -129,10 +129,10 @@ def describe_method(report: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class ShapeSource:
-    """Names the folder of the frozen weights: `shape-K` next to the steps, or the source, of which slices are read."""
+    """Names the folder of the frozen weights: `shape-K` next to the steps, or the source, to read slices from."""
 
     folder: str  # the name of the shape folder, or the path of the source
-    digest: str  # of the shape's manifest, or `load.source_digest`
+    digest: str  # digest of the manifest, or `load.source_digest`
     is_source: bool
 
 
@@ -152,13 +152,13 @@ class RunState:
     adam_step: int  # updates of Adam, fewer than `step` if fp16 steps were skipped
     schedule: dict[str, Any]  # state of the learning-rate schedule
     loss_scale: dict[str, Any]  # state of fp16's loss scaler, otherwise empty
-    kept: list[list[list[int]]]  # by layer and kind, as indices into the dense model
-    updates_since_cut: int  # of the scores
-    cuts: int  # made so far, the number of the shape
+    kept: list[list[list[int]]]  # kept groups by layer and kind, as indices into the dense model
+    updates_since_cut: int  # updates of the scores
+    cuts: int  # cuts so far, which is also the number of the shape
     shape: ShapeSource
     resumed_from: list[int]  # steps of earlier resumes
     config: dict[str, Any]
-    moment_tokens: float = 0.0  # the tokens that the input moments are sums over
+    moment_tokens: float = 0.0  # the number of tokens in the sums of the input moments
     format: int = field(default=FORMAT)
 
 
@@ -214,7 +214,7 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
-    """Checks every `parts`-th file of a folder against its manifest, so that ranks can share the reading."""
+    """Checks every `parts`-th file of a folder against its manifest, so ranks can share the reading."""
     try:
         entries = json.loads((folder / MANIFEST).read_text())["files"]
         files = sorted((name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items())

@@ -1,4 +1,4 @@
-"""Finds the newest good checkpoint and reads its parts. Damaged ones are named and passed over."""
+"""Finds the newest undamaged checkpoint and reads its parts. Damaged checkpoints are reported and skipped."""
 
 import hashlib
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.step import PrunerState
 
-if TYPE_CHECKING:  # one process can read a checkpoint without DeepSpeed
+if TYPE_CHECKING:  # a single process reads a checkpoint without DeepSpeed
     from loraprune_ds.zero.comm import Communicator
 
 
@@ -36,11 +36,11 @@ class TrainingCheckpoint:
 
     @cached_property
     def config(self) -> RunConfig:
-        """The settings of the run that wrote it."""
+        """The settings of the run that wrote the checkpoint."""
         return recorded_config(self.state.config, self.folder / layout.STATE_FILE)
 
     def shape_folder(self) -> Path:
-        """Returns the folder of its frozen weights. A source that has moved is found at `model.path`."""
+        """Returns the folder of the frozen weights. A moved source is found at `model.path`."""
         shape = self.state.shape
         if not shape.is_source:
             return self.folder.parent / shape.folder
@@ -48,7 +48,7 @@ class TrainingCheckpoint:
         return source if source.is_dir() else locate_model(self.config.model)
 
     def frozen_model(self, dense: PretrainedModel) -> PretrainedModel:
-        """Returns the model without LoRA, with the cuts of this checkpoint. `dense` is the one at `model.path`."""
+        """Returns the model without LoRA after the cuts of this checkpoint. `dense` is the model at `model.path`."""
         folder, keep = self.shape_folder(), keep_from_lists(self.state.kept, dense.shape.kinds)
         if not self.state.shape.is_source:
             return replace(dense, weights=open_stored(folder, dense.shape.after(keep), dense.weights.storage))
@@ -61,7 +61,7 @@ class TrainingCheckpoint:
         return PrunerState(keep_from_lists(state.kept, kinds), scores, state.updates_since_cut, state.moment_tokens)
 
     def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
-        """Reads the flat elements [start, end) of a layer's LoRA tensor, and only the rows that contain them."""
+        """Reads the flat elements [start, end) of a layer's LoRA tensor, from only the rows that contain them."""
         with safe_open(self.folder / layout.layer_file(layer), framework="pt") as file:
             view = file.get_slice(name)
             columns = view.get_shape()[1]
@@ -83,15 +83,15 @@ def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -
 
 
 def open_training_checkpoint(folder: Path, comm: "Communicator") -> TrainingCheckpoint:
-    """As `check_training_checkpoint`, with the reading shared by the ranks, which raise the same line. Collective."""
+    """Opens a checkpoint like `check_training_checkpoint`. Ranks share the reading and raise one error. Collective."""
     return comm.all_or_raise(lambda: check_training_checkpoint(folder, part=comm.rank, parts=comm.world_size))
 
 
 def check_training_checkpoint(folder: Path, *, part: int = 0, parts: int = 1) -> TrainingCheckpoint:
-    """Verifies one checkpoint and the frozen weights that it names, or the share of one of `parts` readers.
+    """Verifies one checkpoint and its frozen weights, or the share of one of `parts` readers.
 
     Raises:
-        UserError: something is missing or damaged, or as CheckpointMismatch, of another format or source model.
+        UserError: a file is missing or damaged. CheckpointMismatch: format or source model differ.
     """
     checkpoint = TrainingCheckpoint(folder, read_state(folder))
     layout.verify(folder, part=part, parts=parts)
@@ -102,7 +102,7 @@ def check_training_checkpoint(folder: Path, *, part: int = 0, parts: int = 1) ->
     shape_folder = checkpoint.shape_folder()
     manifest = shape_folder / layout.MANIFEST
     if not manifest.is_file() or layout.sha256(manifest) != shape.digest:
-        raise UserError(f"{shape_folder} is missing or is not the one that {folder} names")
+        raise UserError(f"{shape_folder} is missing or not the folder that {folder} names")
     layout.verify(shape_folder, part=part, parts=parts)
     return checkpoint
 
@@ -118,7 +118,7 @@ def _check_source(checkpoint: TrainingCheckpoint) -> None:
 
 
 def source_digest(pretrained: PretrainedModel) -> str:
-    """Identifies a source model by its config and its files' names, sizes and first MiB with the tensors' names."""
+    """Identifies a source model by its config, and by names, sizes and first MiB of its files."""
     digest = hashlib.sha256((pretrained.folder / "config.json").read_bytes())
     for path in sorted(set(pretrained.weights.files.values())):
         with path.open("rb") as file:
@@ -145,6 +145,6 @@ def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> list[LayerScores] | No
 
 
 def read_moments(folder: Path, layer: int) -> dict[str, Tensor]:
-    """Reads the input moments of a layer by linear, as sums over `moment_tokens`, if any were recorded."""
+    """Reads the input moments of a layer by linear, as sums over `moment_tokens`. Empty if none were recorded."""
     path = folder / layout.moments_file(layer)
     return load_file(path) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""Writes a checkpoint: the LoRA state layer by layer from all ranks, and the frozen weights if they changed."""
+"""Writes a checkpoint: the LoRA state from all ranks, layer by layer, and changed frozen weights."""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ from loraprune_ds.zero.write import LocalWrites, frozen_tensors, write_sharded_m
 
 
 class Staging:
-    """Builds one folder, which all ranks fill at the same time. Construction and `publish` are collective.
+    """Builds one folder that all ranks fill in parallel. Construction and `publish` are collective.
 
     Its files are removed if a `with` block fails.
     """
@@ -36,7 +36,7 @@ class Staging:
         self._comm, self._kind = comm, kind
         self._writes = LocalWrites(comm, self.folder)
         self._sealed: dict[str, dict[str, Any]] = {}
-        empty_cache()  # torch may have reserved the memory that NCCL needs for the gathers
+        empty_cache()  # torch may hold memory that NCCL needs for the gathers
         self._writes.do_on_rank_0(lambda: begin_folder(target, self._mark))
 
     def __enter__(self) -> "Staging":
@@ -49,7 +49,7 @@ class Staging:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Writes one file on this rank and seals it here, because only the writer's fsync surely flushes its cache."""
+        """Writes and seals one file on this rank, because only the writer's fsync surely flushes its cache."""
 
         def write_and_seal() -> None:
             write(self.folder / name)
@@ -98,7 +98,7 @@ def save_step(
         for layers in owner_rounds(len(model.layers), model.world_size):
             collected = {layer: collect_lora_state(model, layer, model.owner(layer)) for layer in layers}
             for layer, tensors in collected.items():
-                if tensors:  # on the owner. All owners of a round write at the same time
+                if tensors:  # on the owner. All owners of a round write in parallel
                     staging.write(layout.layer_file(layer), lambda path, lora=tensors: save_on_cpu(lora, path))
                     write_moments(staging, layer, {} if moments is None else moments.of_layer(layer))
             del collected, tensors
@@ -109,9 +109,9 @@ def save_step(
 
 
 def drop_old(root: Path, step: int, keep_last: int) -> None:
-    """Removes old steps, and shapes that no step names, after `step-{step}` was published. On rank 0 only.
+    """Removes old steps, and shapes that no step names, once `step-{step}` is published. On rank 0 only.
 
-    Steps above `step`, left by a start from an older checkpoint, and the remains of killed saves are removed as well.
+    Also removes steps above `step`, which a start from an older checkpoint leaves, and the remains of killed saves.
     """
     remove_leftovers(root)
     steps, shapes = layout.numbered(root, "step"), layout.numbered(root, "shape")
@@ -123,7 +123,7 @@ def drop_old(root: Path, step: int, keep_last: int) -> None:
     try:
         named = {read_state(layout.step_folder(root, number)).shape.folder for number in keep}
     except UserError:
-        return  # a damaged step may name any shape
+        return  # a damaged step could name any shape
     for number in shapes:
         if f"shape-{number}" not in named:
             remove_folder(root / f"shape-{number}")

@@ -227,14 +227,14 @@ FAMILIES: dict[str, Family] = {
 
 # Types that are asked for and have no row, and why.
 WITHOUT_ROW = {
-    "llama4": "its experts weigh their inputs, and run on every token",
+    "llama4": "its experts scale their inputs, and run on every token",
     "phi": "its head has a bias, which no loss here adds",
     "kimi_k2": "transformers has no class for it",
-    "kimi_linear": "its linear attention has a decay for each channel of a head, which the table has no groups for",
-    "nemotron_h": "PEFT refuses LoRA on its out_proj, and its files name layers otherwise than its class",
+    "kimi_linear": "its linear attention has a decay per channel of a head, for which the table has no groups",
+    "nemotron_h": "PEFT refuses LoRA on its out_proj, and its files name layers differently from its class",
     "t5gemma": "encoder and decoder have sizes of their own, and a stock class has one number for all their heads",
-    "bart": "its class takes hidden_size / heads for the width of a head",
-    "phimoe": "its router draws experts at random while it trains",
+    "bart": "its class takes hidden_size / heads as the width of a head",
+    "phimoe": "its router draws experts at random in training",
 }
 
 

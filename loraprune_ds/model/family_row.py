@@ -5,19 +5,18 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Kind = str
-# Rows of one group: head_dim times the query heads of a group, head_dim, the query heads of a group, 1 or hidden_size.
+# A width is a number of rows: "one" is 1, "hidden" hidden_size, "buckets" the distances of a relative position bias.
+# Per group of heads: head_dim · query heads; head_dim; query heads.
 OfHead = Literal["queries", "head", "query_count"]
-# With latent attention: the latent queries, the latent keys and values, and of a head its query, the key without rotary
-# embedding and the value, the value alone.
+# Latent attention: the latent queries; the latent keys and values; per head: query; non-rotary key plus value; value.
 OfLatent = Literal["query_rank", "key_value_rank", "query", "key_and_value", "value"]
 # An expert's channels, or the channels of its gate and up projections together.
 OfExpert = Literal["expert", "gate_up"]
-# Of a key head of a gated delta net: its key, its values, the number of these, and of both with the query and the gates
-# of the values the rows together, and the two numbers of each value. And the kernel of the convolution.
+# Per key head of a gated delta net: key; its values; number of values; query, key, values and their gates together; two
+# numbers per value. Then the kernel of the convolution.
 OfDelta = Literal["delta_key", "delta_values", "delta_count", "delta_all", "delta_numbers", "kernel"]
-# Of a bias of relative positions: the buckets of distances.
 Width = Literal[OfHead, OfLatent, OfExpert, OfDelta, "buckets", "queries_and_gates", "one", "hidden"]
-# The fields of config.json that count the groups of a kind, and what each counts of a group.
+# Kind -> the fields of config.json that count its groups, each with the unit that it counts per group.
 COUNT_FIELDS: dict[Kind, dict[str, Width]] = {
     "heads": {"num_key_value_heads": "one", "num_attention_heads": "query_count"},
     "channels": {"intermediate_size": "one"},
@@ -150,19 +149,19 @@ class Family:
     without_lora: tuple[str, ...] = ()  # matrices that stay, and that fused kernels read past LoRA
     counts: Mapping[Kind, str] = field(default_factory=dict[Kind, str])  # count fields that are not COUNT_FIELDS
     layer_lists: tuple[LayerList, ...] = (LayerList(),)  # an encoder's comes first
-    # Fields of config.json that its modules have otherwise in memory.
+    # Fields of config.json with other values in memory.
     in_memory: Mapping[str, Any] = field(default_factory=dict[str, Any])
     per_layer: str = "per_layer_config"  # the field of a pruned export with the sizes of each layer
-    # A kind, and another whose counts equal it in each layer of a stock class.
+    # A kind -> another kind with the same counts in each layer of a stock class.
     as_many: Mapping[Kind, Kind] = field(default_factory=dict[Kind, Kind])
     shared_bias: str | None = None  # a companion that files have once for all layers of an encoder or decoder
-    # Sizes that follow from fields of config.json, of which this gets transformers' object.
+    # Sizes that follow from other fields, as functions of transformers' object.
     widths: Mapping[Width, Callable[[Any], int]] = field(default_factory=dict[Width, Any])
-    # Names sizes in config.json that the class has from other fields.
+    # Adds sizes to config.json that the class takes from other fields.
     explicit: Callable[[dict[str, Any]], dict[str, Any]] = lambda config: config
-    # By transformers' object: the layers that have twice the channels that config.json says.
+    # transformers' object -> the layers with twice the channels of config.json.
     doubled: Callable[[Any], Iterable[int]] | None = None
-    # And a small model that has a layer: the layers to take, and fields of it.
+    # (transformers' object, layer) -> layers and config overrides for the smallest model that contains the layer.
     around: Callable[[Any, int], tuple[list[int], dict[str, Any]]] = lambda config, layer: ([layer], {})
     equal_layers: bool = False  # a modelling file cannot hold layers that differ
     vllm: Literal["auto", "transformers"] = "auto"  # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
@@ -171,7 +170,7 @@ class Family:
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of its groups, in the order of the forward: heads first.
 
-        The last is the finest. It makes up for what whole groups of the others cannot.
+        The last kind is the finest. It makes up for the rounding of the others.
         """
         return tuple(dict.fromkeys(linear.kind for linear in self.linears if linear.parts))
 

@@ -74,7 +74,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     except KeyError as error:
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{where}: config.json holds a size that is no number: {error}") from None
+        raise UserError(f"{where}: config.json holds a size that is not a number: {error}") from None
     if min(*depths, hidden, vocab_size, head_dim, *(n for queries, x in sizes for n in (queries, *x.values()))) < 1:
         raise UserError(f"{where}: config.json holds a size below 1")
     _check_heads(where, sizes, head_dim)
@@ -109,7 +109,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     for name in sorted(expected.keys() | parameters.keys()):
         if parameters.get(name) != expected.get(name):
             actual, explained = (list(some[name]) if name in some else "nothing" for some in (parameters, expected))
-            raise UserError(f"{where}: {name} has shape {actual}, where a {shape.model_type} layer has {explained}")
+            raise UserError(f"{where}: {name} has shape {actual}, but a {shape.model_type} layer has {explained}")
     return shape, modules
 
 
@@ -119,7 +119,7 @@ def check_depth(config: dict[str, Any], family: Family, names: Collection[str], 
         count = config.get(layers.count)
         if isinstance(count, int) and count > 0:
             last = f"{layers.path}.{count - 1}."
-            lacks = f"{where}: tensor {last}* is missing, and config.json says {layers.count} {count}"
+            lacks = f"{where}: tensor {last}* is missing, but config.json says {layers.count} {count}"
             require(any(name.startswith(last) for name in names), lacks)
 
 
@@ -130,11 +130,11 @@ def check_family(family: Family, source: dict[str, Any], where: str, dtype: str,
         UserError: it cannot. The line names `where`, the folder or hub id.
     """
     if packing and not family.packs:
-        raise UserError(f"data.packing is not supported for {where}: its class in transformers lets samples meet")
+        raise UserError(f"data.packing is not supported for {where}: its class in transformers mixes samples")
     if family.has_encoder and dtype == "float16":
         raise UserError(f"model.dtype float16 is not supported for {where}: its hidden states overflow; use bfloat16")
     if family.mixture and source.get("router_jitter_noise"):
-        raise UserError(f"{where}: config.json has router_jitter_noise, which each rank would draw anew; set it to 0")
+        raise UserError(f"{where}: config.json has router_jitter_noise, which differs on each rank; set it to 0")
 
 
 def _inside(parameters: Sizes, prefix: str) -> Sizes:
@@ -147,7 +147,7 @@ def read_family(config: dict[str, Any], where: str) -> Family:
         config.get("model_type"), where, f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
     )
     if "EncoderModel" in str(config.get("architectures")):
-        raise UserError(f"{where}: config.json names an encoder without its decoder, and only both can be tuned")
+        raise UserError(f"{where}: config.json names an encoder without its decoder; only both together can be tuned")
     refused = {field for field, width in NEEDED_WIDTHS.items() if width not in family.widths}
     refused |= EXPERT_FIELDS if family.mixture is None else set()
     if field := next((key for key in refused if config.get(key)), None):
@@ -160,7 +160,7 @@ def _layers(where: str, sizes: list[LayerShape], inside: list[Sizes], family: Fa
     own = [{x.kind for x in family.linears if f"{x.name}.weight" in names} for names in inside]
     kinds = [kind for kind in sizes[0] if any(kind in of_layer for of_layer in own)]
     if family.mixture and not family.mixture.optional and "experts" not in kinds:
-        raise UserError(f"{where}: no layer has experts; such a model is saved as one of a dense family")
+        raise UserError(f"{where}: no layer has experts; save the model as one of a dense family")
     return tuple(
         LayerShape((kind, layer[kind] if kind in of_layer else 0) for kind in kinds)
         for layer, of_layer in zip(sizes, own, strict=True)
@@ -184,7 +184,7 @@ def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int)
                 "the same whole number of query heads per key-value head"
             )
     if head_dim % 2:
-        raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
+        raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even number")
 
 
 def _layer_sizes(config: dict[str, Any], defaults: Any, family: Family) -> tuple[int, LayerShape]:

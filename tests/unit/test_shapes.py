@@ -21,7 +21,7 @@ from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, mak
 
 LLAMA_CONFIG = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
 REQUIRED = sorted(LLAMA_CONFIG.keys() - {"model_type", "num_key_value_heads"})
-NO_NUMBER = "config.json holds a size that is no number: "
+NO_NUMBER = "config.json holds a size that is not a number: "
 
 
 def without(*keys: str, **values: Any) -> dict[str, Any]:
