@@ -94,6 +94,7 @@ class SourceKeys:
 
     path: object
     name: str | None = None  # configuration of a `datasets` data set
+    revision: str | None = None  # branch, tag or commit of a data set of the hub. A resumed run keeps its commit
     data_files: list[str] | None = None  # list of files of a `datasets` data set to fetch. None: all
     split: str = "train"  # split of a `datasets` data set
     format: DataFormat = "text"  # `text` packs documents into windows. The others train on answers alone

@@ -20,6 +20,12 @@ class RunError(UserError):
     exit_code = 1
 
 
+class ShortfallError(RunError):
+    """A finished run that removed less than its last cut was to."""
+
+    exit_code = 3
+
+
 class RankError(RunError):
     """An error of one rank alone during a run. The other ranks wait, so this rank must report it."""
 

@@ -80,6 +80,7 @@ train() {
     kill "$ASKING" 2>/dev/null || true
     rm -f "$OUTPUT/STOP"
   fi
+  if ((code == 3)); then say "the run is finished, but removed less than it was asked to"; exit 3; fi
   if ((code != 0)) && [[ -n $ASKED ]]; then start_again "the time is over"; fi
   if ((${REQUEUE_FAILED:-0} && code != 0 && code != 2)) && got_beyond "$before"; then start_again "a rank failed"; fi
   exit "$code"

@@ -142,5 +142,5 @@ def export(model: PreTrainedModel, case: Case, source: Path, out: Path) -> Expor
 
 def model_card(dense: ModelShape, pruned: ModelShape) -> ModelCard:
     run: Any = {"base_model": "tiny", "criterion": "lora", "ranking": "uniform", "data": "nothing", "steps": 1000}
-    run |= {"perplexity_data": "nothing", "perplexity_pruned": 12.345, "llama_cpp": "llama"}
+    run |= {"perplexity_data": "nothing", "perplexity_pruned": 12.345, "llama_cpp": "llama", "asked": 0.5}
     return ModelCard(**run, dense=dense, pruned=pruned)

@@ -16,7 +16,7 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import flush, read_json, write_json
 
 # The format of all that a run or a callback resumes from. A change that old folders lack increases it.
-FORMAT = 5
+FORMAT = 6
 READERS = dict.fromkeys("1234", "3c6d113b") | {"5": "b3c6aacb"}  # the last commit that reads a format
 
 STATUS_FILE = "status.json"
@@ -65,6 +65,11 @@ def _reader(version: object) -> str:
 def export_folder(sizes: Mapping[int, str], step: int) -> str:
     """Names the folder of the model that a run exports after a step. `sizes`: last step -> name."""
     return MODEL_FOLDER if step == max(sizes) else f"{MODEL_FOLDER}-{sizes[step].replace(' ', '')}"
+
+
+def exported_sizes(folder: Path, sizes: Mapping[int, str]) -> dict[int, str]:
+    """Returns the sizes whose models are in a run's folder, and the last one, which is the run's own model."""
+    return {n: size for n, size in sizes.items() if n == max(sizes) or (folder / export_folder(sizes, n)).is_dir()}
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -144,6 +149,16 @@ class RunTotals:
 
 
 @dataclass(frozen=True)
+class RunData:
+    """Identifies what a run tunes on and measures."""
+
+    steps: int  # of the run
+    samples: str  # digest
+    held_out: str  # digest of the text
+    commits: dict[str, str] = field(default_factory=dict)  # of data sets of the hub, by their sections of the config
+
+
+@dataclass(frozen=True)
 class RunState:
     """A run after `step` optimizer steps, independent of the number of ranks."""
 
@@ -158,6 +173,8 @@ class RunState:
     shape: ShapeSource
     resumed_from: list[int]  # steps of earlier resumes
     config: dict[str, Any]
+    data: RunData
+    asked: float  # fraction of the linear parameters to remove, up to the end or to the next size
     moment_tokens: float = 0.0  # the number of tokens in the sums of the input moments
     format: int = field(default=FORMAT)
 
@@ -176,7 +193,7 @@ def read_state(folder: Path) -> RunState:
         raise UserError(f"{path} is missing or damaged") from None
     check_format(version, path)
     try:
-        raw["totals"] = RunTotals(**raw["totals"])
+        raw["totals"], raw["data"] = RunTotals(**raw["totals"]), RunData(**raw["data"])
         raw["shape"] = ShapeSource(**raw["shape"])
         raw["kept"] = [[list(groups) for groups in layer] for layer in raw["kept"]]
         return RunState(**raw)

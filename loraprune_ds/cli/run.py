@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from loraprune_ds import ranks
 from loraprune_ds.arguments import Parser
-from loraprune_ds.checkpoint.layout import REPORT_FILE
+from loraprune_ds.checkpoint.layout import REPORT_FILE, read_status
 from loraprune_ds.config_file import config_value, read_config
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import ShortfallError, UserError
 from loraprune_ds.exits import leave, leave_on_error, tell
 from loraprune_ds.files import read_json
 from loraprune_ds.train.after import measure_after
@@ -44,7 +44,7 @@ def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns the exit code: 0 finished, 1 failed, 2 unusable input, 85 stopped on request, 130 interrupted twice."""
+    """Returns the exit code: 0 finished, 1 failed, 2 bad input, 3 finished below its ratio, 85 stopped, 130 killed."""
     ranks.adopt_srun_ranks()
     launchers = find_launchers()
     joined = False
@@ -69,7 +69,9 @@ def main() -> int:
             try:
                 measure_after(output.config, output.path, lambda line: print(line, flush=True))
             finally:
-                print(summary_table(read_json(output.path / REPORT_FILE), output.path))
+                print(summary_table(read_json(output.path / REPORT_FILE), output.path), flush=True)
+            if (status := read_status(output.path)) and status.error:
+                raise ShortfallError(status.error)
     except UserError as error:
         tell(error, agreed=joined)
         return error.exit_code

@@ -113,6 +113,7 @@ def write_from_checkpoint(unmerged: UnmergedModel, folder: Path, *, merge: bool)
         config,
         unmerged.dense.shape,
         shape,
+        asked=state.asked,
         llama_cpp=architecture_name(unmerged.exported.config, shape),
         steps=state.step,
         perplexity_dense=state.totals.perplexity_dense,

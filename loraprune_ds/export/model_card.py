@@ -10,7 +10,7 @@ from loraprune_ds.config import ModelConfig, RunConfig
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.hub import EMBEDDED
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.units import format_perplexity
+from loraprune_ds.units import format_percent, format_perplexity
 
 CARD_FILE = "README.md"
 TITLES = {
@@ -48,6 +48,7 @@ with loraprune_ds. The licence of {card.base_model} applies.
 
 - Perplexity on: {card.perplexity_data}
 - Tuned on: {card.data}, {card.steps:,} optimizer steps
+- Asked to remove: {asked} of the decoder layers' linears
 - Chosen by: criterion `{card.criterion}`, ranking `{card.ranking}`
 - Head size: {card.pruned.head_dim}
 - In llama.cpp: {llama_cpp}
@@ -86,6 +87,7 @@ class ModelCard:
     pruned: ModelShape
     criterion: str
     ranking: str | None
+    asked: float  # fraction of the decoder layers' linears that was to leave
     data: str  # the training data
     steps: int
     perplexity_data: str
@@ -99,6 +101,7 @@ def card_of_run(
     dense: ModelShape,
     pruned: ModelShape,
     *,
+    asked: float,
     llama_cpp: str | None,
     steps: int,
     windows: int | None = None,
@@ -116,6 +119,7 @@ def card_of_run(
         pruned=pruned,
         criterion=config.prune.criterion,
         ranking=config.prune.ranking,
+        asked=asked,
         data=data,
         steps=steps,
         perplexity_data=f"{held_out}, {count}windows of {config.evaluate.window} tokens",
@@ -139,6 +143,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
         card=card,
         exported=exported,
         dtype=exported.config["dtype"],
+        asked=format_percent(card.asked),
         total=_removed(dense.total_numel(), pruned.total_numel()),
         linear=_removed(dense.linear_numel(), pruned.linear_numel()),
         perplexity_dense=_perplexity(card.perplexity_dense),

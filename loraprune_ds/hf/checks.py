@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 Refused = Callable[[Any], bool]
 KEEPS_HEADS = "such a cache keeps the dense number of heads"
 GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")  # others have the dense sizes of a config
-# (argument of a Trainer, whether its value is refused, reason). A Trainer may lack an argument.
+# (argument of a Trainer or a part of one, whether its value is refused, reason). A Trainer may lack an argument.
 ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
     ("load_best_model_at_end", bool, "the best checkpoint may be from before a cut, and then does not fit the model"),
     ("auto_find_batch_size", bool, "a second attempt would begin with a pruned model"),
@@ -31,6 +32,8 @@ ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
     ("use_transformers_continuous_batching", bool, "its cache has the dense number of heads"),
     ("cache_implementation", lambda value: value not in GROWING_CACHES, KEEPS_HEADS),
     ("generation_kwargs", lambda value: (value or {}).get("cache_implementation") not in GROWING_CACHES, KEEPS_HEADS),
+    ("parallelism_config.sp_size", lambda size: (size or 1) > 1, "Ulysses fixes the head counts when it starts"),
+    ("parallelism_config.cp_size", lambda size: (size or 1) > 1, "context parallelism splits samples over ranks"),
     ("precompute_ref_log_probs", bool, "they come from the dense model, but the reference is the pruned base"),
 )
 # (whether PEFT's module for a linear is refused, reason). A row relies on the rows before it.
@@ -48,7 +51,7 @@ LINEARS: tuple[tuple[Refused, str], ...] = (
 def check_arguments(args: Any, model: nn.Module) -> None:
     """Raises UserError for an argument of a Trainer or a cache of the model that does not allow cuts."""
     for name, refused, reason in ARGUMENTS:
-        value = getattr(args, name, None)
+        value = reduce(lambda found, key: getattr(found, key, None), name.split("."), args)
         require(not refused(value), f"{name}={value}: {reason}")
     cache = getattr(getattr(model, "generation_config", None), "cache_implementation", None)
     require(cache in GROWING_CACHES, f"generation_config.cache_implementation={cache}: {KEEPS_HEADS}")

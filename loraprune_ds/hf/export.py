@@ -27,6 +27,7 @@ def finish_export(folder: Path, peft_model: PeftModel, pruner: Pruner, dtype: Dt
         pruned=pruned,
         criterion=settings.criterion,
         ranking=settings.ranking,
+        asked=pruner.schedule.section(step).size.ratio,
         data="data of its own trainer",
         steps=step,
         perplexity_data="not measured",

@@ -26,7 +26,7 @@ from loraprune_ds.checkpoint.load import keep_to_lists
 from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.config import Dtype, PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import read_json, remove_leftovers, staging_of, write_json
+from loraprune_ds.files import read_json, remove_folder, remove_leftovers, staging_of, write_json
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
 from loraprune_ds.hf.checks import check_model, warn_of_rounded_gradients
 from loraprune_ds.hf.live import ForwardWatch, base_dtype, base_shape, find_peft_model, live_shape, model_name
@@ -180,13 +180,13 @@ class Pruning:
         self._export(Path(folder), tokenizer, lambda linear: merged_tensors(linear, self.dtype), trained=True)
 
     def save_size(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """Writes the model of one of `prune.sizes` into `folder`, if one is done and not written yet. Collective."""
+        """Writes the model of one of `prune.sizes` into `folder`, if one is done, over an earlier one. Collective."""
         sizes = self.pruner.schedule.ends()
         if self.step not in sizes:
             return
         target = Path(folder) / export_folder(sizes, self.step)
-        if not self.model.comm.gather_objects(target.exists())[0]:
-            self.save_model(target, tokenizer)
+        self.model.comm.on_rank_0(lambda: remove_folder(target) if target.exists() else None)
+        self.save_model(target, tokenizer)
 
     def save_base(self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None) -> None:
         """Writes the pruned base without LoRA, and makes the adapter on disk name it as its base. Collective.
@@ -213,7 +213,8 @@ class Pruning:
         config = {"seed": self.seed, "steps": self.steps, "model": model, "prune": asdict(pruner.config)}
         config |= settings or {}
         target = describe_target(pruner.config, dense, pruned)
-        outcome = Outcome(pruned, pruner.kept_of_dense, self.resumed_from, target, pruner.schedule.ends())
+        ends, asked = pruner.schedule.ends(), pruner.schedule.ratio
+        outcome = Outcome(pruned, pruner.kept_of_dense, self.resumed_from, target, ends, asked)
         comm, history, device = self.model.comm, self.recorder.history, device_name()
         peaks = comm.gather_objects(peak_bytes())
 

@@ -10,6 +10,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.family_row import Kind
 from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.units import format_percent
 
 Bounds = tuple[LayerShape, LayerShape]  # the fewest and the most groups of each kind in every open layer
 
@@ -194,6 +195,18 @@ def check_reachable(config: PruneConfig, limits: Limits) -> None:
         largest = math.floor(1e4 * most / dense.linear_numel()) / 1e4
         cause = f"with the protected layers and minimum widths at most {largest} can leave"
         raise UserError(f"prune.{'sizes' if config.sizes else 'ratio'} {limits.ratio} is out of reach: {cause}")
+
+
+def shortfall(config: PruneConfig, limits: Limits, reached: float) -> str | None:
+    """Says how far a run ends below its ratio. None within the largest step of its ranking."""
+    if config.ranking == "uniform":
+        step = max(limits.multiples[kind] * numel for kind, numel in limits.open_numel.items())
+    else:
+        step = max(map(limits.step_numel, limits.dense.kinds))
+    if (limits.ratio - reached) * limits.dense.linear_numel() <= step:
+        return None
+    removed, asked = format_percent(reached), format_percent(limits.ratio)
+    return f"the run ends with {removed} of the linear parameters removed; its last cut was to reach {asked}"
 
 
 def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:

@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from loraprune_ds.checkpoint.layout import (
     SHELF_PICTURE,
     TRAINING_PICTURE,
     export_folder,
+    exported_sizes,
 )
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
@@ -45,6 +46,8 @@ class Outcome:
     resumed_from: list[int]  # the steps at which the run was resumed
     target: dict[str, Any] | None = None  # `prune.target` and the reached size
     sizes: dict[int, str] = field(default_factory=dict)  # last step -> name of each of `prune.sizes`
+    asked: float | None = None  # fraction of the decoder's linear parameters that was to leave
+    shortfall: str | None = None  # how far the run ends below it
 
 
 def write_results(
@@ -59,6 +62,7 @@ def write_results(
     """Writes report, kept groups and pictures, and returns the pictures. Has the arguments of `make_report`."""
     pictures = [folder / TRAINING_PICTURE, folder / KEPT_GROUPS_PICTURE]
     write_kept_groups(folder, outcome.kept_of_dense, dense)
+    outcome = replace(outcome, sizes=exported_sizes(folder, outcome.sizes))
     report = make_report(config, history, dense, outcome, peak_bytes, accelerator)
     write_json(folder / REPORT_FILE, report)
     fail_point("finish.reported")
@@ -90,6 +94,7 @@ def make_report(
             "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
             "linear_dense": dense.linear_numel(),
             "linear_pruned": pruned.linear_numel(),
+            "linear_asked_fraction": outcome.asked,
         },
         "target": outcome.target,
         "shelf": _shelf(dense, history, outcome.sizes),

@@ -59,8 +59,8 @@ def _shelf_rows(shelf: list[dict[str, Any]]) -> Iterable[str]:
 
 
 def _size_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
-    params, cuts, target = report["params"], report["prune_steps"], report["target"]
-    aim = f" (target {format_percent(cuts[-1]['target'])})" if cuts else ""
+    params, target, asked = report["params"], report["target"], report["params"]["linear_asked_fraction"]
+    aim = "" if asked is None else f" (asked {format_percent(asked)})"
     linear_removed = 1 - params["linear_pruned"] / params["linear_dense"]
     total, linear = (
         [format_count(params[f"{prefix}{name}"]) for name in ("dense", "pruned")] for prefix in ("", "linear_")

@@ -66,7 +66,7 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
     options += ["--answers"] if ANSWERS in names else []
     if tasks := _tasks(names):
         options += ["--tasks", *tasks]
-    shelf = report["shelf"]
+    shelf = [row for row in report["shelf"] if (folder / row["folder"]).is_dir()]
     for row in shelf[:-1]:
         say(f"measuring {', '.join(names)} of {row['folder']}/")
         row["after"] = _measured(json.loads(_evaluate(folder, [str(folder / row["folder"]), *options])))
@@ -78,7 +78,8 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
     for row in shelf:  # the last one is the run's model
         closeness = (row.get("after", after)["answers"] or {}).get("closeness")
         row["agreement"] = closeness and closeness["agreement"]
-    write_json(folder / REPORT_FILE, report | {"after": after})
+    report |= {"after": after} | ({"shelf": shelf} if shelf else {})
+    write_json(folder / REPORT_FILE, report)
     if shelf:
         from loraprune_ds.report.pictures import draw_shelf
 

@@ -66,6 +66,15 @@ def _check_settings(state: RunState | None, folder: Path, config: RunConfig) -> 
         require(not different, f"{folder} belongs to a run with other settings: {different}")
 
 
+def check_data(checkpoint: TrainingCheckpoint, prepared: Prepared) -> None:
+    """Raises UserError if a run would go on with other samples, or another held-out text, than it began with."""
+    before, now, data = checkpoint.state.data, prepared.data, prepared.config.data
+    held_out = "data.path" if data.held_out is None else "data.held_out"
+    parts = (("data.path", "samples"), (held_out, "held_out"), ("train.epochs", "steps"))
+    other = dict.fromkeys(key for key, part in parts if getattr(before, part) != getattr(now, part))
+    require(not other, f"{checkpoint.folder} belongs to a run with other data: {', '.join(other)}")
+
+
 def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> TrainingEngine:
     """Builds the sharded training model, fresh or from a checkpoint. Collective."""
     config, model, frozen = prepared.config, prepared.config.model, prepared.pretrained
@@ -112,6 +121,8 @@ class Checkpoints:
             cuts=cuts,
             shape=self._shape(engine.model, cuts),
             resumed_from=self._resumed_from,
+            data=self.prepared.data,
+            asked=self.prepared.pruning.schedule.section(step).size.ratio,
             config=self.config.to_dict(),
         )
         save_step(engine.model, self.root, state, pruner, compensator and compensator.moments)

@@ -54,10 +54,10 @@ class RunStatus:
             raise error(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
         return recorded
 
-    def end(self, state: Literal["finished", "stopped"]) -> None:
+    def end(self, state: Literal["finished", "stopped"], error: str | None = None) -> None:
         """Writes the final state of this process."""
         if self._rank == 0:
-            self._write(state)
+            self._write(state, error)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

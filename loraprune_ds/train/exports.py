@@ -1,6 +1,7 @@
 """Exports models of a run: the final one in `model/`, and one for each earlier size in `model-<size>/`."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from loraprune_ds.checkpoint.layout import export_folder
@@ -8,7 +9,7 @@ from loraprune_ds.errors import fail_point
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard, card_of_run
-from loraprune_ds.files import staging_of
+from loraprune_ds.files import remove_folder, staging_of
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.report.records import EvaluationName
@@ -57,6 +58,23 @@ def export_size(context: RunContext, model: ShardedModel, step: int) -> None:
     model.comm.on_rank_0(publish_size)
 
 
+def take_over_sizes(folder: Path, ends: Mapping[int, str], first: int) -> list[str]:
+    """Removes models of later sizes that an earlier start left. Returns lines about these and about missing ones.
+
+    Args:
+        first: the step that this start goes on from.
+    """
+    lines = list[str]()
+    for step, target in ((step, folder / export_folder(ends, step)) for step in ends if step != max(ends)):
+        if step > first and target.exists():
+            remove_folder(target)
+            lines.append(f"{target.name}/ of an earlier start is removed; this one makes it after step {step}")
+        elif step < first and not target.exists():
+            over = f"this start makes none, because it goes on from step {first}"
+            lines.append(f"{target} is missing: {over}; launch/export.py makes it of a checkpoint of step {step}")
+    return lines
+
+
 def make_card(context: RunContext, pruned: ModelShape, step: int, measured: EvaluationName) -> ModelCard:
     """Makes an export's README, with the perplexities known so far. `measured` names the one of the export."""
     prepared, history = context.prepared, context.recorder.history
@@ -64,6 +82,7 @@ def make_card(context: RunContext, pruned: ModelShape, step: int, measured: Eval
         context.config,
         prepared.pretrained.shape,
         pruned,
+        asked=prepared.pruning.schedule.section(step).size.ratio,
         llama_cpp=architecture_name(exported_config(context, pruned).config, pruned),
         steps=step,
         windows=sum(len(ids) for ids, _ in prepared.held_out),

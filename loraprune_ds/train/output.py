@@ -84,6 +84,12 @@ class OutputFolder:
         self.config = replace(config, output_dir=os.path.expanduser(config.output_dir))
         self.path = Path(self.config.output_dir)
         self._earlier = earlier[0] if own else EarlierRun(self.path)
+        self._continued = [] if resume is None else earlier
+
+    @cached_property
+    def commits(self) -> dict[str, str] | None:
+        """The commits of the hub's data sets that a resumed run began with. None for a new run."""
+        return next((run.newest_state.data.commits for run in self._continued if run.newest_state), None)
 
     @cached_property
     def start(self) -> Literal["fresh", "resume", "finished"]:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.checkpoint.layout import RunData
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import require
 from loraprune_ds.evaluate.perplexity import Labelled, split_batches
@@ -24,6 +25,7 @@ from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.after import check_after, check_prompts
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import SampleOrder, Samples
+from loraprune_ds.train.data.sources import at_commits, resolve_commits
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype, device_name
@@ -42,22 +44,31 @@ class Prepared:
     held_out: list[Labelled]  # batches of the held-out text
     pruning: PruningPlan
     ds_config: dict[str, Any]  # with every "auto" replaced
+    data: RunData
 
     @property
     def steps(self) -> int:
         return self.pruning.steps
 
 
-def prepare(config: RunConfig, comm: Communicator, *, is_first_on_node: bool) -> Prepared:
-    """Checks the whole input on every rank. All ranks raise the same UserError. Collective."""
+def prepare(
+    config: RunConfig, comm: Communicator, commits: dict[str, str] | None = None, *, is_first_on_node: bool
+) -> Prepared:
+    """Checks the whole input on every rank. All ranks raise the same UserError. Collective.
+
+    Args:
+        commits: of data sets of the hub that a resumed run began with. None: the newest ones.
+    """
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
     comm.on_rank_0(lambda: check_after(config))  # the rank that will measure
-    own = partial(_prepare, config, comm.world_size, comm.ranks_per_node())
+    # From rank 0, since the hub may change from rank to rank.
+    found = comm.gather_objects(comm.on_rank_0(lambda: commits or resolve_commits(config.data)))[0]
+    own = partial(_prepare, config, found or {}, comm.world_size, comm.ranks_per_node())
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
         first = waiting.all_or_raise(lambda: own() if is_first_on_node else None)
         prepared = waiting.all_or_raise(lambda: first or own())
-    rank = comm.differing_rank(prepared.samples.digest())
+    rank = comm.differing_rank(prepared.data)
     require(rank is None, f"rank {rank} reads other training data than rank 0; data.path must be the same everywhere")
     return prepared
 
@@ -71,7 +82,7 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     check_installed(config.logging.report_to or ())
 
 
-def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepared:
+def _prepare(config: RunConfig, commits: dict[str, str], world_size: int, ranks_per_node: int) -> Prepared:
     model, train, lora_rank = config.model, config.train, config.lora.r
     pretrained = open_for_pruning(locate_model(model), model, packing=config.data.packing)
     shape = pretrained.shape
@@ -92,7 +103,8 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
     check_prompts(config.evaluate.after, tokenizer, model.path, positions, vocab_size)
     starts = text_starts(tokenizer, shape.family, pretrained.config)
     global_batch_size = train.global_batch_size
-    loaded = load_samples(config.data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, starts=starts)
+    data = at_commits(config.data, commits)
+    loaded = load_samples(data, tokenizer, minimum=global_batch_size, vocab_size=vocab_size, starts=starts)
     lengths = loaded.samples.lengths() if train.group_by_length else None
     order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
     pruning_steps = train.steps or steps_for_epochs(train.epochs or 1, loaded.epoch_length, global_batch_size)
@@ -108,6 +120,7 @@ def _prepare(config: RunConfig, world_size: int, ranks_per_node: int) -> Prepare
         held_out=held_out,
         pruning=pruning,
         ds_config=ds_config,
+        data=RunData(pruning.steps, loaded.samples.digest(), loaded.held_out_digest(), commits),
     )
 
 

@@ -15,12 +15,13 @@ from loraprune_ds.export.huggingface import finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.files import staging_of
 from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.pruning.limits import shortfall
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.records import EvaluationRecord
 from loraprune_ds.report.report import Outcome, write_results
-from loraprune_ds.train.checkpoints import find_checkpoint
+from loraprune_ds.train.checkpoints import check_data, find_checkpoint
 from loraprune_ds.train.context import RunContext, RunStatus
-from loraprune_ds.train.exports import exported_config, make_card, write_weights
+from loraprune_ds.train.exports import exported_config, make_card, take_over_sizes, write_weights
 from loraprune_ds.train.loop import TrainingLoop, measure_held_out
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.prepare import Prepared, describe_run, prepare
@@ -42,15 +43,19 @@ def run(output: OutputFolder, comm: Communicator) -> bool:
     config = output.config
     resumes = output.start == "resume"  # every rank reads this before rank 0 makes the folder
     torch.use_deterministic_algorithms(config.train.deterministic)
-    prepared = prepare(config, comm, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
+    prepared = prepare(config, comm, output.commits, is_first_on_node=os.environ["LOCAL_RANK"] == "0")
     warnings: list[str] = []
     checkpoint = find_checkpoint(output, comm, warnings) if resumes else None
+    if checkpoint:
+        check_data(checkpoint, prepared)
 
     def open_output() -> None:
         output.create(prepared.config)
         warnings.extend(drop_stale_requests(output.path))
         if checkpoint:
             take_over_metrics(checkpoint, output.path)
+        ends, first = prepared.pruning.schedule.ends(), checkpoint.state.step if checkpoint else 0
+        warnings.extend(take_over_sizes(output.path, ends, first))
 
     comm.on_rank_0(open_output)
     output.check_shared(comm)
@@ -61,7 +66,7 @@ def run(output: OutputFolder, comm: Communicator) -> bool:
         outcome = _train(context)
         finished = outcome is not None and _finish(context, outcome)
         context.check_owner()
-        context.status.end("finished" if finished else "stopped")
+        context.status.end("finished" if finished else "stopped", outcome.shortfall if outcome and finished else None)
         comm.barrier()  # the launcher ends the other ranks if one exits early with a code other than 0
     return finished
 
@@ -105,8 +110,10 @@ def _train(context: RunContext) -> Outcome | None:
     write_weights(context, loop.model, context.folder / MODEL_FOLDER)
     loop.release()  # frees memory for the exported model, which is measured next
     target = describe_target(context.config.prune, context.prepared.pretrained.shape, loop.model.shape)
-    ends = loop.pruner.schedule.ends()
-    return Outcome(loop.model.shape, loop.pruner.kept_of_dense, context.resumed_from, target, ends)
+    ends, limits = loop.pruner.schedule.ends(), loop.pruner.limits
+    short = shortfall(context.config.prune, limits, loop.pruner.reached())
+    kept = loop.pruner.kept_of_dense
+    return Outcome(loop.model.shape, kept, context.resumed_from, target, ends, limits.ratio, short)
 
 
 def _finish(context: RunContext, outcome: Outcome) -> bool:

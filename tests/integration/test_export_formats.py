@@ -23,8 +23,9 @@ from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.hf.results import load, logits
 from tests.integration.bad_input import assert_refused
-from tests.integration.launching import ROOT, Ended, read_json, run_to_end
+from tests.integration.launching import ROOT, Ended, fork_ranks, read_json, run_to_end
 from tests.integration.resuming import assert_equal_tensors, read_tensors
+from tests.refusals import edit
 
 EXPORT = ROOT / "launch" / "export.py"
 STEPS = 6
@@ -169,3 +170,11 @@ def test_bad_input_is_one_line(run: Path, unfinished: Path, tmp_path: Path) -> N
     assert_refused(export(model, "--out", out), ".safetensors")
     assert not out.exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_finished_run_below_its_ratio_exits_with_3_after_all_stages(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished / "run", tmp_path / "out")
+    edit("status.json", error="the run ends with 18.8 %")(out)
+    given = ["--config", str(finished / "run.yaml"), "--set", f"output_dir={out}"]
+    (ended,) = fork_ranks(given, tmp_path, cwd=finished)
+    assert (ended.code, "18.8 %" in ended.err, "parameters, whole model" in ended.out) == (3, True, True)

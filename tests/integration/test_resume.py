@@ -343,3 +343,16 @@ def test_what_cannot_be_resumed_is_one_line(again: Again, tmp_path: Path) -> Non
             assert "\n" not in found.error
             assert found.exit_code == 2
     assert not new.exists()
+
+
+@pytest.mark.parametrize(("name", "key"), [("text.txt", "data.path"), ("held.txt", "data.held_out")])
+def test_a_run_does_not_go_on_over_other_data(ranks: RankPool, tmp_path: Path, name: str, key: str) -> None:
+    """Nor measures another held-out text than of its dense model."""
+    (tmp_path / "held.txt").write_text("alpha beta gamma " * 50)
+    own = {"held_out": str(tmp_path / "held.txt"), "held_out_fraction": None}
+    config = resuming.config_for(resuming.write_run(tmp_path, data=own if name == "held.txt" else {}), tmp_path / "out")
+    assert not any(ranks.run(1, resuming.run_here, config, None, 1))
+    path = tmp_path / name
+    path.write_text(path.read_text().replace("alpha", "delta", 1))  # at its beginning, and the end is held out
+    (line,) = ranks.run(1, resuming.refused_here, config, "auto")
+    assert line.endswith(f"step-1 belongs to a run with other data: {key}")

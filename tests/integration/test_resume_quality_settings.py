@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from loraprune_ds.checkpoint.layout import sha256
+from loraprune_ds.checkpoint.layout import exported_sizes, sha256
 from loraprune_ds.evaluate.compare import read_results
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.report.summary import summary_table
+from loraprune_ds.train.exports import take_over_sizes
 from tests.integration import resuming
 from tests.integration.resuming import assert_same_run, config_for, losses, metrics, read_state, run_here, write_run
 from tests.ranks import RankPool
@@ -111,3 +112,25 @@ def test_the_shelf(straight: Path) -> None:
     models = [model.name for model in read_results([straight])]
     assert models == ["out/model-0.2", "out"]
     assert "0.2 " in summary_table(report, straight)
+
+
+def test_a_resume_elsewhere_past_a_size_lists_what_is_there(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(straight, tmp_path / "source")
+    config = config_for(straight.parent / "config.yaml", tmp_path / "out")
+    assert all(ranks.run(2, run_here, config, str(source / "checkpoints" / f"step-{TOTAL}")))
+    assert [row["folder"] for row in read_json(tmp_path / "out" / "report.json")["shelf"]] == ["model"]
+    assert read_json(tmp_path / "out" / "status.json")["error"] is None
+
+
+def test_sizes_that_an_earlier_start_left_go_and_missing_ones_are_told(tmp_path: Path) -> None:
+    ends = {6: "0.2", 8: "0.3", 11: "0.4"}
+    for name in ("model-0.2", "model-0.3", "model"):
+        (tmp_path / name).mkdir()
+    (line,) = take_over_sizes(tmp_path, ends, 6)
+    assert "model-0.3" in line
+    assert exported_sizes(tmp_path, ends) == {6: "0.2", 11: "0.4"}
+    (line,) = take_over_sizes(tmp_path, ends, 0)  # again from the start
+    assert "model-0.2" in line
+    first, second = take_over_sizes(tmp_path, ends, 9)
+    assert ("model-0.2" in first, "step 6" in first) == ("model-0.3" in second, "step 8" in second) == (True, True)
+    assert (tmp_path / "model").exists()

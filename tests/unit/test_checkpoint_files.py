@@ -33,6 +33,8 @@ def make_state(step: int, shape: str) -> layout.RunState:
         shape=layout.ShapeSource(shape, "abc", is_source=not shape.startswith("shape-")),
         resumed_from=[3],
         config={"seed": 0},
+        data=layout.RunData(9, "a", "b", {"data": "c"}),
+        asked=0.5,
     )
 
 

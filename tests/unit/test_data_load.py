@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 
-from loraprune_ds.config import DataConfig
+from loraprune_ds.config import DataConfig, MixtureEntry
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
-from loraprune_ds.train.data.sources import files_of, read_rows
+from loraprune_ds.train.data.sources import at_commits, files_of, read_rows, resolve_commits
 from tests.refusals import must_name
 from tests.unit.test_data import make_tokenizer, numbers, words
 
@@ -84,15 +85,35 @@ def test_a_datasets_name_goes_to_datasets_with_its_files_and_split(monkeypatch: 
     rows: list[dict[str, str | None]] = [{**row, "source": "s"} for row in INSTRUCTIONS]
     rows[2]["input"] = None  # as real data has them
 
-    def load_dataset(path: str, name: str | None, *, data_files: list[str], split: str) -> datasets.Dataset:
-        assert (path, name, data_files, split) == ("someone/data", "small", ["a.json.gz"], "train[:10]")
+    def load_dataset(path: str, name: str | None, *, split: str, **more: Any) -> datasets.Dataset:
+        assert (path, name, split) == ("someone/data", "small", "train[:10]")
+        assert more == {"data_files": ["a.json.gz"], "revision": "c0ffee"}
         return datasets.Dataset.from_list(rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings: dict[str, Any] = {"name": "small", "data_files": ["a.json.gz"], "split": "train[:10]"}
+    settings["revision"] = "c0ffee"
     data = load("someone/data", **settings, format="instruction", window=40)
     assert len(data.samples) == 9
     assert [data.held_out.count(word) for word in ("w4", "w24", "w50")] == [1, 1, 1]  # the one row
+
+
+def test_a_data_set_of_the_hub_is_resolved_to_its_commit_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def builder(path: str, name: str | None, *, revision: str | None, data_files: None) -> SimpleNamespace:
+        asked.append((path, revision))
+        return SimpleNamespace(hash=f"commit of {path}")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    local = write_json(tmp_path / "data.json", documents(20))
+    config = DataConfig(path=[MixtureEntry(str(local)), MixtureEntry("a/b"), MixtureEntry("c/d", revision="v2")])
+    commits = resolve_commits(config)
+    assert asked == [("a/b", None), ("c/d", "v2")]
+    assert commits == {"data.path[1]": "commit of a/b", "data.path[2]": "commit of c/d"}
+    assert [source.revision for source in at_commits(config, commits).sources] == [None, *commits.values()]
+    assert at_commits(DataConfig(path="a/b", revision="v1"), {"data": "x"}).revision == "x"
+    must_name("data.revision data.json", load, local, revision="v1")
 
 
 # What is held out

@@ -151,11 +151,12 @@ def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
 
 @pytest.mark.parametrize("name", [name for name, *_ in ARGUMENTS] + ["generation_config.cache_implementation"])
 def test_an_argument_that_does_not_allow_cuts_is_named(name: str) -> None:
-    model, args, value = base(), SimpleNamespace(cache_implementation=None), "static" if "cache" in name else True
+    model, value = base(), "static" if "cache" in name else 2 if "size" in name else True
+    args = SimpleNamespace(cache_implementation=None, parallelism_config=SimpleNamespace(sp_size=1, cp_size=1))
     value = {"cache_implementation": "static"} if name == "generation_kwargs" else value
     check_arguments(args, model)
-    owner = cast(Any, model).generation_config if "." in name else args
-    setattr(owner, name.rpartition(".")[2], value)
+    owners = {"generation_config": cast(Any, model).generation_config, "parallelism_config": args.parallelism_config}
+    setattr(owners.get(name.partition(".")[0], args), name.rpartition(".")[2], value)
     must_name(f"{name}={value}", check_arguments, args, model)
 
 

@@ -117,6 +117,7 @@ def test_a_job_whose_rank_failed_after_new_steps_starts_again(
         pytest.param(status(7), status(7), 1, {}, id="no further than before"),
         pytest.param(status(7), status(5), 1, {}, id="less far"),
         pytest.param(None, status(7), 2, {}, id="bad input"),
+        pytest.param(None, status(7), 3, {}, id="below its ratio"),
         pytest.param(None, status(7, "stopped"), 85, {}, id="asked to stop"),
         pytest.param(None, status(7, job="8"), 1, {}, id="taken over by another job"),
         pytest.param(None, status(7, job=None), 1, {}, id="taken over outside Slurm"),

@@ -10,7 +10,7 @@ import torch
 
 from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.pruning.limits import Limits
+from loraprune_ds.pruning.limits import Limits, shortfall
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.target import make_limits
 from tests.paper import PAPER
@@ -112,7 +112,17 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
         # The stated ratio has four digits, rounded down.
         short = most * shape.linear_numel() - gone(shape.after(keep), shape)
         assert short <= step + 1e-9, (config, shape)
+        assert shortfall(config, limits, most - short / shape.linear_numel()) is None
     assert reached_something > 150
+
+
+@pytest.mark.parametrize("ranking", ["uniform", "global"])
+def test_an_end_far_below_the_ratio_is_told(ranking: Ranking) -> None:
+    config = PruneConfig(ratio=0.37, ranking=ranking)
+    line = shortfall(config, make_limits(config, SMOLLM2), 0.188)
+    assert line is not None
+    assert "18.8 %" in line
+    assert "37.0 %" in line
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])

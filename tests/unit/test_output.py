@@ -93,8 +93,8 @@ CASES: list[tuple[Make, str | None, str]] = [
     (of_another_seed, "auto", "seed"),
     (partial(of_another_seed, state="finished"), None, "seed"),
     (of_an_earlier_commit, "auto", "prune.score_every"),
-    (of_an_earlier_commit, "auto", layout.READERS["5"]),
-    (partial(of_an_earlier_commit, state="finished"), None, layout.READERS["5"]),
+    (of_an_earlier_commit, "auto", f"format {layout.FORMAT}"),
+    (partial(of_an_earlier_commit, state="finished"), None, f"format {layout.FORMAT}"),
 ]
 
 
@@ -146,7 +146,8 @@ def test_what_is_not_given_comes_from_the_run_that_goes_on(config: RunConfig, tm
 def save_state(folder: Path, **changes: Any) -> None:
     step = folder / "checkpoints" / "step-3"
     step.mkdir(parents=True)
-    state = layout.RunState(3, layout.RunTotals(), 3, {}, {}, [], 0, 0, layout.ShapeSource("a", "b", True), [], {})
+    shape, data = layout.ShapeSource("a", "b", True), layout.RunData(3, "a", "b", {"data": "c0ffee"})
+    state = layout.RunState(3, layout.RunTotals(), 3, {}, {}, [], 0, 0, shape, [], {}, data, 0.5)
     (step / "state.json").write_text(layout.state_text(dataclasses.replace(state, **changes)))
 
 
@@ -154,7 +155,8 @@ def test_a_config_that_a_crash_has_lost_is_in_the_checkpoint(config: RunConfig) 
     saved = dataclasses.replace(config, prune=PruneConfig(ratio=0.3))
     hit_by_a_power_cut(saved)
     save_state(Path(config.output_dir), config=saved.to_dict())
-    assert OutputFolder({"output_dir": config.output_dir}, "auto").config == saved
+    going_on, fresh = (OutputFolder({"output_dir": config.output_dir}, resume) for resume in ("auto", None))
+    assert (going_on.config, going_on.commits, fresh.commits) == (saved, {"data": "c0ffee"}, None)
 
 
 @pytest.mark.parametrize("resume", [None, "auto"])

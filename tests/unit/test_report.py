@@ -20,7 +20,7 @@ from tests.unit.shapes_and_scores import keep_of, make_shape
 
 
 def report_of(history: History, resumed_from: tuple[int, ...] = ()) -> dict[str, Any]:
-    outcome = Outcome(PRUNED, [], resumed_from=list(resumed_from))
+    outcome = Outcome(PRUNED, [], resumed_from=list(resumed_from), asked=0.375)
     return make_report(RunConfig(output_dir="runs/x", seed=7).to_dict(), history, DENSE, outcome, [11, 12], "cpu")
 
 
@@ -31,6 +31,8 @@ def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
     dense = 6400 + 448 + 3 * (4 * 3072 + 96 * 192)
     pruned = dense - 3 * 3072 - (56 + 46) * 192
     params = report["params"]
+    assert params["linear_asked_fraction"] == 0.375
+    assert "(asked 37.5 %)" in summary_table(report, tmp_path)
     assert (params["dense"], params["pruned"], params["removed_fraction"]) == (dense, pruned, 1 - pruned / dense)
     assert report["perplexity"] == {"dense": 51.59, "after_last_cut": 103.2, "pruned": 74.23}
     assert (report["world_size"], report["steps"], report["seed"]) == (2, 10, 7)

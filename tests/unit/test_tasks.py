@@ -209,7 +209,10 @@ def test_each_size_of_a_shelf_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(subprocess, "run", measured)
     rows = [{"size": size, "parameters": 9, "perplexity": 2.0, "folder": f"model-{size}"} for size in ("0.2", "0.5")]
-    write_json(tmp_path / "report.json", {"shelf": rows, "perplexity": {"dense": 1.0}})
+    for row in rows:
+        (tmp_path / row["folder"]).mkdir()
+    lost = {"size": "0.1", "folder": "model-0.1"}
+    write_json(tmp_path / "report.json", {"shelf": [lost, *rows], "perplexity": {"dense": 1.0}})
     after.measure_after(run_of("answers"), tmp_path, print)
     assert [str(tmp_path / "model-0.2") in call for call in calls] == [True, False]
     assert str(tmp_path) in calls[1]  # the last size is the run's model

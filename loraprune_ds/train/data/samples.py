@@ -101,6 +101,9 @@ class LoadedData:
     held_out: str
     epoch: Tensor | None = None  # (n,) int64 sample numbers, by the weights of a mixture. None: each sample once
 
+    def held_out_digest(self) -> str:
+        return hashlib.sha256(self.held_out.encode()).hexdigest()
+
     @property
     def epoch_length(self) -> int:
         return len(self.samples if self.epoch is None else self.epoch)

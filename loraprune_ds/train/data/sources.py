@@ -4,13 +4,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from pydantic_core import from_json
 
-from loraprune_ds.config import DataSource
+from loraprune_ds.config import DataConfig, DataSource
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import file_identity
 from loraprune_ds.model.embedded import embedded_text
@@ -44,7 +45,7 @@ def read_rows(source: DataSource) -> TextRows:
     if source.path == EMBEDDED:
         refusal = f"{source.section}.format {source.format} needs a data.path; the embedded text is plain text"
         require(source.format == "text", refusal)
-        _refuse_data_files(source)
+        _refuse_hub_settings(source)
         return [{source.text_field: document} for document in embedded_text()]
     files = files_of(source)
     if files is None:
@@ -62,11 +63,25 @@ def source_identity(source: DataSource) -> object:
     return _load_dataset(source)._fingerprint if files is None else list(map(file_identity, files))
 
 
+def resolve_commits(config: DataConfig) -> dict[str, str]:
+    """Returns the commits of all data sets of the hub, by their sections. Later starts of a run take the same."""
+    hub = [source for source in config.sources if source.path != EMBEDDED and files_of(source) is None]
+    return {source.section: _ask_hub("load_dataset_builder", source).hash for source in hub}
+
+
+def at_commits(config: DataConfig, commits: Mapping[str, str]) -> DataConfig:
+    """Returns the same data with these commits as revisions."""
+    if isinstance(config.path, str):
+        return replace(config, revision=commits.get("data", config.revision))
+    entries = zip(config.path, config.sources, strict=True)
+    return replace(config, path=[replace(x, revision=commits.get(s.section, s.revision)) for x, s in entries])
+
+
 def files_of(source: DataSource) -> list[Path] | None:
     """Finds the files of a source: a file, a glob, or all files of a folder, sorted. None: its path is not local.
 
     Raises:
-        UserError: a path does not exist, or local files have `data_files`.
+        UserError: a path does not exist, or local files have `data_files` or a `revision`.
     """
     path, key = source.path, f"{source.section}.path"
     local, is_glob = Path(path).expanduser(), any(wildcard in path for wildcard in "*?[")
@@ -74,7 +89,7 @@ def files_of(source: DataSource) -> list[Path] | None:
         is_path = local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~"))
         require(not is_path, f"{key}: {path} does not exist")
         return None
-    _refuse_data_files(source)
+    _refuse_hub_settings(source)
     if local.is_file():
         require(local.suffix in SUFFIXES, f"{key}: {path} must be one of {', '.join(SUFFIXES)}")
         return [local]
@@ -87,9 +102,10 @@ def files_of(source: DataSource) -> list[Path] | None:
     return files
 
 
-def _refuse_data_files(source: DataSource) -> None:
-    no_effect = f"{source.section}.data_files has no effect on {source.path}; it names files of a `datasets` data set"
-    require(source.data_files is None, no_effect)
+def _refuse_hub_settings(source: DataSource) -> None:
+    for key in ("data_files", "revision"):
+        no_effect = f"{source.section}.{key} has no effect on {source.path}; it is of a `datasets` data set"
+        require(getattr(source, key) is None, no_effect)
 
 
 def read_text_file(path: Path) -> str:
@@ -181,15 +197,23 @@ def _read_fields(source: DataSource, known: set[str]) -> list[str]:
     return list(fields)
 
 
-def _load_dataset(source: DataSource) -> "Dataset":
-    from datasets import Dataset, load_dataset  # takes seconds, which files do not need
+def _ask_hub(function: str, source: DataSource, **more: str) -> Any:
+    """Calls a function of `datasets` for a source."""
+    import datasets  # takes seconds, which files do not need
     from datasets.exceptions import DatasetsError
 
+    given: dict[str, Any] = {"data_files": source.data_files, "revision": source.revision, **more}
     try:
-        dataset = load_dataset(source.path, source.name, data_files=source.data_files, split=source.split)
+        return getattr(datasets, function)(source.path, source.name, **given)
     except (ValueError, RuntimeError, DatasetsError, *HUB_ERRORS) as error:  # RuntimeError: the data set is a script
         unavailable = f"no file {source.path}, and not available as a dataset: {first_line(error)}"
         raise UserError(f"{source.section}.path: {unavailable}") from None
+
+
+def _load_dataset(source: DataSource) -> "Dataset":
+    from datasets import Dataset
+
+    dataset = _ask_hub("load_dataset", source, split=source.split)
     assert isinstance(dataset, Dataset)
     require(len(dataset) > 0, f"{source.section}.path: {source.path} has no rows in split {source.split}")
     return dataset.select_columns(_read_fields(source, set(dataset.column_names)))
