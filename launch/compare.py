@@ -1,6 +1,6 @@
-"""Puts results side by side: `python launch/compare.py runs/a runs/b --picture compare.png`.
+"""Compares results: `python launch/compare.py runs/a runs/b --picture compare.png`.
 
-The code is in loraprune_ds/cli/compare.py, which `loraprune-ds compare` runs as well.
+The code is in loraprune_ds/cli/compare.py. `loraprune-ds compare` runs the same.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Measures a model: `python launch/evaluate.py runs/mine --dense path/to/llama --speed`.
 
-The code is in loraprune_ds/cli/evaluate.py, which `loraprune-ds evaluate` runs as well.
+The code is in loraprune_ds/cli/evaluate.py. `loraprune-ds evaluate` runs the same.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Converts the result of a run: `python launch/export.py runs/mine --format gguf-q8_0`.
 
-The code is in loraprune_ds/cli/export.py, which `loraprune-ds export` runs as well.
+The code is in loraprune_ds/cli/export.py. `loraprune-ds export` runs the same.
 """
 
 import sys

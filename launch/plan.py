@@ -1,6 +1,6 @@
-"""Says what a run needs before it runs: `python launch/plan.py llama-65b --gpu-memory 80 --smallest`.
+"""Plans the resources of a run: `python launch/plan.py llama-65b --gpu-memory 80 --smallest`.
 
-The code is in loraprune_ds/cli/plan.py, which `loraprune-ds plan` runs as well.
+The code is in loraprune_ds/cli/plan.py. `loraprune-ds plan` runs the same.
 """
 
 import sys

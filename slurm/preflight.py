@@ -1,9 +1,9 @@
-"""Checks the nodes of a job before a long run, and names the bad ones. Started by srun, once per node:
+"""Checks the nodes of a job before a long run, and names bad ones. srun starts it once per node:
 
 srun --ntasks-per-node=1 python slurm/preflight.py --nodes node1 node2 --port 29400 --output runs/mine
 
-Each node imports what a run imports, computes on every accelerator and writes where the run will write. Then the
-nodes check that they share this folder, and that collectives pass between all hosts (by gloo) and between all ranks.
+Each node makes the imports of a run, computes on every accelerator and writes to the folder of the run. Then the nodes
+check that they share this folder, and that collectives work between all hosts (by gloo) and between all ranks.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import cast
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reports every wait in many lines, and reads it once
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reports every wait in many lines. It reads this once
 try:
     import torch
     from torch import distributed
@@ -39,14 +39,14 @@ except ImportError as broken:  # a library of torch that does not load, for exam
     sys.exit(f"error: {sys.executable} on {os.uname().nodename}: {broken}")
 
 MOST_SECONDS = 86_400
-VERDICT_READ_WITHIN = 5.0  # seconds that the first node stays for the others to read the verdict
+VERDICT_READ_WITHIN = 5.0  # seconds that the first node waits for others to read the verdict
 VISIBLE_WITHIN = 15.0  # seconds until the others must see a file that one node has written
 GPU_NUMEL, CPU_NUMEL = 1 << 26, 1 << 18  # fp32 elements that a rank sends: 256 MiB, or 1 MiB over gloo
 REPEATS = 3
 
 
 class Unfit(Exception):
-    """Says what is wrong with this node."""
+    """A problem of this node."""
 
 
 def check_nodes(nodes: list[str], index: int, port: int, timeout: float, ranks_per_node: int, output: Path) -> bool:
@@ -54,7 +54,7 @@ def check_nodes(nodes: list[str], index: int, port: int, timeout: float, ranks_p
     try:
         rendezvous = Rendezvous(nodes, index, port, timeout)
     except Unfit as problem:
-        tell(nodes[index], str(problem))  # the other nodes cannot learn of it
+        tell(nodes[index], str(problem))  # the other nodes cannot see this problem
         return False
     fit = check_together(rendezvous, ranks_per_node, output)
     if fit and index == 0:
@@ -63,7 +63,7 @@ def check_nodes(nodes: list[str], index: int, port: int, timeout: float, ranks_p
 
 
 def check_together(rendezvous: "Rendezvous", ranks_per_node: int, output: Path) -> bool:
-    """Makes one check after the other on all nodes, until a node fails one."""
+    """Makes the checks in turn on all nodes, until a node fails."""
     with ExitStack() as open_files:
 
         def write_probe() -> None:
@@ -96,10 +96,10 @@ class Rendezvous:
         try:
             self.store = TCPStore(nodes[0], port, is_master=index == 0, timeout=limit, wait_for_workers=False)
         except DistError as error:
-            raise Unfit(f"cannot meet the others at {nodes[0]}:{port}: {str(error).splitlines()[0]}") from None
+            raise Unfit(f"cannot meet the other nodes at {nodes[0]}:{port}: {str(error).splitlines()[0]}") from None
 
     def agree(self, stage: str, check: Callable[[], None]) -> bool:
-        """Returns True if every node passes `check`. The first node names those that do not. All nodes must call it."""
+        """Returns True if every node passes `check`. The first node names the others. All nodes must call it."""
         problem = ""
         try:
             check()
@@ -107,7 +107,7 @@ class Rendezvous:
             problem = one_line(error)
         self.store.set(f"{stage} {self.index}", problem)
         if self.index > 0:
-            verdict = self._read(f"{stage} all", 2 * self.timeout)  # the first node itself waits once that long
+            verdict = self._read(f"{stage} all", 2 * self.timeout)  # the first node itself waits for one timeout
             if verdict is None:
                 tell(self.nodes[self.index], f"{self.nodes[0]} is gone")
             self.store.set(f"{stage} heard {self.index}", "")
@@ -126,7 +126,7 @@ class Rendezvous:
         return fit
 
     def _read(self, key: str, seconds: float) -> str | None:
-        """Reads what another node has set; None if it comes too late or the store is gone."""
+        """Reads a value of another node. None if it comes too late or the store is gone."""
         try:
             self.store.wait([key], timedelta(seconds=max(0.1, seconds)))
             return self.store.get(key).decode()
@@ -136,7 +136,7 @@ class Rendezvous:
 
 def check_accelerators(ranks: int) -> None:
     """Computes a small product on every accelerator that a rank will use."""
-    from loraprune_ds.zero.device import accelerator, is_cpu  # not at the top: the spawned ranks need no DeepSpeed
+    from loraprune_ds.zero.device import accelerator, is_cpu  # not at the top, because spawned ranks need no DeepSpeed
 
     count = 1 if is_cpu() else accelerator().device_count()
     if not is_cpu() and count < ranks:
@@ -156,7 +156,7 @@ def probe_file(folder: Path) -> Iterator[Path]:
 
 
 def check_visible(probe: Path, first_node: str) -> None:
-    """Checks that this node sees what the first one has written, since output_dir has to be shared."""
+    """Checks that this node sees the file of the first node, because output_dir must be shared."""
     deadline = time.monotonic() + VISIBLE_WITHIN
     while not probe.exists():
         if time.monotonic() > deadline:
@@ -165,7 +165,7 @@ def check_visible(probe: Path, first_node: str) -> None:
 
 
 def check_hosts(rendezvous: Rendezvous) -> None:
-    """Adds up one number per node by gloo, which ranks use to wait for another rank's download."""
+    """Adds up one number per node by gloo. Ranks wait by gloo for the download of another rank."""
     os.environ |= gloo_interface(os.environ)
     try:
         distributed.init_process_group(
@@ -178,12 +178,12 @@ def check_hosts(rendezvous: Rendezvous) -> None:
         distributed.all_reduce(torch.ones(1))
         distributed.destroy_process_group()
     except RuntimeError as error:
-        hint = "GLOO_SOCKET_IFNAME must name the network interface that does"
+        hint = "GLOO_SOCKET_IFNAME must name a network interface that does"
         raise Unfit(f"gloo does not reach the other nodes, {hint}: {one_line(error)}") from None
 
 
 def check_ranks(rendezvous: Rendezvous, ranks_per_node: int, backend: str | None = None) -> None:
-    """Runs collectives over one process per accelerator. The first node prints how fast an all-to-all was.
+    """Runs collectives over one process per accelerator. The first node prints the speed of an all-to-all.
 
     Raises:
         Unfit: a rank failed or gave no answer. The message names it.
@@ -200,7 +200,7 @@ def check_ranks(rendezvous: Rendezvous, ranks_per_node: int, backend: str | None
         rank = index * ranks_per_node + local
         processes.append(context.Process(target=_be_rank, args=(*where, backend, rank, local, world_size, theirs)))
         processes[-1].start()
-        theirs.close()  # otherwise the pipe would not end with the rank
+        theirs.close()  # or the pipe would not end with the rank
         connections.append(ours)
     answers = [_answer(connection, deadline) for connection in connections]
     for process in processes:
@@ -248,7 +248,7 @@ def _exchange(rank: int, world_size: int, device: str) -> float:
     numel = (CPU_NUMEL if device == "cpu" else GPU_NUMEL) // world_size
     sent = torch.full((world_size * numel,), float(rank), device=device)
     received = torch.empty_like(sent)
-    distributed.all_to_all_single(received, sent)  # connects, which takes longer than the exchange itself
+    distributed.all_to_all_single(received, sent)  # connects first, which takes longer than the exchange
     if received.view(world_size, -1)[:, -1].tolist() != list(range(world_size)):
         raise ValueError("an all-to-all brought wrong numbers")
     distributed.barrier()
@@ -264,9 +264,9 @@ def _exchange(rank: int, world_size: int, device: str) -> float:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--nodes", required=True, nargs="+", metavar="NAME", help="all, in Slurm's order")
-    parser.add_argument("--port", required=True, type=int, help="free on the first node")
-    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="of the run; need not exist")
+    parser.add_argument("--nodes", required=True, nargs="+", metavar="NAME", help="all nodes, in Slurm's order")
+    parser.add_argument("--port", required=True, type=int, help="a free port on the first node")
+    parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="output_dir; need not exist")
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="N", help="accelerators that will be used")
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for all nodes to answer")
     arguments = parser.parse_args()
@@ -287,8 +287,8 @@ def main() -> int:
         return error.exit_code
     index = int(os.environ.get("SLURM_NODEID", "0"))
     try:
-        import loraprune_ds.train.run  # noqa: F401 (what launch/run.py imports before its ranks meet)
-    except ImportError as error:  # the other nodes cannot learn of it
+        import loraprune_ds.train.run  # noqa: F401 (launch/run.py imports this before its ranks meet)
+    except ImportError as error:  # the other nodes cannot see this problem
         print(f"preflight: {arguments.nodes[index]}: {sys.executable}: {error}", file=sys.stderr)
         return 1
     fit = check_nodes(

@@ -15,5 +15,5 @@ pruning = LoraPruneCallback(prune)
 trainer = DPOTrainer(model, args=args, train_dataset=rows, peft_config=lora, callbacks=[pruning])
 trainer.train(resume_from_checkpoint=pruning.resume(trainer.model))
 trainer.save_model()  # the adapter
-pruning.save_base(f"{args.output_dir}/base", args.output_dir)  # which the adapter now names
-pruning.save_model(f"{args.output_dir}/model")  # LoRA merged in
+pruning.save_base(f"{args.output_dir}/base", args.output_dir)  # the adapter now names this base
+pruning.save_model(f"{args.output_dir}/model")  # with LoRA merged

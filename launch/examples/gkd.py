@@ -1,4 +1,4 @@
-"""Prunes while TRL's DistillationTrainer corrects what the pruned model writes: loraprune_ds/hf/README.md."""
+"""Prunes while TRL's DistillationTrainer corrects the texts of the pruned model: loraprune_ds/hf/README.md."""
 
 import torch
 from datasets import load_dataset
@@ -10,7 +10,7 @@ from loraprune_ds import LoraPruneCallback, PruneConfig, linear_names
 
 
 class Trainer(DistillationTrainer):
-    """Until the first cut a model equals its teacher: the divergence has no gradient to score, cross-entropy has."""
+    """Until the first cut the model equals its teacher, so only cross-entropy has a gradient to score."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if pruning.cuts or not model.training:
@@ -24,7 +24,7 @@ class Trainer(DistillationTrainer):
 
 parser = HfArgumentParser((PruneConfig, DistillationConfig))
 prune, args, (model, data) = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-args.warmup_steps = args.warmup_steps or 0.1  # updates before the first cut only follow the noise of the samples
+args.warmup_steps = args.warmup_steps or 0.1  # before the first cut, updates only follow the noise of samples
 teacher = args.teacher_model_name_or_path or model
 rows = load_dataset("json", data_files=data, split="train")
 lora = LoraConfig(target_modules=linear_names(model))
@@ -32,5 +32,5 @@ pruning = LoraPruneCallback(prune)
 trainer = Trainer(model, teacher, args, train_dataset=rows, peft_config=lora, callbacks=[pruning])
 trainer.train(resume_from_checkpoint=pruning.resume(trainer.model))
 trainer.save_model()  # the adapter
-pruning.save_base(f"{args.output_dir}/base", args.output_dir)  # which the adapter now names
-pruning.save_model(f"{args.output_dir}/model")  # LoRA merged in
+pruning.save_base(f"{args.output_dir}/base", args.output_dir)  # the adapter now names this base
+pruning.save_model(f"{args.output_dir}/model")  # with LoRA merged

@@ -1,4 +1,4 @@
-"""Quantises a pruned model to 4 bits per weight, for vLLM: llm-compressor's GPTQ, in a separate environment.
+"""Quantises a pruned model to 4 bits per weight, for vLLM, by llm-compressor's GPTQ in a separate environment.
 
 python launch/examples/quantise.py runs/mine/model text.txt mine-w4a16 --group-size 64
 """
@@ -13,16 +13,16 @@ from pathlib import Path
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a stock model")
-    parser.add_argument("text", type=Path, help="text to calibrate on, like that of the tuning")
+    parser.add_argument("text", type=Path, help="text to calibrate on, similar to the tuning text")
     parser.add_argument("out", help="folder of the result")
-    parser.add_argument("--group-size", type=int, default=128, help="weights of a scale; must divide all widths")
+    parser.add_argument("--group-size", type=int, default=128, help="weights per scale; must divide all widths")
     parser.add_argument("--samples", type=int, default=256, help="windows to calibrate on")
     parser.add_argument("--window", type=int, default=512, help="tokens of a window")
     return parser.parse_args()
 
 
 def check_files(model: Path, text: Path) -> None:
-    """Refuses what llm-compressor cannot quantise, before its imports take their seconds."""
+    """Refuses what llm-compressor cannot quantise, before its slow imports."""
     for path in (model / "config.json", text):
         if not path.is_file():
             sys.exit(f"error: {path} does not exist")

@@ -4,10 +4,10 @@
     for batch in batches:
         pruning.begin_step()
         ...                     forward and backward passes, the optimizer's update
-        del loss, outputs       a live graph remembers the sizes from before a cut
+        del loss, outputs       a live graph keeps the sizes from before a cut
         pruning.end_step()
 
-Scores are taken right before ZeRO-3's own update, where gradients are averaged and not yet clipped.
+Scores are computed right before ZeRO-3's own update, from averaged gradients before clipping.
 """
 
 import logging
@@ -89,7 +89,7 @@ class Pruning:
         self.pruner = Pruner(self.model, plan_pruning(*resolve(config, dense), steps), seed)
         self.dtype: Dtype = base_dtype(peft_model, dense)  # of the frozen weights
         self.steps, self.seed = steps, seed
-        self.step = checkpoint.state.step if checkpoint else 0  # the last one that was made
+        self.step = checkpoint.state.step if checkpoint else 0  # the last completed step
         self.resumed_from = [*checkpoint.state.resumed_from, self.step] if checkpoint else []
         history, is_first = checkpoint.restore(self.pruner) if checkpoint else History(), self.model.rank == 0
         if is_first:
@@ -99,7 +99,7 @@ class Pruning:
         self._forward = ForwardWatch(peft_model, self.model, self.pruner)
         self._recording = ExitStack()
         self._began = 0.0
-        self._update: tuple[float, RankNumbers] | None = None  # of the open step, with its learning rate
+        self._update: tuple[float, RankNumbers] | None = None  # learning rate and rank numbers of the open step
         self._detach = before_each_update(zero, self._score)
 
     @property
@@ -108,7 +108,7 @@ class Pruning:
 
     @property
     def reached(self) -> float:
-        """The fraction of the dense decoder-layer linear parameters that is gone."""
+        """The removed fraction of the dense decoder-layer linear parameters."""
         return self.pruner.reached()
 
     def begin_step(self) -> None:
@@ -123,7 +123,7 @@ class Pruning:
 
         Raises:
             UserError: the optimizer made no update since `begin_step`.
-            RunError: as `Pruner.cut`.
+            RunError: see `Pruner.cut`.
         """
         step, seconds = self.step + 1, time.perf_counter() - self._began
         if self._update is None:
@@ -157,7 +157,7 @@ class Pruning:
         folder, model, pruner, shape = Path(folder), self.model, self.pruner, None
         if model.rank == 0:
             remove_leftovers(folder)
-        if self.cuts and pruner.config.compensate != "none":  # otherwise they are slices of the dense model
+        if self.cuts and pruner.config.compensate != "none":  # otherwise the weights are slices of the dense model
             shape = save_shape(model, folder, len(self.cuts), self.dtype).folder
         saved, dense = pruner.state(), pruner.limits.dense
         state = PruningState(
@@ -176,11 +176,11 @@ class Pruning:
         write_pruning(folder, state, pruner, model, self.recorder.history)
 
     def save_model(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """Writes the pruned model with LoRA merged in. Collective. Raises UserError if the folder is not empty."""
+        """Writes the pruned model with LoRA merged. Collective. Raises UserError if the folder is not empty."""
         self._export(Path(folder), tokenizer, lambda linear: merged_tensors(linear, self.dtype), trained=True)
 
     def save_size(self, folder: str | Path, tokenizer: Any = None) -> None:
-        """Writes the model of one of `prune.sizes` into `folder`, if one is done, over an earlier one. Collective."""
+        """Writes the model of one of `prune.sizes` into `folder`, if one has ended, over an earlier one. Collective."""
         sizes = self.pruner.schedule.ends()
         if self.step not in sizes:
             return
@@ -191,7 +191,7 @@ class Pruning:
     def save_base(self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None) -> None:
         """Writes the pruned base without LoRA, and makes the adapter on disk name it as its base. Collective.
 
-        The live adapter cannot name it. PEFT reads the base's config at each save by the class of the dense model,
+        The live adapter cannot name it: at each save PEFT reads the base's config with the class of the dense model,
         which refuses layers of different sizes.
 
         Raises:
@@ -206,7 +206,7 @@ class Pruning:
 
     def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
         """Writes report, kept groups, metrics and pictures. `settings` also go into the report. Collective."""
-        from loraprune_ds.report.report import Outcome, write_results  # an import of the callback draws no pictures
+        from loraprune_ds.report.report import Outcome, write_results  # importing the callback must not load matplotlib
 
         folder, pruner, dense, pruned = Path(folder), self.pruner, self.pruner.limits.dense, self.model.shape
         model = {"path": model_name(self.peft_model), "dtype": self.dtype}
@@ -237,7 +237,7 @@ class Pruning:
     def _score(self) -> None:
         """Scores the averaged gradients, unless they overflowed in fp16 on some rank. Collective."""
         step = self.step + 1
-        require(self._forward.active, f"step {step}: the optimizer made an update, but begin_step was not called")
+        require(self._forward.active, f"step {step}: the optimizer made an update without a begin_step")
         require(self._update is None, f"step {step}: the optimizer made two updates between begin_step and end_step")
         numbers = self._scorer.exchange(self._forward.take_tokens())
         unseen = f"step {step}: no forward pass was in training mode, so none was recorded; call model.train() before"
@@ -246,8 +246,8 @@ class Pruning:
         self._update = float(self.model.zero_optimizer.optimizer.param_groups[0]["lr"]), numbers
 
     def _export(self, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:
-        """Writes a Hugging Face model of the tensors that `tensors_of` makes of each linear. Collective."""
-        # These load gguf, which an import of the callback should not.
+        """Writes a Hugging Face model from the tensors that `tensors_of` makes of each linear. Collective."""
+        # These load gguf, which importing the callback must not.
         from loraprune_ds.export.huggingface import begin
         from loraprune_ds.hf.export import finish_export
 

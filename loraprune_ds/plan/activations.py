@@ -18,7 +18,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.plan.request import PlannedBatch, Request
 
-FUSED = "planned"  # our attention, by the name that transformers finds it under
+FUSED = "planned"  # the name of our attention in transformers
 
 
 def activations(request: Request, shape: ModelShape, batch: PlannedBatch) -> int:
@@ -49,7 +49,7 @@ def logits(shape: ModelShape, batch: PlannedBatch) -> int:
 
 
 def mlp_width(shape: ModelShape, layer: int) -> int:
-    """Counts the channels in the MLP of a layer that one token meets at the same time."""
+    """Counts the channels in the MLP of a layer that one token uses at the same time."""
     counts, matrices = shape.layers[layer], shape.whole.get(layer, {}).values()
     chosen = shape.experts_per_token * shape.expert_size if counts.get("experts") else 0
     whole = (rows if columns == shape.hidden_size else columns for rows, columns in matrices)
@@ -57,7 +57,7 @@ def mlp_width(shape: ModelShape, layer: int) -> int:
 
 
 def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
-    """Returns the bytes that autograd keeps of a layer without checkpointing."""
+    """Returns the bytes that autograd keeps for a layer without checkpointing."""
     lora, dtype, size = request.config.lora, DTYPES[request.config.model.dtype], (batch.samples, batch.window)
     options = {"storage": request.storage, "lora": lora, "eager": batch.eager}
     return saved_by_layer(request.source, shape, index, size, dtype, **options)
@@ -79,7 +79,7 @@ def saved_by_layer(
     Args:
         source: config.json of the dense model.
         tokens: samples, and the window of each.
-        eager: with transformers' eager attention instead of a fused kernel.
+        eager: use transformers' eager attention instead of a fused kernel.
     """
     family, depth, made = shape.family, len(shape.layers), _config_object(json.dumps(source))
     chosen, fields = family.around(made, index)
@@ -112,7 +112,7 @@ def _saved(
     lora: LoraConfig,
     eager: bool,
 ) -> int:
-    """Counts the storages that a layer saves, its input included, the shared rotary angles excluded."""
+    """Counts the storages that a layer saves, including its input, excluding the shared rotary angles."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
     causal_lm: Any = build_on_meta(json.loads(source), "eager" if eager else FUSED)
     shrink_on_meta(causal_lm, shape)
@@ -133,12 +133,12 @@ def _saved(
         hooks.__enter__()
 
     layer = decoder_layers(model)[index]
-    causal_lm.enable_input_require_grads()  # what comes from embeddings, as in every layer but the first
+    causal_lm.enable_input_require_grads()  # the inputs come from embeddings, as in every layer but the first
     differentiate_input(layer)  # encoder and decoder embed tokens in separate modules
     layer.register_forward_pre_hook(enter, with_kwargs=True)
     layer.register_forward_hook(lambda *_: hooks.__exit__())
     tokens = torch.zeros(size, dtype=torch.int64, device="meta")
-    # A mask of four dimensions is taken as it is. transformers would look into another, or into ids without one.
+    # transformers uses a four-dimensional mask unchanged. It would inspect other masks, or ids without one.
     mask = tokens.new_empty(size[0], 1, size[1], size[1], dtype=torch.bool)
     decoder = {"decoder_input_ids": tokens, "decoder_attention_mask": mask} if shape.encoder_layers else {}
     causal_lm.base_model(input_ids=tokens, attention_mask=mask, use_cache=False, **decoder)
@@ -150,10 +150,10 @@ def _saved(
 def _fused_attention(
     module: nn.Module, queries: Tensor, keys: Tensor, values: Tensor, mask: None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Saves what sdpa does."""
+    """Saves the same tensors as sdpa."""
     sliding, window = settings.get("sliding_window"), queries.shape[-2]
     bias = None if settings.get("position_bias") is None else queries.new_empty(*queries.shape[:3], window)
-    if sliding is not None and sliding <= window:  # a mask like the queries, and keys and values of every query head
+    if sliding is not None and sliding <= window:  # a mask as the queries, and keys and values per query head
         keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (keys, values))
         bias = queries.new_empty(len(queries), 1, window, window)
     out: Any = _FusedAttention.apply(queries, keys, values, bias)
@@ -165,6 +165,6 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        out = torch.empty_like(queries[..., : values.shape[-1]])  # in memory as the queries, as on GPUs
+        out = torch.empty_like(queries[..., : values.shape[-1]])  # with the memory layout of the queries, as on GPUs
         ctx.save_for_backward(queries, keys, values, mask, out, torch.empty_like(queries[..., 0], dtype=torch.float32))
         return out

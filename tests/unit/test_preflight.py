@@ -74,7 +74,7 @@ def test_gloo_that_finds_no_way_to_the_others_is_told_its_variable(tmp_path: Pat
     command += ["--output", str(tmp_path)]
     ended = run_to_end(command, cwd=ROOT, environment={"GLOO_SOCKET_IFNAME": "nosuch"}, timeout=120)
     assert ended.code == 1
-    expected = "gloo does not reach the other nodes, GLOO_SOCKET_IFNAME must name the network interface that does: "
+    expected = "gloo does not reach the other nodes, GLOO_SOCKET_IFNAME must name a network interface that does: "
     assert f"preflight: localhost: {expected}" in ended.err
     assert "nosuch" in ended.err
 
