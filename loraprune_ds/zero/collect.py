@@ -74,7 +74,7 @@ def replace_weights(
         for linear_id in ids_of_round:
             base = cast(nn.Linear, lora_linear(layers[linear_id.layer], linear_id.linear).base_layer)
             _install(base, layer_owner(linear_id.layer, comm.world_size), results.pop(linear_id, None), comm)
-    settle_shards()
+    settle_shards()  # orders the refitted weights before the next gather, also without the cut that follows
 
 
 def _install(base: nn.Linear, owner: int, weight: Tensor | None, comm: Communicator) -> None:

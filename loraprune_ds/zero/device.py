@@ -69,7 +69,7 @@ def to_device(tensor: Tensor) -> Tensor:
 
 
 def settle_shards() -> None:
-    """Waits for the device, at the end of every cut, refit, restore and update."""
+    """Waits for the device, at the end of each birth, restore, update, refit and cut of shards."""
     # With `overlap_comm` DeepSpeed gathers on a separate stream, which never waits for the computing one. A
     # prefetch could read a shard before it is written.
     accelerator().synchronize()

@@ -15,6 +15,7 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
+from loraprune_ds.zero.device import settle_shards
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import ReadFlat, overwrite_shard, pad
 from loraprune_ds.zero.private import check_private_attributes
@@ -64,7 +65,9 @@ def before_each_update(zero: DeepSpeedZeroOptimizer_Stage3, action: Callable[[],
 
     def act_and_step(*args: Any, **kwargs: Any) -> Any:
         action()
-        return step(*args, **kwargs)
+        result = step(*args, **kwargs)
+        settle_shards()  # orders the updated shards of LoRA before the trainer's next forward pass gathers them
+        return result
 
     zero.step = act_and_step
     return partial(setattr, zero, "step", step)

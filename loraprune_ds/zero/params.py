@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.frozen import Int8, Matrix
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import accelerator
+from loraprune_ds.zero.device import accelerator, settle_shards
 from loraprune_ds.zero.flat import overlap, owned_range, partition_numel
 
 ReadFlat = Callable[[str, int, int, torch.dtype], Tensor]
@@ -49,6 +49,7 @@ def shard_at_birth(
             module._parameters[name] = sharded[id(parameter)]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(init.local_device)
+    settle_shards()  # orders the shards that were read before the first gather, of a teacher or an evaluation, too
 
 
 def _zero_parameter(init: Init, shape: torch.Size, shard: Tensor) -> nn.Parameter:

@@ -120,7 +120,7 @@ class ShardedModel:
         fail_point("cut.rebuilt")
         self._refresh_zero()
         empty_host_cache()
-        settle_shards()
+        settle_shards()  # orders the smaller shards and flat buffers before the next gather
         return sum(self.comm.gather_objects(self.comm.bytes_sent - before))
 
     def weight_bytes(self) -> list[int]:

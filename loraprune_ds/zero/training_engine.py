@@ -43,7 +43,7 @@ class TrainingEngine:
     def update(self, *, skipped: bool) -> float | None:
         """Makes the update, unless fp16 has `skipped` it. Returns the gradient norm before clipping, or None."""
         optimizer_step(self.deepspeed, skipped=skipped)
-        settle_shards()
+        settle_shards()  # orders the updated shards of LoRA before the next forward pass gathers them
         norm = None if skipped else self.deepspeed.get_global_grad_norm()
         return None if norm is None else float(norm)
 
@@ -113,7 +113,7 @@ def restore_lora_state(model: ShardedModel, read: ReadState, adam_step: int) -> 
                 state.shard(parameter, key).copy_(shard)
                 if key == "master":
                     overwrite_shard(parameter, shard)
-    settle_shards()
+    settle_shards()  # orders the restored shards of LoRA before the first gather
 
 
 def adam_step(model: ShardedModel) -> int:

@@ -1,0 +1,76 @@
+"""Two ranks on virtual cards: a wait that is written down orders all accesses to the same memory."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import RankPool
+from tests.streams.deepspeed_on_card import start_on_card
+from tests.streams.scenarios import make_job, prune_alone, prune_mended, prune_outside, watch
+
+TEACHER = {"distill_weight": 0.5}
+GATHER = "partition_parameters.py _all_gather_dtype"
+DEEPSPEEDS_OWN = ("stage3.py _reassign_or_swap_out_partitioned_parameters", GATHER)  # zero/README.md
+UPDATE = "external_engine.py act_and_step"
+FETCH = "partitioned_param_coordinator.py _fetch_sub_module_impl"
+REDUCE = "stage3.py independent_gradient_partition_epilogue"
+
+
+@pytest.fixture(scope="module")
+def cards() -> Iterator[RankPool]:
+    pool = RankPool(start_on_card)
+    yield pool
+    pool.close()
+
+
+def races(cards: RankPool, scenario: Callable[..., None], job: Any, *without: str) -> set[tuple[str, ...]]:
+    """Returns the functions of the two accesses of each report, as "file.py function"."""
+    reports = set().union(*cards.run(2, watch, scenario, job, without))
+    print(*(f"{first}\n    {second}" for first, second in reports), sep="\n")  # noqa: T201  # seen if the test fails
+    return {tuple(re.sub(r":\d+", "", access.site[0]) for access in report) for report in reports}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "kind", "settings"),
+    [
+        (prune_alone, "overlap", TEACHER),
+        (prune_alone, "hpZ", {}),
+        (prune_alone, "offload", {}),
+        (prune_outside, "overlap", {}),
+    ],
+)
+def test_all_accesses_are_ordered(
+    cards: RankPool, tmp_path: Path, scenario: Any, kind: str, settings: dict[str, Any]
+) -> None:
+    assert races(cards, scenario, make_job(tmp_path, kind, **settings)) == set()
+
+
+@pytest.mark.parametrize(
+    ("without", "settings", "pairs"),
+    [
+        (["params.py shard_at_birth"], TEACHER, {("params.py _zero_parameter", GATHER)}),
+        (["sharded.py cut"], {}, {("cut.py _by_tensor", GATHER)}),
+        (
+            [FETCH, REDUCE],
+            {},
+            {
+                ("partition_parameters.py wait", "lora_product.py forward"),
+                ("stage3.py partition_grads", "sharded.py gradient_sum"),
+            },
+        ),
+    ],
+    ids=["birth", "cut", "DeepSpeed's"],
+)
+def test_a_missing_wait_is_reported(
+    cards: RankPool, tmp_path: Path, without: list[str], settings: dict[str, Any], pairs: set[tuple[str, ...]]
+) -> None:
+    assert pairs <= races(cards, prune_alone, make_job(tmp_path, **settings), *without)
+
+
+def test_the_race_of_deepspeed_is_found_and_its_mend_is_enough(cards: RankPool, tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    assert races(cards, prune_outside, job, UPDATE) == {DEEPSPEEDS_OWN}
+    assert races(cards, prune_mended, job, UPDATE) == set()
