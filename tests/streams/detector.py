@@ -37,8 +37,7 @@ class Access(NamedTuple):
 class Storage:
     """What is known of a live storage."""
 
-    on_card: bool
-    stream: int  # that allocated it
+    stream: int  # that allocated it. HOST's are the host's memory
     pinned: bool = False
     recorded: set[int] = field(default_factory=set)  # streams of `record_stream`
     # (first byte, end, stream, writes) -> (number of the launch, the last such access)
@@ -47,11 +46,7 @@ class Storage:
 
 
 class Detector:
-    """Receives launches, waits, allocations and frees in the order of the host's thread.
-
-    Attributes:
-        reports: pairs of accesses without an order. The second may be the `free` of a block that the first still uses.
-    """
+    """Receives launches, waits, allocations and frees in the order of the host's thread."""
 
     def __init__(self) -> None:
         self.on = False
@@ -64,7 +59,7 @@ class Detector:
         self.number = 0
         self.order = StreamSynchronizations()
         self.freed: dict[int, list[tuple[Storage, Access]]] = {}  # by the stream that may allocate it next
-        self.reports = set[tuple[Access, Access]]()
+        self.reports = set[tuple[Access, Access]]()  # pairs without an order. The second may be a `free`
         self._bury()
         for known in self.storages.values():
             known.accesses.clear()
@@ -81,15 +76,15 @@ class Detector:
 
     # Storages
 
-    def storage(self, tensor: Tensor, *, on_card: bool = False, stream: int = HOST) -> Storage:
-        """Returns the record of a tensor's storage. `on_card` and `stream` are those of a new one."""
+    def storage(self, tensor: Tensor, stream: int = HOST) -> Storage:
+        """Returns the record of a tensor's storage. `stream` is that of a new one."""
         self._bury()
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self.storages:
-            known = self.storages[key] = Storage(on_card, stream)
+            known = self.storages[key] = Storage(stream)
             known.alive = weakref.ref(storage, lambda _, key=key: self._deaths.append(key))
-            if on_card:
+            if stream != HOST:
                 self._take_freed(stream)
                 self._begin(stream)
                 self._touch(known, (0, storage.nbytes()), Access(stream, WRITE, "allocation", site()))
@@ -98,7 +93,11 @@ class Detector:
     def _bury(self) -> None:
         while self._deaths:
             known = self.storages.pop(self._deaths.popleft(), None)
-            if known and known.on_card and any(used.stream != known.stream for _, used in known.accesses.values()):
+            if (
+                known
+                and known.stream != HOST
+                and any(used.stream != known.stream for _, used in known.accesses.values())
+            ):
                 free = Access(known.stream, WRITE, "free", site())
                 self.freed.setdefault(known.stream, []).append((known, free))
 
@@ -116,7 +115,7 @@ class Detector:
         here = site()
         for tensor, writes in accesses:
             if tensor.numel():
-                known = self.storage(tensor, on_card=stream != HOST, stream=stream)
+                known = self.storage(tensor, stream)
                 self._touch(known, byte_range(tensor), Access(stream, writes, operation, here))
 
     def _begin(self, stream: int) -> None:

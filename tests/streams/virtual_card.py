@@ -63,22 +63,6 @@ class Stream:
             DETECTOR.order.all_streams_wait_for_stream(self.number)
 
 
-class Event:
-    """An event that is never done when asked: the card lags, so who wants to be sure must wait."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def record(self, stream: Stream | None = None) -> None:
-        DETECTOR.order.record_state(id(self), (stream or streams[-1]).number)
-
-    def synchronize(self) -> None:
-        if not is_left_out():
-            DETECTOR.order.all_streams_wait_for_event(id(self))
-
-    def query(self) -> bool:
-        return False
-
-
 streams = [Stream()]  # the default one, number 0
 
 
@@ -101,7 +85,7 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 def is_card(tensor: Tensor) -> bool:
-    return DETECTOR.storage(tensor).on_card
+    return DETECTOR.storage(tensor).stream != HOST
 
 
 def device_of(tensor: Tensor) -> torch.device:
@@ -119,7 +103,7 @@ def to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
         return tensor.to(device=CPU if device == CARD else device, non_blocking=non_blocking, **how)
     with _disable_current_modes():
         out = tensor.to(**how)
-    known = DETECTOR.storage(out, on_card=device == CARD, stream=here() if device == CARD else HOST)
+    known = DETECTOR.storage(out, here() if device == CARD else HOST)
     known.pinned = non_blocking and device == CPU  # as torch allocates it
     transfer(tensor, out, non_blocking, "to")
     return out
@@ -244,7 +228,7 @@ def outputs(name: str, given: list[Tensor], made: list[Tensor], on_card: bool) -
     storages = {x.untyped_storage()._cdata for x in given}
     for x in made:
         if x.untyped_storage()._cdata not in storages:
-            DETECTOR.storage(x, on_card=on_card, stream=here() if on_card else HOST)
+            DETECTOR.storage(x, here() if on_card else HOST)
             if not name.startswith(("empty", "new_empty")):
                 yield x, WRITE
 
