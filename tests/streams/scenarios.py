@@ -76,7 +76,7 @@ def prune_outside(job: Job) -> None:
     config["zero_optimization"]["reduce_bucket_size"] = 4_000
     engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     engine.train()
-    pruning = Pruning.attach(engine, optimizer, PruneConfig(**job.prune), STEPS)
+    pruning = Pruning(engine, optimizer, PruneConfig(**job.prune), STEPS)
     for batch in job.batches:
         pruning.begin_step()
         for first in (0, 2):
