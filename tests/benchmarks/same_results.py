@@ -112,7 +112,7 @@ LESS: Settings = {"prune": {"ratio": 0.25}}
 INT8: Settings = {"model": {"frozen": "int8"}}
 MIXTURE = [{"path": f"{HERE}/text.txt", "weight": 0.7}, {"path": f"{HERE}/more.txt", "weight": 0.3}]
 PART = {"held_out": None, "held_out_fraction": 0.1}
-ANSWERS = {"path": f"{HERE}/answers.jsonl", "format": "instruction", "packing": True, **PART}
+ANSWERS = {"path": f"{HERE}/answers.jsonl", "format": "instruction", "input_field": None, "packing": True, **PART}
 PAIRS = {"path": f"{HERE}/pairs.jsonl", "format": "seq2seq", **PART}
 CHECKPOINTING: Settings = {"train": {"gradient_checkpointing": True, "global_batch_size": 12, "micro_batch_size": 2}}
 CASES = [
@@ -159,10 +159,11 @@ def make_inputs(work: Path, reference: Path) -> None:
     for name, model in (made | {"tower": multimodal("qwen3_5")}).items():
         model.save_pretrained(work / "models" / name)
         make_tokenizer(SIZES["vocab_size"]).save_pretrained(work / "models" / name)
+    (work / "models" / "tower" / "preprocessor_config.json").write_text('{"image_processor_type": "any"}')
     lines = write_text(work / "text.txt", 12_000).read_text().splitlines()
     write_text(work / "held_out.txt", 2_000, start=50_000)
     write_text(work / "more.txt", 4_000, start=70_000)
-    long = [line for line in lines if len(line) > 20]
+    long = [line for line in lines if len(line) > 20 and line[0] != " "]
     rows = {
         "answers": [{"instruction": line[:8], "response": line[8:20]} for line in long],
         "pairs": [{"source": line[:8], "target": line[8:1:-1]} for line in long],
@@ -221,6 +222,7 @@ class Side:
     def _start(self) -> subprocess.Popen[str]:
         """Starts the ranks' process. Its imports must be those of the checkout, which has its own cache of tokens."""
         own = {"PYTHONPATH": str(self.checkout), "HF_DATASETS_CACHE": str(self.root / "cache"), "HF_HUB_OFFLINE": "1"}
+        own["PYTHONHASHSEED"] = "0"  # PEFT writes a set of names in its order
         python, environment = [sys.executable, "-P"], cpu_environment(**own)
         ask = [*python, "-c", "import loraprune_ds; print(loraprune_ds.__file__)"]
         found = subprocess.check_output(ask, cwd=self.checkout, env=environment, text=True).strip()
