@@ -7,7 +7,7 @@ import sys
 
 try:
     from loraprune_ds.cli.evaluate import main
-    from loraprune_ds.exits import leave, leave_on_error
+    from loraprune_ds.errors import leave, leave_on_error
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 

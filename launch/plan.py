@@ -7,7 +7,7 @@ import sys
 
 try:
     from loraprune_ds.cli.plan import main
-    from loraprune_ds.exits import leave
+    from loraprune_ds.errors import leave
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} has no {missing.name}; use the .venv that launch/quickstart.sh makes")
 

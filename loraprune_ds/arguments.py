@@ -6,8 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from loraprune_ds.errors import UserError, require
-from loraprune_ds.exits import leave, leave_on_error, tell
+from loraprune_ds.errors import UserError, leave, leave_on_error, require, tell
 
 COMMANDS = {  # the modules of loraprune_ds/cli
     "run": "prune a model while it is tuned",

@@ -30,8 +30,7 @@ try:
     from torch.distributed.distributed_c10d import PrefixStore
 
     from loraprune_ds.arguments import Parser
-    from loraprune_ds.errors import UserError, one_line, require
-    from loraprune_ds.exits import leave
+    from loraprune_ds.errors import UserError, leave, one_line, require
     from loraprune_ds.ranks import gloo_interface
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")

@@ -34,7 +34,7 @@ from typing import Any, get_args
 from loraprune_ds import ranks
 from loraprune_ds.arguments import Parser, require_option
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import UserError, leave, leave_on_error, require, tell
 from loraprune_ds.evaluate.settings import (
     DATASETS,
     DEFAULT_PROMPTS,
@@ -48,7 +48,6 @@ from loraprune_ds.evaluate.settings import (
     read_prompts,
     read_text,
 )
-from loraprune_ds.exits import leave, leave_on_error, tell
 from loraprune_ds.files import finite, write_text
 
 ROUND = fields(SpeedSettings)  # one option each

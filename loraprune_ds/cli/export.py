@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from loraprune_ds.arguments import Parser, require_option
-from loraprune_ds.exits import run_command
+from loraprune_ds.errors import run_command
 
 
 def parse_arguments() -> argparse.Namespace:

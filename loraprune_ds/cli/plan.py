@@ -16,8 +16,7 @@ import json
 from pathlib import Path
 
 from loraprune_ds.arguments import Parser
-from loraprune_ds.errors import UserError, require
-from loraprune_ds.exits import run_command, tell
+from loraprune_ds.errors import UserError, require, run_command, tell
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.ranks import silence_libraries
 

@@ -15,8 +15,7 @@ from loraprune_ds import ranks
 from loraprune_ds.arguments import Parser
 from loraprune_ds.checkpoint.layout import REPORT_FILE, read_status
 from loraprune_ds.config_file import config_value, read_config
-from loraprune_ds.errors import ShortfallError, UserError
-from loraprune_ds.exits import leave, leave_on_error, tell
+from loraprune_ds.errors import ShortfallError, UserError, leave, leave_on_error, tell
 from loraprune_ds.files import read_json
 from loraprune_ds.train.after import measure_after
 from loraprune_ds.train.output import OutputFolder

@@ -21,8 +21,14 @@ from loraprune_ds.report.records import EvaluationRecord
 from loraprune_ds.report.report import Outcome, write_results
 from loraprune_ds.train.checkpoints import check_data, find_checkpoint
 from loraprune_ds.train.context import RunContext, RunStatus
-from loraprune_ds.train.exports import exported_config, make_card, take_over_sizes, write_weights
-from loraprune_ds.train.loop import TrainingLoop, measure_held_out
+from loraprune_ds.train.loop import (
+    TrainingLoop,
+    exported_config,
+    make_card,
+    measure_held_out,
+    take_over_sizes,
+    write_weights,
+)
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.prepare import Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder, take_over_metrics

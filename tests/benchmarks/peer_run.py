@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.config import Normalization
-from loraprune_ds.exits import leave, leave_on_error
+from loraprune_ds.errors import leave, leave_on_error
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.pruning.criterion import effective_weight, score_shard
 from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
@@ -182,10 +182,10 @@ def main() -> int:
     parser.add_argument("--peer", choices=[*PEERS, "two-four"], required=True)
     given, sys.argv[1:] = parser.parse_known_args()
     from loraprune_ds.cli import run
-    from loraprune_ds.train import exports, loop
+    from loraprune_ds.train import loop
 
     if given.peer == "two-four":
-        cast(Any, loop).Pruner, cast(Any, exports).merged_tensors = CutNothing, merged_where_kept
+        cast(Any, loop).Pruner, cast(Any, loop).merged_tensors = CutNothing, merged_where_kept
     else:
         cast(Any, loop).Pruner = partial(PeerPruner, given.peer)
     return run.main()

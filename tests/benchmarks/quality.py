@@ -21,11 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.evaluate.drawing import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERMILION, picture
 from loraprune_ds.evaluate.settings import read_text
 from loraprune_ds.evaluate.tasks import mean_metric
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
+from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERMILION, picture
 from loraprune_ds.report.records import read_metrics
 from tests.benchmarks.quality_settings import GONE, GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, make_parser, run_quickstart

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from loraprune_ds.arguments import require_option
-from loraprune_ds.errors import RankError, UserError
-from loraprune_ds.exits import tell
+from loraprune_ds.errors import RankError, UserError, tell
 from loraprune_ds.ranks import (
     LAUNCHED,
     adopt_srun_ranks,
@@ -31,7 +30,7 @@ from tests.refusals import must_name
 
 BLOCKED = """
 import threading, time, torch
-from loraprune_ds.exits import leave_on_error
+from loraprune_ds.errors import leave_on_error
 
 leave_on_error()
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -63,7 +62,7 @@ def test_what_a_rank_met_alone_it_tells_itself(
     rank: str, error: UserError, agreed: bool, line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr("loraprune_ds.exits.GRACE", 0.0)
+    monkeypatch.setattr("loraprune_ds.errors.GRACE", 0.0)
     tell(error, agreed=agreed)
     assert capfd.readouterr().err == line
 

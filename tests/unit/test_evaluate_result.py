@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from loraprune_ds.evaluate.answers import Answers, Closeness, Generation
-from loraprune_ds.evaluate.evaluation import Measurement, count_cost
+from loraprune_ds.evaluate.evaluation import CACHE, Measurement, Speed, count_cost
 from loraprune_ds.evaluate.perplexity import Perplexity
 from loraprune_ds.evaluate.result import make_result, result_table
 from loraprune_ds.evaluate.settings import (
@@ -22,7 +22,6 @@ from loraprune_ds.evaluate.settings import (
     PerplexityProtocol,
     SpeedSettings,
 )
-from loraprune_ds.evaluate.speed import CACHE, Speed
 from loraprune_ds.model.classes import causal_lm_class, config_class
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import LayerShape

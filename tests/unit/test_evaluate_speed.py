@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.evaluate import speed
+from loraprune_ds.evaluate import evaluation
+from loraprune_ds.evaluate.evaluation import measure_speed
 from loraprune_ds.evaluate.settings import SpeedSettings
-from loraprune_ds.evaluate.speed import measure_speed
 from tests.export_cases import CASES, dense_model
 
 
@@ -24,7 +24,7 @@ class Watched(nn.Module):
         self.name, self.calls, self.clock, self.seconds = name, calls, clock, seconds
 
     def forward(self, input_ids: Tensor, **arguments: Any) -> Any:
-        self.calls.append((self.name, input_ids.shape[1], arguments[speed.CACHE].get_seq_length()))
+        self.calls.append((self.name, input_ids.shape[1], arguments[evaluation.CACHE].get_seq_length()))
         self.clock[0] += next(self.seconds)
         return self.inner(input_ids=input_ids, **arguments)
 
@@ -32,7 +32,7 @@ class Watched(nn.Module):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr(speed, "_now", lambda: now[0])
+    monkeypatch.setattr(evaluation, "_now", lambda: now[0])
     return now
 
 

@@ -18,7 +18,7 @@ MOST_LOADED = 60
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
-    ("files", "units", "exits", "ranks"),
+    ("files", "units", "ranks"),
     ("config", "arguments"),
     ("config_file",),
     ("model",),
