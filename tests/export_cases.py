@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
@@ -141,6 +142,6 @@ def export(model: PreTrainedModel, case: Case, source: Path, out: Path) -> Expor
 
 
 def model_card(dense: ModelShape, pruned: ModelShape) -> ModelCard:
-    run: Any = {"base_model": "tiny", "criterion": "lora", "ranking": "uniform", "data": "nothing", "steps": 1000}
-    run |= {"perplexity_data": "nothing", "perplexity_pruned": 12.345, "llama_cpp": "llama", "asked": 0.5}
-    return ModelCard(**run, dense=dense, pruned=pruned)
+    run: Any = {"base_model": "tiny", "data": "nothing", "steps": 1000, "asked": 0.5, "perplexity_data": "nothing"}
+    prune = PruneConfig(criterion="lora", ranking="uniform")
+    return ModelCard(**run, prune=prune, dense=dense, pruned=pruned, perplexity_pruned=12.345)

@@ -46,8 +46,8 @@ def convert(arguments: argparse.Namespace) -> None:
     # These imports take seconds.
     from loraprune_ds.config import ModelConfig
     from loraprune_ds.export.formats import export
-    from loraprune_ds.export.hub import check_push, push
     from loraprune_ds.export.lora import find_source
+    from loraprune_ds.export.model_card import check_push, push
     from loraprune_ds.model.hub import locate_model
 
     repo: str | None = arguments.push_to_hub

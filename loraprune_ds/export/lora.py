@@ -10,7 +10,6 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, check_training_checkpoint
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.huggingface import finish_folder
 from loraprune_ds.export.model_card import card_of_run
 from loraprune_ds.files import write_json
@@ -114,7 +113,6 @@ def write_from_checkpoint(unmerged: UnmergedModel, folder: Path, *, merge: bool)
         unmerged.dense.shape,
         shape,
         asked=state.asked,
-        llama_cpp=architecture_name(unmerged.exported.config, shape),
         steps=state.step,
         perplexity_dense=state.totals.perplexity_dense,
         perplexity_pruned=state.totals.perplexity,

@@ -1,14 +1,28 @@
-"""Writes README.md of an exported model: its cut, its perplexity, and how to load it."""
+"""Writes README.md of an exported model: its cut, its perplexity, and how to load it.
+
+On the hub the measured results are also the card's `model-index`. The token for a push is `HF_TOKEN`, or the stored one
+of `hf auth login`.
+"""
 
 import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.config import ModelConfig, RunConfig
+from huggingface_hub import EvalResult, HfApi, get_token
+from huggingface_hub import ModelCard as HubCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import validate_repo_id
+
+from loraprune_ds.checkpoint.layout import REPORT_FILE
+from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig
+from loraprune_ds.errors import UserError, first_line, require
+from loraprune_ds.export.gguf_architecture import architecture_name
+from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import ExportedConfig
-from loraprune_ds.model.hub import EMBEDDED
+from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.units import format_percent, format_perplexity
 
@@ -49,7 +63,7 @@ with loraprune_ds. The licence of {card.base_model} applies.
 - Perplexity on: {card.perplexity_data}
 - Tuned on: {card.data}, {card.steps:,} optimizer steps
 - Asked to remove: {asked} of the decoder layers' linears
-- Chosen by: criterion `{card.criterion}`, ranking `{card.ranking}`
+- Chosen by: criterion `{card.prune.criterion}`, ranking `{card.prune.ranking}`
 - Head size: {card.pruned.head_dim}
 - In llama.cpp: {llama_cpp}
 
@@ -85,13 +99,11 @@ class ModelCard:
     base_model: str
     dense: ModelShape
     pruned: ModelShape
-    criterion: str
-    ranking: str | None
+    prune: PruneConfig
     asked: float  # fraction of the decoder layers' linears that was to leave
     data: str  # the training data
     steps: int
     perplexity_data: str
-    llama_cpp: str | None  # name of the architecture that it supports the model as, if any
     perplexity_dense: float | None = None
     perplexity_pruned: float | None = None
 
@@ -102,7 +114,6 @@ def card_of_run(
     pruned: ModelShape,
     *,
     asked: float,
-    llama_cpp: str | None,
     steps: int,
     windows: int | None = None,
     **perplexities: float | None,
@@ -117,13 +128,11 @@ def card_of_run(
         base_model=model_name(config.model),
         dense=dense,
         pruned=pruned,
-        criterion=config.prune.criterion,
-        ranking=config.prune.ranking,
+        prune=config.prune,
         asked=asked,
         data=data,
         steps=steps,
         perplexity_data=f"{held_out}, {count}windows of {config.evaluate.window} tokens",
-        llama_cpp=llama_cpp,
         **perplexities,
     )
 
@@ -136,9 +145,8 @@ def model_name(config: ModelConfig) -> str:
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:
     """Writes README.md of the exported model in `folder`."""
     dense, pruned, trust = card.dense, card.pruned, exported.trust_remote_code
-    llama_cpp = "not supported"
-    if card.llama_cpp:
-        llama_cpp = f"as architecture `{card.llama_cpp}`, by an export to GGUF"
+    architecture = architecture_name(exported.config, pruned)
+    llama_cpp = f"as architecture `{architecture}`, by an export to GGUF" if architecture else "not supported"
     text = TEMPLATE.format(
         card=card,
         exported=exported,
@@ -183,6 +191,57 @@ def answers_section(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_push(repo: str, results: Sequence[Path]) -> None:
+    """Checks a push before the export is made."""
+    try:
+        validate_repo_id(repo)
+    except ValueError as error:
+        raise UserError(f"--push-to-hub {repo}: {first_line(error)}") from None
+    require(repo.count("/") == 1, f"--push-to-hub {repo}: give it as OWNER/NAME")
+    require(get_token() is not None, "--push-to-hub needs a token: set HF_TOKEN, or run `hf auth login`")
+    for path in results:
+        require({"perplexity", "tasks", "dense"} <= read_json(path).keys(), f"{path} is not from launch/evaluate.py")
+
+
+def push(folder: Path, repo: str, run: Path, results: Sequence[Path], *, private: bool) -> str:
+    """Adds the results to the card of the export, and uploads the export. Returns the address.
+
+    Args:
+        run: folder of the run, for the perplexities of its report. Any other folder has none.
+        results: files from launch/evaluate.py --json.
+    """
+    api = HfApi()
+    write_model_index(folder / CARD_FILE, repo.rpartition("/")[2], run, results)
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a pruned model")
+    except HUB_ERRORS as error:
+        raise UserError(f"--push-to-hub {repo}: {first_line(error)}") from None
+    return str(url)
+
+
+def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[Path]) -> None:
+    """Writes the measured results of the pruned and the dense model into the card's `model-index`, and answers."""
+    pruned, dense = list[EvalResult](), list[EvalResult]()
+    if (run / REPORT_FILE).is_file():
+        report = read_json(run / REPORT_FILE)
+        pruned += _run_results(report, "pruned")
+        dense += _run_results(report, "dense")
+    measured_by = [read_json(path) for path in results]
+    for result in measured_by:
+        pruned += _evaluation_results(result, result)
+        dense += _evaluation_results(result, result["dense"] or {})
+    card = HubCard.load(card_file)
+    index = eval_results_to_model_index(name, pruned) if pruned else []
+    index += eval_results_to_model_index(f"{name}, dense", dense) if dense else []
+    card.data["model-index"] = index or None
+    answered = next((result for result in measured_by if result.get("answers")), None)
+    if answered:
+        before, heading, after = card.text.partition(LOAD_HEADING)
+        card.text = f"{before.rstrip()}\n\n{answers_section(answered)}\n{heading}{after}"
+    card.save(card_file)
+
+
 def _removed(dense: int, pruned: int) -> str:
     return f"{dense:,} | {pruned:,} | {1 - pruned / dense:.2%}"
 
@@ -200,3 +259,32 @@ def _layer_rows(shape: ModelShape) -> list[str]:
         span = f"{first}–{rest[-1]}" if rest else f"{first}"
         rows.append(f"| {' | '.join(map(str, (span, shape.query_heads(layer), *layer.values())))} |")
     return rows
+
+
+def _run_results(report: dict[str, Any], which: str) -> Iterator[EvalResult]:
+    value, config = report["perplexity"][which], report["config"]
+    if value is not None:
+        source = config["data"]["held_out"] or config["data"]["path"]
+        paths = [source] if isinstance(source, str) else [entry["path"] for entry in source]  # a mixture
+        text = " + ".join(Path(path).name for path in paths)
+        yield _perplexity_result(value, text, config["evaluate"]["window"])
+
+
+def _evaluation_results(result: dict[str, Any], model: dict[str, Any]) -> Iterator[EvalResult]:
+    if model.get("perplexity") is not None:
+        yield _perplexity_result(model["perplexity"], result["text"]["name"], result["protocol"]["window"])
+    for task, metrics in ((model.get("tasks") or {}).get("results") or {}).items():
+        for metric, value in metrics.items():
+            name, _, variant = metric.partition(",")
+            if variant and not name.endswith("_stderr") and isinstance(value, int | float):
+                harness = "reasoning-gym" if task.startswith("reasoning_gym:") else "lm-eval"
+                yield _result(task, name, value, f"{name} ({variant}), {harness}")
+
+
+def _perplexity_result(value: float, text: str, window: int | None) -> EvalResult:
+    how = f", windows of {window} tokens" if window else ""
+    return _result(text, "perplexity", round(value, 4), f"perplexity{how}")
+
+
+def _result(dataset: str, metric: str, value: float, name: str) -> EvalResult:
+    return EvalResult("text-generation", dataset, dataset, metric, value, metric_name=name)

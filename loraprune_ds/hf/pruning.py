@@ -12,6 +12,7 @@ Scores are computed right before ZeRO-3's own update, from averaged gradients be
 
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -29,8 +30,18 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, remove_folder, remove_leftovers, staging_of, write_json
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
 from loraprune_ds.hf.checks import check_model, warn_of_rounded_gradients
-from loraprune_ds.hf.live import ForwardWatch, base_dtype, base_shape, find_peft_model, live_shape, model_name
+from loraprune_ds.hf.live import (
+    ForwardWatch,
+    base_config,
+    base_dtype,
+    base_shape,
+    find_peft_model,
+    live_shape,
+    model_name,
+)
 from loraprune_ds.model.adapters import ADAPTER_FILE
+from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.weight_files import drop_auto_maps
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import describe_target, resolve
@@ -247,11 +258,37 @@ class Pruning:
 
     def _export(self, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:
         """Writes a Hugging Face model from the tensors that `tensors_of` makes of each linear. Collective."""
-        # These load gguf, which importing the callback must not.
-        from loraprune_ds.export.huggingface import begin
-        from loraprune_ds.hf.export import finish_export
+        from loraprune_ds.export.huggingface import begin  # loads gguf, which importing the callback must not
 
-        comm, pruner, peft_model = self.model.comm, self.pruner, self.peft_model
+        comm = self.model.comm
         comm.on_rank_0(lambda: begin(folder))
         write_sharded_model(self.model, staging_of(folder), self.dtype, tensors_of, trained=trained)
-        comm.on_rank_0(lambda: finish_export(folder, peft_model, pruner, self.dtype, self.step, tokenizer))
+        comm.on_rank_0(lambda: self._finish_export(folder, tokenizer))
+
+    def _finish_export(self, folder: Path, tokenizer: Any) -> None:
+        """Completes and publishes the export in `folder`, whose weights are written."""
+        from loraprune_ds.export.huggingface import finish_folder, publish
+        from loraprune_ds.export.model_card import ModelCard
+
+        source, pruned = base_config(self.peft_model), self.model.shape
+        base: Any = self.peft_model.get_base_model()
+        card = ModelCard(
+            base_model=model_name(self.peft_model),
+            dense=self.pruner.limits.dense,
+            pruned=pruned,
+            prune=self.pruner.config,
+            asked=self.pruner.schedule.section(self.step).size.ratio,
+            data="data of its own trainer",
+            steps=self.step,
+            perplexity_data="not measured",
+        )
+        with tempfile.TemporaryDirectory() as path:
+            dense = Path(path)  # has the files of the dense model next to its weights
+            write_json(dense / "config.json", source)
+            if base.generation_config is not None:
+                base.generation_config.save_pretrained(dense)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(dense)
+                drop_auto_maps(dense)  # the trainer's user may trust a tokenizer's code; an export brings none
+            finish_folder(staging_of(folder), export_config(source, pruned, self.dtype), dense, card)
+        publish(folder)

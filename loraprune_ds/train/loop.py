@@ -11,7 +11,6 @@ from loraprune_ds.checkpoint.layout import RunTotals, export_folder
 from loraprune_ds.checkpoint.load import read_moments
 from loraprune_ds.errors import fail_point
 from loraprune_ds.evaluate.perplexity import Labelled, measure_perplexity
-from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard, card_of_run
 from loraprune_ds.files import finite, remove_folder, staging_of
@@ -185,7 +184,6 @@ def make_card(context: RunContext, pruned: ModelShape, step: int, measured: Eval
         prepared.pretrained.shape,
         pruned,
         asked=prepared.pruning.schedule.section(step).size.ratio,
-        llama_cpp=architecture_name(exported_config(context, pruned).config, pruned),
         steps=step,
         windows=sum(len(ids) for ids, _ in prepared.held_out),
         perplexity_dense=history.perplexity("dense"),

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import HfApi
 
 from loraprune_ds.checkpoint.layout import Status, write_status
-from loraprune_ds.export.hub import check_push, write_model_index
+from loraprune_ds.export.model_card import check_push, write_model_index
 from tests.export_cases import CASES, dense_model, export
 from tests.integration.launching import ROOT
 from tests.refusals import must_name
@@ -36,7 +36,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Mock:
     """Stands for HfApi, with the signatures of its methods."""
     api = create_autospec(HfApi, instance=True)
     api.create_repo.return_value = "https://hub/me/small"
-    monkeypatch.setattr("loraprune_ds.export.hub.HfApi", lambda: api)
+    monkeypatch.setattr("loraprune_ds.export.model_card.HfApi", lambda: api)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return api
 
@@ -124,7 +124,7 @@ def test_a_refused_token_is_one_line(
 def test_a_wrong_push_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, repo: str, token: str | None, results: Any, names: str
 ) -> None:
-    monkeypatch.setattr("loraprune_ds.export.hub.get_token", lambda: token)
+    monkeypatch.setattr("loraprune_ds.export.model_card.get_token", lambda: token)
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps(results))
     must_name(names, check_push, repo, [path] if results else [])
