@@ -31,8 +31,7 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.tokenizer import Starts, load_tokenizer, text_starts
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, check_dtype, fast_half_products, is_cpu
-from loraprune_ds.zero.engine import build_inference_engine
-from loraprune_ds.zero.training_engine import release
+from loraprune_ds.zero.engine import build_inference_engine, release
 
 # transformers renamed this argument within the range that pyproject.toml allows.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"

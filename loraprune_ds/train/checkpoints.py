@@ -29,9 +29,8 @@ from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.engine import build_training_engine
+from loraprune_ds.zero.engine import TrainingEngine, build_training_engine
 from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.training_engine import TrainingEngine, adam_step, counters, restore_counters, restore_lora_state
 from loraprune_ds.zero.write import LocalWrites
 
 
@@ -86,8 +85,8 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     if checkpoint is None:
         return engine
     state = checkpoint.state
-    restore_lora_state(engine.model, checkpoint.read_flat, state.adam_step)
-    restore_counters(engine, state.step, state.schedule, state.loss_scale)
+    engine.model.restore_lora_state(checkpoint.read_flat, state.adam_step)
+    engine.restore_counters(state.step, state.schedule, state.loss_scale)
     return engine
 
 
@@ -107,12 +106,12 @@ class Checkpoints:
     def save(self, engine: TrainingEngine, step: int, totals: RunTotals) -> None:
         """Publishes `step-{step}` and, if a refit changed them, the frozen weights. Collective."""
         pruner, compensator = self.pruner.state(), self.pruner.compensator
-        schedule, loss_scale = counters(engine)
+        schedule, loss_scale = engine.counters()
         cuts = sum(cut <= step for cut in self._cuts)
         state = RunState(
             step=step,
             totals=totals,
-            adam_step=adam_step(engine.model),
+            adam_step=engine.model.adam_step,
             schedule=schedule,
             loss_scale=loss_scale,
             kept=keep_to_lists(pruner.kept_of_dense, engine.model.shape.kinds),

@@ -35,8 +35,7 @@ from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name, fast_half_products, peak_bytes
-from loraprune_ds.zero.engine import build_inference_engine
-from loraprune_ds.zero.training_engine import release
+from loraprune_ds.zero.engine import build_inference_engine, release
 
 
 def run(output: OutputFolder, comm: Communicator) -> bool:

@@ -19,8 +19,7 @@ from loraprune_ds.train.data.samples import BatchOrder, Samples, rank_micro_batc
 from loraprune_ds.train.pruning_steps import PruningSteps
 from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, to_device
-from loraprune_ds.zero.engine import build_inference_engine
-from loraprune_ds.zero.training_engine import TrainingEngine, release
+from loraprune_ds.zero.engine import TrainingEngine, build_inference_engine, release
 
 
 class Teacher:

@@ -1,4 +1,4 @@
-"""Starts DeepSpeed: the process group, then a ZeRO-3 engine with a model that is built sharded."""
+"""Starts DeepSpeed: the process group, then a model that is born sharded in a ZeRO-3 engine, and its training steps."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ from typing import Any, cast
 import deepspeed
 import torch
 from deepspeed.utils import set_z3_leaf_module
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,10 +29,11 @@ from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.ranks import check_local_rank, check_ranks, collective_timeout, gloo_interface
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import accelerator, is_cpu
-from loraprune_ds.zero.params import shard_at_birth
+from loraprune_ds.zero.device import accelerator, empty_host_cache, is_cpu, settle_shards
+from loraprune_ds.zero.params import free_shards, shard_at_birth
+from loraprune_ds.zero.private import LOSS_SCALE_FIELDS
 from loraprune_ds.zero.releases import decide_releases
-from loraprune_ds.zero.training_engine import TrainingEngine
+from loraprune_ds.zero.sharded import ShardedModel
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -88,6 +89,92 @@ def quiet_stdout() -> Iterator[None]:
     """Drops the lines that DeepSpeed and ninja print while this is open."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         yield
+
+
+class TrainingEngine:
+    """Trains the sharded `model` through `deepspeed`, a `DeepSpeedEngine`. Every method is collective."""
+
+    def __init__(self, deepspeed: Any, shape: ModelShape) -> None:
+        self.deepspeed = deepspeed
+        self.model = ShardedModel(deepspeed.module, deepspeed.optimizer, shape, deepspeed.empty_partition_cache)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.deepspeed.get_lr()[0])
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.deepspeed(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a micro-batch, averaged over the ranks. `loss`: its share of the step's loss."""
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+
+    def end_micro_batch(self) -> None:
+        """Counts a micro-batch. Call it after every micro-batch of a step except the last."""
+        self.deepspeed.step()  # only counts, because this is not a boundary
+
+    def update(self, *, skipped: bool) -> float | None:
+        """Makes the update, unless fp16 has `skipped` it. Returns the gradient norm before clipping, or None."""
+        optimizer_step(self.deepspeed, skipped=skipped)
+        settle_shards()  # orders the updated shards of LoRA before the next forward pass gathers them
+        norm = None if skipped else self.deepspeed.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def infer(self, **inputs: Any) -> Any:
+        """Makes one forward pass in evaluation mode. It does not change what training gathers."""
+        # DeepSpeed caches which weights to free after which module. After an evaluation its decisions would make
+        # every later step gather weights twice. DeepSpeed caches nothing while it records a pass.
+        self.model.forget_trace()
+        self.deepspeed.eval()
+        with torch.no_grad():
+            outputs = self.deepspeed(**inputs)
+        self.deepspeed.train()
+        self.model.forget_trace()
+        return outputs
+
+    def counters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the states of the learning-rate schedule and of fp16's loss scaler, both for JSON."""
+        scaler = self.deepspeed.optimizer.loss_scaler
+        loss_scale = {name: getattr(scaler, name) for name in LOSS_SCALE_FIELDS if scaler.dynamic}
+        return self.deepspeed.lr_scheduler.state_dict(), loss_scale
+
+    def restore_counters(self, step: int, schedule: dict[str, Any], loss_scale: dict[str, Any]) -> None:
+        """Restores the schedule, the loss scale and DeepSpeed's step counts."""
+        deepspeed = self.deepspeed
+        deepspeed.lr_scheduler.load_state_dict(schedule)
+        for group, rate in zip(deepspeed.optimizer.param_groups, deepspeed.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        for name, value in loss_scale.items():
+            setattr(deepspeed.optimizer.loss_scaler, name, value)
+        deepspeed.global_steps = step
+        deepspeed.micro_steps = step * deepspeed.gradient_accumulation_steps()
+        deepspeed.global_samples = step * deepspeed.train_batch_size()
+
+    def release(self) -> None:
+        """Frees the model and its optimizer, even if they are still referenced. The engine is unusable afterwards."""
+        release(self.deepspeed)
+
+
+def optimizer_step(engine: Any, *, skipped: bool) -> None:
+    """Makes the update and sets the next learning rate. The schedule counts skipped steps, DeepSpeed does not."""
+    engine.step()
+    if skipped:
+        engine.lr_scheduler.step()
+
+
+def release(engine: Any) -> None:
+    """Frees the weights and the optimizer's state. The engine cannot be used afterwards."""
+    # Dropping the engine frees nothing: a global list and a class's cache in DeepSpeed hold every module that ran, and
+    # every parameter holds the optimizer.
+    engine.empty_partition_cache()
+    engine.destroy()  # removes the hooks and waits for the device
+    free_shards(engine.module)
+    zero = engine.optimizer
+    if inner := vars(zero).get("optimizer"):  # an engine for inference has none
+        inner.state.clear()
+    vars(zero).clear()  # masters, gradients, buckets and flat copies, under any name
+    accelerator().empty_cache()
+    empty_host_cache()
 
 
 def learning_rate_factor(config: TrainConfig, cycles: Sequence[int], step: int) -> float:

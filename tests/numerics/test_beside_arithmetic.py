@@ -18,9 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.model.flops import needed_flops_per_token
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero import collect, params, training_engine
+from loraprune_ds.zero import collect, engine, params, sharded
 from loraprune_ds.zero.device import accelerator
-from loraprune_ds.zero.training_engine import restore_lora_state
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, tiny_job
 from tests.ranks import RankPool
@@ -117,15 +116,15 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
     with (
         patch.object(params, "_install", watched.writing(params._install)),
         patch.object(collect, "overwrite_shard", watched.writing(params.overwrite_shard)),
-        patch.object(training_engine, "overwrite_shard", watched.writing(params.overwrite_shard)),
-        patch.object(training_engine, "optimizer_step", watched.writing(training_engine.optimizer_step)),
+        patch.object(sharded, "overwrite_shard", watched.writing(params.overwrite_shard)),
+        patch.object(engine, "optimizer_step", watched.writing(engine.optimizer_step)),
         patch.object(accelerator(), "synchronize", watched.settle),
     ):
         return {
             "update": watched.after(lambda: trainer.step(1)),
             "cut": watched.after(lambda: trainer.cut(1)),
             "refit": watched.after(lambda: model.replace_weights(ids, lambda _, linear: linear.weight)),
-            "restore": watched.after(lambda: restore_lora_state(model, zeros, 1)),
+            "restore": watched.after(lambda: model.restore_lora_state(zeros, 1)),
         }
 
 
@@ -144,7 +143,7 @@ OTHERS = ("deepspeed/", "transformers/")
 
 ONCE = "train/trainer.py:exchange"
 SETTLES = "zero/device.py:settle_shards"
-SETTLED = ("zero/training_engine.py:update", "pruning/importance.py:check")  # the norm, and whether scores are finite
+SETTLED = ("zero/engine.py:update", "pruning/importance.py:check")  # the norm, and whether scores are finite
 THEIRS = {
     "transformers/masking_utils.py:find_packed_sequence_indices": 2,  # once per micro-batch: are samples packed?
     "deepspeed/runtime/utils.py:is_invalid_grad_norm": 1,
