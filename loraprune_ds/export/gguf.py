@@ -18,8 +18,6 @@ from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shapes import ModelShape
 from loraprune_ds.model.tokenizer import target_start
 
-FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}
-
 T5_TOKENS = 512  # a T5's training length. Its positions have no limit
 EPSILONS = {
     **dict.fromkeys(("rms_norm_eps", "norm_eps"), "add_layer_norm_rms_eps"),
@@ -41,7 +39,7 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture.of(shape)])
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(FILE_TYPES[precision])
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{precision.upper()}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     remarks = _add_context(writer, config, architecture)
     _add_sizes(writer, config, shape, architecture)

@@ -205,7 +205,7 @@ def find_reporters(report_to: Iterable[str], output_dir: str, resumed_from: int 
     sinks: list[Sink] = [CutPrinter()]
     if "tensorboard" in report_to:
         root = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(output_dir, "runs")
-        sinks.append(TensorBoardRun(Path(root).expanduser() / "pruning", resumed_from))
+        sinks.append(TensorBoardLog(Path(root).expanduser() / "pruning", resumed_from, curves))
     return sinks + [ModuleLog(name, _warn, curves) for name in SERVICES if name in report_to]
 
 
@@ -226,13 +226,3 @@ class CutPrinter:
             _warn(cut_line(record))
 
     def close(self) -> None: ...
-
-
-class TensorBoardRun(TensorBoardLog):
-    """Writes a separate TensorBoard run, because two writers in one run hide each other's points."""
-
-    curves = staticmethod(curves)
-
-    def write(self, record: Record) -> None:
-        super().write(record)
-        self._writer.flush()

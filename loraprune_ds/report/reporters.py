@@ -52,21 +52,18 @@ def scalars(record: Record) -> dict[str, float]:
 
 
 class TensorBoardLog:
-    """Writes the same records as TensorBoard scalars."""
+    """Writes the same records as TensorBoard scalars, in a run of its own: two writers hide each other's points."""
 
-    curves = staticmethod(scalars)
-
-    def __init__(self, folder: Path, resumed_from: int | None = None) -> None:
+    def __init__(self, folder: Path, resumed_from: int | None = None, curves: Curves = scalars) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes half a second, so only runs that use it import it
 
         purge_step = None if resumed_from is None else resumed_from + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._writer, self._curves = SummaryWriter(str(folder), purge_step=purge_step), curves
 
     def write(self, record: Record) -> None:
-        for tag, value in self.curves(record).items():
+        for tag, value in self._curves(record).items():
             self._writer.add_scalar(tag, value, record.step)
-        if not isinstance(record, StepRecord):
-            self._writer.flush()  # rare, and worth seeing immediately
+        self._writer.flush()
 
     def picture(self, path: Path) -> None:
         from matplotlib.image import imread

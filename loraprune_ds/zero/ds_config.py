@@ -11,7 +11,7 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import ValidationError
 
 from loraprune_ds.config import Dtype, ModelConfig, TrainConfig
-from loraprune_ds.config_file import find_shipped
+from loraprune_ds.config_file import dotted_values, find_shipped
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.frozen import DTYPES
@@ -116,9 +116,8 @@ def resolve_ds_config(
     zero = resolved["zero_optimization"]
     if zero.get(HPZ) == "auto":  # useless on a single node
         zero[HPZ] = ranks_per_node if ranks_per_node and ranks_per_node < world_size else 1
-    leftover = _find_auto(resolved, ())
-    if leftover:
-        raise UserError(f'{path}: {".".join(leftover)} is "auto", but the run config has no value for it; give one')
+    leftover = next((keys for keys, value in dotted_values(resolved) if value == "auto"), None)
+    require(not leftover, f'{path}: {leftover} is "auto", but the run config has no value for it; give one')
     _validate(path, resolved)
     size = zero_settings(resolved).zero_hpz_partition_size
     if size < 1 or world_size % size:
@@ -221,16 +220,6 @@ def _validate(path: str | Path, resolved: dict[str, Any]) -> None:
             first = error.errors()[0]
             where = ".".join([name, *map(str, first["loc"])])
             raise UserError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from None
-
-
-def _find_auto(value: Any, where: tuple[str, ...]) -> tuple[str, ...] | None:
-    if value == "auto":
-        return where
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if leftover := _find_auto(item, (*where, key)):
-                return leftover
-    return None
 
 
 def zero_settings(ds_config: dict[str, Any]) -> DeepSpeedZeroConfig:
