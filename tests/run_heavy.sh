@@ -8,7 +8,7 @@
 # Each tool gets an environment of its own in the checkout, once: llama.cpp in .venv-llama (compiles for ten minutes on
 # two cores), with --vllm also vLLM's CPU build in .venv-vllm (3 GB, three minutes), with --quantise llm-compressor in
 # .venv-quantise. LLAMA_CPP_PYTHON, VLLM_PYTHON and QUANTISE_PYTHON may name a Python that has them already.
-# The tour needs wandb, which goes into .venv. The page of answers needs Chromium, which you install: it is not for pip.
+# The tour needs wandb, which goes into .venv.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
@@ -60,7 +60,6 @@ fi
 if ! has python wandb; then
   quietly python -m pip install wandb==0.31.0
 fi
-command -v chromium >/dev/null || echo "chromium is missing, so its test is skipped: sudo apt-get install chromium"
 export LLAMA_CPP_PYTHON=${LLAMA_CPP_PYTHON:-$ROOT/.venv-llama/bin/python}
 has "$LLAMA_CPP_PYTHON" llama_cpp || install_llama_cpp
 if [[ ${1:-} == --vllm ]]; then

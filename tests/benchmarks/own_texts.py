@@ -27,10 +27,10 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.report.records import history_from, read_metrics
+from tests.benchmarks.expanded import expanded_model
 from tests.benchmarks.quality import perplexity, writing
 from tests.benchmarks.quality_settings import SETTINGS
 from tests.benchmarks.running import RESULTS, ROOT, add_to, make_parser, run_quickstart
-from tests.benchmarks.two_four import expanded_model
 from tests.hf.trainers import run_example
 from tests.ranks import RankPool
 

@@ -1,4 +1,4 @@
-"""Runs launch/run.py with another method's score, or with none. quality.py and experts.py call it.
+"""Runs launch/run.py with another method's score. quality.py calls it.
 
 deepspeed --quiet --num_accelerators 1 tests/benchmarks/peer_run.py --peer wanda --config ... --set ...
 
@@ -9,9 +9,6 @@ wanda     Σ_i |W'_ij| · ‖x_j‖₂: Wanda-sp, the structured form (Sun et al
 flap      Σ_i W'_ij² · var(x_j): FLAP's metric (An et al., arXiv 2312.11983)
 gradient  Σ |∂L/∂W ⊙ W'| over all elements of a group, which `lora` estimates (LLM-Pruner, Ma et al., arXiv 2305.11627).
           Its gradients are whole: on one rank, in a model without experts
-reap      of an expert: the mean of g(t) · ‖f(t)‖₂ over the tokens t that chose it. g is its router weight, f its output
-          (REAP, Lasby et al., arXiv 2510.13999). Heads have no such score: theirs is 0
-two-four  cuts nothing, and exports zeros where the source has them (two_four.py)
 
 The texts that this benchmark tunes on have no padding, so every position counts.
 """
@@ -38,8 +35,6 @@ from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.taps import StepRecorder, Tap, hook_inputs
-from tests.benchmarks.two_four import CutNothing, merged_where_kept
-from tests.family_cuts import find_experts
 
 
 @dataclass(frozen=True)
@@ -119,41 +114,9 @@ class WeightGradients(StepRecorder):
         self._add(linear_id, (gradient.flatten(0, -2).T @ inputs.flatten(0, -2)).float())
 
 
-class ExpertNorms(StepRecorder):
-    """Adds up the weighted norms of every expert's outputs, and its tokens: (2, experts) float64 of this rank."""
-
-    def __init__(self, model: PrunableModel) -> None:
-        super().__init__()
-        self._model = model
-        self._linear_ids = [x for x in model.shape.input_linear_ids() if x.linear.is_stack]
-        for linear_id in self._linear_ids:
-            experts = find_experts(model.layers[linear_id.layer])
-            experts.register_forward_pre_hook(self._route)
-            experts.down.register_forward_hook(partial(self._see, linear_id))
-
-    def scores(self, step: int) -> GroupSums:
-        """Returns the means over the tokens of all ranks."""
-        totals = [self._model.sum_over_ranks(self._recorded[linear_id]) for linear_id in self._linear_ids]
-        means = [norms / tokens.clamp(min=1) for norms, tokens in totals]
-        return GroupSums(self._model.shape, self._linear_ids, means, step)
-
-    def _route(self, module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, chosen, weights = inputs
-        self._weights = weights.detach().flatten()[chosen.flatten().argsort(stable=True)]  # in the order of the experts
-
-    @torch.no_grad()
-    def _see(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Tensor, list[int]], outputs: Tensor) -> None:
-        if self._active:
-            norms = cast(Tensor, outputs.double().norm(dim=1)) * self._weights
-            counts = inputs[1]
-            sums = torch.stack([of_expert.sum() for of_expert in norms.split(counts)])
-            self._add(linear_id, torch.stack([sums, sums.new_tensor(counts)]))
-
-
-PEERS: dict[str, Callable[[PrunableModel], InputSizes | WeightGradients | ExpertNorms]] = {
+PEERS: dict[str, Callable[[PrunableModel], InputSizes | WeightGradients]] = {
     **{name: partial(InputSizes, metric) for name, metric in METRICS.items()},
     "gradient": WeightGradients,
-    "reap": ExpertNorms,
 }
 
 
@@ -179,15 +142,12 @@ class PeerPruner(Pruner):
 
 def main() -> int:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--peer", choices=[*PEERS, "two-four"], required=True)
+    parser.add_argument("--peer", choices=PEERS, required=True)
     given, sys.argv[1:] = parser.parse_known_args()
     from loraprune_ds.cli import run
     from loraprune_ds.train import loop
 
-    if given.peer == "two-four":
-        cast(Any, loop).Pruner, cast(Any, loop).merged_tensors = CutNothing, merged_where_kept
-    else:
-        cast(Any, loop).Pruner = partial(PeerPruner, given.peer)
+    cast(Any, loop).Pruner = partial(PeerPruner, given.peer)
     return run.main()
 
 

@@ -27,26 +27,20 @@ from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERMILION, picture
 from loraprune_ds.report.records import read_metrics
+from tests.benchmarks.expanded import expanded_model
 from tests.benchmarks.quality_settings import GONE, GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, make_parser, run_quickstart
-from tests.benchmarks.two_four import expanded_model, sparse_model
 
 WINDOWS, VALIDATION_WINDOWS = 160, 64
 DENSE = "dense.json"
 
 
-def text_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
-    """Makes a parser with the texts, and the work folder of the benchmark `name`."""
-    parser = make_parser(doc)
+def parse_arguments() -> argparse.Namespace:
+    parser = make_parser(__doc__)
     parser.add_argument("--tune", type=Path, required=True, help="text to tune on; a tenth of it is held out")
     parser.add_argument("--test", type=Path, required=True, help="text to measure on")
     parser.add_argument("--other", type=Path, help="text of another kind; default: Python's help topics")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / name, help=f"default: runs/{name}")
-    return parser
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = text_parser(__doc__, "quality")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="default: runs/quality")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings by name")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -126,8 +120,6 @@ def carry_out(
     model = embedded_model_dir()
     if setting.model != "gqa":
         model = expanded_model(model, arguments.work / "expanded")
-    if setting.model == "two-four":
-        model = sparse_model(model, arguments.work / "two-four", texts["tune"])
     folder = arguments.work / "runs" / f"{setting.name}-s{seed}-{digest(basis)}"  # other settings, another run
     settings = [
         f"output_dir={folder}",

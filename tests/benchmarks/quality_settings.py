@@ -37,7 +37,7 @@ RATE, UNTUNED_RATE = "train.learning_rate=4e-3", "train.learning_rate=2e-3"
 
 @dataclass(frozen=True)
 class Setting:
-    """Describes one row: `model` is mha (key-value heads repeated), gqa or two-four, `peer` a method of peer_run.py."""
+    """Describes one row: `model` is mha (key-value heads repeated) or gqa, `peer` a method of peer_run.py."""
 
     group: str
     name: str
@@ -90,8 +90,6 @@ def _settings() -> list[Setting]:
     magnitude = (*SHORT, DEEP, RATE, *PLAIN, "prune.criterion=magnitude")
     peers = [Setting("peers", "magnitude", magnitude)]
     peers += [Setting("peers", f"peer-{name}", magnitude, peer=name) for name in ("wanda", "flap", "gradient")]
-    peers.append(Setting("peers", "dense-tuned", (*SHORT, UNTUNED_RATE, *PLAIN), peer="two-four"))  # its mask keeps all
-    peers.append(Setting("peers", "two-four", (*SHORT, RATE, *PLAIN), model="two-four", peer="two-four"))
     long = [
         Setting("long", f"{name}-409600", (*LONG, DEEP, UNTUNED_RATE, *PLAIN, *changes))
         for name, changes in {
@@ -184,9 +182,9 @@ def _paper() -> list[Setting]:
 
 
 SETTINGS = {setting.name: setting for setting in _settings()}
-# Rows whose settings have left the package. Their published figures stay.
+# Rows whose settings are gone. Their published figures stay.
 GONE = ("gradient", "all-three", "all-three-409600", "all-three-light", "gqa-all-three", "gqa-all-three-stock")
-GONE += ("recipe-depth-2", "recipe-depth-3", "recipe-depth-5")
+GONE += ("recipe-depth-2", "recipe-depth-3", "recipe-depth-5", "two-four", "dense-tuned")
 GROUPS = tuple(dict.fromkeys(setting.group for setting in SETTINGS.values()))
 
 

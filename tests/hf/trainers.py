@@ -25,7 +25,6 @@ from trl.trainer.utils import use_adapter
 from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names, unshare_bias
 from loraprune_ds.files import read_json
 from loraprune_ds.model.shapes import LayerKeep
-from loraprune_ds.pruning.importance import LayerScores
 from tests.integration.launching import ROOT
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, gather_everywhere
@@ -218,38 +217,14 @@ def stop_early(job: Job, out: Path) -> list[str]:
     return messages
 
 
-def train_alone(job: Job, follows: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """Trains with the package's own trainer.
-
-    Args:
-        follows: rows of another training whose groups each cut keeps. The row lists where our own choice differs:
-            layer, kind, number of groups, and by how much our scores of the two differ, relative to the line.
-    """
-    trainer = build(job)
-    pruner, rows = trainer.pruner, list[dict[str, Any]]()
-    rank = pruner._rank
-
-    def follow(scores: list[LayerScores], step: int) -> list[LayerKeep]:
-        chosen, theirs = rank(scores, step), follows[len(rows)]["kept"] if follows else []
-        for layer, groups in enumerate(theirs):
-            for kind, kept in zip(KINDS, groups, strict=True):
-                of, own = scores[layer][kind], chosen[layer][kind]
-                other = torch.isin(pruner.kept_of_dense[layer][kind], torch.tensor(kept)).nonzero().flatten()
-                assert len(own) == len(other), (layer, kind)
-                here, there = own[~torch.isin(own, other)], other[~torch.isin(other, own)]
-                if len(here):
-                    gap = float((of[here].max() - of[there].min()) / of[own].min())
-                    differences.append({"layer": layer, "kind": kind, "groups": len(here), "gap": gap})
-                chosen[layer] = LayerKeep({**chosen[layer], kind: other})
-        return chosen
-
-    pruner._rank = follow
+def train_alone(job: Job) -> list[dict[str, Any]]:
+    """Trains with the package's own trainer."""
+    trainer, rows = build(job), list[dict[str, Any]]()
     for step in range(1, len(job.batches) + 1):
-        differences: list[dict[str, Any]] = []
         record = trainer.step(step)
         trainer.cut(step)
-        row = {"loss": record.loss, "norm": record.grad_norm, "tokens": record.tokens, "differences": differences}
-        rows.append(row | {"kept": kept_groups(pruner.kept_of_dense)})
+        row = {"loss": record.loss, "norm": record.grad_norm, "tokens": record.tokens}
+        rows.append(row | {"kept": kept_groups(trainer.pruner.kept_of_dense)})
     return rows
 
 

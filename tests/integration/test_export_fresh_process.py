@@ -145,19 +145,6 @@ def test_tokens_equal_those_of_the_run(exported: Exported) -> None:
         assert exported.found[f"text{i}"].tolist() == tokenizer(text)["input_ids"]
 
 
-def test_every_tensor_is_stored_once(exported: Exported) -> None:
-    index = json.loads((exported.folder / "model.safetensors.index.json").read_text())
-    names = {name for name, _ in exported.reference.named_parameters()}
-    assert index["weight_map"].keys() == names
-    assert ("lm_head.weight" in names) != exported.case.options.get("tie_word_embeddings", False)
-    for weight_file in set(index["weight_map"].values()):
-        expected = {name for name, file in index["weight_map"].items() if file == weight_file}
-        assert load_file(exported.folder / weight_file).keys() == expected
-    shape = shape_from_config(json.loads((exported.folder / "config.json").read_text()), "export")
-    element = torch.empty(0, dtype=getattr(torch, exported.case.dtype)).element_size()
-    assert index["metadata"]["total_size"] == shape.total_numel() * element
-
-
 @pytest.mark.skipif(OTHER_TRANSFORMERS is None, reason="for tests/run_heavy.sh --transformers")
 def test_what_another_transformers_found_is_recorded(exports: dict[str, Exported]) -> None:
     rows = []

@@ -99,20 +99,6 @@ def test_every_step_micro_batch_and_seed_draws_its_own_dropout() -> None:
     assert len(draws) == 2 * 3 * 3
 
 
-def test_a_micro_batch_draws_the_same_dropout_on_every_number_of_ranks() -> None:
-    def drawn(world_size: int) -> dict[int, list[float]]:
-        """Returns what the ranks draw in a step, by the first sample of the micro-batch."""
-        found = {}
-        for rank in range(world_size):
-            for number, micro in rank_micro_batches(torch.arange(12), 2, rank, world_size):
-                seed_dropout(3, 5, number)
-                found[int(micro[0])] = torch.rand(4).tolist()
-        return found
-
-    assert drawn(1) == drawn(2) == drawn(3) == drawn(6)
-    assert len(drawn(1)) == 6
-
-
 # From texts to tokens, with tokenizers that add BOS, EOS, both or neither
 
 BOS, EOS = 1, 2

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
+from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
 from tests.unit.run_records import DENSE, small_run, step_record
@@ -57,25 +56,6 @@ def test_kept_groups_has_a_strip_per_layer_and_kind(tmp_path: Path, figures: lis
         dense_bars, kept_bars = axes.containers
         assert [bar.get_width() for bar in dense_bars] == had
         assert [bar.get_width() for bar in kept_bars] == kept
-
-
-@pytest.mark.parametrize(
-    ("layers", "kept", "strips"),
-    [
-        # 3 to a cell, and the last one alone
-        ([(4, 1000)] * 2, [(4, 1000), (2, 500)], [[1] * 334, [1] * 166 + [2 / 3] + [0] * 167]),
-        # a pruned model that was pruned again
-        ([(4, 6), (2, 4)], [(4, 6), (1, 3)], [[1] * 6, [1, 1, 1, 0, math.nan, math.nan]]),
-    ],
-    ids=["many channels share a cell", "a layer of fewer channels"],
-)
-def test_a_strip_has_the_part_kept_of_each_cell(
-    tmp_path: Path, figures: list[Any], layers: Counts, kept: Counts, strips: list[list[float]]
-) -> None:
-    dense = DENSE.with_layers(tuple(LayerShape(heads=heads, channels=channels) for heads, channels in layers))
-    draw_kept_groups(tmp_path / "kept_groups.png", dense, kept_of(dense, kept))
-    found = np.ma.filled(figures[0].axes[2].get_images()[0].get_array(), math.nan)
-    np.testing.assert_allclose(found, strips, rtol=1e-6)
 
 
 def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list[Any]) -> None:

@@ -6,21 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from loraprune_ds.config import DataConfig, LoraConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.adapters import add_lora
+from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.storage import FrozenStorage
-from loraprune_ds.plan.activations import logits, saved_by_layer
+from loraprune_ds.plan.activations import logits
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, notes, search, suggestions
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights
-from tests.families import tiny_model
-from tests.family_cuts import in_memory
 from tests.paper import PAPER
 from tests.published import sizes_of
 from tests.refusals import must_name
@@ -76,48 +70,6 @@ def test_pinned_blocks_are_rounded_up_to_powers_of_two() -> None:
     rounding = frozen + lora - plain["lora"] + 2 * (gradients - plain["lora_gradients"])
     assert pinned == plain | {"pinned_rounding": rounding}
     assert plain["lora_gradients_for_the_step"] == plain["lora_gradients"]
-
-
-T5_LAYERS = {"num_layers": 2, "num_hidden_layers": 2, "num_decoder_layers": 2}
-
-
-@pytest.mark.parametrize(
-    ("family", "index", "less", "more"),
-    [
-        *(
-            (f, 1, *({"num_hidden_layers": n + 1, "layer_types": [kind] * n + ["full_attention"]} for n in (2, 3)))
-            for f, kind in (("lfm2", "conv"), ("granitemoehybrid", "linear_attention"))
-        ),
-        ("t5", 1, T5_LAYERS, T5_LAYERS | {"num_layers": 3, "num_hidden_layers": 3}),
-        ("t5", -1, T5_LAYERS, T5_LAYERS | {"num_decoder_layers": 3}),
-    ],
-)
-def test_one_more_layer_keeps_as_planned_on_a_cpu(
-    family: str, index: int, less: dict[str, Any], more: dict[str, Any]
-) -> None:
-    (before, _), (after, planned) = (kept_on_a_cpu(family, index, **x) for x in (less, more))
-    assert after - before == planned
-
-
-def kept_on_a_cpu(family: str, index: int = 1, **changes: Any) -> tuple[int, int]:
-    """Returns the bytes that autograd keeps of a forward pass, and those that are planned for a layer."""
-    stock, kept = tiny_model(family, **changes), list[Tensor]()
-    source, lora, ids = stock.config.to_dict(), LoraConfig(), torch.ones(2, 16, dtype=torch.int64)
-    model, shape = in_memory(stock, source, family), shape_from_config(source, "tiny")
-    inputs = {"decoder_input_ids": ids} if shape.encoder_layers else {}
-    network, index = add_lora(model, shape, lora, seed=0).train(), index % len(shape.layers)
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        network(input_ids=ids, use_cache=False, **inputs)
-    weights = {x.untyped_storage()._cdata for x in network.parameters()}
-    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
-    settings: dict[str, Any] = {"storage": FrozenStorage(), "lora": lora, "eager": True}
-    planned = saved_by_layer(source, shape, index, (2, 16), torch.float32, **settings)
-    return sum(size for key, size in storages.items() if key not in weights), planned
 
 
 def test_logits_are_bounded_by_their_chunk() -> None:

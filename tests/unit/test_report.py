@@ -14,7 +14,6 @@ from loraprune_ds.files import read_json, write_json
 from loraprune_ds.report.records import EvaluationRecord, History
 from loraprune_ds.report.report import RESULTS, Outcome, commit, make_report, write_kept_groups
 from loraprune_ds.report.summary import summary_table
-from loraprune_ds.units import format_bytes, format_change, format_count, format_duration, format_perplexity
 from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record
 from tests.unit.shapes_and_scores import keep_of, make_shape
 
@@ -144,21 +143,3 @@ def test_a_commit_is_that_of_its_own_checkout_and_dirty_if_a_file_but_no_result_
     assert commit(tmp_path) == f"{head}-dirty"
     monkeypatch.setenv("PATH", "")
     assert commit(tmp_path) is None  # no git
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (format_count(999_960), "1.0 M"),
-        (format_bytes(2.5e18), "2500.0 PB"),
-        (format_duration(59.97), "1 min 00 s"),
-        (format_duration(7500), "2 h 05 min"),
-        (format_change(4, 3), "25.0 % less"),
-        (format_change(3, 4), "33.3 % more"),
-        (format_change(3000, 3001), "unchanged"),
-        (format_perplexity(None), "-"),
-        (format_perplexity(math.nan), "not finite"),
-    ],
-)
-def test_units(text: str, expected: str) -> None:
-    assert text == expected
