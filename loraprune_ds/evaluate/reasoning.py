@@ -105,7 +105,7 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
     return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
 
 
-def run_tasks(
+def run_gym_tasks(
     settings: TaskSettings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -66,7 +66,7 @@ def run_tasks(
     if gym.names:
         from loraprune_ds.evaluate import reasoning
 
-        solved = reasoning.run_tasks(gym, model, tokenizer, batch_size, comm)
+        solved = reasoning.run_gym_tasks(gym, model, tokenizer, batch_size, comm)
     if comm.rank != 0 or solved is None:
         return judged
     judged = judged or {"results": {}, "settings": {}}

@@ -30,7 +30,7 @@ EVALUATED = {
 }
 
 
-class Progress:
+class ProgressDisplay:
     """Shows steps as they come, and each cut, evaluation and message on a separate line.
 
     Args:
@@ -151,14 +151,14 @@ class RunRecorder(records.Recorder):
         report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
         if "tensorboard" in report_to:
             self.sinks.append(TensorBoardLog(folder / layout.TENSORBOARD_FOLDER, first))
-        self.sinks.append(Progress(steps, first=first or 0))
+        self.sinks.append(ProgressDisplay(steps, first=first or 0))
         services = [name for name in SERVICES if name in report_to]
         self.sinks += [ReportedRun(name, folder, settings, self.show) for name in services]
 
     def show(self, line: str) -> None:
         """Shows a line next to the progress."""
         for sink in self.sinks:
-            if isinstance(sink, Progress):
+            if isinstance(sink, ProgressDisplay):
                 sink.show(line)
 
     def flush(self) -> None:

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from loraprune_ds.report.records import EvaluationRecord, MetricsLog, Record, history_from, read_metrics
 from loraprune_ds.report.reporters import TensorBoardLog
 from loraprune_ds.train import recorder
-from loraprune_ds.train.recorder import Progress
+from loraprune_ds.train.recorder import ProgressDisplay
 from tests.refusals import must_name
 from tests.unit.run_records import cut_record, small_run, step_record
 
@@ -147,7 +147,7 @@ class Terminal(io.StringIO):
 def shown(stream: io.StringIO, steps: int) -> str:
     """Makes steps of 2 s and a cut after the first one."""
     now = 0.0
-    progress = Progress(steps, stream=stream, every_seconds=5, clock=lambda: now)
+    progress = ProgressDisplay(steps, stream=stream, every_seconds=5, clock=lambda: now)
     for step in range(1, steps + 1):
         now += 2
         progress.write(step_record(step, seconds=2))
@@ -177,7 +177,7 @@ def test_a_terminal_without_a_width_gets_whole_lines() -> None:
     """The terminal of `script` and of some containers has none. A live line would be cut to nothing."""
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as stream, os.fdopen(ours, "rb", buffering=0) as seen:
-        progress = Progress(2, stream=stream)
+        progress = ProgressDisplay(2, stream=stream)
         progress.write(step_record(1))
         progress.close()
         assert seen.read(1000).startswith(b"step 1/2  ")
@@ -189,7 +189,7 @@ def clock(line: str) -> str:
 
 def test_time_left_follows_the_latest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "LATEST", 4)
-    shown = Progress(100, stream=(stream := io.StringIO()), every_seconds=0, clock=lambda: 0.0)
+    shown = ProgressDisplay(100, stream=(stream := io.StringIO()), every_seconds=0, clock=lambda: 0.0)
     left = []
     for step, seconds in enumerate([30, 4, 4, 4, 4, 1, 1, 1, 1], start=1):  # the first one is a warm-up
         shown.write(step_record(step, seconds=seconds))
