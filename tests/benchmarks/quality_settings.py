@@ -184,7 +184,7 @@ def _paper() -> list[Setting]:
 SETTINGS = {setting.name: setting for setting in _settings()}
 # Rows whose settings are gone. Their published figures stay.
 GONE = ("gradient", "all-three", "all-three-409600", "all-three-light", "gqa-all-three", "gqa-all-three-stock")
-GONE += ("recipe-depth-2", "recipe-depth-3", "recipe-depth-5", "two-four", "dense-tuned")
+GONE += ("recipe-depth-2", "recipe-depth-3", "recipe-depth-5", "recipe-depth-2-first", "two-four", "dense-tuned")
 GROUPS = tuple(dict.fromkeys(setting.group for setting in SETTINGS.values()))
 
 
