@@ -218,11 +218,9 @@ def curves(record: Record) -> dict[str, float]:
     return {f"pruning/{tag.removeprefix('train/')}": value for tag, value in own.items()}
 
 
-class CutPrinter:
+class CutPrinter(Sink):
     """Prints a line for each cut, above a Trainer's progress bar."""
 
     def write(self, record: Record) -> None:
         if isinstance(record, CutRecord):
             _warn(cut_line(record))
-
-    def close(self) -> None: ...

@@ -222,16 +222,24 @@ class Pruning:
         folder, pruner, dense, pruned = Path(folder), self.pruner, self.pruner.limits.dense, self.model.shape
         model = {"path": model_name(self.peft_model), "dtype": self.dtype}
         config = {"seed": self.seed, "steps": self.steps, "model": model, "prune": asdict(pruner.config)}
-        config |= settings or {}
-        target = describe_target(pruner.config, dense, pruned)
-        ends, asked = pruner.schedule.ends(), pruner.schedule.ratio
-        outcome = Outcome(pruned, pruner.kept_of_dense, self.resumed_from, target, ends, asked)
-        comm, history, device = self.model.comm, self.recorder.history, device_name()
-        peaks = comm.gather_objects(peak_bytes())
+        comm, history = self.model.comm, self.recorder.history
+        outcome = Outcome(
+            config=config | (settings or {}),
+            history=history,
+            dense=dense,
+            pruned=pruned,
+            kept_of_dense=pruner.kept_of_dense,
+            resumed_from=self.resumed_from,
+            accelerator=device_name(),
+            peak_bytes=comm.gather_objects(peak_bytes()),
+            target=describe_target(pruner.config, dense, pruned),
+            sizes=pruner.schedule.ends(),
+            asked=pruner.schedule.ratio,
+        )
 
         def write() -> None:
             write_history(folder / METRICS_FILE, history)
-            self.recorder.show_pictures(write_results(folder, config, history, dense, outcome, peaks, device))
+            self.recorder.show_pictures(write_results(folder, outcome))
 
         comm.on_rank_0(write)
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol, TextIO, runtime_checkable
+from typing import Any, Literal, TextIO
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import finite, write_text
@@ -80,17 +80,15 @@ Record = StepRecord | CutRecord | EvaluationRecord
 RECORD_KINDS: dict[str, type[Record]] = {"step": StepRecord, "cut": CutRecord, "evaluation": EvaluationRecord}
 
 
-class Sink(Protocol):
-    """Takes records, for example metrics.jsonl."""
+class Sink:
+    """Takes records, for example metrics.jsonl. Some sinks show pictures, too."""
 
-    def write(self, record: Record) -> None: ...
+    def write(self, record: Record) -> None:
+        raise NotImplementedError
+
+    def picture(self, path: Path) -> None: ...
 
     def close(self) -> None: ...
-
-
-@runtime_checkable
-class PictureSink(Protocol):
-    def picture(self, path: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -122,11 +120,10 @@ class Recorder:
             sink.write(record)
 
     def show_pictures(self, paths: Sequence[Path]) -> None:
-        """Sends pictures to the sinks that take them."""
+        """Sends pictures to all sinks."""
         for sink in self.sinks:
-            if isinstance(sink, PictureSink):
-                for path in paths:
-                    sink.picture(path)
+            for path in paths:
+                sink.picture(path)
 
     def close(self) -> None:
         for sink in self.sinks:
@@ -147,7 +144,7 @@ def history_from(metrics: Iterable[dict[str, Any]]) -> History:
 KIND_OF = {record: kind for kind, record in RECORD_KINDS.items()}
 
 
-class MetricsLog:
+class MetricsLog(Sink):
     """Appends a line of JSON per record: `{"kind": "step" | "cut" | "evaluation", ...}`. Each is flushed."""
 
     def __init__(self, path: Path) -> None:

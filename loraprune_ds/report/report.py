@@ -39,51 +39,42 @@ RESULTS = "tests/benchmarks/results"  # a benchmark's output, not its code
 
 @dataclass(frozen=True)
 class Outcome:
-    """Describes the model after training."""
+    """Describes a run after its training."""
 
+    config: dict[str, Any]
+    history: History
+    dense: ModelShape
     pruned: ModelShape
     kept_of_dense: list[LayerKeep]  # per layer, the kept groups as indices into the dense model
     resumed_from: list[int]  # the steps at which the run was resumed
+    accelerator: str  # the name of the ranks' device
+    peak_bytes: list[int] = field(default_factory=list)  # of each rank
     target: dict[str, Any] | None = None  # `prune.target` and the reached size
     sizes: dict[int, str] = field(default_factory=dict)  # last step -> name of each of `prune.sizes`
     asked: float | None = None  # fraction of the decoder's linear parameters that was to leave
     shortfall: str | None = None  # how far the run ends below it
 
 
-def write_results(
-    folder: Path,
-    config: dict[str, Any],
-    history: History,
-    dense: ModelShape,
-    outcome: Outcome,
-    peak_bytes: list[int],
-    accelerator: str,
-) -> list[Path]:
-    """Writes report, kept groups and pictures, and returns the pictures. Has the arguments of `make_report`."""
+def write_results(folder: Path, outcome: Outcome) -> list[Path]:
+    """Writes report, kept groups and pictures, and returns the pictures."""
     pictures = [folder / TRAINING_PICTURE, folder / KEPT_GROUPS_PICTURE]
-    write_kept_groups(folder, outcome.kept_of_dense, dense)
+    write_kept_groups(folder, outcome.kept_of_dense, outcome.dense)
     outcome = replace(outcome, sizes=exported_sizes(folder, outcome.sizes))
-    report = make_report(config, history, dense, outcome, peak_bytes, accelerator)
+    report = make_report(outcome)
     write_json(folder / REPORT_FILE, report)
     fail_point("finish.reported")
-    draw_training(pictures[0], history)
-    draw_kept_groups(pictures[1], dense, outcome.kept_of_dense)
+    draw_training(pictures[0], outcome.history)
+    draw_kept_groups(pictures[1], outcome.dense, outcome.kept_of_dense)
     if shelf := report["shelf"]:
         pictures.append(folder / SHELF_PICTURE)
         draw_shelf(pictures[-1], shelf, report["perplexity"]["dense"])
     return pictures
 
 
-def make_report(
-    config: dict[str, Any],
-    history: History,
-    dense: ModelShape,
-    outcome: Outcome,
-    peak_bytes: list[int],
-    accelerator: str,
-) -> dict[str, Any]:
-    """Makes the content of report.json. `peak_bytes` has each rank's peak, `accelerator` their device's name."""
-    steps, cuts, pruned, resumed_from = history.steps, history.cuts, outcome.pruned, outcome.resumed_from
+def make_report(outcome: Outcome) -> dict[str, Any]:
+    """Makes the content of report.json."""
+    history, dense, pruned, resumed_from = outcome.history, outcome.dense, outcome.pruned, outcome.resumed_from
+    steps, cuts = history.steps, history.cuts
     steps_before = [s for s in steps if not cuts or s.step <= cuts[0].step]
     steps_after = [s for s in steps if cuts and s.step > cuts[-1].step]
     before, after = next(reversed(steps_before), None), steps[-1] if steps and cuts else None
@@ -100,7 +91,7 @@ def make_report(
         "shelf": _shelf(dense, history, outcome.sizes),
         "serving": _serving(pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
-        "world_size": len(peak_bytes),
+        "world_size": len(outcome.peak_bytes),
         "steps": steps[-1].step if steps else 0,
         "prune_steps": [{k: v for k, v in asdict(cut).items() if k not in KINDS} for cut in cuts],
         "seconds_per_step": {
@@ -110,12 +101,12 @@ def make_report(
         "resident_bytes": {"before": before and before.resident_bytes, "after": after and after.resident_bytes},
         "reserved_bytes": steps[-1].reserved_bytes if steps else [],
         "mfu": {"before": before and before.mfu, "after": after and after.mfu},
-        "peak_memory_bytes": peak_bytes,
-        "seed": config["seed"],
+        "peak_memory_bytes": outcome.peak_bytes,
+        "seed": outcome.config["seed"],
         "resumed_from": resumed_from,
         "versions": versions(),
-        "hardware": hardware(accelerator),
-        "config": config,
+        "hardware": hardware(outcome.accelerator),
+        "config": outcome.config,
     }
 
 

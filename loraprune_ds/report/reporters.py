@@ -14,7 +14,7 @@ from typing import Any
 
 from loraprune_ds.config_file import dotted_values
 from loraprune_ds.errors import RankError, first_line, require
-from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, StepRecord
+from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, Sink, StepRecord
 
 PROJECT = "loraprune_ds"
 STEP_AXIS = "train/global_step"  # as in transformers. A resumed run may repeat values of this axis
@@ -51,7 +51,7 @@ def scalars(record: Record) -> dict[str, float]:
             return {f"perplexity/{record.name}": record.perplexity}
 
 
-class TensorBoardLog:
+class TensorBoardLog(Sink):
     """Writes the same records as TensorBoard scalars, in a run of its own: two writers hide each other's points."""
 
     def __init__(self, folder: Path, resumed_from: int | None = None, curves: Curves = scalars) -> None:
@@ -140,7 +140,7 @@ def check_installed(report_to: Iterable[str]) -> None:
         require(there, f"logging.report_to names {name}, which is not installed; pip install {name}")
 
 
-class ModuleLog:
+class ModuleLog(Sink):
     """Logs to a run that other code has opened. An error ends the reports, not the run."""
 
     def __init__(self, name: str, warn: Callable[[str], None], curves: Curves = scalars) -> None:
@@ -156,8 +156,6 @@ class ModuleLog:
         """Sends a picture, possibly after the Trainer has ended the run."""
         if self._run is not None:
             self._try(lambda: self._service().picture(path, self._run))
-
-    def close(self) -> None: ...
 
     def _service(self) -> Wandb:
         return SERVICES[self._name](sys.modules[self._name])

@@ -30,7 +30,7 @@ EVALUATED = {
 }
 
 
-class ProgressDisplay:
+class ProgressDisplay(records.Sink):
     """Shows steps as they come, and each cut, evaluation and message on a separate line.
 
     Args:

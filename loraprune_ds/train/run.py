@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -114,16 +115,25 @@ def _train(context: RunContext) -> Outcome | None:
     context.recorder.show("writing the merged model")
     write_weights(context, loop.model, context.folder / MODEL_FOLDER)
     loop.release()  # frees memory for the exported model, which is measured next
-    target = describe_target(context.config.prune, context.prepared.pretrained.shape, loop.model.shape)
-    ends, limits = loop.pruner.schedule.ends(), loop.pruner.limits
-    short = shortfall(context.config.prune, limits, loop.pruner.reached())
-    kept = loop.pruner.kept_of_dense
-    return Outcome(loop.model.shape, kept, context.resumed_from, target, ends, limits.ratio, short)
+    config, dense, limits = context.config, context.prepared.pretrained.shape, loop.pruner.limits
+    return Outcome(
+        config=config.to_dict(),
+        history=context.recorder.history,
+        dense=dense,
+        pruned=loop.model.shape,
+        kept_of_dense=loop.pruner.kept_of_dense,
+        resumed_from=context.resumed_from,
+        accelerator=device_name(),
+        target=describe_target(config.prune, dense, loop.model.shape),
+        sizes=loop.pruner.schedule.ends(),
+        asked=limits.ratio,
+        shortfall=shortfall(config.prune, limits, loop.pruner.reached()),
+    )
 
 
 def _finish(context: RunContext, outcome: Outcome) -> bool:
     """Completes the exported model, measures it, and publishes it with the report. False after a request to stop."""
-    config, comm, recorder, folder = context.config, context.comm, context.recorder, context.folder
+    comm, recorder, folder = context.comm, context.recorder, context.folder
     mark, dense = context.status.mark, context.prepared.pretrained
     staging = staging_of(folder / MODEL_FOLDER, mark)
     exported = exported_config(context, outcome.pruned)
@@ -135,7 +145,7 @@ def _finish(context: RunContext, outcome: Outcome) -> bool:
     if context.stop_requested():
         return False
     recorder.write(_evaluate_exported(staging, context))
-    peaks = comm.gather_objects(peak_bytes())
+    outcome = replace(outcome, peak_bytes=comm.gather_objects(peak_bytes()))
     context.check_owner()
 
     def publish_all() -> None:
@@ -143,8 +153,7 @@ def _finish(context: RunContext, outcome: Outcome) -> bool:
         fail_point("finish.before_rename")
         publish(folder / MODEL_FOLDER, mark)
         fail_point("finish.after_rename")
-        history, device = recorder.history, device_name()
-        recorder.show_pictures(write_results(folder, config.to_dict(), history, dense.shape, outcome, peaks, device))
+        recorder.show_pictures(write_results(folder, outcome))
 
     comm.on_rank_0(publish_all)
     return True

@@ -9,9 +9,9 @@ import pytest
 
 from loraprune_ds.checkpoint.layout import exported_sizes, sha256
 from loraprune_ds.cli.compare import read_results
+from loraprune_ds.cli.run import summary_table
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.report.summary import summary_table
 from loraprune_ds.train.loop import take_over_sizes
 from tests.integration import resuming
 from tests.integration.resuming import assert_same_run, config_for, losses, metrics, read_state, run_here, write_run

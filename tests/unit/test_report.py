@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 
+from loraprune_ds.cli.run import summary_table
 from loraprune_ds.config import RunConfig
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.report.records import EvaluationRecord, History
 from loraprune_ds.report.report import RESULTS, Outcome, commit, make_report, write_kept_groups
-from loraprune_ds.report.summary import summary_table
 from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record
 from tests.unit.shapes_and_scores import keep_of, make_shape
 
 
 def report_of(history: History, resumed_from: tuple[int, ...] = ()) -> dict[str, Any]:
-    outcome = Outcome(PRUNED, [], resumed_from=list(resumed_from), asked=0.375)
-    return make_report(RunConfig(output_dir="runs/x", seed=7).to_dict(), history, DENSE, outcome, [11, 12], "cpu")
+    config = RunConfig(output_dir="runs/x", seed=7).to_dict()
+    return make_report(Outcome(config, history, DENSE, PRUNED, [], list(resumed_from), "cpu", [11, 12], asked=0.375))
 
 
 def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_tasks_of_after_are_in_the_final_table(tmp_path: Path) -> None:
 )
 def test_what_a_server_does_with_the_result(layers: list[tuple[int, int]], gpus: list[int], groups: list[int]) -> None:
     pruned = make_shape(layers, hidden=256, head_dim=64, queries_per_group=2)
-    report = make_report({"seed": 0}, small_run(), DENSE, Outcome(pruned, [], []), [1], "cpu")
+    report = make_report(Outcome({"seed": 0}, small_run(), DENSE, pruned, [], [], "cpu", [1]))
     assert report["serving"] == {"tensor_parallel": gpus, "quantisation_groups": groups}
 
 
