@@ -44,9 +44,9 @@ class PruningSteps:
         """
         on_device = torch.stack([own, self._model.gradient_sum().to(own)])
         on_host = torch.tensor([resident_bytes(), reserved_bytes(), request], dtype=torch.float64)
-        gathered = self._model.comm.all_gather(torch.cat([on_device, to_device(on_host)])).T.cpu()
-        own_numbers, gradient_sums = gathered[:2].tolist()
-        return RankNumbers(own_numbers, gradient_sums, *gathered[2:].long().tolist())
+        gathered = self._model.comm.all_gather(torch.cat([on_device, to_device(on_host)]))
+        own_numbers, gradient_sums, *counts = gathered.T.tolist()
+        return RankNumbers(own_numbers, gradient_sums, *([int(x) for x in row] for row in counts))
 
     def score(self, step: int, numbers: RankNumbers, losses: Sequence[float] = ()) -> None:
         """Scores the groups, unless the step must be skipped. `numbers` come from `exchange`."""

@@ -141,7 +141,7 @@ READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
 METHODS = ("tolist", "cpu", "numpy")
 OTHERS = ("deepspeed/", "transformers/")
 
-ONCE = "train/trainer.py:exchange"
+ONCE = "train/pruning_steps.py:exchange"
 SETTLES = "zero/device.py:settle_shards"
 SETTLED = ("zero/engine.py:update", "pruning/importance.py:check")  # the norm, and whether scores are finite
 THEIRS = {
