@@ -1,19 +1,16 @@
 """A good run, and what makes it unusable."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.integration.launching import ROOT, Ended, read_json, write_config, write_text
-from tests.multimodal import multimodal
+from tests.integration.launching import Ended, write_config, write_text
 from tests.oracle.models import make_tiny_llama
 from tests.paper import PAPER
-from tests.refusals import Spoil, edit
+from tests.refusals import Spoil
 
 STEPS = 4
 Make = Callable[[Path, Path], None]  # (material, here): prepares in `here` what a wrong config names
@@ -64,30 +61,10 @@ def drop_tokenizer(model: Path) -> None:
         path.unlink()
 
 
-def tower(outer: str = "qwen3_5", **vision: Any) -> Make:
-    """A multimodal model without a processor, and with changes of its tower's config."""
-
-    def make(material: Path, here: Path) -> None:
-        multimodal(outer).save_pretrained(here / "model")
-        config = read_json(here / "model" / "config.json")
-        edit("config.json", vision_config=config["vision_config"] | vision)(here / "model")
-
-    return make
-
-
 def file_at(name: str, text: str) -> Make:
     def make(material: Path, here: Path) -> None:
         (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_text(text)
-
-    return make
-
-
-def ds_config(**changes: Any) -> Make:
-    """The shipped DeepSpeed JSON at {here}/ds.json, with top-level keys replaced."""
-
-    def make(material: Path, here: Path) -> None:
-        (here / "ds.json").write_text(json.dumps(read_json(ROOT / "ds_configs" / "zero3.json") | changes))
 
     return make
 

@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 
 from tests.integration import bad_input
-from tests.integration.bad_input import Make, arguments, assert_refused, copy_of_model, ds_config, file_at, tower
+from tests.integration.bad_input import Make, arguments, assert_refused, copy_of_model, file_at
 from tests.integration.launching import ROOT, RUN, fork_ranks, run_to_end
-from tests.refusals import edit, truncate
+from tests.refusals import edit
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,12 @@ class Wrong:
 
 
 MODEL, DS = "model.path={here}/model", "deepspeed={here}/ds.json"
-OPEN = "prune.protected_first=0 prune.protected_last=0"
+# Unit tests have more.
 WRONG = (
     Wrong("unknown key", "prune.rato=0.5", ("prune.rato", "ratio")),
-    Wrong("unreachable ratio", "prune.ratio=0.9", ("prune.ratio 0.9", "0.2625")),
     Wrong("no such model", "model.path={here}/model", ("model.path",)),
     Wrong("model on no hub", "model.path=nobody/nothing", ("model.path", "nobody/nothing", "hub")),
-    Wrong("truncated weights", MODEL, ("model.safetensors",), copy_of_model(truncate("model.safetensors"))),
     Wrong("no tokenizer", MODEL, ("tokenizer",), copy_of_model(bad_input.drop_tokenizer)),
-    Wrong("tower, global", f"{MODEL} {OPEN} prune.ranking=global", ("prune.ranking",), tower()),
-    Wrong("no adapter", "model.adapter={here}", ("adapter_config.json",)),
     Wrong("no data", "data.path={here}/text.txt", ("data.path",)),
     Wrong("text too short", "data.path={here}/short.txt", ("short.txt", "4"), file_at("short.txt", "Few words. " * 12)),
     Wrong("ranks, no download", "train.global_batch_size=6 model.path=nobody/nothing", ("2 ranks",), ranks=2),
@@ -49,11 +45,9 @@ WRONG = (
     Wrong("attention", "model.attn_implementation=flash", ("attn_implementation flash",)),
     Wrong("activation", MODEL, ("config.json", "zelu"), copy_of_model(edit("config.json", hidden_act="zelu"))),
     Wrong("no ds_config", DS, ("deepspeed", "ds.json")),
-    Wrong("not ZeRO-3", DS, ("zero_optimization.stage", "3"), ds_config(zero_optimization={"stage": 2})),
     Wrong("output_dir in a file", "output_dir={here}/file/out", ("output_dir",), file_at("file", "")),
     Wrong("endless output_dir", "output_dir={here}/" + 300 * "x", ("output_dir",)),
     Wrong("read-only output_dir", "output_dir=/proc/out", ("output_dir /proc/out",)),
-    Wrong("other files in output_dir", "seed=1", ("output_dir",), file_at("out/thesis.tex", "x")),
 )
 
 

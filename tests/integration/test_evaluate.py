@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.lora import find_source
 from tests.integration.bad_input import assert_refused
-from tests.integration.launching import ROOT, Ended, Launcher, fork_ranks, launch, on_ranks, read_json, run_to_end
+from tests.integration.launching import ROOT, Ended, fork_ranks, on_ranks, read_json, run_to_end
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import must_name
 
@@ -124,12 +124,12 @@ def test_no_room_to_merge_is_told_before_writing(made: Path, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_two_ranks_give_the_same_number(made: Path, launcher: Launcher) -> None:
-    """Evaluates a whole model under one launcher, a sharded one under the other. Rank 0 alone writes."""
-    sharded = ["--sharded"] if launcher == "torchrun" else []
-    command = [*on_ranks(2, launcher), str(EVALUATE), str(made / "run"), *on_text(made), *sharded]
-    found = answer(run_to_end([*command, "--batch-size", "4"], cwd=ROOT))
+@pytest.mark.parametrize("sharded", [[], ["--sharded"]], ids=str)
+def test_two_ranks_give_the_same_number(made: Path, sharded: list[str]) -> None:
+    """Evaluates a whole model, and a sharded one under a launcher. Rank 0 alone writes."""
+    arguments = [str(made / "run"), *on_text(made), *sharded, "--batch-size", "4"]
+    command = [*on_ranks(2, "torchrun"), str(EVALUATE), *arguments]
+    found = answer(run_to_end(command, cwd=ROOT) if sharded else evaluate(made, *arguments, ranks=2))
     assert found["perplexity"] == pytest.approx(straightforward(made / "run/model", made / "text.txt"), rel=1e-6)
     assert (found["world_size"], found["sharded"]) == (2, bool(sharded))
 
@@ -150,7 +150,8 @@ def test_a_run_measures_answers_at_its_end(made: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(made / "run", folder)
     more = ["--set", f"output_dir={folder}", "--set", "evaluate.after=[answers]"]
-    ended = launch(["--config", str(made / "run.yaml"), *more]).check()
+    (ended,) = fork_ranks(["--config", str(made / "run.yaml"), *more], tmp_path, cwd=made, timeout=300)
+    ended.check()
     report, whole = read_json(folder / "report.json"), read_json(folder / "evaluation.json")
     assert report["steps"] == 6
     assert report["after"]["answers"]["closeness"] == whole["answers"]["closeness"]
@@ -177,25 +178,24 @@ for folder in folders:
 
 @needs_lm_eval
 def test_tasks_are_what_lm_eval_by_hand_gives(made: Path) -> None:
-    """Uses the tokenizer and settings that lm-eval chooses for a folder, dense or pruned."""
+    """On two ranks, with the tokenizer and settings that lm-eval chooses for a folder, dense or pruned."""
     tasks = ["tiny_choice", "tiny_prose"]
     arguments = ["--tasks", *tasks, "--include-path", made / "tasks", "--json"]
-    found = answer(evaluate(made, made / "run", "--dense", made / "dense", *arguments))
+    found = answer(evaluate(made, made / "run", "--dense", made / "dense", *arguments, ranks=2))
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(made / "home")}
     job = json.dumps([[str(made / "run" / "model"), str(made / "dense")], tasks, str(made / "tasks")])
     by_hand = run_to_end([sys.executable, "-c", BY_HAND, job], cwd=made, environment=offline, timeout=300).check()
     pruned, dense = (json.loads(part.splitlines()[0]) for part in by_hand.out.split("RESULT ")[1:])
-    assert found["tasks"]["results"] == pruned
-    assert found["dense"]["tasks"]["results"] == dense
+    for ours, theirs in ((found, pruned), (found["dense"], dense)):
+        shared = ours["tasks"]["results"]
+        assert shared["tiny_choice"]["acc,none"] == theirs["tiny_choice"]["acc,none"]
+        # These are sums of fp32 log-likelihoods, batched with other texts.
+        on_two, alone = (result["tiny_prose"]["word_perplexity,none"] for result in (shared, theirs))
+        assert on_two == pytest.approx(alone, rel=1e-5)
     assert pruned["tiny_prose"] != dense["tiny_prose"]
     settings = found["tasks"]["settings"]
     assert settings["documents"]["tiny_choice"] == {"original": 5, "effective": 5}
     assert settings["fewshot"] == {"tiny_choice": 0, "tiny_prose": 0}
-    shared = answer(evaluate(made, made / "run", *arguments, ranks=2))["tasks"]["results"]
-    assert shared["tiny_choice"]["acc,none"] == pruned["tiny_choice"]["acc,none"]
-    # These are sums of fp32 log-likelihoods, batched with other texts.
-    alone, on_two = (result["tiny_prose"]["word_perplexity,none"] for result in (pruned, shared))
-    assert on_two == pytest.approx(alone, rel=1e-5)
 
 
 def test_runs_and_evaluations_are_compared(made: Path, tmp_path: Path) -> None:
@@ -213,12 +213,6 @@ def test_runs_and_evaluations_are_compared(made: Path, tmp_path: Path) -> None:
 # Bad input
 
 
-def drop_tokenizer(made: Path, here: Path) -> None:
-    shutil.copytree(made / "dense", here / "model")
-    for path in (here / "model").glob("tokenizer*"):
-        path.unlink()
-
-
 def make_other(made: Path, here: Path) -> None:
     sizes: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 4, "hidden": 8, "ffn": 8, "layers": 1}
     make_tiny_llama(here / "other", vocab=40, seed=0, **sizes)
@@ -227,13 +221,10 @@ def make_other(made: Path, here: Path) -> None:
 TEXT, DENSE = "--text {made}/text.txt", "{made}/dense"
 # Arguments, names in the error, and a function that makes what is wrong in {here}. Unit tests have more.
 BAD: tuple[tuple[str, str, Callable[[Path, Path], None] | None], ...] = (
-    ("{here}/model " + TEXT, "{here}/model", drop_tokenizer),
     (f"{DENSE} --dense {{here}}/other {TEXT}", f"{DENSE} {{here}}/other", make_other),
     ("{made}/run/checkpoints/step-4 " + TEXT, "{made}/run/checkpoints/step-4 launch/export.py", None),
     ("{here}/nothing --dataset wikitext2", "{here}/nothing", None),  # before a download
-    (f"{DENSE} {TEXT} --split train", "--split", None),
     (f"{DENSE} {TEXT} --window 1024", f"{DENSE} max_position_embeddings 512 1024", None),
-    (f"{DENSE} --dense {{here}}/other --answers", f"{DENSE} {{here}}/other", make_other),
     (f"{DENSE} --answers --page {{here}}/gone/a.html", "--page {here}/gone/a.html", None),
     ("{made}/apart/adapter " + TEXT + " --sharded", "{made}/apart/adapter --sharded", None),
 )

@@ -122,7 +122,7 @@ def test_a_stop_file_saves_and_the_run_goes_on_as_if_nothing_had_happened(tmp_pa
     assert f"holds an unfinished run ({where}); go on with --resume auto" in refused.err
 
     (out / "STOP").touch()  # meant for a process that is gone
-    finished = launching.launch(["--config", config, "--resume", "auto"]).check()
+    finished = launching.fork_ranks(["--config", config, "--resume", "auto"], tmp_path, ranks=2, timeout=300)[0].check()
     assert f"{out / 'STOP'} was there before this start: removed" in finished.err
     assert launching.read_json(out / "status.json")["state"] == "finished"
 

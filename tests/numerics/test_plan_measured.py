@@ -76,9 +76,9 @@ LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 AS_WIDE: dict[str, dict[str, Any]] = {name: {"v_head_dim": 12} for name in LATENT}
 
 
-# Four norms and capped scores; fused weights; biases, no gate, LayerNorm; experts; these with latent attention; these
+# Four norms and capped scores; convolutions; biases, no gate, LayerNorm; experts; these with latent attention; these
 # with attention that stays.
-@pytest.mark.parametrize("family", families("gemma2", "phi3", "starcoder2", "mixtral", "glm4_moe_lite", "gemma4_text"))
+@pytest.mark.parametrize("family", families("gemma2", "lfm2", "starcoder2", "mixtral", "glm4_moe_lite", "gemma4_text"))
 def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool, tmp_path: Path, family: str) -> None:
     folder, longer = (save_tiny(tmp_path / str(layers), family, layers) for layers in (3, 4))
     first = 0 if family in EQUAL else None

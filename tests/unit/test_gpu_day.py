@@ -1,6 +1,5 @@
 """The parts of tests/gpu.sh: each has a function, results are kept, failed parts are tried again, time is kept."""
 
-import importlib
 import sys
 from pathlib import Path
 
@@ -29,9 +28,3 @@ def test_a_second_call_tries_only_what_failed(monkeypatch: pytest.MonkeyPatch, t
     found = read_json(tmp_path / "NVIDIA-H100-80GB" / "training.cuts.json")
     assert found["card"] == "NVIDIA H100 80GB"
     assert found["versions"]["torch"]
-
-
-def test_every_part_exists() -> None:
-    for part in day.PARTS:
-        module, _, function = part.partition(".")
-        assert callable(getattr(importlib.import_module(f"tests.benchmarks.gpu_day.{module}"), function))

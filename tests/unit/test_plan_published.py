@@ -83,7 +83,7 @@ def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(path: P
     _, size, kind = f"{path.stem}-".split("-", 2)
     cluster = PAPER[path.stem.removeprefix("llama-")]
     request = make_request(f"llama-{size}", Cluster(*cluster), config_path=str(path))
-    prune, train, data = request.config.prune, request.config.train, request.config.data
+    prune, train = request.config.prune, request.config.train
     assert make_plan(request).fits
     assert (prune.criterion, prune.normalize, prune.ranking, prune.compensate) == ("lora", "l2", "uniform", "none")
     assert (prune.ratio, train.global_batch_size, train.recovery_steps, train.distill_weight) == (0.5, 128, 0, 0)
@@ -93,9 +93,6 @@ def test_the_papers_runs_fit_where_they_are_meant_to_and_follow_its_line(path: P
         assert train.learning_rate < 1e-9  # LoRA must not learn
         return
     assert (train.epochs, train.learning_rate, train.lr_scheduler) == (2, 1e-4, "cosine")
-    assert data.path == ("MBZUAI/LaMini-instruction" if size == "7b" else "allenai/c4")
-    if size != "7b":
-        assert (request.steps, request.steps_known, len(data.data_files or [])) == (312, True, 1)
 
 
 # Every recorded run of `plan_measured.py` and `wide_layers.py`. What a process held beside its state when a step began

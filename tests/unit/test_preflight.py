@@ -6,7 +6,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 import torch
@@ -139,16 +138,3 @@ def test_every_gpu_that_a_rank_will_use_computes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "ones", lambda *sizes, device: 1.5 * ones(*sizes))
     with pytest.raises(preflight.Unfit, match="cpu computes wrong numbers"):
         preflight.check_accelerators(1)
-
-
-def test_each_check_is_made_and_the_first_that_fails_ends_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    stages = ["accelerators", "output", "shared", "hosts", "ranks"]
-    for bad in (None, "shared"):
-        asked: list[str] = []
-
-        def agree(stage: str, check: Callable[[], None], bad: str | None = bad, asked: list[str] = asked) -> bool:
-            asked.append(stage)
-            return stage != bad
-
-        assert preflight.check_together(cast(Any, SimpleNamespace(agree=agree)), 2, tmp_path) == (bad is None)
-        assert asked == stages[: stages.index(bad) + 1 if bad else None]

@@ -31,10 +31,6 @@ def my_rank() -> int:
     return int(os.environ["RANK"])
 
 
-def rank_and(argument: Any) -> tuple[int, Any, int]:
-    return my_rank(), argument, os.getpid()
-
-
 def fail_in_turn(first: int, delay: float) -> None:
     if my_rank() != first:
         time.sleep(delay)
@@ -51,13 +47,6 @@ def die_on(rank: int) -> None:
         time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
     raise ConnectionError("peer is gone")  # what a collective says when a peer dies, here even before it does
-
-
-def test_values_come_in_rank_order_from_workers_that_stay(pool: RankPool) -> None:
-    first, single, second = (pool.run(size, rank_and, {"a": 1}) for size in (3, 1, 3))
-    assert [(rank, argument) for rank, argument, _ in first] == [(rank, {"a": 1}) for rank in range(3)]
-    assert first == second
-    assert len({os.getpid(), *(pid for *_, pid in [*first, *single])}) == 5
 
 
 def test_the_deadline_says_where_every_rank_stood(pool: RankPool) -> None:
