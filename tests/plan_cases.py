@@ -20,7 +20,7 @@ from loraprune_ds.model.read_shape import read_model_config, shape_from_config
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.model.storage import FrozenStorage, lora_cuts
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.plan.activations import logits, saved_in_layer
+from loraprune_ds.plan.activations import saved_in_layer
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Request, build_request
@@ -247,6 +247,5 @@ def saved_activations(case: Case) -> dict[str, int]:
         loss = trainer.engine.deepspeed(input_ids=ids, labels=ids).sum()
     del loss
     batch, shape = request.batch(case.micro_batch_size, case.window), request.shape
-    layers = [saved_in_layer(request, shape, i, batch) for i in range(len(shape.layers))]
     counted = sum(storage.nbytes() for storage in kept.values())
-    return {"counted": counted, "layers": sum(layers), "last_layer": layers[-1], "logits": logits(shape, batch)}
+    return {"counted": counted, "last_layer": saved_in_layer(request, shape, len(shape.layers) - 1, batch)}
