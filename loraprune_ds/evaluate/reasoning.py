@@ -26,7 +26,7 @@ FEWSHOT, QUESTIONS = 3, 100
 SEED, EXAMPLES_SEED = 0, 10**6
 ROOM = 8  # tokens beyond the longest right answer
 # The scorers of these tasks run the answer as Python, and a model can write anything.
-RUN_ANSWERS = (
+RUN_ANSWERS = [
     "binary_matrix",
     "countdown",
     "intermediate_integration",
@@ -36,8 +36,8 @@ RUN_ANSWERS = (
     "simple_integration",
     "spiral_matrix",
     "string_insertion",
-)
-UNSTABLE = ("isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder")
+]
+UNSTABLE = ["isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder"]
 REFUSED_TASKS = dict.fromkeys(RUN_ANSWERS, "its scorer runs the answer as code") | dict.fromkeys(
     UNSTABLE, "its questions differ from process to process, even with one seed"
 )

@@ -1,11 +1,16 @@
 """Starts scripts and runs on CPU ranks, and writes results."""
 
 import argparse
+import math
 import os
 import subprocess
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.report.report import hardware, versions
@@ -13,6 +18,7 @@ from tests.integration.launching import on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
+WARMUP = 50  # steps
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -32,6 +38,23 @@ def run_quickstart(ranks: int, settings: Iterable[str], *arguments: str, peer: s
     changes = [word for setting in settings for word in ("--set", setting)]
     command = [*on_ranks(ranks), *script, "--config", "launch/configs/quickstart.yaml", *arguments, *changes]
     subprocess.run(command, check=True, cwd=ROOT, env=cpu_environment(), **options)
+
+
+def train_for(seconds: float, model: Any, loss_of_step: Callable[[], Any], rate: float, decay: float) -> None:
+    """Trains a dense model for seconds of CPU time, with a warm-up and a cosine. Prints the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=decay)
+    start, step, part = time.process_time(), 0, 0.0
+    while part < 1:
+        factor = min(1, (step + 1) / WARMUP) * (0.05 + 0.95 * (1 + math.cos(math.pi * part)) / 2)
+        optimizer.param_groups[0]["lr"] = rate * factor
+        loss = loss_of_step()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step, part = step + 1, (time.process_time() - start) / seconds
+        if step % 50 == 0 or part >= 1:
+            print(f"dense step {step}: loss {loss.item():.3f}", file=sys.stderr, flush=True)
 
 
 def origin(device: str = "cpu") -> dict[str, Any]:
