@@ -19,6 +19,7 @@ from loraprune_ds.pruning.step import PrunerState
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import empty_cache
 from loraprune_ds.zero.flat import owner_rounds
+from loraprune_ds.zero.lora_state import collect_lora_state
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import LocalWrites, frozen_tensors, write_sharded_model
 
@@ -95,7 +96,7 @@ def save_step(
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
             write_scores(staging, pruner)
         for layers in owner_rounds(len(model.layers), model.world_size):
-            collected = {layer: model.collect_lora_state(layer) for layer in layers}
+            collected = {layer: collect_lora_state(model, layer) for layer in layers}
             for layer, tensors in collected.items():
                 if tensors:  # on the owner. All owners of a round write in parallel
                     staging.write(layout.layer_file(layer), lambda path, lora=tensors: save_on_cpu(lora, path))

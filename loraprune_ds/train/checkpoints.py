@@ -30,6 +30,7 @@ from loraprune_ds.train.output import MAY_DIFFER, OutputFolder
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.engine import TrainingEngine, build_training_engine
+from loraprune_ds.zero.lora_state import adam_step, restore_lora_state
 from loraprune_ds.zero.sharded import ShardedModel
 from loraprune_ds.zero.write import LocalWrites
 
@@ -85,7 +86,7 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     if checkpoint is None:
         return engine
     state = checkpoint.state
-    engine.model.restore_lora_state(checkpoint.read_flat, state.adam_step)
+    restore_lora_state(engine.model, checkpoint.read_flat, state.adam_step)
     engine.restore_counters(state.step, state.schedule, state.loss_scale)
     return engine
 
@@ -111,7 +112,7 @@ class Checkpoints:
         state = RunState(
             step=step,
             totals=totals,
-            adam_step=engine.model.adam_step,
+            adam_step=adam_step(engine.model),
             schedule=schedule,
             loss_scale=loss_scale,
             kept=keep_to_lists(pruner.kept_of_dense, engine.model.shape.kinds),

@@ -15,17 +15,14 @@ from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.frozen import Dense, storage_format
 from loraprune_ds.model.shapes import LayerKeep, ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFactors, OwnedShard
-from loraprune_ds.zero.collect import collect_tensor, replace_weights
+from loraprune_ds.zero.collect import replace_weights
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards, storage_bytes
-from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds, layer_owner, owned_range
+from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds, layer_owner
 from loraprune_ds.zero.optimizer import OptimizerState, first_nonfinite, unscale
-from loraprune_ds.zero.params import decode_int8, full_shape, overwrite_shard, owned_flat, pad
+from loraprune_ds.zero.params import decode_int8, full_shape, owned_flat
 from loraprune_ds.zero.releases import decide_releases
-
-# (layer, tensor name, start, end) -> flat fp32 elements [start, end)
-ReadState = Callable[[int, str, int, int], Tensor]
 
 
 class ShardedModel:
@@ -161,41 +158,6 @@ class ShardedModel:
             a, b = lora_weights(lora_linear(self.layers[layer], linear))
             parameters |= {f"{linear.name}.lora_A": a, f"{linear.name}.lora_B": b}
         return parameters
-
-    # LoRA's state in a checkpoint
-
-    def collect_lora_state(self, layer: int) -> dict[str, Tensor]:
-        """Gathers a layer's state on its owner, as "{linear}.lora_A.master". Empty elsewhere. Collective."""
-        state, tensors = self.optimizer_state, dict[str, Tensor]()
-        for name, parameter in self.lora_parameters(layer).items():
-            for key in state.keys():
-                tensor = collect_tensor(parameter, self.owner(layer), self.comm, state.shard(parameter, key))
-                if tensor is not None:
-                    tensors[f"{name}.{key}"] = tensor
-        return tensors
-
-    @torch.no_grad()
-    def restore_lora_state(self, read: ReadState, adam_step: int) -> None:
-        """Reads this rank's shards of the state. The low-precision parameters are set from their masters."""
-        state = self.optimizer_state
-        if adam_step:
-            state.create_moments({"step": torch.tensor(float(adam_step))})
-        for layer in range(len(self.layers)):
-            for name, parameter in self.lora_parameters(layer).items():
-                numel: int = parameter.ds_numel  # type: ignore[attr-defined]
-                start, end = owned_range(numel, self.world_size, self.rank)
-                for key in state.keys():
-                    shard = pad(read(layer, f"{name}.{key}", start, end).to(self.device), numel, self.world_size)
-                    state.shard(parameter, key).copy_(shard)
-                    if key == "master":
-                        overwrite_shard(parameter, shard)
-        settle_shards()  # orders the restored shards of LoRA before the first gather
-
-    @property
-    def adam_step(self) -> int:
-        """The updates that Adam has counted."""
-        states = list(self.zero_optimizer.optimizer.state.values())
-        return int(states[0]["step"]) if states else 0
 
     def _all_lora_parameters(self) -> list[list[nn.Parameter]]:
         return [list(self.lora_parameters(layer).values()) for layer in range(len(self.layers))]

@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.model.flops import needed_flops_per_token
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero import collect, engine, params, sharded
+from loraprune_ds.zero import collect, engine, lora_state, params
 from loraprune_ds.zero.device import accelerator
+from loraprune_ds.zero.lora_state import restore_lora_state
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, tiny_job
 from tests.ranks import RankPool
@@ -116,7 +117,7 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
     with (
         patch.object(params, "_install", watched.writing(params._install)),
         patch.object(collect, "overwrite_shard", watched.writing(params.overwrite_shard)),
-        patch.object(sharded, "overwrite_shard", watched.writing(params.overwrite_shard)),
+        patch.object(lora_state, "overwrite_shard", watched.writing(params.overwrite_shard)),
         patch.object(engine, "optimizer_step", watched.writing(engine.optimizer_step)),
         patch.object(accelerator(), "synchronize", watched.settle),
     ):
@@ -124,7 +125,7 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
             "update": watched.after(lambda: trainer.step(1)),
             "cut": watched.after(lambda: trainer.cut(1)),
             "refit": watched.after(lambda: model.replace_weights(ids, lambda _, linear: linear.weight)),
-            "restore": watched.after(lambda: model.restore_lora_state(zeros, 1)),
+            "restore": watched.after(lambda: restore_lora_state(model, zeros, 1)),
         }
 
 

@@ -1,0 +1,50 @@
+"""LoRA's fp32 masters and Adam moments in a checkpoint, which is independent of the number of ranks."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from loraprune_ds.zero.collect import collect_tensor
+from loraprune_ds.zero.device import settle_shards
+from loraprune_ds.zero.flat import owned_range
+from loraprune_ds.zero.params import overwrite_shard, pad
+from loraprune_ds.zero.sharded import ShardedModel
+
+# (layer, tensor name, start, end) -> flat fp32 elements [start, end)
+ReadState = Callable[[int, str, int, int], Tensor]
+
+
+def collect_lora_state(model: ShardedModel, layer: int) -> dict[str, Tensor]:
+    """Gathers a layer's state on its owner, as "{linear}.lora_A.master". Empty elsewhere. Collective."""
+    state, tensors = model.optimizer_state, dict[str, Tensor]()
+    for name, parameter in model.lora_parameters(layer).items():
+        for key in state.keys():
+            tensor = collect_tensor(parameter, model.owner(layer), model.comm, state.shard(parameter, key))
+            if tensor is not None:
+                tensors[f"{name}.{key}"] = tensor
+    return tensors
+
+
+@torch.no_grad()
+def restore_lora_state(model: ShardedModel, read: ReadState, adam_step: int) -> None:
+    """Reads this rank's shards of the state. The low-precision parameters are set from their masters."""
+    state = model.optimizer_state
+    if adam_step:
+        state.create_moments({"step": torch.tensor(float(adam_step))})
+    for layer in range(len(model.layers)):
+        for name, parameter in model.lora_parameters(layer).items():
+            numel: int = parameter.ds_numel  # type: ignore[attr-defined]
+            start, end = owned_range(numel, model.world_size, model.rank)
+            for key in state.keys():
+                shard = pad(read(layer, f"{name}.{key}", start, end).to(model.device), numel, model.world_size)
+                state.shard(parameter, key).copy_(shard)
+                if key == "master":
+                    overwrite_shard(parameter, shard)
+    settle_shards()  # orders the restored shards of LoRA before the first gather
+
+
+def adam_step(model: ShardedModel) -> int:
+    """Returns the updates that Adam has counted."""
+    states = list(model.zero_optimizer.optimizer.state.values())
+    return int(states[0]["step"]) if states else 0
