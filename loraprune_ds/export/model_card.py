@@ -19,7 +19,6 @@ from huggingface_hub.utils import validate_repo_id
 from loraprune_ds.checkpoint.layout import REPORT_FILE
 from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig
 from loraprune_ds.errors import UserError, first_line, require
-from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
@@ -144,6 +143,8 @@ def model_name(config: ModelConfig) -> str:
 
 def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) -> None:
     """Writes README.md of the exported model in `folder`."""
+    from loraprune_ds.export.gguf_architecture import architecture_name  # only writing a card loads gguf
+
     dense, pruned, trust = card.dense, card.pruned, exported.trust_remote_code
     architecture = architecture_name(exported.config, pruned)
     llama_cpp = f"as architecture `{architecture}`, by an export to GGUF" if architecture else "not supported"

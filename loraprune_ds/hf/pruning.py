@@ -266,7 +266,7 @@ class Pruning:
 
     def _export(self, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:
         """Writes a Hugging Face model from the tensors that `tensors_of` makes of each linear. Collective."""
-        from loraprune_ds.export.huggingface import begin  # loads gguf, which importing the callback must not
+        from loraprune_ds.export.huggingface import begin  # importing the callback loads no writer
 
         comm = self.model.comm
         comm.on_rank_0(lambda: begin(folder))
