@@ -18,8 +18,9 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 from tests.published import LLAMA_3
 
@@ -119,7 +120,7 @@ def exported_config(model: PreTrainedModel, case: Case) -> tuple[ExportedConfig,
     """Returns (contents of config.json, dense shape, pruned shape)."""
     source = json.loads(model.config.to_json_string(use_diff=False))
     dense = shape_from_config(source, case.name)
-    pruned = dense.with_layers(tuple(LayerShape(heads=heads, channels=channels) for heads, channels in case.keep))
+    pruned = dense.resized(tuple(LayerCounts(heads=heads, channels=channels) for heads, channels in case.keep))
     return export_config(source, pruned, case.dtype), dense, pruned
 
 

@@ -1,17 +1,21 @@
-"""Random tiny models of every family of the table: grouped queries, odd counts, and every special field in use."""
+"""Random tiny models of every family: grouped queries, odd counts, and every special field in use."""
 
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
-from loraprune_ds.model.family import FAMILIES, WIDE_NORMS
-from loraprune_ds.model.family_row import Family
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.classes import config_object
+from loraprune_ds.model.families.base import Family, Marks
+from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.groups import LayerCounts
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import TensorSpec
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -164,9 +168,29 @@ TINY: dict[str, dict[str, Any]] = {
     "granitemoe": SCALED | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
+
+
+class LlamaLinear(NamedTuple):
+    """A linear of a LLaMA's layer: the kind of its groups, the axis that loses them, whether these are query heads."""
+
+    name: str
+    kind: str
+    axis: int
+    queries: bool = False
+
+
+LLAMA_LINEARS = (
+    LlamaLinear("self_attn.q_proj", "heads", 0, queries=True),
+    LlamaLinear("self_attn.k_proj", "heads", 0),
+    LlamaLinear("self_attn.v_proj", "heads", 0),
+    LlamaLinear("self_attn.o_proj", "heads", 1, queries=True),
+    LlamaLinear("mlp.gate_proj", "channels", 0),
+    LlamaLinear("mlp.up_proj", "channels", 0),
+    LlamaLinear("mlp.down_proj", "channels", 1),
+)
 EQUAL = tuple(name for name in TINY if FAMILIES[name].equal_layers)
 CAUSAL = tuple(name for name in TINY if len(FAMILIES[name].layer_lists) == 1)
-MIXTURES = tuple(name for name in TINY if FAMILIES[name].mixture)
+MIXTURES = tuple(name for name in TINY if FAMILIES[name].has_experts)
 # Their first layer is dense, and the second one sparse.
 MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")
 
@@ -176,7 +200,7 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(family, **SIZES | TINY[family] | changes)
 
 
-def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape, ...]:
+def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerCounts, ...]:
     """Returns the layers of a model with these numbers of heads, and of channels or experts, where a layer has any."""
 
     def other(layer: int, kind: str, own: int, heads: int, others: int) -> int:
@@ -184,17 +208,43 @@ def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerShape
             return own
         return heads if kind in ("heads", "delta", "cross_heads") else others * shape.times(layer, kind)
 
-    layers = enumerate(zip(shape.layers, counts, strict=True))
-    return tuple(LayerShape((kind, other(i, kind, own, *x)) for kind, own in layer.items()) for i, (layer, x) in layers)
+    layers = enumerate(zip(shape.counts, counts, strict=True))
+    return tuple(
+        LayerCounts((kind, other(i, kind, own, *x)) for kind, own in layer.items()) for i, (layer, x) in layers
+    )
 
 
 def is_seq2seq(family: str) -> bool:
     return family not in CAUSAL
 
 
-def norms_are_wide(family: Family) -> bool:
+def marks(family: str, layer: int = 0, **changes: Any) -> list[TensorSpec]:
+    """Returns the tensors that the family of a tiny model marks."""
+    config = FAMILIES[family].explicit(tiny_config(family, **changes).to_dict())
+    found = FAMILIES[family].layer(config_object(config), layer)
+    return [mark for mark in found if isinstance(mark, TensorSpec)]
+
+
+def changed(family: str, change: Callable[[list[Any]], list[Any]]) -> Family:
+    """Returns a family whose marks are changed."""
+
+    class Changed(type(FAMILIES[family])):
+        def layer(self, c: Any, i: int) -> Marks:
+            return change(list(super().layer(c, i)))
+
+    return Changed()
+
+
+def kinds(family: str) -> list[str]:
+    """Returns the kinds of groups of a family, in the order of the forward."""
+    return list(dict.fromkeys(run.kind for mark in marks(family) if mark.lora for run in mark.runs))
+
+
+@cache
+def norms_are_wide(family: str) -> bool:
     """Returns whether its norms run over all heads, which a cut may take."""
-    return "heads" not in family.fixed and {*WIDE_NORMS} <= {*family.companions}
+    widths = [run.width for mark in marks(family) if mark.name == "self_attn.k_norm.weight" for run in mark.runs]
+    return "heads" not in FAMILIES[family].fixed and any(width > 1 for width in widths)
 
 
 def families(*in_ci: str, of: Iterable[str] = TINY) -> list[Any]:

@@ -19,10 +19,10 @@ from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers, shrink_on_meta
 from loraprune_ds.model.experts import Experts, stack_experts
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
-from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import read_model, shape_from_config
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import in_files
 from loraprune_ds.model.weight_files import copy_tensors, write_index, write_weight_file
 from tests.export_cases import model_card
@@ -34,7 +34,6 @@ SOURCE = PROMPT.flip(1)[:, :11]  # what an encoder reads
 # Groups that stay of 5 heads and 23 channels or experts. 6 query heads divide hidden_size, 8 do not.
 FEW, MANY = (3, 13), (4, 14)
 # A norm over the whole width adds epsilon to a mean over more elements before a cut than after it. It must be tiny.
-WIDE_NORMS = [name for name, family in FAMILIES.items() if norms_are_wide(family)]
 TINY_EPSILON: dict[str, Any] = {"rms_norm_eps": 1e-12}
 
 
@@ -51,7 +50,7 @@ class Network:
         return logits(self.model, prompt)
 
     def cut(self, keep: list[LayerKeep]) -> None:
-        """Cuts by the package's own table, as a run in one process does."""
+        """Cuts by the package's own specs, as a run in one process does."""
         plain = PlainModel(self.model, self.shape)
         plain.cut(keep)
         self.shape = plain.shape
@@ -64,13 +63,13 @@ def with_lora(model: PreTrainedModel, config: dict[str, Any], where: str) -> Net
     wrapped = add_lora(model, shape, LoraConfig(r=3), seed=1).eval()
     generator = torch.Generator().manual_seed(2)
     layers = decoder_layers(wrapped)
-    for i, linear in shape.linear_ids():
-        lora_weights(lora_linear(layers[i], linear))[1].data.normal_(0, 0.1, generator=generator)
+    for i, linear in shape.linears():
+        lora_weights(lora_linear(layers[i], linear.linear))[1].data.normal_(0, 0.1, generator=generator)
     return Network(wrapped, shape, config)
 
 
 def dense(family: str, **changes: Any) -> Network:
-    model = tiny_model(family, **changes, **(TINY_EPSILON if family in WIDE_NORMS else {}))
+    model = tiny_model(family, **changes, **(TINY_EPSILON if norms_are_wide(family) else {}))
     config = json.loads(model.config.to_json_string(use_diff=False))
     return with_lora(in_memory(model, config, family), config, family)
 
@@ -87,7 +86,7 @@ def in_memory(model: PreTrainedModel, config: dict[str, Any], family: str) -> Pr
 
 def sparse_layers(shape: ModelShape) -> list[int]:
     """Lists the layers of a mixture that have experts."""
-    return [i for i, layer in enumerate(shape.layers) if layer["experts"]]
+    return [i for i, layer in enumerate(shape.counts) if layer["experts"]]
 
 
 def find_router(layer: nn.Module) -> Any:
@@ -107,7 +106,7 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
     def some(total: int, kept: int) -> Tensor:
         return torch.randperm(total, generator=generator)[:kept].sort().values
 
-    layers = zip(shape.layers, layers_with(shape, *counts), strict=True)
+    layers = zip(shape.counts, layers_with(shape, *counts), strict=True)
     return [LayerKeep((kind, some(count, wanted[kind])) for kind, count in now.items()) for now, wanted in layers]
 
 

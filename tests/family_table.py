@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
-from loraprune_ds.model.family import FAMILIES, WITHOUT_ROW
-from loraprune_ds.model.family_row import Family
-from tests.families import heads_divide_hidden, norms_are_wide
+from loraprune_ds.model.families.base import Family
+from loraprune_ds.model.family import FAMILIES, REFUSED
+from tests.families import heads_divide_hidden, kinds, marks, norms_are_wide
 from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 from tests.multimodal import TOWERS
 
@@ -19,7 +19,7 @@ IN_VLLM = {"auto": "equal", "transformers": "equal, by transformers"}
 
 def with_tables(page: str) -> str:
     """Replaces the table of families, and that of refused types below it."""
-    for header, rows in ((HEADER, family_rows()), (("refused", "because"), WITHOUT_ROW.items())):
+    for header, rows in ((HEADER, family_rows()), (("refused", "because"), REFUSED.items())):
         begin = page.index(f"|{header[0]}|")
         lines = [header, ("---",) * len(header), *rows]
         table = "".join(f"|{'|'.join(line)}|\n" for line in lines)
@@ -36,14 +36,14 @@ def family_rows() -> list[tuple[str, ...]]:
 
 
 def describe(name: str, family: Family) -> tuple[str, ...]:
-    whole = [x.name for x in family.linears if not x.parts]
+    whole = [x.linear for x in marks(name) if x.lora and not x.runs]
     stays = [*family.fixed, *(words for part, words in STAYS.items() if any(part in x for x in whole))]
     stored = "stock if heads divide hidden_size" if heads_divide_hidden(name) else "stock"
     found = ARCHITECTURES.get(name)
     gguf = "" if found is None else "equal" if found.unequal is None else "any"
     vllm = "any" if name in VLLM_ANY_LAYERS else IN_VLLM[VLLM[name]] if name in VLLM else ""
     towers = ", ".join(outer for outer, (text, *_) in TOWERS.items() if text == name)
-    leaves = [kind for kind in family.kinds if kind not in family.fixed]
+    leaves = [kind for kind in kinds(name) if kind not in family.fixed]
     cells = (", ".join(leaves), ", ".join(stays), "stock alone" if family.equal_layers else stored, gguf, vllm, towers)
     return *cells, "; ".join(notes(name, family))
 
@@ -51,7 +51,7 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
 def notes(name: str, family: Family) -> Iterator[str]:
     if name == "llama":
         yield "else mistral, or with biases the modelling file"
-    if norms_are_wide(family):
+    if norms_are_wide(name):
         yield "norms over all heads: a cut is not quite a mask"
     if family.eager_only:
         yield f"eager: sdpa lacks {family.eager_only}"

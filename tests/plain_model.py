@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from loraprune_ds.model import adapters
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family_row import Linear
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
-from loraprune_ds.model.storage import MODEL_DTYPE, Slice, lora_cuts
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import Slice
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, LinearId, LoraFactors, OwnedShard
 
 
@@ -29,17 +29,18 @@ class PlainModel:
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         for i, layer in enumerate(self.layers):
             factors = {}
-            for linear in self.shape.linears(i):
-                module = adapters.lora_linear(layer, linear)
+            for linear in self.shape.layers[i].linears:
+                module = adapters.lora_linear(layer, linear.linear)
                 a, b = adapters.lora_weights(module)
                 assert a.grad is not None, "LoRA is scored after a backward"
                 assert b.grad is not None, "LoRA is scored after a backward"
                 whole = (t.detach().float() for t in (a, b, a.grad, b.grad))
-                factors[linear.name] = LoraFactors(*whole, scaling=module.scaling[adapters.ADAPTER])
+                factors[linear.linear] = LoraFactors(*whole, scaling=module.scaling[adapters.ADAPTER])
             yield factors
 
-    def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
-        weight = cast(nn.Linear, adapters.lora_linear(self.layers[layer], linear).base_layer).weight
+    def owned_weight(self, linear_id: LinearId) -> OwnedShard:
+        module = adapters.lora_linear(self.layers[linear_id.layer], linear_id.name)
+        weight = cast(nn.Linear, module.base_layer).weight
         return OwnedShard(weight.detach().reshape(-1), 0, cast(tuple[int, int], tuple(weight.shape)))
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ class PlainModel:
     @torch.no_grad()
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         for linear_id in linear_ids:
-            module = adapters.lora_linear(self.layers[linear_id.layer], linear_id.linear)
+            module = adapters.lora_linear(self.layers[linear_id.layer], linear_id.name)
             base, (a, b) = cast(nn.Linear, module.base_layer), adapters.lora_weights(module)
             factors = (a.float(), b.float(), module.scaling[adapters.ADAPTER])
             whole = CollectedLinear({"weight": base.weight}, base.bias, *factors)
@@ -67,14 +68,14 @@ class PlainModel:
     def cut(self, keep: list[LayerKeep]) -> int:
         after = self.shape.after(keep)
         for i, (layer, layer_keep) in enumerate(zip(self.layers, keep, strict=True)):
-            for name, kept, linear in MODEL_DTYPE.layer_cuts(self.shape, i, layer_keep):
+            for name, kept, linear in self.shape.layers[i].cuts(layer_keep):
                 self._select(adapters.base_parameter(layer, name), kept)
                 if linear:
-                    module = adapters.lora_linear(layer, linear)
-                    for which, stays in lora_cuts(linear, module.r[adapters.ADAPTER], kept, layer_keep):
+                    module = adapters.lora_linear(layer, linear.linear)
+                    for which, stays in linear.lora_cuts(module.r[adapters.ADAPTER], kept, layer_keep):
                         self._select(adapters.lora_weights(module)[which], stays)
                     adapters.set_features(module, *cast(nn.Linear, module.base_layer).weight.shape)
-            adapters.set_runtime_counts(layer, self.shape, after.layers[i])
+            adapters.set_attributes(layer, after.layers[i].attributes)
         self.shape = after
         return 0
 

@@ -15,10 +15,11 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from loraprune_ds import config
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.read_shape import read_model_config, shape_from_config
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
-from loraprune_ds.model.storage import FrozenStorage, lora_cuts
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import LayerSpec
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.plan.activations import saved_in_layer
 from loraprune_ds.plan.cluster import Cluster
@@ -87,7 +88,7 @@ def build(request: Request) -> Trainer:
     size = run.train.global_batch_size
     ids = torch.randint(3, request.shape.vocab_size, (STEPS * size, run.data.window), generator=generator)
     labels = ids.clone()
-    if request.shape.encoder_layers:  # the first half of each window is a source
+    if request.shape.family.has_encoder:  # the first half of each window is a source
         labels[:, : run.data.window // 2 + 1] = IGNORE_INDEX
     samples = Samples.of_windows(ids, labels)
     trainer = assemble(run, pretrained, request.ds_config, samples, Consecutive(size), STEPS)
@@ -145,9 +146,8 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
             continue
         after, sent = trainer.model.shape, trainer.model.comm.bytes_sent - sent_before
         keep = trainer.pruner.kept_of_dense  # the first cut: indices into the dense model
-        given = (request.storage, request.config.lora.r, request.element_size)
-        changed = [i for i, layer in enumerate(before.layers) if layer != after.layers[i]]
-        cut_layers = [cut for i in changed for cut in layer_cuts(before, i, keep[i], *given)]
+        layers = [(layer, keep[i]) for i, layer in enumerate(before.layers) if layer.counts != after.layers[i].counts]
+        cut_layers = [cut for layer, kept in layers for cut in layer_cuts(layer, kept, request)]
         moved = sum(elements_sent(c, world_size, rank) * size for c, size in cut_layers)
         rows.append(_state_row("after the cut", request, trainer, stepped=True, baseline=baseline))
         counts = {"most": cut_cost(request, before, after).sent["cut"], "moved": moved, "counted": sent}
@@ -155,17 +155,16 @@ def run_beside_plan(case: Case) -> dict[str, Any]:
     return {"rank": rank, "states": rows, "steps": steps}
 
 
-def layer_cuts(
-    shape: ModelShape, index: int, keep: LayerKeep, storage: FrozenStorage, lora_rank: int, element_size: int
-) -> list[tuple[AxisCut, int]]:
+def layer_cuts(layer: LayerSpec, keep: LayerKeep, request: Request) -> list[tuple[AxisCut, int]]:
     """Lists (cut, bytes of an element) of every tensor that is cut in a layer, LoRA's master and moments too."""
-    cuts, layer = list[tuple[AxisCut, int]](), storage.stored(shape, element_size, index)
-    for name, kept, linear in storage.layer_cuts(shape, index, keep):
-        stored = layer[f"{shape.prefix(index)}{name}"]
+    cuts, lora_rank, element_size = list[tuple[AxisCut, int]](), request.config.lora.r, request.element_size
+    of_layer = {name: x for spec in layer.tensors for name, x in spec.stored(element_size, request.int8).items()}
+    for name, kept, linear in layer.cuts(keep, int8=request.int8):
+        stored = of_layer[name]
         cuts.append((AxisCut(stored.shape, *kept), stored.element_size))
         if linear:
-            factors = shape.lora_shapes(index, linear, lora_rank)
-            for which, stays in lora_cuts(linear, lora_rank, kept, keep):
+            factors = linear.lora_shapes(lora_rank)
+            for which, stays in linear.lora_cuts(lora_rank, kept, keep):
                 cuts.append((AxisCut(factors[which], *stays), element_size + 12))
     return cuts
 

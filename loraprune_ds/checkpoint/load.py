@@ -16,10 +16,9 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, read_state, recorded_config
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.family_row import Kind
+from loraprune_ds.model.groups import Kind, LayerKeep
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained, open_stored
-from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.step import PrunerState
 
@@ -51,7 +50,7 @@ class TrainingCheckpoint:
         """Returns the model without LoRA after the cuts of this checkpoint. `dense` is the model at `model.path`."""
         folder, keep = self.shape_folder(), keep_from_lists(self.state.kept, dense.shape.kinds)
         if not self.state.shape.is_source:
-            return replace(dense, weights=open_stored(folder, dense.shape.after(keep), dense.weights.storage))
+            return replace(dense, weights=open_stored(folder, dense.shape.after(keep), int8=dense.weights.int8))
         if folder.resolve() != dense.folder.resolve():
             dense = open_for_pruning(folder, self.config.model)
         return replace(dense, weights=dense.weights.cut(keep))

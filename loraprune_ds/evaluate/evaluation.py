@@ -27,7 +27,7 @@ from loraprune_ds.evaluate.tasks import run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.tokenizer import Starts, load_tokenizer, text_starts
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, check_dtype, fast_half_products, is_cpu
@@ -175,17 +175,17 @@ def choose_dtype(source: ModelSource, dtype: str | None) -> Dtype:
 
 def count_cost(shape: ModelShape, config: dict[str, Any], window: int, element_size: int) -> ModelCost:
     """Counts the costs on windows of `window` tokens. `config` says which layers have sliding windows."""
-    made, encoder = config_object(config), shape.encoder_layers
+    made, (first, *decoder) = config_object(config), shape.layer_lists
     narrow = _mean_context(window, sliding_window(made))
     layers = DynamicCache(config=made).layers  # transformers finds the layers with a sliding window
     sliding = [getattr(layer, "is_sliding", False) for layer in layers]
     # Layers that share keys and values are absent.
     sliding += [kind == "sliding_attention" for kind in getattr(made, "layer_types", None) or ()][len(layers) :]
     contexts: list[float] = [narrow if is_narrow else _mean_context(window, None) for is_narrow in sliding]
-    heads = [shape.query_heads(layer) for layer in shape.layers]
-    if encoder:  # all heads see the whole window, except in the decoder's self-attention
-        contexts = [window] * encoder + [_mean_context(window, None)] * (len(heads) - encoder) + [window]
-        heads.append(sum(layer.get("cross_heads", 0) for layer in shape.layers))
+    heads = [attention.queries for attention in shape.attention]
+    if decoder:  # all heads see the whole window, except in the decoder's self-attention
+        contexts = [window] * len(first) + [_mean_context(window, None)] * len(*decoder) + [window]
+        heads.append(sum(counts["cross_heads"] for counts in shape.counts))
     context = sum(map(mul, contexts, heads)) / sum(heads)
     linear, head = active_numel(shape) // len(shape.layer_lists), shape.vocab_size * shape.hidden_size
     attention = attention_product(shape, context) / len(shape.layer_lists)  # two products of one multiply-add each

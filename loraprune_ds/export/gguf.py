@@ -15,7 +15,7 @@ from loraprune_ds.export.gguf_tensors import Array, GgufTensor, Precision, plan_
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.tokenizer import target_start
 
 T5_TOKENS = 512  # a T5's training length. Its positions have no limit
@@ -84,28 +84,28 @@ def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) ->
 
 
 def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture: Architecture) -> None:
-    heads = [layer["heads"] for layer in shape.layers]
-    queries = [shape.query_heads(layer) for layer in shape.layers]
-    channels = [layer.get("channels", shape.expert_size) for layer in shape.layers]
-    if any(layer.get("experts") == 0 for layer in shape.layers):  # a dense layer has channels instead
+    heads = [layer["heads"] for layer in shape.counts]
+    queries, mixture = [attention.queries for attention in shape.attention], shape.mixture
+    channels = [layer.get("channels", mixture.expert_size if mixture else 0) for layer in shape.counts]
+    if any(layer.get("experts") == 0 for layer in shape.counts):  # a dense layer has channels instead
         channels = [config.intermediate_size]
     writer.add_block_count(len(shape.layer_lists[0]))
     writer.add_embedding_length(shape.hidden_size)
     writer.add_vocab_size(shape.vocab_size)
     writer.add_head_count(max(queries) if shape.is_uniform else queries)  # a delta net has no heads
-    latent = shape.widths.get("key_value_rank")  # all heads share it
+    latent = getattr(config, "kv_lora_rank", None)  # all heads share it
     one = shape.is_uniform and not architecture.short
     writer.add_head_count_kv(1 if latent else max(heads) if one else heads)
     writer.add_feed_forward_length(channels[0] if shape.is_uniform else channels)
     if shape.family.has_encoder:
         writer.add_decoder_start_token_id(target_start(config.to_dict()))
-    if shape.family.mixture:
-        writer.add_expert_count(shape.layers[-1]["experts"])
-        writer.add_expert_used_count(shape.experts_per_token)
-        writer.add_expert_feed_forward_length(shape.expert_size)
+    if mixture:
+        writer.add_expert_count(shape.counts[-1]["experts"])
+        writer.add_expert_used_count(mixture.experts_per_token)
+        writer.add_expert_feed_forward_length(mixture.expert_size)
     if architecture.gating:
         writer.add_expert_gating_func(architecture.gating)
-        writer.add_leading_dense_block_count(sum(layer["experts"] == 0 for layer in shape.layers))
+        writer.add_leading_dense_block_count(sum(layer["experts"] == 0 for layer in shape.counts))
     # By default llama.cpp takes hidden_size / heads, which is wrong after a cut.
     writer.add_key_length(latent + shape.head_dim if latent else shape.head_dim)
     writer.add_value_length(latent or shape.head_dim)
@@ -113,8 +113,8 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
         writer.add_full_attention_interval(attention_interval(config))
         writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
     if latent:
-        writer.add_key_length_mla(shape.width("query"))
-        writer.add_value_length_mla(shape.width("value"))
+        writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+        writer.add_value_length_mla(config.v_head_dim)
 
 
 def _add_rope(

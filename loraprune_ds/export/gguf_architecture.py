@@ -14,12 +14,12 @@ from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, ExpertGatingFuncType
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
 from loraprune_ds.model.classes import config_object
-from loraprune_ds.model.family import ATTENTION, GATED, family_name
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.family import family_name
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import text_config
 
-LINEARS = frozenset(linear.name for linear in ATTENTION + GATED)
 QKV = frozenset(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+LINEARS = QKV | {"self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
 # A fused linear -> its parts, which are separate in llama.cpp.
 PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -244,10 +244,10 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
         yield f"{named[0]} {activation!r}"
     biases = {part for name in shape.biases for part in PARTS.get(name, (name,))}
     yield from (f"the bias of {name}" for name in sorted(biases - architecture.biases))
-    for layer, linear in shape.linear_ids():
-        outputs, _ = shape.linear_shape(layer, linear)
-        if linear.name in architecture.square and outputs != shape.hidden_size:
-            yield f"{linear.name} with {outputs} outputs"
+    for _, linear in shape.linears():
+        outputs, _ = linear.matrix
+        if linear.linear in architecture.square and outputs != shape.hidden_size:
+            yield f"{linear.linear} with {outputs} outputs"
     for key, only in architecture.only.items():
         if (value := getattr(config, key, only)) != only:
             yield f"{key} {value!r}"

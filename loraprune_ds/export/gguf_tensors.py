@@ -20,10 +20,10 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_architecture import PARTS, Architecture
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
 from loraprune_ds.model.experts import CORRECTION
-from loraprune_ds.model.family import Linear
 from loraprune_ds.model.frozen import Pieces
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import TensorSpec
 
 Array = np.ndarray[Any, Any]
 Precision = Literal["f16", "q8_0"]
@@ -32,7 +32,7 @@ EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 RELATIVE_BIAS = ".attn_rel_b"
 ROUTER, SHARED_GATE = ".ffn_gate_inp", ".ffn_gate_inp_shexp"
 CONVOLUTIONS = (".ssm_conv1d", ".shortconv.conv")
-DELTA_NET, GATED_NORM, A_LOG = ".linear_attn.", "linear_attn.norm", ".A_log"
+DELTA_NET, GATED_NORM, A_LOG = "linear_attn.", "linear_attn.norm", ".A_log"
 ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 BIAS = "_proj_bias"  # end of the names of biases with a row per expert
 # The last name of a stack -> its parts in llama.cpp. A stock GGUF converter gives the tensors these names, too.
@@ -101,8 +101,9 @@ def plan_tensors(
     arch, pieces = architecture.of(shape), shape.pieces()
     names = get_tensor_name_map(arch, len(shape.layers))
     tensors = []
-    for source, size in shape.parameters().items():
-        for part in _parts(source, size, shape, architecture.in_turn):
+    for source, spec in shape.tensors():
+        prefix = source.removesuffix(spec.name)
+        for part in _parts(prefix, spec, config, architecture.in_turn):
             part_name = _on_disk(source, pieces) if part.name == source else part.name
             name = names.get_name(part_name, try_suffixes=(".weight", ".bias"))
             if name is None:
@@ -123,7 +124,7 @@ def plan_tensors(
                     heads=part_shape[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
                     offset=architecture.norm_offset if inner.endswith("norm") and inner != GATED_NORM else 0.0,
                     factor=architecture.attention_factor(config, shape) if inner == architecture.scaled else 1.0,
-                    value_heads=_value_heads(source, shape),
+                    value_heads=_value_heads(spec, config),
                     decay=source.endswith(A_LOG),
                 )
             )
@@ -174,35 +175,32 @@ def tile(values: Array, heads: ValueHeads) -> Array:
     return np.ascontiguousarray(tiled.T if heads.columns else tiled)
 
 
-def _value_heads(source: str, shape: ModelShape) -> ValueHeads | None:
+def _value_heads(spec: TensorSpec, config: Any) -> ValueHeads | None:
     """Returns None for a tensor without value heads."""
-    if DELTA_NET not in source or source.endswith(f"{GATED_NORM}.weight"):
+    if DELTA_NET not in spec.name or not spec.runs:
         return None
-    keys = shape.layers[int(source.split(".")[2])]["delta"]
-    start = 2 * keys * shape.width("delta_key") if "in_proj_qkv" in source or "conv1d" in source else 0
-    return ValueHeads(keys, shape.width("delta_count"), start, "out_proj" in source)
+    start = sum(run.size for run in spec.runs[:-1])  # queries and keys come before the values
+    each = config.linear_num_value_heads // config.linear_num_key_heads
+    return ValueHeads(spec.runs[0].groups, each, start, spec.axis == 1)
 
 
-def _parts(source: str, size: tuple[int, ...], shape: ModelShape, in_turn: bool) -> Iterable[SourcePart]:
+def _parts(prefix: str, spec: TensorSpec, config: Any, in_turn: bool) -> Iterable[SourcePart]:
     """Returns the parts of a parameter that are tensors in llama.cpp. Most parameters are one part."""
-    if source.startswith("model.layers."):
-        *_, number, inside = source.split(".", 3)
-        layer, prefix = int(number), source.removesuffix(inside)
-        if inside == "self_attn.kv_b_proj.weight":
-            return _latent_parts(prefix, shape.layers[layer]["heads"], shape)
-        for linear in shape.linears(layer):
-            if linear.name in PARTS and inside.startswith(f"{linear.name}."):
-                rows = shape.part_sizes(layer, linear.parts)
-                return _fused_parts([source.replace(linear.name, part) for part in PARTS[linear.name]], rows, size[1:])
-            if linear.is_stack and inside in (f"{linear.name}.weight", f"{linear.name}{BIAS}"):
-                return _expert_parts(prefix, linear, shape.layers[layer][linear.kind], size, inside, in_turn)
-    return [SourcePart(source, size)]
+    linear, _, last = spec.name.rpartition(".")
+    if linear == "self_attn.kv_b_proj":
+        return _latent_parts(prefix, spec, config.qk_nope_head_dim)
+    if linear in PARTS:
+        rows = [run.size for run in spec.runs]
+        return _fused_parts([f"{prefix}{part}.{last}" for part in PARTS[linear]], rows, spec.shape[1:])
+    if spec.stack or spec.name.endswith(BIAS):
+        return _expert_parts(prefix, spec, in_turn)
+    return [SourcePart(prefix + spec.name, spec.shape)]
 
 
-def _latent_parts(prefix: str, heads: int, shape: ModelShape) -> Iterator[SourcePart]:
-    """Splits the projection of latent keys and values."""
-    rank, both = map(shape.width, ("key_value_rank", "key_and_value"))
-    keys, one = both - shape.width("value"), (both, rank)
+def _latent_parts(prefix: str, spec: TensorSpec, keys: int) -> Iterator[SourcePart]:
+    """Splits the projection of latent keys and values, of which `keys` rows of each head are keys."""
+    heads, both, rank = spec.runs[0].groups, spec.runs[0].width, spec.shape[1]
+    one = (both, rank)
     name = f"{prefix}self_attn.{{}}_b_proj.weight".format
     yield SourcePart(name("k"), (heads, rank, keys), slices=Slices(heads, one, (slice(0, keys),), True))
     yield SourcePart(name("v"), (heads, both - keys, rank), slices=Slices(heads, one, (slice(keys, both),), False))
@@ -216,15 +214,13 @@ def _fused_parts(names: list[str], rows: list[int], columns: tuple[int, ...]) ->
         start += math.prod(part.shape)
 
 
-def _expert_parts(
-    prefix: str, linear: Linear, experts: int, size: tuple[int, ...], inside: str, in_turn: bool
-) -> Iterator[SourcePart]:
+def _expert_parts(prefix: str, spec: TensorSpec, in_turn: bool) -> Iterator[SourcePart]:
     """Splits a stack of experts, or its biases. If `in_turn`, outputs of gate and up alternate."""
-    is_bias = inside.endswith(BIAS)
-    transposed = linear.transposed and not is_bias
+    experts, is_bias, size = spec.runs[0].groups, spec.stack is None, spec.shape
+    transposed = spec.stack is not None and spec.stack.transposed
     one = size[1:] if is_bias else (size[0] // experts, size[1])
     outputs, *inputs = reversed(one) if transposed else one
-    parts = EXPERT_PARTS[linear.name.rpartition(".")[2]]
+    parts = EXPERT_PARTS[spec.linear.removesuffix(BIAS).rpartition(".")[2]]
     each = outputs // len(parts)
     for i, part in enumerate(parts):
         take = slice(i, None, len(parts)) if in_turn else slice(i * each, (i + 1) * each)

@@ -16,7 +16,8 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.files import begin_folder, flush, publish_folder, read_json, staging_of, write_json
 from loraprune_ds.model.exported_config import MODELLING_FILE, ExportedConfig, name_our_code
-from loraprune_ds.model.family import PRUNED, family_name
+from loraprune_ds.model.families.base import PRUNED
+from loraprune_ds.model.family import family_name
 from loraprune_ds.model.modeling_pruned import FAMILY
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.text_part import MULTIMODAL

@@ -20,7 +20,7 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.pretrained import open_for_pruning
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import in_files
 from loraprune_ds.model.weight_files import copy_tensors, weight_file_count, write_index, write_weight_file
 
@@ -96,13 +96,12 @@ def write_from_checkpoint(unmerged: UnmergedModel, folder: Path, *, merge: bool)
     own, entries = weight_file_count(len(layers)), list[dict[str, int]]()
     count = own + (tower is not None)
     for k, layer in enumerate([*layers, None]):  # the last file has the parameters outside of layers
-        names = shape.outer_parameters if layer is None else shape.layer_parameters(layer)
+        names = [x.name for x in shape.outer] if layer is None else [name for name, _ in shape.layer_tensors(layer)]
         tensors = {name: unmerged.base.read_full(name, dtype) for name in names}
         if merge and layer is not None:
             lora, scaling = unmerged.lora(layer), config.lora.lora_alpha / config.lora.r
-            for linear in shape.linears(layer):
-                name, a, b = (f"{linear.name}.{x}" for x in ("weight", "lora_A", "lora_B"))
-                name = f"{shape.prefix(layer)}{name}"
+            for linear in shape.layers[layer].linears:
+                name, (a, b) = f"{shape.prefix(layer)}{linear.name}", (f"{linear.linear}.lora_{x}" for x in "AB")
                 tensors[name] = merge_lora(tensors[name], lora[a], lora[b], scaling, tensors[name].dtype)
         entries.append(write_weight_file(folder, k, count, in_files(tensors, shape, tower)))
     if tower:
@@ -126,19 +125,19 @@ def write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
     tensors = {
         name_in_file(shape, layer, name): tensor
         for layer in range(len(shape.layers))
-        for name, tensor in as_in_peft(unmerged.lora(layer), shape.linears(layer)).items()
+        for name, tensor in as_in_peft(unmerged.lora(layer), shape.layers[layer].linears).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(folder / ADAPTER_FILE, _adapter_config(unmerged.config.lora, shape))
 
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
-    linears = list(dict.fromkeys(linear for _, linear in shape.linear_ids()))
-    stacks = [in_peft(x).tensor for x in linears if x.is_stack]
+    linears = list({linear.linear: linear for _, linear in shape.linears()}.values())
+    stacks = [in_peft(x).tensor for x in linears if x.stack]
     # PEFT has no dropout on tensors without a module, and would take the modules of a dense MLP for experts.
     of_experts = {
-        "target_modules": [x.name for x in linears if x.parts and not x.is_stack],
-        "target_parameters": [*stacks, *(f"{x.name}.weight" for x in linears if not x.parts)],
+        "target_modules": [x.linear for x in linears if x.runs and not x.stack],
+        "target_parameters": [*stacks, *(x.name for x in linears if not x.runs)],
         "lora_dropout": 0.0,
     }
     return {
@@ -148,7 +147,7 @@ def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": last_names(linear.name for linear in linears),
+        "target_modules": last_names(linear.linear for linear in linears),
         "bias": "none",
         "inference_mode": True,
         **(of_experts if stacks else {}),

@@ -22,7 +22,7 @@ from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.units import format_percent, format_perplexity
 
 CARD_FILE = "README.md"
@@ -254,11 +254,11 @@ def _perplexity(value: float | None) -> str:
 def _layer_rows(shape: ModelShape) -> list[str]:
     """Makes a table with a row per sequence of equal layers."""
     titles = ["layers", "query heads", *(TITLES[kind] for kind in shape.kinds)]
-    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for layer, run in groupby(range(len(shape.layers)), key=lambda i: shape.layers[i]):
+    rows, attention = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"], shape.attention
+    for counts, run in groupby(range(len(shape.layers)), key=lambda i: shape.counts[i]):
         first, *rest = run
         span = f"{first}–{rest[-1]}" if rest else f"{first}"
-        rows.append(f"| {' | '.join(map(str, (span, shape.query_heads(layer), *layer.values())))} |")
+        rows.append(f"| {' | '.join(map(str, (span, attention[first].queries, *counts.values())))} |")
     return rows
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.exported_config import NEXT_TOKENS
+from loraprune_ds.model.groups import EQUAL_LAYERS, LayerCounts, LayerKeep
 from loraprune_ds.model.pretrained import ModelWeights, check_weights, open_pretrained
-from loraprune_ds.model.shapes import EQUAL_LAYERS, LayerKeep, LayerShape, ModelShape
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.model.text_part import MTP
 from loraprune_ds.model.weight_files import add_weight_file, as_on_disk, read_headers
 from loraprune_ds.pruning.importance import GroupSums
@@ -40,37 +42,37 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
     require(FC in headers and count, f"{folder} has no layers that predict further tokens ({FC})")
     require(pruned.is_uniform, f"layers that predict further tokens ({MTP}*) need layers of one size: {EQUAL_LAYERS}")
     one, left = _one_of_their_sort(shape), _one_of_their_sort(pruned)
-    fits = left.layers != () and one.with_layers(left.layers).parameters() == left.parameters()
-    is_cut = fits and all(left.layers[0][kind] <= n for kind, n in one.layers[0].items())
+    fits = left.layers != () and one.resized(left.counts).parameters() == left.parameters()
+    is_cut = fits and all(left.counts[0][kind] <= n for kind, n in one.counts[0].items())
     require(is_cut, f"{folder} is not the dense model: its sizes do not fit the pruned model")
     own = replace(
         one.only([0] * count),
-        outer_parameters={name: size for name, (size, _, _) in headers.items() if not name.startswith(IN_FILE)},
+        outer=tuple(TensorSpec(name, shape=x) for name, (x, *_) in headers.items() if not name.startswith(IN_FILE)),
     )
     try:
         names = {name.replace(IN_FILE, LAYERS): name for name in headers}
         weights = check_weights(folder, headers, names, own, "config.json")
     except UserError as error:
         raise UserError(str(error).replace(LAYERS, IN_FILE)) from None
-    return weights.cut(_largest(weights, left.layers[0]))
+    return weights.cut(_largest(weights, left.counts[0]))
 
 
 def _one_of_their_sort(shape: ModelShape) -> ModelShape:
     """Returns the shape of a model with only the first attention layer, if any."""
-    layers = (i for i, layer in enumerate(shape.layers) if {"heads", shape.kinds[-1]} <= layer.kinds)
+    layers = (i for i, layer in enumerate(shape.counts) if {"heads", shape.kinds[-1]} <= layer.kinds)
     return shape.only(list(layers)[:1])
 
 
-def _largest(weights: ModelWeights, counts: LayerShape) -> list[LayerKeep]:
+def _largest(weights: ModelWeights, counts: LayerCounts) -> list[LayerKeep]:
     """Keeps these counts of groups in each layer, those with the largest sums of squared weights."""
     shape, sums = weights.shape, list[Tensor]()
-    linear_ids = [linear_id for linear_id in shape.linear_ids() if linear_id.linear.parts]
-    for i, linear in linear_ids:
-        weight = weights.read_full(f"{LAYERS}{i}.{linear.name}.weight", torch.float32)
+    linears = [(i, linear) for i, linear in shape.linears() if linear.runs]
+    for i, linear in linears:
+        weight = weights.read_full(f"{LAYERS}{i}.{linear.name}", torch.float32)
         squares = weight.square_().sum(1 - linear.axis, dtype=torch.float64)
-        of_parts = torch.split(squares, shape.part_sizes(i, linear.parts))
-        sums += (x.view(-1, shape.width(part.width)).sum(1) for part, x in zip(linear.parts, of_parts, strict=True))
-    scores = GroupSums(shape, linear_ids, sums, step=0).by_layer("none")
+        of_runs = torch.split(squares, [run.size for run in linear.runs])
+        sums += (x.view(-1, run.width).sum(1) for run, x in zip(linear.runs, of_runs, strict=True))
+    scores = GroupSums(shape, linears, sums, step=0).by_layer("none")
     return keep_best(scores, [counts] * len(scores), shape)
 
 

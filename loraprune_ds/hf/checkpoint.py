@@ -23,8 +23,7 @@ from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.live import find_peft_model, live_shape
 from loraprune_ds.model.pretrained import open_stored
-from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.storage import MODEL_DTYPE
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.step import Pruner, PrunerState
 from loraprune_ds.report.records import History, history_from, read_metrics, write_history
 from loraprune_ds.zero.comm import Communicator
@@ -109,14 +108,14 @@ def cut_to_checkpoint(
     cut_without_engine(peft_model, dense, keep)
     if state.shape is not None:
         folder, shape = checkpoint / state.shape, dense.after(keep)
-        refitted = comm.all_or_raise(lambda: open_stored(folder, shape, MODEL_DTYPE))
+        refitted = comm.all_or_raise(lambda: open_stored(folder, shape, int8=False))
         overwrite_linears(peft_model, shape, refitted.read_flat)
     return PruningCheckpoint(checkpoint, state, dense)
 
 
 def group_counts(shape: ModelShape) -> list[list[int]]:
     """Returns per layer the number of groups of each kind."""
-    return [[layer[kind] for kind in shape.kinds] for layer in shape.layers]
+    return [[layer[kind] for kind in shape.kinds] for layer in shape.counts]
 
 
 def _find(folder: Path) -> Path | None:

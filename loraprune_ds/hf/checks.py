@@ -15,8 +15,8 @@ from torch import nn
 from loraprune_ds.errors import require
 from loraprune_ds.model.adapters import ADAPTER, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family_row import Family
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.families.base import Family
+from loraprune_ds.model.shape import ModelShape
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def check_arguments(args: Any, model: nn.Module) -> None:
 def refuse_mixture(family: Family, where: str) -> None:
     """Refuses families with experts, because only a run builds stacks of experts with LoRA."""
     line = f"{where}: the callback cannot prune families with experts, not even dense models; use launch/run.py"
-    require(family.mixture is None, line)
+    require(not family.has_experts, line)
 
 
 def check_one_dtype(model: nn.Module) -> None:
@@ -101,15 +101,15 @@ def check_model(model: PeftModel, shape: ModelShape) -> None:
     for name, peft_config in model.peft_config.items():
         bias = getattr(peft_config, "bias", "none")
         require(bias == "none", f"adapter {name}: bias={bias!r}: trained biases are not supported")
-    needed = f"target_modules={last_names(linear.name for _, linear in shape.linear_ids())}"
+    needed = f"target_modules={last_names(linear.linear for _, linear in shape.linears())}"
     for index, layer in enumerate(decoder_layers(model)):
         modules: dict[str, Any] = dict(layer.named_modules())
-        for linear in shape.linears(index):
-            module = modules.get(linear.name)
+        for linear in shape.layers[index].linears:
+            module = modules.get(linear.linear)
             over = type(getattr(module, "base_layer", None)).__name__
             kind = f"{type(module).__module__}.{type(module).__name__} over a {over}"
             for refused, reason in LINEARS:
-                where = f"layer {index} {linear.name}"
+                where = f"layer {index} {linear.linear}"
                 require(not refused(module), f"{where} {reason.format(needed=needed, kind=kind)}")
     _check_others(model, shape)
 
@@ -117,8 +117,9 @@ def check_model(model: PeftModel, shape: ModelShape) -> None:
 def _check_others(model: PeftModel, shape: ModelShape) -> None:
     """Checks other trained modules. An export must hold them, and a cut must not change them."""
     layers = decoder_layers(model)
-    pruned = {id(layers[i].get_submodule(linear.name)) for i, linear in shape.linear_ids()}
-    cut_along = tuple(f".{companion.name.rpartition('.')[0]}" for companion in shape.family.companions)
+    pruned = {id(layers[i].get_submodule(linear.linear)) for i, linear in shape.linears()}
+    others = {tensor.name for layer in shape.layers for tensor in layer.others if tensor.runs}
+    cut_along = tuple(f".{name.rpartition('.')[0]}" for name in others)
     for name, module in model.named_modules():
         name = name.removeprefix("base_model.model.")
         require(

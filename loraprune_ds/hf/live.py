@@ -17,8 +17,10 @@ from loraprune_ds.model.adapters import base_parameter, last_names, plain_parame
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.frozen import DTYPES
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.read_shape import read_model, shape_from_config
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import LayerSpec
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.zero.params import full_shape
 from loraprune_ds.zero.sharded import ShardedModel
@@ -31,12 +33,11 @@ def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
         model: a model, or its folder or hub id. UserError if its type is not supported.
     """
     if isinstance(model, PreTrainedModel):
-        model_type, where = model.config.model_type, type(model).__name__
+        config, where = model.config.to_dict(), type(model).__name__
     else:  # AutoConfig would ask on the terminal whether to run code in the folder
-        model_type, where = PreTrainedConfig.get_config_dict(model)[0].get("model_type"), str(model)
-    family = find_family(model_type, where)
-    refuse_mixture(family, where)
-    return last_names(linear.name for linear in family.linears)
+        config, where = PreTrainedConfig.get_config_dict(model)[0], str(model)
+    refuse_mixture(find_family(config.get("model_type"), where), where)
+    return last_names(linear.linear for _, linear in shape_from_config(config, where).linears())
 
 
 def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
@@ -95,22 +96,20 @@ def live_shape(model: PeftModel) -> ModelShape:
     """Returns the shape of the weights."""
     shape = base_shape(model)
 
-    def groups(i: int, layer: nn.Module) -> LayerShape:
-        sizes = (
-            (x, full_shape(base_parameter(layer, f"{x.name}.weight"))[x.axis]) for x in shape.linears(i) if x.parts
-        )
-        return LayerShape(dict.fromkeys(shape.kinds, 0) | {x.kind: size // shape.group_width(x) for x, size in sizes})
+    def counts(layer: nn.Module, spec: LayerSpec) -> LayerCounts:
+        sizes = ((x, full_shape(base_parameter(layer, x.name))[x.axis]) for x in spec.linears if x.runs)
+        return LayerCounts((x.runs[0].kind, size // x.group_width) for x, size in sizes)
 
-    return shape.with_layers(tuple(groups(i, layer) for i, layer in enumerate(decoder_layers(model))))
+    return shape.resized([counts(*pair) for pair in zip(decoder_layers(model), shape.layers, strict=True)])
 
 
 def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
     """Returns the dtype of the frozen weights. Raises UserError if no export can have that dtype."""
-    name = f"{shape.linears(0)[0].name}.weight"
+    name = shape.layers[0].linears[0].name
     dtype = base_parameter(decoder_layers(model)[0], name).dtype
     for key, value in DTYPES.items():
         if value == dtype:
-            overflows = key == "float16" and shape.encoder_layers > 0
+            overflows = key == "float16" and shape.family.has_encoder
             require(not overflows, f"hidden states of a {shape.model_type} overflow float16; load it in bfloat16")
             return cast(Dtype, key)
     raise UserError(f"layer 0 {name} is {dtype}; only a base in {', '.join(DTYPES)} can be pruned")

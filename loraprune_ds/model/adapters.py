@@ -18,9 +18,9 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft, from_peft, in_peft
-from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.lora_product import FusedLoraLinear
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import Attribute, TensorSpec
 from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS, read_header
 
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # folders of an export with unmerged LoRA
@@ -40,7 +40,7 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
         lora_alpha=cast(int, config.lora_alpha),  # PEFT declares an int, and divides it as a float
         lora_dropout=config.lora_dropout,
         # Full names, because other linears can have the same last name.
-        target_modules=[f"{shape.prefix(i)}{linear.name}" for i, linear in shape.linear_ids()],
+        target_modules=[f"{shape.prefix(i)}{linear.linear}" for i, linear in shape.linears()],
         bias="none",
         task_type=task_type(shape),
     )
@@ -56,7 +56,7 @@ def add_lora(model: PreTrainedModel, shape: ModelShape, config: LoraConfig, seed
 
 def task_type(shape: ModelShape) -> str:
     """Returns PEFT's name for a model of this kind."""
-    return "SEQ_2_SEQ_LM" if shape.encoder_layers else "CAUSAL_LM"
+    return "SEQ_2_SEQ_LM" if shape.family.has_encoder else "CAUSAL_LM"
 
 
 def leaf_modules(layer: nn.Module, shape: ModelShape) -> list[nn.Module]:
@@ -93,7 +93,7 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     start = str(settings.get("init_lora_weights"))
     targets = settings.get("target_modules") or []
     named = last_names([*targets, *(settings.get("target_parameters") or [])])
-    needed = last_names(in_peft(x).tensor if x.is_stack else x.name for _, x in shape.linear_ids() if x.parts)
+    needed = last_names(in_peft(x).tensor if x.stack else x.linear for _, x in shape.linears() if x.runs)
     missing = sorted(set(needed) - set(named))
     refusals = {
         "is not a plain LoRA adapter": settings.get("peft_type") != "LORA" or any(map(settings.get, VARIANTS)),
@@ -132,16 +132,18 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
             raise UserError(f"{path} does not fit the model: {name} has shape {[*sizes]}, not {[*expected[name]]}")
 
 
-def _with_lora(shape: ModelShape, layer: int, names: Collection[str]) -> list[Linear]:
+def _with_lora(shape: ModelShape, layer: int, names: Collection[str]) -> list[TensorSpec]:
     """Lists the linears of a layer with LoRA in an adapter's file with these `names`. Whole linears may lack it."""
-    return [x for x in shape.linears(layer) if x.parts or name_in_file(shape, layer, f"{x.name}.lora_A") in names]
+    return [
+        x for x in shape.layers[layer].linears if x.runs or name_in_file(shape, layer, f"{x.linear}.lora_A") in names
+    ]
 
 
-def _factors_in_peft(linears: Iterable[Linear], shape: ModelShape, layer: int, r: int) -> dict[str, Tensor]:
+def _factors_in_peft(linears: Iterable[TensorSpec], shape: ModelShape, layer: int, r: int) -> dict[str, Tensor]:
     factors = {
-        f"{linear.name}.lora_{which}": torch.empty(size, device="meta")
+        f"{linear.linear}.lora_{which}": torch.empty(size, device="meta")
         for linear in linears
-        for which, size in zip("AB", shape.lora_shapes(layer, linear, r), strict=True)
+        for which, size in zip("AB", linear.lora_shapes(r), strict=True)
     }
     return as_in_peft(factors, linears)
 
@@ -163,8 +165,8 @@ def name_in_file(shape: ModelShape, layer: int, name: str) -> str:
     return f"base_model.model.{shape.prefix(layer)}{name}.weight"
 
 
-def lora_linear(layer: nn.Module, linear: Linear) -> LoraLinear:
-    module = layer.get_submodule(linear.name)
+def lora_linear(layer: nn.Module, name: str) -> LoraLinear:
+    module = layer.get_submodule(name)
     assert isinstance(module, LoraLinear)
     return module
 
@@ -196,16 +198,16 @@ def plain_parameter(module: nn.Module, name: str, *, trained: bool) -> nn.Parame
     return cast(nn.Parameter, getattr(owner, attribute))
 
 
-def set_runtime_counts(layer: nn.Module, shape: ModelShape, counts: LayerShape) -> None:
+def set_attributes(layer: nn.Module, attributes: Iterable[Attribute]) -> None:
     """Sets the counts that the forward of a live layer reads. A config that layers share is copied first."""
-    for runtime in (x for x in shape.family.runtime if x.kind in counts.kinds):
-        path, _, last = runtime.module.rpartition(".")
+    for attribute in attributes:
+        path, _, last = attribute.module.rpartition(".")
         holder = layer.get_submodule(path)
         owner: Any = getattr(holder, last)
         if not isinstance(owner, nn.Module):
             owner = copy.copy(owner)
             setattr(holder, last, owner)
-        setattr(owner, runtime.attribute, counts[runtime.kind] * shape.width(runtime.width))
+        setattr(owner, attribute.name, attribute.run.size)
 
 
 def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:

@@ -16,14 +16,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.model.adapters import base_parameter, set_runtime_counts
+from loraprune_ds.model.adapters import base_parameter, set_attributes
 from loraprune_ds.model.experts import ExpertStack, stack_experts
-from loraprune_ds.model.family import FAMILIES, LLAMA, PRUNED, family_name
-from loraprune_ds.model.family_row import Family
+from loraprune_ds.model.families.base import PRUNED, Family
+from loraprune_ds.model.family import FAMILIES, LLAMA, family_name
 from loraprune_ds.model.frozen import Int8, Int8Linear
 from loraprune_ds.model.modeling_pruned import pruned_classes
-from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.storage import FrozenStorage
+from loraprune_ds.model.shape import ModelShape
 
 _pruned = cache(pruned_classes)  # each family has one set of classes
 
@@ -95,13 +94,13 @@ def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") ->
     return model
 
 
-def store_frozen(model: nn.Module, shape: ModelShape, storage: FrozenStorage) -> None:
-    """Gives the linears of all decoder layers their storage. int8 linears have no values yet."""
+def store_as_int8(model: nn.Module, shape: ModelShape) -> None:
+    """Gives the linears of all decoder layers int8 storage, which has no values yet."""
     layers = decoder_layers(model)
-    for i, linear in shape.linear_ids():
-        if isinstance(stored_as := storage.format_of(shape, linear), Int8):
-            path, _, name = linear.name.rpartition(".")
-            stock: Any = layers[i].get_submodule(linear.name)
+    for i, linear in shape.linears():
+        if isinstance(stored_as := linear.format(int8=True), Int8):
+            path, _, name = linear.linear.rpartition(".")
+            stock: Any = layers[i].get_submodule(linear.linear)
             if isinstance(stock, ExpertStack):
                 stock.store_as(stored_as, stock.weight)
             else:
@@ -110,18 +109,16 @@ def store_frozen(model: nn.Module, shape: ModelShape, storage: FrozenStorage) ->
 
 def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:
     """Gives modules on the meta device the sizes of a smaller shape, like a cut of a live model."""
-    for i, layer in enumerate(decoder_layers(model)):
-        prefix = shape.prefix(i)
-        sizes = {name.removeprefix(prefix): size for name, size in shape.layer_parameters(i).items()}
-        parameters = {name: base_parameter(layer, name) for name in sizes}
-        if all(parameter.shape == sizes[name] for name, parameter in parameters.items()):
+    for layer, spec in zip(decoder_layers(model), shape.layers, strict=True):
+        parameters = [(base_parameter(layer, tensor.name), tensor.shape) for tensor in spec.tensors]
+        if all(parameter.shape == size for parameter, size in parameters):
             continue
-        for name, parameter in parameters.items():
-            parameter.data = parameter.new_empty(sizes[name])
-        for linear in shape.linears(i):
-            module = cast(nn.Linear, layer.get_submodule(linear.name))
-            module.out_features, module.in_features = shape.linear_shape(i, linear)
-        set_runtime_counts(layer, shape, shape.layers[i])
+        for parameter, size in parameters:
+            parameter.data = parameter.new_empty(size)
+        for linear in spec.linears:
+            module = cast(nn.Linear, layer.get_submodule(linear.linear))
+            module.out_features, module.in_features = linear.matrix
+        set_attributes(layer, spec.attributes)
 
 
 @contextmanager

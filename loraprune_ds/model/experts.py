@@ -20,8 +20,8 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.frozen import DENSE, FrozenLinear, StorageFormat, stored_tensors
+from loraprune_ds.model.tensors import TensorSpec
 
 
 class ExpertStack(FrozenLinear):
@@ -193,13 +193,13 @@ class InPeft(NamedTuple):
     tensor: str
 
 
-def in_peft(stack: Linear) -> InPeft:
+def in_peft(stack: TensorSpec) -> InPeft:
     """Returns the paths. PEFT wraps down_proj around gate_up_proj, which is then its `base_layer`."""
-    experts, _, last = stack.name.rpartition(".")
-    return InPeft(experts if last == "down" else f"{experts}.base_layer", f"{stack.name}_proj")
+    experts, _, last = stack.linear.rpartition(".")
+    return InPeft(experts if last == "down" else f"{experts}.base_layer", f"{stack.linear}_proj")
 
 
-def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[Linear]) -> dict[str, Tensor]:
+def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec]) -> dict[str, Tensor]:
     """Renames and reorders the LoRA of a decoder layer ("{linear}.lora_A") for PEFT's `target_parameters`.
 
     A stack's A is the same there, (experts * r, in_features). B is (out_features, r * experts), with the columns of the
@@ -207,28 +207,28 @@ def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[Linear]) -> dict[st
     """
     tensors: dict[str, Tensor] = {}
     for linear in linears:
-        a, b = (lora[f"{linear.name}.lora_{which}"] for which in "AB")
-        path = linear.name
-        if linear.is_stack:
+        a, b = (lora[f"{linear.linear}.lora_{which}"] for which in "AB")
+        path = linear.linear
+        if linear.stack:
             path, lora_rank = in_peft(linear).lora, b.shape[1]
             of_a, of_b = a.unflatten(0, (-1, lora_rank)), b.unflatten(0, (len(a) // lora_rank, -1))
-            if linear.transposed:
+            if linear.stack.transposed:
                 of_a, of_b = of_b.transpose(1, 2), of_a.transpose(1, 2)
             a, b = of_a.flatten(0, 1), of_b.permute(1, 2, 0).flatten(1)
         tensors |= {f"{path}.lora_A": a.contiguous(), f"{path}.lora_B": b.contiguous()}
     return tensors
 
 
-def from_peft(lora: Mapping[str, Tensor], linears: Iterable[Linear], lora_rank: int) -> dict[str, Tensor]:
+def from_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec], lora_rank: int) -> dict[str, Tensor]:
     """Undoes `as_in_peft`."""
     tensors: dict[str, Tensor] = {}
     for linear in linears:
-        path = in_peft(linear).lora if linear.is_stack else linear.name
+        path = in_peft(linear).lora if linear.stack else linear.linear
         a, b = (lora[f"{path}.lora_{which}"] for which in "AB")
-        if linear.is_stack:
+        if linear.stack:
             of_a, of_b = a.unflatten(0, (-1, lora_rank)), b.unflatten(1, (lora_rank, -1)).permute(2, 0, 1)
-            if linear.transposed:
+            if linear.stack.transposed:
                 of_a, of_b = of_b.transpose(1, 2), of_a.transpose(1, 2)
             a, b = of_a.flatten(0, 1), of_b.flatten(0, 1)
-        tensors |= {f"{linear.name}.lora_A": a.contiguous(), f"{linear.name}.lora_B": b.contiguous()}
+        tensors |= {f"{linear.linear}.lora_A": a.contiguous(), f"{linear.linear}.lora_B": b.contiguous()}
     return tensors

@@ -8,8 +8,11 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from loraprune_ds.model.classes import causal_lm_class, config_object
-from loraprune_ds.model.family import PRUNED, family_name
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.families.base import PRUNED
+from loraprune_ds.model.families.moe import NEW_COUNT
+from loraprune_ds.model.family import family_name
+from loraprune_ds.model.groups import LayerCounts
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.weight_files import AUTO_MAP
 
 # Keys about the source's files and earlier pruning, not about this model.
@@ -67,23 +70,17 @@ def export_config(
     """
     if multimodal is not None:
         return ExportedConfig(multimodal_config(multimodal, shape, dtype), None, renamed=False, multimodal=True)
-    family = family_name(shape.model_type)
-    if not shape.shares_bias:
-        family = shape.family.in_memory.get("model_type", family)
-    # AutoTokenizer needs tokenizer.json for a stock umt5, which a ByT5 lacks.
-    named = shape.shares_bias or source.get("tokenizer_class") != "ByT5Tokenizer"
-    stock = [family] if shape.is_uniform and named else []
-    if stock and family == "llama" and not shape.biases:
-        stock.append("mistral")
-    for model_type in stock:
+    own = family_name(shape.model_type)
+    *stock, with_our_code = shape.family.export_types(own, source, shape.config, shape.layers)
+    for model_type in stock if shape.is_uniform else []:
         config = _config_of(source, shape, dtype, model_type)
         try:
             config_object(config)
         except StrictDataclassError:  # for the head count. Phi-3 computes the length of its long rotary factors from it
             continue
         return ExportedConfig(config, None, model_type != shape.model_type)
-    config = name_our_code(_config_of(source, shape, dtype, PRUNED + family))
-    return ExportedConfig(config, MODELLING_FILE, PRUNED + family != shape.model_type)
+    config = name_our_code(_config_of(source, shape, dtype, with_our_code))
+    return ExportedConfig(config, MODELLING_FILE, with_our_code != shape.model_type)
 
 
 def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> dict[str, Any]:
@@ -129,8 +126,7 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
 
 
 def _dropped(shape: ModelShape) -> set[str]:
-    mixture = shape.family.mixture
-    return DROPPED | {shape.family.per_layer} | ({mixture.new_count} if mixture else set())
+    return DROPPED | {shape.family.per_layer} | ({NEW_COUNT} if shape.family.has_experts else set())
 
 
 def _no_next_tokens(config: dict[str, Any]) -> dict[str, Any]:
@@ -139,22 +135,17 @@ def _no_next_tokens(config: dict[str, Any]) -> dict[str, Any]:
 
 def _sizes(shape: ModelShape) -> dict[str, Any]:
     """Returns the sizes of each layer, and the largest as global sizes, which suffice for readers of only these."""
-    counted = shape.counted
-    widest = LayerShape((kind, max(layer[kind] for layer in counted)) for kind in shape.kinds)
-    counts = {layers.count: len(x) for layers, x in zip(shape.family.layer_lists, shape.layer_lists, strict=True)}
-    widths = {} if "hidden" in shape.widths else {"hidden_size": shape.hidden_size, "head_dim": shape.head_dim}
-    sizes: dict[str, Any] = {"vocab_size": shape.vocab_size, **widths, **counts, **_layer_sizes(widest, shape)}
-    if mixture := shape.family.mixture:
-        dense = [i for i, layer in enumerate(counted) if not layer.get("experts")]
-        sizes |= mixture.dense(dense, len(counted))
+    family, made, counted = shape.family, shape.config, shape.counted
+
+    def fields(counts: LayerCounts) -> dict[str, int]:
+        return {field: count for field, count in family.layer_fields(made, counts).items() if count}
+
+    widest = LayerCounts((kind, max(layer.get(kind, 0) for layer in counted)) for kind in shape.kinds)
+    depths = {layers.count: len(x) for layers, x in zip(family.layer_lists, shape.layer_lists, strict=True)}
+    sizes = {"vocab_size": shape.vocab_size, **family.model_fields(made, counted), **depths, **fields(widest)}
     if not shape.is_uniform:
-        sizes[shape.family.per_layer] = {str(i): _layer_sizes(layer, shape) for i, layer in enumerate(counted)}
+        sizes[family.per_layer] = {str(i): fields(layer) for i, layer in enumerate(counted)}
     return sizes
-
-
-def _layer_sizes(layer: LayerShape, shape: ModelShape) -> dict[str, int]:
-    counts = ((count, shape.family.count_fields(kind)) for kind, count in layer.items() if count)
-    return {field: count * shape.width(width) for count, fields in counts for field, width in fields.items()}
 
 
 def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:

@@ -267,5 +267,10 @@ def storage_format(linear: nn.Module) -> StorageFormat:
     return linear.stored_as if isinstance(linear, FrozenLinear) else DENSE
 
 
+def holds_int8(model: nn.Module) -> bool:
+    """True if a model, or a layer of it, has linears in int8."""
+    return any(isinstance(storage_format(module), Int8) for module in model.modules())
+
+
 def stored_tensors(linear: nn.Module) -> list[Tensor]:
     return [getattr(linear, name) for name in storage_format(linear).tensors]

@@ -19,9 +19,10 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, Pieces, StoredTensor, fill
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.read_shape import check_depth, check_family, read_family, read_model
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
-from loraprune_ds.model.storage import MODEL_DTYPE, FrozenStorage, Slice
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import Slice, TensorSpec
 from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, text_config, text_tensors
 from loraprune_ds.model.weight_files import Headers, have_equal_values, read_headers
 
@@ -46,7 +47,7 @@ class ModelWeights:
         names_on_disk: tensor name -> its name in the file.
         pieces: name of a stack of experts -> its tensors on disk, which are the keys of `files`.
         slices: tensor name -> the part that belongs to the model after a cut.
-        storage: how the ranks store the weights. Files may have the model's dtype instead.
+        int8: the ranks store linears as int8. Files may have the model's dtype instead.
     """
 
     shape: ModelShape
@@ -55,7 +56,7 @@ class ModelWeights:
     pieces: Mapping[str, Pieces]
     slices: Mapping[str, Slice] = field(default_factory=dict)
     transposed: bool = False  # the files have the matrix of each expert transposed
-    storage: FrozenStorage = MODEL_DTYPE
+    int8: bool = False
 
     def cut(self, keep: Sequence[LayerKeep]) -> "ModelWeights":
         """Returns the weights that these groups of each layer leave."""
@@ -64,8 +65,8 @@ class ModelWeights:
             return self
         slices = {
             f"{self.shape.prefix(i)}{name}": kept
-            for i, layer_keep in enumerate(keep)
-            for name, kept, _ in self.storage.layer_cuts(self.shape, i, layer_keep)
+            for i, (layer, layer_keep) in enumerate(zip(self.shape.layers, keep, strict=True))
+            for name, kept, _ in layer.cuts(layer_keep, int8=self.int8)
         }
         pieces = {
             name: stack.keep_rows(slices.pop(name).keep) if name in slices else stack
@@ -105,11 +106,11 @@ class ModelWeights:
         return torch.cat(parts)
 
     def read_stored(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Reads a tensor of `FrozenStorage.stored` like `read_flat`. int8 and fp32 parameters ignore `dtype`."""
+        """Reads a tensor of `ModelShape.stored` like `read_flat`. int8 and fp32 parameters ignore `dtype`."""
         path, _, tensor = name.rpartition(".")
         weight = f"{path}.{WEIGHT}"
         if weight not in self._int8 or tensor not in Int8.tensors:
-            return self.read_flat(name, start, end, torch.float32 if name in self._keep_fp32 else dtype)
+            return self.read_flat(name, start, end, torch.float32 if self._keeps_fp32(name) else dtype)
         if f"{path}.{SCALE}" in self.files:
             return self.read_flat(name, start, end, torch.int8 if tensor == WEIGHT else dtype)
         stored_as, shape = self._int8[weight]
@@ -124,7 +125,7 @@ class ModelWeights:
 
     def read_full(self, name: str, dtype: torch.dtype) -> Tensor:
         """Returns one of `ModelShape.parameters`, dequantised."""
-        shape = self.shape.parameters()[name]
+        shape = self._tensors[name].shape
         if name not in self._int8:
             return self.read_stored(name, 0, math.prod(shape), dtype).view(shape)
         stored_as, matrix = self._int8[name]
@@ -132,16 +133,16 @@ class ModelWeights:
         return stored_as.join(self.read_stored(path + x, 0, math.prod(n), dtype).view(n) for x, n in sizes.items())
 
     @cached_property
-    def _keep_fp32(self) -> frozenset[str]:
-        return self.shape.keep_fp32
+    def _tensors(self) -> dict[str, TensorSpec]:
+        return dict(self.shape.tensors())
+
+    def _keeps_fp32(self, name: str) -> bool:
+        return name in self._tensors and self._tensors[name].keep_fp32
 
     @cached_property
     def _int8(self) -> dict[str, tuple[Int8, Matrix]]:
-        return {
-            f"{self.shape.prefix(i)}{linear.name}.{WEIGHT}": (stored_as, self.shape.linear_shape(i, linear))
-            for i, linear in self.shape.linear_ids()
-            if isinstance(stored_as := self.storage.format_of(self.shape, linear), Int8)
-        }
+        formats = ((name, x.format(self.int8), x) for name, x in self._tensors.items())
+        return {name: (stored_as, x.matrix) for name, stored_as, x in formats if isinstance(stored_as, Int8)}
 
 
 class Transposed:
@@ -177,12 +178,12 @@ def _chunks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
         at = end
 
 
-def open_stored(folder: Path, shape: ModelShape, storage: FrozenStorage) -> ModelWeights:
+def open_stored(folder: Path, shape: ModelShape, *, int8: bool) -> ModelWeights:
     """Opens weights that ranks have written in their storage format. Raises UserError like `check_weights`."""
     headers = read_headers(folder)
-    on_disk = storage if any(name.endswith(f".{SCALE}") for name in headers) else MODEL_DTYPE
+    on_disk = int8 and any(name.endswith(f".{SCALE}") for name in headers)
     names = {name: name for name in headers}
-    return replace(check_weights(folder, headers, names, shape, "the checkpoint", on_disk), storage=storage)
+    return replace(check_weights(folder, headers, names, shape, "the checkpoint", int8=on_disk), int8=int8)
 
 
 def check_weights(
@@ -191,12 +192,14 @@ def check_weights(
     names: Mapping[str, str],
     shape: ModelShape,
     described_by: str,
-    on_disk: FrozenStorage = MODEL_DTYPE,
+    *,
+    int8: bool = False,
 ) -> ModelWeights:
     """Checks the headers of weight files against the shape from `described_by`.
 
     Args:
         names: name of a tensor or of a piece of it -> its name in the file.
+        int8: linears are int8 in the files.
 
     Raises:
         UserError: a tensor is missing, surplus or quantized, or has another shape.
@@ -207,7 +210,7 @@ def check_weights(
     renamed = {stack.names[0]: name for name, stack in pieces.items() if len(stack.names) == 1}
     names = {renamed.get(name, name): in_file for name, in_file in names.items()}
     headers = {name: headers[in_file] for name, in_file in names.items()}
-    expected = on_disk.stored(shape, 2)
+    expected = shape.stored(2, int8=int8)
     for name, (parts, size, _) in pieces.items():
         size = (size[0], size[2], size[1]) if transposed and len(size) == 3 else size
         expected |= dict.fromkeys([renamed.get(part, part) for part in parts], expected.pop(name)._replace(shape=size))
@@ -274,7 +277,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
         tower = Tower(full, layout, others)
     check_depth(config, family, names, where)
     shape, modules = read_model(config, where)
-    embedding = next(iter(shape.outer_parameters))
+    embedding = shape.outer[0].name
     tied = shape.tie_word_embeddings or config.get("scale_decoder_outputs") is False  # transformers ties every T5
     tied = tied and (not names.keys() >= {embedding, HEAD} or have_equal_values(names[embedding], names[HEAD], headers))
     if tied and HEAD in names:
@@ -296,4 +299,4 @@ def open_for_pruning(folder: Path, model: ModelConfig, *, packing: bool = False)
     check_family(pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing)
     if model.text_only:
         pretrained = replace(pretrained, tower=None)
-    return replace(pretrained, weights=replace(pretrained.weights, storage=FrozenStorage.from_config(model)))
+    return replace(pretrained, weights=replace(pretrained.weights, int8=model.frozen == "int8"))

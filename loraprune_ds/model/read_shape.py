@@ -1,26 +1,28 @@
-"""Reads a model's sizes: its counts from config.json, and every parameter's shape from modules without weights."""
+"""Reads a model's sizes: what its family says of each layer, and the shapes of modules without weights."""
 
-from collections.abc import Collection, Iterator
+import copy
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
-from typing import Any, cast
+from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, config_object, refused_in_one_line
-from loraprune_ds.model.family import FAMILIES, find_family
-from loraprune_ds.model.family_row import Family, Linear, Width
-from loraprune_ds.model.frozen import Matrix
+from loraprune_ds.model.families.base import Family, Marks
+from loraprune_ds.model.families.moe import Moe
+from loraprune_ds.model.family import find_family
+from loraprune_ds.model.groups import Kind
 from loraprune_ds.model.hub import locate_model
-from loraprune_ds.model.shapes import LayerShape, ModelShape, Sizes
+from loraprune_ds.model.modeling_pruned import layer_config
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import Attribute, LayerSpec, Shape, TensorSpec
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
-EXPERT_FIELDS = {family.mixture.count for family in FAMILIES.values() if family.mixture}
-# A field of config.json -> the width that a family must have to support it.
-NEEDED_WIDTHS: dict[str, Width] = {"kv_lora_rank": "key_value_rank", "linear_num_key_heads": "delta_key"}
+# Fields about layers that a class without these layers ignores.
+OTHER_LAYERS = ("kv_lora_rank", "linear_num_key_heads", "num_local_experts", "num_experts", "n_routed_experts")
 # LLaMA (arXiv 2302.13971, table 2). Heads have 128 dimensions, and there are 32,000 tokens.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 LLAMA_SIZES = {
@@ -43,74 +45,44 @@ def read_model_config(model: str, revision: str | None = None) -> dict[str, Any]
 
 
 def shape_from_config(config: dict[str, Any], where: str) -> ModelShape:
-    """As `read_model`, without the modules."""
+    """Returns the shape of `read_model` alone."""
     return read_model(config, where)[0]
 
 
 def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrainedModel]:
-    """Reads `config.json` of a supported model or of the text part of a multimodal one, with its `per_layer_config`.
+    """Reads `config.json` of a supported model or of the text part of a multimodal one, with the sizes of its layers.
 
     Returns the shape, and the modules on the meta device that it was read from.
 
     Raises:
         UserError: the model type is not supported. A size is missing or impossible. Key-value heads do not divide query
-            heads. transformers refuses the config. A tensor has a shape that family.py does not explain. The line
+            heads. transformers refuses the config. A tensor has a shape that its family does not explain. The line
             names `where`, the folder or hub id.
     """
     config = text_config(config, where)
     family = read_family(config, where)
-    try:
-        depths = [int(config[layers.count]) for layers in family.layer_lists]
-        overrides = cast(dict[str, dict[str, Any]], config.get(family.per_layer) or {})
-        config, per_layer = _old_names(config, family), {int(k): _old_names(v, family) for k, v in overrides.items()}
-        defaults = config_class(config["model_type"])
-        sizes = [_layer_sizes(config | per_layer.get(i, {}), defaults, family) for i in range(sum(depths))]
-        vocab_size = int(config["vocab_size"])
-        widths, doubled = _of_class(config, where, family)
-        hidden = int(widths.get("hidden") or config["hidden_size"])
-        head_dim = widths.get("head") or config.get("head_dim", getattr(defaults, "head_dim", None))
-        head_dim = int(head_dim or hidden // int(config["num_attention_heads"]))
-        of_experts = _expert_sizes(config, defaults, family)
-    except KeyError as error:
-        raise UserError(f"{where}: config.json has no {error.args[0]}") from None
-    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{where}: config.json holds a size that is not a number: {error}") from None
-    if min(*depths, hidden, vocab_size, head_dim, *(n for queries, x in sizes for n in (queries, *x.values()))) < 1:
-        raise UserError(f"{where}: config.json holds a size below 1")
-    _check_heads(where, sizes, head_dim)
+    config, counts = _checked(config, family, where)
     with refused_in_one_line(where):
-        modules = build_on_meta(config)
-    parameters: Sizes = {name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
-    paths = [f"{layers.path}." for layers in family.layer_lists]
-    inside = [[_inside(parameters, f"{path}{i}.") for i in range(n)] for path, n in zip(paths, depths, strict=True)]
-    layers = [*chain(*inside)]
-    shape = ModelShape(
-        model_type=config["model_type"],
-        hidden_size=hidden,
-        head_dim=head_dim,
-        queries_per_group=sizes[0][0] // sizes[0][1].get("heads", 1),
-        vocab_size=vocab_size,
-        tie_word_embeddings="lm_head.weight" not in parameters,
-        layers=_layers(where, [layer for _, layer in sizes], layers, family),
-        doubled=doubled,
-        biases=frozenset(x.name for x in family.linears if any(f"{x.name}.bias" in names for names in layers)),
-        outer_parameters={name: size for name, size in parameters.items() if not name.startswith(tuple(paths))},
-        whole=dict(enumerate(_whole(family, names) for names in layers)),
-        absent=tuple(frozenset(_absent(family, names)) for names in inside),
-        shared_heads=sizes[0][0] if family.shared_bias else 0,
-        encoder_layers=sum(depths[:-1]),
-        widths=widths,
-        **of_experts,
-    )
-    counted = (LayerShape((x, n * shape.times(i, x)) for x, n in y.items()) for i, y in enumerate(shape.layers))
-    shape = shape.with_layers(tuple(counted))
-    shape = replace(shape, layer_others={i: _others(shape, i, names) for i, names in enumerate(layers)})
-    expected = shape.parameters()
-    for name in sorted(expected.keys() | parameters.keys()):
-        if parameters.get(name) != expected.get(name):
-            actual, explained = (list(some[name]) if name in some else "nothing" for some in (parameters, expected))
-            raise UserError(f"{where}: {name} has shape {actual}, but a {shape.model_type} layer has {explained}")
-    return shape, modules
+        made, modules = config_object(config), build_on_meta(config)
+    configs = [_layer_config(made, family, i) for i in range(sum(counts))]
+    shapes: dict[str, Shape] = {name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
+    prefixes = [
+        (number, f"{names.path}.{i}.")
+        for number, (names, count) in enumerate(zip(family.layer_lists, counts, strict=True))
+        for i in range(count)
+    ]
+    layers, marks = list[LayerSpec](), [list(family.layer(c, i)) for i, c in enumerate(configs)]
+    equal = dict[LayerSpec, LayerSpec]()
+    for (number, prefix), of_layer in zip(prefixes, marks, strict=True):
+        inside = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        layer = _layer(number, of_layer, inside, f"{where}: {prefix}")
+        layers.append(equal.setdefault(layer, layer))
+    paths = tuple(f"{names.path}." for names in family.layer_lists)
+    outer = tuple(TensorSpec(name, shape=shape) for name, shape in shapes.items() if not name.startswith(paths))
+    kinds = _kinds(marks[0], layers)
+    if isinstance(family, Moe) and not family.optional and "experts" not in kinds:
+        raise UserError(f"{where}: no layer has experts; save the model as one of a dense family")
+    return ModelShape(config["model_type"], kinds, tuple(layers), outer, configs[0]), modules
 
 
 def check_depth(config: dict[str, Any], family: Family, names: Collection[str], where: str) -> None:
@@ -133,115 +105,102 @@ def check_family(family: Family, source: dict[str, Any], where: str, dtype: str,
         raise UserError(f"data.packing is not supported for {where}: its class in transformers mixes samples")
     if family.has_encoder and dtype == "float16":
         raise UserError(f"model.dtype float16 is not supported for {where}: its hidden states overflow; use bfloat16")
-    if family.mixture and source.get("router_jitter_noise"):
+    if family.has_experts and source.get("router_jitter_noise"):
         raise UserError(f"{where}: config.json has router_jitter_noise, which differs on each rank; set it to 0")
 
 
-def _inside(parameters: Sizes, prefix: str) -> Sizes:
-    return {name.removeprefix(prefix): size for name, size in parameters.items() if name.startswith(prefix)}
+def _layer(number: int, marks: Sequence[TensorSpec | Attribute], inside: Mapping[str, Shape], where: str) -> LayerSpec:
+    """Describes a layer by the marks of its family, of which it may lack tensors, and the shapes of its modules."""
+    tensors = [mark for mark in marks if isinstance(mark, TensorSpec) and mark.name in inside]
+    named = dict[str, TensorSpec]()
+    # Linears come first, starting with those that lose groups. Then come other tensors that lose groups.
+    for mark in sorted(tensors, key=lambda x: (not x.lora, not x.runs)):
+        named[mark.name] = mark
+        if mark.lora and (bias := f"{mark.linear}.bias") in inside:
+            named[bias] = TensorSpec(bias, mark.runs if mark.axis == 0 else ())
+    first = [name for name, mark in named.items() if mark.lora or mark.runs or name.endswith(".bias")]
+    every = dict.fromkeys((*first, *inside))
+    specs = tuple(replace(named.get(name, TensorSpec(name)), shape=inside[name]) for name in every)
+    for spec in specs:
+        _check_shape(spec, spec.name in named, where)
+    kinds = {kind for spec in specs for kind in spec.kinds}
+    attributes = (mark for mark in marks if isinstance(mark, Attribute) and mark.run.kind in kinds)
+    return LayerSpec(number, specs, tuple(attributes))
+
+
+def _check_shape(spec: TensorSpec, is_marked: bool, where: str) -> None:
+    along = sum(run.size for run in spec.runs)
+    if (len(spec.shape) == 2 and not is_marked) or (spec.runs and along != spec.shape[spec.axis]):
+        explained = [*spec.shape[: spec.axis], along, *spec.shape[spec.axis + 1 :]] if spec.runs else "nothing"
+        raise UserError(f"{where}{spec.name} has shape {[*spec.shape]}, but its family has {explained}")
+
+
+def _kinds(marks: Marks, layers: Sequence[LayerSpec]) -> tuple[Kind, ...]:
+    """Returns the kinds of the model in the order of the forward. The last makes up for what whole groups cannot."""
+    found = {kind for layer in layers for kind in layer.counts}
+    runs = (run for mark in marks if isinstance(mark, TensorSpec) and mark.lora for run in mark.runs)
+    return tuple(dict.fromkeys(run.kind for run in runs if run.kind in found))
 
 
 def read_family(config: dict[str, Any], where: str) -> Family:
     """Returns the family of config.json. Raises UserError if the family, or a sort of layer in it, is not supported."""
-    family = find_family(
-        config.get("model_type"), where, f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
-    )
+    others = f" (and pruned), and the text part of {', '.join(MULTIMODAL)}"
+    family = find_family(config.get("model_type"), where, others)
     if "EncoderModel" in str(config.get("architectures")):
         raise UserError(f"{where}: config.json names an encoder without its decoder; only both together can be tuned")
-    refused = {field for field, width in NEEDED_WIDTHS.items() if width not in family.widths}
-    refused |= EXPERT_FIELDS if family.mixture is None else set()
-    if field := next((key for key in refused if config.get(key)), None):
+    known = {*dir(config_class(config["model_type"])), *_aliases(config)}
+    if field := next((field for field in OTHER_LAYERS if config.get(field) and field not in known), None):
         raise UserError(f"{where}: config.json has {field}: such layers are not supported")
     return family
 
 
-def _layers(where: str, sizes: list[LayerShape], inside: list[Sizes], family: Family) -> tuple[LayerShape, ...]:
-    """Returns the groups of each layer. It has groups of a kind if it has a linear of that kind."""
-    own = [{x.kind for x in family.linears if f"{x.name}.weight" in names} for names in inside]
-    kinds = [kind for kind in sizes[0] if any(kind in of_layer for of_layer in own)]
-    if family.mixture and not family.mixture.optional and "experts" not in kinds:
-        raise UserError(f"{where}: no layer has experts; save the model as one of a dense family")
-    return tuple(
-        LayerShape((kind, layer[kind] if kind in of_layer else 0) for kind in kinds)
-        for layer, of_layer in zip(sizes, own, strict=True)
-    )
+def _aliases(config: dict[str, Any]) -> dict[str, str]:
+    """Returns other names of fields, to and from those that transformers' class has."""
+    names = config_class(config["model_type"]).attribute_map
+    return {**names, **{name: alias for alias, name in names.items()}}
 
 
-def _absent(family: Family, inside: list[Sizes]) -> Iterator[str]:
-    """Yields the names of optional linears and companions that no layer has."""
-    for x in (*family.linears, *family.companions):
-        parameter = f"{x.name}.weight" if isinstance(x, Linear) else x.name
-        if x.optional and not any(parameter in names for names in inside):
-            yield x.name
+def _layer_config(made: PreTrainedConfig, family: Family, layer: int) -> Any:
+    """Returns transformers' object of one layer."""
+    if family.per_layer == "per_layer_config":
+        return layer_config(made, layer)
+    own = copy.copy(made)
+    own.__dict__.update((getattr(made, family.per_layer, None) or {}).get(str(layer), {}))
+    return own
 
 
-def _check_heads(where: str, sizes: list[tuple[int, LayerShape]], head_dim: int) -> None:
-    for i, (queries, layer) in enumerate(sizes):
-        heads = layer.get("heads", 1)
-        if queries % heads or queries // heads != sizes[0][0] // sizes[0][1].get("heads", 1):
+def _checked(config: dict[str, Any], family: Family, where: str) -> tuple[dict[str, Any], list[int]]:
+    """Checks sizes. Returns config.json with explicit ones, and the number of layers in encoder and decoder."""
+    aliases = _aliases(config)
+    try:
+        config = family.explicit(config)
+        per_layer = {int(i): own for i, own in (config.get(family.per_layer) or {}).items()}
+        sizes = [int(config[x if x in config else aliases.get(x, x)]) for x in family.required]
+        counts = [int(config[names.count]) for names in family.layer_lists]
+        if min(*counts, *sizes) < 1:
+            raise UserError(f"{where}: config.json holds a size below 1")
+        if "num_attention_heads" in family.required:
+            _check_heads(config, per_layer, where)
+    except KeyError as error:
+        raise UserError(f"{where}: config.json has no {error.args[0]}") from None
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{where}: config.json holds a size that is not a number: {error}") from None
+    return config, counts
+
+
+def _check_heads(config: dict[str, Any], per_layer: Mapping[int, dict[str, Any]], where: str) -> None:
+    hidden, queries = (int(config.get(field) or 1) for field in ("hidden_size", "num_attention_heads"))
+    head_dim, of_first = int(config.get("head_dim") or hidden // queries), 0.0
+    if head_dim < 1:
+        raise UserError(f"{where}: config.json holds a size below 1")
+    for i, own in {0: dict[str, Any](), **per_layer}.items():
+        queries = int((config | own)["num_attention_heads"])
+        heads = int((config | own).get("num_key_value_heads") or queries)
+        of_first = of_first or queries / heads
+        if queries % heads or queries / heads != of_first:
             raise UserError(
                 f"{where}: layer {i} has {queries} query heads for {heads} key-value heads; every layer must have "
                 "the same whole number of query heads per key-value head"
             )
     if head_dim % 2:
         raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even number")
-
-
-def _layer_sizes(config: dict[str, Any], defaults: Any, family: Family) -> tuple[int, LayerShape]:
-    """Returns the query heads of a layer, and its groups. By default each query head has its own key-value head."""
-    queries = int(config[family.counts.get("heads", "num_attention_heads")])
-    heads = config.get("num_key_value_heads", getattr(defaults, "num_key_value_heads", None)) or queries
-    counts = config | {"num_key_value_heads": heads}
-    fields = {kind: next(iter(family.count_fields(kind))) for kind in family.kinds}
-    if family.mixture and family.mixture.optional and not config.get(fields["experts"]):
-        del fields["experts"]
-    return queries, LayerShape((kind, int(counts[field])) for kind, field in fields.items())
-
-
-def _old_names(config: dict[str, Any], family: Family) -> dict[str, Any]:
-    """Gives the count of experts the name that both versions of transformers read."""
-    mixture = family.mixture
-    if mixture is None or mixture.new_count not in config:
-        return config
-    return config | {mixture.count: config[mixture.new_count]}
-
-
-def _of_class(config: dict[str, Any], where: str, family: Family) -> tuple[dict[Width, int], frozenset[int]]:
-    """Returns the family's widths, and the layers with twice the channels."""
-    if not family.widths and family.doubled is None:
-        return {}, frozenset()
-    with refused_in_one_line(where):
-        made = config_object(config)
-    doubled = family.doubled(made) if family.doubled else ()
-    return {width: int(of(made)) for width, of in family.widths.items()}, frozenset(doubled)
-
-
-def _expert_sizes(config: dict[str, Any], defaults: Any, family: Family) -> dict[str, Any]:
-    """Returns the fields of a `ModelShape` about experts."""
-    if family.mixture is None or (family.mixture.optional and not config.get(family.mixture.count)):
-        return {}
-    groups, chosen = (
-        int(config.get(field, getattr(defaults, field)) or 1) if family.mixture.best_of_group else 1
-        for field in ("n_group", "topk_group")
-    )
-    per_token = int(config[family.mixture.chosen])
-    of_each = max(family.mixture.best_of_group, -(-per_token // chosen))
-    return {
-        "expert_size": int(config[family.mixture.size]),
-        "experts_per_token": per_token,
-        "least_experts": groups * of_each,
-        "expert_groups": groups,
-    }
-
-
-def _whole(family: Family, inside: Sizes) -> dict[str, Matrix]:
-    names = (x.name for x in family.linears if not x.parts and f"{x.name}.weight" in inside)
-    return {name: cast(Matrix, inside[f"{name}.weight"]) for name in names}
-
-
-def _others(shape: ModelShape, layer: int, inside: Sizes) -> Sizes:
-    """Returns the other parameters that no cut makes smaller. An unknown matrix is not among them."""
-    of_linears = _inside(shape.layer_parameters(layer), shape.prefix(layer))
-    left = {name: size for name, size in inside.items() if name not in of_linears}
-    known = [f"{name}.weight" for name in shape.family.without_lora]
-    return {name: size for name, size in left.items() if len(size) != 2 or name in known}

@@ -16,7 +16,8 @@ from loraprune_ds.model.classes import config_class, config_object, parameters_o
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import multimodal_config
 from loraprune_ds.model.family import FAMILIES, family_name
-from loraprune_ds.model.shapes import EQUAL_LAYERS, ModelShape
+from loraprune_ds.model.groups import EQUAL_LAYERS
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.weight_files import PROCESSOR_FILES, as_on_disk
 
 # Without an image their forward equals that of the text class. Their weight files have one of LAYOUTS.

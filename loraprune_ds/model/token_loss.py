@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from loraprune_ds.model.classes import attn_implementation, refused_in_one_line, shrink_on_meta, store_frozen
+from loraprune_ds.model.classes import attn_implementation, refused_in_one_line, shrink_on_meta, store_as_int8
 from loraprune_ds.model.logits import (
     BUFFERS,
     Distillation,
@@ -233,5 +233,6 @@ def build_for_losses(pretrained: PretrainedModel, attention: str) -> PreTrainedM
         model.set_attn_implementation(attn_implementation(attention, shape.family))
         model = with_token_losses(model)
     shrink_on_meta(model, shape)
-    store_frozen(model, shape, pretrained.weights.storage)
+    if pretrained.weights.int8:
+        store_as_int8(model, shape)
     return model

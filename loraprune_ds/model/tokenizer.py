@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PreTrainedTo
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import config_class
-from loraprune_ds.model.family import FAMILIES, PRUNED
-from loraprune_ds.model.family_row import Family
+from loraprune_ds.model.families.base import PRUNED, Family
+from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.weight_files import AUTO_MAP, TOKENIZER_CONFIG
 
 RENDERING = 10.0  # seconds that a chat template may take for a conversation

@@ -11,11 +11,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model.adapters import add_lora, differentiate_input
-from loraprune_ds.model.classes import build_on_meta, config_object, decoder_layers, shrink_on_meta, store_frozen
+from loraprune_ds.model.classes import build_on_meta, config_object, decoder_layers, shrink_on_meta, store_as_int8
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.logits import chunk_size
-from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.storage import FrozenStorage
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.request import PlannedBatch, Request
 
 FUSED = "planned"  # the name of our attention in transformers
@@ -28,7 +27,8 @@ def activations(request: Request, shape: ModelShape, batch: PlannedBatch) -> int
     checkpointed = len(layers) * e * t * h + max(layers)
     kept = checkpointed if request.config.train.gradient_checkpointing else sum(layers)
     # Gradients of the residual, and at the widest place: in the MLP, in eager attention (fp32), or in a norm (fp32).
-    widest = max(max(4 * e * t * mlp_width(shape, i), 8 * batch.probabilities(shape, shape.layers[i])) for i in indices)
+    scores = [8 * batch.probabilities(layer) for layer in shape.attention]
+    widest = max(max(4 * e * t * mlp_width(shape, i), scores[i]) for i in indices)
     gradients = 2 * e * t * h + max(widest, 12 * t * h)
     rotary_angles, last_norm = 2 * e * batch.window * shape.head_dim, 4 * t * h + 4 * t + e * t * h
     return kept + gradients + rotary_angles + batch.causal_mask + last_norm
@@ -38,7 +38,7 @@ def forward_temporaries(shape: ModelShape, batch: PlannedBatch) -> int:
     """Returns the bytes at the widest place of a pass without backward, in the MLP or in eager attention."""
     e = batch.element_size
     mlp = max(4 * e * batch.tokens * mlp_width(shape, i) for i in range(len(shape.layers)))
-    scores = max((e + 4 + batch.copy_size) * batch.probabilities(shape, layer) for layer in shape.layers)
+    scores = max((e + 4 + batch.copy_size) * batch.probabilities(layer) for layer in shape.attention)
     return max(mlp, scores) + batch.causal_mask
 
 
@@ -50,16 +50,17 @@ def logits(shape: ModelShape, batch: PlannedBatch) -> int:
 
 def mlp_width(shape: ModelShape, layer: int) -> int:
     """Counts the channels in the MLP of a layer that one token uses at the same time."""
-    counts, matrices = shape.layers[layer], shape.whole.get(layer, {}).values()
-    chosen = shape.experts_per_token * shape.expert_size if counts.get("experts") else 0
-    whole = (rows if columns == shape.hidden_size else columns for rows, columns in matrices)
-    return max(counts.get("channels", 0), chosen, *whole)
+    counts, mixture = shape.counts[layer], shape.mixture
+    chosen = mixture.experts_per_token * mixture.expert_size if mixture and counts["experts"] else 0
+    whole = (linear.matrix for linear in shape.layers[layer].linears if not linear.runs)
+    widths = (rows if columns == shape.hidden_size else columns for rows, columns in whole)
+    return max(counts.get("channels", 0), chosen, *widths)
 
 
 def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
     """Returns the bytes that autograd keeps for a layer without checkpointing."""
     lora, dtype, size = request.config.lora, DTYPES[request.config.model.dtype], (batch.samples, batch.window)
-    options = {"storage": request.storage, "lora": lora, "eager": batch.eager}
+    options = {"int8": request.int8, "lora": lora, "eager": batch.eager}
     return saved_by_layer(request.source, shape, index, size, dtype, **options)
 
 
@@ -70,7 +71,7 @@ def saved_by_layer(
     tokens: tuple[int, int],
     dtype: torch.dtype,
     *,
-    storage: FrozenStorage,
+    int8: bool,
     lora: LoraConfig,
     eager: bool,
 ) -> int:
@@ -88,12 +89,11 @@ def saved_by_layer(
     of_few = shape.only(chosen)
     few |= {layers.count: len(x) for layers, x in zip(family.layer_lists, of_few.layer_lists, strict=True)} | fields
     few.pop(family.per_layer, None)
-    if mixture := family.mixture:
-        few |= mixture.dense([n for n, i in enumerate(chosen) if not shape.layers[i].get("experts")], len(chosen))
+    few |= family.dense_layers([n for n, i in enumerate(chosen) if not shape.counts[i].get("experts")], len(chosen))
     if types := getattr(made, "layer_types", None):
         few["layer_types"] = [types[i] for i in chosen]
     at = chosen.index(index)
-    return _saved(json.dumps(few), of_few, at, tokens, dtype, storage, lora, eager)
+    return _saved(json.dumps(few), of_few, at, tokens, dtype, int8, lora, eager)
 
 
 @cache
@@ -108,7 +108,7 @@ def _saved(
     index: int,
     size: tuple[int, int],
     dtype: torch.dtype,
-    storage: FrozenStorage,
+    int8: bool,
     lora: LoraConfig,
     eager: bool,
 ) -> int:
@@ -116,7 +116,8 @@ def _saved(
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
     causal_lm: Any = build_on_meta(json.loads(source), "eager" if eager else FUSED)
     shrink_on_meta(causal_lm, shape)
-    store_frozen(causal_lm, shape, storage)
+    if int8:
+        store_as_int8(causal_lm, shape)
     with torch.device("meta"):
         model = add_lora(causal_lm, shape, lora, seed=0)
     model.to(device="meta", dtype=dtype).train()
@@ -140,7 +141,7 @@ def _saved(
     tokens = torch.zeros(size, dtype=torch.int64, device="meta")
     # transformers uses a four-dimensional mask unchanged. It would inspect other masks, or ids without one.
     mask = tokens.new_empty(size[0], 1, size[1], size[1], dtype=torch.bool)
-    decoder = {"decoder_input_ids": tokens, "decoder_attention_mask": mask} if shape.encoder_layers else {}
+    decoder = {"decoder_input_ids": tokens, "decoder_attention_mask": mask} if shape.family.has_encoder else {}
     causal_lm.base_model(input_ids=tokens, attention_mask=mask, use_cache=False, **decoder)
     apart = {tensor.untyped_storage()._cdata for tensor in others}
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}

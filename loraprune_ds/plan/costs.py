@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from loraprune_ds.model import flops
 from loraprune_ds.model.frozen import StoredTensor
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import full_bytes, passes_of_weights
 from loraprune_ds.pruning.compensate import numel_sent
@@ -49,13 +49,13 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
     others, micro, criterion = request.world_size - 1, request.micro_batches, request.config.prune.criterion
     lora, scoring, moments, (scores, measures) = request.lora_shards(shape), 0, 0, kind
     if scores and others and criterion != "random":
-        linears = shape.input_linear_ids() if criterion == "fisher" else shape.linear_ids()
-        scoring = 8 * sum(shape.layers[i][part.kind] for i, linear in linears for part in linear.parts)
+        linears = shape.input_linears() if criterion == "fisher" else shape.linears()
+        scoring = 8 * sum(run.groups for _, linear in linears for run in linear.runs)
         scoring += 0 if criterion == "fisher" else 8 * lora * others
     if measures and others and (measured := request.measured(shape)):
-        moments = 8 + 4 * micro * sum(numel_sent(shape.linear_shape(i, x)[1]) for i, x in measured)
+        moments = 8 + 4 * micro * sum(numel_sent(x.matrix[1]) for _, x in measured)
     weights = _gathers(request, request.stored(shape), passes_of_weights(request, shape) * micro, lora)
-    embedding = request.stored(shape)[:1] if shape.encoder_layers else []  # the decoder reads it after the encoder
+    embedding = request.stored(shape)[:1] if shape.family.has_encoder else []  # the decoder reads it after the encoder
     for again, passes in ((request.taught, micro), (embedding, (1 + bool(request.taught)) * micro)):
         for term, sent in _gathers(request, again, passes).items():
             weights[term] += sent
@@ -64,12 +64,13 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
 
 def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     """Returns the cost of a cut: shards of smaller layers with LoRA's state, and refitted linears."""
-    cut = [i for i in range(len(after.layers)) if before.layers[i] != after.layers[i]]
-    lora = sum(request.shard_numel(before.layer_lora_sizes(i, request.config.lora.r)) for i in cut)
-    sent = sum(request.shard_bytes(request.stored(before, i)) for i in cut) + (12 + request.element_size) * lora
-    for linear_id in request.measured(before):  # to the owner and back
-        if linear_id.layer in cut:
-            sent += 2 * full_bytes(request.stored_linear(before, *linear_id))
+    cut = [i for i in range(len(after.layers)) if before.counts[i] != after.counts[i]]
+    lora = sum(request.shard_numel(before.layers[i].lora_numel(request.config.lora.r)) for i in cut)
+    frozen = sum(request.shard_bytes(request.stored_as(*before.layers[i].tensors)) for i in cut)
+    sent = frozen + (12 + request.element_size) * lora
+    for i, linear in request.measured(before):  # to the owner and back
+        if i in cut:
+            sent += 2 * full_bytes(request.stored_as(linear))
     return _cost(request, {"cut": sent if request.world_size > 1 else 0}, 0)
 
 
@@ -122,7 +123,7 @@ def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> flo
     per_token = (4 + 2 * again) * flops.active_numel(shape)  # LoRA's own products are below 1 %
     per_token += (7 + 2 * again) * _attention_product(request, shape) + 4 * shape.vocab_size * shape.hidden_size
     if kind[1]:
-        per_token += sum(2 * numel_sent(shape.linear_shape(i, x)[1]) for i, x in request.measured(shape))
+        per_token += sum(2 * numel_sent(x.matrix[1]) for _, x in request.measured(shape))
     if request.taught:
         per_token += 2 * flops.active_numel(request.shape) + 2 * _attention_product(request, request.shape)
     return per_token / len(shape.layer_lists)  # a token passes either the encoder or the decoder

@@ -8,7 +8,7 @@ from typing import Any
 from loraprune_ds.config_file import merge
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.frozen import describe_dtype
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.cluster import GIB, MOST_GPUS, Cluster
 from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost
 from loraprune_ds.plan.request import Request, changed
@@ -55,7 +55,7 @@ class Plan:
         request, dense, measured = self.request, self.request.shape, self.request.measured(self.request.shape)
         weights = full_bytes(request.stored(dense)) if measured else 0
         moments = sum(moment_bytes(dense, measured, request.world_size))
-        return 12 * sum(dense.lora_sizes(request.config.lora.r)) + weights + moments
+        return 12 * sum(dense.lora_numel(request.config.lora.r)) + weights + moments
 
     @property
     def peak_stage(self) -> Stage:
@@ -101,7 +101,7 @@ def suggestions(plan: Plan) -> list[dict[str, Any]]:
 
 def _changes(request: Request) -> list[tuple[str, str, dict[str, Any]]]:
     """Lists the unused changes that save memory: (change, setting, keywords of `changed`)."""
-    train, layer = request.config.train, max(request.shape.layer_numel(i) for i in range(len(request.shape.layers)))
+    train, layer = request.config.train, max(layer.numel for layer in request.shape.layers)
     few = {"stage3_max_live_parameters": layer, "stage3_max_reuse_distance": 0}
     in_json = ", ".join(f"{key} {value}" for key, value in few.items()) + " in the DeepSpeed JSON"
     optimizer, files = {"offload_optimizer": PINNED}, "--set deepspeed=ds_configs/zero3_offload"

@@ -10,11 +10,12 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import SHIPPED, apply_override, config_from_dict, load_config, merge
 from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
-from loraprune_ds.model.family_row import Linear, LinearId
+from loraprune_ds.model.families.base import Attention
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.read_shape import LLAMA_SIZES, check_family, read_model_config, shape_from_config
-from loraprune_ds.model.shapes import LayerShape, ModelShape
-from loraprune_ds.model.storage import FrozenStorage
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.model.text_part import MULTIMODAL, check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
@@ -49,9 +50,9 @@ class PlannedBatch:
     def causal_mask(self) -> int:
         return self.eager * self.element_size * self.samples * self.window**2
 
-    def probabilities(self, shape: ModelShape, layer: LayerShape) -> int:
+    def probabilities(self, layer: Attention) -> int:
         """Counts the elements of one layer's attention probabilities. Only eager attention stores them."""
-        return self.eager * self.samples * shape.query_heads(layer) * self.window**2
+        return self.eager * self.samples * layer.queries * self.window**2
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Request:
         return self.config.train.gradient_accumulation_steps(self.world_size)
 
     @property
-    def storage(self) -> FrozenStorage:
-        return FrozenStorage.from_config(self.config.model)
+    def int8(self) -> bool:
+        return self.config.model.frozen == "int8"
 
     @property
     def element_size(self) -> int:
@@ -96,7 +97,7 @@ class Request:
         """DeepSpeed's settings for gathers, in elements. `zero_hpz_partition_size` ranks share a second copy."""
         return zero_settings(self.ds_config)
 
-    def measured(self, shape: ModelShape) -> list[LinearId]:
+    def measured(self, shape: ModelShape) -> list[tuple[int, TensorSpec]]:
         """Lists the linears whose inputs `prune.compensate` measures."""
         layers = self.pruning.limits.open_layers if self.config.prune.compensate != "none" else []
         return measured_linears(shape, layers)
@@ -105,22 +106,21 @@ class Request:
         eager = attn_implementation(self.config.model.attn_implementation, self.shape.family) == "eager"
         return PlannedBatch(samples, window, self.element_size, eager)
 
-    def stored(self, shape: ModelShape, layer: int | None = None) -> list[StoredTensor]:
-        """Lists the frozen tensors that ZeRO-3 shards, of a layer or of all."""
-        return list(self.storage.stored(shape, self.element_size, layer).values())
+    def stored(self, shape: ModelShape) -> list[StoredTensor]:
+        """Lists the frozen tensors that ZeRO-3 shards."""
+        return list(shape.stored(self.element_size, int8=self.int8).values())
+
+    def stored_as(self, *tensors: TensorSpec) -> list[StoredTensor]:
+        """As `stored`, of some tensors of a layer."""
+        return [stored for x in tensors for stored in x.stored(self.element_size, self.int8).values()]
 
     @cached_property
     def taught(self) -> list[StoredTensor]:
         """Lists the frozen tensors of the teacher, which has no head. None without distillation."""
         if not self.config.train.distill_weight:
             return []
-        stored = self.storage.stored(self.shape, self.element_size)
+        stored = self.shape.stored(self.element_size, int8=self.int8)
         return [tensor for name, tensor in stored.items() if name != "lm_head.weight"]
-
-    def stored_linear(self, shape: ModelShape, layer: int, linear: Linear) -> Iterable[StoredTensor]:
-        """Returns the tensors that store the weight of a linear."""
-        size = shape.linear_shape(layer, linear)
-        return self.storage.format_of(shape, linear).stored(size, self.element_size).values()
 
     def shard_numel(self, sizes: Iterable[int]) -> int:
         """Counts the elements of a rank's shards."""
@@ -132,7 +132,7 @@ class Request:
 
     def lora_shards(self, shape: ModelShape) -> int:
         """Counts the elements of a rank's shards of LoRA."""
-        return self.shard_numel(shape.lora_sizes(self.config.lora.r))
+        return self.shard_numel(shape.lora_numel(self.config.lora.r))
 
     def second_copies(self, tensors: Iterable[StoredTensor]) -> int:
         """Counts the bytes of a rank's part of hpZ's second copy. 0 without hpZ."""
@@ -153,13 +153,13 @@ class Request:
         limits, section, dense = self.pruning.limits, self.pruning.schedule.section(step), self.pruning.limits.dense
         if counts := section.counts(limits, step):
             return with_counts(dense, limits, counts)
-        layers, leaving = list(dense.layers), limits.leaving(section.target(step))
+        layers, leaving = list(dense.counts), limits.leaving(section.target(step))
         for kind, share in limits.shares.items():
             numel = sum(layers[i][kind] * dense.group_numel(kind) for i in limits.open_layers)
             stays = 1 - leaving * share / max(1, numel)
-            layers = [LayerShape({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in layers]
+            layers = [LayerCounts({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in layers]
         open_layers = set(limits.open_layers)
-        return dense.with_layers(tuple(layers[i] if i in open_layers else x for i, x in enumerate(dense.layers)))
+        return dense.resized([layers[i] if i in open_layers else x for i, x in enumerate(dense.counts)])
 
 
 def make_request(

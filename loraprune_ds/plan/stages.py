@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
-from loraprune_ds.model.family_row import LinearId
 from loraprune_ds.model.frozen import StoredTensor
 from loraprune_ds.model.logits import chunk_size
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.plan.activations import activations, forward_temporaries, logits
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent
@@ -44,7 +44,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
     """Plans the memory of the run. The first cut is the largest; `after` is the shape after it."""
     dense, cut = training_stage("dense", request, request.shape), _cut(request, request.shape, after)
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
-    if request.storage.int8:  # the export is not int8. It is evaluated after the run's model was freed
+    if request.int8:  # the export is not int8. It is evaluated after the run's model was freed
         stock = changed(request, model={"frozen": None})
         shape = stock.shape_at(stock.steps)
         weights = {"weights": stock.shard_bytes(stock.stored(shape))}
@@ -55,9 +55,9 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
 def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bool = True) -> Stage:
     """Builds the stage of steps, evaluations and the export at a shape. Its steps may score and measure."""
     state, host = split_state(request, shape, measures=scores)
-    factors = [StoredTensor((n,), request.element_size) for n in shape.lora_sizes(request.config.lora.r)]
+    factors = [StoredTensor((n,), request.element_size) for n in shape.lora_numel(request.config.lora.r)]
     embedding = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
-    written = request.element_size * max(embedding, *(shape.layer_numel(i) for i in range(len(shape.layers))))
+    written = request.element_size * max(embedding, *(layer.numel for layer in shape.layers))
     stepping = 0 if request.offloads("optimizer") else 8 * request.lora_shards(shape)
     passes = {
         "training": _training(request, shape),
@@ -109,11 +109,11 @@ def split_state(
     return terms, host
 
 
-def moment_bytes(shape: ModelShape, linears: Iterable[LinearId], world_size: int) -> list[int]:
+def moment_bytes(shape: ModelShape, linears: Iterable[tuple[int, TensorSpec]], world_size: int) -> list[int]:
     """Returns the bytes of these linears' fp32 input moments on each rank, which has those of its own layers."""
     of_ranks = [0] * world_size
     for i, linear in linears:
-        of_ranks[layer_owner(i, world_size)] += 4 * shape.linear_shape(i, linear)[1] ** 2
+        of_ranks[layer_owner(i, world_size)] += 4 * linear.matrix[1] ** 2
     return of_ranks
 
 
@@ -146,7 +146,7 @@ def full_bytes(tensors: Iterable[StoredTensor]) -> int:
 
 def _model_size(request: Request, shape: ModelShape) -> tuple[int, int]:
     """Returns (elements, bytes) of the unsharded model with LoRA."""
-    stored, lora = request.stored(shape), sum(shape.lora_sizes(request.config.lora.r))
+    stored, lora = request.stored(shape), sum(shape.lora_numel(request.config.lora.r))
     return sum(math.prod(x.shape) for x in stored) + lora, full_bytes(stored) + lora * request.element_size
 
 
@@ -155,16 +155,14 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
     that is dequantised (0 without int8; one expert of a stack at a time).
     """
     e, r = request.element_size, request.config.lora.r
-    one_of_each = list({layer: i for i, layer in enumerate(shape.layers)}.values())
-    layer = max(full_bytes(request.stored(shape, i)) + e * sum(shape.layer_lora_sizes(i, r)) for i in one_of_each)
-    module, dequantised = e * max(map(math.prod, shape.outer_parameters.values())), 0
+    one_of_each = set(shape.layers)
+    layer = max(full_bytes(request.stored_as(*x.tensors)) + e * sum(x.lora_numel(r)) for x in one_of_each)
+    module, dequantised = e * max(tensor.numel for tensor in shape.outer), 0
     if shape.hidden_size <= LEAF_LAYER_HIDDEN:
         module = max(module, layer)
-    for i, x in shape.linear_ids(one_of_each):
-        lora = sum(map(math.prod, shape.lora_shapes(i, x, r)))
-        module = max(module, full_bytes(request.stored_linear(shape, i, x)) + e * lora)
-        matrices = shape.layers[i][x.kind] if x.is_stack else 1
-        dequantised = max(dequantised, request.storage.int8 * e * math.prod(shape.linear_shape(i, x)) // matrices)
+    for x in (linear for layer_spec in one_of_each for linear in layer_spec.linears):
+        module = max(module, full_bytes(request.stored_as(x)) + e * sum(x.lora_numel(r)))
+        dequantised = max(dequantised, request.int8 * e * x.numel // x.matrices)
     return layer, module, dequantised
 
 
@@ -179,11 +177,11 @@ def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:
     """Builds the stage of a cut, with the whole state from before it."""
     state, host = split_state(request, before, measures=True)
     refit, e, r = 0, request.element_size, request.config.lora.r
-    for i, linear in request.measured(before):
-        (m, n), k = before.linear_shape(i, linear), after.linear_shape(i, linear)[1]
+    for (_, linear), (_, left) in zip(request.measured(before), request.measured(after), strict=True):
+        (m, n), k = linear.matrix, left.matrix[1]
         system = 8 * k * k + 12 * k * n + max(12 * k * k, 24 * k * m)
         refit = max(refit, 2 * e * m * (n + k) + 4 * r * (n + m) + system)
-    shards = max(request.shard_bytes(request.stored(before, i)) for i in range(len(before.layers)))
+    shards = max(request.shard_bytes(request.stored_as(*layer.tensors)) for layer in before.layers)
     moving = {"repartition": 3 * shards}  # one leaves, one arrives, one is new
     return Stage("the first cut", state, {"refit": {"refit": refit}, "moving": moving}, host)
 
@@ -206,13 +204,14 @@ def _observing(request: Request, shape: ModelShape) -> Terms:
     config, terms = request.config, Terms()
     tokens = config.train.micro_batch_size * config.data.window
     if config.prune.criterion == "fisher":
-        widths = [(x.is_stack, shape.inputs_per_token(i, x)) for i, x in shape.input_linear_ids()]
+        chosen = shape.mixture.experts_per_token if shape.mixture else 1
+        widths = [(x.stack, x.inputs * (chosen if x.stack else 1)) for _, x in shape.input_linears()]
         # Dropout replaces the inputs of expert stacks, so the originals are kept.
         kept = sum(n for is_stack, n in widths if is_stack) if config.lora.lora_dropout else 0
         blocks = 12 * min(tokens * max(n for _, n in widths), DEVICE_BLOCK_NUMEL)
         terms["squared_gradients"] = blocks + request.element_size * tokens * kept
     if request.measured(shape):
-        widest = max(shape.linear_shape(i, x)[1] for i, x in measured_linears(shape))
+        widest = max(x.matrix[1] for _, x in measured_linears(shape))
         terms["measured_inputs"] = 4 * (tokens * widest + numel_sent(widest))
     return terms
 
@@ -233,8 +232,8 @@ def _scoring(request: Request, shape: ModelShape) -> Terms:
     """Returns the terms of scoring: blocks, and LoRA masters and gradients of some layers as shards and factors."""
     if request.config.prune.criterion == "fisher":
         return {}
-    layers = [sum(shape.layer_lora_sizes(i, request.config.lora.r)) for i in range(len(shape.layers))]
+    layers = [sum(layer.lora_numel(request.config.lora.r)) for layer in shape.layers]
     at_once = min(sum(layers), max(GATHERED_NUMEL // 2, *layers))
-    sizes = {shape.linear_shape(i, x) for i, x in shape.linear_ids() if x.parts}
+    sizes = {x.matrix for _, x in shape.linears() if x.runs}
     block = max(request.shard_numel([rows * columns]) + 2 * columns for rows, columns in sizes)  # whole rows
     return {"lora_factors": 24 * at_once, "score_blocks": 12 * min(block, DEVICE_BLOCK_NUMEL)}

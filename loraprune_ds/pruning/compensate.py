@@ -22,8 +22,10 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
-from loraprune_ds.pruning.prunable_model import CollectedLinear, LinearId, PrunableModel
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import LinearId, ModelShape
+from loraprune_ds.model.tensors import TensorSpec, cut
+from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.taps import ForwardRecorder, hook_inputs
 
@@ -52,19 +54,18 @@ class Compensator:
 
     def compensate(self, keep: list[LayerKeep], step: int) -> None:
         """Refits the weights that lose inputs in the cut to `keep`, right before it. Collective."""
-        shape = self._model.shape
-        cut = ((i, linear) for i, layer in enumerate(keep) for linear in shape.cut_linears(i, layer))
-        linear_ids = [LinearId(i, linear) for i, linear in cut if linear.loses_inputs]
+        measured = measured_linears(self._model.shape)
+        shrinking = {LinearId(i, x.linear): x for i, x in measured if x.shrinks(keep[i])}
 
         def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
             moment = self.moments.sums[linear_id]
-            kept = shape.kept_indices(linear_id.layer, linear_id.linear.parts, keep[linear_id.layer]).to(moment.device)
+            _, kept = cut(shrinking[linear_id], keep[linear_id.layer])
             try:
-                return refit(linear, moment, kept)
+                return refit(linear, moment, kept.to(moment.device))
             except RunError as error:
-                raise RunError(f"step {step}: layer {linear_id.layer} {linear_id.linear.name}: {error}") from None
+                raise RunError(f"step {step}: layer {linear_id.layer} {linear_id.name}: {error}") from None
 
-        self._model.replace_weights(linear_ids, compute)
+        self._model.replace_weights(list(shrinking), compute)
         if step == self._schedule.last_cut:
             self.moments.clear()
         else:
@@ -107,9 +108,9 @@ def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = 
     return weight
 
 
-def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[LinearId]:
+def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
     """Lists the linears that lose inputs, of some layers or all. Stacks lose experts, not inputs."""
-    return [linear_id for linear_id in shape.linear_ids(layers) if linear_id.linear.loses_inputs]
+    return [(i, linear) for i, linear in shape.linears(layers) if linear.loses_inputs]
 
 
 class InputMoments(ForwardRecorder):
@@ -129,8 +130,9 @@ class InputMoments(ForwardRecorder):
         self._decay = decay
         self._weight = 0.0
         self._own_tokens = 0  # of this rank in this step
-        self._linear_ids = measured_linears(model.shape, layers)
-        hook_inputs(model, self._linear_ids, self._record)
+        linears = measured_linears(model.shape, layers)
+        self._first = next((LinearId(i, linear.linear) for i, linear in linears), None)
+        hook_inputs(model, linears, self._record)
 
     @contextmanager
     def record_step(self) -> Generator[None]:
@@ -145,27 +147,22 @@ class InputMoments(ForwardRecorder):
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Cuts the sums along with the groups. Call it before the model is cut."""
-        shape = self._model.shape
-        for layer, layer_keep in enumerate(keep):
-            for linear in shape.cut_linears(layer, layer_keep):
-                linear_id = LinearId(layer, linear)
-                if linear_id in self.sums:
-                    indices = shape.kept_indices(layer, linear.parts, layer_keep).to(self._model.device)
-                    self.sums[linear_id] = self.sums[linear_id].index_select(0, indices).index_select(1, indices)
+        for (layer, name), moment in self.sums.items():
+            linear = self._model.shape.linear(LinearId(layer, name))
+            if linear.shrinks(keep[layer]):
+                kept = cut(linear, keep[layer])[1].to(self._model.device)
+                self.sums[LinearId(layer, name)] = moment.index_select(0, kept).index_select(1, kept)
 
     def of_layer(self, layer: int) -> dict[str, Tensor]:
         """Returns one layer's sums by linear; empty if this rank does not own it or nothing was recorded."""
-        return {linear_id.linear.name: value for linear_id, value in self.sums.items() if linear_id.layer == layer}
+        return {linear_id.name: value for linear_id, value in self.sums.items() if linear_id.layer == layer}
 
     def restore(self, read: Callable[[int], dict[str, Tensor]], tokens: float) -> None:
         """Restores a checkpoint. `read` returns the `of_layer` of the rank that owned the layer."""
         self.tokens = tokens
         for layer in range(len(self._model.layers)):
             if self._model.owner(layer) == self._model.rank:
-                sums = read(layer)
-                for linear in self._model.shape.linears(layer):
-                    if linear.name in sums:
-                        self.sums[LinearId(layer, linear)] = sums[linear.name].to(self._model.device)
+                self.sums |= {LinearId(layer, name): x.to(self._model.device) for name, x in read(layer).items()}
 
     def clear(self) -> None:
         self.sums.clear()
@@ -176,8 +173,8 @@ class InputMoments(ForwardRecorder):
         if not self._active:
             return
         x = inputs.detach()
-        rows = self._of_tokens(x, self._model.shape.layer_list(linear_id.layer)).float()  # (tokens, n)
-        if linear_id == self._linear_ids[0]:
+        rows = self._of_tokens(x, self._model.shape.layers[linear_id.layer].layer_list).float()  # (tokens, n)
+        if linear_id == self._first:
             self._own_tokens += len(rows)
         with tf32_for_halves(x.dtype, x.device):
             part = half_of_product(rows)

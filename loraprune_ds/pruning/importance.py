@@ -12,8 +12,9 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.family_row import Kind, LinearId
-from loraprune_ds.model.shapes import LayerKeep, LayerTensors, ModelShape
+from loraprune_ds.model.groups import Kind, LayerKeep, LayerTensors
+from loraprune_ds.model.shape import LinearId, ModelShape
+from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.taps import MaskGradients
@@ -25,28 +26,28 @@ class LayerScores(LayerTensors):
 
 @dataclass(frozen=True)
 class GroupSums:
-    """The scores of each part of the linears, summed over the ranks. They stay on the device."""
+    """The scores of each run of the linears, summed over the ranks. They stay on the device."""
 
     shape: ModelShape
-    linear_ids: Sequence[LinearId]
-    parts: Sequence[Tensor]  # (groups,) float64 of each part of these linears
+    linears: Sequence[tuple[int, TensorSpec]]
+    of_runs: Sequence[Tensor]  # (groups,) float64 of each run of these linears
     step: int
 
     def by_layer(self, normalization: Normalization) -> list[LayerScores]:
-        """Adds the scores of a layer's parts to the scores of its groups.
+        """Adds the scores of a layer's runs to the scores of its groups.
 
-        `l2` first divides the scores of each part by their norm, as LoRAPrune's released code does (arXiv 2305.18403).
+        `l2` first divides the scores of each run by their norm, as LoRAPrune's released code does (arXiv 2305.18403).
         A fused linear then counts like separate linears. `step` divides all scores by their sum, so steps with large
         gradients weigh the same in the moving average. `none` adds the scores unchanged.
         """
-        parts, zeros = self.parts, self.parts[0].new_zeros
+        of_runs, zeros = self.of_runs, self.of_runs[0].new_zeros
         if normalization == "l2":
-            parts = [_divided(scores, cast(Tensor, scores.norm())) for scores in parts]
+            of_runs = [_divided(scores, cast(Tensor, scores.norm())) for scores in of_runs]
         elif normalization == "step":
             total = self._sum()
-            parts = [_divided(scores, total) for scores in parts]
-        layers = [{kind: zeros(count) for kind, count in layer.items()} for layer in self.shape.layers]
-        for (layer, _, kind), scores in zip(self._places(), parts, strict=True):
+            of_runs = [_divided(scores, total) for scores in of_runs]
+        layers = [{kind: zeros(count) for kind, count in layer.items()} for layer in self.shape.counts]
+        for (layer, _, kind), scores in zip(self._places(), of_runs, strict=True):
             layers[layer][kind] = layers[layer][kind] + scores
         return list(map(LayerScores, layers))
 
@@ -54,15 +55,15 @@ class GroupSums:
         """Waits for the device, and raises RunError with layer, linear and step if a score is not finite."""
         if torch.isfinite(self._sum()):
             return
-        for (layer, name, _), scores in zip(self._places(), self.parts, strict=True):
+        for (layer, name, _), scores in zip(self._places(), self.of_runs, strict=True):
             if not torch.isfinite(scores).all():
                 raise RunError(f"step {self.step}: the score of layer {layer} {name} is not finite")
 
     def _sum(self) -> Tensor:
-        return torch.cat(list(self.parts)).sum()
+        return torch.cat(list(self.of_runs)).sum()
 
     def _places(self) -> Iterator[tuple[int, str, Kind]]:
-        return ((layer, linear.name, part.kind) for layer, linear in self.linear_ids for part in linear.parts)
+        return ((layer, linear.linear, run.kind) for layer, linear in self.linears for run in linear.runs)
 
 
 def _divided(scores: Tensor, by: Tensor) -> Tensor:
@@ -78,29 +79,32 @@ def score_groups(
     The `recorder` of `fisher` has this rank's sums over tokens. Other criteria sum over this rank's shards of W.
     """
     if recorder is not None:
-        return add_over_ranks(model, recorder.linear_ids, recorder.sums(), step)
+        return add_over_ranks(model, recorder.linears, recorder.sums(), step)
     shape, partial = model.shape, list[Tensor]()
     for layer, factors in enumerate(model.lora_factors()):
-        for linear in (x for x in shape.linears(layer) if x.parts):
-            experts = split_experts(model.owned_weight(layer, linear), factors[linear.name])
+        for linear in (x for x in shape.layers[layer].linears if x.runs):
+            owned = model.owned_weight(LinearId(layer, linear.linear))
+            experts = split_experts(owned, factors[linear.linear])
             element, axis = ELEMENT_CRITERIA[criterion], linear.axis
             sums = torch.cat([score_shard(shard, lora, element, axis) for shard, lora in experts])
-            of_parts = torch.split(sums, shape.part_sizes(layer, linear.parts))
-            for part, rows in zip(linear.parts, of_parts, strict=True):
-                partial.append(rows.view(-1, shape.width(part.width)).sum(1))  # (groups,)
-    return add_over_ranks(model, shape.linear_ids(), partial, step)
+            of_runs = torch.split(sums, [run.size for run in linear.runs])
+            for run, rows in zip(linear.runs, of_runs, strict=True):
+                partial.append(rows.view(-1, run.width).sum(1))  # (groups,)
+    return add_over_ranks(model, shape.linears(), partial, step)
 
 
-def add_over_ranks(model: PrunableModel, linear_ids: Sequence[LinearId], partial: list[Tensor], step: int) -> GroupSums:
-    """Sums the ranks' scores of all parts."""
+def add_over_ranks(
+    model: PrunableModel, linears: Sequence[tuple[int, TensorSpec]], partial: list[Tensor], step: int
+) -> GroupSums:
+    """Sums the ranks' scores of all runs."""
     totals = model.sum_over_ranks(torch.cat(partial))
-    return GroupSums(model.shape, linear_ids, torch.split(totals, [len(scores) for scores in partial]), step)
+    return GroupSums(model.shape, linears, torch.split(totals, [len(scores) for scores in partial]), step)
 
 
 def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
     """Draws one fixed score per group for the criterion `random`, the same on any number of ranks."""
     scores: list[LayerScores] = []
-    for i, layer in enumerate(shape.layers):
+    for i, layer in enumerate(shape.counts):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
         draws = {kind: torch.rand(layer[kind], generator=generator, dtype=torch.float64) for kind in shape.kinds}
         scores.append(LayerScores(draws))

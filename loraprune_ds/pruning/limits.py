@@ -8,11 +8,11 @@ from itertools import product
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.model.family_row import Kind
-from loraprune_ds.model.shapes import LayerShape, ModelShape
+from loraprune_ds.model.groups import Kind, LayerCounts
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.units import format_percent
 
-Bounds = tuple[LayerShape, LayerShape]  # the fewest and the most groups of each kind in every open layer
+Bounds = tuple[LayerCounts, LayerCounts]  # the fewest and the most groups of each kind in every open layer
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Limits:
     """Holds the limits on each layer, fixed at the start of a run."""
 
     dense: ModelShape
-    floor: tuple[LayerShape, ...]  # fewest groups that each layer keeps. A protected layer keeps all
+    floor: tuple[LayerCounts, ...]  # fewest groups that each layer keeps. A protected layer keeps all
     open_layers: list[int]  # layers that are not protected
     multiples: Mapping[Kind, int]  # kept counts are multiples of these, unless they are dense counts
     shares: Mapping[Kind, float]  # each kind's fraction of the removed parameters
@@ -39,23 +39,23 @@ class Limits:
         return [first] + [multiple] * ((count - first - floor) // multiple)
 
     @cached_property
-    def open_counts(self) -> LayerShape:
+    def open_counts(self) -> LayerCounts:
         """The dense counts of each kind. `uniform` needs them to be equal in all open layers that have the kind."""
-        return self._widest(self.dense.layers)
+        return self._widest(self.dense.counts)
 
     @cached_property
     def open_numel(self) -> dict[Kind, int]:
         """The linear parameters of one group, as config.json counts them, of every open layer that has such groups."""
         numel = dict.fromkeys(self.dense.kinds, 0)
         for i in self.open_layers:
-            for kind in self.dense.layers[i].kinds:
+            for kind in self.dense.counts[i].kinds:
                 numel[kind] += self.dense.times(i, kind) * self.dense.group_numel(kind)
         return numel
 
-    def within(self, counts: Mapping[Kind, int], layer: int) -> LayerShape:
+    def within(self, counts: Mapping[Kind, int], layer: int) -> LayerCounts:
         """Selects the kinds of a layer from equal counts."""
-        own = self.dense.layers[layer].items()
-        return LayerShape((kind, counts[kind] * self.dense.times(layer, kind) if n else 0) for kind, n in own)
+        own = self.dense.counts[layer].items()
+        return LayerCounts((kind, counts[kind] * self.dense.times(layer, kind) if n else 0) for kind, n in own)
 
     def lost_by_all(self, counts: Mapping[Kind, int]) -> int:
         """Counts the linear parameters that open layers with these equal counts have lost."""
@@ -67,17 +67,17 @@ class Limits:
         """The equal counts that all open layers may have."""
         return self._widest(self.floor), self.open_counts
 
-    def narrowest(self, bounds: Bounds) -> Iterator[LayerShape]:
+    def narrowest(self, bounds: Bounds) -> Iterator[LayerCounts]:
         """Yields for each count of heads the equal counts of all open layers with the fewest channels (or experts)."""
         (least, most), as_many = bounds, self.dense.family.as_many
         coarse = [kind for kind in self.dense.kinds[:-1] if kind not in as_many]
         for counts in product(*(range(least[kind], most[kind] + 1, self.multiples[kind]) for kind in coarse)):
             found = {**least, **dict(zip(coarse, counts, strict=True))}
-            yield LayerShape(found | {kind: min(found[other], most[kind]) for kind, other in as_many.items()})
+            yield LayerCounts(found | {kind: min(found[other], most[kind]) for kind, other in as_many.items()})
 
-    def _widest(self, layers: Sequence[LayerShape]) -> LayerShape:
+    def _widest(self, layers: Sequence[LayerCounts]) -> LayerCounts:
         times = self.dense.times
-        return LayerShape((x, max(layers[i][x] // times(i, x) for i in self.open_layers)) for x in self.dense.kinds)
+        return LayerCounts((x, max(layers[i][x] // times(i, x) for i in self.open_layers)) for x in self.dense.kinds)
 
     def step_numel(self, kind: Kind) -> int:
         """Counts the linear parameters of one multiple of a kind."""
@@ -85,7 +85,7 @@ class Limits:
 
     def lost(self, layer: int, counts: Mapping[Kind, int]) -> int:
         """Counts the linear parameters that a layer with these counts has lost."""
-        return self.dense.numel_of(self.dense.layers[layer]) - self.dense.numel_of(counts)
+        return self.dense.numel_of(self.dense.counts[layer]) - self.dense.numel_of(counts)
 
 
 def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
@@ -97,20 +97,20 @@ def limits_without_ratio(config: PruneConfig, dense: ModelShape) -> Limits:
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)
-    least_experts = max(1, dense.least_experts)
+    least_experts = max(1, dense.mixture.least_experts if dense.mixture else 0)
     least = {kind: _round_up(least_experts if kind == "experts" else 1, n) for kind, n in multiples.items()}
-    floor = list[LayerShape]()
-    for i, layer in enumerate(dense.layers):
+    floor = list[LayerCounts]()
+    for i, layer in enumerate(dense.counts):
         fixed = layer.keys() if i in protected else dense.family.fixed
         few = {kind: min(least[kind] * dense.times(i, kind), n) for kind, n in layer.items() if kind not in fixed}
-        floor.append(LayerShape(layer | few))
+        floor.append(LayerCounts(layer | few))
     open_layers = [i for i in range(count) if i not in protected]
     limits = Limits(dense, tuple(floor), open_layers, multiples, shares={}, ratio=0.0)
-    counts = (limits.within(limits.open_counts, i) == dense.layers[i] for i in limits.open_layers)
+    counts = (limits.within(limits.open_counts, i) == dense.counts[i] for i in limits.open_layers)
     if config.ranking == "uniform" and not all(counts):
         raise UserError("prune.ranking: uniform needs equal layers, but the layers of this model differ; use global")
     numel = _open_numel(limits)[0]
-    if dense.experts_per_token:  # such models have few heads, which stay
+    if dense.mixture:  # such models have few heads, which stay
         numel |= dict.fromkeys(dense.kinds[:-1], 0)
     return replace(limits, shares={kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
 
@@ -119,9 +119,9 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
     """Returns the divisor of the kept counts of each kind. Dense counts must be divisible by the servers, too."""
     servers, multiple = config.tensor_parallel, math.lcm(config.channel_multiple, config.tensor_parallel)
     odd = f"prune.tensor_parallel {servers} does not divide the"
-    if dense.expert_size % servers:
-        raise UserError(f"{odd} {dense.expert_size} channels of an expert")
-    for i, layer in enumerate(dense.layers):
+    if dense.mixture and dense.mixture.expert_size % servers:
+        raise UserError(f"{odd} {dense.mixture.expert_size} channels of an expert")
+    for i, layer in enumerate(dense.counts):
         for kind, count in layer.items():
             if kind != "experts" and count % servers:
                 raise UserError(f"{odd} {count} {kind} of layer {i}")
@@ -130,7 +130,7 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
             keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
             raise UserError(f"{keys} needs at least {multiple} channels, and layer {i} has {layer['channels']}")
     multiples = {"heads": servers, "cross_heads": servers, "delta": servers, "channels": multiple}
-    return {kind: multiples.get(kind, dense.parts_of(kind)) for kind in dense.kinds}
+    return {kind: multiples.get(kind, dense.ranges(kind)) for kind in dense.kinds}
 
 
 def with_ratio(config: PruneConfig, limits: Limits, ratio: float) -> Limits:
@@ -188,8 +188,8 @@ def check_reachable(config: PruneConfig, limits: Limits) -> None:
         near = max(limits.step_numel(kind) for kind in dense.kinds[:-1])
     else:
         fine = dense.kinds[-1]
-        first = max(limits.open_layers, key=lambda i: dense.layers[i][fine])
-        step = min(limits.multiples[fine], dense.layers[first][fine] - limits.floor[first][fine])
+        first = max(limits.open_layers, key=lambda i: dense.counts[i][fine])
+        step = min(limits.multiples[fine], dense.counts[first][fine] - limits.floor[first][fine])
         near = step * limits.open_numel[fine] / 2
     if most == 0 or limits.ratio * dense.linear_numel() > most + near:
         largest = math.floor(1e4 * most / dense.linear_numel()) / 1e4
@@ -214,7 +214,7 @@ def _open_numel(limits: Limits) -> tuple[dict[Kind, int], dict[Kind, int]]:
     kinds = [(kind, limits.dense.group_numel(kind)) for kind in limits.dense.kinds]
     dense, floor = (
         {kind: numel * sum(layers[i][kind] for i in limits.open_layers) for kind, numel in kinds}
-        for layers in (limits.dense.layers, limits.floor)
+        for layers in (limits.dense.counts, limits.floor)
     )
     return dense, {kind: dense[kind] - floor[kind] for kind in dense}
 

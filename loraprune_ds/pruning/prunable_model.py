@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.family_row import Linear, LinearId
 from loraprune_ds.model.frozen import DENSE, StorageFormat
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import LinearId, ModelShape
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class PrunableModel(Protocol):
         """Yields the LoRA of each layer's linears by name, between a step's last backward and its update."""
         ...
 
-    def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
+    def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         """Returns the shard of the frozen weight that this rank owns. Collective only for int8 weights."""
         ...
 

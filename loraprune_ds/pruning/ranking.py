@@ -13,26 +13,28 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family_row import Kind
-from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
+from loraprune_ds.model.groups import Kind, LayerCounts, LayerKeep
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Bounds, Limits
 
 
-def rank_uniform(scores: list[LayerScores], current: ModelShape, limits: Limits, counts: LayerShape) -> list[LayerKeep]:
+def rank_uniform(
+    scores: list[LayerScores], current: ModelShape, limits: Limits, counts: LayerCounts
+) -> list[LayerKeep]:
     """Keeps equal `counts` in every open layer, the best groups of each by its own scores (the paper's ranking).
 
     Layers with delta nets and layers with attention have the counts of their own kinds.
     `scores` and the result belong to the current groups.
     """
-    return keep_best(scores, with_counts(current, limits, counts).layers, current)
+    return keep_best(scores, with_counts(current, limits, counts).counts, current)
 
 
-def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerShape:
+def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerCounts:
     """Returns the counts at a fraction `part` of the way down the bounds, which never grow with `part`."""
     goal, start = bounds
     counts = {kind: count - round(part * (count - goal[kind])) for kind, count in start.items()}
-    return LayerShape(
+    return LayerCounts(
         (kind, _nearest_multiple(count, goal[kind], start[kind], limits.multiples[kind]))
         for kind, count in counts.items()
     )
@@ -43,13 +45,13 @@ def shape_of_uniform(limits: Limits, bounds: Bounds | None = None) -> ModelShape
     return with_counts(limits.dense, limits, uniform_goal(limits, limits.ratio, bounds))
 
 
-def with_counts(shape: ModelShape, limits: Limits, counts: LayerShape) -> ModelShape:
+def with_counts(shape: ModelShape, limits: Limits, counts: LayerCounts) -> ModelShape:
     """Returns the shape with equal counts in every open layer."""
-    open_layers, layers = set(limits.open_layers), enumerate(shape.layers)
-    return shape.with_layers(tuple(limits.within(counts, i) if i in open_layers else x for i, x in layers))
+    open_layers, layers = set(limits.open_layers), enumerate(shape.counts)
+    return shape.resized([limits.within(counts, i) if i in open_layers else x for i, x in layers])
 
 
-def uniform_goal(limits: Limits, ratio: float, bounds: Bounds | None = None) -> LayerShape:
+def uniform_goal(limits: Limits, ratio: float, bounds: Bounds | None = None) -> LayerCounts:
     """Returns the counts that every open layer keeps in the end, as near to `ratio` as possible.
 
     Channels make up for what heads cannot reach. Of all counts within half a channel step from the target, those
@@ -63,12 +65,12 @@ def uniform_goal(limits: Limits, ratio: float, bounds: Bounds | None = None) -> 
     numel = {kind: max(1, part) for kind, part in limits.open_numel.items()}
     share = {kind: dense[kind] - wanted * limits.shares[kind] / numel[kind] for kind in coarse}
 
-    def option(narrowest: LayerShape) -> tuple[float, float, LayerShape]:
+    def option(narrowest: LayerCounts) -> tuple[float, float, LayerCounts]:
         """Fills the counts up with channels: (distance to the target, distance to the shares, counts)."""
         missing = wanted - limits.lost_by_all({**narrowest, fine: dense[fine]})
         count = dense[fine] - missing / numel[fine]
         channels = _nearest_multiple(count, narrowest[fine], bounds[1][fine], limits.multiples[fine])
-        counts = LayerShape({**narrowest, fine: channels})
+        counts = LayerCounts({**narrowest, fine: channels})
         distance = max(abs(limits.lost_by_all(counts) - wanted), limits.multiples[fine] * numel[fine] / 2)
         return distance, sum(abs(counts[kind] - share[kind]) for kind in coarse), counts
 
@@ -85,7 +87,7 @@ def keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], c
     """Keeps the given number of groups of every layer, those with the highest scores."""
     return [
         LayerKeep(
-            (kind, best_first(values, current.parts_of(kind))[: wanted[kind]].sort().values)
+            (kind, best_first(values, current.ranges(kind))[: wanted[kind]].sort().values)
             for kind, values in layer.items()
         )
         for layer, wanted in zip(scores, counts, strict=True)
@@ -122,13 +124,13 @@ class _Removal:
 
     def __init__(self, scores: list[LayerScores], current: ModelShape, limits: Limits) -> None:
         self.scores, self.current, self.limits = scores, current, limits
-        self.left = [dict(layer) for layer in current.layers]
+        self.left = [dict(layer) for layer in current.counts]
         self.gone = sum(limits.lost(i, left) for i, left in enumerate(self.left))
 
     def gone_beside(self, kind: Kind) -> int:
         """Counts the parameters of the other kinds that are gone so far, including earlier cuts."""
         dense = self.limits.dense
-        lost = sum(before[kind] - left[kind] for before, left in zip(dense.layers, self.left, strict=True))
+        lost = sum(before[kind] - left[kind] for before, left in zip(dense.counts, self.left, strict=True))
         return self.gone - lost * dense.group_numel(kind)
 
     def take(self, kind: Kind, budget: int) -> None:
@@ -148,7 +150,7 @@ class _Removal:
             left, values = self.left[layer][kind], self.scores[layer][kind]
             chunks = self.limits.chunks(layer, kind, left)
             candidates.extend((layer, groups) for groups in chunks)
-            best = best_first(values, self.current.parts_of(kind))[:left]
+            best = best_first(values, self.current.ranges(kind))[:left]
             means.append(_chunk_means(values[best].flip(0), chunks))
         order = cast(list[int], torch.cat(means).argsort(stable=True).tolist())
         return [candidates[position] for position in order]

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.model.shapes import LayerShape
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way
 from loraprune_ds.pruning.target import Size, plan_sizes
@@ -38,7 +38,7 @@ class Section:
         t = (step - self.start) / (self.end - self.start)
         return self.before + (self.size.ratio - self.before) * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
 
-    def counts(self, limits: Limits, step: int) -> LayerShape | None:
+    def counts(self, limits: Limits, step: int) -> LayerCounts | None:
         """Returns the counts that every open layer should have after `step`. None unless the ranking is `uniform`."""
         if self.size.bounds is None:
             return None

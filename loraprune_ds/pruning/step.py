@@ -17,8 +17,8 @@ The paper's criterion `lora` records nothing. `score` gathers LoRA's gradients, 
 micro-batches, and each rank scores its shard of W (criterion.py).
 
     group          removed together: one key-value head with its query heads, one MLP channel, or one expert
-    kind           heads, channels or experts, depending on the family (model/family.py)
-    part           all groups of one kind along an axis of a linear (model/family_row.py)
+    kind           heads, channels or experts, depending on the family (model/groups.py)
+    run            all groups of one kind along an axis of a tensor (model/tensors.py)
     dense          the model before any cut
     keep           the groups that stay in this cut, as indices into the current groups
     kept_of_dense  the remaining groups, as indices into the groups of the dense model
@@ -41,7 +41,8 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.errors import RunError, fail_point
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.compensate import Compensator
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -133,7 +134,7 @@ class Pruner:
         target = self.schedule.target(step)
         keep = self._rank(self._average(step, scored), step)
         check_same_mask(keep, self.model, step)
-        if self.model.shape.after(keep).layers == self.model.shape.layers:
+        if self.model.shape.after(keep).counts == self.model.shape.counts:
             return None
         fail_point("cut.agreed")
         if self.compensator is not None:
@@ -186,4 +187,4 @@ def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> N
 
 def all_groups(shape: ModelShape) -> list[LayerKeep]:
     """Keeps every group of every layer."""
-    return [LayerKeep((kind, torch.arange(count)) for kind, count in layer.items()) for layer in shape.layers]
+    return [LayerKeep((kind, torch.arange(count)) for kind, count in layer.items()) for layer in shape.counts]

@@ -3,7 +3,7 @@
 # torch does not type every method:
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.model.shape import LinearId
+from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
-from loraprune_ds.pruning.prunable_model import LinearId, PrunableModel
+from loraprune_ds.pruning.prunable_model import PrunableModel
 
 CPU_INPUTS = 1 << 17  # elements of inputs at a time, so their fp32 copies and squares stay in a CPU's cache
 
@@ -21,7 +23,7 @@ CPU_INPUTS = 1 << 17  # elements of inputs at a time, so their fp32 copies and s
 SeeInput = Callable[..., Tensor | None]
 
 
-def hook_inputs(model: PrunableModel, linear_ids: Sequence[LinearId], see: SeeInput) -> None:
+def hook_inputs(model: PrunableModel, linears: Iterable[tuple[int, TensorSpec]], see: SeeInput) -> None:
     """Calls `see` in every forward pass with the input of each linear: (batch, window, in_features).
 
     The input of a stack of experts is (tokens, in_features), in the order of the experts.
@@ -31,9 +33,9 @@ def hook_inputs(model: PrunableModel, linear_ids: Sequence[LinearId], see: SeeIn
         changed = see(linear_id, *inputs)
         return None if changed is None else (changed, *inputs[1:])
 
-    for linear_id in linear_ids:
-        module = lora_linear(model.layers[linear_id.layer], linear_id.linear)
-        module.register_forward_pre_hook(partial(hook, linear_id))
+    for i, linear in linears:
+        module = lora_linear(model.layers[i], linear.linear)
+        module.register_forward_pre_hook(partial(hook, LinearId(i, linear.linear)))
 
 
 class ForwardRecorder:
@@ -123,18 +125,18 @@ class MaskGradients(StepRecorder):
     def __init__(self, model: PrunableModel) -> None:
         super().__init__()
         self._model = model
-        hook_inputs(model, self.linear_ids, self._tap)
+        hook_inputs(model, self.linears, self._tap)
 
     @property
-    def linear_ids(self) -> list[LinearId]:
+    def linears(self) -> list[tuple[int, TensorSpec]]:
         """The linears that are scored."""
-        return self._model.shape.input_linear_ids()
+        return self._model.shape.input_linears()
 
     def sums(self) -> list[Tensor]:
         """Returns this rank's part of Σ_t s_tg², (groups,) float64 for each linear that reads groups."""
         # ZeRO-3 averages over the ranks, so the loss was multiplied by their number. fp16 adds a factor.
         scale = self._model.world_size * self._model.loss_scale
-        return [self._recorded[linear_id] / scale**2 for linear_id in self.linear_ids]
+        return [self._recorded[LinearId(i, linear.linear)] / scale**2 for i, linear in self.linears]
 
     def _tap(self, linear_id: LinearId, inputs: Tensor, counts: list[int] | None = None) -> Tensor | None:
         if not self._active:
@@ -143,7 +145,7 @@ class MaskGradients(StepRecorder):
 
     def _receive(self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor) -> None:
         if counts is None:
-            squares = squared_gradients(inputs, gradient, self._model.shape.group_width(linear_id.linear))
+            squares = squared_gradients(inputs, gradient, self._model.shape.linear(linear_id).group_width)
         else:
             of_experts = zip(inputs.split(counts), gradient.split(counts), strict=True)
             squares = torch.cat([squared_gradients(x, g, x.shape[1]) for x, g in of_experts])

@@ -7,7 +7,8 @@ from typing import Any
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.flops import cached_numel, state_numel
-from loraprune_ds.model.shapes import EQUAL_LAYERS, LayerShape, ModelShape
+from loraprune_ds.model.groups import EQUAL_LAYERS, LayerCounts
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.limits import (
     Bounds,
     Limits,
@@ -155,10 +156,10 @@ def _size_of_global(config: PruneConfig, limits: Limits, amount: Amount) -> floa
     dense, leaving = limits.dense, limits.leaving(limits.ratio)
     size = dense_size = measure(config, dense, amount)
     for kind, share in limits.shares.items():
-        index = max(range(len(dense.layers)), key=lambda i: dense.layers[i][kind])  # some layers lack this kind
-        layers = list(dense.layers)
-        layers[index] = LayerShape({**layers[index], kind: layers[index][kind] - 1})
-        of_a_group = dense_size - measure(config, dense.with_layers(tuple(layers)), amount)
+        index = max(range(len(dense.layers)), key=lambda i: dense.counts[i][kind])  # some layers lack this kind
+        layers = list(dense.counts)
+        layers[index] = LayerCounts({**layers[index], kind: layers[index][kind] - 1})
+        of_a_group = dense_size - measure(config, dense.resized(layers), amount)
         size -= of_a_group * leaving * share / dense.group_numel(kind)
     return size
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # they take a second to import, which only pictures need
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from loraprune_ds.model.family_row import Kind
-    from loraprune_ds.model.shapes import LayerKeep, ModelShape
+    from loraprune_ds.model.groups import Kind, LayerKeep
+    from loraprune_ds.model.shape import ModelShape
 
     Groups = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -132,11 +132,11 @@ def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]
 
     height = 1.3 + min(max(0.115 * len(dense.layers), 1.4), 9.0)
     with picture(path, (11, height), STYLE | {"axes.grid": False}) as figure:
-        most = {kind: max(layer[kind] for layer in dense.layers) for kind in dense.kinds}
+        most = {kind: max(layer[kind] for layer in dense.counts) for kind in dense.kinds}
         widths = [width for kind in dense.kinds for width in (3 if most[kind] <= MOST_CELLS_APART else 6, 1)]
         axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
         for kind, strips, counts in zip(dense.kinds, axes[::2], axes[1::2], strict=True):
-            had, have = [layer[kind] for layer in dense.layers], [len(keep[kind]) for keep in kept]
+            had, have = [layer[kind] for layer in dense.counts], [len(keep[kind]) for keep in kept]
             title, colour = PANELS[kind]
             _draw_strips(strips, [keep[kind].numpy() for keep in kept], had, colour)
             strips.set_title(f"{title}: {sum(have):,} of {sum(had):,} kept ({100 * sum(have) / sum(had):.0f} %)")

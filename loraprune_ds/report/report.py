@@ -26,7 +26,8 @@ from loraprune_ds.checkpoint.layout import (
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.flops import cached_numel
-from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
+from loraprune_ds.model.groups import LayerCounts, LayerKeep
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.report.pictures import draw_kept_groups, draw_shelf, draw_training
 from loraprune_ds.report.records import History, StepRecord
 
@@ -118,7 +119,7 @@ def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[d
         shape = dense  # there is no cut if no group could leave
         if cuts:
             layers = zip(*(getattr(cuts[-1], kind) for kind in dense.kinds), strict=True)
-            shape = dense.with_layers(tuple(LayerShape(zip(dense.kinds, counts, strict=True)) for counts in layers))
+            shape = dense.resized([LayerCounts(zip(dense.kinds, counts, strict=True)) for counts in layers])
         name = "pruned" if step == max(sizes) else "size"
         measured = [e for e in history.evaluations if e.step == step and e.name == name]
         rows.append(
@@ -138,9 +139,10 @@ def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[d
 
 def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     """Returns the tensor-parallel sizes and the quantisation groups that divide every layer."""
-    divided = [count for layer in pruned.layers for kind, count in layer.items() if kind != "experts"]
-    together = math.gcd(pruned.expert_size, *divided)  # a server splits an expert by channels. 0 without experts
-    inputs = math.gcd(*(pruned.inputs(i, linear) for i, linear in pruned.linear_ids()))
+    divided = [count for layer in pruned.counts for kind, count in layer.items() if kind != "experts"]
+    expert_size = pruned.mixture.expert_size if pruned.mixture else 0
+    together = math.gcd(expert_size, *divided)  # a server splits an expert by channels
+    inputs = math.gcd(*(linear.inputs for _, linear in pruned.linears()))
     return {
         "tensor_parallel": [size for size in range(1, together + 1) if together % size == 0],
         "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
@@ -161,7 +163,7 @@ def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: M
     """
     layers = [
         {kind: groups.tolist() for kind, groups in keep.items()} | {f"{kind}_dense": n for kind, n in layer.items()}
-        for keep, layer in zip(kept_of_dense, dense.layers, strict=True)
+        for keep, layer in zip(kept_of_dense, dense.counts, strict=True)
     ]
     lines = ",\n".join(json.dumps(layer, sort_keys=True) for layer in layers)
     write_text(folder / KEPT_GROUPS_FILE, f'{{"layers": [\n{lines}\n]}}\n')

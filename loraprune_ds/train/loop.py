@@ -15,7 +15,7 @@ from loraprune_ds.export.huggingface import begin, finish_folder, publish
 from loraprune_ds.export.model_card import ModelCard, card_of_run
 from loraprune_ds.files import finite, remove_folder, staging_of
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import EvaluationName, EvaluationRecord
 from loraprune_ds.train.checkpoints import Checkpoints, build_engine

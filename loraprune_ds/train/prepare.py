@@ -159,7 +159,7 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
     if prepared.pretrained.config.get(NEXT_TOKENS):
         gone = f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0"
         lines.append(f"{gone}. launch/export.py --mtp keeps them, cut to fit")
-    if dense.experts_per_token and config.prune.compensate != "none":
+    if dense.mixture and config.prune.compensate != "none":
         refit = f"prune.compensate: {config.prune.compensate}"
         lines.append(f"{refit} refits o_proj. Removed experts cannot be compensated")
     if config.train.distill_weight and config.model.adapter:

@@ -70,7 +70,7 @@ class PruningSteps:
             bytes_sent=cut.bytes_sent,
             weight_bytes_before=before,
             weight_bytes_after=self.weight_bytes,
-            **{kind: [layer[kind] for layer in shape.layers] for kind in shape.kinds},
+            **{kind: [layer[kind] for layer in shape.counts] for kind in shape.kinds},
         )
 
     def _find_bad_layers(self, numbers: RankNumbers) -> list[int | None]:

@@ -126,7 +126,7 @@ class Trainer:
     def _inputs(self, indices: Tensor) -> tuple[dict[str, Any], Sequence[Tensor | None]]:
         """Copies these samples to the device without waiting for it. Also returns the masks, an encoder's first."""
         inputs: dict[str, Any] = self.samples.inputs(indices)
-        rows = split_rows(**inputs) if self.model.shape.encoder_layers else None
+        rows = split_rows(**inputs) if self.model.shape.family.has_encoder else None
         inputs["supervised"] = supervised_positions(inputs["labels"])
         inputs = {name: to_device(tensor) for name, tensor in inputs.items()}
         masks = [self.samples.attention_mask(indices)]

@@ -58,11 +58,11 @@ def replace_weights(
     """
     grouped: dict[tuple[int, str], list[LinearId]] = {}
     for linear_id in linear_ids:
-        grouped.setdefault((linear_id.layer // comm.world_size, linear_id.linear.name), []).append(linear_id)
+        grouped.setdefault((linear_id.layer // comm.world_size, linear_id.name), []).append(linear_id)
     for ids_of_round in grouped.values():
         collected: dict[LinearId, CollectedLinear] = {}
         for linear_id in ids_of_round:
-            module = lora_linear(layers[linear_id.layer], linear_id.linear)
+            module = lora_linear(layers[linear_id.layer], linear_id.name)
             linear = collect_linear(module, layer_owner(linear_id.layer, comm.world_size), comm)
             if linear is not None:
                 collected[linear_id] = linear
@@ -72,7 +72,7 @@ def replace_weights(
         )
         collected.clear()
         for linear_id in ids_of_round:
-            base = cast(nn.Linear, lora_linear(layers[linear_id.layer], linear_id.linear).base_layer)
+            base = cast(nn.Linear, lora_linear(layers[linear_id.layer], linear_id.name).base_layer)
             _install(base, layer_owner(linear_id.layer, comm.world_size), results.pop(linear_id, None), comm)
     settle_shards()  # orders the refitted weights before the next gather, also without the cut that follows
 

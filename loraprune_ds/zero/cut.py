@@ -9,9 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.adapters import base_parameter, lora_linear, lora_weights, set_features, set_runtime_counts
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
-from loraprune_ds.model.storage import FrozenStorage, lora_cuts
+from loraprune_ds.model.adapters import base_parameter, lora_linear, lora_weights, set_attributes, set_features
+from loraprune_ds.model.frozen import holds_int8
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.tensors import LayerSpec
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
 from loraprune_ds.zero.optimizer import OptimizerState
@@ -21,35 +22,31 @@ ParameterCut = tuple[nn.Parameter, ReshardPlan]
 ShardCut = tuple[Tensor, ReshardPlan]  # a flat shard of that tensor, padding allowed
 
 
-def cut_layer(
-    layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep, state: OptimizerState, comm: Communicator
-) -> None:
-    """Keeps the groups in `keep` of layer `index`. `shape` is from before the cut. Collective."""
+def cut_layer(layer: nn.Module, spec: LayerSpec, keep: LayerKeep, state: OptimizerState, comm: Communicator) -> None:
+    """Keeps the groups in `keep` of a layer. `spec` is from before the cut. Collective."""
     # New shards of the optimizer state go into the old slots. `OptimizerState.rebuild` shortens these later.
-    cuts = parameter_cuts(layer, shape, index, keep, comm)
+    cuts = parameter_cuts(layer, spec, keep, comm)
     if not cuts:
         return
     carried = [(p, plan, key) for p, plan in cuts if p.requires_grad for key in state.keys()]
     state_shards = reshard([(state.shard(p, key).to(comm.device), plan) for p, plan, key in carried], comm)
     cut_parameters(cuts, comm)
-    set_sizes(layer, shape, index, keep)
+    set_sizes(layer, spec.resized(keep.counts))
     for (parameter, _, key), shard in zip(carried, state_shards, strict=True):
         state.shard(parameter, key).copy_(shard)
 
 
-def parameter_cuts(
-    layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep, comm: Communicator
-) -> list[ParameterCut]:
-    """Lists the parameters of layer `index` that get smaller. `shape` is from before the cut."""
+def parameter_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep, comm: Communicator) -> list[ParameterCut]:
+    """Lists the parameters of a layer that get smaller. `spec` is from before the cut."""
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
-    for name, kept, linear in FrozenStorage.of(layer).layer_cuts(shape, index, keep):
+    for name, kept, linear in spec.cuts(keep, int8=holds_int8(layer)):
         affected = [(base_parameter(layer, name), kept)]
         if linear:
-            module = lora_linear(layer, linear)
+            module = lora_linear(layer, linear.linear)
             for adapter in module.lora_A:  # the reference model of DPO or GRPO may be a second adapter
                 factors = lora_weights(module, adapter)
-                for which, factor_kept in lora_cuts(linear, module.r[adapter], kept, keep):
+                for which, factor_kept in linear.lora_cuts(module.r[adapter], kept, keep):
                     affected.append((factors[which], factor_kept))
         for parameter, stays in affected:
             key = (full_shape(parameter), stays.axis, id(stays.keep))
@@ -66,12 +63,11 @@ def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
         install_shard(parameter, shard, plan.cut.new_shape)
 
 
-def set_sizes(layer: nn.Module, shape: ModelShape, index: int, keep: LayerKeep) -> None:
-    """Gives the modules of a layer their sizes after the cut. `shape` is from before the cut."""
-    after = shape.with_layers((*shape.layers[:index], keep.shape, *shape.layers[index + 1 :]))
-    for linear in shape.linears(index):
-        set_features(lora_linear(layer, linear), *after.linear_shape(index, linear))
-    set_runtime_counts(layer, shape, keep.shape)
+def set_sizes(layer: nn.Module, after: LayerSpec) -> None:
+    """Gives the modules of a layer their sizes after the cut."""
+    for linear in after.linears:
+        set_features(lora_linear(layer, linear.linear), *linear.matrix)
+    set_attributes(layer, after.attributes)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """DeepSpeed's JSON. This module fills in the settings of the run config, which are "auto" in the JSON."""
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from loraprune_ds.config_file import dotted_values, find_shipped
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.storage import FrozenStorage
+from loraprune_ds.model.shape import ModelShape
 
 MAX_BUCKET = 50_000_000  # elements. Every rank allocates a full reduce bucket
 
@@ -106,7 +104,7 @@ def resolve_ds_config(
             has no value for an "auto", or DeepSpeed does not know a key or value.
     """
     resolved = read_json(Path(path), unique_keys=True)
-    stored = FrozenStorage.from_config(model).stored(shape, DTYPES[model.dtype].itemsize)
+    stored = shape.stored(DTYPES[model.dtype].itemsize, int8=model.frozen == "int8")
     check_reshardable(str(path), resolved, {tensor.element_size for tensor in stored.values()})
     _refuse(str(path), resolved, OWNED)
     owned = _owned_values(shape, world_size, train, model.dtype, lora_rank)
@@ -129,7 +127,7 @@ def resolve_ds_config(
 def _owned_values(
     shape: ModelShape, world_size: int, train: TrainConfig, dtype: Dtype, lora_rank: int
 ) -> dict[tuple[str, ...], Any]:
-    linear_sizes = [math.prod(shape.linear_shape(i, linear)) for i, linear in shape.linear_ids()]
+    linear_sizes = [linear.numel for _, linear in shape.linears()]
     return {
         ("train_batch_size",): train.global_batch_size,
         ("train_micro_batch_size_per_gpu",): train.micro_batch_size,
@@ -153,7 +151,7 @@ def _owned_values(
 
 def bucket_numel(shape: ModelShape, lora_rank: int) -> int:
     """Returns the elements of the gradient bucket: all of LoRA, up to MAX_BUCKET, but at least one layer's."""
-    per_layer = [sum(shape.layer_lora_sizes(i, lora_rank)) for i in range(len(shape.layers))]
+    per_layer = [sum(layer.lora_numel(lora_rank)) for layer in shape.layers]
     return max(max(per_layer), min(sum(per_layer), MAX_BUCKET))
 
 

@@ -25,7 +25,7 @@ from loraprune_ds.model.adapters import add_lora, differentiate_input, leaf_modu
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.ranks import check_local_rank, check_ranks, collective_timeout, gloo_interface
 from loraprune_ds.zero.comm import Communicator

@@ -12,7 +12,8 @@ from torch import nn
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
 from loraprune_ds.zero.device import settle_shards
@@ -77,25 +78,24 @@ def before_each_update(zero: DeepSpeedZeroOptimizer_Stage3, action: Callable[[],
 def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKeep]) -> None:
     """Cuts a PEFT model before an engine wraps it. Its base may already be sharded. Collective."""
     comm = Communicator()
-    for index, (layer, layer_keep) in enumerate(zip(decoder_layers(module), keep, strict=True)):
-        cuts = parameter_cuts(layer, shape, index, layer_keep, comm)
+    for layer, spec, layer_keep in zip(decoder_layers(module), shape.layers, keep, strict=True):
+        cuts = parameter_cuts(layer, spec, layer_keep, comm)
         cut_parameters([(p, plan) for p, plan in cuts if hasattr(p, "ds_tensor")], comm)
         for parameter, plan in cuts:
             if not hasattr(parameter, "ds_tensor"):
                 parameter.data = parameter.data.index_select(plan.cut.axis, plan.cut.keep.to(parameter.device))
         if cuts:
-            set_sizes(layer, shape, index, layer_keep)
+            set_sizes(layer, spec.resized(layer_keep.counts))
 
 
 @torch.no_grad()
 def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat) -> None:
     """Reads the frozen weights of all decoder layers' linears again, before an engine wraps the PEFT model."""
     comm = Communicator()
-    for index, layer in enumerate(decoder_layers(module)):
-        for linear in shape.linears(index):
-            name = f"{linear.name}.weight"
-            parameter: Any = base_parameter(layer, name)
-            full_name = f"{shape.prefix(index)}{name}"
+    for i, (layer, spec) in enumerate(zip(decoder_layers(module), shape.layers, strict=True)):
+        for linear in spec.linears:
+            parameter: Any = base_parameter(layer, linear.name)
+            full_name = f"{shape.prefix(i)}{linear.name}"
             if hasattr(parameter, "ds_tensor"):
                 start, end = owned_range(parameter.ds_numel, comm.world_size, comm.rank)
                 flat = read_flat(full_name, start, end, parameter.dtype)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family_row import Linear
 from loraprune_ds.model.frozen import Dense, storage_format
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFactors, OwnedShard
 from loraprune_ds.zero.collect import replace_weights
 from loraprune_ds.zero.comm import Communicator
@@ -67,14 +67,14 @@ class ShardedModel:
             weight, gradient = iter(gathered[: len(of_round)]), iter(gathered[len(of_round) :])
             for layer in layers:
                 factors = {}
-                for linear in self.shape.linears(layer):
-                    scaling = lora_linear(self.layers[layer], linear).scaling[ADAPTER]
+                for linear in self.shape.layers[layer].linears:
+                    scaling = lora_linear(self.layers[layer], linear.linear).scaling[ADAPTER]
                     a_and_b = (next(weight), next(weight), next(gradient), next(gradient))
-                    factors[linear.name] = LoraFactors(*a_and_b, scaling=scaling)
+                    factors[linear.linear] = LoraFactors(*a_and_b, scaling=scaling)
                 yield factors
 
-    def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
-        base = cast(nn.Linear, lora_linear(self.layers[layer], linear).base_layer)
+    def owned_weight(self, linear_id: LinearId) -> OwnedShard:
+        base = cast(nn.Linear, lora_linear(self.layers[linear_id.layer], linear_id.name).base_layer)
         flat, start = owned_flat(base.weight, self.world_size, self.rank)
         shape, stored_as = cast(tuple[int, int], full_shape(base.weight)), storage_format(base)
         owned = OwnedShard(flat.to(self.device), start, shape)
@@ -112,7 +112,7 @@ class ShardedModel:
         before = self.comm.bytes_sent
         self._empty_partition_cache()
         for i, layer_keep in enumerate(keep):
-            cut_layer(self.layers[i], self.shape, i, layer_keep, self.optimizer_state, self.comm)
+            cut_layer(self.layers[i], self.shape.layers[i], layer_keep, self.optimizer_state, self.comm)
             empty_host_cache()  # no later shard has an old size, so pinned blocks would accumulate
             fail_point("cut.layer")
         self.shape = self.shape.after(keep)
@@ -154,9 +154,9 @@ class ShardedModel:
     def lora_parameters(self, layer: int) -> dict[str, nn.Parameter]:
         """Returns A and B of each linear of a layer, in this order, as "{linear}.lora_A"."""
         parameters = {}
-        for linear in self.shape.linears(layer):
-            a, b = lora_weights(lora_linear(self.layers[layer], linear))
-            parameters |= {f"{linear.name}.lora_A": a, f"{linear.name}.lora_B": b}
+        for linear in self.shape.layers[layer].linears:
+            a, b = lora_weights(lora_linear(self.layers[layer], linear.linear))
+            parameters |= {f"{linear.linear}.lora_A": a, f"{linear.linear}.lora_B": b}
         return parameters
 
     def _all_lora_parameters(self) -> list[list[nn.Parameter]]:

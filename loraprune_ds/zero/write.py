@@ -111,20 +111,21 @@ def _file_tensors(
     model: ShardedModel, k: int, dtype: torch.dtype, tensors_of: TensorsOf, trained: bool
 ) -> dict[str, Tensor]:
     """Gathers file k on one rank: a layer, or embedding, norm and head. Empty elsewhere. Collective."""
-    shape, owner, keep_fp32, tensors = model.shape, model.owner(k), model.shape.keep_fp32, dict[str, Tensor]()
+    shape, owner, tensors = model.shape, model.owner(k), dict[str, Tensor]()
     if k < len(shape.layers):
         parent, prefix = model.layers[k], shape.prefix(k)
-        for linear in shape.linears(k):
-            collected = collect_linear(lora_linear(parent, linear), owner, model.comm)
+        for linear in shape.layers[k].linears:
+            collected = collect_linear(lora_linear(parent, linear.linear), owner, model.comm)
             if collected is not None:
-                tensors |= {f"{prefix}{linear.name}.{name}": x for name, x in tensors_of(collected).items()}
+                tensors |= {f"{prefix}{linear.linear}.{name}": x for name, x in tensors_of(collected).items()}
             del collected
-        names = [*shape.others(k), *(companion.name for companion in shape.companions(k))]
+        others = shape.layers[k].others
     else:
-        parent, prefix, names = cast(Any, model.module).get_base_model(), "", list(shape.outer_parameters)
-    others = {prefix + name: plain_parameter(parent, name, trained=trained) for name in names}
-    for name, tensor in collect_named(others, owner, model.comm).items():
-        tensors[name] = tensor if name in keep_fp32 else tensor.to(dtype)
+        parent, prefix, others = cast(Any, model.module).get_base_model(), "", shape.outer
+    keep_fp32 = {prefix + tensor.name: tensor.keep_fp32 for tensor in others}
+    parameters = {prefix + x.name: plain_parameter(parent, x.name, trained=trained) for x in others}
+    for name, tensor in collect_named(parameters, owner, model.comm).items():
+        tensors[name] = tensor if keep_fp32[name] else tensor.to(dtype)
     return tensors
 
 

@@ -21,7 +21,6 @@ from loraprune_ds.evaluate.evaluation import measure_speed
 from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.files import read_json
 from loraprune_ds.model.embedded import embedded_model_dir
-from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format, stored_tensors
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.pruning.criterion import gradient_estimate
@@ -32,6 +31,7 @@ from tests.benchmarks.memory import Peak
 from tests.benchmarks.quality import digest
 from tests.benchmarks.quality_settings import PERCENTS
 from tests.benchmarks.running import RESULTS, record
+from tests.families import LLAMA_LINEARS
 
 OTHERS = {"lora": (BLUE, "o"), "fisher": (GREEN, "^"), "magnitude": (ORANGE, "s")}  # beside the gradient of W
 WIDTHS = {"heads": 9, "channels": 1536}  # of a layer of the expanded SmolLM2

@@ -59,21 +59,21 @@ class InputSizes(StepRecorder):
 
     def __init__(self, metric: Metric, model: PrunableModel) -> None:
         super().__init__()
-        self._metric, self._model, self._linear_ids = metric, model, model.shape.input_linear_ids()
-        hook_inputs(model, self._linear_ids, self._see)
+        self._metric, self._model, self._linears = metric, model, model.shape.input_linears()
+        hook_inputs(model, self._linears, self._see)
 
     def scores(self, step: int) -> GroupSums:
         """Scores this rank's shard of W' by the inputs of all ranks, and adds the scores up over the ranks."""
         model, factors = self._model, list(self._model.lora_factors())
         parts: list[Tensor] = []
-        for linear_id in self._linear_ids:
-            layer, linear = linear_id
+        for layer, linear in self._linears:
+            linear_id = LinearId(layer, linear.linear)
             tokens, sums = model.sum_over_ranks(self._recorded[linear_id]).tensor_split([1])
-            shard = model.owned_weight(layer, linear)
-            columns = score_shard(shard, factors[layer][linear.name], self._metric.element, axis=1)
+            shard = model.owned_weight(linear_id)
+            columns = score_shard(shard, factors[layer][linear.linear], self._metric.element, axis=1)
             scores = columns * self._metric.size(tokens, *sums.chunk(2))
-            parts.append(scores.view(-1, model.shape.group_width(linear)).sum(1))
-        return add_over_ranks(model, self._linear_ids, parts, step)
+            parts.append(scores.view(-1, linear.group_width).sum(1))
+        return add_over_ranks(model, self._linears, parts, step)
 
     @torch.no_grad()
     def _see(self, linear_id: LinearId, inputs: Tensor) -> None:
@@ -88,23 +88,22 @@ class WeightGradients(StepRecorder):
     def __init__(self, model: PrunableModel) -> None:
         super().__init__()
         self._model = model
-        for linear_id in model.shape.linear_ids():
-            module = lora_linear(model.layers[linear_id.layer], linear_id.linear)
-            module.register_forward_hook(partial(self._tap, linear_id))
+        for layer, linear in model.shape.linears():
+            module = lora_linear(model.layers[layer], linear.linear)
+            module.register_forward_hook(partial(self._tap, LinearId(layer, linear.linear)))
 
     def scores(self, step: int) -> GroupSums:
         """Sums the elements of each group."""
         model, shape, parts = self._model, self._model.shape, list[Tensor]()
         factors = list(model.lora_factors())
-        for linear_id in shape.linear_ids():
-            layer, linear = linear_id
-            shard = model.owned_weight(layer, linear)
-            weight = effective_weight(shard.decode(shard.flat.view(shard.shape), 0), factors[layer][linear.name])
+        for layer, linear in shape.linears():
+            linear_id = LinearId(layer, linear.linear)
+            shard = model.owned_weight(linear_id)
+            weight = effective_weight(shard.decode(shard.flat.view(shard.shape), 0), factors[layer][linear.linear])
             sums = weight.mul_(self._recorded[linear_id]).abs_().sum(1 - linear.axis).double()
-            of_parts = sums.split(shape.part_sizes(layer, linear.parts))
-            for part, rows in zip(linear.parts, of_parts, strict=True):
-                parts.append(rows.view(-1, shape.width(part.width)).sum(1))
-        return GroupSums(shape, shape.linear_ids(), parts, step)
+            of_runs = sums.split([run.size for run in linear.runs])
+            parts += [rows.view(-1, run.width).sum(1) for run, rows in zip(linear.runs, of_runs, strict=True)]
+        return GroupSums(shape, shape.linears(), parts, step)
 
     def _tap(self, linear_id: LinearId, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor | None:
         # The output of the LoRA layer has the same gradient as the part from W. That part has none in the first layer.

@@ -26,7 +26,7 @@ from loraprune_ds.evaluate.models import find_model
 from loraprune_ds.export.formats import export
 from loraprune_ds.export.huggingface import copy_model
 from loraprune_ds.export.lora import find_source
-from loraprune_ds.model.family import PRUNED
+from loraprune_ds.model.families.base import PRUNED
 from tests.benchmarks.running import make_parser, origin
 
 WORKER = Path(__file__).with_name("serve_worker.py")

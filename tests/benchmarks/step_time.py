@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 
 from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.train.checkpoints import build_engine
 from loraprune_ds.train.prepare import Prepared, prepare
@@ -58,7 +58,7 @@ def short_run(model: str, prune: PruneConfig, steps: int) -> RunConfig:
 
 def flops_per_token(shape: ModelShape, window: int) -> float:
     """Counts multiply-adds of a forward pass times two: linears, head, and attention over half the window."""
-    attention = sum(x["heads"] * shape.queries_per_group * shape.head_dim * window for x in shape.layers)
+    attention = sum(x.width * window for x in shape.attention)
     return 2 * (shape.linear_numel() + shape.vocab_size * shape.hidden_size + attention)
 
 

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.family_row import Kind
+from loraprune_ds.model.groups import Kind
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape
-from loraprune_ds.model.storage import FrozenStorage
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.weight_files import write_index, write_weight_file
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request, changed
@@ -94,10 +93,10 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     """The run itself, on the checkpoint in `folder`."""
     shape = shape_from_config(config_json(name), name)
     int8 = name.endswith(INT8)
-    held = FrozenStorage(int8).stored(shape, 2).values()
+    held = shape.stored(2, int8=int8).values()
     write_ds_config(folder / "ds.json", shape)
     shard = sum(tensor.element_size * partition_numel(torch.Size(tensor.shape).numel(), RANKS) for tensor in held)
-    layer = 2 * shape.layer_numel(0)
+    layer = 2 * shape.layers[0].numel
     limit = shard + layer + SLACK
     watched = run_ranks(folder, limit, control=False, int8=int8)
     assert (watched.killed, watched.exit_code) == (None, 0), watched

@@ -129,7 +129,7 @@ def train_and_export(
     merged = partial(merged_tensors, dtype="bfloat16")
     phases.measure("export", lambda: write_sharded_model(model, exported, "bfloat16", merged))
     trained = evaluate(trainer.engine.deepspeed, ids)
-    layers = [dict(layer) for layer in model.shape.layers]
+    layers = [dict(layer) for layer in model.shape.counts]
     return {"losses": losses, "loss_trained": trained, "layers_at_the_end": layers}
 
 

@@ -24,7 +24,7 @@ from trl.trainer.utils import use_adapter
 
 from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names, unshare_bias
 from loraprune_ds.files import read_json
-from loraprune_ds.model.shapes import LayerKeep
+from loraprune_ds.model.groups import LayerKeep
 from tests.integration.launching import ROOT
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, gather_everywhere

@@ -108,7 +108,7 @@ def test_the_shelf(straight: Path) -> None:
     for row in (first, last):
         model = open_pretrained(straight / row["folder"]).shape
         assert model.total_numel() == row["parameters"]
-        assert row["kv_bytes_per_token"] == 2 * 2 * model.head_dim * sum(layer["heads"] for layer in model.layers)
+        assert row["kv_bytes_per_token"] == 2 * 2 * model.head_dim * sum(layer["heads"] for layer in model.counts)
     models = [model.name for model in read_results([straight])]
     assert models == ["out/model-0.2", "out"]
     assert "0.2 " in summary_table(report, straight)

@@ -44,7 +44,7 @@ def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
     assert not any(info.values()), info
     assert type(loaded) is type(whole)
     assert load_config(out / "config.yaml").prune.ranking == "uniform"
-    cut, left = metrics(out, "cut")[-1], open_pretrained(out / "model").shape.layers
+    cut, left = metrics(out, "cut")[-1], open_pretrained(out / "model").shape.counts
     assert {kind: [layer[kind] for layer in left] for kind in left[0]} == {kind: cut[kind] for kind in left[0]}
     assert 0 < left[0]["delta"] < 5
     given = {name: x for name, x in whole.state_dict().items() if "visual" in name}

@@ -15,9 +15,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
-from loraprune_ds.model.family import LLAMA_LINEARS
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.lora_product import FusedLoraLinear
-from loraprune_ds.model.shapes import LayerKeep
+from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import check_same_mask
@@ -26,6 +26,7 @@ from loraprune_ds.zero import engine, sharded
 from loraprune_ds.zero.flat import GATHERED_NUMEL, owned_range
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
+from tests.families import LLAMA_LINEARS, LlamaLinear
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 from tests.refusals import refused
 
@@ -83,7 +84,7 @@ def score_shards_and_whole(job: Job, corrupt: bool = False, gathered_numel: int 
         for i in range(len(model.layers))
     ]
     if corrupt and model.rank == model.world_size - 1:
-        shard = model.owned_weight(1, LLAMA_LINEARS[1]).flat
+        shard = model.owned_weight(LinearId(1, LLAMA_LINEARS[1].name)).flat
         shard[len(shard) // 2] += 0.5
     with recorded_collectives() as calls, patch.object(sharded, "GATHERED_NUMEL", gathered_numel):
         scores = score_groups(model, "lora", 2).by_layer("none")
@@ -97,8 +98,8 @@ def score_shards_and_whole(job: Job, corrupt: bool = False, gathered_numel: int 
     }
 
 
-def _weight(trainer: Trainer, layer: int, linear: Any) -> Any:
-    return lora_linear(trainer.model.layers[layer], linear).base_layer.weight
+def _weight(trainer: Trainer, layer: int, linear: LlamaLinear) -> Any:
+    return lora_linear(trainer.model.layers[layer], linear.name).base_layer.weight
 
 
 def _trainable(trainer: Trainer) -> list[Any]:
@@ -120,7 +121,7 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
 
 def some_keep(trainer: Trainer, heads: list[int], channels: list[int]) -> list[LayerKeep]:
     """Keeps these groups in layers 1 and 2, and everything in the others."""
-    dense = trainer.model.shape.layers
+    dense = trainer.model.shape.counts
     chosen = LayerKeep(heads=torch.tensor(heads), channels=torch.tensor(channels))
     whole = [LayerKeep(heads=torch.arange(layer["heads"]), channels=torch.arange(layer["channels"])) for layer in dense]
     return [chosen if i in (1, 2) else keep for i, keep in enumerate(whole)]
@@ -206,7 +207,7 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
 
 
 def _lora_in_order(trainer: Trainer) -> list[Any]:
-    linears = (lora_linear(layer, linear) for layer in trainer.model.layers for linear in LLAMA_LINEARS)
+    linears = (lora_linear(layer, linear.name) for layer in trainer.model.layers for linear in LLAMA_LINEARS)
     return [weight for linear in linears for weight in lora_weights(linear)]
 
 
@@ -226,7 +227,7 @@ def poisoned(job: Job, where: str) -> str:
     trainer = build(job)
     if where == "loss":
         if trainer.model.rank == 0:
-            trainer.model.owned_weight(2, LLAMA_LINEARS[-1]).flat[0] = float("nan")
+            trainer.model.owned_weight(LinearId(2, LLAMA_LINEARS[-1].name)).flat[0] = float("nan")
     elif where == "gradient":
         exchange = trainer.pruning_steps.exchange
 
@@ -254,8 +255,8 @@ class _PoisonedScores:  # stands in for a PrunableModel
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def owned_weight(self, layer: int, linear: Any) -> Any:
-        shard = self._model.owned_weight(layer, linear)
-        if layer == 1:
+    def owned_weight(self, linear_id: LinearId) -> Any:
+        shard = self._model.owned_weight(linear_id)
+        if linear_id.layer == 1:
             shard.flat[0] = float("inf")
         return shard

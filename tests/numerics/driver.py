@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.experts import as_in_peft
+from loraprune_ds.model.frozen import holds_int8
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
-from loraprune_ds.model.storage import FrozenStorage
 from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.schedule import Schedule, Section, plan_pruning
@@ -135,9 +135,9 @@ def random_lora(folder: Path) -> dict[str, Tensor]:
     shape = open_pretrained(folder).shape
     generator = torch.Generator().manual_seed(2)
     lora: dict[str, Tensor] = {}
-    for i, linear in shape.linear_ids():
-        name = f"{shape.prefix(i).removeprefix('model.')}{linear.name}.lora_"
-        for factor, size in zip("AB", shape.lora_shapes(i, linear, 4), strict=True):
+    for i, linear in shape.linears():
+        name = f"{shape.prefix(i).removeprefix('model.')}{linear.linear}.lora_"
+        for factor, size in zip("AB", linear.lora_shapes(4), strict=True):
             lora[name + factor] = torch.randn(size, generator=generator) * 0.2
     return lora
 
@@ -148,7 +148,7 @@ def in_file(lora: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     for i in range(len(shape.layers)):
         prefix = shape.prefix(i).removeprefix("model.")
         own = {name.removeprefix(prefix): factor for name, factor in lora.items() if name.startswith(prefix)}
-        found |= {f"{prefix}{name}": factor for name, factor in as_in_peft(own, shape.linears(i)).items()}
+        found |= {f"{prefix}{name}": factor for name, factor in as_in_peft(own, shape.layers[i].linears).items()}
     return found
 
 
@@ -262,9 +262,9 @@ def run_steps(trainer: Trainer, job: Job) -> Outcome:
 def expected_bytes(job: Job, model: ShardedModel) -> int:
     """Counts the shards of the weights, and of LoRA with fp32 masters, two moments and gradients, and the bucket."""
     (bucket, *_), element_size = model.zero_optimizer.ipg_buckets.values(), 4 if job.dtype == "float32" else 2
-    stored = FrozenStorage.of(model.module).stored(model.shape, element_size).values()
+    stored = model.shape.stored(element_size, int8=holds_int8(model.module)).values()
     frozen = sum(x.element_size * partition_numel(math.prod(x.shape), model.world_size) for x in stored)
-    lora = sum(partition_numel(numel, model.world_size) for numel in model.shape.lora_sizes(job.lora_r))
+    lora = sum(partition_numel(numel, model.world_size) for numel in model.shape.lora_numel(job.lora_r))
     return frozen + (element_size + 4 + 8 + 4) * lora + 4 * bucket.buffer.numel()
 
 

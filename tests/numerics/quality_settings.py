@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.shapes import LayerKeep
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.train.data.samples import PADDING_ID
 from loraprune_ds.train.trainer import Trainer
@@ -40,9 +40,11 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
 
     handles = [trainer.engine.deepspeed.register_forward_pre_hook(see_ids, with_kwargs=True)]
     handles += [
-        lora_linear(trainer.model.layers[i], linear).register_forward_pre_hook(partial(see, f"{i}.{linear.name}"))
-        for i, linear in trainer.model.shape.linear_ids()
-        if linear.name in INPUTS
+        lora_linear(trainer.model.layers[i], linear.linear).register_forward_pre_hook(
+            partial(see, f"{i}.{linear.linear}")
+        )
+        for i, linear in trainer.model.shape.linears()
+        if linear.linear in INPUTS
     ]
     yield seen
     for handle in handles:
@@ -52,12 +54,12 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
 def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str, dict[str, Tensor]]:
     """Gathers weight, bias and LoRA of linears of all layers, by names like "1.mlp.down_proj"."""
     found = {}
-    for i, linear in (x for x in trainer.model.shape.linear_ids() if x.linear.name in names):
-        module = lora_linear(trainer.model.layers[i], linear)
+    for i, linear in ((i, x) for i, x in trainer.model.shape.linears() if x.linear in names):
+        module = lora_linear(trainer.model.layers[i], linear.linear)
         own: dict[str, Any] = {n.split(".")[0]: p for n, p in module.named_parameters() if not n.endswith("bias")}
         if module.base_layer.bias is not None:
             own["bias"] = module.base_layer.bias
-        found[f"{i}.{linear.name}"] = {n: gather_everywhere(trainer.model, p) for n, p in own.items()}
+        found[f"{i}.{linear.linear}"] = {n: gather_everywhere(trainer.model, p) for n, p in own.items()}
     return found
 
 
@@ -80,7 +82,7 @@ def compensate_once(job: Job, *kept: list[int]) -> dict[str, Any]:
     chosen = LayerKeep(zip(trainer.model.shape.kinds, map(torch.tensor, kept), strict=True))
     keep = [chosen if i in CUT_LAYERS else k for i, k in enumerate(everything)]
     held = storage_bytes(compensator.moments.sums.values())
-    owned = {f"{linear_id.layer}.{linear_id.linear.name}" for linear_id in compensator.moments.sums}
+    owned = {f"{linear_id.layer}.{linear_id.name}" for linear_id in compensator.moments.sums}
     compensator.compensate(keep, 1)
     after = whole_layers(trainer)
     trainer.model.cut(keep)
@@ -93,7 +95,7 @@ def compensate_once(job: Job, *kept: list[int]) -> dict[str, Any]:
         "owned": owned,
         "moment_bytes": held,
         "moments": {
-            f"{key.layer}.{key.linear.name}": value / compensator.moments.tokens
+            f"{key.layer}.{key.name}": value / compensator.moments.tokens
             for key, value in compensator.moments.sums.items()
         },
         "next_loss": trainer.step(3).loss,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.model.flops import needed_flops_per_token
+from loraprune_ds.model.shape import LinearId
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero import collect, engine, lora_state, params
 from loraprune_ds.zero.device import accelerator
@@ -109,7 +110,7 @@ class Watched:
 def watch(job: Job) -> dict[str, tuple[bool, bool]]:
     trainer, watched = build(job), Watched()
     model = trainer.model
-    ids = model.shape.input_linear_ids([1])
+    ids = [LinearId(i, linear.linear) for i, linear in model.shape.input_linears([1])]
 
     def zeros(layer: int, name: str, start: int, end: int) -> Tensor:
         return torch.zeros(end - start)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
 from loraprune_ds.zero.flat import GATHERED_NUMEL, partition_numel
 from loraprune_ds.zero.optimizer import OptimizerState
+from tests.families import LLAMA_LINEARS
 from tests.numerics import cutting
 from tests.numerics.driver import Job, equal_scores, tiny_job
 from tests.oracle.formula import group_scores
@@ -139,7 +139,7 @@ def sliced(name: str, tensor: Tensor, heads: list[int] = KEPT_HEADS, channels: l
     if name.endswith("bias") and linear.axis == 1:
         return tensor
     groups = heads if linear.kind == "heads" else channels
-    width = 1 if linear.kind == "channels" else HEAD_DIM * (HEADS // KV_HEADS if QUERIES in linear.parts else 1)
+    width = 1 if linear.kind == "channels" else HEAD_DIM * (HEADS // KV_HEADS if linear.queries else 1)
     rows = torch.tensor([g * width + j for g in groups for j in range(width)])
     return tensor.index_select(linear.axis if tensor.dim() == 2 else 0, rows)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.family import FAMILIES
-from tests.families import families
+from tests.families import families, kinds
 from tests.numerics.driver import family_job, train
 from tests.paper import PAPER
 from tests.ranks import RankPool
@@ -54,7 +54,7 @@ def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("family", families(*IN_CI))
 def test_sharded_equals_the_stock_model(ranks: RankPool, tmp_path: Path, family: str) -> None:
-    heads_go = FAMILIES[family].mixture and "heads" in {*FAMILIES[family].kinds} - {*FAMILIES[family].fixed}
+    heads_go = FAMILIES[family].has_experts and "heads" in {*kinds(family)} - {*FAMILIES[family].fixed}
     prune: dict[str, Any] = PRUNE | ({"head_ratio": 0.4} if heads_go else {})
     if family == "helium":  # whose heads stay, so 0.265 of it can go
         prune |= {"ratio": 0.25}

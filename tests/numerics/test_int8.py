@@ -12,13 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT, Int8
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
-from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.model.weight_files import as_on_disk, write_index, write_weight_file
 from loraprune_ds.pruning.step import all_groups
-from tests.families import MIXED, MIXTURES, TINY, families
+from tests.families import LLAMA_LINEARS, MIXED, MIXTURES, TINY, families
 from tests.integration.resuming import assert_equal_tensors
 from tests.numerics.cutting import whole_state
 from tests.numerics.driver import Job, Outcome, assert_same_outcome, build, family_job, tiny_job, train
@@ -55,7 +54,7 @@ def read_left(job: Job, outcome: Outcome) -> dict[str, Tensor]:
     kinds = pretrained.shape.kinds
     keep = [LayerKeep(zip(kinds, map(torch.tensor, kept), strict=True)) for kept in outcome.kept[-1]]
     left, dtype = pretrained.weights.cut(keep), DTYPES[job.dtype]
-    held = left.storage.stored(left.shape, dtype.itemsize)
+    held = left.shape.stored(dtype.itemsize, int8=left.int8)
     return {n: left.read_stored(n, 0, torch.Size(x.shape).numel(), dtype).view(x.shape) for n, x in held.items()}
 
 

@@ -15,7 +15,7 @@ from loraprune_ds.config import LoraConfig, PruneConfig
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.pruning.target import make_limits
@@ -28,10 +28,10 @@ Batch = tuple[Tensor, Tensor]
 def fresh_lora(shape: ModelShape, r: int = 2) -> dict[str, Tensor]:
     """Draws A by the layer. B is zero, so LoRA adds nothing at first."""
     lora: dict[str, Tensor] = {}
-    for i, linear in shape.linear_ids():
-        a, b = shape.lora_shapes(i, linear, r)
-        lora[f"layers.{i}.{linear.name}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
-        lora[f"layers.{i}.{linear.name}.lora_B"] = torch.zeros(b)
+    for i, linear in shape.linears():
+        a, b = linear.lora_shapes(r)
+        lora[f"layers.{i}.{linear.linear}.lora_A"] = torch.randn(a, generator=torch.Generator().manual_seed(i))
+        lora[f"layers.{i}.{linear.linear}.lora_B"] = torch.zeros(b)
     return lora
 
 
@@ -43,7 +43,7 @@ def in_peft(name: str) -> str:
 def build_model(folder: Path, lora: dict[str, Tensor], *, alpha: float, dtype: torch.dtype) -> PeftModel:
     """The saved model with the oracle's adapter ("layers.{i}.{linear}.lora_A") in place of a fresh one."""
     rank, source = next(iter(lora.values())).shape[0], open_pretrained(folder)
-    if (shape := source.shape).encoder_layers:
+    if (shape := source.shape).family.has_encoder:
         base: Any = reopened(source)
         base.to(dtype)
     else:
@@ -100,10 +100,10 @@ class PlainRun:
         """The loss of the global batch, micro-batch by micro-batch."""
         self.optimizer.zero_grad()
         supervised, total = int((batch[1][:, 1:] != -100).sum()), 0.0
-        size = 1 if self.prunable.shape.encoder_layers else self.micro_batch_size
+        size = 1 if self.prunable.shape.family.has_encoder else self.micro_batch_size
         for ids, targets in zip(*(t.split(size) for t in batch), strict=True):
             begin, inputs = 0, {"input_ids": ids}
-            if self.prunable.shape.encoder_layers:  # a sample of source and target
+            if self.prunable.shape.family.has_encoder:  # a sample of source and target
                 begin = int((targets[0] != -100).nonzero()[0]) - 1
                 inputs = {"input_ids": ids[:, :begin], "decoder_input_ids": ids[:, begin:]}
             with self.pruner.record_forward(None, None):

@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Iterable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,32 +12,54 @@ from torch import Tensor
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
+from loraprune_ds.model.groups import LayerCounts, LayerKeep
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import Attribute, LayerSpec, TensorSpec
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way, uniform_goal
 from loraprune_ds.pruning.target import make_limits
 from tests.paper import PAPER
 
-KINDS = FAMILIES["llama"].kinds
+KINDS = ("heads", "channels")
+
+
+def make_layer(marks: Iterable[TensorSpec | Attribute], hidden: int) -> LayerSpec:
+    """A layer of these tensors, whose other axis is the hidden one, with two norms."""
+    marks = list(marks)
+    tensors = [resize(mark, hidden) for mark in marks if isinstance(mark, TensorSpec)]
+    tensors += [TensorSpec(f"{name}_layernorm.weight", shape=(hidden,)) for name in ("input", "post_attention")]
+    return LayerSpec(0, tuple(tensors), tuple(mark for mark in marks if isinstance(mark, Attribute)))
+
+
+def resize(mark: TensorSpec, hidden: int) -> TensorSpec:
+    along = sum(run.size for run in mark.runs)
+    return replace(mark, shape=(along, hidden) if mark.axis == 0 else (hidden, along))
 
 
 def make_shape(
     layers: list[tuple[int, int]], *, hidden: int = 16, head_dim: int = 4, queries_per_group: int = 1
 ) -> ModelShape:
     """A Llama of (heads, channels) per layer."""
-    norms = {f"{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
     outer = {"model.embed_tokens.weight": (50, hidden), "model.norm.weight": (hidden,), "lm_head.weight": (50, hidden)}
+    configs = {
+        (heads, channels): SimpleNamespace(
+            hidden_size=hidden,
+            vocab_size=50,
+            head_dim=head_dim,
+            num_attention_heads=heads * queries_per_group,
+            num_key_value_heads=heads,
+            intermediate_size=channels,
+        )
+        for heads, channels in layers
+    }
+    made = {counts: make_layer(FAMILIES["llama"].layer(c, 0), hidden) for counts, c in configs.items()}
     return ModelShape(
         model_type="llama",
-        hidden_size=hidden,
-        head_dim=head_dim,
-        queries_per_group=queries_per_group,
-        vocab_size=50,
-        tie_word_embeddings=False,
-        layers=tuple(LayerShape(heads=heads, channels=channels) for heads, channels in layers),
-        layer_others=dict.fromkeys(range(len(layers)), norms),
-        outer_parameters=outer,
+        kinds=KINDS,
+        layers=tuple(made[counts] for counts in layers),
+        outer=tuple(TensorSpec(name, shape=shape) for name, shape in outer.items()),
+        config=configs[layers[0]],
     )
 
 
@@ -43,7 +67,7 @@ SMOLLM2 = make_shape([(3, 1536)] * 30, hidden=576, head_dim=64, queries_per_grou
 LLAMA_7B = make_shape([(32, 11008)] * 32, hidden=4096, head_dim=128)
 
 
-def uniform_counts(limits: Limits, target: float, final: float) -> LayerShape:
+def uniform_counts(limits: Limits, target: float, final: float) -> LayerCounts:
     """The counts of `uniform` where `target` is due on the way to `final`."""
     return counts_on_the_way(limits, (uniform_goal(limits, final), limits.open_counts), target / final)
 
@@ -55,7 +79,7 @@ def random_scores_of(shape: ModelShape, generator: torch.Generator, *, levels: i
         scores = torch.rand(count, generator=generator, dtype=torch.float64)
         return scores if levels is None else (scores * levels).floor()
 
-    return [LayerScores({kind: draw(layer[kind]) for kind in shape.kinds}) for layer in shape.layers]
+    return [LayerScores({kind: draw(layer[kind]) for kind in shape.kinds}) for layer in shape.counts]
 
 
 def random_shape(draw: random.Random, *, uniform: bool) -> ModelShape:

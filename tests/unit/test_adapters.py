@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.model import adapters
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.shape import LinearId
+from tests.families import LLAMA_LINEARS
 from tests.oracle.models import make_lora, make_tiny_llama
 from tests.refusals import edit, must_name, truncate
 
@@ -55,11 +56,12 @@ def test_lora_is_on_all_seven_linears_and_only_lora_is_trained(folder: Path, dty
     assert trained == set(lora_of(model))
     assert len(trained) == LAYERS * len(LLAMA_LINEARS) * 2
     assert {tensor.dtype for tensor in lora_of(model).values()} == {dtype}
+    shape = open_pretrained(folder).shape
     for i, layer in enumerate(decoder_layers(model)):
         for linear in LLAMA_LINEARS:
-            module = adapters.lora_linear(layer, linear)
+            module = adapters.lora_linear(layer, linear.name)
             a, b = adapters.lora_weights(module)
-            out_features, in_features = open_pretrained(folder).shape.linear_shape(i, linear)
+            out_features, in_features = shape.linear(LinearId(i, linear.name)).matrix
             assert (a.shape, b.shape) == ((4, in_features), (out_features, 4))
             assert a.abs().max() > 0
             assert not b.any()

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning import compensate, taps
 from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.zero import device, params
@@ -46,7 +47,7 @@ def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.M
     model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, reduce_to=lambda owner, part: part)
     moments = InputMoments(model, [0], decay=0.0)
     with moments.record_forward(None):
-        moments._record(shape.input_linear_ids()[0], torch.randn(1, 5, 4).bfloat16())
+        moments._record(LinearId(0, shape.input_linears()[0][1].linear), torch.randn(1, 5, 4).bfloat16())
     asked.assert_called_once_with(torch.bfloat16, torch.device("cpu"))
 
 

@@ -13,7 +13,7 @@ from loraprune_ds.config import Dtype, Frozen, ModelConfig, RunConfig, TrainConf
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.zero.ds_config import MAX_BUCKET, OWNED, REFUSED_KEYS, bucket_numel, resolve_ds_config
 from tests.families import MIXTURES, tiny_config
 from tests.integration.launching import ROOT

@@ -23,8 +23,8 @@ from loraprune_ds.evaluate.settings import (
     SpeedSettings,
 )
 from loraprune_ds.model.classes import causal_lm_class, config_class
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape
 from tests.export_cases import CASES, Case, dense_model, exported_config
 from tests.families import tiny_config
 from tests.published import sizes_of
@@ -57,7 +57,7 @@ PRUNED = replace(
     kind="run",
     method="lora, uniform",
     removed_fraction=0.25,
-    cost=count_cost(SHAPE.with_layers((LayerShape(heads=2, channels=1024),) * 30), SMOLLM, 128, 4),
+    cost=count_cost(SHAPE.resized([LayerCounts(heads=2, channels=1024)] * 30), SMOLLM, 128, 4),
     perplexity=Perplexity(75.0, 20320, 160),
     speed=Speed(1500.0, 30.0, 1_500_000),
 )
@@ -105,8 +105,8 @@ FULL, SLIDING = (1 + 2 + 3 + 4 + 5 + 6) / 6, (1 + 2 + 3 + 4 + 4 + 4) / 6
 def test_context_is_the_mean_over_the_window_and_the_heads(family: str, window: int | None, context: float) -> None:
     config = tiny_config(family).to_dict() | {"sliding_window": window}
     dense = shape_from_config(config, family)
-    first, second = dense.layers
-    shape = dense.with_layers((LayerShape({**first, "heads": 3}), LayerShape({**second, "heads": 1})))
+    first, second = dense.counts
+    shape = dense.resized((LayerCounts({**first, "heads": 3}), LayerCounts({**second, "heads": 1})))
     assert count_cost(shape, config, 6, 4).macs_per_token.mean_context == pytest.approx(context)
 
 

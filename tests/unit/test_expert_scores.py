@@ -13,8 +13,9 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
@@ -110,7 +111,7 @@ def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) ->
     network, masks = dense(family), dict[int, Tensor]()
     recorder = MaskGradients(cast(Any, PlainModel(network.model, network.shape)))
 
-    counts, linear_ids = dict[int, list[int]](), network.shape.input_linear_ids()
+    counts, linears = dict[int, list[int]](), network.shape.input_linears()
 
     def masked(layer: int) -> Any:
         def hook(module: Any, inputs: tuple[Tensor, list[int]], output: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) ->
         find_experts(decoder_layers(network.model)[i]).down.register_forward_hook(masked(i))
     with recorder.record():
         network.model(input_ids=PROMPT, use_cache=False).logits.square().mean().backward()
-        found = {x.layer: sums for x, sums in zip(linear_ids, recorder.sums(), strict=True) if x.linear.is_stack}
+        found = {i: sums for (i, x), sums in zip(linears, recorder.sums(), strict=True) if x.stack}
     for i in counts:
         grad = masks[i].grad
         assert grad is not None
@@ -158,7 +159,7 @@ def test_every_group_loses_as_many(ranking: Any) -> None:
     config = PruneConfig(ratio=0.3, protected_first=0, protected_last=0, ranking=ranking)
     scores = [
         LayerScores((kind, torch.rand(n, generator=generator) + (torch.arange(n) >= 6)) for kind, n in layer.items())
-        for layer in shape.layers
+        for layer in shape.counts
     ]
     limits = make_limits(config, shape)
     if ranking == "uniform":
@@ -194,7 +195,7 @@ def test_the_correction_stays_fp32(tmp_path: Path) -> None:
     name = f"model.layers.1.mlp.gate.{CORRECTION}"
     for found in weights.read_stored(name, 0, 23, torch.bfloat16), weights.read_full(name, torch.bfloat16):
         assert torch.equal(found, model.get_buffer(name))
-    stored = weights.storage.stored(weights.shape, 2)
+    stored = weights.shape.stored(2, int8=weights.int8)
     assert [x for x, tensor in stored.items() if tensor.element_size == 4] == [name]
 
 
@@ -204,6 +205,6 @@ def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"model.layers.2.eh_proj.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
-    assert open_pretrained(tmp_path).shape.layers[1]["experts"] == 23
+    assert open_pretrained(tmp_path).shape.counts[1]["experts"] == 23
     save_file(tensors | {"model.layers.3.eh_proj.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
     must_name("model.layers.3.eh_proj.weight", open_pretrained, tmp_path)

@@ -36,7 +36,7 @@ from tests.family_cuts import PROMPT, Network, dense, difference, draw, reopened
 from tests.published import MIXTURES
 from tests.refusals import must_name
 
-KINDS = tuple(name for name, family in FAMILIES.items() if family.mixture)
+KINDS = tuple(name for name, family in FAMILIES.items() if family.has_experts)
 IN_ONE = {"gpt_oss": 4, "granitemoe": 2, "gemma4_text": 2}  # tensors on disk that hold all experts of a layer
 TOLERANCE = 1e-5  # sums in another order, some 1e-7 each; a wrong expert moves the logits by about 1
 
@@ -45,14 +45,14 @@ def merged_stacks(network: Network) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Returns transformers' tensors of W + s·B·A, written once more, with the leaves A and B."""
     stacks = {}
     for i, layer in enumerate(decoder_layers(network.model)):
-        for linear in (x for x in network.shape.linears(i) if x.is_stack):
-            module: Any = layer.get_submodule(linear.name)
+        for linear in (x for x in network.shape.layers[i].linears if x.stack):
+            module: Any = layer.get_submodule(linear.linear)
             a, b = (factor.detach().clone().requires_grad_() for factor in lora_weights(module))
             weight, scaling = module.base_layer.weight.detach(), module.scaling["default"]
-            experts, r = network.shape.layers[i]["experts"], b.shape[1]
+            experts, r = network.shape.counts[i]["experts"], b.shape[1]
             delta = [b.view(experts, -1, r)[e] @ a.view(experts, r, -1)[e] for e in range(experts)]
             whole = weight.view(experts, -1, weight.shape[1]) + scaling * torch.stack(delta)
-            stacks[f"model.layers.{i}.{linear.name}_proj"] = (whole, a, b)
+            stacks[f"model.layers.{i}.{linear.linear}_proj"] = (whole, a, b)
     return stacks
 
 
@@ -60,11 +60,11 @@ def merged_stacks(network: Network) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
 def test_outputs_and_gradients_are_those_of_stock_experts(family: str) -> None:
     network, stock = dense(family, dtype=torch.float64), tiny_model(family, dtype=torch.float64)
     stacks, merged = merged_stacks(network), dict[str, Tensor]()
-    for i, linear in network.shape.linear_ids():
-        if not linear.is_stack:
-            module: Any = lora_linear(decoder_layers(network.model)[i], linear)
+    for i, linear in network.shape.linears():
+        if not linear.stack:
+            module: Any = lora_linear(decoder_layers(network.model)[i], linear.linear)
             delta = module.get_delta_weight("default")
-            merged[f"model.layers.{i}.{linear.name}.weight"] = (module.base_layer.weight + delta).detach()
+            merged[f"model.layers.{i}.{linear.name}"] = (module.base_layer.weight + delta).detach()
     merged |= {name: whole for name, (whole, _, _) in stacks.items()}
     wanted: Tensor = functional_call(stock, merged, kwargs={"input_ids": PROMPT, "use_cache": False}).logits
     found = network.model(input_ids=PROMPT, use_cache=False).logits
@@ -95,7 +95,7 @@ def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: 
     with torch.no_grad():
         found = reopened(pretrained)(input_ids=PROMPT, use_cache=False).logits
         assert difference(found, stock(input_ids=PROMPT, use_cache=False).logits) < TOLERANCE
-    stack = next(linear.name for linear in pretrained.shape.linears(1) if linear.is_stack)
+    stack = next(linear.linear for linear in pretrained.shape.layers[1].linears if linear.stack)
     name = f"model.layers.1.{stack}.weight"
     whole = stock.get_parameter(f"model.layers.1.{stack}_proj").detach().flatten()
     for world_size in (1, 2, 3, 7, 64):
@@ -168,7 +168,7 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
     config = PruneConfig(ratio=0.3, protected_first=0, protected_last=0, channel_multiple=1)
     limits = make_limits(config, shape)
     assert limits.floor[1]["experts"] == 3
-    heads = (shape.layers[1]["heads"] if "heads" in shape.family.fixed else 1) if "heads" in shape.kinds else None
+    heads = (shape.counts[1]["heads"] if "heads" in shape.family.fixed else 1) if "heads" in shape.kinds else None
     assert limits.floor[1].get("heads") == heads
     assert limits.shares == {kind: int(kind == "experts") for kind in shape.kinds}
 
@@ -207,8 +207,8 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
     network = dense(family)
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(decoder_layers(network.model)):
-        linears = network.shape.linears(i)
-        pairs = ((x.name, lora_weights(lora_linear(layer, x))) for x in linears)
+        linears = network.shape.layers[i].linears
+        pairs = ((x.linear, lora_weights(lora_linear(layer, x.linear))) for x in linears)
         own = {f"{name}.lora_{x}": f.detach() for name, pair in pairs for x, f in zip("AB", pair, strict=True)}
         for name, factor in as_in_peft(own, linears).items():
             tensors[f"base_model.model.model.layers.{i}.{name}.weight"] = factor
@@ -226,7 +226,7 @@ def test_stock_peft_loads_the_adapter(family: str, tmp_path: Path) -> None:
             nn.init.zeros_(factor)
     load_adapter(again.model, tmp_path, network.shape, 3)
     assert torch.equal(again.logits(), network.logits())
-    linears = {f".{name}." for own in network.shape.whole.values() for name in own}
+    linears = {f".{linear.linear}." for _, linear in network.shape.linears() if not linear.runs}
     if whole := [name for name in tensors if any(part in name for part in linears)]:
         save_file({n: x for n, x in tensors.items() if n not in whole}, tmp_path / "adapter_model.safetensors")
         check_adapter(tmp_path, LoraConfig(r=3), network.shape)  # whole linears begin with fresh LoRA
@@ -248,7 +248,7 @@ def test_published_mixtures_have_the_parameters_that_are_published(name: str) ->
     shape = shape_from_config(source, name)
     assert shape.total_numel() / 1e9 == pytest.approx(billions, rel=0.003)
     others = {name: n for name, n in shape.parameters().items() if ".layers." not in name or len(n) < 2}
-    routers = shape.hidden_size * sum(layer["experts"] for layer in shape.layers)
+    routers = shape.hidden_size * sum(layer["experts"] for layer in shape.counts)
     met = active_numel(shape) + routers + sum(math.prod(size) for size in others.values())
     assert met / 1e9 == pytest.approx(active, rel=0.02)
 

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 from loraprune_ds.export.huggingface import begin, copy_tokenizer, finish_folder, publish
 from loraprune_ds.export.model_card import write_model_card
 from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
 from tests.export_cases import CASES, dense_model, exported_config, model_card
 from tests.families import tiny_model
@@ -140,8 +140,8 @@ def test_an_export_is_complete(tmp_path: Path, tiny_tokenizer: Path, family: str
 def test_a_card_has_the_sizes_and_asks_for_trust_where_layers_differ(tmp_path: Path, alike: bool) -> None:
     config = sizes_of("llama", 4096, 11008, 32, 32, vocab_size=32000)
     dense = shape_from_config(config, "7B")
-    wide, narrow = dense.layers[0], LayerShape(heads=16, channels=5504)
-    pruned = dense.with_layers((narrow if alike else wide,) * 3 + (narrow,) * 28 + (narrow if alike else wide,))
+    wide, narrow = dense.counts[0], LayerCounts(heads=16, channels=5504)
+    pruned = dense.resized((narrow if alike else wide,) * 3 + (narrow,) * 28 + (narrow if alike else wide,))
     write_model_card(tmp_path, model_card(dense, pruned), export_config(config, pruned, "bfloat16"))
     text = (tmp_path / "README.md").read_text()
     removed = 1 - pruned.total_numel() / dense.total_numel()
@@ -154,7 +154,7 @@ def test_the_other_tokenizers_of_t5s_are_found_in_an_export(tmp_path: Path, tiny
     """As a stock umt5 CodeT5's needs tokenizer.json, and ByT5's has no file that AutoTokenizer would look for."""
     config = tiny_model("t5").config.to_dict()
     dense = shape_from_config(config, "t5")
-    cut = dense.with_layers(tuple(LayerShape((x, min(n, 1)) for x, n in y.items()) for y in dense.layers))
+    cut = dense.resized(tuple(LayerCounts((x, min(n, 1)) for x, n in y.items()) for y in dense.counts))
     of_bytes = export_config(config | {"tokenizer_class": "ByT5Tokenizer"}, cut, "float32")
     assert of_bytes.config["model_type"] == "pruned_umt5"
     AutoTokenizer.from_pretrained(tiny_tokenizer).backend_tokenizer.model.save(str(tiny_tokenizer))  # vocab.json

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, MistralConfig
 
 from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape
 from tests.published import sizes_of
 
 LAYERS = 3
@@ -24,7 +24,7 @@ PER_LAYER = [(3, 50), (1, 1), (2, 30)]
 
 
 def export(source: dict[str, Any], keep: list[tuple[int, int]], dtype: str = "bfloat16") -> ExportedConfig:
-    shape = shape_from_config(source, "source").with_layers(tuple(LayerShape(heads=h, channels=c) for h, c in keep))
+    shape = shape_from_config(source, "source").resized([LayerCounts(heads=h, channels=c) for h, c in keep])
     return export_config(source, shape, dtype)
 
 
@@ -48,10 +48,10 @@ def test_model_type_and_sizes(source: dict[str, Any], keep: list[tuple[int, int]
     assert exported.renamed == (expected != source["model_type"])
     shape = shape_from_config(exported.config, "exported")
     before = shape_from_config(source, "source")
-    assert [(layer["heads"], layer["channels"]) for layer in shape.layers] == keep
+    assert [(layer["heads"], layer["channels"]) for layer in shape.counts] == keep
     assert shape.biases == before.biases
     assert exported.config["head_dim"] == before.head_dim == 4
-    assert (shape.hidden_size, shape.vocab_size, shape.queries_per_group) == (48, 100, 3)
+    assert (shape.hidden_size, shape.vocab_size, shape.attention[0].queries) == (48, 100, 3 * keep[0][0])
     assert exported.config["dtype"] == exported.config["torch_dtype"] == "bfloat16"
     pruned = expected.startswith("pruned_")
     assert exported.modelling_file == ("modeling_pruned.py" if pruned else None)

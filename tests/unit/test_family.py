@@ -1,6 +1,5 @@
-"""The table of families against transformers: names, shapes, axes and buffers of every family, and what is refused."""
+"""The families against transformers: names, shapes, axes and buffers of each, and what is refused."""
 
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -10,11 +9,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import export_config
-from loraprune_ds.model.family import CHANNELS, FAMILIES, KEYS, PRUNED, QUERIES, WITHOUT_ROW
-from loraprune_ds.model.family_row import Linear
+from loraprune_ds.model.families.base import PRUNED
+from loraprune_ds.model.families.blocks import columns, head_runs, rows
+from loraprune_ds.model.families.latent import Latent
+from loraprune_ds.model.family import FAMILIES, REFUSED
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape
-from tests.families import CAUSAL, EQUAL, SIZES, TINY, layers_with, tiny_config
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import Run, TensorSpec
+from tests.families import CAUSAL, EQUAL, SIZES, TINY, changed, kinds, layers_with, marks, tiny_config
 from tests.refusals import must_name
 
 # Counts of each kind. 6 query heads divide hidden_size 60, which some stock classes ask for.
@@ -23,8 +26,14 @@ LAYERS = SIZES["num_hidden_layers"]
 # transformers does not name all axes.
 WITHOUT_PLAN = {"hunyuan_v1_dense", "gpt_oss", "granitemoe", "deepseek_v3", "glm4_moe_lite"}
 # And it does not shard hybrids.
-WITHOUT_PLAN |= {name for name in FAMILIES if "delta" in FAMILIES[name].kinds} | {"lfm2", "granitemoehybrid"}
+WITHOUT_PLAN |= {name for name in FAMILIES if "delta" in kinds(name)} | {"lfm2", "granitemoehybrid"}
 WITHOUT_PLAN |= set(FAMILIES) - set(CAUSAL)
+# Further tiny models of a family, for tensors that its first one lacks.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    **{family: [{"q_lora_rank": None}] for family in ("deepseek_v3", "deepseek_v2", "glm4_moe_lite")},
+    **{family: [{"feed_forward_proj": x} for x in ("relu", "gated-gelu")] for family in ("t5", "mt5", "umt5")},
+    **{family: [{"mlp_only_layers": [0]}] for family in ("qwen3_moe", "qwen3_next")},
+}
 
 
 def config_json(family: str, **changes: Any) -> dict[str, Any]:
@@ -35,13 +44,9 @@ def read(family: str, **changes: Any) -> ModelShape:
     return shape_from_config(config_json(family, **changes), "somewhere")
 
 
-def sizes_of(counts: tuple[int, int], shape: ModelShape) -> dict[str, int]:
-    """Returns what config.json says of such a layer. An export always names head_dim."""
-    heads, others = counts
-    heads = DENSE[0] if "heads" in shape.family.fixed else heads
-    counted = {next(iter(shape.family.count_fields(kind))): others for kind in shape.kinds if kind != "heads"}
-    queries = {"num_attention_heads": heads * shape.queries_per_group, "num_key_value_heads": heads}
-    return queries | counted | {"head_dim": shape.head_dim}
+def sizes_of(counts: LayerCounts, shape: ModelShape) -> dict[str, int]:
+    """Returns what config.json says of such a layer."""
+    return {field: count for field, count in shape.family.layer_fields(shape.config, counts).items() if count}
 
 
 def stock_parameters(family: str, **changes: Any) -> dict[str, tuple[int, ...]]:
@@ -60,19 +65,28 @@ def test_every_family_has_a_tiny_model() -> None:
 
 
 @pytest.mark.parametrize("family", [x for x in CAUSAL if x not in EQUAL])
-def test_the_table_explains_layers_with_any_counts(family: str) -> None:
-    """Finds a tensor that a cut makes smaller and that the table does not know. The second layer has other counts."""
+def test_the_family_explains_layers_with_any_counts(family: str) -> None:
+    """Finds a tensor that a cut makes smaller and that has no mark. The second layer has other counts."""
     shape = read(family)
-    assert shape.layers == layers_with(shape, *[DENSE] * LAYERS)
-    assert shape.queries_per_group == (1 if "query" in FAMILIES[family].widths else 2)
+    assert shape.counts == layers_with(shape, *[DENSE] * LAYERS)
+    each = {x.queries // counts["heads"] for x, counts in zip(shape.attention, shape.counts, strict=True) if x.queries}
+    assert each == {1 if isinstance(FAMILIES[family], Latent) else 2}
+    counts = layers_with(shape, DENSE, FEWER)
+    fields = sizes_of(counts[1], shape)
     config = config_json(family) | {"model_type": PRUNED + family, "head_dim": shape.head_dim}
-    config["per_layer_config"] = {"1": {k: v for k, v in sizes_of(FEWER, shape).items() if k != "head_dim"}}
-    pruned = shape_from_config(config, "somewhere")
-    assert pruned.layers == layers_with(shape, DENSE, FEWER)
-    stock, fewer = stock_parameters(family), stock_parameters(family, **sizes_of(FEWER, shape))
+    pruned = shape_from_config(config | {"per_layer_config": {"1": fields}}, "somewhere")
+    assert pruned.counts == counts
+    stock, fewer = stock_parameters(family), stock_parameters(family, **fields, head_dim=shape.head_dim)
     assert shape.parameters() == stock
     stock |= {name: size for name, size in fewer.items() if name.startswith("model.layers.1.")}
     assert pruned.parameters() == stock
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_mark_names_a_tensor(family: str) -> None:
+    """A mark that is misspelt would be silent where the tensor is no matrix."""
+    shapes = [read(family, **changes) for changes in ({}, *VARIANTS.get(family, ()))]
+    assert {mark.name for mark in marks(family)} <= {x.name for y in shapes for z in y.layers for x in z.tensors}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,11 +94,11 @@ def test_axes_are_those_of_transformers_own_plan(family: str) -> None:
     """The plan for tensor parallelism. A wrong axis of a square weight shows nowhere else."""
     plan: dict[str, str] = tiny_config(family).base_model_tp_plan or {}  # type: ignore[attr-defined]
     named = {name.removeprefix("layers.*."): how for name, how in plan.items() if "linear_attn" not in name}
-    axes = {linear.name: linear.axis for linear in FAMILIES[family].linears if linear.parts}
+    axes = {mark.linear: mark.axis for mark in marks(family) if mark.lora and mark.runs}
     theirs = {name: 0 if "colwise" in how else 1 if "rowwise" in how else None for name, how in named.items()}
     both = axes.keys() & theirs.keys()
     assert {name: axes[name] for name in both} == {name: theirs[name] for name in both}
-    stacks = {linear.name for linear in FAMILIES[family].linears if linear.is_stack}  # named otherwise there
+    stacks = {mark.linear for mark in marks(family) if mark.stack}  # named otherwise there
     assert both == axes.keys() - stacks or family in WITHOUT_PLAN
 
 
@@ -99,8 +113,8 @@ def test_axes_are_those_of_transformers_own_plan(family: str) -> None:
 def test_dense_layers_among_sparse_ones_have_no_experts(changes: dict[str, Any], dense: list[int]) -> None:
     config = config_json("qwen2_moe", num_hidden_layers=6, **changes)
     shape = shape_from_config(config, "somewhere")
-    assert [i for i, layer in enumerate(shape.layers) if not layer["experts"]] == dense
-    assert all("mlp.gate_proj" in shape.whole[i] for i in dense)
+    assert [i for i, layer in enumerate(shape.counts) if not layer["experts"]] == dense
+    assert all("mlp.gate_proj" in {x.linear for x in shape.layers[i].linears if not x.runs} for i in dense)
     assert shape.is_uniform
     exported = export_config(config, shape, "float32").config
     assert (exported["mlp_only_layers"], exported["model_type"]) == (dense, "qwen2_moe")
@@ -141,33 +155,35 @@ def test_modules_on_meta(family: str, tied: bool) -> None:
         assert torch.equal(buffers[name], buffer), name
 
 
-# Rows that are wrong
+# Families that are wrong
 
+QUERIES, KEYS = head_runs(tiny_config("llama"))
+CHANNELS = Run("channels", SIZES["intermediate_size"])
 WRONG = [
-    ("llama", Linear("self_attn.o_proj", 0, (QUERIES,))),  # wrong axes
-    ("llama", Linear("mlp.up_proj", 1, (CHANNELS,))),
-    ("llama", Linear("self_attn.k_proj", 0, (QUERIES,))),  # wrong width
-    ("llama", Linear("mlp.gate_proj", 0, (KEYS,))),  # wrong kind
-    ("phi3", Linear("self_attn.qkv_proj", 0, (QUERIES, KEYS))),  # a part is missing
-    ("llama", Linear("mlp.more_proj", 0, (CHANNELS,))),  # no such linear
+    ("llama", rows("self_attn.o_proj", QUERIES)),  # wrong axes
+    ("llama", columns("mlp.up_proj", CHANNELS)),
+    ("llama", rows("self_attn.k_proj", QUERIES)),  # wrong width
+    ("llama", rows("mlp.gate_proj", KEYS)),  # wrong kind
+    ("phi3", rows("self_attn.qkv_proj", *head_runs(tiny_config("phi3")))),  # a run is missing
 ]
-MISSING = [(family, linear) for family in ("llama", "phi3", "starcoder2") for linear in FAMILIES[family].linears]
+MISSING = [(family, mark) for family in ("llama", "phi3", "starcoder2") for mark in marks(family)]
 
 
 @pytest.mark.parametrize(
-    ("family", "row", "exists"), [(*case, True) for case in WRONG] + [(*case, False) for case in MISSING], ids=str
+    ("family", "wrong", "exists"), [(*case, True) for case in WRONG] + [(*case, False) for case in MISSING], ids=str
 )
-def test_a_wrong_row_is_named(family: str, row: Linear, exists: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = {linear.name: linear for linear in FAMILIES[family].linears} | {row.name: row}
-    linears = tuple(linear for linear in rows.values() if exists or linear is not row)
-    monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], linears=linears))
-    must_name(f"somewhere model.layers.0.{row.name}.weight", read, family)
+def test_a_wrong_mark_is_named(family: str, wrong: TensorSpec, exists: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(marks: list[Any]) -> list[Any]:
+        return [mark for mark in marks if mark.name != wrong.name] + [wrong] * exists
+
+    monkeypatch.setitem(FAMILIES, family, changed(family, change))
+    must_name(f"somewhere model.layers.0.{wrong.name}", read, family)
 
 
 # Models of other kinds
 
 
-@pytest.mark.parametrize("model_type", [*WITHOUT_ROW, "llama4_text", "jamba"])
+@pytest.mark.parametrize("model_type", [*REFUSED, "llama4_text", "jamba"])
 def test_models_of_other_kinds_are_refused(model_type: str) -> None:
     must_name(f"somewhere '{model_type}' llama", shape_from_config, {"model_type": model_type}, "somewhere")
 

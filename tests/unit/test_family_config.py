@@ -68,7 +68,7 @@ def published(family: str, **rope: Any) -> dict[str, Any]:
 
 def export(config: dict[str, Any], counts: list[tuple[int, int]]) -> dict[str, Any]:
     dense = shape_from_config(config, "source")
-    return export_config(config, dense.with_layers(layers_with(dense, *counts)), "bfloat16").config
+    return export_config(config, dense.resized(layers_with(dense, *counts)), "bfloat16").config
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:

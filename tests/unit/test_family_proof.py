@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.family_row import Family, Kind
+from loraprune_ds.model.groups import Kind, LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.model.weight_files import read_headers
 from tests import family_cuts
-from tests.families import EQUAL, SIZES, heads_divide_hidden, tiny_model
+from tests.families import EQUAL, SIZES, changed, heads_divide_hidden, norms_are_wide, tiny_model
 from tests.family_cuts import FEW, MANY, PROMPT, Network, dense, difference, draw, export, load, logits, reopened
 
 TOLERANCE = 1e-5
@@ -30,18 +31,18 @@ NARROW = (1, 6)  # of those that FEW leaves
 pytestmark = pytest.mark.usefixtures("fresh_transformers")
 
 
-# Masks, written without the table's indices: a group is an equal share of what its linear reads
+# Masks, written without the package's indices: a group is an equal share of what its linear reads
 
 
 def mask(network: Network, keep: list[LayerKeep]) -> None:
     """Zeroes what the other groups send into the linears that end attention and MLP. No token chooses other experts."""
     for i, layer in enumerate(decoder_layers(network.model)):
-        for _, linear in network.shape.input_linear_ids([i]):
-            module: Any = layer.get_submodule(linear.name)
-            if linear.is_stack:
+        for _, linear in network.shape.input_linears([i]):
+            module: Any = layer.get_submodule(linear.linear)
+            if linear.stack:
                 mask_router(family_cuts.find_router(layer), keep[i]["experts"])
                 continue
-            factors = stays(network.shape, i, keep[i], linear.kind, module.in_features)
+            factors = stays(network.shape, i, keep[i], linear.runs[0].kind, module.in_features)
             module.register_forward_pre_hook(times_input(factors))
 
 
@@ -73,7 +74,7 @@ def mask_router(gate: Any, kept: Tensor) -> None:
 
 def stays(shape: ModelShape, layer: int, keep: LayerKeep, kind: Kind, size: int) -> Tensor:
     """Returns (size,) with 1 where a kept group is, 0 elsewhere."""
-    groups = torch.zeros(shape.layers[layer][kind])
+    groups = torch.zeros(shape.counts[layer][kind])
     groups[keep[kind]] = 1
     assert size % len(groups) == 0
     return groups.repeat_interleave(size // len(groups))
@@ -100,7 +101,7 @@ def assert_masked_equals_cut(family: str, network: Network, masked: Network, cou
     masked.model.double()
     keep, before = draw(network.shape, *counts), network.logits()
     mask(masked, keep)
-    if family in family_cuts.WIDE_NORMS:
+    if norms_are_wide(family):
         mask_before_wide_norms(masked, keep)
     network.cut(keep)
     assert difference(network.logits(), masked.logits()) < TOLERANCE
@@ -161,7 +162,7 @@ def test_uniform_export_is_a_stock_model(family: str, counts: tuple[int, int], t
     assert difference(logits(model), made.logits) < TOLERANCE
     if family in EQUAL:
         check_a_next_run(family, made)
-    assert open_pretrained(made.folder).shape.layers == made.shape.layers
+    assert open_pretrained(made.folder).shape.counts == made.shape.counts
 
 
 # Those whose class can have a bias on every linear. starcoder2 always has them.
@@ -171,8 +172,8 @@ def test_a_bias_on_every_linear(family: str, tmp_path: Path) -> None:
     made = export(family, tmp_path / "cut", FEW, MANY, attention_bias=True, mlp_bias=True)
     assert difference(logits(load(made.folder, trust_remote_code=True)), made.logits) < TOLERANCE
     shape = open_pretrained(made.folder).shape
-    assert shape.layers == made.shape.layers
-    assert all(linear.name in shape.biases for _, linear in shape.linear_ids())
+    assert shape.counts == made.shape.counts
+    assert all(linear.linear in shape.biases for _, linear in shape.linears())
 
 
 # Layers that leave as a whole
@@ -256,14 +257,20 @@ def test_an_export_of_layers_that_differ_trains_with_gradient_checkpointing(tmp_
 
 # Faults that these tests must find
 
-PHI3 = FAMILIES["phi3"]
-QKV, *OTHERS = PHI3.linears
-KEYS_FIRST = replace(QKV, parts=(QKV.parts[1], QKV.parts[0], QKV.parts[2]))
+
+def keys_first(marks: list[Any]) -> list[Any]:
+    """Puts the runs of q|k|v in another order, of the same size in all."""
+    fused, *others = marks
+    return [replace(fused, runs=(fused.runs[1], fused.runs[0], fused.runs[2])), *others]
 
 
-@pytest.mark.parametrize("wrong", [replace(PHI3, linears=(KEYS_FIRST, *OTHERS)), replace(PHI3, runtime=())])
-def test_a_wrong_table_is_found(wrong: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts the parts in another order, of the same size in all. Or leaves out the counts that a forward reads."""
-    monkeypatch.setitem(FAMILIES, "phi3", wrong)
+def without_attributes(marks: list[Any]) -> list[Any]:
+    """Leaves out the counts that a forward reads."""
+    return [mark for mark in marks if isinstance(mark, TensorSpec)]
+
+
+@pytest.mark.parametrize("change", [keys_first, without_attributes])
+def test_a_wrong_family_is_found(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "phi3", changed("phi3", change))
     with pytest.raises((AssertionError, RuntimeError)):
         test_masked_equals_cut("phi3")

@@ -119,12 +119,12 @@ def test_every_family_cuts_integers_and_scales_to_the_slices_of_a_cut_source(fam
     tiny_model(family, seed=1).save_pretrained(tmp_path)
     dense = open_int8(tmp_path).weights
     keep = draw(dense.shape, FEW, MANY)
-    small, held = dense.cut(keep), dense.storage.stored(dense.shape, 2)
-    left = dense.storage.stored(dense.shape.after(keep), 2)
+    small, held = dense.cut(keep), dense.shape.stored(2, int8=True)
+    left = dense.shape.after(keep).stored(2, int8=True)
     cuts = {
         f"{dense.shape.prefix(i)}{name}": kept
         for i, layer_keep in enumerate(keep)
-        for name, kept, _ in dense.storage.layer_cuts(dense.shape, i, layer_keep)
+        for name, kept, _ in dense.shape.layers[i].cuts(layer_keep, int8=True)
     }
     assert {name.rpartition(".")[2] for name in cuts} >= {WEIGHT, SCALE}
     for name, cut in cuts.items():
@@ -201,8 +201,8 @@ def test_only_the_linears_of_the_decoder_layers_are_held_as_int8(family: str, tm
     pretrained = open_int8(tmp_path)
     model, weights = build_for_losses(pretrained, "eager"), pretrained.weights
     found = {name: (tuple(p.shape), p.dtype == torch.int8) for name, p in model.named_parameters()}
-    stored = weights.storage.stored(weights.shape, 2)
+    stored = weights.shape.stored(2, int8=weights.int8)
     expected = {name: (held.shape, held.element_size == 1) for name, held in stored.items()}
     assert found == expected
     layers = decoder_layers(model)
-    assert all(isinstance(layers[i].get_submodule(x.name), FrozenLinear) for i, x in pretrained.shape.linear_ids())
+    assert all(isinstance(layers[i].get_submodule(x.linear), FrozenLinear) for i, x in pretrained.shape.linears())

@@ -17,9 +17,8 @@ from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model
 from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear_names, live_shape, unshare_bias
 from loraprune_ds.model.adapters import set_features
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.family import LLAMA_LINEARS
 from loraprune_ds.zero.external_engine import find_zero_optimizer, share_model
-from tests.families import tiny_model
+from tests.families import LLAMA_LINEARS, tiny_model
 from tests.refusals import must_name
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import Normalization
-from loraprune_ds.model.family import LLAMA_LINEARS
-from loraprune_ds.model.family_row import Linear
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning import criterion
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores, score_groups
@@ -55,8 +53,8 @@ class SplitModel:
         for layer in self.layers:
             yield {name: LoraFactors(*t[1:], scaling=SCALING) for name, t in layer.items()}
 
-    def owned_weight(self, layer: int, linear: Linear) -> OwnedShard:
-        return owned_shard(self.layers[layer][linear.name][0], self.world_size, self.rank)
+    def owned_weight(self, linear_id: LinearId) -> OwnedShard:
+        return owned_shard(self.layers[linear_id.layer][linear_id.name][0], self.world_size, self.rank)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         self.partial = values
@@ -171,10 +169,10 @@ class Run:
 
     def oracle(self, *, normalize: bool = True) -> list[tuple[Tensor, Tensor]]:
         averages = []
-        for i, layer in enumerate(self.shape.layers):
+        for i, layer in enumerate(self.shape.counts):
             heads, channels = (torch.zeros(layer[kind], dtype=torch.float64) for kind in ("heads", "channels"))
             for layers in self.steps:
-                sizes = (layer["heads"], self.shape.queries_per_group, self.shape.head_dim)
+                sizes = (layer["heads"], self.shape.attention[i].queries // layer["heads"], self.shape.head_dim)
                 now = formula.group_scores(layers[i], SCALING, *sizes, normalize=normalize)
                 heads = formula.moving_average(heads, now[0], 0.9)
                 channels = formula.moving_average(channels, now[1], 0.9)
@@ -187,7 +185,7 @@ def random_run(shape: ModelShape) -> Run:
     generator = torch.Generator().manual_seed(0)
 
     def random_layer(i: int) -> LayerTensors:
-        sizes = {linear.name: shape.linear_shape(i, linear) for linear in LLAMA_LINEARS}
+        sizes = {linear.linear: linear.matrix for linear in shape.layers[i].linears}
         drawn = {name: random_linear(generator, size, RANK, SCALING) for name, size in sizes.items()}
         return {name: (weight, f.A, f.B, f.grad_A, f.grad_B) for name, (weight, f) in drawn.items()}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig, Ranking
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.limits import Limits, shortfall
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.target import make_limits
@@ -39,7 +39,7 @@ def test_first_tenth_and_last_layer_are_protected(layers: int, prune: dict[str, 
     limits = limits_of(make_shape([(4, 40)] * layers), **prune)
     assert limits.open_layers == [i for i in range(layers) if i not in protected]
     for i in protected:
-        assert limits.floor[i] == limits.dense.layers[i]
+        assert limits.floor[i] == limits.dense.counts[i]
 
 
 def test_floors_are_multiples() -> None:
@@ -68,8 +68,8 @@ def test_too_large_a_multiple_is_refused(layer: tuple[int, int], prune: dict[str
 
 
 def random_config(draw: random.Random, ranking: Ranking, shape: ModelShape) -> PruneConfig:
-    narrowest, heads = (min(layer[kind] for layer in shape.layers) for kind in ("channels", "heads"))
-    pairs = all(layer["heads"] % 2 == layer["channels"] % 2 == 0 for layer in shape.layers) and heads > 1
+    narrowest, heads = (min(layer[kind] for layer in shape.counts) for kind in ("channels", "heads"))
+    pairs = all(layer["heads"] % 2 == layer["channels"] % 2 == 0 for layer in shape.counts) and heads > 1
     return PruneConfig(
         ratio=0.999999,
         ranking=ranking,

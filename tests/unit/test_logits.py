@@ -18,7 +18,7 @@ from loraprune_ds.model.token_loss import IGNORE_INDEX, build_for_losses, with_t
 from tests.families import is_seq2seq, tiny_config, tiny_model
 from tests.refusals import must_name
 
-# Where the table names a field that tests/families.py fills. Without the transform these models are other ones.
+# Where a family names a field that tests/families.py fills. Without the transform these models are other ones.
 TRANSFORMED = {
     **dict.fromkeys(("gemma2", "vaultgemma"), LogitsTransform(softcap=8.0)),
     **dict.fromkeys(("gemma3_text", "gemma4_text"), LogitsTransform(softcap=10.0)),

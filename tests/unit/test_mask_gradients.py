@@ -35,7 +35,7 @@ def masked_scores(run: PlainRun, batch: Batch) -> list[Tensor]:
     """Returns the oracle's scores: heads, then channels, layer by layer."""
     masked: list[tuple[nn.Module, int]] = []
     for i, layer in enumerate(run.prunable.layers):
-        attention, mlp = (layer.get_submodule(linear.name) for _, linear in run.prunable.shape.input_linear_ids([i]))
+        attention, mlp = (layer.get_submodule(x.linear) for _, x in run.prunable.shape.input_linears([i]))
         masked += [(attention, SIZES["num_key_value_heads"]), (mlp, SIZES["intermediate_size"])]
     wanted = batch[1][:, 1:].flatten()
 

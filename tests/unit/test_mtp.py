@@ -22,9 +22,9 @@ from loraprune_ds.export.lora import find_source
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.classes import causal_lm_class, config_object, decoder_layers
 from loraprune_ds.model.experts import stack_experts
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerKeep
 from loraprune_ds.model.weight_files import INDEX_FILE
 from tests.families import SIZES, tiny_model
 from tests.family_cuts import FEW, MANY, cut_and_export, difference, load, logits, reopened, with_lora
@@ -85,7 +85,7 @@ def export(pruned: Path, source: Path, out: Path, name: str = "hf") -> list[str]
 
 
 def largest(layer: nn.Module, heads: int, others: int) -> LayerKeep:
-    """Chooses by the squares of a group's weights, written without the table."""
+    """Chooses by the squares of a group's weights, written without the package's specs."""
     weights = dict(layer.named_parameters())
 
     def squares(name: str, groups: int, axis: int) -> Tensor:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from loraprune_ds.model.shapes import LayerKeep, ModelShape
+from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
 from tests.unit.run_records import DENSE, small_run, step_record
@@ -40,7 +41,7 @@ def kept_of(shape: ModelShape, counts: Counts) -> list[LayerKeep]:
     """The last groups of each layer."""
     return [
         LayerKeep(heads=torch.arange(layer["heads"] - heads, layer["heads"]), channels=torch.arange(channels))
-        for layer, (heads, channels) in zip(shape.layers, counts, strict=True)
+        for layer, (heads, channels) in zip(shape.counts, counts, strict=True)
     ]
 
 

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.config import Criterion, PruneConfig, Ranking
-from loraprune_ds.model.family import LLAMA_LINEARS
-from loraprune_ds.model.family_row import Kind
+from loraprune_ds.model.groups import Kind, LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import LayerKeep
+from loraprune_ds.model.shape import LinearId
+from loraprune_ds.model.tensors import cut as cut_tensor
 from loraprune_ds.pruning.step import all_groups, check_same_mask
+from tests.families import LLAMA_LINEARS
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.formula import cut_gap
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
@@ -103,12 +104,12 @@ def test_uniform_equals_the_oracle(tiny: Tiny) -> None:
     assert_equals_oracle(tiny, run)
     assert [cut.step for cut in run.cuts] == [2, 4, 6]  # at 8 no width would change any more
     shape = run.prunable.shape
-    assert shape.layers[0] == shape.layers[1] != shape.layers[2]
+    assert shape.counts[0] == shape.counts[1] != shape.counts[2]
     for i, layer in enumerate(run.prunable.layers):
         for linear in LLAMA_LINEARS:
             module: Any = layer.get_submodule(linear.name)
             sizes = (module.out_features, module.in_features), tuple(module.base_layer.weight.shape)
-            assert sizes == (shape.linear_shape(i, linear),) * 2
+            assert sizes == (shape.linear(LinearId(i, linear.name)).matrix,) * 2
 
 
 def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
@@ -127,7 +128,7 @@ def test_uniform_heads_for_the_schedules_end_and_reports_what_it_reached(gqa: Ti
     run = gqa.plain().run(gqa.batches)
     limits, schedule = run.pruner.limits, run.pruner.schedule
     on_the_way = [uniform_counts(limits, cut.target, schedule.ratio) for cut in run.cuts]
-    assert [cut.keep[0].shape for cut in run.cuts] == on_the_way
+    assert [cut.keep[0].counts for cut in run.cuts] == on_the_way
     assert on_the_way != [uniform_counts(limits, cut.target, cut.target) for cut in run.cuts]
     assert [cut.target for cut in run.cuts] == [schedule.target(cut.step) for cut in run.cuts]
     dense, tensors = limits.dense.linear_numel(), run.tensors()
@@ -146,7 +147,7 @@ def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> T
     tensors = load_file(tiny.folder / "model.safetensors")
     useless = LayerKeep(heads=torch.tensor([head]), channels=torch.tensor([channel]))
     for linear in LLAMA_LINEARS:
-        rows = shape.kept_indices(layer, linear.parts, useless)
+        _, rows = cut_tensor(shape.linear(LinearId(layer, linear.name)), useless)
         factor = "lora_A" if linear.axis else "lora_B"
         lora[f"layers.{layer}.{linear.name}.{factor}"].index_fill_(linear.axis, rows, 0)
         if linear.kind == "channels" or linear.axis == 1:
@@ -171,7 +172,7 @@ def test_planted_useless_groups_go_first(tiny: Tiny, tmp_path: Path, ranking: Ra
 
 def first_to_go(run: PlainRun, layer: int, kind: Kind) -> set[int]:
     """Returns the groups that the first cut of a layer removed."""
-    count = run.pruner.limits.dense.layers[layer][kind]
+    count = run.pruner.limits.dense.counts[layer][kind]
     kept = (set(cut.keep[layer][kind].tolist()) for cut in run.cuts)
     return next(set(range(count)) - left for left in kept if len(left) < count)
 

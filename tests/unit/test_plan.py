@@ -9,7 +9,7 @@ import pytest
 
 from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.activations import logits
 from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, notes, search, suggestions
@@ -109,14 +109,14 @@ def test_nccl_takes_more_with_more_ranks() -> None:
 
 def test_what_is_gathered_is_bounded_by_the_limits_and_by_the_model() -> None:
     plain = request(Cluster(1, 2))
-    layer = 2 * (SMALL.layer_numel(0) + 2 * 512 + sum(SMALL.layer_lora_sizes(0, 8)))
+    layer = 2 * (SMALL.layers[0].numel + 2 * 512 + sum(SMALL.layers[0].lora_numel(8)))
     bucket = 2 * 2 * 512 * 1376  # of the largest linear
-    whole = WEIGHTS + 2 * sum(SMALL.lora_sizes(8))
+    whole = WEIGHTS + 2 * sum(SMALL.lora_numel(8))
     assert gathered_weights(plain, SMALL) == whole + bucket
     assert gathered_weights(plain, SMALL, trains=False) == 2 * layer
-    for live in (SMALL.layer_numel(0) // 2, 2 * SMALL.layer_numel(0)):
+    for live in (SMALL.layers[0].numel // 2, 2 * SMALL.layers[0].numel):
         few = changed(plain, deepspeed={"stage3_max_live_parameters": live})
-        beside = 2 * live if live > SMALL.layer_numel(0) else 0  # nothing is fetched ahead of a larger module
+        beside = 2 * live if live > SMALL.layers[0].numel else 0  # nothing is fetched ahead of a larger module
         assert gathered_weights(few, SMALL) == pytest.approx(beside + 2 * layer, rel=1e-6)
 
 
@@ -146,7 +146,7 @@ def test_a_run_that_does_not_fit_is_told_what_to_change() -> None:
 
 def test_the_search_finds_the_fewest_gpus_that_can_split_the_batch() -> None:
     asked = changed(
-        request(Cluster(1, 1), shape=SMALL.with_layers(SMALL.layers * 8)),
+        request(Cluster(1, 1), shape=SMALL.only([*range(len(SMALL.layers))] * 8)),
         deepspeed={"stage3_max_live_parameters": 1000, "stage3_max_reuse_distance": 0},
     )
     needs = {n: make_plan(changed(asked, Cluster(1, n))).device_bytes / 1e6 for n in (1, 2, 4, 8)}
@@ -184,7 +184,7 @@ def test_hpz_keeps_its_gathers_inside_whole_nodes(tmp_path: Path) -> None:
     one, two = Cluster(1, 4), Cluster(2, 4)
     plain, copied = make_plan(request(two)), make_plan(with_hpz(tmp_path, "auto", two))
     assert copied.step.communication < plain.step.communication
-    assert copied.step.sent["weights"] == 7 * (sum(SMALL.lora_sizes(8)) // 8 * 2)  # LoRA, which is new in every step
+    assert copied.step.sent["weights"] == 7 * (sum(SMALL.lora_numel(8)) // 8 * 2)  # LoRA, which is new in every step
     assert ["hpz.json" in " ".join(notes(plan)) for plan in (plain, copied)] == [True, False]
     alone = with_hpz(tmp_path, "auto", one)  # where it means nothing
     assert make_plan(alone).step == make_plan(request(one)).step

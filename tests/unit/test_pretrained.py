@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.model import hub, pretrained, weight_files
-from loraprune_ds.model.family import LLAMA_LINEARS, QUERIES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import build_for_losses
+from tests.families import LLAMA_LINEARS
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate, write
 from tests.unit.shapes_and_scores import keep_of
@@ -191,7 +191,7 @@ def cut_by_hand(tensors: dict[str, Tensor], kept: Kept) -> dict[str, Tensor]:
     for i, (heads, channels) in enumerate(kept):
         for linear in LLAMA_LINEARS:
             groups, width = (heads, HEAD_DIM) if linear.kind == "heads" else (channels, 1)
-            width *= QUERIES_PER_GROUP if QUERIES in linear.parts else 1
+            width *= QUERIES_PER_GROUP if linear.queries else 1
             indices = [group * width + k for group in groups for k in range(width)]
             name = f"model.layers.{i}.{linear.name}"
             left[f"{name}.weight"] = left[f"{name}.weight"].index_select(linear.axis, torch.tensor(indices))

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from loraprune_ds.config import Normalization, PruneConfig
-from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
+from loraprune_ds.model.groups import LayerCounts, LayerKeep
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global
@@ -16,7 +17,7 @@ from tests.unit.shapes_and_scores import SMOLLM2, gone, limits_of, make_shape, r
 
 
 def check_limits(limits: Limits, shape: ModelShape) -> None:
-    for dense, floor, layer in zip(limits.dense.layers, limits.floor, shape.layers, strict=True):
+    for dense, floor, layer in zip(limits.dense.counts, limits.floor, shape.counts, strict=True):
         for kind, multiple in limits.multiples.items():
             assert dense[kind] >= layer[kind] >= floor[kind]
             assert layer[kind] % multiple == 0 or layer[kind] == dense[kind]
@@ -81,13 +82,13 @@ def test_heads_keep_to_their_share_over_several_cuts() -> None:
     for target, heads in ((0.125, 4), (0.25, 8), (0.5, 16)):
         scores = [LayerScores({**x, "heads": x["heads"] * 1e-6}) for x in random_scores_of(shape, generator)]
         shape = shape.after(rank_global(scores, shape, limits, target))
-        assert sum(d["heads"] - layer["heads"] for d, layer in zip(dense.layers, shape.layers, strict=True)) == heads
+        assert sum(d["heads"] - layer["heads"] for d, layer in zip(dense.counts, shape.counts, strict=True)) == heads
 
 
 def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
     """Channels end at their floor. Layer 0 has lost its one cheap head by then; its others are dear."""
     shape = make_shape([(8, 16)] * 2, hidden=8, head_dim=2)
-    limits = replace(limits_of(shape, ranking="global"), floor=(LayerShape(heads=1, channels=16),) * 2)
+    limits = replace(limits_of(shape, ranking="global"), floor=(LayerCounts(heads=1, channels=16),) * 2)
     heads = ([0.0, 90, 91, 92, 93, 94, 95, 96], [1.0, 2, 3, 4, 5, 6, 7, 8])
     scores = [LayerScores(heads=torch.tensor(x), channels=torch.ones(16)) for x in heads]
     target = 5 * shape.group_numel("heads") / shape.linear_numel()
@@ -121,16 +122,16 @@ def test_rounding_never_breaks_a_multiple() -> None:
     for value in torch.rand(300, generator=generator, dtype=torch.float64):
         tied = [LayerScores(heads=torch.ones(1), channels=value.expand(173)) for _ in range(2)]
         left = shape.after(rank_global(tied, shape, limits, target))
-        assert [layer["channels"] for layer in left.layers] == [173, 128]
+        assert [layer["channels"] for layer in left.counts] == [173, 128]
 
 
 @pytest.mark.parametrize(("normalize", "left_whole"), [(PruneConfig().normalize, []), ("none", [2])])
 def test_one_step_with_large_gradients_leaves_no_layer_whole(normalize: Normalization, left_whole: list[int]) -> None:
     """In step 5 of 20 the scores of layer 2 are a million times as large. Without the default they decide for good."""
     shape, generator = make_shape([(4, 60)] * 6), torch.Generator().manual_seed(3)
-    linears, average = shape.input_linear_ids(), MovingAverage(0.9)
+    linears, average = shape.input_linears(), MovingAverage(0.9)
     for step in range(20):
-        counts = [shape.layers[i][linear.parts[0].kind] for i, linear in linears]
+        counts = [shape.counts[i][linear.runs[0].kind] for i, linear in linears]
         parts = [torch.rand(count, generator=generator).double() for count in counts]
         if step == 5:
             parts = [scores * 1e6 if layer == 2 else scores for (layer, _), scores in zip(linears, parts, strict=True)]
@@ -138,4 +139,4 @@ def test_one_step_with_large_gradients_leaves_no_layer_whole(normalize: Normaliz
     scores = average.on_host()
     assert scores is not None
     pruned = shape.after(rank_global(scores, shape, limits_of(shape, ranking="global"), 0.4))
-    assert [i for i, layer in enumerate(pruned.layers) if layer == shape.layers[i]] == left_whole
+    assert [i for i, layer in enumerate(pruned.counts) if layer == shape.counts[i]] == left_whole

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_uniform, uniform_goal, with_counts
@@ -31,21 +31,21 @@ from tests.unit.shapes_and_scores import (
 TARGETS = [0.2, 0.5, 0.75, 0.9, 0.97, 1.0]  # of the final ratio, as on the way there
 
 
-def error(limits: Limits, counts: LayerShape, ratio: float) -> float:
+def error(limits: Limits, counts: LayerCounts, ratio: float) -> float:
     """How far off a layer's counts are, in parameters of that layer."""
     first = limits.open_layers[0]
     wanted = ratio * limits.dense.linear_numel() / len(limits.open_layers)
     return abs(limits.lost(first, counts) - wanted)
 
 
-def all_counts(limits: Limits) -> list[LayerShape]:
+def all_counts(limits: Limits) -> list[LayerCounts]:
     first = limits.open_layers[0]
-    dense, floor = limits.dense.layers[first], limits.floor[first]
+    dense, floor = limits.dense.counts[first], limits.floor[first]
     heads, channels = (
         [c for c in range(floor[kind], dense[kind] + 1) if c % multiple == 0 or c == dense[kind]]
         for kind, multiple in limits.multiples.items()
     )
-    return [LayerShape(heads=h, channels=c) for h in heads for c in channels]
+    return [LayerCounts(heads=h, channels=c) for h in heads for c in channels]
 
 
 def test_the_goal_comes_nearest_of_all_counts() -> None:
@@ -78,12 +78,12 @@ def test_layers_of_several_sorts_have_equal_counts(family: str, ratio: float, he
     assert left.is_uniform
     assert limits.lost_by_all(uniform_goal(limits, ratio)) == gone(left, dense)
     sizes = [range(limits.floor[1][kind] or 1, count + 1) for kind, count in limits.open_counts.items()]
-    allowed = (LayerShape(zip(dense.kinds, counts, strict=True)) for counts in product(*sizes))
+    allowed = (LayerCounts(zip(dense.kinds, counts, strict=True)) for counts in product(*sizes))
     wanted, half_a_step = ratio * dense.linear_numel(), limits.open_numel[dense.kinds[-1]] / 2
     nearest = min(abs(limits.lost_by_all(counts) - wanted) for counts in allowed)
     assert abs(gone(left, dense) - wanted) <= max(nearest, half_a_step)
-    gave = {kind: 1 - max(x[kind] for x in left.layers) / count for kind, count in limits.open_counts.items()}
-    asked = head_ratio or (0 if dense.family.mixture else ratio)
+    gave = {kind: 1 - max(x[kind] for x in left.counts) / count for kind, count in limits.open_counts.items()}
+    asked = head_ratio or (0 if dense.mixture else ratio)
     assert all(abs(gave[kind] - asked) < 0.11 for kind in dense.kinds[:-1])  # half a group of five
 
 
@@ -118,12 +118,12 @@ def test_counts_never_grow_on_the_way_and_end_exactly() -> None:
             scores = random_scores_of(shape, generator)
             keep = rank_uniform(scores, shape, limits, uniform_counts(limits, fraction * ratio, ratio))
             shape = shape.after(keep)  # indexing would fail if a count grew
-            (counts,) = {shape.layers[i] for i in limits.open_layers}
+            (counts,) = {shape.counts[i] for i in limits.open_layers}
             for kind, multiple in limits.multiples.items():
                 assert counts[kind] >= goal[kind]
-                assert counts[kind] % multiple == 0 or counts[kind] == limits.dense.layers[0][kind]
+                assert counts[kind] % multiple == 0 or counts[kind] == limits.dense.counts[0][kind]
             closed = set(range(len(shape.layers))) - set(limits.open_layers)
-            assert all(shape.layers[i] == limits.dense.layers[i] for i in closed)
+            assert all(shape.counts[i] == limits.dense.counts[i] for i in closed)
         assert counts == goal
 
 
@@ -148,7 +148,7 @@ def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:
         keep = rank_uniform(scores, shape, limits, uniform_counts(limits, 0.3, 0.3))
         counts = uniform_goal(limits, 0.3)
         for i, (layer, layer_keep) in enumerate(zip(scores, keep, strict=True)):
-            wanted = counts if i in (1, 2, 3) else shape.layers[i]
+            wanted = counts if i in (1, 2, 3) else shape.counts[i]
             assert layer_keep["heads"].tolist() == keep_best(layer["heads"], wanted["heads"])
             assert layer_keep["channels"].tolist() == keep_best(layer["channels"], wanted["channels"])
         near = 1.5 * shape.group_numel("channels")

@@ -1,23 +1,27 @@
 """Sizes read from config.json, and the arithmetic of groups against a count of tensors."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from loraprune_ds.model.family import ATTENTION, FAMILIES, GATED, LLAMA_LINEARS
-from loraprune_ds.model.family_row import Family, Linear, Part
+from loraprune_ds.model.families.base import Family, Marks
+from loraprune_ds.model.families.blocks import attention, columns, gated, rows
+from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.flops import needed_flops_per_token
-from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import LayerKeep, LayerShape, ModelShape
-from loraprune_ds.model.storage import MODEL_DTYPE
+from loraprune_ds.model.groups import LayerCounts, LayerKeep
+from loraprune_ds.model.read_shape import _kinds, shape_from_config
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.tensors import Run
 from loraprune_ds.pruning.importance import random_scores
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
+from tests.families import LLAMA_LINEARS
 from tests.published import sizes_of
 from tests.refusals import must_name
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_shape, uniform_counts
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_layer, make_shape, uniform_counts
 
 LLAMA_CONFIG = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
 REQUIRED = sorted(LLAMA_CONFIG.keys() - {"model_type", "num_key_value_heads"})
@@ -35,20 +39,20 @@ def read(config: dict[str, Any]) -> ModelShape:
 def test_a_llama_also_of_older_configs() -> None:
     """LLaMA-1 files have neither key-value heads nor a head size. Some write null."""
     shape = read(LLAMA_CONFIG)
-    assert (shape.hidden_size, shape.head_dim, shape.queries_per_group, shape.vocab_size) == (48, 8, 3, 33)
-    assert shape.layers == (LayerShape(heads=2, channels=100),) * 2
+    assert (shape.hidden_size, shape.head_dim, shape.attention[0].queries, shape.vocab_size) == (48, 8, 6, 33)
+    assert shape.counts == (LayerCounts(heads=2, channels=100),) * 2
     assert (shape.tie_word_embeddings, shape.biases) == (False, frozenset())
     assert shape.is_uniform
     for config in (without("num_key_value_heads"), without(num_key_value_heads=None, head_dim=None)):
         shape = read(config)
-        assert (shape.queries_per_group, shape.layers[0]["heads"], shape.head_dim) == (1, 6, 8)
+        assert (shape.attention[0].queries, shape.counts[0]["heads"], shape.head_dim) == (6, 6, 8)
     assert read(without(head_dim=20)).head_dim == 20
 
 
 def test_layers_that_differ() -> None:
     own = {"num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 7}
     shape = read(without(model_type="pruned_llama", per_layer_config={"1": own}))
-    assert shape.layers == (LayerShape(heads=2, channels=100), LayerShape(heads=1, channels=7))
+    assert shape.counts == (LayerCounts(heads=2, channels=100), LayerCounts(heads=1, channels=7))
     assert not shape.is_uniform
 
 
@@ -84,18 +88,18 @@ def test_counts_are_those_of_the_stock_model(changes: dict[str, Any]) -> None:
     shape = read(LLAMA_CONFIG | changes)
     assert shape.parameters() == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     assert shape.total_numel() == sum(parameter.numel() for parameter in model.parameters())
-    linears = {x: [layer.get_submodule(x.name).weight for layer in model.model.layers] for x in LLAMA_LINEARS}
+    linears = {x.name: [layer.get_submodule(x.name).weight for layer in model.model.layers] for x in LLAMA_LINEARS}
     assert shape.linear_numel() == sum(weight.numel() for weights in linears.values() for weight in weights)
-    assert {x: shape.linear_shape(0, x) for x in linears} == {x: (*first.shape,) for x, (first, _) in linears.items()}
+    assert {x.linear: x.matrix for x in shape.layers[0].linears} == {x: (*w.shape,) for x, (w, _) in linears.items()}
 
 
 @pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_7B, make_shape([(3, 7), (2, 9)], head_dim=5, queries_per_group=4)])
 def test_a_group_is_what_leaves_with_it(shape: ModelShape) -> None:
     dense = shape.linear_numel()
     for kind in shape.kinds:
-        layer = shape.layers[0]
-        fewer = LayerShape({**layer, kind: layer[kind] - 1})
-        assert dense - shape.with_layers((fewer, *shape.layers[1:])).linear_numel() == shape.group_numel(kind)
+        layer = shape.counts[0]
+        fewer = LayerCounts({**layer, kind: layer[kind] - 1})
+        assert dense - shape.resized((fewer, *shape.counts[1:])).linear_numel() == shape.group_numel(kind)
 
 
 def test_biases_leave_with_their_linear() -> None:
@@ -103,7 +107,7 @@ def test_biases_leave_with_their_linear() -> None:
     shape = read(biased)
     assert shape.biases == {linear.name for linear in LLAMA_LINEARS}
     assert read(biased | {"model_type": "mistral"}).biases == frozenset()  # its class has none
-    smaller = shape.with_layers((LayerShape(heads=1, channels=90), shape.layers[1]))
+    smaller = shape.resized((LayerCounts(heads=1, channels=90), shape.counts[1]))
     lost = shape.total_numel() - smaller.total_numel()
     biases = 8 * (3 + 2) + 10 * 2  # q, k, v of one group, gate and up of ten channels. o and down keep theirs
     assert lost == shape.linear_numel() - smaller.linear_numel() + biases
@@ -119,46 +123,62 @@ def test_the_operations_of_a_step_product_by_product() -> None:
     assert needed_flops_per_token(LLAMA_7B, 512) == pytest.approx(4 * 6.5e9, rel=0.05)
 
 
-# A made-up family with a third kind of groups goes through shapes, limits and ranking by its table alone
+# A made-up family with a third kind of groups goes through shapes, limits and ranking by its marks alone
 
-EXPERTS = (Part("experts", "head"),)
-THREE = Family((*ATTENTION, Linear("moe.up_proj", 0, EXPERTS), Linear("moe.down_proj", 1, EXPERTS), *GATED))
-LAYER = LayerShape(heads=4, experts=6, channels=60)
+
+class Three(Family):
+    def layer(self, c: Any, i: int) -> Marks:
+        run = Run("experts", 6, 4)
+        return [*attention(c), rows("moe.up_proj", run), columns("moe.down_proj", run), *gated(60)]
+
+
+THREE = SimpleNamespace(hidden_size=16, head_dim=4, num_attention_heads=8, num_key_value_heads=4)
+LAYER = LayerCounts(heads=4, experts=6, channels=60)
 
 
 @pytest.fixture
 def three(monkeypatch: pytest.MonkeyPatch) -> ModelShape:
-    monkeypatch.setitem(FAMILIES, "three", THREE)
-    return ModelShape("three", 16, 4, 2, 50, False, (LAYER,) * 4)
+    family = Three()
+    monkeypatch.setitem(FAMILIES, "three", family)
+    layers, marks = (make_layer(family.layer(THREE, 0), 16),) * 4, list(family.layer(THREE, 0))
+    return ModelShape("three", _kinds(marks, layers), layers, (), THREE)
 
 
 def test_kinds_come_in_the_order_of_the_forward_and_counts_in_any_order(three: ModelShape) -> None:
     assert three.kinds == ("heads", "experts", "channels")
-    assert len({LAYER, LayerShape(channels=60, experts=6, heads=4)}) == 1
-    assert LAYER != LayerShape(heads=4, experts=5, channels=60)
+    assert three.counts == (LAYER,) * 4
+    assert len({LAYER, LayerCounts(channels=60, experts=6, heads=4)}) == 1
+    assert LAYER != LayerCounts(heads=4, experts=5, channels=60)
+
+
+def test_equal_layers_stay_one_object(three: ModelShape) -> None:
+    """A plan of many layers looks at each sort once."""
+    left = three.resized([LAYER, *[LayerCounts({**LAYER, "heads": 2})] * 3])
+    assert len({id(layer) for layer in three.layers}) == 1
+    assert [id(layer) == id(left.layers[1]) for layer in left.layers] == [False, True, True, True]
 
 
 def test_a_group_of_the_third_kind_leaves_with_its_rows(three: ModelShape) -> None:
     keep = LayerKeep(heads=torch.arange(4), experts=torch.tensor([0, 2]), channels=torch.arange(60))
-    cuts = {name: (kept.axis, kept.keep.tolist()) for name, kept, _ in MODEL_DTYPE.layer_cuts(three, 0, keep)}
+    cuts = {name: (kept.axis, kept.keep.tolist()) for name, kept, _ in three.layers[0].cuts(keep)}
     rows = [0, 1, 2, 3, 8, 9, 10, 11]
     assert cuts == {"moe.up_proj.weight": (0, rows), "moe.down_proj.weight": (1, rows)}
     left = three.after([keep, *all_groups(three)[1:]])
-    assert left.layers[0] == LayerShape(heads=4, experts=2, channels=60)
+    assert left.counts[0] == LayerCounts(heads=4, experts=2, channels=60)
     assert three.linear_numel() - left.linear_numel() == 4 * three.group_numel("experts") == 4 * 2 * 4 * 16
 
 
 def test_each_ranking_reaches_the_target(three: ModelShape) -> None:
     limits, scores = limits_of(three, ratio=0.5, protected_first=1), random_scores(three, 0)
     left = three.after(rank_uniform(scores, three, limits, uniform_counts(limits, 0.5, 0.5)))
-    assert left.layers[0] == LAYER  # protected
-    assert len(set(left.layers[1:])) == 1
-    assert all(left.layers[1][kind] < LAYER[kind] for kind in three.kinds)
+    assert left.counts[0] == LAYER  # protected
+    assert len(set(left.counts[1:])) == 1
+    assert all(left.counts[1][kind] < LAYER[kind] for kind in three.kinds)
     assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= 3 * three.group_numel("channels") / 2
     left = three.after(rank_global(scores, three, limits, 0.5))
     assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= max(map(three.group_numel, three.kinds))
     for kind in ("heads", "experts"):  # each gives its share, the channels the rest
-        of_kind = sum(LAYER[kind] - layer[kind] for layer in left.layers) * three.group_numel(kind)
+        of_kind = sum(LAYER[kind] - layer[kind] for layer in left.counts) * three.group_numel(kind)
         share = limits.shares[kind] * gone(left, three)
         assert abs(of_kind - share) <= three.group_numel(kind)
     narrowest = {tuple(layer.values()) for layer in limits.narrowest(limits.bounds)}

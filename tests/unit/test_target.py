@@ -9,7 +9,7 @@ import torch
 from loraprune_ds.config import PruneConfig, Ranking, RunConfig, TrainConfig
 from loraprune_ds.model.flops import attention_product
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.pruning.limits import Limits, limits_without_ratio
@@ -54,7 +54,7 @@ def test_uniform_ends_a_step_below_so_many_parameters(shape: ModelShape, part: f
 def test_tensor_parallel_and_head_ratio_hold_with_a_target() -> None:
     prune = {"tensor_parallel": 4, "channel_multiple": 64, "head_ratio": 0.25}
     pruned = cut_to(LLAMA_7B, target="5B", **prune)
-    layer = pruned.layers[10]
+    layer = pruned.counts[10]
     assert (layer["heads"], layer["channels"] % 64) == (24, 0)
     assert 0 <= 5e9 - pruned.total_numel() <= uniform_step(LLAMA_7B, prune)
 
@@ -157,7 +157,7 @@ def test_global_splits_its_budget_so(head_ratio: float) -> None:
     limits = limits_of(head_ratio=head_ratio, ranking="global")
     scores = random_scores_of(SHAPE, torch.Generator().manual_seed(0))
     left = SHAPE.after(rank_global(scores, SHAPE, limits, 0.417))
-    assert abs(sum(9 - layer["heads"] for layer in left.layers) - head_ratio * 8 * 9) <= 1
+    assert abs(sum(9 - layer["heads"] for layer in left.counts) - head_ratio * 8 * 9) <= 1
     reached = 1 - left.linear_numel() / SHAPE.linear_numel()
     assert abs(reached - 0.417) < SHAPE.group_numel("channels") / SHAPE.linear_numel()
 
@@ -168,7 +168,7 @@ def test_the_planner_knows(ranking: Ranking) -> None:
     prune = PruneConfig(**settings, protected_first=0, protected_last=0)
     config = RunConfig(output_dir="unused", prune=prune, train=TrainConfig(steps=20, global_batch_size=8))
     shape = build_request("small", {}, SHAPE, config, Cluster(1, 1)).shape_at(20)
-    assert {layer["heads"] for layer in shape.layers} == {7}
+    assert {layer["heads"] for layer in shape.counts} == {7}
     assert abs(1 - shape.linear_numel() / SHAPE.linear_numel() - 0.4) < 0.01
 
 

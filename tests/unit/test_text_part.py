@@ -56,7 +56,7 @@ def test_the_text_part_is_read_cut_and_exported(outer: str, models: Models, tmp_
     text = reopened(pretrained)
     words = PROMPT.clamp(max=IMAGE - 1)  # Gemma 4 replaces the token of an image that is not there
     assert difference(logits(text, words), logits(whole, words)) < TOLERANCE
-    tuned, counts = with_lora(text, pretrained.config, outer), [FEW] * len(pretrained.shape.layers)
+    tuned, counts = with_lora(text, pretrained.config, outer), [FEW] * len(pretrained.shape.counts)
     made = cut_and_export(tuned, tmp_path / "model", *counts)
     stock = load(made.folder)
     assert stock.config.model_type == family
@@ -96,7 +96,7 @@ def test_sizes_that_a_published_config_leaves_out() -> None:
     """Gemma 3 4B names few fields of its text part. The others are defaults of the class."""
     text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
     shape = shape_from_config({"model_type": "gemma3", "text_config": text}, "somewhere")
-    assert (shape.head_dim, shape.queries_per_group, shape.layers[0]["heads"]) == (256, 2, 4)
+    assert (shape.head_dim, shape.attention[0].queries, shape.counts[0]["heads"]) == (256, 8, 4)
     assert (shape.vocab_size, shape.tie_word_embeddings) == (262208, True)
     assert shape.total_numel() == 3_880_263_168
 

@@ -72,7 +72,7 @@ def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path
     before = logits(whole, inputs)
     assert difference(logits(whole, inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}), before) > 1e-3
     network = untrained(pretrained)
-    dense, counts = network.shape, [KEPT[name]] * len(network.shape.layers)
+    dense, counts = network.shape, [KEPT[name]] * len(network.shape.counts)
     export = cut_and_export(network, tmp_path / "model", *counts, source=pretrained)
     check_tower(read_json(folder / "config.json"), export.shape, name)
     stock: Any = AutoModelForImageTextToText
@@ -90,7 +90,7 @@ def test_the_export_is_the_masked_model_with_an_image(made: tuple[str, Any, Path
     text = read_json(export.folder / "config.json")["text_config"]
     assert text.get("mtp_num_hidden_layers", 0) == 0
     again = open_result(export.folder)
-    assert again.pretrained.shape.layers == export.shape.layers
+    assert again.pretrained.shape.counts == export.shape.counts
     assert difference(logits(again.load_model(**EAGER).double(), inputs), expected) < TOLERANCE
     evaluated = load_model(find_model(str(export.folder)), "float32", torch.device("cpu"))
     assert difference(logits(evaluated, {"input_ids": PROMPT}), export.logits) < TOLERANCE
@@ -117,7 +117,7 @@ def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], 
     name, _, folder = made
     config, shape = read_json(folder / "config.json"), open_pretrained(folder).shape
     same = [KEPT[name]] * len(shape.layers)
-    for pruned in (None, shape.with_layers(draw_layers(shape, *same[1:], (5, 20)))):
+    for pruned in (None, shape.resized(draw_layers(shape, *same[1:], (5, 20)))):
         must_name("somewhere prune.ranking model.text_only", check_tower, config, pruned, "somewhere")
     unknown = config | {"vision_config": 3}
     must_name("somewhere config.json", check_tower, unknown, shape, "somewhere")
@@ -126,7 +126,7 @@ def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], 
         "gemma3": (MANY, "8 prune.tensor_parallel prune.head_ratio model.text_only"),
     }.get(name, (None, ""))
     if counts:
-        fewer = shape.with_layers(draw_layers(shape, counts, counts))
+        fewer = shape.resized(draw_layers(shape, counts, counts))
         must_name(f"somewhere {names}", check_tower, config, fewer, "somewhere")
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("preprocessor*"))
@@ -136,7 +136,7 @@ def test_what_a_stock_class_cannot_hold_is_refused(made: tuple[str, Any, Path], 
 
 
 def draw_layers(shape: Any, *counts: tuple[int, int]) -> Any:
-    return tuple(keep.shape for keep in draw(shape, *counts))
+    return tuple(keep.counts for keep in draw(shape, *counts))
 
 
 def test_the_first_qwen2_5_vl_has_its_text_outside(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_the_first_qwen2_5_vl_has_its_text_outside(tmp_path: Path) -> None:
     assert pretrained.tower is not None
     assert pretrained.tower.layout == LAYOUTS[-1]
     assert all(name.startswith("visual.") for name in pretrained.tower.files)
-    counts = [KEPT["qwen2_5_vl"]] * len(pretrained.shape.layers)
+    counts = [KEPT["qwen2_5_vl"]] * len(pretrained.shape.counts)
     export = cut_and_export(untrained(pretrained), tmp_path / "model", *counts, source=pretrained)
     stock: Any = AutoModelForImageTextToText
     _, info = stock.from_pretrained(export.folder, output_loading_info=True)
@@ -164,7 +164,7 @@ def test_the_processor_comes_along(tmp_path: Path) -> None:
     save_gemma3(tmp_path / "whole")
     pretrained = open_pretrained(tmp_path / "whole")
     check_processor(pretrained.folder)
-    counts = [KEPT["gemma3"]] * len(pretrained.shape.layers)
+    counts = [KEPT["gemma3"]] * len(pretrained.shape.counts)
     export = cut_and_export(untrained(pretrained), tmp_path / "model", *counts, source=pretrained)
     picture = Image.fromarray(torch.arange(1200, dtype=torch.uint8).view(20, 20, 3).numpy())
     processors = (AutoProcessor.from_pretrained(folder) for folder in (tmp_path / "whole", export.folder))

@@ -131,7 +131,7 @@ def _cut(trainer: Trainer, channels: int) -> dict[str, Any]:
     before = device_bytes()
     keep = [
         LayerKeep(heads=torch.arange(x["heads"]), channels=torch.arange(x["channels"] - channels))
-        for x in trainer.model.shape.layers
+        for x in trainer.model.shape.counts
     ]
     began = time.perf_counter()
     trainer.model.cut(keep)

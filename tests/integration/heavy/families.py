@@ -95,7 +95,7 @@ SPECIAL["glm4_moe_lite"] = SPECIAL["deepseek_v2"] = SPECIAL["deepseek_v3"]
 def serve(family: str, folder: Path, tokenizer: Path, *counts: tuple[int, int], **changes: Any) -> Export:
     """Writes the export of a cut model, with a tokenizer. Without counts all layers keep KEPT."""
     settings = SIZES | SPECIAL.get(family, {}) | changes
-    kept = ALL_HEADS if family in SQUARE else KEPT_EXPERTS if FAMILIES[family].mixture else KEPT
+    kept = ALL_HEADS if family in SQUARE else KEPT_EXPERTS if FAMILIES[family].has_experts else KEPT
     layers = settings.get("num_hidden_layers", 2) + settings.get("num_decoder_layers", 0)
     made = export(family, folder, *counts or [kept] * layers, **settings)
     copy_tokenizer(tokenizer, folder)

@@ -16,7 +16,7 @@ from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.export.lora import find_source
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shapes import ModelShape
+from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.target import measure, server_memory
 from tests.export_cases import Case
 from tests.integration.heavy.results import MEMORY_FILE, ask, python_of, record
@@ -74,7 +74,7 @@ def pruned(name: str, folder: Path) -> tuple[PruneConfig, ModelShape]:
     """Cuts SmolLM2 to the target of a case, with random scores, and exports it."""
     prune, _ = CASES[name]
     shape = cut_to(open_pretrained(embedded_model_dir()).shape, **prune)
-    keep = [(layer["heads"], layer["channels"]) for layer in shape.layers]
+    keep = [(layer["heads"], layer["channels"]) for layer in shape.counts]
     write(Case(name, "llama", SIZES, keep, "", "bfloat16"), folder)
     return PruneConfig(**prune), shape
 

@@ -1,0 +1,155 @@
+"""The questions that each family of models answers: the tensors of its layers, and where it differs from a LLaMA.
+
+`layer` marks tensors: which have LoRA, and along which axis they consist of groups. It computes no shapes. Those come
+from transformers' modules on the meta device (read_shape.py), so norms and other vectors that no cut makes smaller need
+no mark. A mark applies if the layer has the tensor. Two checks follow at reading: the runs of a tensor add up to its
+axis, and no matrix is unmarked.
+
+`c` is always transformers' object of config.json, or of one layer of it. After a cut it still has the counts of the
+source, so only widths and ratios may be read from it there.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from loraprune_ds.model.groups import Kind, LayerCounts
+from loraprune_ds.model.tensors import Attribute, LayerSpec, TensorSpec
+
+PRUNED = "pruned_"  # prefix of the `model_type` of an export whose layers have different widths
+Marks = Iterable[TensorSpec | Attribute]
+
+
+class Mixture(NamedTuple):
+    """Describes a mixture of experts beside the number of them."""
+
+    expert_size: int  # channels of one
+    experts_per_token: int
+    least_experts: int  # the router needs this many
+
+
+class Attention(NamedTuple):
+    """Describes what the attention of a layer, or the delta net in its place, costs."""
+
+    queries: int  # query heads
+    width: float  # of all heads. Scores, and again sums, take this many multiply-adds for a token and one that it reads
+    cached: int  # elements that a token adds to the KV cache
+    state: int = 0  # elements of a state that does not grow
+
+
+class LayerList(NamedTuple):
+    """Names the layers of an encoder or decoder: their path, and the field of config.json that counts them."""
+
+    path: str = "model.layers"
+    count: str = "num_hidden_layers"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Describes a family of decoder-only models with key-value heads. Subclasses override where theirs differ."""
+
+    softcap: str | None = None  # config field with the cap c of c · tanh(logits / c)
+    logit_scale: str | None = None  # config field with the factor on the logits
+    logit_divisor: str | None = None  # config field with a divisor of the logits
+    eager_only: str | None = None  # the feature of its attention that sdpa lacks
+    packs: bool = True  # its class keeps packed samples apart by their positions
+    windows_begin_with_bos: bool = False  # it predicts badly without BOS, also in the middle of a text
+    fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
+    equal_layers: bool = False  # a modelling file cannot hold layers that differ
+    vllm: Literal["auto", "transformers"] = "auto"  # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
+
+    layer_lists: ClassVar[tuple[LayerList, ...]] = (LayerList(),)  # an encoder's comes first
+    in_memory: ClassVar[Mapping[str, Any]] = {}  # fields of config.json that its modules have otherwise in memory
+    per_layer: ClassVar[str] = "per_layer_config"  # the field of a pruned export with the sizes of each layer
+    # A kind, and another whose counts equal it in each layer of a stock class.
+    as_many: ClassVar[Mapping[Kind, Kind]] = {}
+    shared_bias: ClassVar[str | None] = None  # a tensor that files have once for all layers of an encoder or decoder
+    has_experts: ClassVar[bool] = False
+
+    @property
+    def has_encoder(self) -> bool:
+        """True if an encoder before the decoder reads the source."""
+        return len(self.layer_lists) > 1
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The sizes that must stand in config.json, because the class would make them up."""
+        return "hidden_size", "vocab_size", "num_attention_heads", "intermediate_size"
+
+    def layer(self, c: Any, i: int) -> Marks:
+        """Marks tensors of layer `i`, in the order of the forward, and counts that its forward reads."""
+        raise NotImplementedError
+
+    def head_dim(self, c: Any) -> int:
+        return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+    def attention(self, c: Any, layer: LayerSpec) -> Attention:
+        heads, width = layer.counts.get("heads", 0), self.head_dim(c)
+        queries = heads * (c.num_attention_heads // c.num_key_value_heads)
+        return Attention(queries, queries * width, 2 * heads * width)
+
+    def mixture(self, c: Any) -> Mixture | None:
+        return None
+
+    def times(self, c: Any, i: int, kind: Kind) -> int:
+        """Counts the groups of a layer for each that config.json says it has."""
+        return 1
+
+    def around(self, c: Any, i: int) -> tuple[list[int], dict[str, Any]]:
+        """Returns the layers, and fields of config.json, of the smallest model that contains layer `i`."""
+        return [i], {}
+
+    def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Names sizes in config.json that the class computes from other fields."""
+        return config
+
+    def changed_in_memory(self, c: Any) -> dict[str, Any]:
+        """Returns the fields of config.json that a run changes, without the class, and their values there."""
+        fields = {name: getattr(c, name) for name in self.in_memory if name != "model_type"}
+        return {name: value for name, value in fields.items() if value != self.in_memory[name]}
+
+    # The config.json of an export
+
+    def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
+        """Returns the fields of config.json for a layer with these counts. 0 where it has none."""
+        heads = counts.get("heads", 0)
+        queries = heads * (c.num_attention_heads // c.num_key_value_heads)
+        channels = counts.get("channels", 0)
+        return {"num_attention_heads": queries, "num_key_value_heads": heads, "intermediate_size": channels}
+
+    def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> dict[str, Any]:
+        """Returns the fields of config.json for all layers together."""
+        return {"hidden_size": c.hidden_size, "head_dim": self.head_dim(c)}
+
+    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
+        """Returns the fields that say which of the `layers` have no experts."""
+        return {}
+
+    def counted(self, c: Any, layers: Sequence[LayerSpec]) -> list[LayerCounts]:
+        """Returns the groups of each layer, as config.json counts them."""
+        return [
+            LayerCounts((kind, count // self.times(c, i, kind)) for kind, count in layer.counts.items())
+            for i, layer in enumerate(layers)
+        ]
+
+    def is_uniform(self, c: Any, layers: Sequence[LayerSpec]) -> bool:
+        """True if all layers with groups of a kind have the same number, so that a stock class can hold them."""
+        counts = defaultdict[Kind, set[int]](set)
+        for layer in self.counted(c, layers):
+            for kind, count in layer.items():
+                counts[self.as_many.get(kind, kind)].add(count)
+        return all(len(found) == 1 for found in counts.values())
+
+    def export_types(self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]) -> list[str]:
+        """Returns the model types that an export may have, the best first. The last is that of a modelling file.
+
+        Args:
+            own: the model type of the source, without PRUNED.
+            source: its config.json.
+        """
+        return [own, PRUNED + own]
+
+    def shares_bias(self, c: Any, layers: Sequence[LayerSpec]) -> bool:
+        """True while encoder and decoder have the one bias each of the source, so that its class can hold them."""
+        return False

@@ -1,0 +1,88 @@
+"""Marks that many families share: attention, MLPs, experts and routers."""
+
+from typing import Any
+
+from loraprune_ds.model.families.base import Attribute
+from loraprune_ds.model.tensors import Run, StackSpec, TensorSpec
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+OnDisk = tuple[tuple[str, ...], tuple[str, ...]]  # the names of the two stacks of experts (`StackSpec.names`)
+
+
+def rows(linear: str, *runs: Run) -> TensorSpec:
+    """Marks a linear with LoRA that loses outputs. Its bias loses the same elements."""
+    return TensorSpec(f"{linear}.weight", runs, lora=True)
+
+
+def columns(linear: str, run: Run) -> TensorSpec:
+    """Marks a linear with LoRA that loses inputs. Its bias stays."""
+    return TensorSpec(f"{linear}.weight", (run,), axis=1, lora=True)
+
+
+def whole(module: str, *linears: str) -> list[TensorSpec]:
+    """Marks linears with LoRA that no cut makes smaller."""
+    return [TensorSpec(f"{module}.{linear}.weight", lora=True) for linear in linears]
+
+
+def head_runs(c: Any) -> tuple[Run, Run]:
+    """Returns the runs of queries, and of keys or values. A group is a key-value head with its query heads."""
+    heads, width = c.num_key_value_heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return Run("heads", heads, c.num_attention_heads // heads * width), Run("heads", heads, width)
+
+
+def attention(c: Any, out: str = "o_proj") -> list[TensorSpec]:
+    queries, keys = head_runs(c)
+    inputs = [rows(f"self_attn.{x}_proj", run) for x, run in (("q", queries), ("k", keys), ("v", keys))]
+    return [*inputs, columns(f"self_attn.{out}", queries)]
+
+
+def wide_norms(c: Any) -> list[TensorSpec]:
+    """Norms over all heads. A cut there is not quite equal to a mask: the mean square is of fewer elements."""
+    return [TensorSpec(f"self_attn.{x}_norm.weight", (run,)) for x, run in zip("qk", head_runs(c), strict=True)]
+
+
+def norms_of_heads(c: Any) -> list[TensorSpec]:
+    """Norms with a weight for each head, (heads, head_dim)."""
+    each = c.num_attention_heads // c.num_key_value_heads
+    runs = (("q", Run("heads", c.num_key_value_heads, each)), ("k", Run("heads", c.num_key_value_heads)))
+    return [TensorSpec(f"self_attn.{x}_norm.weight", (run,)) for x, run in runs]
+
+
+def gated(channels: int, mlp: str = "mlp", names: tuple[str, str, str] = MLP) -> list[TensorSpec]:
+    run, (gate, up, down) = Run("channels", channels), names
+    return [rows(f"{mlp}.{gate}", run), rows(f"{mlp}.{up}", run), columns(f"{mlp}.{down}", run)]
+
+
+def ungated(channels: int, up: str = "up_proj", down: str = "down_proj") -> list[TensorSpec]:
+    run = Run("channels", channels)
+    return [rows(f"mlp.{up}", run), columns(f"mlp.{down}", run)]
+
+
+def fused_gated(channels: int, gate_up: str = "mlp.gate_up_proj", down: str = "mlp.down_proj") -> list[TensorSpec]:
+    run = Run("channels", channels)
+    return [rows(gate_up, run, run), columns(down, run)]
+
+
+def mlp_width(c: Any) -> Attribute:
+    return Attribute("mlp", "intermediate_size", Run("channels", c.intermediate_size))
+
+
+def each_expert(mlp: str = "mlp", names: tuple[str, str, str] = MLP) -> OnDisk:
+    """Returns the names on disk where each expert has separate linears."""
+    gate, up, down = (f"{mlp}.experts.{{}}.{name}.weight" for name in names)
+    return (gate, up), (down,)
+
+
+def stacks(path: str, run: Run, hidden: int, names: OnDisk, *, transposed: bool = False) -> list[TensorSpec]:
+    """Marks the two stacks of gated experts. `run` counts the experts, and its width is the channels of one."""
+    wide, deep = run._replace(width=2 * run.width), run._replace(width=hidden)
+    gate_up, down = (deep, run) if transposed else (wide, deep)
+    return [
+        TensorSpec(f"{path}.gate_up.weight", (gate_up,), lora=True, stack=StackSpec(names[0], False, transposed)),
+        TensorSpec(f"{path}.down.weight", (down,), lora=True, stack=StackSpec(names[1], True, transposed)),
+    ]
+
+
+def per_expert(name: str, run: Run, on_disk: str | None = None, *, keep_fp32: bool = False) -> TensorSpec:
+    """Marks a router, or another tensor with a row for each expert."""
+    return TensorSpec(name, (run._replace(width=1),), on_disk=on_disk, keep_fp32=keep_fp32)

@@ -1,0 +1,103 @@
+"""Dense decoders: LLaMA, and those that differ from it in a few words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from loraprune_ds.model.families.base import PRUNED, Attribute, Family, Marks
+from loraprune_ds.model.families.blocks import (
+    attention,
+    columns,
+    fused_gated,
+    gated,
+    head_runs,
+    mlp_width,
+    norms_of_heads,
+    rows,
+    ungated,
+    whole,
+    wide_norms,
+)
+from loraprune_ds.model.groups import LayerCounts
+from loraprune_ds.model.tensors import LayerSpec, Run, TensorSpec
+
+
+class Llama(Family):
+    def layer(self, c: Any, i: int) -> Marks:
+        return [*attention(c), *gated(c.intermediate_size), mlp_width(c)]
+
+    def export_types(self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]) -> list[str]:
+        """A Llama without biases may become a Mistral, whose class wants no head count that divides hidden_size."""
+        biased = any(tensor.name.endswith(".bias") for layer in layers for tensor in layer.tensors)
+        second = ["mistral"] if own == "llama" and not biased else []
+        return [own, *second, PRUNED + own]
+
+
+class Olmo2(Llama):
+    def layer(self, c: Any, i: int) -> Marks:
+        return [*super().layer(c, i), *wide_norms(c)]
+
+
+class Cohere(Llama):
+    def layer(self, c: Any, i: int) -> Marks:
+        return [*super().layer(c, i), *norms_of_heads(c)]
+
+
+class Phi3(Family):
+    def layer(self, c: Any, i: int) -> Marks:
+        (queries, keys), count = head_runs(c), Run("heads", c.num_key_value_heads)
+        return [
+            rows("self_attn.qkv_proj", queries, keys, keys),
+            columns("self_attn.o_proj", queries),
+            *fused_gated(c.intermediate_size),
+            Attribute("self_attn", "num_key_value_heads", count),
+            Attribute("self_attn.config", "num_attention_heads", count._replace(width=queries.width // keys.width)),
+        ]
+
+
+class Glm(Family):
+    def layer(self, c: Any, i: int) -> Marks:
+        return [*attention(c), *fused_gated(c.intermediate_size)]
+
+
+class Ungated(Family):
+    def layer(self, c: Any, i: int) -> Marks:
+        return [*attention(c), *ungated(c.intermediate_size)]
+
+
+class Starcoder2(Family):
+    def layer(self, c: Any, i: int) -> Marks:
+        return [*attention(c), *ungated(c.intermediate_size, "c_fc", "c_proj")]
+
+
+class Lfm2(Family):
+    """Its short convolutions are as wide as the residual stream."""
+
+    def layer(self, c: Any, i: int) -> Marks:
+        mlp = gated(c.intermediate_size, "feed_forward", ("w1", "w3", "w2"))
+        return [*attention(c, "out_proj"), *whole("conv", "in_proj", "out_proj"), *mlp]
+
+    def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Writes the width of the MLP, which the class computes from other fields."""
+        width = config.get("block_ff_dim", config.get("intermediate_size", 12288))
+        if config.get("block_auto_adjust_ff_dim", True):
+            width, factor = int(2 * width / 3), config.get("block_ffn_dim_multiplier", 1.0)
+            multiple = config.get("block_multiple_of", 256)
+            width = width if factor is None else multiple * -(-int(factor * width) // multiple)
+        rest = {key: value for key, value in config.items() if key != "block_ff_dim"}
+        return rest | {"intermediate_size": width, "block_auto_adjust_ff_dim": False}
+
+
+class GraniteHybrid(Family):
+    """The inner width of its Mamba is a multiple of hidden_size. Its fused kernels read `out_proj` past LoRA."""
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        return *super().required[:3], "shared_intermediate_size"
+
+    def layer(self, c: Any, i: int) -> Marks:
+        mlp = fused_gated(c.shared_intermediate_size, "shared_mlp.input_linear", "shared_mlp.output_linear")
+        return [*attention(c), *whole("mamba", "in_proj"), TensorSpec("mamba.out_proj.weight"), *mlp]
+
+    def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
+        channels = {"shared_intermediate_size": counts.get("channels", 0), "intermediate_size": 0}
+        return super().layer_fields(c, counts) | channels

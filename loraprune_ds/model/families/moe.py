@@ -1,0 +1,127 @@
+"""Mixtures of experts: experts leave. Dense layers and shared experts stay, with LoRA."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from loraprune_ds.model.families.base import Attribute, Family, Marks, Mixture
+from loraprune_ds.model.families.blocks import MLP, attention, each_expert, per_expert, stacks, whole, wide_norms
+from loraprune_ds.model.groups import LayerCounts
+from loraprune_ds.model.tensors import Run, TensorSpec
+
+NEW_COUNT = "num_local_experts"  # transformers 5 writes the number of experts under this name, and reads the old ones
+
+
+@dataclass(frozen=True)
+class Moe(Family):
+    """Names the fields of config.json about experts."""
+
+    count: str = "num_experts"  # the number of experts
+    size: str = "moe_intermediate_size"  # the channels of one
+    chosen: str = "num_experts_per_tok"  # how many a token chooses
+    best_of_group: int = 0  # if > 0 the router first chooses `topk_group` of `n_group` groups, by so many of each
+
+    has_experts = True
+    optional: ClassVar[bool] = False  # some models of the family have none
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        return *super().required[:3], self.count, self.size, self.chosen
+
+    def run(self, c: Any) -> Run:
+        """Returns the experts of a layer, as wide as the channels of one."""
+        ranges = c.n_group or 1 if self.best_of_group else 1
+        return Run("experts", getattr(c, self.count) or 0, getattr(c, self.size) or 0, ranges)
+
+    def mixture(self, c: Any) -> Mixture | None:
+        run, per_token = self.run(c), getattr(c, self.chosen)
+        chosen = c.topk_group or 1 if self.best_of_group else 1
+        return Mixture(run.width, per_token, run.ranges * max(self.best_of_group, -(-per_token // chosen)))
+
+    def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
+        return super().layer_fields(c, counts) | {self.count: counts.get("experts", 0)}
+
+    def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> dict[str, Any]:
+        dense = [i for i, counts in enumerate(layers) if not counts.get("experts")]
+        return super().model_fields(c, layers) | self.dense_layers(dense, len(layers))
+
+
+class Mixtral(Moe):
+    def layer(self, c: Any, i: int) -> Marks:
+        names, router = each_expert("block_sparse_moe", ("w1", "w3", "w2")), "block_sparse_moe.gate.weight"
+        experts = stacks("mlp.experts", self.run(c), c.hidden_size, names)
+        return [*attention(c), *experts, per_expert("mlp.gate.weight", self.run(c), router)]
+
+
+class MiniMax(Mixtral):
+    def layer(self, c: Any, i: int) -> Marks:
+        bias, in_file = "mlp.e_score_correction_bias", "block_sparse_moe.e_score_correction_bias"
+        return [*super().layer(c, i), per_expert(bias, self.run(c), in_file, keep_fp32=True), *wide_norms(c)]
+
+
+class QwenMoe(Moe):
+    dense_mlp: ClassVar[tuple[TensorSpec, ...]] = tuple(whole("mlp", *MLP))  # of a layer without experts
+    shared: ClassVar[tuple[TensorSpec, ...]] = ()  # the linears that all tokens pass
+
+    def layer(self, c: Any, i: int) -> Marks:
+        return [*self.mixer(c), *self.mlp(c)]
+
+    def mixer(self, c: Any) -> Marks:
+        return attention(c)
+
+    def mlp(self, c: Any) -> Marks:
+        """Marks the experts of a sparse layer, and the MLP of a dense one."""
+        experts = stacks("mlp.experts", self.run(c), c.hidden_size, each_expert())
+        return [*experts, *self.dense_mlp, *self.shared, per_expert("mlp.gate.weight", self.run(c))]
+
+    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
+        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+class Qwen2Moe(QwenMoe):
+    shared = (*whole("mlp.shared_expert", *MLP), *whole("mlp", "shared_expert_gate"))
+
+
+class Olmoe(Moe):
+    def layer(self, c: Any, i: int) -> Marks:
+        experts = stacks("mlp.experts", self.run(c), c.hidden_size, each_expert())
+        return [*attention(c), *experts, per_expert("mlp.gate.weight", self.run(c)), *wide_norms(c)]
+
+
+class GlmMoe(QwenMoe):
+    """Its router has a correction for each expert."""
+
+    shared = tuple(whole("mlp.shared_experts", *MLP))
+    corrects: ClassVar[bool] = True
+
+    def mlp(self, c: Any) -> Marks:
+        run, bias = self.run(c), "mlp.gate.e_score_correction_bias"
+        correction = [per_expert(bias, run, keep_fp32=True)] if self.corrects else []
+        return [*super().mlp(c), *correction, Attribute("mlp.gate", "num_experts", run._replace(width=1))]
+
+    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
+        assert dense == [*range(len(dense))]
+        # The layers that predict further tokens are no part of the model.
+        return {"first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}
+
+
+class GraniteMoe(Moe):
+    def layer(self, c: Any, i: int) -> Marks:
+        path, run = "block_sparse_moe", self.run(c)
+        names = (f"{path}.input_linear.weight",), (f"{path}.output_linear.weight",)
+        router = per_expert(f"{path}.router.weight", run, f"{path}.router.layer.weight")
+        return [*attention(c), *stacks(f"{path}.experts", run, c.hidden_size, names), router]
+
+
+class GptOss(Moe):
+    def layer(self, c: Any, i: int) -> Marks:
+        path, run, queries = "mlp.experts", self.run(c), c.num_attention_heads // c.num_key_value_heads
+        names = (f"{path}.gate_up_proj",), (f"{path}.down_proj",)
+        router = ("mlp.router.weight", "mlp.router.bias")
+        biases = (f"{path}.gate_up_proj_bias", f"{path}.down_proj_bias")
+        return [
+            *attention(c),
+            *stacks(path, run, c.hidden_size, names, transposed=True),
+            TensorSpec("self_attn.sinks", (Run("heads", c.num_key_value_heads, queries),)),
+            *(per_expert(name, run) for name in (*router, *biases)),
+        ]

@@ -1,0 +1,191 @@
+"""The sizes of a model: its layers, each a list of tensors, and the parameters outside of them."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
+
+from loraprune_ds.model.families.base import Attention, Family, Mixture
+from loraprune_ds.model.family import FAMILIES, family_name
+from loraprune_ds.model.frozen import Pieces, StoredTensor
+from loraprune_ds.model.groups import Kind, LayerCounts, LayerKeep
+from loraprune_ds.model.tensors import LayerSpec, Shape, TensorSpec
+
+
+class LinearId(NamedTuple):
+    """Names a linear with LoRA: its layer, and its name inside it."""
+
+    layer: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Holds the sizes of a model of a family."""
+
+    model_type: str
+    kinds: tuple[Kind, ...]  # of groups, in the order of all masks, draws and files. The last is the finest
+    layers: tuple[LayerSpec, ...]  # of an encoder before those of its decoder
+    outer: tuple[TensorSpec, ...]  # outside the layers: embedding, final norm, untied head
+    config: Any = field(compare=False)  # transformers' object of layer 0, with the counts of the source
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[family_name(self.model_type)]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def head_dim(self) -> int:
+        return self.family.head_dim(self.config)
+
+    @property
+    def mixture(self) -> Mixture | None:
+        return self.family.mixture(self.config) if "experts" in self.kinds else None
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return all(tensor.name != "lm_head.weight" for tensor in self.outer)
+
+    @cached_property
+    def counts(self) -> tuple[LayerCounts, ...]:
+        """The groups of each layer, 0 of a kind that it lacks."""
+        of_kinds = [[(kind, layer.counts.get(kind, 0)) for kind in self.kinds] for layer in self.layers]
+        return tuple(map(LayerCounts, of_kinds))
+
+    @property
+    def counted(self) -> list[LayerCounts]:
+        """The groups of each layer, as config.json counts them."""
+        return self.family.counted(self.config, self.layers)
+
+    def times(self, layer: int, kind: Kind) -> int:
+        """Counts the groups of a layer for each that config.json says it has."""
+        return self.family.times(self.config, layer, kind)
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if all layers with groups of a kind have the same number, so that a stock model class can hold them."""
+        return self.family.is_uniform(self.config, self.layers)
+
+    @cached_property
+    def layer_lists(self) -> list[range]:
+        """The layers of a decoder, or of an encoder and its decoder."""
+        sizes = [sum(layer.layer_list == n for layer in self.layers) for n in range(len(self.family.layer_lists))]
+        return [range(*pair) for pair in pairwise([0, *accumulate(sizes)])]
+
+    def prefix(self, layer: int) -> str:
+        """Returns how the names of a layer's parameters begin."""
+        place = self.layers[layer].layer_list
+        return f"{self.family.layer_lists[place].path}.{layer - self.layer_lists[place].start}."
+
+    @property
+    def attention(self) -> list[Attention]:
+        """The costs of attention in each layer."""
+        return [self.family.attention(self.config, layer) for layer in self.layers]
+
+    def linears(self, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
+        """Lists the linears with LoRA of these layers or all, with the numbers of their layers."""
+        layers = range(len(self.layers)) if layers is None else layers
+        return [(i, linear) for i in layers for linear in self.layers[i].linears]
+
+    def input_linears(self, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
+        """Lists the linears whose inputs belong to groups, such as o_proj and down_proj."""
+        return [(i, linear) for i, linear in self.linears(layers) if linear.reads_groups]
+
+    def linear(self, linear_id: LinearId) -> TensorSpec:
+        """Returns the weight of a linear."""
+        return next(x for x in self.layers[linear_id.layer].linears if x.linear == linear_id.name)
+
+    @property
+    def biases(self) -> frozenset[str]:
+        """The linears that have a bias in some layer."""
+        names = {tensor.name for layer in self.layers for tensor in layer.tensors}
+        return frozenset(x.linear for layer in self.layers for x in layer.linears if f"{x.linear}.bias" in names)
+
+    def tensors(self) -> Iterator[tuple[str, TensorSpec]]:
+        """Yields all parameters by their names in the weight files. A tied head is the embedding."""
+        embedding, *rest = self.outer
+        yield embedding.name, embedding
+        for i in range(len(self.layers)):
+            yield from self.layer_tensors(i)
+        yield from ((tensor.name, tensor) for tensor in rest)
+
+    def layer_tensors(self, layer: int) -> Iterator[tuple[str, TensorSpec]]:
+        prefix = self.prefix(layer)
+        return ((prefix + tensor.name, tensor) for tensor in self.layers[layer].tensors)
+
+    def parameters(self) -> dict[str, Shape]:
+        """Returns the shapes of all parameters by their names in the weight files."""
+        return {name: tensor.shape for name, tensor in self.tensors()}
+
+    def pieces(self, fused: bool = False, transposed: bool = False) -> dict[str, Pieces]:
+        """Returns the tensors on disk of each parameter that has another name or shape there (`TensorSpec.pieces`)."""
+        layers = range(len(self.layers))
+        every = ((self.prefix(i), tensor) for i in layers for tensor in self.layers[i].tensors)
+        found = ((prefix + tensor.name, tensor.pieces(prefix, fused, transposed)) for prefix, tensor in every)
+        return {name: pieces for name, pieces in found if pieces}
+
+    @property
+    def shared_tensors(self) -> dict[str, str]:
+        """Maps names of parameters to the one of their encoder or decoder that files hold for all."""
+        shared = self.family.shares_bias(self.config, self.layers)
+        bias, lists = self.family.shared_bias, self.layer_lists if shared else []
+        return {f"{self.prefix(i)}{bias}": f"{self.prefix(x[0])}{bias}" for x in lists for i in x[1:]}
+
+    def stored(self, element_size: int, *, int8: bool) -> dict[str, StoredTensor]:
+        """Returns the frozen tensors that ZeRO-3 shards, by name."""
+        stored = dict[str, StoredTensor]()
+        for name, tensor in self.tensors():
+            prefix = name.removesuffix(tensor.name)
+            stored |= {prefix + own: value for own, value in tensor.stored(element_size, int8).items()}
+        return stored
+
+    def total_numel(self) -> int:
+        return sum(tensor.numel for layer in self.layers for tensor in layer.tensors) + sum(x.numel for x in self.outer)
+
+    def linear_numel(self) -> int:
+        """Counts the linear parameters that belong to groups, without biases."""
+        return sum(layer.numel for layer in self.layers)
+
+    @cached_property
+    def _group_numel(self) -> dict[Kind, int]:
+        numel = dict.fromkeys(self.kinds, 0)
+        for layer in self.layers:
+            numel |= {kind: max(numel[kind], own) for kind, own in layer.group_numel.items()}
+        return numel
+
+    def lora_numel(self, rank: int) -> list[int]:
+        """Returns the elements of A, then B, of each linear."""
+        return [numel for layer in self.layers for numel in layer.lora_numel(rank)]
+
+    def group_numel(self, kind: Kind) -> int:
+        """Counts the linear parameters that leave with one group, without biases."""
+        return self._group_numel[kind]
+
+    def numel_of(self, counts: Mapping[Kind, int]) -> int:
+        """Counts the linear parameters of a layer with these counts of groups, without biases."""
+        return sum(count * self.group_numel(kind) for kind, count in counts.items())
+
+    def ranges(self, kind: Kind) -> int:
+        """Counts the equal ranges of a layer's groups that must lose the same number each."""
+        runs = (run for layer in self.layers for linear in layer.linears for run in linear.runs if run.kind == kind)
+        return next((run.ranges for run in runs), 1)
+
+    def resized(self, counts: Sequence[LayerCounts]) -> "ModelShape":
+        """Returns the model with these groups."""
+        layers = zip(self.layers, counts, strict=True)
+        return replace(self, layers=tuple(layer.resized(own) for layer, own in layers))
+
+    def after(self, keep: Sequence[LayerKeep]) -> "ModelShape":
+        return self.resized([layer_keep.counts for layer_keep in keep])
+
+    def only(self, layers: Sequence[int]) -> "ModelShape":
+        """Returns a model of these layers, which count from 0 there."""
+        return replace(self, layers=tuple(self.layers[i] for i in layers))
