@@ -14,7 +14,7 @@ from tests.integration.launching import ROOT
 
 PACKAGE = "loraprune_ds"
 MAX_LINES = 400
-MOST_LOADED = 60
+MOST_LOADED = 60  # without the families, which a table names
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
@@ -116,7 +116,7 @@ def test_an_import_does_not_wait_for_packages_it_does_not_need(line: str, unwant
 def test_the_callback_loads_a_part_of_the_package() -> None:
     code = "import sys; from loraprune_ds import LoraPruneCallback, PruneConfig; print(*sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    loaded, own = set(printed.split()), {module_of(path) for path in FILES}  # without the empty packages
+    loaded, own = set(printed.split()), {module_of(path) for path in FILES if path.parent.name != "families"}
     assert not loaded & {"gguf", "matplotlib"}
     assert len(loaded & own) <= MOST_LOADED
 
