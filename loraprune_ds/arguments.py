@@ -3,7 +3,7 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from loraprune_ds.errors import UserError, leave, leave_on_error, require, tell
@@ -44,6 +44,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Returns a type of options: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}; got {text}")
+        return value
+
+    return number
 
 
 def require_option(arguments: argparse.Namespace, needed: str, *options: str) -> None:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from loraprune_ds import ranks
-from loraprune_ds.arguments import Parser, require_option
+from loraprune_ds.arguments import Parser, at_least, require_option
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, leave, leave_on_error, require, tell
 from loraprune_ds.evaluate.settings import (
@@ -64,23 +64,23 @@ def parse_arguments() -> argparse.Namespace:
     about = f"perplexity on a test set by name (default: {DEFAULT_DATASET})"
     text.add_argument("--dataset", choices=DATASETS, help=about)
     parser.add_argument("--split", help=f"of --dataset (default: {DEFAULT_SPLIT})")
-    parser.add_argument("--window", type=int, default=128, metavar="TOKENS", help="default: 128")
-    parser.add_argument("--max-windows", type=int, metavar="N", help="only the first N (default: all)")
+    parser.add_argument("--window", type=at_least(2), default=128, metavar="TOKENS", help="default: 128")
+    parser.add_argument("--max-windows", type=at_least(1), metavar="N", help="only the first N (default: all)")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="default: the model's own")
     about = "windows or answers at once (default: about 2,048 tokens)"
-    parser.add_argument("--batch-size", type=int, metavar="N", help=about)
+    parser.add_argument("--batch-size", type=at_least(1), metavar="N", help=about)
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=TASKS_HELP)
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="more task files")
-    parser.add_argument("--num-fewshot", type=int, metavar="N", help="default: what each task says")
-    parser.add_argument("--limit", type=int, metavar="N", help="documents per task, for trials")
+    parser.add_argument("--num-fewshot", type=at_least(0), metavar="N", help="default: what each task says")
+    parser.add_argument("--limit", type=at_least(1), metavar="N", help="documents per task, for trials")
     about = f"write answers and measure them (without a file: {DEFAULT_PROMPTS}, 50 shipped prompts)"
     parser.add_argument("--answers", nargs="?", const=DEFAULT_PROMPTS, metavar="PROMPTS.jsonl", help=about)
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: 128)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="of an answer (default: 128)")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write the answers side by side")
     parser.add_argument("--speed", action="store_true", help="prefill and decode tokens per second")
     for field in ROUND:
         about = f"of --speed (default: {field.default})"
-        parser.add_argument(f"--{field.name}", type=int, metavar="N", default=argparse.SUPPRESS, help=about)
+        parser.add_argument(f"--{field.name}", type=at_least(1), metavar="N", default=argparse.SUPPRESS, help=about)
     parser.add_argument("--sharded", action="store_true", help="spread the weights over the ranks (ZeRO-3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--verbose", action="store_true", help="show the messages of libraries")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loraprune_ds import ranks
-from loraprune_ds.arguments import Parser
+from loraprune_ds.arguments import Parser, at_least
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import ShortfallError, UserError, leave, leave_on_error, tell
@@ -106,7 +106,7 @@ def main() -> int:
 def launch() -> int:
     """Checks the arguments of `loraprune-ds run`, then becomes DeepSpeed's launcher, which runs `main` on all ranks."""
     own = Parser(None, add_help=False)
-    own.add_argument("--ranks", type=int, metavar="N", help="processes on this machine (default: one per GPU)")
+    own.add_argument("--ranks", type=at_least(1), metavar="N", help="processes on this machine (default: one per GPU)")
     try:
         chosen, arguments = own.parse_known_args()
         options = parse_arguments(own)

@@ -19,12 +19,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import require
-from loraprune_ds.evaluate.models import Ids, end_ids, generate
-from loraprune_ds.evaluate.perplexity import Labelled, Losses, Progress, exp_of_mean, label_answers
+from loraprune_ds.evaluate.models import Ids, Writer
+from loraprune_ds.evaluate.perplexity import Labelled, Losses, Progress, label_answers, measure_perplexity
 from loraprune_ds.evaluate.settings import AnswerSettings
 from loraprune_ds.model.logits import Head, chunk_size, logits_transform, output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX, final_hidden, token_losses
 from loraprune_ds.model.tokenizer import check_ids, rendering
+from loraprune_ds.zero.comm import Communicator
 
 AT_ONCE = 32  # answers that are written together
 GRAM = 4
@@ -74,16 +75,6 @@ class Generation:
     closeness: Closeness | None = None  # None without a dense model
 
 
-@dataclass(frozen=True)
-class Writer:
-    """A loaded model and the ids of its prompts."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    prompts: list[Ids]
-    start: int | None = None  # the first token of a decoder after an encoder
-
-
 def encode_prompts(
     settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, path: str, most: int | None, vocab_size: int
 ) -> list[Ids]:
@@ -108,6 +99,7 @@ def encode_prompts(
 def write_answers(
     writers: list[Writer],
     settings: AnswerSettings,
+    comm: Communicator,
     batch_size: int | None = None,
     text: tuple[str, Iterable[Labelled]] | None = None,
     progress: Progress = lambda rounds, _: rounds,
@@ -122,9 +114,14 @@ def write_answers(
     kinds = [{"max_new_tokens": settings.max_new_tokens} | how for how in ({"do_sample": False}, sampling)]
     written = [[_write(writer, how, settings.seed, size, progress) for how in kinds] for writer in writers]
     dense = writers[1] if len(writers) > 1 else None
+
+    def read(writer: Writer, ids: list[Ids]) -> float | None:
+        batches = list(_labelled(writer, ids, size))
+        return dense and measure_perplexity(losses_of(dense.model), batches, comm).perplexity
+
     made: list[Generation] = []
     for writer, texts in zip(writers, written, strict=True):
-        greedy, sampled = (_summarise(writer, dense, ids, settings.targets, size) for ids in texts)
+        greedy, sampled = (_summarise(writer, ids, read(writer, ids), settings.targets) for ids in texts)
         made.append(Generation(bool(writer.tokenizer.chat_template), greedy, sampled))
     if dense is not None:
         name, batches = text or ("the dense model's greedy answers", _labelled(dense, written[1][0], size))
@@ -134,19 +131,15 @@ def write_answers(
 
 def _write(writer: Writer, how: dict[str, Any], seed: int, batch_size: int, progress: Progress) -> list[Ids]:
     torch.manual_seed(seed)
-    ends = end_ids(writer.model, writer.tokenizer)
     starts = progress(range(0, len(writer.prompts), batch_size), "answers")
     batches = (writer.prompts[start : start + batch_size] for start in starts)
-    return [ids for batch in batches for ids in generate(writer.model, batch, ends, **how)]
+    return [ids for batch in batches for ids in writer.write(batch, **how)]
 
 
-def _summarise(
-    writer: Writer, dense: Writer | None, written: list[Ids], targets: Sequence[str], batch_size: int
-) -> Answers:
-    ends = end_ids(writer.model, writer.tokenizer)
+def _summarise(writer: Writer, written: list[Ids], perplexity: float | None, targets: Sequence[str]) -> Answers:
     answers: list[Answer] = []
     for ids in written:
-        ended = ids[-1] in ends
+        ended = ids[-1] in writer.ends
         words = ids[:-1] if ended else ids
         text = cast(str, writer.tokenizer.decode(words))  # with special tokens, which a broken model may write
         answers.append(Answer(text, len(words), ended and bool(words), repetition(words)))
@@ -155,7 +148,7 @@ def _summarise(
         fmean(one.tokens for one in answers),
         fmean(one.ended for one in answers),
         fmean(one.repetition for one in answers),
-        dense and _perplexity(dense, _labelled(writer, written, batch_size)),
+        perplexity,
         fmean(target.strip() == text.strip() for target, text in pairs) if pairs else None,
         _rouge_l(pairs) if pairs else None,
         answers,
@@ -180,15 +173,6 @@ def _labelled(writer: Writer, written: list[Ids], batch_size: int) -> Iterator[L
     for i in range(0, len(rows), batch_size):
         ids, labels = label_answers(rows[i : i + batch_size])
         yield ids.to(writer.model.device), labels.to(writer.model.device)
-
-
-@torch.no_grad()
-def _perplexity(dense: Writer, batches: Iterator[Labelled]) -> float:
-    total, tokens, losses = 0.0, 0, losses_of(dense.model)
-    for ids, labels in batches:
-        total += losses(ids, labels).double().sum().item()
-        tokens += int((labels != IGNORE_INDEX).sum())
-    return exp_of_mean(total, tokens)
 
 
 def losses_of(model: PreTrainedModel) -> Losses:

@@ -19,8 +19,8 @@ from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, Pr
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.evaluate.answers import Generation, Writer, encode_prompts, losses_of, write_answers
-from loraprune_ds.evaluate.models import ModelSource, find_model, load_model
+from loraprune_ds.evaluate.answers import Generation, encode_prompts, losses_of, write_answers
+from loraprune_ds.evaluate.models import ModelSource, Writer, find_model, load_model
 from loraprune_ds.evaluate.perplexity import Labelled, Perplexity, Progress, measure_perplexity, split_batches
 from loraprune_ds.evaluate.settings import EvaluationSettings, SpeedSettings
 from loraprune_ds.evaluate.tasks import run_tasks
@@ -118,7 +118,7 @@ def evaluate(
         on_device = ((ids.to(comm.device), labels.to(comm.device)) for ids, labels in models[0].batches)
         text = settings.text and (settings.text.name, on_device)
         with fast_half_products(models[0].dtype):
-            made = write_answers(writers, plan, settings.batch_size, text, progress)
+            made = write_answers(writers, plan, comm, settings.batch_size, text, progress)
         measurements = [replace(one, answers=answers) for one, answers in zip(measurements, made, strict=True)]
     if speed := settings.speed:
         speeds = comm.on_rank_0(lambda: measure_speed(loaded, speed)) or [None] * len(models)
@@ -157,10 +157,9 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
         require(fits, f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
     tokenizer = load_tokenizer(source.tokenizer_folder)
     starts = text_starts(tokenizer, source.pretrained.shape.family, source.pretrained.config)
-    window, windows = settings.protocol.window, settings.protocol.max_windows
     batches, size = list[Labelled](), settings.actual_batch_size
     if text := settings.text:
-        batches = split_batches(text.text, tokenizer, window, windows, starts, size, vocab_size=vocab_size)
+        batches = split_batches(text.text, tokenizer, settings.protocol, starts, size, vocab_size)
     prompts = encode_prompts(settings.answers, tokenizer, path, most, vocab_size) if settings.answers else []
     return PreparedModel(source, dtype, tokenizer, starts, batches, prompts)
 
@@ -217,7 +216,7 @@ def _measure(
         if prepared.batches:
             perplexity = measure_perplexity(losses_of(model), prepared.batches, comm, progress)
         if settings.tasks:
-            tasks = run_tasks(settings.tasks, model, prepared.tokenizer, settings.actual_batch_size, comm)
+            tasks = run_tasks(settings.tasks, Writer(model, prepared.tokenizer), settings.actual_batch_size, comm)
     dense = dense or source.dense_parameters
     element_size = DTYPES[prepared.dtype].itemsize
     measurement = Measurement(

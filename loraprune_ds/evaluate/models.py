@@ -1,8 +1,9 @@
-"""Models by the name a user gives: a folder, a hub id, a PEFT adapter or a run. And the texts that they write."""
+"""Models by the name a user gives: a folder, a hub id, a PEFT adapter or a run. And what they write."""
 
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,29 +158,38 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     return wrapped.merge_and_unload()
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Returns the ids that end a text, named by the model's settings or by its tokenizer."""
-    settings: Any = model.generation_config
-    named = settings.eos_token_id if settings else None
-    ids = (*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id)
-    return {token for token in ids if isinstance(token, int)}
+@dataclass(frozen=True)
+class Writer:
+    """A loaded model, its tokenizer, and the ids of its prompts."""
 
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Ids] = field(default_factory=list)
+    start: int | None = None  # the first token of a decoder after an encoder
 
-def generate(model: PreTrainedModel, prompts: list[Ids], ends: set[int], **how: Any) -> Iterator[Ids]:
-    """Yields the new ids for each prompt of a batch, with the end id if the model wrote one.
+    @cached_property
+    def ends(self) -> set[int]:
+        """The ids that end a text, named by the model's settings or by its tokenizer."""
+        settings: Any = self.model.generation_config
+        named = settings.eos_token_id if settings else None
+        ids = (*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id)
+        return {token for token in ids if isinstance(token, int)}
 
-    Args:
-        ends: ids that end a text, see `end_ids`.
-        how: settings of generation such as max_new_tokens. They replace the model's own, which may forbid repetition.
-    """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    ended_by = {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
-    if model.config.is_encoder_decoder:
-        width, ended_by["decoder_start_token_id"] = 1, target_start(model.config.to_dict())  # of its outputs
-    # A diverged model has NaN among its logits. Its answers are worthless, and sampling them must not raise.
-    model.generation_config = GenerationConfig(**ended_by, **how, remove_invalid_values=True)
-    write: Any = model.generate  # a decorator hides its type
-    for row in write(input_ids=ids, attention_mask=mask)[:, width:].tolist():
-        yield row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
+    def write(self, prompts: list[Ids], **how: Any) -> Iterator[Ids]:
+        """Yields the new ids for each prompt of a batch, with the end id if the model wrote one.
+
+        Args:
+            how: settings of generation such as max_new_tokens. They replace the model's own, which may forbid
+                repetition.
+        """
+        model, ends, width = self.model, self.ends, max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+        mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts], device=model.device)
+        ended_by = {"eos_token_id": sorted(ends) or None, "pad_token_id": min(ends, default=0)}
+        if model.config.is_encoder_decoder:
+            width, ended_by["decoder_start_token_id"] = 1, target_start(model.config.to_dict())  # of its outputs
+        # A diverged model has NaN among its logits. Its answers are worthless, and sampling them must not raise.
+        model.generation_config = GenerationConfig(**ended_by, **how, remove_invalid_values=True)
+        generate: Any = model.generate  # a decorator hides its type
+        for row in generate(input_ids=ids, attention_mask=mask)[:, width:].tolist():
+            yield row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import require
+from loraprune_ds.evaluate.settings import PerplexityProtocol
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import Starts, begin_with, check_ids, tokenize_pairs
 
@@ -40,32 +41,23 @@ class Perplexity:
 
 
 def split_batches(
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    most: int | None,
-    starts: Starts,
-    batch_size: int,
-    *,
-    vocab_size: int,
+    text: str, tokenizer: PreTrainedTokenizerBase, protocol: PerplexityProtocol, starts: Starts, size: int, vocab: int
 ) -> list[Labelled]:
-    """Returns batches of a text's windows. For an encoder-decoder a row is a line's target after its source.
-
-    Args:
-        most: windows or lines to take. None: all.
+    """Returns batches of `size` windows of a text. For an encoder-decoder a row is a line's target after its source.
 
     Raises:
         UserError: the text is too short or of another form, or it has an id that the embedding lacks.
     """
+    window, most = protocol.window, protocol.max_windows
     if starts.target is None:
         windows = split_windows(text, tokenizer, window, most, starts.window)
-        batches = [(ids, ids) for ids in windows.split(batch_size)]
+        batches = [(ids, ids) for ids in windows.split(size)]
     else:
         rows = list(tokenize_pairs(_read_pairs(text)[:most], tokenizer, starts.target))
         rows = [(source, target[: window - len(source)]) for source, target in rows if len(source) < window]
         require(bool(rows), f"the evaluation text has no source that leaves room for a target in a window of {window}")
-        batches = [label_answers(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-    check_ids(max(int(ids.max()) for ids, _ in batches), vocab_size, tokenizer, "the evaluation text")
+        batches = [label_answers(rows[i : i + size]) for i in range(0, len(rows), size)]
+    check_ids(max(int(ids.max()) for ids, _ in batches), vocab, tokenizer, "the evaluation text")
     return batches
 
 
@@ -140,11 +132,6 @@ def measure_perplexity(
         if mine < len(batches):
             total += loss
     tokens = sum(int((labels[:, 1:] != IGNORE_INDEX).sum()) for _, labels in batches)
-    perplexity = exp_of_mean(comm.all_reduce(total).item(), tokens)
+    mean = comm.all_reduce(total).item() / tokens
+    perplexity = math.inf if mean > 700 else math.exp(mean)  # exp of more overflows a float. NaN stays NaN
     return Perplexity(perplexity, tokens, sum(len(ids) for ids, _ in batches))
-
-
-def exp_of_mean(loss: float, tokens: int) -> float:
-    """Returns the perplexity of a summed loss. NaN stays NaN."""
-    mean = loss / tokens
-    return math.inf if mean > 700 else math.exp(mean)  # exp of more overflows a float

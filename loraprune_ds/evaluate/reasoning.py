@@ -9,10 +9,10 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.evaluate.models import Ids, end_ids, generate
+from loraprune_ds.evaluate.models import Ids, Writer
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 from loraprune_ds.model.tokenizer import check_ids, rendering
 from loraprune_ds.zero.comm import Communicator
@@ -105,13 +105,7 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
     return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
 
 
-def run_gym_tasks(
-    settings: TaskSettings,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-    comm: Communicator,
-) -> dict[str, Any]:
+def run_gym_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator) -> dict[str, Any]:
     """Runs the tasks. Rank r takes batches r, r + world_size, and so on. Collective.
 
     Returns:
@@ -120,7 +114,7 @@ def run_gym_tasks(
     tasks = load_tasks(settings)
     results = {}
     for task in tasks:
-        answers = greedy_answers(task, model, tokenizer, batch_size, comm)
+        answers = greedy_answers(task, writer, batch_size, comm)
         scores = [task.score(answer, question) for answer, question in zip(answers, task.questions, strict=True)]
         share = sum(score >= 1 for score in scores) / len(scores)
         error = math.sqrt(share * (1 - share) / max(1, len(scores) - 1))
@@ -132,15 +126,14 @@ def run_gym_tasks(
         "documents": {task.name: len(task.questions) for task in tasks},
         "sha256": {task.name: task.digest for task in tasks},
         "seed": SEED,
-        "chat_template": bool(tokenizer.chat_template),
+        "chat_template": bool(writer.tokenizer.chat_template),
     }
     return {"results": results, "settings": reported}
 
 
-def greedy_answers(
-    task: GymTask, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, comm: Communicator
-) -> list[str]:
+def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Communicator) -> list[str]:
     """Answers all questions of a task, in order. The batches do not depend on the number of ranks. Collective."""
+    model, tokenizer = writer.model, writer.tokenizer
     prompts = [_prompt(task, question["question"], tokenizer) for question in task.questions]
     embedding: Any = model.get_input_embeddings()
     check_ids(max(map(max, prompts)), len(embedding.weight), tokenizer, f"--tasks {task.name}")
@@ -149,11 +142,10 @@ def greedy_answers(
     length, positions = max(map(len, prompts)) + most, getattr(model.config, "max_position_embeddings", None)
     fits = positions is None or length <= positions
     require(fits, f"--tasks {task.name}: a question with its examples and answer takes {length} of {positions} tokens")
-    ends = end_ids(model, tokenizer)
     mine: dict[int, str] = {}
     for first in range(comm.rank * batch_size, len(prompts), comm.world_size * batch_size):
         batch = prompts[first : first + batch_size]
-        for i, ids in enumerate(generate(model, batch, ends, max_new_tokens=most, do_sample=False), first):
+        for i, ids in enumerate(writer.write(batch, max_new_tokens=most, do_sample=False), first):
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
             mine[i] = (text if tokenizer.chat_template else text.partition("\n\n")[0]).strip()
     everyone = {i: answer for each in comm.gather_objects(mine) for i, answer in each.items()}

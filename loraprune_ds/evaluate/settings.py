@@ -5,7 +5,7 @@ import hashlib
 import importlib.util
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,6 @@ class AnswerSettings:
         )
         installed = importlib.util.find_spec("rouge_score") is not None
         require(not count or installed, "--answers with targets needs the package rouge-score: pip install rouge-score")
-        require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1; got {self.max_new_tokens}")
 
 
 def read_prompts(name: str, **settings: Any) -> AnswerSettings:
@@ -172,10 +171,6 @@ class PerplexityProtocol:
     window: int = 128
     max_windows: int | None = None
 
-    def __post_init__(self) -> None:
-        require(self.window >= 2, f"--window must be at least 2 tokens; got {self.window}")
-        _check_least("--max-windows", self.max_windows, 1)
-
 
 @dataclass(frozen=True)
 class TaskSettings:
@@ -186,10 +181,6 @@ class TaskSettings:
     include_path: Path | None = None
     fewshot: int | None = None  # None: the default of each task, 0 for the paper's seven and 3 for reasoning-gym
     limit: int | None = None  # documents per task, for trials
-
-    def __post_init__(self) -> None:
-        _check_least("--num-fewshot", self.fewshot, 0)
-        _check_least("--limit", self.limit, 1)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -206,10 +197,6 @@ class SpeedSettings:
     generated: int = 32
     rounds: int = 5
 
-    def __post_init__(self) -> None:
-        for field in fields(SpeedSettings):
-            _check_least(f"--{field.name}", getattr(self, field.name), 1)
-
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -225,7 +212,6 @@ class EvaluationSettings:
     sharded: bool = False  # ZeRO-3 shards the weights, for models that fit no single device
 
     def __post_init__(self) -> None:
-        _check_least("--batch-size", self.batch_size, 1)
         if self.sharded and (self.tasks or self.answers or self.speed):
             raise UserError("--sharded measures perplexity only; --tasks, --answers and --speed need the whole model")
 
@@ -238,7 +224,3 @@ class EvaluationSettings:
     def needs_models_together(self) -> bool:
         """True if all models must stay in memory after their perplexity and tasks."""
         return bool(self.answers or self.speed)
-
-
-def _check_least(option: str, value: int | None, least: int) -> None:
-    require(value is None or value >= least, f"{option} must be at least {least}; got {value}")

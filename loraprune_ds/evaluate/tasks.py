@@ -17,8 +17,8 @@ from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 
 if TYPE_CHECKING:  # launch/compare.py only reads results, and must not wait for these imports
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from loraprune_ds.evaluate.models import Writer
     from loraprune_ds.zero.comm import Communicator
 
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by their names in lm-eval.
@@ -48,13 +48,7 @@ def check_tasks(settings: TaskSettings) -> None:
             raise UserError(f"--tasks: lm-eval knows no task {name}{hint}")
 
 
-def run_tasks(
-    settings: TaskSettings,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    batch_size: int,
-    comm: "Communicator",
-) -> dict[str, Any] | None:
+def run_tasks(settings: TaskSettings, writer: "Writer", batch_size: int, comm: "Communicator") -> dict[str, Any] | None:
     """Runs all tasks. Collective.
 
     Returns:
@@ -62,11 +56,11 @@ def run_tasks(
         reasoning-gym's settings under its name. None elsewhere.
     """
     gym, others = _split(settings)
-    judged, solved = _run_lm_eval(others, model, tokenizer, batch_size, comm) if others.names else None, None
+    judged, solved = _run_lm_eval(others, writer, batch_size, comm) if others.names else None, None
     if gym.names:
         from loraprune_ds.evaluate import reasoning
 
-        solved = reasoning.run_gym_tasks(gym, model, tokenizer, batch_size, comm)
+        solved = reasoning.run_gym_tasks(gym, writer, batch_size, comm)
     if comm.rank != 0 or solved is None:
         return judged
     judged = judged or {"results": {}, "settings": {}}
@@ -92,17 +86,13 @@ def _split(settings: TaskSettings) -> tuple[TaskSettings, TaskSettings]:
 
 
 def _run_lm_eval(
-    settings: TaskSettings,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    batch_size: int,
-    comm: "Communicator",
+    settings: TaskSettings, writer: "Writer", batch_size: int, comm: "Communicator"
 ) -> dict[str, Any] | None:
     """Runs the tasks. Rank r takes documents r, r + world_size, and so on. Collective."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         answer = _lm_eval("").simple_evaluate(
-            _model_on_ranks(model, tokenizer, batch_size, comm),
+            _model_on_ranks(writer, batch_size, comm),
             tasks=list(_expand(settings.names)),
             task_manager=_task_manager(settings.include_path),
             num_fewshot=settings.fewshot,
@@ -126,16 +116,14 @@ def _run_lm_eval(
     return {"results": answer["results"], "settings": reported}
 
 
-def _model_on_ranks(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int, comm: "Communicator"
-) -> Any:
+def _model_on_ranks(writer: "Writer", batch_size: int, comm: "Communicator") -> Any:
     """Wraps a loaded model for lm-eval, which deals documents out to ranks only under `accelerate launch`."""
     base: Any = _lm_eval(".models.huggingface").HFLM
 
     class ModelOnRanks(base):
         def __init__(self) -> None:
-            backend = "seq2seq" if model.config.is_encoder_decoder else "causal"
-            super().__init__(pretrained=model, backend=backend, tokenizer=tokenizer, batch_size=batch_size)
+            backend = "seq2seq" if writer.model.config.is_encoder_decoder else "causal"
+            super().__init__(writer.model, backend, tokenizer=writer.tokenizer, batch_size=batch_size)
             self._rank = comm.rank
             self._world_size = comm.world_size
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from loraprune_ds.config import LoraConfig
+from loraprune_ds.config import LoraConfig, ModelConfig
 from loraprune_ds.model.adapters import add_lora, differentiate_input
 from loraprune_ds.model.classes import build_on_meta, config_object, decoder_layers, shrink_on_meta, store_as_int8
 from loraprune_ds.model.frozen import DTYPES
@@ -59,30 +59,7 @@ def mlp_width(shape: ModelShape, layer: int) -> int:
 
 def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
     """Returns the bytes that autograd keeps for a layer without checkpointing."""
-    lora, dtype, size = request.config.lora, DTYPES[request.config.model.dtype], (batch.samples, batch.window)
-    options = {"int8": request.int8, "lora": lora, "eager": batch.eager}
-    return saved_by_layer(request.source, shape, index, size, dtype, **options)
-
-
-def saved_by_layer(
-    source: dict[str, Any],
-    shape: ModelShape,
-    index: int,
-    tokens: tuple[int, int],
-    dtype: torch.dtype,
-    *,
-    int8: bool,
-    lora: LoraConfig,
-    eager: bool,
-) -> int:
-    """Returns the bytes that one decoder layer saves without gradient checkpointing.
-
-    Args:
-        source: config.json of the dense model.
-        tokens: samples, and the window of each.
-        eager: use transformers' eager attention instead of a fused kernel.
-    """
-    family, depth, made = shape.family, len(shape.layers), _config_object(json.dumps(source))
+    source, family, depth, made = request.source, shape.family, len(shape.layers), _dense(json.dumps(request.source))
     chosen, fields = family.around(made, index)
     lists = {key: x for key, x in source.items() if isinstance(x, list) and len(x) == depth and type(x[0]) is not float}
     few = source | {key: [value[i] for i in chosen] for key, value in lists.items()}
@@ -92,35 +69,27 @@ def saved_by_layer(
     few |= family.dense_layers([n for n, i in enumerate(chosen) if not shape.counts[i].get("experts")], len(chosen))
     if types := getattr(made, "layer_types", None):
         few["layer_types"] = [types[i] for i in chosen]
-    at = chosen.index(index)
-    return _saved(json.dumps(few), of_few, at, tokens, dtype, int8, lora, eager)
+    return _saved(json.dumps(few), of_few, chosen.index(index), batch, request.config.model, request.config.lora)
 
 
 @cache
-def _config_object(source: str) -> Any:
+def _dense(source: str) -> Any:
     return config_object(json.loads(source))
 
 
 @cache
 def _saved(
-    source: str,
-    shape: ModelShape,
-    index: int,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-    int8: bool,
-    lora: LoraConfig,
-    eager: bool,
+    source: str, shape: ModelShape, index: int, batch: PlannedBatch, config: ModelConfig, lora: LoraConfig
 ) -> int:
     """Counts the storages that a layer saves, including its input, excluding the shared rotary angles."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
-    causal_lm: Any = build_on_meta(json.loads(source), "eager" if eager else FUSED)
+    causal_lm: Any = build_on_meta(json.loads(source), "eager" if batch.eager else FUSED)
     shrink_on_meta(causal_lm, shape)
-    if int8:
+    if config.frozen == "int8":
         store_as_int8(causal_lm, shape)
     with torch.device("meta"):
         model = add_lora(causal_lm, shape, lora, seed=0)
-    model.to(device="meta", dtype=dtype).train()
+    model.to(device="meta", dtype=DTYPES[config.dtype]).train()
     kept, others = list[Tensor](), list[Tensor](model.parameters())
 
     def keep(tensor: Tensor) -> Tensor:
@@ -138,9 +107,9 @@ def _saved(
     differentiate_input(layer)  # encoder and decoder embed tokens in separate modules
     layer.register_forward_pre_hook(enter, with_kwargs=True)
     layer.register_forward_hook(lambda *_: hooks.__exit__())
-    tokens = torch.zeros(size, dtype=torch.int64, device="meta")
+    tokens = torch.zeros(batch.samples, batch.window, dtype=torch.int64, device="meta")
     # transformers uses a four-dimensional mask unchanged. It would inspect other masks, or ids without one.
-    mask = tokens.new_empty(size[0], 1, size[1], size[1], dtype=torch.bool)
+    mask = tokens.new_empty(batch.samples, 1, batch.window, batch.window, dtype=torch.bool)
     decoder = {"decoder_input_ids": tokens, "decoder_attention_mask": mask} if shape.family.has_encoder else {}
     causal_lm.base_model(input_ids=tokens, attention_mask=mask, use_cache=False, **decoder)
     apart = {tensor.untyped_storage()._cdata for tensor in others}

@@ -22,7 +22,7 @@ from loraprune_ds.pruning.compensate import measured_linears
 from loraprune_ds.pruning.ranking import with_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
-from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, find_ds_config, resolve_ds_config, zero_settings
+from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, resolve_ds_config, zero_settings
 from loraprune_ds.zero.flat import partition_numel
 
 ASSUMED_STEPS = 1000  # for a run that counts epochs of absent data
@@ -213,10 +213,10 @@ def build_request(
         check_tower(whole, final_shape(prune, limits), name)
     config = replace(config, prune=prune)
     pruning = plan_pruning(config.prune, limits, steps, config.recovery)
-    path, per_node, model = find_ds_config(config.deepspeed), cluster.gpus_per_node, config.model
-    ds_config = resolve_ds_config(path, shape, cluster.world_size, train, model, config.lora.r, ranks_per_node=per_node)
+    per_node = cluster.gpus_per_node
+    ds_config = resolve_ds_config(config, shape, cluster.world_size, per_node)
     size = zero_settings(ds_config).zero_hpz_partition_size
-    bad = f"{path}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
+    bad = f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
     require(size % per_node == 0 or per_node % size == 0, bad)
     return Request(name, source, shape, config, cluster, pruning, ds_config, samples)
 

@@ -77,12 +77,11 @@ def check_data(checkpoint: TrainingCheckpoint, prepared: Prepared) -> None:
 
 def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> TrainingEngine:
     """Builds the sharded training model, fresh or from a checkpoint. Collective."""
-    config, model, frozen = prepared.config, prepared.config.model, prepared.pretrained
+    config, frozen = prepared.config, prepared.pretrained
     if checkpoint is not None:
-        model = replace(model, adapter=None)  # the checkpoint has its LoRA
+        config = replace(config, model=replace(config.model, adapter=None))  # the checkpoint has its LoRA
         frozen = checkpoint.frozen_model(frozen)
-    cycles = prepared.pruning.schedule.cycles()
-    engine = build_training_engine(frozen, prepared.ds_config, cycles, model, config.lora, config.train, config.seed)
+    engine = build_training_engine(frozen, prepared.ds_config, prepared.pruning.schedule.cycles(), config)
     if checkpoint is None:
         return engine
     state = checkpoint.state

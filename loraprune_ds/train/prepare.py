@@ -9,6 +9,7 @@ from loraprune_ds.checkpoint.layout import RunData
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import require
 from loraprune_ds.evaluate.perplexity import Labelled, split_batches
+from loraprune_ds.evaluate.settings import PerplexityProtocol
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.classes import check_flash_attention, config_object, describe_attention
@@ -29,7 +30,7 @@ from loraprune_ds.train.data.sources import at_commits, resolve_commits
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype, device_name
-from loraprune_ds.zero.ds_config import find_ds_config, resolve_ds_config
+from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.private import check_private_attributes
 
 
@@ -83,13 +84,12 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
 
 
 def _prepare(config: RunConfig, commits: dict[str, str], world_size: int, ranks_per_node: int) -> Prepared:
-    model, train, lora_rank = config.model, config.train, config.lora.r
+    model, train = config.model, config.train
     pretrained = open_for_pruning(locate_model(model), model, packing=config.data.packing)
     shape = pretrained.shape
     if model.adapter:
         check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
-    path = find_ds_config(config.deepspeed)
-    ds_config = resolve_ds_config(path, shape, world_size, train, model, lora_rank, ranks_per_node=ranks_per_node)
+    ds_config = resolve_ds_config(config, shape, world_size, ranks_per_node)
     tower = pretrained.tower
     # Its errors come before the data, which may take long to read.
     prune, limits = resolve(config.prune, shape, tower=tower is not None)
@@ -110,8 +110,9 @@ def _prepare(config: RunConfig, commits: dict[str, str], world_size: int, ranks_
     pruning_steps = train.steps or steps_for_epochs(train.epochs or 1, loaded.epoch_length, global_batch_size)
     pruning = plan_pruning(config.prune, limits, pruning_steps, config.recovery)
     train.check_warmup(pruning.schedule.cycles()[0])
-    window, most, batch_size = config.evaluate.window, config.evaluate.max_windows, config.evaluate.batch_size
-    held_out = split_batches(loaded.held_out, tokenizer, window, most, starts, batch_size, vocab_size=vocab_size)
+    protocol = PerplexityProtocol(config.evaluate.window, config.evaluate.max_windows)
+    size = config.evaluate.batch_size
+    held_out = split_batches(loaded.held_out, tokenizer, protocol, starts, size, vocab_size)
     return Prepared(
         config=config,
         pretrained=pretrained,

@@ -9,7 +9,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import ValidationError
 
-from loraprune_ds.config import Dtype, ModelConfig, TrainConfig
+from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import dotted_values, find_shipped
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
@@ -77,37 +77,25 @@ SECTIONS = {
 NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
 
 
-def find_ds_config(path: str) -> Path:
-    """Finds a run config's `deepspeed`, or the shipped file of that name. Raises UserError if neither exists."""
-    file = find_shipped(path)
-    require(file.is_file(), f"deepspeed: {path} {'is not a file' if file.exists() else 'does not exist'}")
-    return file
-
-
 def resolve_ds_config(
-    path: str | Path,
-    shape: ModelShape,
-    world_size: int,
-    train: TrainConfig,
-    model: ModelConfig,
-    lora_rank: int,
-    *,
-    ranks_per_node: int | None = None,
+    config: RunConfig, shape: ModelShape, world_size: int, ranks_per_node: int | None = None
 ) -> dict[str, Any]:
-    """Reads a DeepSpeed JSON and replaces every "auto".
+    """Reads the DeepSpeed JSON of a run, or the shipped file of that name, and replaces every "auto".
 
     Args:
         ranks_per_node: None if all ranks are on one node.
 
     Raises:
-        UserError: it is not ZeRO-3, a setting does not allow a cut, a value contradicts the run config, the run config
-            has no value for an "auto", or DeepSpeed does not know a key or value.
+        UserError: the file is absent or not ZeRO-3. A setting does not allow a cut. A value contradicts the run
+            config, which may lack one for an "auto". DeepSpeed does not know a key or value.
     """
-    resolved = read_json(Path(path), unique_keys=True)
+    path, model = find_shipped(config.deepspeed), config.model
+    require(path.is_file(), f"deepspeed: {path} {'is not a file' if path.exists() else 'does not exist'}")
+    resolved = read_json(path, unique_keys=True)
     stored = shape.stored(DTYPES[model.dtype].itemsize, int8=model.frozen == "int8")
     check_reshardable(str(path), resolved, {tensor.element_size for tensor in stored.values()})
     _refuse(str(path), resolved, OWNED)
-    owned = _owned_values(shape, world_size, train, model.dtype, lora_rank)
+    owned = _owned_values(config, shape, world_size)
     _check_known(path, resolved, {keys[0] for keys in owned})
     for keys, value in owned.items():
         _fill(path, resolved, keys, value)
@@ -124,17 +112,15 @@ def resolve_ds_config(
     return resolved
 
 
-def _owned_values(
-    shape: ModelShape, world_size: int, train: TrainConfig, dtype: Dtype, lora_rank: int
-) -> dict[tuple[str, ...], Any]:
-    linear_sizes = [linear.numel for _, linear in shape.linears()]
+def _owned_values(config: RunConfig, shape: ModelShape, world_size: int) -> dict[tuple[str, ...], Any]:
+    train, linear_sizes = config.train, [linear.numel for _, linear in shape.linears()]
     return {
         ("train_batch_size",): train.global_batch_size,
         ("train_micro_batch_size_per_gpu",): train.micro_batch_size,
         ("gradient_accumulation_steps",): train.gradient_accumulation_steps(world_size),
         ("gradient_clipping",): train.max_grad_norm,
-        ("bf16", "enabled"): dtype == "bfloat16",
-        ("fp16", "enabled"): dtype == "float16",
+        ("bf16", "enabled"): config.model.dtype == "bfloat16",
+        ("fp16", "enabled"): config.model.dtype == "float16",
         # With sums of LoRA gradients in bf16, scores would depend on the number of micro-batches and ranks.
         ("data_types", "grad_accum_dtype"): "fp32",
         ("communication_data_type",): "fp32",
@@ -143,7 +129,7 @@ def _owned_values(
         ("zero_allow_untested_optimizer",): True,  # DeepSpeed calls torch's AdamW untested
         ("zero_force_ds_cpu_optimizer",): False,  # torch's AdamW, even if the optimizer is offloaded
         # Any LoRA gradient fits a bucket of one layer's LoRA. A larger bucket means fewer reduce-scatters.
-        ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, lora_rank),
+        ("zero_optimization", "reduce_bucket_size"): bucket_numel(shape, config.lora.r),
         # Two of the largest linears: the next weights arrive while the current ones are used.
         ("zero_optimization", "stage3_prefetch_bucket_size"): 2 * max(linear_sizes),
     }
@@ -185,7 +171,7 @@ def _refuse(where: str, raw: dict[str, Any], refused: dict[tuple[str, ...], str]
         require(off, f"{where}: {'.'.join(keys)}: {reason}")
 
 
-def _check_known(path: str | Path, raw: dict[str, Any], owned: set[str]) -> None:
+def _check_known(path: Path, raw: dict[str, Any], owned: set[str]) -> None:
     """Refuses unknown keys, which DeepSpeed ignores, and bad values, on which it fails after loading."""
     known = {*owned, *FLAGS, "steps_per_print"}
     for key, value in raw.items():
@@ -196,7 +182,7 @@ def _check_known(path: str | Path, raw: dict[str, Any], owned: set[str]) -> None
             raise UserError(f"{path}: {key} must be a whole number above 0, got {value!r}")
 
 
-def _fill(path: str | Path, resolved: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
     section = resolved
     for key in keys[:-1]:
         section = section.setdefault(key, {})
@@ -209,7 +195,7 @@ def _fill(path: str | Path, resolved: dict[str, Any], keys: tuple[str, ...], val
         raise UserError(f'{path}: {".".join(keys)} is {in_json}, but the run config makes it {value}; write "auto"')
 
 
-def _validate(path: str | Path, resolved: dict[str, Any]) -> None:
+def _validate(path: Path, resolved: dict[str, Any]) -> None:
     """Makes DeepSpeed check its sections before the model is loaded."""
     for name, section in SECTIONS.items():
         try:

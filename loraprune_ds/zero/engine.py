@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from loraprune_ds.config import Dtype, LoraConfig, ModelConfig, TrainConfig
+from loraprune_ds.config import Dtype, RunConfig, TrainConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.adapters import add_lora, differentiate_input, leaf_modules, load_adapter
 from loraprune_ds.model.classes import decoder_layers
@@ -195,18 +195,13 @@ def learning_rate_factor(config: TrainConfig, cycles: Sequence[int], step: int) 
 
 
 def build_training_engine(
-    pretrained: PretrainedModel,
-    ds_config: dict[str, Any],
-    cycles: Sequence[int],
-    model: ModelConfig,
-    lora: LoraConfig,
-    train: TrainConfig,
-    seed: int,
+    pretrained: PretrainedModel, ds_config: dict[str, Any], cycles: Sequence[int], config: RunConfig
 ) -> TrainingEngine:
     """Builds the sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
+    model, lora, train = config.model, config.lora, config.train
     with quiet_stdout():
         base = _sharded_base(pretrained, model.attn_implementation, model.dtype, ds_config)
-        peft_model = add_lora(base, pretrained.shape, lora, seed)
+        peft_model = add_lora(base, pretrained.shape, lora, config.seed)
         if model.adapter:
             load_adapter(peft_model, Path(model.adapter).expanduser(), pretrained.shape, lora.r)
         if train.gradient_checkpointing:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from loraprune_ds.evaluate.models import generate, open_result
+from loraprune_ds.evaluate.models import Writer, open_result
 from loraprune_ds.evaluate.perplexity import label_answers
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.token_loss import split_rows
@@ -81,9 +81,8 @@ def exact_match(folder: Path, work: Path) -> float:
     result = open_result(folder)
     model, tokenizer = result.load_model().eval(), result.load_tokenizer()
     rows = [json.loads(line) for line in (work / "held_out.jsonl").read_text().splitlines()]
-    eos: Any = tokenizer.eos_token_id
-    prompts = tokenizer([row["source"] for row in rows])["input_ids"]
-    written = generate(model, prompts, {eos}, max_new_tokens=12, do_sample=False)  # type: ignore[arg-type]
+    prompts: Any = tokenizer([row["source"] for row in rows])["input_ids"]
+    written = Writer(model, tokenizer).write(prompts, max_new_tokens=12, do_sample=False)
     texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in written)
     return sum(text == row["target"] for text, row in zip(texts, rows, strict=True)) / len(rows)
 

@@ -84,8 +84,7 @@ def main() -> None:
     comm = start_ranks()
     config, phases = make_config(folder, comm.world_size, int8=arguments.int8), Phases()
     pretrained = open_for_pruning(folder / "model", config.model)
-    run = (config.train, config.model, config.lora.r)
-    ds_config = resolve_ds_config(config.deepspeed, pretrained.shape, comm.world_size, *run)
+    ds_config = resolve_ds_config(config, pretrained.shape, comm.world_size)
     hoard = materialise(pretrained) if arguments.control and rank == comm.world_size - 1 else []
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(pretrained.shape.vocab_size, (STEPS * comm.world_size, WINDOW), generator=generator)

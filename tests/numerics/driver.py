@@ -179,9 +179,7 @@ def build(job: Job) -> Trainer:
         ),
     )
     pretrained = open_for_pruning(job.folder, config.model)
-    ds_config = resolve_ds_config(
-        config.deepspeed, pretrained.shape, world_size, config.train, config.model, config.lora.r
-    )
+    ds_config = resolve_ds_config(config, pretrained.shape, world_size)
     trainer = assemble(config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches))
     for module in trainer.engine.deepspeed.module.modules():
         if isinstance(module, LossHead):
@@ -196,7 +194,7 @@ def assemble(
     section: type[Section] = Section,
 ) -> Trainer:  # fmt: skip
     """Puts a trainer together over a fresh engine."""
-    engine = build_training_engine(pretrained, ds_config, [steps], config.model, config.lora, config.train, config.seed)
+    engine = build_training_engine(pretrained, ds_config, [steps], config)
     plan = plan_pruning(config.prune, make_limits(config.prune, pretrained.shape), steps)
     (only,) = plan.schedule.sections
     schedule = Schedule([section(**{field.name: getattr(only, field.name) for field in fields(only)})])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import ModelConfig, RunConfig, TrainConfig
+from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol
 from loraprune_ds.model.pretrained import open_pretrained
@@ -43,8 +43,8 @@ def run_all(job: Job) -> dict[str, Any]:
     """Makes two steps, a cut and a step. Adds the dense model's losses on an engine without an optimizer."""
     result = cutting.cut_once(job, HEADS, CHANNELS)
     pretrained = open_pretrained(job.folder)
-    world_size, train = torch.distributed.get_world_size(), TrainConfig(steps=1)
-    resolved = resolve_ds_config(job.deepspeed, pretrained.shape, world_size, train, ModelConfig(), 8)
+    config = RunConfig("unused", deepspeed=job.deepspeed)
+    resolved = resolve_ds_config(config, pretrained.shape, torch.distributed.get_world_size())
     engine = build_inference_engine(pretrained, "sdpa", job.dtype, resolved)
     with torch.no_grad():
         return result | {"inference": engine(input_ids=job.batches[0][0], labels=job.batches[0][1])}

@@ -11,15 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from loraprune_ds.evaluate.answers import Writer, encode_prompts, measure_closeness, repetition, write_answers
+from loraprune_ds.evaluate.answers import encode_prompts, measure_closeness, repetition, write_answers
+from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.result import answers_page
-from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, AnswerSettings, read_prompts
+from loraprune_ds.evaluate.settings import AnswerSettings, read_prompts
 from loraprune_ds.export.model_card import answers_section
 from loraprune_ds.model.logits import output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from tests.oracle.models import make_tiny_llama, make_tokenizer
 from tests.refusals import must_name
 from tests.unit.test_evaluate_compare import EVALUATION
+from tests.unit.test_perplexity import rank_of
 
 SIZES: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 8, "hidden": 16, "ffn": 16, "layers": 2, "vocab": 100}
 NEW, END = 12, 2
@@ -84,7 +86,6 @@ def test_a_bad_row_is_named(tmp_path: Path, row: Any, names: str) -> None:
 def test_a_file_without_prompts_and_a_prompt_without_room_are_refused(tmp_path: Path, folders: list[Path]) -> None:
     must_name(path := written(tmp_path), read_prompts, path)
     must_name("--answers gone.jsonl", read_prompts, "gone.jsonl")
-    must_name("--max-new-tokens 0", read_prompts, DEFAULT_PROMPTS, max_new_tokens=0)
     path = written(tmp_path, {"prompt": "a"}, {"prompt": "b" * 501})
     must_name("prompts.jsonl 2 MODEL 512 501 12", load, folders[0], read_prompts(path, max_new_tokens=12))
     prompts, tokenizer = read_prompts(written(tmp_path, {"prompt": "a"}, {"prompt": "é"})), make_tokenizer(259)
@@ -122,7 +123,7 @@ def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, 
     expected = [by_hand(writers[0], prompt) for prompt in writers[0].prompts]
     # A model's own settings would hide that it repeats itself.
     writers[0].model.generation_config = GenerationConfig(repetition_penalty=9.0, eos_token_id=END, do_sample=True)
-    first, dense = write_answers(writers, settings, batch_size=4)
+    first, dense = write_answers(writers, settings, rank_of(1, 0), batch_size=4)
     words = [ids[:-1] if ids[-1] == END else ids for ids in expected]
     assert [one.text for one in first.greedy.texts] == [writers[0].tokenizer.decode(ids) for ids in words]
     assert [(one.tokens, one.ended, one.repetition) for one in first.greedy.texts] == [
@@ -144,7 +145,7 @@ def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, 
 
 
 def test_sampling_follows_from_the_seed_and_needs_no_dense_model(settings: AnswerSettings, folders: list[Path]) -> None:
-    (first,), (second,) = (write_answers([load(folders[0], settings)], settings) for _ in range(2))
+    (first,), (second,) = (write_answers([load(folders[0], settings)], settings, rank_of(1, 0)) for _ in range(2))
     assert first == second
     assert first.sampled.texts != first.greedy.texts
     assert first.sampled.dense_perplexity is None
@@ -154,7 +155,7 @@ def test_sampling_follows_from_the_seed_and_needs_no_dense_model(settings: Answe
 def test_a_diverged_model_has_answers_that_are_worth_nothing(settings: AnswerSettings, folders: list[Path]) -> None:
     writers = [load(folder, settings) for folder in folders]
     output_head(writers[0].model).weight.fill_(math.nan)
-    first, _ = write_answers(writers, settings)
+    first, _ = write_answers(writers, settings, rank_of(1, 0))
     assert len(first.sampled.texts) == 6
     assert first.closeness is not None
     assert math.isnan(first.closeness.kl)

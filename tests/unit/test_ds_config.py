@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def resolve(
 
 
 def resolve_file(path: Path, config: RunConfig, world_size: int, shape: ModelShape = SHAPE) -> dict[str, Any]:
-    return resolve_ds_config(path, shape, world_size, config.train, config.model, config.lora.r)
+    return resolve_ds_config(replace(config, deepspeed=str(path)), shape, world_size)
 
 
 def with_dtype(dtype: Dtype, frozen: Frozen | None = None) -> RunConfig:
@@ -190,13 +191,8 @@ def test_a_mixture_with_tensors_in_fp32_is_not_either(tmp_path: Path, family: st
 def test_a_file_that_is_not_a_json_object(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / "ds.json").write_text(text)
-    must_name(
-        f"{tmp_path / 'ds.json'} {'bf16' if text and 'bf16' in text else ''}",
-        resolve_file,
-        tmp_path / "ds.json",
-        CONFIG,
-        1,
-    )
+    names = f"{tmp_path / 'ds.json'} {'bf16' if text and 'bf16' in text else ''}"
+    must_name(names, resolve_file, tmp_path / "ds.json", CONFIG, 1)
 
 
 def test_the_gradient_bucket_holds_all_of_lora_or_one_layer() -> None:

@@ -9,7 +9,7 @@ from unittest.mock import ANY, Mock
 import datasets
 import pytest
 
-from loraprune_ds.cli.evaluate import read_evaluation_text
+from loraprune_ds.cli.evaluate import parse_arguments, read_evaluation_text
 from loraprune_ds.evaluate import settings, tasks
 from loraprune_ds.evaluate.settings import EvaluationSettings, PerplexityProtocol, TaskSettings
 from loraprune_ds.evaluate.tasks import PAPER_TASKS, check_tasks, mean_metric
@@ -111,18 +111,14 @@ def test_mean_metric_is_over_the_tasks_that_have_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "names"),
-    [
-        (lambda: PerplexityProtocol(window=1), "--window 1"),
-        (lambda: PerplexityProtocol(max_windows=0), "--max-windows 0"),
-        (lambda: settings.SpeedSettings(generated=0), "--generated 0"),
-        (lambda: TaskSettings(("piqa",), fewshot=-1), "--num-fewshot -1"),
-        (lambda: EvaluationSettings(PerplexityProtocol(), batch_size=0), "--batch-size 0"),
-        (
-            lambda: EvaluationSettings(PerplexityProtocol(), tasks=TaskSettings(("a",)), sharded=True),
-            "--sharded --tasks",
-        ),
-    ],
+    "given",
+    "window 1,window two,max-windows 0,generated 0,num-fewshot -1,limit 0,batch-size 0,max-new-tokens 0".split(","),
 )
-def test_wrong_numbers_name_their_option(make: Any, names: str) -> None:
-    must_name(names, make)
+def test_wrong_numbers_name_their_option(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "MODEL", *f"--{given}".split()])
+    must_name(given, parse_arguments)
+
+
+def test_a_sharded_model_has_no_tasks() -> None:
+    tasks = TaskSettings(("a",))
+    must_name("--sharded --tasks", EvaluationSettings, PerplexityProtocol(), tasks=tasks, sharded=True)

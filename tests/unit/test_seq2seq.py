@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.config import DataConfig
-from loraprune_ds.evaluate.answers import Writer, encode_prompts, write_answers
+from loraprune_ds.evaluate.answers import encode_prompts, write_answers
 from loraprune_ds.evaluate.evaluation import CACHE, measure_speed
+from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.perplexity import measure_perplexity, split_batches
-from loraprune_ds.evaluate.settings import SpeedSettings, read_prompts
+from loraprune_ds.evaluate.settings import PerplexityProtocol, SpeedSettings, read_prompts
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.model.tokenizer import Starts, tokenize_pairs
 from loraprune_ds.train.data.loading import load_samples
@@ -23,6 +23,7 @@ from tests.families import tiny_model
 from tests.refusals import must_name
 from tests.unit.test_data import EOS, make_tokenizer
 from tests.unit.test_data_load import write_json
+from tests.unit.test_perplexity import rank_of
 
 START = 0
 TOKENIZER = make_tokenizer(template="$A </s>")  # as a T5's
@@ -142,16 +143,15 @@ def test_a_source_beyond_the_window_is_left_out_and_named(tmp_path: Path) -> Non
 def test_plain_text_is_refused_with_what_to_do(tmp_path: Path) -> None:
     must_name("data.format seq2seq", load, tmp_path, [{"text": "w1"}], format="text")
     for text in ("w1 w2", '{"source": "w1"}', '{"source": "w1", "target": ""}', "[1]"):
-        must_name("line 2 source target", split_batches, f"\n{text}", TOKENIZER, 8, None, STARTS, 2, vocab_size=100)
+        must_name("line 2 source target", split_batches, f"\n{text}", TOKENIZER, PerplexityProtocol(8), STARTS, 2, 100)
 
 
 def test_perplexity_is_that_of_targets_after_their_sources() -> None:
     model: Any = tiny_model("t5")
     text = "\n".join(map(json.dumps, PAIRS))
-    batches = split_batches(text, TOKENIZER, 8, 7, STARTS, 3, vocab_size=100)
+    batches = split_batches(text, TOKENIZER, PerplexityProtocol(8, 7), STARTS, 3, 100)
     losses = with_token_losses(tiny_model("t5").requires_grad_(False))
-    comm: Any = SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=1, all_reduce=lambda x: x)
-    found = measure_perplexity(lambda ids, labels: losses(input_ids=ids, labels=labels), batches, comm)
+    found = measure_perplexity(lambda ids, labels: losses(input_ids=ids, labels=labels), batches, rank_of(1, 0))
     ids = [(TOKENIZER(one["source"])["input_ids"], TOKENIZER(one["target"])["input_ids"]) for one in PAIRS[:7]]
     total = sum(loss_of(model, x, y) for x, y in ids)
     assert (found.tokens, found.windows) == (14, 7)
@@ -169,7 +169,7 @@ def test_answers_are_those_of_generate_and_compared_with_targets(tmp_path: Path)
     rows = [{"source": x, "target": y} for x, y in zip(sources, [texts[0], "nothing", texts[2] + " w1"], strict=True)]
     settings = read_prompts(str(write_json(tmp_path / "prompts.jsonl", rows)), max_new_tokens=5)
     prompts = encode_prompts(settings, TOKENIZER, "MODEL", None, 100)
-    made, _ = write_answers([Writer(x, TOKENIZER, prompts, START) for x in (model, dense)], settings)
+    made, _ = write_answers([Writer(x, TOKENIZER, prompts, START) for x in (model, dense)], settings, rank_of(1, 0))
     assert [one.text for one in made.greedy.texts] == texts
     assert made.greedy.exact_match == pytest.approx(1 / 3)
     assert made.greedy.rouge_l is not None

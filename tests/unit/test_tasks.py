@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import RunError
 from loraprune_ds.evaluate import reasoning, tasks
+from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.reasoning import DEFAULT, GymTask, greedy_answers, load_tasks
 from loraprune_ds.evaluate.settings import TaskSettings
 from loraprune_ds.files import read_json, write_json
@@ -110,7 +111,7 @@ def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(templa
     model.config.max_position_embeddings = 64
     tokenizer = make_tokenizer(template="<s> $A")
     tokenizer.chat_template = template
-    task = task_of(2, 9, 1, 6, 3, 4)
+    task, writer = task_of(2, 9, 1, 6, 3, 4), Writer(model, tokenizer)
     expected = []
     for entry in task.questions:
         first, question = task.examples[0], entry["question"]
@@ -122,13 +123,12 @@ def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(templa
             made.append(int(model(torch.tensor([ids + made])).logits[0, -1].argmax()))
         expected.append(str(tokenizer.decode(made, skip_special_tokens=True)).strip())
     assert len(set(expected)) > 1
-    assert greedy_answers(task, model, tokenizer, 3, rank_of(1, 0)) == expected
+    assert greedy_answers(task, writer, 3, rank_of(1, 0)) == expected
     by_rank_1 = {2: expected[2], 3: expected[3]}  # of batches of two, it has the second
-    assert greedy_answers(task, model, tokenizer, 2, rank_of(2, 0, (by_rank_1,))) == expected
-    must_name("--tasks reasoning_gym:made 64", greedy_answers, task_of(2, 60), model, tokenizer, 2, rank_of(1, 0))
+    assert greedy_answers(task, writer, 2, rank_of(2, 0, (by_rank_1,))) == expected
+    must_name("--tasks reasoning_gym:made 64", greedy_answers, task_of(2, 60), writer, 2, rank_of(1, 0))
     model.resize_token_embeddings(18)
-    names = "reasoning_gym:made vocab_size 18"
-    must_name(names, greedy_answers, task, model, tokenizer, 2, rank_of(1, 0))
+    must_name("reasoning_gym:made vocab_size 18", greedy_answers, task, writer, 2, rank_of(1, 0))
 
 
 def test_exact_match_is_the_share_of_full_scores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_exact_match_is_the_share_of_full_scores(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(reasoning, "version", lambda package: "0")
     monkeypatch.setattr(reasoning, "greedy_answers", lambda *given: [right[0], "w1", "w1", "w1"])
     settings = TaskSettings(("reasoning_gym:made",))
-    found: Any = tasks.run_tasks(settings, None, make_tokenizer(), 2, rank_of(1, 0))  # pyright: ignore
+    found: Any = tasks.run_tasks(settings, Writer(cast(Any, None), make_tokenizer()), 2, rank_of(1, 0))
     error = (0.25 * 0.75 / 3) ** 0.5
     metrics = {"exact_match,none": 0.25, "exact_match_stderr,none": error, "score,none": (1 + 3 * 0.25) / 4}
     assert found["results"] == {"reasoning_gym:made": metrics}
