@@ -25,9 +25,8 @@ from loraprune_ds.evaluate.perplexity import Labelled, Perplexity, Progress, mea
 from loraprune_ds.evaluate.settings import EvaluationSettings, SpeedSettings
 from loraprune_ds.evaluate.tasks import run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
-from loraprune_ds.model.flops import active_numel, attention_product, cached_numel
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.shape import ModelShape, active_numel, attention_product, cached_numel
 from loraprune_ds.model.tokenizer import Starts, load_tokenizer, text_starts
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import accelerator, check_dtype, fast_half_products, is_cpu

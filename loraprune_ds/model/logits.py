@@ -55,10 +55,18 @@ class Head:
 
     weight: Tensor  # (vocabulary, hidden_size), gathered
     transform: LogitsTransform
+    chunk_tokens: int | None = None  # whose logits are in memory together. None: `chunk_size`
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Maps (tokens, hidden_size) to (tokens, vocabulary), as the stock model does, in its dtype."""
         return self.transform.apply_(hidden @ self.weight.t())
+
+    def chunk(self, *, buffers: int) -> int:
+        """Returns the tokens of a chunk of a loss that may be differentiated."""
+        # A cap's slope is computed from the logits. fp32 logits are one more buffer. 16-bit logits reuse a later one.
+        chunk = self.chunk_tokens or chunk_size(len(self.weight), buffers=buffers)
+        is_larger = self.transform.softcap is not None and self.weight.dtype == torch.float32
+        return max(1, chunk // 2) if is_larger else chunk
 
 
 def logits_transform(config: Any) -> LogitsTransform:
@@ -87,17 +95,9 @@ class Distillation:
     temperature: float = 1.0  # T, above 0
 
 
-def chunk_size(vocab_size: int, tokens: int | None = None, *, buffers: int = BUFFERS) -> int:
+def chunk_size(vocab_size: int, *, buffers: int = BUFFERS) -> int:
     """Returns the tokens whose logits are in memory together. `buffers` of them have LOGITS_AT_ONCE elements."""
-    return tokens or max(1, LOGITS_AT_ONCE // (buffers * vocab_size))
-
-
-def chunk_with_gradient(head: Head, tokens: int | None, *, buffers: int) -> int:
-    """Returns the `chunk_size` of a loss that may be differentiated."""
-    # A cap's slope is computed from the logits. fp32 logits are one more buffer, and 16-bit logits reuse a later one.
-    chunk = chunk_size(len(head.weight), tokens, buffers=buffers)
-    is_larger = head.transform.softcap is not None and head.weight.dtype == torch.float32
-    return max(1, chunk // 2) if is_larger else chunk
+    return max(1, LOGITS_AT_ONCE // (buffers * vocab_size))
 
 
 def distilled_losses(

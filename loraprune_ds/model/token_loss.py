@@ -19,7 +19,6 @@ from loraprune_ds.model.logits import (
     Distillation,
     Head,
     LogitsTransform,
-    chunk_with_gradient,
     distilled_losses,
     logits_transform,
     output_head,
@@ -83,7 +82,6 @@ def token_losses(
     hidden: Tensor,
     head: Head,
     labels: Tensor,
-    chunk_tokens: int | None = None,
     distillation: Distillation | None = None,
     supervised: Tensor | None = None,
 ) -> Tensor:
@@ -94,40 +92,31 @@ def token_losses(
     Args:
         hidden: (batch, window, hidden_size) from the decoder's last norm.
         labels: (batch, window), IGNORE_INDEX for unsupervised tokens. Position t predicts label t + 1.
-        chunk_tokens: as in `chunk_size`.
         distillation: mixes the cross-entropies with a divergence from a teacher.
         supervised: `supervised_positions` of the labels, if they are already known.
     """
     positions = supervised_positions(labels) if supervised is None else supervised
     rows, wanted = hidden.flatten(0, 1).index_select(0, positions), labels.flatten().index_select(0, positions + 1)
-    losses = chunked_losses(rows, head, wanted, chunk_tokens, distillation)
+    losses = chunked_losses(rows, head, wanted, distillation)
     batch, window = labels.shape
     every = torch.zeros(batch * (window - 1), dtype=torch.float32, device=hidden.device)
     return every.index_copy(0, positions - positions // window, losses).view(batch, window - 1)
 
 
-def chunked_losses(
-    hidden: Tensor, head: Head, labels: Tensor, chunk_tokens: int | None, distillation: Distillation | None
-) -> Tensor:
+def chunked_losses(hidden: Tensor, head: Head, labels: Tensor, distillation: Distillation | None) -> Tensor:
     """Computes `token_losses` of supervised tokens, from hidden states (tokens, hidden_size) and labels (tokens,)."""
     differentiate = torch.is_grad_enabled() and hidden.requires_grad
     assert not (differentiate and head.weight.requires_grad), "the head is frozen, so it gets no gradient"
-    chunk = chunk_with_gradient(head, chunk_tokens, buffers=1 if distillation is None else BUFFERS)
-    losses: Any = _ChunkedLosses.apply(hidden, head, labels, distillation, chunk, differentiate)
+    losses: Any = _ChunkedLosses.apply(hidden, head, labels, distillation, differentiate)
     return losses
 
 
 class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Head,
-        labels: Tensor,
-        distillation: Distillation | None,
-        chunk: int,
-        differentiate: bool,
+        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, distillation: Distillation | None, differentiate: bool
     ) -> Tensor:
+        chunk = head.chunk(buffers=1 if distillation is None else BUFFERS)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if differentiate else None
         for start in range(0, len(hidden), chunk):
@@ -143,10 +132,10 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         upstream = ctx.transform.unscale(gradients[0])
-        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None, None
+        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None
 
 
 def _cross_entropies(hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None) -> Tensor:
@@ -184,8 +173,8 @@ class LossHead(nn.Linear):
     ) -> Tensor:
         if labels is None:
             return super().forward(input)  # the stock model's forward transforms the logits
-        head = Head(self.weight, self.transform)
-        return token_losses(input, head, labels, self.chunk_tokens, distillation, supervised)
+        head = Head(self.weight, self.transform, self.chunk_tokens)
+        return token_losses(input, head, labels, distillation, supervised)
 
 
 class TokenLosses:

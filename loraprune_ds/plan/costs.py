@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from loraprune_ds.model import flops
 from loraprune_ds.model.frozen import StoredTensor
-from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.shape import ModelShape, active_numel, attention_product
 from loraprune_ds.plan.request import Request
 from loraprune_ds.plan.stages import full_bytes, passes_of_weights
 from loraprune_ds.pruning.compensate import numel_sent
@@ -114,16 +113,16 @@ def _cost(request: Request, sent: dict[str, int], operations: float) -> Cost:
 
 def _attention_product(request: Request, shape: ModelShape) -> float:
     """Returns the operations per token of one attention product, over half a window, or all of it if eager."""
-    return flops.attention_product(shape, request.config.data.window) / (1 if request.batch(1, 1).eager else 2)
+    return attention_product(shape, request.config.data.window) / (1 if request.batch(1, 1).eager else 2)
 
 
 def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> float:
     """Returns the operations of a step per token. A multiply-add is two."""
     again = request.config.train.gradient_checkpointing
-    per_token = (4 + 2 * again) * flops.active_numel(shape)  # LoRA's own products are below 1 %
+    per_token = (4 + 2 * again) * active_numel(shape)  # LoRA's own products are below 1 %
     per_token += (7 + 2 * again) * _attention_product(request, shape) + 4 * shape.vocab_size * shape.hidden_size
     if kind[1]:
         per_token += sum(2 * numel_sent(x.matrix[1]) for _, x in request.measured(shape))
     if request.taught:
-        per_token += 2 * flops.active_numel(request.shape) + 2 * _attention_product(request, request.shape)
+        per_token += 2 * active_numel(request.shape) + 2 * _attention_product(request, request.shape)
     return per_token / len(shape.layer_lists)  # a token passes either the encoder or the decoder

@@ -6,9 +6,8 @@ from typing import Any
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.model.flops import cached_numel, state_numel
 from loraprune_ds.model.groups import EQUAL_LAYERS, LayerCounts
-from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.shape import ModelShape, cached_numel, state_numel
 from loraprune_ds.pruning.limits import (
     Bounds,
     Limits,

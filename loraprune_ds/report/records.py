@@ -34,7 +34,7 @@ class StepRecord:
     resident_bytes: list[int]  # current memory, not its peak
     skipped: bool = False  # the fp16 gradients overflowed and the weights did not change
     reserved_bytes: list[int] = field(default_factory=list)  # held by the allocator. Empty on a CPU
-    mfu: float | None = None  # needed operations (model/flops.py) / the GPUs' peak. None if the peak is unknown
+    mfu: float | None = None  # needed operations (model/shape.py) / the GPUs' peak. None if the peak is unknown
 
 
 @dataclass(frozen=True)

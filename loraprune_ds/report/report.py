@@ -25,9 +25,8 @@ from loraprune_ds.checkpoint.layout import (
 )
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
-from loraprune_ds.model.flops import cached_numel
 from loraprune_ds.model.groups import LayerCounts, LayerKeep
-from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.shape import ModelShape, cached_numel
 from loraprune_ds.report.pictures import draw_kept_groups, draw_shelf, draw_training
 from loraprune_ds.report.records import History, StepRecord
 

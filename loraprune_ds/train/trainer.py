@@ -9,9 +9,9 @@ from torch import Tensor
 
 from loraprune_ds.config import Dtype, ModelConfig, TrainConfig
 from loraprune_ds.errors import fail_point
-from loraprune_ds.model.flops import needed_flops_per_token
 from loraprune_ds.model.logits import Distillation
 from loraprune_ds.model.pretrained import PretrainedModel
+from loraprune_ds.model.shape import needed_flops_per_token
 from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import CutRecord, StepRecord

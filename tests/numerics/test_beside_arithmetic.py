@@ -16,8 +16,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraprune_ds.model.flops import needed_flops_per_token
-from loraprune_ds.model.shape import LinearId
+from loraprune_ds.model.shape import LinearId, needed_flops_per_token
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero import collect, engine, lora_state, params
 from loraprune_ds.zero.device import accelerator

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from launch import quickstart_steps
 from loraprune_ds.arguments import require_option
 from loraprune_ds.errors import RankError, UserError, tell
 from loraprune_ds.ranks import (
@@ -218,3 +219,27 @@ def test_a_launcher_below_srun_chooses_the_ranks(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     adopt_srun_ranks()
     assert (os.environ["RANK"], os.environ.get("WORLD_SIZE")) == ("0", None)
+
+
+# The quickstart makes as many steps as take ten minutes, or as many as the run began with
+
+
+@pytest.mark.parametrize(("product", "steps"), [(quickstart_steps.PRODUCT, 50), (10 * quickstart_steps.PRODUCT, 20)])
+def test_a_slow_cpu_makes_fewer_steps(
+    product: float, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart_steps, "product_seconds", lambda: product)
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path)])
+    quickstart_steps.main()
+    told = capsys.readouterr()
+    assert told.out == f"{steps}\n"
+    assert told.err.startswith("expected: ")
+    assert ("instead of 50" in told.err) == (steps < 50)
+
+    (tmp_path / "config.yaml").write_text("train: {steps: 30}")  # of a start on another machine
+    quickstart_steps.main()
+    assert capsys.readouterr().out == "30\n"
+
+
+def test_the_product_takes_some_time() -> None:
+    assert 0 < quickstart_steps.product_seconds() < 10

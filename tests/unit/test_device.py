@@ -1,7 +1,10 @@
 """A rank's device: questions to a GPU that is not there, where tensors lie, and half-precision products on a CPU."""
 
+import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, Mock
@@ -12,13 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from loraprune_ds.cli import run as command
+from loraprune_ds.config import RunConfig
+from loraprune_ds.config_file import read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning import compensate, taps
 from loraprune_ds.pruning.compensate import InputMoments
+from loraprune_ds.train import run
+from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.zero import device, params
 from loraprune_ds.zero.device import ThroughFloat32, check_dtype, fast_half_products, peak_flops
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
+from tests.integration.launching import write_config
 from tests.unit.shapes_and_scores import make_shape
 
 
@@ -171,3 +180,48 @@ def test_only_where_faster(dtype: str, has_instructions: bool, goes: bool, monke
     for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
         monkeypatch.setattr(torch.ops.mkldnn, name, lambda: has_instructions)
     assert isinstance(fast_half_products(dtype), ThroughFloat32) == goes
+
+
+# `train.deterministic` reaches torch, and the libraries that read the environment once, before anything computes
+
+NAMES = ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC")
+
+
+class Reached(UserError):
+    pass
+
+
+@pytest.fixture(params=[False, True])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, bool]:
+    train = {"steps": 1, "deterministic": request.param}
+    return write_config(tmp_path / "run.yaml", {"output_dir": str(tmp_path / "out"), "train": train}), request.param
+
+
+def test_the_environment_has_it_before_ranks_join(monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]) -> None:
+    found: list[str | None] = []
+
+    def join_ranks() -> None:
+        found.extend(os.environ.get(name) for name in NAMES)
+        raise Reached("far enough")
+
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that the test's end restores it
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(command, "join_ranks", join_ranks)
+    monkeypatch.setattr(command, "tell", lambda error, agreed: None)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--config", str(config[0])])
+    assert command.main() == Reached.exit_code
+    assert found == ([":4096:8", "1"] if config[1] else [None, None])
+
+
+def test_torch_has_it_before_the_model_is_read(monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]) -> None:
+    def prepare(config: RunConfig, *others: Any, is_first_on_node: bool) -> None:
+        raise Reached(str(torch.are_deterministic_algorithms_enabled()))
+
+    monkeypatch.setattr(run, "prepare", prepare)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    try:
+        with pytest.raises(Reached, match=str(config[1])):
+            run.run(OutputFolder(read_config(config[0])), Mock())
+    finally:
+        torch.use_deterministic_algorithms(False)

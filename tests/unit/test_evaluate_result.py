@@ -3,16 +3,19 @@
 import json
 import math
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.answers import Answers, Closeness, Generation
-from loraprune_ds.evaluate.evaluation import CACHE, Measurement, Speed, count_cost
+from loraprune_ds.evaluate.evaluation import CACHE, Measurement, Speed, count_cost, measure_speed
 from loraprune_ds.evaluate.perplexity import Perplexity
 from loraprune_ds.evaluate.result import make_result, result_table
 from loraprune_ds.evaluate.settings import (
@@ -166,3 +169,49 @@ def test_the_object_has_the_first_models_values_on_top() -> None:
     assert again["speed_plan"] == {"prompt": 512, "generated": 32, "rounds": 5}
     result = make_result([replace(PRUNED, perplexity=None)], EvaluationSettings(PerplexityProtocol()), 1, {})
     assert [result[key] for key in ("perplexity", "tokens", "windows", "text", "dense")] == [None] * 5
+
+
+# Speed: models take turns, and a decode step reads one token and the cache of all earlier ones
+
+
+class Watched(nn.Module):
+    """Writes down its calls. The k-th call takes `seconds[k]` on the fake clock."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, inner: Any, name: str, calls: list[Any], clock: list[float], seconds: Any) -> None:
+        super().__init__()
+        self.inner, self.config = inner, inner.config
+        self.name, self.calls, self.clock, self.seconds = name, calls, clock, seconds
+
+    def forward(self, input_ids: Tensor, **arguments: Any) -> Any:
+        self.calls.append((self.name, input_ids.shape[1], arguments[evaluation.CACHE].get_seq_length()))
+        self.clock[0] += next(self.seconds)
+        return self.inner(input_ids=input_ids, **arguments)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(evaluation, "_now", lambda: now[0])
+    return now
+
+
+def test_models_take_turns_and_each_token_is_decoded_once(clock: list[float]) -> None:
+    calls: list[Any] = []
+    models: list[Any] = [
+        Watched(dense_model(case), name, calls, clock, count(1, 0)) for name, case in zip("ab", CASES[:2], strict=True)
+    ]
+    measure_speed(models, SpeedSettings(prompt=7, generated=3, rounds=2))
+    turn = [(7, 0), (1, 7), (1, 8), (1, 9)]
+    assert calls == [(name, *call) for _ in range(3) for name in "ab" for call in turn]
+
+
+def test_medians_leave_out_the_warm_up_and_an_outlier(clock: list[float]) -> None:
+    rounds = [(100.0, 100.0), (2.0, 0.5), (90.0, 50.0), (4.0, 0.25)]
+    seconds = iter([s for prefill, decode in rounds for s in (prefill, decode, decode)])
+    model: Any = Watched(dense_model(CASES[0]), "a", [], clock, seconds)
+    (found,) = measure_speed([model], SpeedSettings(prompt=8, generated=2, rounds=3))
+    assert found.prefill_tokens_per_second == 8 / 4
+    assert found.decode_tokens_per_second == 2 / (2 * 0.5)
+    assert found.peak_bytes is None

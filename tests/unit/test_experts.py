@@ -24,10 +24,10 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.flops import active_numel
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
+from loraprune_ds.model.shape import active_numel
 from loraprune_ds.pruning.limits import resolve_refit
 from loraprune_ds.pruning.prunable_model import LoraFactors
 from loraprune_ds.pruning.target import make_limits
@@ -103,21 +103,6 @@ def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: 
         bounds = [min(rank * step, len(whole)) for rank in range(world_size + 1)]
         parts = [pretrained.weights.read_flat(name, a, b, torch.float32) for a, b in pairwise(bounds)]
         assert torch.equal(torch.cat(parts), whole)
-
-
-@pytest.mark.parametrize("family", KINDS)
-def test_a_cut_model_is_read_from_the_dense_files(family: str, tmp_path: Path) -> None:
-    """As a resumed run does. It is what the live cut leaves, bit by bit."""
-    saved(family, tmp_path)
-    network = dense(family)
-    keep = draw(network.shape, (3, 13), (4, 14))
-    network.cut(keep)
-    left = open_pretrained(tmp_path).weights.cut(keep)
-    live = dict(network.model.get_base_model().named_parameters())
-    for name, size in left.shape.parameters().items():
-        found = left.read_flat(name, 0, torch.Size(size).numel(), torch.float32).view(size)
-        path, _, last = name.rpartition(".")
-        assert torch.equal(found, live[name if name in live else f"{path}.base_layer.{last}"]), name
 
 
 def test_experts_in_one_tensor_are_read_like_separate_ones(tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ def test_losses_stay_on_their_device(*, distilled: bool) -> None:
     def losses(place: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         distillation = Distillation(place(teacher), 0.5) if distilled else None
         states = place(hidden).requires_grad_()
-        head = Head(place(weight), LogitsTransform(softcap=4.0))
-        found = token_losses(states, head, place(labels), 3, distillation, place(positions))
+        head = Head(place(weight), LogitsTransform(softcap=4.0), 3)
+        found = token_losses(states, head, place(labels), distillation, place(positions))
         found.sum().backward()
         assert states.grad is not None
         return take(found), take(states.grad)

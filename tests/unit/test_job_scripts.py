@@ -1,16 +1,24 @@
 """The scripts in slurm/ start the right commands and requeue themselves. Slurm itself is faked."""
 
 import os
+import re
 import shlex
 import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import State, Status, write_status
-from tests.integration.launching import ROOT
+from slurm import preflight
+from tests.integration.launching import ROOT, free_port, run_to_end
 
 RUNNING = "JobState=RUNNING PreemptTime=None Restarts=0"
 SITE = """
@@ -132,3 +140,131 @@ def test_a_job_that_would_fail_again_or_belongs_to_another_does_not(
 ) -> None:
     ended = fail_at(tmp_path, before, after, code, **given)
     assert (ended.requeued, ended.code) == (None, code), ended.log
+
+
+# The preflight: the nodes of a job agree if all are fit, and the first one names those that are not
+
+NODES = ["localhost", "gpu2", "gpu3"]  # all meet at the first one
+
+
+def fit() -> None:
+    pass
+
+
+def unfit() -> None:
+    raise preflight.Unfit("2 accelerators\nfor 4 ranks")
+
+
+@pytest.mark.parametrize(
+    ("checks", "fits", "told"),
+    [
+        ([fit, fit, fit], [True] * 3, ""),
+        ([fit, fit, unfit], [False] * 3, "preflight: gpu3: 2 accelerators for 4 ranks\n"),
+        ([fit, None, fit], [False] * 2, "preflight: gpu2: no answer in 2 s\n"),
+    ],
+    ids=["all fit", "one unfit", "one absent"],
+)
+def test_a_bad_node_is_named_once_and_all_hear_of_it(
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    checks: list[Callable[[], None] | None],
+    fits: list[bool],
+    told: str,
+) -> None:
+    """Each node is a thread."""
+    monkeypatch.setattr(preflight, "VERDICT_READ_WITHIN", 1.0)
+    port, timeout = free_port(), 20 if all(checks) else 2
+
+    def be_node(index: int, check: Callable[[], None]) -> bool:
+        return preflight.Rendezvous(NODES, index, port, timeout).agree("stage", check)
+
+    with ThreadPoolExecutor(len(NODES)) as pool:
+        nodes = [pool.submit(be_node, index, check) for index, check in enumerate(checks) if check is not None]
+        assert [node.result() for node in nodes] == fits
+    told_by_all = re.findall("^preflight: .*\n", capfd.readouterr().err, re.MULTILINE)  # torch reports waits, too
+    assert "".join(told_by_all) == told
+
+
+def test_a_folder_that_is_not_shared_or_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "VISIBLE_WITHIN", 0.0)
+    with preflight.probe_file(tmp_path / "runs" / "mine") as file:
+        assert file.parent == tmp_path
+        preflight.check_visible(file, "gpu1")
+    with pytest.raises(preflight.Unfit, match=r"output_dir is not shared: it has no .*, which gpu1 has written"):
+        preflight.check_visible(file, "gpu1")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), preflight.probe_file(tmp_path / "file" / "mine"):
+        pass
+
+
+def test_gloo_that_finds_no_way_to_the_others_is_told_its_variable(tmp_path: Path) -> None:
+    command = [sys.executable, "slurm/preflight.py", "--nodes", "localhost", "--port", str(free_port())]
+    command += ["--output", str(tmp_path)]
+    ended = run_to_end(command, cwd=ROOT, environment={"GLOO_SOCKET_IFNAME": "nosuch"}, timeout=120)
+    assert ended.code == 1
+    expected = "gloo does not reach the other nodes, GLOO_SOCKET_IFNAME must name a network interface that does: "
+    assert f"preflight: localhost: {expected}" in ended.err
+    assert "nosuch" in ended.err
+
+
+def test_every_rank_takes_part_and_the_speed_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two nodes of two ranks each. Each node is a thread, each rank a process."""
+    port = free_port()
+
+    def be_node(index: int) -> bool:
+        rendezvous = preflight.Rendezvous(NODES[:1] * 2, index, port, 120)
+        return rendezvous.agree("ranks", lambda: preflight.check_ranks(rendezvous, 2))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(be_node, range(2))) == [True, True]
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"preflight: all-to-all over 4 ranks by gloo: [\d.e-]+ GB/s to the slowest\n", out)
+    assert err == ""
+
+
+class FakeRanks:
+    """Stands for torch.distributed on rank 0 of two. Rank 1 does what it should, except for `wrong`."""
+
+    def __init__(self, wrong: str = "") -> None:
+        self.wrong = wrong
+        self.ReduceOp = SimpleNamespace(MIN="min")
+
+    def all_reduce(self, values: Tensor, op: str = "sum") -> None:
+        if op == "sum":
+            values += 5 if self.wrong == "sum" else 1
+        else:
+            assert op == "min"
+            values.clamp_(max=2.0**-40)  # GB/s of rank 1: slower than any machine
+
+    def all_to_all_single(self, received: Tensor, sent: Tensor) -> None:
+        half = len(sent) // 2
+        received[:half] = sent[:half]
+        received[half:] = 7 if self.wrong == "part" else 1
+
+    def barrier(self) -> None:
+        pass
+
+
+def test_wrong_numbers_are_seen_and_the_speed_is_the_slowest_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "distributed", FakeRanks())
+    assert preflight._exchange(0, 2, "cpu") == 2.0**-40
+    for wrong, told in (("sum", "a sum over all ranks is 5"), ("part", "an all-to-all brought wrong numbers")):
+        monkeypatch.setattr(preflight, "distributed", FakeRanks(wrong))
+        with pytest.raises(ValueError, match=told):
+            preflight._exchange(0, 2, "cpu")
+
+
+def test_every_gpu_that_a_rank_will_use_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    gpus = SimpleNamespace(device_count=lambda: 8, device_name=lambda index: used.append(index) or "cpu")
+    monkeypatch.setattr("loraprune_ds.zero.device.accelerator", lambda: gpus)
+    monkeypatch.setattr("loraprune_ds.zero.device.is_cpu", lambda: False)
+    preflight.check_accelerators(4)
+    assert used == [0, 1, 2, 3]
+    with pytest.raises(preflight.Unfit, match=r"^8 accelerators for 9 ranks$"):
+        preflight.check_accelerators(9)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *sizes, device: 1.5 * ones(*sizes))
+    with pytest.raises(preflight.Unfit, match="cpu computes wrong numbers"):
+        preflight.check_accelerators(1)

@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from loraprune_ds.model.families.base import Family, Marks
 from loraprune_ds.model.families.blocks import attention, columns, gated, rows
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.flops import needed_flops_per_token
 from loraprune_ds.model.groups import LayerCounts, LayerKeep
 from loraprune_ds.model.read_shape import _kinds, shape_from_config
-from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.shape import ModelShape, needed_flops_per_token
 from loraprune_ds.model.tensors import Run
 from loraprune_ds.pruning.importance import random_scores
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
@@ -25,7 +24,6 @@ from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, mak
 
 LLAMA_CONFIG = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
 REQUIRED = sorted(LLAMA_CONFIG.keys() - {"model_type", "num_key_value_heads"})
-NO_NUMBER = "config.json holds a size that is not a number: "
 
 
 def without(*keys: str, **values: Any) -> dict[str, Any]:

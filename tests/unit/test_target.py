@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig, Ranking, RunConfig, TrainConfig
-from loraprune_ds.model.flops import attention_product
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.shape import ModelShape, attention_product
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.pruning.limits import Limits, limits_without_ratio

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.model.logits import Distillation, Head, LogitsTransform
-from loraprune_ds.model.token_loss import IGNORE_INDEX, LossHead, token_losses, with_token_losses
+from loraprune_ds.model.token_loss import IGNORE_INDEX, LossHead, chunked_losses, token_losses, with_token_losses
 from tests.oracle.models import make_tiny_llama
 
 BATCH, WINDOW, HIDDEN, VOCAB = 3, 17, 24, 131
@@ -64,9 +64,9 @@ def worst(found: Tensor, expected: Tensor) -> float:
 )
 def test_loss_and_gradient(transform: LogitsTransform, chunk: int | None, dtype: torch.dtype, tolerance: float) -> None:
     hidden, weight, labels = material(dtype)
-    head = Head(weight, transform)
+    head = Head(weight, transform, chunk)
     upstream = torch.rand(BATCH, WINDOW - 1, generator=torch.Generator().manual_seed(1))
-    found, expected = token_losses(hidden, head, labels, chunk), straightforward(hidden, head, labels)
+    found, expected = token_losses(hidden, head, labels), straightforward(hidden, head, labels)
     assert found.dtype == torch.float32
     assert worst(found, expected) < tolerance
     gradient = gradient_of(found, hidden, upstream)
@@ -86,7 +86,7 @@ def test_a_batch_without_a_supervised_token_and_broken_logits() -> None:
     assert losses.max() > 1e4
     with torch.no_grad():
         hidden[1, 3, 5] = torch.nan
-    assert token_losses(hidden, Head(weight, NONE), labels, 5).isnan().nonzero().tolist() == [[1, 3]]
+    assert token_losses(hidden, Head(weight, NONE, 5), labels).isnan().nonzero().tolist() == [[1, 3]]
 
 
 class _Held(TorchDispatchMode):
@@ -113,10 +113,10 @@ def held(transform: LogitsTransform, dtype: torch.dtype, *, teaches: bool, tempe
     hidden = torch.randn(1, tokens + 1, hidden_size, dtype=dtype).requires_grad_()
     labels = torch.randint(vocabulary, (1, tokens + 1))
     weight = torch.randn(vocabulary, hidden_size, dtype=dtype)
-    head = Head(weight, transform)
+    head = Head(weight, transform, chunk)
     distilled = Distillation(hidden.detach()[0, 1:], 0.5, temperature) if teaches else None
     with _Held(weight) as most:
-        token_losses(hidden, head, labels, chunk, distilled).sum().backward()
+        token_losses(hidden, head, labels, distilled).sum().backward()
     return most.most / (chunk * vocabulary)
 
 
@@ -149,7 +149,7 @@ def test_logits_per_chunk(chunk: int | None, at_once: int, expected: int, monkey
     monkeypatch.setattr(Head, "logits", lambda self, hidden: rows.append(len(hidden)) or logits(self, hidden))
     monkeypatch.setattr("loraprune_ds.model.logits.LOGITS_AT_ONCE", at_once)
     hidden, weight, labels = material(supervised=1)
-    token_losses(hidden, Head(weight, NONE), labels, chunk).sum().backward()
+    token_losses(hidden, Head(weight, NONE, chunk), labels).sum().backward()
     assert max(rows) == expected
     assert sum(rows) == BATCH * (WINDOW - 1)
 
@@ -170,3 +170,54 @@ def test_a_model_with_token_losses(tmp_path: Path, settings: dict[str, Any]) -> 
         losses = model(input_ids=ids, labels=ids)
     expected = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+
+
+# The distilled loss and its gradient against autograd in fp64, by the definition
+
+TOKENS, WIDTH, VOCABULARY = 23, 8, 37
+# fp32 against fp64. Losses are about 4, gradients about 1, each from sums of 37 terms.
+TOLERANCE = 2e-6
+DISTILLED = [*TRANSFORMS[:-1], LogitsTransform(softcap=2.0)]
+
+
+def made_up() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the student's and the teacher's hidden states, the head and labels."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(TOKENS, WIDTH, generator=generator) for _ in range(2))
+    head = torch.randn(VOCABULARY, WIDTH, generator=generator) / WIDTH**0.5
+    return student, teacher, head, torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+
+
+def logits_of(hidden: Tensor, head: Head) -> Tensor:
+    """Returns (tokens, vocabulary) fp64."""
+    logits = hidden.double() @ head.weight.double().T * (head.transform.scale or 1) / (head.transform.divisor or 1)
+    return logits if (cap := head.transform.softcap) is None else cap * torch.tanh(logits / cap)
+
+
+def dense(student: Tensor, teacher: Tensor, head: Head, labels: Tensor, w: float, t: float) -> Tensor:
+    """Returns (tokens,) fp64 by the definition."""
+    hard = cross_entropy(logits_of(student, head), labels, reduction="none")
+    ours, theirs = (torch.log_softmax(logits_of(hidden, head) / t, 1) for hidden in (student, teacher))
+    divergence = (theirs.exp() * (theirs - ours)).sum(1)
+    return (1 - w) * hard + w * t**2 * divergence
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7])
+@pytest.mark.parametrize("w", [0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1, 0.5, 2])
+@pytest.mark.parametrize("transform", DISTILLED, ids=str)
+def test_autograd_gives_the_same(transform: LogitsTransform, temperature: float, w: float, chunk: int | None) -> None:
+    student, teacher, weight, labels = made_up()
+    head, weights = Head(weight, transform, chunk), torch.linspace(0.1, 1, TOKENS)
+    student.requires_grad_()
+    given = Distillation(teacher, w, temperature)
+    losses = chunked_losses(student, head, labels, given)
+    (losses * weights).sum().backward()
+    reference = student.detach().double().requires_grad_()
+    expected = dense(reference, teacher, head, labels, w, temperature)
+    (expected * weights).sum().backward()
+    tolerance = TOLERANCE * max(1, temperature**2)  # the divergence is multiplied by the square of the temperature
+    assert (losses - expected).abs().max() < tolerance
+    assert student.grad is not None
+    assert reference.grad is not None
+    assert (student.grad - reference.grad).abs().max() < tolerance
