@@ -25,7 +25,7 @@ from loraprune_ds.hf.live import find_peft_model, live_shape
 from loraprune_ds.model.pretrained import open_stored
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.step import Pruner, PrunerState
-from loraprune_ds.report.records import History, history_from, read_metrics, write_history
+from loraprune_ds.report.records import History, read_history, write_history
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.external_engine import cut_without_engine, overwrite_linears
 from loraprune_ds.zero.sharded import ShardedModel
@@ -72,7 +72,7 @@ class PruningCheckpoint:
         kept = keep_from_lists(state.kept, kinds)
         saved = PrunerState(kept, read_scores(folder, kinds), state.updates_since_cut, state.moment_tokens)
         pruner.restore(saved, partial(read_moments, folder))
-        return history_from(read_metrics(folder / METRICS_FILE))
+        return read_history(folder / METRICS_FILE)
 
 
 def write_pruning(folder: Path, state: PruningState, pruner: Pruner, model: ShardedModel, history: History) -> None:

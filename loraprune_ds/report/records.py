@@ -6,15 +6,18 @@ Reports, pictures and curves are made from these records.
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
+
+from pydantic import BeforeValidator, TypeAdapter
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import finite, write_text
 from loraprune_ds.units import format_bytes, format_duration, format_percent
 
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has no NaN
 EvaluationName = Literal["dense", "after_last_cut", "pruned", "size", "step"]
 
 
@@ -23,13 +26,13 @@ class StepRecord:
     """Describes one optimizer step. The lists of bytes have an entry per rank."""
 
     step: int  # from 1
-    loss: float
-    learning_rate: float
+    loss: Number
+    learning_rate: Number
     grad_norm: float | None
-    sparsity: float  # removed fraction of the decoder-layer linear parameters during this step
+    sparsity: Number  # removed fraction of the decoder-layer linear parameters during this step
     tokens: int  # of the global batch, without padding
-    seconds: float  # wall time, excluding a cut or an evaluation after the step
-    tokens_per_second: float
+    seconds: Number  # wall time, excluding a cut or an evaluation after the step
+    tokens_per_second: Number
     weight_bytes: list[int]  # frozen and LoRA
     resident_bytes: list[int]  # current memory, not its peak
     skipped: bool = False  # the fp16 gradients overflowed and the weights did not change
@@ -42,10 +45,10 @@ class CutRecord:
     """Describes one cut, made right after the optimizer step of the same number."""
 
     step: int
-    target: float  # fraction of the decoder-layer linear parameters to remove
-    reached: float  # removed fraction
-    removed_fraction: float  # of all parameters of the model
-    seconds: float
+    target: Number  # fraction of the decoder-layer linear parameters to remove
+    reached: Number  # removed fraction
+    removed_fraction: Number  # of all parameters of the model
+    seconds: Number
     bytes_sent: int  # by all ranks together
     weight_bytes_before: list[int]  # per rank
     weight_bytes_after: list[int]
@@ -71,13 +74,14 @@ class EvaluationRecord:
 
     step: int
     name: EvaluationName  # "pruned" is the exported model, read back
-    perplexity: float
+    perplexity: Number
     tokens: int  # number of predictions
     windows: int
 
 
 Record = StepRecord | CutRecord | EvaluationRecord
-RECORD_KINDS: dict[str, type[Record]] = {"step": StepRecord, "cut": CutRecord, "evaluation": EvaluationRecord}
+KINDS: dict[type[Record], str] = {StepRecord: "step", CutRecord: "cut", EvaluationRecord: "evaluation"}
+READERS: dict[str, TypeAdapter[Record]] = {kind: TypeAdapter(record) for record, kind in KINDS.items()}
 
 
 class Sink:
@@ -130,20 +134,6 @@ class Recorder:
             sink.close()
 
 
-def history_from(metrics: Iterable[dict[str, Any]]) -> History:
-    """Makes records from the lines of metrics.jsonl (`read_metrics`). Null numbers become NaN."""
-    history = History()
-    for line in metrics:
-        record = RECORD_KINDS[line["kind"]]
-        values: dict[str, Any] = {f.name: line[f.name] for f in fields(record)}
-        lost: dict[str, Any] = {f.name: math.nan for f in fields(record) if f.type is float and values[f.name] is None}
-        history.add(record(**values | lost))
-    return history
-
-
-KIND_OF = {record: kind for kind, record in RECORD_KINDS.items()}
-
-
 class MetricsLog(Sink):
     """Appends a line of JSON per record: `{"kind": "step" | "cut" | "evaluation", ...}`. Each is flushed."""
 
@@ -160,8 +150,7 @@ class MetricsLog(Sink):
 
     def truncate_to(self, step: int) -> None:
         """Drops the lines after `step`, because a resumed run writes them again. 0 drops all lines."""
-        lines = read_metrics(self.path, step) if step else []  # a run that starts again may have damaged lines
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_history(self.path, read_history(self.path, step) if step else History())  # later lines may be damaged
         self._file.close()  # it still points to the replaced file
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -178,11 +167,11 @@ def write_history(path: Path, history: History) -> None:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(finite({"kind": KIND_OF[type(record)], **asdict(record)}), allow_nan=False) + "\n"
+    return json.dumps(finite({"kind": KINDS[type(record)], **asdict(record)}), allow_nan=False) + "\n"
 
 
-def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Reads the complete lines of a metrics.jsonl, or those up to `last_step`.
+def read_history(path: Path, last_step: int | None = None) -> History:
+    """Reads the complete lines of a metrics.jsonl, or those up to `last_step`. Null numbers become NaN.
 
     A checkpoint at `last_step` has flushed its lines. A crash of the machine may have damaged later ones.
 
@@ -193,35 +182,27 @@ def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any
         lines = _complete_lines(path).splitlines()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    values: list[dict[str, Any]] = []
+    records: list[Record] = []
     for number, line in enumerate(lines, start=1):
         try:
-            values.append(_parse_line(line, f"{path} line {number}"))
-        except UserError:
-            if last_step is None or not values or values[-1]["step"] < last_step:
-                raise
+            records.append(READERS[json.loads(line)["kind"]].validate_json(line))
+        except (ValueError, KeyError, TypeError):
+            if last_step is None or not records or records[-1].step < last_step:
+                lacking = "it must hold a step, cut or evaluation with all values"
+                raise UserError(f"{path} line {number} is damaged: {lacking}") from None
             break
-    values = [value for value in values if last_step is None or value["step"] <= last_step]
-    steps = {value["step"] for value in values if value["kind"] == "step"}
+    history = History()
+    for record in records:
+        if last_step is None or record.step <= last_step:
+            history.add(record)
+    steps = {record.step for record in history.steps}
     last = max(steps, default=0) if last_step is None else last_step
     if missing := set(range(1, last + 1)) - steps:
         raise UserError(f"{path} is damaged: the line of step {min(missing)} is missing")
-    return values
+    return history
 
 
 def _complete_lines(path: Path) -> str:
     """Reads the text up to its last newline. A killed process may have left half a line after it."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1]
-
-
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        raise UserError(f"{where} is not valid JSON") from None
-    if not isinstance(value, dict) or value.get("kind") not in RECORD_KINDS or not isinstance(value.get("step"), int):
-        raise UserError(f"{where} is damaged: it must hold an object with kind and step")
-    if missing := {f.name for f in fields(RECORD_KINDS[value["kind"]])} - value.keys():
-        raise UserError(f"{where} is damaged: {', '.join(sorted(missing))} missing")
-    return value

@@ -146,7 +146,7 @@ class RunRecorder(records.Recorder):
         metrics = records.MetricsLog(folder / layout.METRICS_FILE)
         first = checkpoint and checkpoint.state.step
         metrics.truncate_to(first or 0)  # a killed run may have written later steps
-        self.history = records.history_from(records.read_metrics(metrics.path))
+        self.history = records.read_history(metrics.path)
         self.sinks.append(metrics)
         report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
         if "tensorboard" in report_to:
@@ -171,6 +171,6 @@ class RunRecorder(records.Recorder):
 def take_over_metrics(checkpoint: TrainingCheckpoint, folder: Path) -> None:
     """Checks the records of the steps before a checkpoint, and copies them if the run resumes in another folder."""
     earlier, own = checkpoint.folder.parents[1] / layout.METRICS_FILE, folder / layout.METRICS_FILE
-    records.read_metrics(earlier, checkpoint.state.step)
+    records.read_history(earlier, checkpoint.state.step)
     if earlier.resolve() != own.resolve():
         write_text(own, earlier.read_text(encoding="utf-8", errors="replace"))

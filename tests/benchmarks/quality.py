@@ -26,7 +26,7 @@ from loraprune_ds.evaluate.tasks import mean_metric
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
 from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERMILION, picture
-from loraprune_ds.report.records import read_metrics
+from loraprune_ds.report.records import read_history
 from tests.benchmarks.expanded import expanded_model
 from tests.benchmarks.quality_settings import GONE, GROUPS, SETTINGS, Setting, select
 from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, make_parser, run_quickstart
@@ -138,6 +138,7 @@ def carry_out(
     report["config"] |= {"output_dir": "run"}  # no folder of this machine
     report["config"]["model"] |= {"path": setting.model}
     report["config"]["data"] |= {"path": texts["tune"].name}
+    history = read_history(folder / "metrics.jsonl")
     return {
         "setting": setting.name,
         "group": setting.group,
@@ -146,8 +147,7 @@ def carry_out(
         "tokens": report["steps"] * report["config"]["train"]["global_batch_size"] * report["config"]["data"]["window"],
         "perplexity": {"validation": report["perplexity"]["pruned"], **measured},
         **({"writing": writing(str(folder))} if setting.answers else {}),
-        # of steps and cuts: of the training alone
-        "seconds": sum(x["seconds"] for x in read_metrics(folder / "metrics.jsonl") if x["kind"] in ("step", "cut")),
+        "seconds": sum(record.seconds for record in (*history.steps, *history.cuts)),  # of the training alone
         "report": report,
     }
 

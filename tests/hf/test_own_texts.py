@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from trl.trainer.distillation_trainer import DistillationTrainer
 
 from loraprune_ds.files import read_json
-from loraprune_ds.report.records import history_from, read_metrics
+from loraprune_ds.report.records import read_history
 from tests.hf.test_examples import OPTIONS, WORDS
 from tests.hf.trainers import run_example
 from tests.integration.resuming import assert_equal_tensors
@@ -70,7 +70,7 @@ def write_samples(path: Path, samples: list[Samples]) -> Path:
 
 
 def course(out: Path) -> list[Any]:
-    steps = history_from(read_metrics(out / "metrics.jsonl")).steps
+    steps = read_history(out / "metrics.jsonl").steps
     return [(step.loss, step.grad_norm, step.tokens, step.sparsity) for step in steps]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.report.records import history_from, read_metrics
+from loraprune_ds.report.records import read_history
 from tests.hf import callback_run, trainers
 from tests.hf.results import LINEARS, kept_indices, load, weight
 from tests.hf.trainers import PLAIN, Setup, train_alone, train_with_callback
@@ -63,7 +63,7 @@ def test_the_callback_cuts_as_our_own_trainer(ranks: RankPool, job: Job, plain: 
     report = read_json(plain.out / "report.json")
     assert [cut["step"] for cut in report["prune_steps"]] == [3, 5, 7]
     assert report["params"]["pruned"] < report["params"]["dense"]
-    steps = history_from(read_metrics(plain.out / "metrics.jsonl")).steps
+    steps = read_history(plain.out / "metrics.jsonl").steps
     assert [step.loss for step in steps] == [row["loss"] for row in plain.rows]
     shrunk = [before.step for before, after in pairwise(steps) if after.weight_bytes < before.weight_bytes]
     assert shrunk == [3, 5, 7]

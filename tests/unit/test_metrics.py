@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from loraprune_ds.report.records import EvaluationRecord, MetricsLog, Record, history_from, read_metrics
+from loraprune_ds.report.records import EvaluationRecord, History, MetricsLog, Record, read_history
 from loraprune_ds.report.reporters import TensorBoardLog
 from loraprune_ds.train import recorder
 from loraprune_ds.train.recorder import ProgressDisplay
 from tests.refusals import must_name
 from tests.unit.run_records import cut_record, small_run, step_record
 
+RUN = small_run()
+FOREIGN = '{"kind": "evaluation", "step": 1, "name": "pruned", "perplexity": "low", "tokens": 1, "windows": 1}'
 
-def in_order() -> list[Record]:
-    run = small_run()
+
+def in_order(run: History = RUN) -> list[Record]:
     return sorted([*run.steps, *run.cuts, *run.evaluations], key=lambda record: record.step)
 
 
@@ -38,7 +40,7 @@ def written(path: Path, records: Iterable[Record]) -> Path:
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     path = written(tmp_path / "run" / "metrics.jsonl", in_order())
-    assert history_from(read_metrics(path)) == small_run()
+    assert read_history(path) == small_run()
 
 
 def test_numbers_json_cannot_hold_are_null(tmp_path: Path) -> None:
@@ -46,7 +48,7 @@ def test_numbers_json_cannot_hold_are_null(tmp_path: Path) -> None:
     path = written(tmp_path / "metrics.jsonl", records)
     lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
     assert [lines[0]["loss"], lines[1]["perplexity"]] == [None, None]
-    assert math.isnan(history_from(lines).steps[0].loss)
+    assert math.isnan(read_history(path).steps[0].loss)
 
 
 def test_truncate_drops_later_steps_and_writing_goes_on(tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_truncate_drops_later_steps_and_writing_goes_on(tmp_path: Path) -> None:
     log = MetricsLog(path)
     log.truncate_to(6)
     fill(log, [step_record(7, seconds=42.0)])
-    history = history_from(read_metrics(path))
+    history = read_history(path)
     assert [s.step for s in history.steps] == [1, 2, 3, 4, 5, 6, 7]
     assert history.steps[-1].seconds == 42.0
     assert [c.step for c in history.cuts] == [4, 6]
@@ -65,29 +67,31 @@ def test_truncate_drops_later_steps_and_writing_goes_on(tmp_path: Path) -> None:
 def test_what_follows_the_checkpoint_may_be_damaged(tmp_path: Path) -> None:
     """A crash of the machine left zeros behind the lines that the checkpoint of step 6 had flushed."""
     path = written(tmp_path / "metrics.jsonl", in_order())
-    first_later = next(i for i, line in enumerate(read_metrics(path)) if line["step"] > 6)
+    first_later = next(i for i, record in enumerate(in_order()) if record.step > 6)
     path.write_text("\n".join([*path.read_text().splitlines()[:first_later], "\0" * 40, ""]))
-    assert len(read_metrics(path, 6)) == first_later
-    must_name(f"metrics.jsonl line {first_later + 1}", read_metrics, path, 7)
+    assert in_order(read_history(path, 6)) == in_order()[:first_later]
+    must_name(f"metrics.jsonl line {first_later + 1}", read_history, path, 7)
     log = MetricsLog(path)
     log.truncate_to(0)
     log.close()
-    assert read_metrics(path) == []
+    assert read_history(path) == History()
 
 
 def test_a_half_written_last_line_is_dropped(tmp_path: Path) -> None:
     path = written(tmp_path / "metrics.jsonl", [step_record(1), step_record(2)])
     path.write_text(path.read_text()[:-20])
-    assert [line["step"] for line in read_metrics(path)] == [1]
+    assert [step.step for step in read_history(path).steps] == [1]
     written(path, [step_record(2)])
-    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+    assert [step.step for step in read_history(path).steps] == [1, 2]
 
 
-@pytest.mark.parametrize("damage", ["nonsense", "[1, 2]", '{"kind": "step", "step": 1}', '{"kind": "new", "step": 1}'])
+@pytest.mark.parametrize(
+    "damage", ["nonsense", "[1, 2]", '{"kind": "step", "step": 1}', '{"kind": "new", "step": 1}', FOREIGN]
+)
 def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     path = written(tmp_path / "metrics.jsonl", [step_record(1)])
     path.write_text(path.read_text() + damage + "\n")
-    must_name("metrics.jsonl line 2", read_metrics, path)
+    must_name("metrics.jsonl line 2", read_history, path)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +102,9 @@ def test_a_missing_step_is_named(tmp_path: Path, there: list[int], last_step: in
     """A step missing after the checkpoint is no fault: a crash of the machine may have lost it."""
     path = written(tmp_path / "metrics.jsonl", [EvaluationRecord(0, "dense", 9.0, 1, 1), *map(step_record, there)])
     if missing is None:
-        assert [line["step"] for line in read_metrics(path, last_step)] == [0, 1, 2]
+        assert [record.step for record in in_order(read_history(path, last_step))] == [0, 1, 2]
         return
-    must_name(f"metrics.jsonl step {missing}", read_metrics, path, last_step)
+    must_name(f"metrics.jsonl step {missing}", read_history, path, last_step)
 
 
 def scalars_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
