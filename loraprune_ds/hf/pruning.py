@@ -285,7 +285,7 @@ class Pruning:
             dense=self.pruner.limits.dense,
             pruned=pruned,
             prune=self.pruner.config,
-            asked=self.pruner.schedule.section(self.step).size.ratio,
+            asked=self.pruner.schedule.section(self.step).ratio,
             data="data of its own trainer",
             steps=self.step,
             perplexity_data="not measured",

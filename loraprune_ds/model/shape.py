@@ -1,6 +1,6 @@
 """The sizes of a model: its layers, each a list of tensors, and the parameters outside of them. And a token's cost."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -168,10 +168,6 @@ class ModelShape:
     def group_numel(self, kind: Kind) -> int:
         """Counts the linear parameters that leave with one group, without biases."""
         return self._group_numel[kind]
-
-    def numel_of(self, counts: Mapping[Kind, int]) -> int:
-        """Counts the linear parameters of a layer with these counts of groups, without biases."""
-        return sum(count * self.group_numel(kind) for kind, count in counts.items())
 
     def ranges(self, kind: Kind) -> int:
         """Counts the equal ranges of a layer's groups that must lose the same number each."""

@@ -46,7 +46,7 @@ class Plan:
     @cached_property
     def in_all(self) -> Total:
         """The total of the run. Every cut counts as the first, which costs most."""
-        cuts, steps = len(self.request.pruning.schedule.cut_steps()), all_steps(self.request, self.final)
+        cuts, steps = len(self.request.pruning.schedule.cut_steps), all_steps(self.request, self.final)
         return Total(*(step + cuts * cut for step, cut in zip(steps, self.first_cut.total, strict=True)))
 
     @property
@@ -79,7 +79,7 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Plans the whole run."""
-    cuts = [step for section in request.pruning.schedule.sections for step in section.cut_steps]
+    cuts = request.pruning.schedule.cut_steps
     after, final = request.shape_at(cuts[0]), request.shape_at(cuts[-1])
     return Plan(request, after, final, plan_stages(request, after, final))
 
@@ -171,7 +171,7 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         "in_all": plan.in_all._asdict(),
         "disk_bytes": {"checkpoint": plan.checkpoint_bytes},
         "steps": request.steps,
-        "cuts": len(request.pruning.schedule.cut_steps()),
+        "cuts": len(request.pruning.schedule.cut_steps),
         "ratio": request.pruning.schedule.ratio,
         "target": describe_target(prune, request.shape, plan.final),
         "sizes": [

@@ -19,7 +19,6 @@ from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.model.text_part import MULTIMODAL, check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
-from loraprune_ds.pruning.ranking import with_counts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, resolve_ds_config, zero_settings
@@ -150,16 +149,15 @@ class Request:
 
     def shape_at(self, step: int) -> ModelShape:
         """Returns the shape after a step. `global` is planned with equal losses."""
-        limits, section, dense = self.pruning.limits, self.pruning.schedule.section(step), self.pruning.limits.dense
-        if counts := section.counts(limits, step):
-            return with_counts(dense, limits, counts)
-        layers, leaving = list(dense.counts), limits.leaving(section.target(step))
-        for kind, share in limits.shares.items():
-            numel = sum(layers[i][kind] * dense.group_numel(kind) for i in limits.open_layers)
-            stays = 1 - leaving * share / max(1, numel)
-            layers = [LayerCounts({**x, kind: max(min(1, x[kind]), round(x[kind] * stays))}) for x in layers]
-        open_layers = set(limits.open_layers)
-        return dense.resized([layers[i] if i in open_layers else x for i, x in enumerate(dense.counts)])
+        limits, section, dense = self.pruning.limits, self.pruning.schedule.section(step), self.shape
+        if counts := section.counts(step):
+            return limits.with_equal(counts, dense)
+        layers, numel, budget = list(dense.counts), limits.numel(dense.counts), section.budget(step)
+        leaving = budget.ratio * dense.linear_numel()
+        stays = {kind: 1 - leaving * share / max(1, numel[kind]) for kind, share in budget.shares.items()}
+        for i in limits.open_layers:
+            layers[i] = LayerCounts((kind, max(min(1, n), round(n * stays[kind]))) for kind, n in layers[i].items())
+        return dense.resized(layers)
 
 
 def make_request(
@@ -208,11 +206,11 @@ def build_request(
     if train.steps is None and samples is not None:
         steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
     tower = whole.get("model_type") in MULTIMODAL and not config.model.text_only
-    prune, limits = resolve(config.prune, shape, tower=tower)
+    prune, limits, sizes = resolve(config.prune, shape, tower=tower)
     if tower:
-        check_tower(whole, final_shape(prune, limits), name)
+        check_tower(whole, final_shape(limits, sizes), name)
     config = replace(config, prune=prune)
-    pruning = plan_pruning(config.prune, limits, steps, config.recovery)
+    pruning = plan_pruning(prune, limits, sizes, steps, config.recovery)
     per_node = cluster.gpus_per_node
     ds_config = resolve_ds_config(config, shape, cluster.world_size, per_node)
     size = zero_settings(ds_config).zero_hpz_partition_size

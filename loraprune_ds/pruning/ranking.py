@@ -1,6 +1,6 @@
-"""Ranking: chooses the groups that every layer keeps, from scores and a target. Pure and deterministic.
+"""Ranking: chooses the groups that every layer keeps, from scores and a budget. Pure and deterministic.
 
-A target is a fraction of the linear parameters of all decoder layers of the *dense* model. Ties keep the lower index.
+A budget counts linear parameters of all decoder layers of the *dense* model. Ties keep the lower index.
 """
 
 # torch does not type every method:
@@ -16,7 +16,7 @@ from torch import Tensor
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.limits import Bounds, Limits
+from loraprune_ds.pruning.limits import Bounds, Budget, Limits
 
 
 def rank_uniform(
@@ -24,55 +24,42 @@ def rank_uniform(
 ) -> list[LayerKeep]:
     """Keeps equal `counts` in every open layer, the best groups of each by its own scores (the paper's ranking).
 
-    Layers with delta nets and layers with attention have the counts of their own kinds.
     `scores` and the result belong to the current groups.
     """
-    return keep_best(scores, with_counts(current, limits, counts).counts, current)
+    return keep_best(scores, limits.with_equal(counts, current).counts, current)
 
 
 def counts_on_the_way(limits: Limits, bounds: Bounds, part: float) -> LayerCounts:
     """Returns the counts at a fraction `part` of the way down the bounds, which never grow with `part`."""
     goal, start = bounds
     counts = {kind: count - round(part * (count - goal[kind])) for kind, count in start.items()}
-    return LayerCounts(
-        (kind, _nearest_multiple(count, goal[kind], start[kind], limits.multiples[kind]))
-        for kind, count in counts.items()
-    )
+    near = {kind: _nearest_multiple(n, goal[kind], start[kind], limits.multiples[kind]) for kind, n in counts.items()}
+    return LayerCounts(near)
 
 
-def shape_of_uniform(limits: Limits, bounds: Bounds | None = None) -> ModelShape:
-    """Returns the shape that `uniform` ends with."""
-    return with_counts(limits.dense, limits, uniform_goal(limits, limits.ratio, bounds))
+def uniform_goal(limits: Limits, budget: Budget, bounds: Bounds | None = None) -> LayerCounts:
+    """Returns the counts that every open layer keeps in the end, as near to the budget's ratio as possible.
 
-
-def with_counts(shape: ModelShape, limits: Limits, counts: LayerCounts) -> ModelShape:
-    """Returns the shape with equal counts in every open layer."""
-    open_layers, layers = set(limits.open_layers), enumerate(shape.counts)
-    return shape.resized([limits.within(counts, i) if i in open_layers else x for i, x in layers])
-
-
-def uniform_goal(limits: Limits, ratio: float, bounds: Bounds | None = None) -> LayerCounts:
-    """Returns the counts that every open layer keeps in the end, as near to `ratio` as possible.
-
-    Channels make up for what heads cannot reach. Of all counts within half a channel step from the target, those
+    Channels make up for what heads cannot reach. Of all counts within half a channel step from the ratio, those
     closest to the share of the heads win.
 
     Args:
         bounds: bounds of the counts, narrower than those of `limits`.
     """
-    dense, (*coarse, fine), bounds = limits.open_counts, limits.dense.kinds, bounds or limits.bounds
-    wanted = limits.leaving(ratio)  # parameters that leave
-    numel = {kind: max(1, part) for kind, part in limits.open_numel.items()}
-    share = {kind: dense[kind] - wanted * limits.shares[kind] / numel[kind] for kind in coarse}
+    (*coarse, fine), dense, bounds = limits.dense.kinds, limits.bounds[1], bounds or limits.bounds
+    wanted = budget.ratio * limits.dense.linear_numel()  # parameters that leave
+    numel = {kind: max(1, part) for kind, part in limits.equal_numel.items()}
+    share = {kind: dense[kind] - wanted * budget.shares[kind] / numel[kind] for kind in coarse}
+    multiple = limits.multiples[fine]
 
     def option(narrowest: LayerCounts) -> tuple[float, float, LayerCounts]:
-        """Fills the counts up with channels: (distance to the target, distance to the shares, counts)."""
-        missing = wanted - limits.lost_by_all({**narrowest, fine: dense[fine]})
-        count = dense[fine] - missing / numel[fine]
-        channels = _nearest_multiple(count, narrowest[fine], bounds[1][fine], limits.multiples[fine])
-        counts = LayerCounts({**narrowest, fine: channels})
-        distance = max(abs(limits.lost_by_all(counts) - wanted), limits.multiples[fine] * numel[fine] / 2)
-        return distance, sum(abs(counts[kind] - share[kind]) for kind in coarse), counts
+        """Fills the counts up with channels: (distance to the ratio, distance to the shares, counts)."""
+        lost = sum(numel[kind] * (dense[kind] - narrowest[kind]) for kind in coarse)
+        count = dense[fine] - (wanted - lost) / numel[fine]
+        channels = _nearest_multiple(count, narrowest[fine], bounds[1][fine], multiple)
+        distance = abs(lost + numel[fine] * (dense[fine] - channels) - wanted)
+        shares = sum(abs(narrowest[kind] - share[kind]) for kind in coarse)
+        return max(distance, multiple * numel[fine] / 2), shares, LayerCounts({**narrowest, fine: channels})
 
     return min(map(option, limits.narrowest(bounds)), key=lambda distances: distances[:2])[-1]
 
@@ -101,21 +88,20 @@ def best_first(scores: Tensor, parts: int) -> Tensor:
     return order.T.flatten()
 
 
-def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, target: float) -> list[LayerKeep]:
+def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, budget: Budget) -> list[LayerKeep]:
     """Removes the least important groups of all open layers until the budget is spent. Arguments as for `rank_uniform`.
 
-    Heads give their share of the target, channels the rest. The total ends within one group (or multiple) of the
-    target, or half a multiple of channels beyond, because channels that replaced a head do not come back.
+    Heads give their share of the ratio, channels the rest. The total ends within one group (or multiple) of the
+    ratio, or half a multiple of channels beyond, because channels that replaced a head do not come back.
     """
-    removal, dense = _Removal(scores, current, limits), limits.dense
-    budget = round(target * dense.linear_numel())
+    removal, numel = _Removal(scores, current, limits), round(budget.ratio * limits.dense.linear_numel())
     *coarse, fine = current.kinds
     for kind in coarse:
-        removal.take(kind, round(budget * limits.shares[kind]) + removal.gone_beside(kind))
-    removal.take(fine, budget)
-    if budget - removal.gone > limits.step_numel(fine) / 2:  # floors have stopped the finest kind
+        removal.take(kind, round(numel * budget.shares[kind]) + removal.gone_beside(kind))
+    removal.take(fine, numel)
+    if numel - removal.gone > limits.step_numel(fine) / 2:  # floors have stopped the finest kind
         for kind in coarse:
-            removal.take(kind, budget)
+            removal.take(kind, numel)
     return keep_best(scores, removal.left, current)
 
 
@@ -125,7 +111,7 @@ class _Removal:
     def __init__(self, scores: list[LayerScores], current: ModelShape, limits: Limits) -> None:
         self.scores, self.current, self.limits = scores, current, limits
         self.left = [dict(layer) for layer in current.counts]
-        self.gone = sum(limits.lost(i, left) for i, left in enumerate(self.left))
+        self.gone = limits.dense.linear_numel() - current.linear_numel()
 
     def gone_beside(self, kind: Kind) -> int:
         """Counts the parameters of the other kinds that are gone so far, including earlier cuts."""
@@ -134,7 +120,7 @@ class _Removal:
         return self.gone - lost * dense.group_numel(kind)
 
     def take(self, kind: Kind, budget: int) -> None:
-        """Removes groups of a kind while this brings the total nearer to `budget`."""
+        """Removes groups of a kind while this brings the total nearer to `budget` parameters."""
         numel = self.limits.dense.group_numel(kind)
         for layer, groups in self._candidates(kind):
             if self.gone + numel / 2 > budget:

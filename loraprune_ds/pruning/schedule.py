@@ -1,16 +1,18 @@
 """The plan of a run's pruning: its limits, the steps of its cuts, and their targets."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import require
 from loraprune_ds.model.groups import LayerCounts
-from loraprune_ds.pruning.limits import Limits
+from loraprune_ds.pruning.limits import Budget, Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way
-from loraprune_ds.pruning.target import Size, plan_sizes
+from loraprune_ds.pruning.target import Size
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Section:
     Steps count from 1. Step s is the s-th optimizer update, and a cut follows it.
     """
 
+    limits: Limits
     size: Size
     before: float  # the ratio of the size before
     first: int  # the last step before the section
@@ -31,34 +34,42 @@ class Section:
     recovery: int  # the last step before the recovery
     last: int  # the last step of the section
     every: int  # steps from one cut to the next
-    passed_over: frozenset[int] = frozenset()  # steps without a cut, because no width would change
+
+    @property
+    def ratio(self) -> float:
+        """The fraction of the dense linear parameters that is gone at its end."""
+        return self.size.budget.ratio
 
     def target(self, step: int) -> float:
         """Returns the fraction of the dense linear parameters that should be gone after `step`."""
         t = (step - self.start) / (self.end - self.start)
-        return self.before + (self.size.ratio - self.before) * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
+        return self.before + (self.ratio - self.before) * (1 - (1 - min(max(t, 0.0), 1.0)) ** 3)
 
-    def counts(self, limits: Limits, step: int) -> LayerCounts | None:
+    def budget(self, step: int) -> Budget:
+        """Returns what should be gone after `step`."""
+        return Budget(self.target(step), self.size.budget.shares)
+
+    def counts(self, step: int) -> LayerCounts | None:
         """Returns the counts that every open layer should have after `step`. None unless the ranking is `uniform`."""
         if self.size.bounds is None:
             return None
-        removes, gone = self.size.ratio - self.before, max(0.0, self.target(step) - self.before)
-        return counts_on_the_way(limits, self.size.bounds, gone / removes if removes > 0 else 1.0)
-
-    def is_cut(self, step: int) -> bool:
-        """Returns True if a cut follows this step."""
-        due = (step - self.start) % self.every == 0 or step == self.end
-        return self.start < step <= self.end and due and step not in self.passed_over
+        part = (self.target(step) - self.before) / (self.ratio - self.before)
+        return counts_on_the_way(self.limits, self.size.bounds, part)
 
     @cached_property
     def cut_steps(self) -> list[int]:
-        """Every `every`-th step after the warm-up and the last step before the cool-down, if a width changes."""
-        return [step for step in range(self.start + 1, self.end + 1) if self.is_cut(step)]
+        """Every `every`-th step after the warm-up and the last step before the cool-down, if a width changes.
 
-    @property
-    def last_cut(self) -> int:
-        """The last step that cuts, which may be before `end`."""
-        return max(self.cut_steps, default=self.end)
+        With multiples `global` waits until each open layer could lose one more on average. Its last step always cuts.
+        """
+        steps, limits = [*range(self.start + self.every, self.end, self.every), self.end], self.limits
+        fine = limits.dense.kinds[-1]
+        if not limits.uniform and limits.multiples[fine] == 1:
+            return steps
+        chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
+        always = set[int]() if limits.uniform else {self.end}
+        widths = pairwise(self.counts(step) or round(self.target(step) / chunk) for step in (self.start, *steps))
+        return [step for step, (old, new) in zip(steps, widths, strict=True) if old != new or step in always]
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Schedule:
     @property
     def ratio(self) -> float:
         """The fraction of the dense linear parameters that is gone in the end."""
-        return self.sections[-1].size.ratio
+        return self.sections[-1].ratio
 
     def section(self, step: int) -> Section:
         """Returns the section of a step. Steps after the last section belong to it."""
@@ -80,17 +91,18 @@ class Schedule:
         """Returns the fraction of the dense linear parameters that should be gone after `step`."""
         return self.section(step).target(step)
 
+    @cached_property
     def cut_steps(self) -> list[int]:
-        """Lists the steps that a cut follows."""
+        """The steps that a cut follows."""
         return [step for section in self.sections for step in section.cut_steps]
 
     @property
     def last_cut(self) -> int:
-        return self.sections[-1].last_cut
+        return self.cut_steps[-1]
 
     def is_cut(self, step: int) -> bool:
         """Returns True if a cut follows this step."""
-        return self.section(step).is_cut(step)
+        return self.precedes_cut(step, 1)
 
     def is_scored(self, step: int) -> bool:
         """Returns True for each step up to the last cut."""
@@ -98,7 +110,7 @@ class Schedule:
 
     def precedes_cut(self, step: int, within: int) -> bool:
         """Returns True if a cut follows one of the next `within` steps, this one included."""
-        return any(self.is_cut(s) for s in range(step, step + within))
+        return bisect_left(self.cut_steps, step) < bisect_left(self.cut_steps, step + within)
 
     def ends(self) -> dict[int, str]:
         """Returns the last step of each of `prune.sizes`, with its name."""
@@ -118,7 +130,7 @@ def make_section(
     config: PruneConfig, limits: Limits, size: Size, earlier: Section | None, steps: int, recovery: int
 ) -> Section:
     """Makes the section after the `earlier` one. Raises UserError if no step is left to cut or changes a width."""
-    first, before = (earlier.last, earlier.size.ratio) if earlier else (0, 0.0)
+    first, before = (earlier.last, earlier.ratio) if earlier else (0, 0.0)
     # The small term keeps 0.29 of 100 steps from being 28.999999999999996.
     start = first + math.floor(config.warmup_fraction * steps + 1e-6)
     end = first + steps - math.floor(config.cooldown_fraction * steps + 1e-6)
@@ -126,30 +138,10 @@ def make_section(
     few = f"train.steps {steps}{to} leaves no step between prune.warmup_fraction and prune.cooldown_fraction"
     require(end > start, few)
     last = first + steps
-    section = Section(size, before, first, start, end, last, last + recovery, config.prune_every)
-    section = replace(section, passed_over=_without_a_change(section, limits))
-    if not section.cut_steps:
-        multiple = f"prune.channel_multiple {config.channel_multiple}"
-        raise UserError(f"prune.ratio {size.ratio:.6g}{to} is too small to change a width with {multiple}")
+    section = Section(limits, size, before, first, start, end, last, last + recovery, config.prune_every)
+    small = f"prune.ratio {section.ratio:.6g}{to} is too small to change a width with prune.channel_multiple"
+    require(bool(section.cut_steps), f"{small} {config.channel_multiple}")
     return section
-
-
-def _without_a_change(section: Section, limits: Limits) -> frozenset[int]:
-    """Finds the steps whose cut would change no width of `uniform`.
-
-    With multiples `global` waits until each open layer could lose one more on average. The last step always counts.
-    """
-    fine, is_uniform = limits.dense.kinds[-1], section.size.bounds is not None
-    if not is_uniform and limits.multiples[fine] == 1:
-        return frozenset()
-    chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
-    unchanged, before = list[int](), None
-    for step in (section.start, *section.cut_steps):
-        now = section.counts(limits, step) or round(section.target(step) / chunk)
-        if now == before:
-            unchanged.append(step)
-        before = now
-    return frozenset(unchanged) - (frozenset() if is_uniform else {section.end})
 
 
 def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int:
@@ -171,16 +163,18 @@ class PruningPlan:
         return self.schedule.sections[-1].last
 
 
-def plan_pruning(config: PruneConfig, limits: Limits, steps: int, recovery: Sequence[int] = ()) -> PruningPlan:
-    """Plans the pruning of a run within its `make_limits`. Raises the errors of `make_section` and `plan_sizes`.
+def plan_pruning(
+    config: PruneConfig, limits: Limits, sizes: Sequence[Size], steps: int, recovery: Sequence[int] = ()
+) -> PruningPlan:
+    """Plans the pruning of a run, with the values of `resolve`. Raises the errors of `make_section`.
 
     Args:
         steps: the steps with cuts. Sizes share them in proportion to what they remove.
         recovery: the steps after the cuts of each size, in the order of `prune.sizes`.
     """
     sections, shared = list[Section](), 0
-    for size in plan_sizes(config, limits):
-        until = round(steps * size.ratio / limits.ratio)
+    for size in sizes:
+        until = round(steps * size.budget.ratio / sizes[-1].budget.ratio)
         earlier, rest = sections[-1] if sections else None, recovery[size.place] if recovery else 0
         sections.append(make_section(config, limits, size, earlier, until - shared, rest))
         shared = until

@@ -128,7 +128,7 @@ class Pruner:
         if self._unchecked is not None:
             self._unchecked.check()  # at no cost here: the update has waited for the device
             self._unchecked = None
-        if not self.schedule.is_cut(step) or not (scored or step == self.schedule.section(step).last_cut):
+        if not self.schedule.is_cut(step) or not (scored or step == self.schedule.section(step).cut_steps[-1]):
             return None
         began = time.perf_counter()
         target = self.schedule.target(step)
@@ -171,10 +171,10 @@ class Pruner:
         return scores
 
     def _rank(self, scores: list[LayerScores], step: int) -> list[LayerKeep]:
-        counts = self.schedule.section(step).counts(self.limits, step)
-        if counts is None:
-            return rank_global(scores, self.model.shape, self.limits, self.schedule.target(step))
-        return rank_uniform(scores, self.model.shape, self.limits, counts)
+        section, shape = self.schedule.section(step), self.model.shape
+        if counts := section.counts(step):
+            return rank_uniform(scores, shape, self.limits, counts)
+        return rank_global(scores, shape, self.limits, section.budget(step))
 
 
 def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:

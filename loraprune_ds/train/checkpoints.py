@@ -97,7 +97,7 @@ class Checkpoints:
         self.config, self.prepared, self.pruner = context.config, context.prepared, pruner
         self.root, checkpoint = context.folder / CHECKPOINTS_FOLDER, context.checkpoint
         self._resumed_from = context.resumed_from
-        self._cuts = self.prepared.pruning.schedule.cut_steps()
+        self._cuts = self.prepared.pruning.schedule.cut_steps
         # The newest shape folder of this run's steps. A resume from an older step leaves newer folders in `root`.
         self._published: ShapeSource | None = None
         if checkpoint and checkpoint.folder.parent.resolve() == self.root.resolve():
@@ -121,7 +121,7 @@ class Checkpoints:
             shape=self._shape(engine.model, cuts),
             resumed_from=self._resumed_from,
             data=self.prepared.data,
-            asked=self.prepared.pruning.schedule.section(step).size.ratio,
+            asked=self.prepared.pruning.schedule.section(step).ratio,
             config=self.config.to_dict(),
         )
         save_step(engine.model, self.root, state, pruner, compensator and compensator.moments)

@@ -183,7 +183,7 @@ def make_card(context: RunContext, pruned: ModelShape, step: int, measured: Eval
         context.config,
         prepared.pretrained.shape,
         pruned,
-        asked=prepared.pruning.schedule.section(step).size.ratio,
+        asked=prepared.pruning.schedule.section(step).ratio,
         steps=step,
         windows=sum(len(ids) for ids, _ in prepared.held_out),
         perplexity_dense=history.perplexity("dense"),

@@ -92,9 +92,9 @@ def _prepare(config: RunConfig, commits: dict[str, str], world_size: int, ranks_
     ds_config = resolve_ds_config(config, shape, world_size, ranks_per_node)
     tower = pretrained.tower
     # Its errors come before the data, which may take long to read.
-    prune, limits = resolve(config.prune, shape, tower=tower is not None)
+    prune, limits, sizes = resolve(config.prune, shape, tower=tower is not None)
     if tower:
-        check_tower(tower.config, final_shape(prune, limits), str(pretrained.folder))
+        check_tower(tower.config, final_shape(limits, sizes), str(pretrained.folder))
         check_processor(pretrained.folder)
     config = replace(config, prune=prune)
     _check_model(config, pretrained)
@@ -108,7 +108,7 @@ def _prepare(config: RunConfig, commits: dict[str, str], world_size: int, ranks_
     lengths = loaded.samples.lengths() if train.group_by_length else None
     order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
     pruning_steps = train.steps or steps_for_epochs(train.epochs or 1, loaded.epoch_length, global_batch_size)
-    pruning = plan_pruning(config.prune, limits, pruning_steps, config.recovery)
+    pruning = plan_pruning(prune, limits, sizes, pruning_steps, config.recovery)
     train.check_warmup(pruning.schedule.cycles()[0])
     protocol = PerplexityProtocol(config.evaluate.window, config.evaluate.max_windows)
     size = config.evaluate.batch_size
@@ -144,7 +144,7 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
         f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {describe_dtype(config.model)}, "
         f"on {ranks} ({device_name()})",
         f"{prepared.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens, "
-        f"{len(pruning.schedule.cut_steps())} cuts to {format_percent(pruning.limits.ratio)} of the decoder layers' "
+        f"{len(pruning.schedule.cut_steps)} cuts to {format_percent(pruning.schedule.ratio)} of the decoder layers' "
         "linear parameters",
         config.recipe,
     ]

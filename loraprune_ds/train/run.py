@@ -115,7 +115,7 @@ def _train(context: RunContext) -> Outcome | None:
     context.recorder.show("writing the merged model")
     write_weights(context, loop.model, context.folder / MODEL_FOLDER)
     loop.release()  # frees memory for the exported model, which is measured next
-    config, dense, limits = context.config, context.prepared.pretrained.shape, loop.pruner.limits
+    config, dense, pruning = context.config, context.prepared.pretrained.shape, context.prepared.pruning
     return Outcome(
         config=config.to_dict(),
         history=context.recorder.history,
@@ -125,9 +125,9 @@ def _train(context: RunContext) -> Outcome | None:
         resumed_from=context.resumed_from,
         accelerator=device_name(),
         target=describe_target(config.prune, dense, loop.model.shape),
-        sizes=loop.pruner.schedule.ends(),
-        asked=limits.ratio,
-        shortfall=shortfall(config.prune, limits, loop.pruner.reached()),
+        sizes=pruning.schedule.ends(),
+        asked=pruning.schedule.ratio,
+        shortfall=shortfall(pruning.limits, pruning.schedule.ratio, loop.pruner.reached()),
     )
 
 

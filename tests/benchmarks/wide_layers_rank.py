@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ class FixedSection(Section):
     def target(self, step: int) -> float:
         return CUTS[step]
 
-    def is_cut(self, step: int) -> bool:
-        return step in CUTS
+    @cached_property
+    def cut_steps(self) -> list[int]:
+        return [*CUTS]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.schedule import Schedule, Section, plan_pruning
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.pruning.target import make_limits
+from loraprune_ds.pruning.target import resolve
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
 from loraprune_ds.train.trainer import Teacher, Trainer
 from loraprune_ds.zero.collect import collect_tensor
@@ -195,7 +195,7 @@ def assemble(
 ) -> Trainer:  # fmt: skip
     """Puts a trainer together over a fresh engine."""
     engine = build_training_engine(pretrained, ds_config, [steps], config)
-    plan = plan_pruning(config.prune, make_limits(config.prune, pretrained.shape), steps)
+    plan = plan_pruning(*resolve(config.prune, pretrained.shape), steps)
     (only,) = plan.schedule.sections
     schedule = Schedule([section(**{field.name: getattr(only, field.name) for field in fields(only)})])
     pruner = Pruner(engine.model, replace(plan, schedule=schedule), config.seed)

@@ -18,7 +18,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Cut, Pruner
-from loraprune_ds.pruning.target import make_limits
+from loraprune_ds.pruning.target import resolve
 from tests.family_cuts import reopened
 from tests.plain_model import PlainModel
 
@@ -81,7 +81,7 @@ class PlainRun:
         self.optimizer = torch.optim.AdamW(self.trainable, lr=self.learning_rate, eps=self.epsilon, weight_decay=0.0)
         shape = open_pretrained(self.folder).shape
         self.prunable = PlainModel(self.model, shape, self.optimizer)
-        self.plan = plan_pruning(self.prune, make_limits(self.prune, shape), self.steps)
+        self.plan = plan_pruning(*resolve(self.prune, shape), self.steps)
         self.pruner = Pruner(cast(Any, self.prunable), self.plan, seed=0)
 
     def step(self, step: int, batch: Batch) -> None:

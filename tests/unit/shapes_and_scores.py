@@ -16,9 +16,9 @@ from loraprune_ds.model.groups import LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.tensors import Attribute, LayerSpec, TensorSpec
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.limits import Limits
+from loraprune_ds.pruning.limits import Budget, Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way, uniform_goal
-from loraprune_ds.pruning.target import make_limits
+from loraprune_ds.pruning.target import resolve
 from tests.paper import PAPER
 
 KINDS = ("heads", "channels")
@@ -67,9 +67,9 @@ SMOLLM2 = make_shape([(3, 1536)] * 30, hidden=576, head_dim=64, queries_per_grou
 LLAMA_7B = make_shape([(32, 11008)] * 32, hidden=4096, head_dim=128)
 
 
-def uniform_counts(limits: Limits, target: float, final: float) -> LayerCounts:
+def uniform_counts(limits: Limits, target: float, final: Budget) -> LayerCounts:
     """The counts of `uniform` where `target` is due on the way to `final`."""
-    return counts_on_the_way(limits, (uniform_goal(limits, final), limits.open_counts), target / final)
+    return counts_on_the_way(limits, (uniform_goal(limits, final), limits.bounds[1]), target / final.ratio)
 
 
 def random_scores_of(shape: ModelShape, generator: torch.Generator, *, levels: int | None = None) -> list[LayerScores]:
@@ -93,18 +93,20 @@ def random_shape(draw: random.Random, *, uniform: bool) -> ModelShape:
     )
 
 
-def limits_of(shape: ModelShape, **prune: Any) -> Limits:
+def resolved(shape: ModelShape, **prune: Any) -> tuple[Limits, Budget]:
+    """The limits and the budget of a run. No layer is protected and no multiple is above 1, unless `prune` says so."""
     free = PAPER | {"ratio": 1e-4, "channel_multiple": 1, "protected_first": 0, "protected_last": 0}
-    return make_limits(PruneConfig(**{**free, **prune}), shape)
+    _, limits, sizes = resolve(PruneConfig(**{**free, **prune}), shape)
+    return limits, sizes[-1].budget
 
 
-def random_limits(draw: random.Random, *, uniform: bool, **drawn: list[Any]) -> Limits:
-    """Limits that leave something to cut. `drawn` has the values of more settings to draw from."""
+def random_settings(draw: random.Random, *, uniform: bool, **drawn: list[Any]) -> tuple[Limits, Budget]:
+    """Settings that leave something to cut. `drawn` has the values of more settings to draw from."""
     choices = {"channel_multiple": [1, 1, 4, 16], "tensor_parallel": [1, 1, 1, 2], "protected_last": [0, 1], **drawn}
     while True:
         prune = {name: draw.choice(values) for name, values in choices.items()}
         try:
-            return limits_of(random_shape(draw, uniform=uniform), **prune)
+            return resolved(random_shape(draw, uniform=uniform), **prune)
         except UserError:
             continue
 

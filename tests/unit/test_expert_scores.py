@@ -18,11 +18,12 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.pruning.taps import MaskGradients
-from loraprune_ds.pruning.target import make_limits
+from loraprune_ds.pruning.target import resolve
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan, decode_rows
 from tests.families import tiny_model
@@ -32,7 +33,6 @@ from tests.paper import PAPER
 from tests.plain_model import PlainModel
 from tests.refusals import must_name
 from tests.unit.plain_training import PlainRun, fresh_lora
-from tests.unit.shapes_and_scores import uniform_counts
 from tests.unit.test_experts import KINDS, TOLERANCE, factors
 
 
@@ -161,11 +161,11 @@ def test_every_group_loses_as_many(ranking: Any) -> None:
         LayerScores((kind, torch.rand(n, generator=generator) + (torch.arange(n) >= 6)) for kind, n in layer.items())
         for layer in shape.counts
     ]
-    limits = make_limits(config, shape)
-    if ranking == "uniform":
-        keep = rank_uniform(scores, shape, limits, uniform_counts(limits, 0.3, 0.3))
+    _, limits, (size,) = resolve(config, shape)
+    if size.bounds:
+        keep = rank_uniform(scores, shape, limits, size.bounds[0])
     else:
-        keep = rank_global(scores, shape, limits, 0.3)
+        keep = rank_global(scores, shape, limits, size.budget)
     assert not len(keep[0]["experts"])
     for layer_keep, layer in zip(keep[1:], scores[1:], strict=True):
         experts = layer_keep["experts"]

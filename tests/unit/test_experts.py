@@ -28,9 +28,8 @@ from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import active_numel
-from loraprune_ds.pruning.limits import resolve_refit
 from loraprune_ds.pruning.prunable_model import LoraFactors
-from loraprune_ds.pruning.target import make_limits
+from loraprune_ds.pruning.target import resolve
 from tests.families import tiny_model
 from tests.family_cuts import PROMPT, Network, dense, difference, draw, reopened, sparse_layers
 from tests.published import MIXTURES
@@ -151,11 +150,11 @@ def test_a_stack_merges_expert_by_expert() -> None:
 def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
     shape = dense(family).shape
     config = PruneConfig(ratio=0.3, protected_first=0, protected_last=0, channel_multiple=1)
-    limits = make_limits(config, shape)
+    _, limits, (size,) = resolve(config, shape)
     assert limits.floor[1]["experts"] == 3
     heads = (shape.counts[1]["heads"] if "heads" in shape.family.fixed else 1) if "heads" in shape.kinds else None
     assert limits.floor[1].get("heads") == heads
-    assert limits.shares == {kind: int(kind == "experts") for kind in shape.kinds}
+    assert size.budget.shares == {kind: int(kind == "experts") for kind in shape.kinds}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ def test_a_run_that_a_mixture_cannot_do_is_refused(
 def test_a_refit_is_chosen_where_heads_or_channels_leave() -> None:
     def resolved(family: str, **prune: Any) -> str | None:
         config, shape = PruneConfig(ratio=0.3, channel_multiple=1, protected_first=0, **prune), dense(family).shape
-        return resolve_refit(config, make_limits(config, shape)).compensate
+        return resolve(config, shape)[0].compensate
 
     assert (resolved("llama"), resolved("mixtral")) == ("least_squares", "none")
     assert resolved("mixtral", head_ratio=0.2) == "least_squares"
@@ -241,4 +240,4 @@ def test_published_mixtures_have_the_parameters_that_are_published(name: str) ->
 def test_servers_divide_the_channels_of_an_expert() -> None:
     shape = dense("mixtral").shape  # 8 channels, 5 heads
     config = PruneConfig(tensor_parallel=5, protected_first=0, protected_last=0)
-    must_name("prune.tensor_parallel 5 8 expert", make_limits, config, shape)
+    must_name("prune.tensor_parallel 5 8 expert", resolve, config, shape)

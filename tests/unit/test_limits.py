@@ -10,16 +10,16 @@ import torch
 
 from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.limits import Limits, shortfall
+from loraprune_ds.pruning.limits import Limits, make_limits, shortfall
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
-from loraprune_ds.pruning.target import make_limits
+from loraprune_ds.pruning.target import resolve
 from tests.paper import PAPER
 from tests.refusals import must_name, refused
-from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_shape, uniform_counts
+from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_shape
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
-    return make_limits(PruneConfig(**PAPER | {"ratio": 0.1, "channel_multiple": 1, **prune}), shape)
+    return resolve(PruneConfig(**PAPER | {"ratio": 0.1, "channel_multiple": 1, **prune}), shape)[1]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_floors_are_multiples() -> None:
 )
 def test_too_large_a_multiple_is_refused(layer: tuple[int, int], prune: dict[str, Any], names: str) -> None:
     """Layers 0 and 2 are protected. A server has to divide what they keep, too."""
-    must_name(names, make_limits, PruneConfig(**PAPER | {"ratio": 0.01, **prune}), make_shape([layer] * 3))
+    must_name(names, resolve, PruneConfig(**PAPER | {"ratio": 0.01, **prune}), make_shape([layer] * 3))
     common = PruneConfig(**PAPER | {"ratio": 0.01, "channel_multiple": 96, "tensor_parallel": 4})
     assert make_limits(common, make_shape([(4, 128)] * 3)).multiples == {"heads": 4, "channels": 96}
 
@@ -82,7 +82,7 @@ def random_config(draw: random.Random, ranking: Ranking, shape: ModelShape) -> P
 
 def largest_ratio(config: PruneConfig, shape: ModelShape) -> float:
     """The one that the error of an unreachable ratio states."""
-    stated = re.search(r"out of reach.* at most ([\d.e-]+) can leave$", refused(make_limits, config, shape))
+    stated = re.search(r"out of reach.* at most ([\d.e-]+) can leave$", refused(resolve, config, shape))
     assert stated
     return float(stated[1])
 
@@ -101,25 +101,25 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
             continue
         reached_something += 1
         config = replace(config, ratio=most)
-        limits = make_limits(config, shape)
+        _, limits, (size,) = resolve(config, shape)
         scores = random_scores_of(shape, generator)
-        if ranking == "uniform":
-            keep = rank_uniform(scores, shape, limits, uniform_counts(limits, most, most))
+        if size.bounds:
+            keep = rank_uniform(scores, shape, limits, size.bounds[0])
             step = len(limits.open_layers) * limits.multiples["channels"] * shape.group_numel("channels") / 2
         else:
-            keep = rank_global(scores, shape, limits, most)
+            keep = rank_global(scores, shape, limits, size.budget)
             step = max(multiple * shape.group_numel(kind) for kind, multiple in limits.multiples.items())
         # The stated ratio has four digits, rounded down.
         short = most * shape.linear_numel() - gone(shape.after(keep), shape)
         assert short <= step + 1e-9, (config, shape)
-        assert shortfall(config, limits, most - short / shape.linear_numel()) is None
+        assert shortfall(limits, most, most - short / shape.linear_numel()) is None
     assert reached_something > 150
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 def test_an_end_far_below_the_ratio_is_told(ranking: Ranking) -> None:
     config = PruneConfig(ratio=0.37, ranking=ranking)
-    line = shortfall(config, make_limits(config, SMOLLM2), 0.188)
+    line = shortfall(make_limits(config, SMOLLM2), 0.37, 0.188)
     assert line is not None
     assert "18.8 %" in line
     assert "37.0 %" in line
@@ -133,9 +133,9 @@ def test_a_ratio_above_it_is_refused(ranking: Ranking) -> None:
     head, channel = SMOLLM2.group_numel("heads"), SMOLLM2.group_numel("channels")
     exact = 29 * (2 * head + 1535 * channel) / SMOLLM2.linear_numel()
     assert most == pytest.approx(exact, abs=1e-4)
-    make_limits(PruneConfig(channel_multiple=1, ratio=most, **prune), SMOLLM2)
+    resolve(PruneConfig(channel_multiple=1, ratio=most, **prune), SMOLLM2)
     more = PruneConfig(channel_multiple=1, ratio=most + 0.005, **prune)
-    must_name(f"prune.ratio {most}", make_limits, more, SMOLLM2)
+    must_name(f"prune.ratio {most}", resolve, more, SMOLLM2)
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])

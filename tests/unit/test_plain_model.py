@@ -127,9 +127,10 @@ def test_uniform_heads_for_the_schedules_end_and_reports_what_it_reached(gqa: Ti
     """Each cut is in proportion to the final counts: its own target alone would round to other ones."""
     run = gqa.plain().run(gqa.batches)
     limits, schedule = run.pruner.limits, run.pruner.schedule
-    on_the_way = [uniform_counts(limits, cut.target, schedule.ratio) for cut in run.cuts]
+    budget = schedule.sections[0].size.budget
+    on_the_way = [uniform_counts(limits, cut.target, budget) for cut in run.cuts]
     assert [cut.keep[0].counts for cut in run.cuts] == on_the_way
-    assert on_the_way != [uniform_counts(limits, cut.target, cut.target) for cut in run.cuts]
+    assert on_the_way != [uniform_counts(limits, cut.target, replace(budget, ratio=cut.target)) for cut in run.cuts]
     assert [cut.target for cut in run.cuts] == [schedule.target(cut.step) for cut in run.cuts]
     dense, tensors = limits.dense.linear_numel(), run.tensors()
     left = sum(tensors[f"layers.{i}.{linear.name}.weight"].numel() for i in range(LAYERS) for linear in LLAMA_LINEARS)
@@ -200,7 +201,7 @@ def test_a_step_that_overflowed_leaves_its_cut_to_the_next(gqa: Tiny) -> None:
     """As in fp16, when the loss scale is too high at the step of a cut."""
     run = gqa.plain()
     run.step(1, gqa.batches[0])
-    first, *_, end = run.pruner.schedule.cut_steps()
+    first, *_, end = run.pruner.schedule.cut_steps
     assert run.pruner.cut(first, scored=False) is None
     run.pruner.average.updates_since_cut = 0  # nothing scored since the cut before the last one
     cut = run.pruner.cut(end, scored=False)

@@ -13,7 +13,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global
-from tests.unit.shapes_and_scores import SMOLLM2, gone, limits_of, make_shape, random_limits, random_scores_of
+from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_settings, resolved
 
 
 def check_limits(limits: Limits, shape: ModelShape) -> None:
@@ -29,22 +29,22 @@ def test_every_cut_stops_within_one_group_of_its_target() -> None:
     for _ in range(250):
         ratio = draw.uniform(0.02, 0.8)
         ratios = [None, None, 0.2]
-        limits = random_limits(draw, uniform=False, ratio=[ratio], ranking=["global"], head_ratio=ratios)
+        limits, budget = random_settings(draw, uniform=False, ratio=[ratio], ranking=["global"], head_ratio=ratios)
         dense = shape = limits.dense
         steps = {kind: multiple * dense.group_numel(kind) for kind, multiple in limits.multiples.items()}
         allowed = max(steps.values()) + steps["channels"] / 2
         for fraction in (0.3, 0.7, 0.9, 1.0):
             scores = random_scores_of(shape, generator, levels=draw.choice([None, 4]))
-            shape = shape.after(rank_global(scores, shape, limits, fraction * ratio))
+            shape = shape.after(rank_global(scores, shape, limits, replace(budget, ratio=fraction * ratio)))
             check_limits(limits, shape)
             assert abs(gone(shape, dense) - fraction * ratio * dense.linear_numel()) <= allowed
 
 
 def test_without_floors_it_stops_within_half_a_channel() -> None:
     generator = torch.Generator().manual_seed(2)
-    limits = limits_of(SMOLLM2, ranking="global")
     for target in (0.1, 0.333, 0.5, 0.7):
-        keep = rank_global(random_scores_of(SMOLLM2, generator), SMOLLM2, limits, target)
+        limits, budget = resolved(SMOLLM2, ranking="global", ratio=target)
+        keep = rank_global(random_scores_of(SMOLLM2, generator), SMOLLM2, limits, budget)
         off = gone(SMOLLM2.after(keep), SMOLLM2) - target * SMOLLM2.linear_numel()
         assert abs(off) <= SMOLLM2.group_numel("channels") / 2 + 0.5
 
@@ -63,13 +63,13 @@ def split_groups(scores: list[LayerScores], keep: list[LayerKeep], kind: str) ->
 def test_the_least_important_of_all_layers_go_and_ties_keep_the_lower_index(levels: int | None) -> None:
     generator = torch.Generator().manual_seed(3)
     shape = make_shape([(9, 40), (7, 55), (8, 20), (9, 30)])
-    limits = limits_of(shape, ranking="global")
+    limits, budget = resolved(shape, ranking="global", ratio=0.4)
     for _ in range(20):
         scores = random_scores_of(shape, generator, levels=levels)
         # A large minimum in every layer, so that no floor stops anything.
         for layer in scores:
             layer["heads"][0] = layer["channels"][0] = 99
-        keep = rank_global(scores, shape, limits, 0.4)
+        keep = rank_global(scores, shape, limits, budget)
         for kind in shape.kinds:
             goes, stays = split_groups(scores, keep, kind)
             assert max(goes) < min(stays)  # by score, then the higher layer, then the higher index
@@ -78,21 +78,22 @@ def test_the_least_important_of_all_layers_go_and_ties_keep_the_lower_index(leve
 def test_heads_keep_to_their_share_over_several_cuts() -> None:
     """Though by their scores all heads would go first: what channels have lost is not heads' to spend."""
     shape = dense = make_shape([(8, 96)] * 4)
-    limits, generator = limits_of(shape, ranking="global"), torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(7)
     for target, heads in ((0.125, 4), (0.25, 8), (0.5, 16)):
         scores = [LayerScores({**x, "heads": x["heads"] * 1e-6}) for x in random_scores_of(shape, generator)]
-        shape = shape.after(rank_global(scores, shape, limits, target))
+        shape = shape.after(rank_global(scores, shape, *resolved(dense, ranking="global", ratio=target)))
         assert sum(d["heads"] - layer["heads"] for d, layer in zip(dense.counts, shape.counts, strict=True)) == heads
 
 
 def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
     """Channels end at their floor. Layer 0 has lost its one cheap head by then; its others are dear."""
     shape = make_shape([(8, 16)] * 2, hidden=8, head_dim=2)
-    limits = replace(limits_of(shape, ranking="global"), floor=(LayerCounts(heads=1, channels=16),) * 2)
+    target = 5 * shape.group_numel("heads") / shape.linear_numel()
+    limits, budget = resolved(shape, ranking="global", ratio=target)
+    limits = replace(limits, floor=(LayerCounts(heads=1, channels=16),) * 2)
     heads = ([0.0, 90, 91, 92, 93, 94, 95, 96], [1.0, 2, 3, 4, 5, 6, 7, 8])
     scores = [LayerScores(heads=torch.tensor(x), channels=torch.ones(16)) for x in heads]
-    target = 5 * shape.group_numel("heads") / shape.linear_numel()
-    keep = rank_global(scores, shape, limits, target)
+    keep = rank_global(scores, shape, limits, budget)
     assert [layer["heads"].tolist() for layer in keep] == [[1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7]]
 
 
@@ -108,7 +109,7 @@ def test_a_block_counts_with_its_mean(first: list[float], second: list[float], b
     shape = make_shape([(1, len(first))] * 2, hidden=4, head_dim=1)
     scores = [LayerScores(heads=torch.ones(1), channels=torch.tensor(x, dtype=torch.float64)) for x in (first, second)]
     target = blocks * 4 * shape.group_numel("channels") / shape.linear_numel()
-    keep = rank_global(scores, shape, limits_of(shape, ranking="global", channel_multiple=4), target)
+    keep = rank_global(scores, shape, *resolved(shape, ranking="global", ratio=target, channel_multiple=4))
     assert [len(layer["channels"]) for layer in keep] == kept
     if blocks == 1:
         assert keep[1]["channels"].tolist() == [1, 3, 5, 7]
@@ -117,11 +118,11 @@ def test_a_block_counts_with_its_mean(first: list[float], second: list[float], b
 def test_rounding_never_breaks_a_multiple() -> None:
     """The means of blocks of equal scores differ in the last bit; the smaller first block must still leave first."""
     shape = make_shape([(1, 173)] * 2, hidden=4, head_dim=1)
-    limits, generator = limits_of(shape, ranking="global", channel_multiple=64), torch.Generator().manual_seed(8)
-    target = 45 * shape.group_numel("channels") / shape.linear_numel()
+    target, generator = 45 * shape.group_numel("channels") / shape.linear_numel(), torch.Generator().manual_seed(8)
+    limits, budget = resolved(shape, ranking="global", ratio=target, channel_multiple=64)
     for value in torch.rand(300, generator=generator, dtype=torch.float64):
         tied = [LayerScores(heads=torch.ones(1), channels=value.expand(173)) for _ in range(2)]
-        left = shape.after(rank_global(tied, shape, limits, target))
+        left = shape.after(rank_global(tied, shape, limits, budget))
         assert [layer["channels"] for layer in left.counts] == [173, 128]
 
 
@@ -138,5 +139,5 @@ def test_one_step_with_large_gradients_leaves_no_layer_whole(normalize: Normaliz
         average.update(GroupSums(shape, linears, parts, step).by_layer(normalize))
     scores = average.on_host()
     assert scores is not None
-    pruned = shape.after(rank_global(scores, shape, limits_of(shape, ranking="global"), 0.4))
+    pruned = shape.after(rank_global(scores, shape, *resolved(shape, ranking="global", ratio=0.4)))
     assert [i for i, layer in enumerate(pruned.counts) if layer == shape.counts[i]] == left_whole

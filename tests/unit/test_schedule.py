@@ -9,18 +9,18 @@ import pytest
 from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.config_file import load_config
 from loraprune_ds.model.read_shape import read_model_config, shape_from_config
-from loraprune_ds.pruning.schedule import Schedule, Section, plan_pruning
-from loraprune_ds.pruning.target import Size, make_limits
+from loraprune_ds.pruning.schedule import Schedule, plan_pruning
+from loraprune_ds.pruning.target import resolve
 from tests.integration.launching import ROOT
 from tests.oracle.formula import cubic_target
 from tests.refusals import must_name
-from tests.unit.shapes_and_scores import LLAMA_7B, uniform_counts
+from tests.unit.shapes_and_scores import LLAMA_7B
 
 
 def make_schedule(config: PruneConfig, steps: int) -> Schedule:
     """The schedule on a model so large that each cut changes a width."""
     config = replace(config, channel_multiple=1)
-    return plan_pruning(config, make_limits(config, LLAMA_7B), steps).schedule
+    return plan_pruning(*resolve(config, LLAMA_7B), steps).schedule
 
 
 def test_target_is_the_oracles_where_the_borders_are_whole_steps() -> None:
@@ -55,48 +55,46 @@ def test_borders_fall_on_the_right_step_for_any_fraction() -> None:
 )
 def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
     schedule = make_schedule(PruneConfig(prune_every=every), steps)
-    assert schedule.cut_steps() == [step for step in range(2 * steps) if schedule.is_cut(step)] == cuts
+    assert schedule.cut_steps == [step for step in range(2 * steps) if schedule.is_cut(step)] == cuts
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 @pytest.mark.parametrize(("name", "most"), [("llama-7b", 80), ("llama-65b", 200)])
 def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, most: int, ranking: Ranking) -> None:
     config = replace(load_config(ROOT / f"launch/configs/paper/{name}.yaml").prune, ranking=ranking)
-    limits = make_limits(config, shape_from_config(read_model_config(name), name))
-    schedule = plan_pruning(config, limits, 40_312).schedule
-    section = schedule.sections[0]
-    cuts = schedule.cut_steps()
+    schedule = plan_pruning(*resolve(config, shape_from_config(read_model_config(name), name)), 40_312).schedule
+    section, cuts = schedule.sections[0], schedule.cut_steps
     assert 30 < len(cuts) <= most
     if ranking == "global":
         assert cuts[-1] == section.end
         return
-    counts = [uniform_counts(limits, schedule.target(step), schedule.ratio) for step in (0, *cuts)]
+    counts = [section.counts(step) or {} for step in (0, *cuts)]
     assert all(now != before for before, now in pairwise(counts))
-    assert counts[-1] == uniform_counts(limits, schedule.ratio, schedule.ratio)
+    assert section.size.bounds == (counts[-1], counts[0])
     assert all(layer["channels"] % 128 == 0 for layer in counts)
     due = [step for step in range(section.start + 1, section.end + 1) if (step - section.start) % 10 == 0]
-    widths = {uniform_counts(limits, schedule.target(step), schedule.ratio) for step in due[::50]}
-    assert widths <= set(counts)  # no width of the schedule is left out
+    assert all(section.counts(step) in counts for step in due[::50])  # no width of the schedule is left out
 
 
 def test_a_ratio_that_changes_no_width_is_refused() -> None:
     config = PruneConfig(ranking="uniform", ratio=1e-4, channel_multiple=128)
     names = "prune.ratio 0.0001 prune.channel_multiple 128"
-    must_name(names, plan_pruning, config, make_limits(config, LLAMA_7B), 100)
+    must_name(names, plan_pruning, *resolve(config, LLAMA_7B), 100)
 
 
 def test_a_run_too_short_to_cut_is_refused() -> None:
     config = PruneConfig(warmup_fraction=0.5, cooldown_fraction=0.49)
-    assert make_schedule(config, 1).cut_steps() == [1]
+    assert make_schedule(config, 1).cut_steps == [1]
     config = replace(config, cooldown_fraction=0.5 - 1e-15)
     must_name("train.steps prune.warmup_fraction", make_schedule, config, 100_000_000)
 
 
 def test_every_step_up_to_the_last_cut_scores() -> None:
     schedule = make_schedule(PruneConfig(prune_every=3), 10)
-    assert schedule.cut_steps() == [4, 7, 9]
+    assert schedule.cut_steps == [4, 7, 9]
     assert [step for step in range(1, 11) if schedule.is_scored(step)] == list(range(1, 10))
     assert [step for step in range(1, 11) if schedule.precedes_cut(step, within=2)] == [3, 4, 6, 7, 8, 9]
-    section = Section(Size(None, 0, 0.5), 0.0, 0, 0, 10, 10, 10, 5, passed_over=frozenset({10}))
-    seldom = Schedule([section])  # the last cut would change no width
-    assert (seldom.last_cut, [step for step in range(6, 11) if seldom.is_scored(step)]) == (5, [])
+    config = PruneConfig(ranking="uniform", ratio=0.01, channel_multiple=128)
+    seldom = plan_pruning(*resolve(config, LLAMA_7B), 100).schedule  # the last steps change no width
+    assert 10 < seldom.last_cut < 90
+    assert [step for step in range(1, 101) if seldom.is_scored(step)] == list(range(1, seldom.last_cut + 1))

@@ -15,12 +15,12 @@ from loraprune_ds.model.read_shape import _kinds, shape_from_config
 from loraprune_ds.model.shape import ModelShape, needed_flops_per_token
 from loraprune_ds.model.tensors import Run
 from loraprune_ds.pruning.importance import random_scores
-from loraprune_ds.pruning.ranking import rank_global, rank_uniform
+from loraprune_ds.pruning.ranking import rank_global, rank_uniform, uniform_goal
 from loraprune_ds.pruning.step import all_groups
 from tests.families import LLAMA_LINEARS
 from tests.published import sizes_of
 from tests.refusals import must_name
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, limits_of, make_layer, make_shape, uniform_counts
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_layer, make_shape, resolved
 
 LLAMA_CONFIG = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
 REQUIRED = sorted(LLAMA_CONFIG.keys() - {"model_type", "num_key_value_heads"})
@@ -167,17 +167,18 @@ def test_a_group_of_the_third_kind_leaves_with_its_rows(three: ModelShape) -> No
 
 
 def test_each_ranking_reaches_the_target(three: ModelShape) -> None:
-    limits, scores = limits_of(three, ratio=0.5, protected_first=1), random_scores(three, 0)
-    left = three.after(rank_uniform(scores, three, limits, uniform_counts(limits, 0.5, 0.5)))
+    (limits, budget), scores = resolved(three, ratio=0.5, protected_first=1), random_scores(three, 0)
+    left = three.after(rank_uniform(scores, three, limits, uniform_goal(limits, budget)))
     assert left.counts[0] == LAYER  # protected
     assert len(set(left.counts[1:])) == 1
     assert all(left.counts[1][kind] < LAYER[kind] for kind in three.kinds)
     assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= 3 * three.group_numel("channels") / 2
-    left = three.after(rank_global(scores, three, limits, 0.5))
+    limits, budget = resolved(three, ratio=0.5, protected_first=1, ranking="global")
+    left = three.after(rank_global(scores, three, limits, budget))
     assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= max(map(three.group_numel, three.kinds))
     for kind in ("heads", "experts"):  # each gives its share, the channels the rest
         of_kind = sum(LAYER[kind] - layer[kind] for layer in left.counts) * three.group_numel(kind)
-        share = limits.shares[kind] * gone(left, three)
+        share = budget.shares[kind] * gone(left, three)
         assert abs(of_kind - share) <= three.group_numel(kind)
     narrowest = {tuple(layer.values()) for layer in limits.narrowest(limits.bounds)}
     assert narrowest == {(h, e, 1) for h in range(1, 5) for e in range(1, 7)}

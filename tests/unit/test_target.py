@@ -11,15 +11,15 @@ from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape, attention_product
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request
-from loraprune_ds.pruning.limits import Limits, limits_without_ratio
+from loraprune_ds.pruning.limits import Budget, Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform, uniform_goal
 from loraprune_ds.pruning.schedule import plan_pruning
-from loraprune_ds.pruning.target import describe_target, make_limits, measure, on_a_server, plan_sizes, server_memory
+from loraprune_ds.pruning.target import describe_target, measure, on_a_server, resolve, server_memory
 from loraprune_ds.units import read_amount
 from tests.families import EQUAL, MIXTURES, tiny_config
 from tests.paper import PAPER
 from tests.refusals import must_name, refused
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, random_scores_of, uniform_counts
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, random_scores_of, resolved, uniform_counts
 
 GIB = 2**30
 LIMITS: list[dict[str, Any]] = [{}, {"channel_multiple": 1}, {"channel_multiple": 128}]
@@ -28,17 +28,18 @@ LIMITS: list[dict[str, Any]] = [{}, {"channel_multiple": 1}, {"channel_multiple"
 def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
     """Returns the shape after a cut with random scores."""
     config = PruneConfig(**PAPER | prune)
-    limits = make_limits(config, shape)
+    _, limits, (size,) = resolve(config, shape)
     scores = random_scores_of(shape, torch.Generator().manual_seed(seed))
-    if config.ranking == "uniform":
-        return shape.after(rank_uniform(scores, shape, limits, uniform_counts(limits, limits.ratio, limits.ratio)))
-    return shape.after(rank_global(scores, shape, limits, limits.ratio))
+    if size.bounds:
+        return shape.after(rank_uniform(scores, shape, limits, size.bounds[0]))
+    return shape.after(rank_global(scores, shape, limits, size.budget))
 
 
 def uniform_step(shape: ModelShape, prune: dict[str, Any], of_weight: float = 1, of_a_head: float = 0) -> float:
     """Returns the size that leaves with one step of the channels in all open layers, plus that of a head."""
-    limits = limits_without_ratio(PruneConfig(**(PAPER | prune | {"target": "1GiB"})), shape)
-    return len(limits.open_layers) * (limits.step_numel("channels") * of_weight + of_a_head)
+    limits = make_limits(PruneConfig(**(PAPER | prune | {"target": "1GiB"})), shape)
+    step = limits.multiples["channels"] * shape.group_numel("channels")
+    return len(limits.open_layers) * (step * of_weight + of_a_head)
 
 
 @pytest.mark.parametrize("shape", [LLAMA_7B, SMOLLM2], ids=["llama-7b", "smollm2"])
@@ -102,8 +103,7 @@ def test_memory_is_weights_and_cache_by_hand() -> None:
 
 
 def test_the_report_tells_what_was_reached() -> None:
-    plain = PruneConfig(ratio=0.3)
-    assert (make_limits(plain, LLAMA_7B).ratio, describe_target(plain, LLAMA_7B, LLAMA_7B)) == (0.3, None)
+    assert describe_target(PruneConfig(ratio=0.3), LLAMA_7B, LLAMA_7B) is None
     pruned = cut_to(LLAMA_7B, target="10GB", target_context=2048)
     entry = describe_target(PruneConfig(target="10GB", target_context=2048), LLAMA_7B, pruned)
     assert entry is not None
@@ -121,13 +121,13 @@ def test_the_report_tells_what_was_reached() -> None:
     ],
 )
 def test_a_target_that_cannot_be_reached_is_refused(prune: dict[str, Any], names: str) -> None:
-    must_name(names, make_limits, PruneConfig(**PAPER | prune), LLAMA_7B)
+    must_name(names, resolve, PruneConfig(**PAPER | prune), LLAMA_7B)
 
 
 def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
-    named = re.search(r"at least ([\d.]+) B stay", refused(make_limits, PruneConfig(**PAPER, target="1B"), LLAMA_7B))
+    named = re.search(r"at least ([\d.]+) B stay", refused(resolve, PruneConfig(**PAPER, target="1B"), LLAMA_7B))
     smallest = float(named.group(1))  # type: ignore[union-attr]
-    assert make_limits(PruneConfig(**PAPER, target=f"{smallest + 0.05}B"), LLAMA_7B).ratio
+    resolve(PruneConfig(**PAPER, target=f"{smallest + 0.05}B"), LLAMA_7B)
 
 
 # `prune.head_ratio`: heads and channels give different fractions, and together what `prune.ratio` asks for
@@ -135,27 +135,25 @@ def test_the_smallest_size_that_a_refusal_names_can_be_reached() -> None:
 SHAPE = make_shape([(9, 1536)] * 10, hidden=576, head_dim=64)
 
 
-def limits_of(**prune: Any) -> Limits:
-    common = PAPER | {"ratio": 0.417, "channel_multiple": 1, "protected_first": 1, "protected_last": 1}
-    return make_limits(PruneConfig(**common | prune), SHAPE)
+def split(**prune: Any) -> tuple[Limits, Budget]:
+    return resolved(SHAPE, **{"ratio": 0.417, "protected_first": 1, "protected_last": 1, **prune})
 
 
 @pytest.mark.parametrize(("head_ratio", "heads"), [(0.0, 9), (1 / 3, 6), (6 / 9, 3), (0.8, 2)])
 def test_uniform_takes_so_many_heads_and_makes_up_with_channels(head_ratio: float, heads: int) -> None:
-    limits = limits_of(head_ratio=head_ratio)
-    goal = uniform_goal(limits, 0.417)
+    limits, budget = split(head_ratio=head_ratio)
+    goal = uniform_goal(limits, budget)
     assert goal["heads"] == heads
-    reached = 8 * limits.lost(1, goal) / SHAPE.linear_numel()
+    reached = gone(limits.with_equal(goal, SHAPE), SHAPE) / SHAPE.linear_numel()
     assert abs(reached - 0.417) < 8 * SHAPE.group_numel("channels") / SHAPE.linear_numel()
-    halfway = uniform_counts(limits, 0.2085, 0.417)
+    halfway = uniform_counts(limits, 0.2085, budget)
     assert abs((9 - halfway["heads"]) - (9 - heads) / 2) <= 0.5
 
 
 @pytest.mark.parametrize("head_ratio", [0.0, 0.25, 0.75])
 def test_global_splits_its_budget_so(head_ratio: float) -> None:
-    limits = limits_of(head_ratio=head_ratio, ranking="global")
     scores = random_scores_of(SHAPE, torch.Generator().manual_seed(0))
-    left = SHAPE.after(rank_global(scores, SHAPE, limits, 0.417))
+    left = SHAPE.after(rank_global(scores, SHAPE, *split(head_ratio=head_ratio, ranking="global")))
     assert abs(sum(9 - layer["heads"] for layer in left.counts) - head_ratio * 8 * 9) <= 1
     reached = 1 - left.linear_numel() / SHAPE.linear_numel()
     assert abs(reached - 0.417) < SHAPE.group_numel("channels") / SHAPE.linear_numel()
@@ -181,7 +179,7 @@ def test_the_planner_knows(ranking: Ranking) -> None:
     ],
 )
 def test_what_cannot_be_is_refused(prune: dict[str, Any], names: str) -> None:
-    must_name(f"prune.head_ratio {prune['head_ratio']} {names}", limits_of, **prune)
+    must_name(f"prune.head_ratio {prune['head_ratio']} {names}", split, **prune)
 
 
 def test_a_delta_net_has_a_state_in_place_of_a_cache() -> None:
@@ -201,19 +199,17 @@ def test_a_delta_net_has_a_state_in_place_of_a_cache() -> None:
 @pytest.mark.parametrize("sizes", [["0.5", "0.2", "0.35"], ["4B", "0.2", "10GiB"]])
 def test_sizes_are_reached_one_after_another_and_no_count_grows(sizes: list[str], ranking: Ranking) -> None:
     config = PruneConfig(sizes=sizes, ranking=ranking, head_ratio=0.3)
-    limits = make_limits(config, LLAMA_7B)
-    plan = plan_pruning(config, limits, 400, [10, 20, 30])
+    plan = plan_pruning(*resolve(config, LLAMA_7B), 400, [10, 20, 30])
     sections = plan.schedule.sections
     assert [section.size.name for section in sections] == [sizes[1], sizes[2], sizes[0]]  # by what they remove
     assert [section.last - section.recovery for section in sections] == [20, 30, 10]
     assert plan.steps == 460
     scores, current = random_scores_of(LLAMA_7B, torch.Generator().manual_seed(0)), LLAMA_7B
     for section in sections:
-        counts = section.counts(limits, section.end)
-        if counts:
-            keep = rank_uniform(scores, current, limits, counts)
+        if counts := section.counts(section.end):
+            keep = rank_uniform(scores, current, plan.limits, counts)
         else:
-            keep = rank_global(scores, current, limits, section.target(section.end))
+            keep = rank_global(scores, current, plan.limits, section.budget(section.end))
         current = current.after(keep)
         scores = [layer.select(kept) for layer, kept in zip(scores, keep, strict=True)]
         assert section.size.name
@@ -237,5 +233,5 @@ def test_sizes_are_reached_one_after_another_and_no_count_grows(sizes: list[str]
     ],
 )
 def test_sizes_that_cannot_be_made_are_refused(prune: dict[str, Any], names: str) -> None:
-    must_name(f"prune.sizes {names}", lambda: plan_sizes(config := PruneConfig(**prune), make_limits(config, LLAMA_7B)))
-    assert make_limits(PruneConfig(sizes=["0.2", "0.5"], ratio=0.5), LLAMA_7B).ratio == 0.5
+    must_name(f"prune.sizes {names}", resolve, PruneConfig(**prune), LLAMA_7B)
+    resolve(PruneConfig(sizes=["0.2", "0.5"], ratio=0.5), LLAMA_7B)
