@@ -233,5 +233,5 @@ def test_sizes_are_reached_one_after_another_and_no_count_grows(sizes: list[str]
     ],
 )
 def test_sizes_that_cannot_be_made_are_refused(prune: dict[str, Any], names: str) -> None:
-    must_name(f"prune.sizes {names}", resolve, PruneConfig(**prune), LLAMA_7B)
+    must_name(f"prune.sizes {names}", lambda: resolve(PruneConfig(**prune), LLAMA_7B))
     resolve(PruneConfig(sizes=["0.2", "0.5"], ratio=0.5), LLAMA_7B)
