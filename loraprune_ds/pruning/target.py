@@ -101,8 +101,7 @@ def _ratio_of(
     config: PruneConfig, limits: Limits, size: str, last: Budget | None = None, bounds: Bounds | None = None
 ) -> float:
     """Returns the ratio that one of `prune.sizes` removes. All have the shares of the last."""
-    fraction, free = _fraction(size), replace(config, head_ratio=None)
-    return _find_ratio(free, limits, size, last, bounds) if fraction is None else fraction
+    return _fraction(size) or _find_ratio(replace(config, head_ratio=None), limits, size, last, bounds)
 
 
 def _find_ratio(

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from loraprune_ds.config import PruneConfig, Ranking
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.limits import Limits, make_limits, shortfall
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.target import resolve
+from tests.families import tiny_config
 from tests.paper import PAPER
+from tests.published import PUBLISHED
 from tests.refusals import must_name, refused
 from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_shape
 
@@ -143,6 +146,14 @@ def test_limits_that_let_nothing_go_are_refused(ranking: Ranking) -> None:
     nothing = {"ratio": 1e-9, "channel_multiple": 1536, "tensor_parallel": 3}
     must_name("prune.ratio 0.0", limits_of, SMOLLM2, ranking=ranking, **nothing)
     must_name("prune.protected_first prune.protected_last 30", limits_of, SMOLLM2, ranking=ranking, protected_first=29)
+
+
+def test_open_layers_that_lack_a_kind_are_one_line() -> None:
+    gemma = shape_from_config(PUBLISHED["gemma4-31b"][0]["text_config"], "gemma")  # keeps all heads
+    must_name("prune.ranking uniform", resolve, PruneConfig(ranking="global"), gemma)
+    sparse_last = shape_from_config(tiny_config("glm4_moe_lite").to_dict(), "glm")
+    without_experts: Any = {"protected_first": 0, "protected_last": 1, "ratio": 0.6, "head_ratio": 0.1}
+    must_name("prune.head_ratio 0.1 experts", resolve, PruneConfig(**without_experts), sparse_last)
 
 
 def test_channels_that_cannot_go_excuse_no_ratio() -> None:
