@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import pytest
@@ -146,6 +147,22 @@ TINY: dict[str, dict[str, Any]] = {
         "mamba_chunk_size": 8,
         "mamba_d_head": 12,
     },
+    "nemotron_h": WIDE
+    | {
+        "hybrid_override_pattern": "M*-E*",
+        "num_hidden_layers": 5,
+        "mamba_num_heads": 10,
+        "mamba_head_dim": 12,
+        "n_groups": 2,
+        "ssm_state_size": 6,
+        "chunk_size": 8,
+        "n_routed_experts": 23,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 8,
+        "moe_shared_expert_intermediate_size": 11,
+        "moe_latent_size": 20,
+        "routed_scaling_factor": 1.5,
+    },
     "gemma4_text": BOTH
     | SPARSE
     | {
@@ -201,14 +218,18 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 
 
 def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerCounts, ...]:
-    """Returns the layers of a model with these numbers of heads, and of channels or experts, where a layer has any."""
+    """Returns the layers of a model with these numbers of heads, and of channels or experts, where a layer has any.
+
+    More layers than counts have them in turn.
+    """
 
     def other(layer: int, kind: str, own: int, heads: int, others: int) -> int:
         if kind in shape.family.fixed or own == 0:
             return own
         return heads if kind in ("heads", "delta", "cross_heads") else others * shape.times(layer, kind)
 
-    layers = enumerate(zip(shape.counts, counts, strict=True))
+    assert 0 < len(counts) <= len(shape.counts)
+    layers = enumerate(zip(shape.counts, cycle(counts), strict=False))
     return tuple(
         LayerCounts((kind, other(i, kind, own, *x)) for kind, own in layer.items()) for i, (layer, x) in layers
     )

@@ -52,6 +52,22 @@ OLMOE = {"num_key_value_heads": 16, "vocab_size": 50_304, "num_experts": 64, "nu
 GRANITE = {"num_key_value_heads": 8, "vocab_size": 49_155, "num_local_experts": 40, "num_experts_per_tok": 8}
 
 
+# One mixer in each of 52 or 42 layers. The expert's width is also in `intermediate_size`.
+NEMOTRON_3: dict[str, Any] = {
+    "head_dim": 128,
+    "n_groups": 8,
+    "ssm_state_size": 128,
+    "conv_kernel": 4,
+    "vocab_size": 131_072,
+}
+NEMOTRON_3 |= {"mlp_hidden_act": "relu2", "max_position_embeddings": 262_144, "tie_word_embeddings": False}
+NEMOTRON_3_MOE = NEMOTRON_3 | {"hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"}
+NEMOTRON_3_MOE |= {"num_key_value_heads": 2, "mamba_num_heads": 64, "mamba_head_dim": 64, "n_routed_experts": 128}
+NEMOTRON_3_MOE |= {"num_experts_per_tok": 6, "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712}
+NEMOTRON_3_4B = NEMOTRON_3 | {"hybrid_override_pattern": "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-"}
+NEMOTRON_3_4B |= {"num_key_value_heads": 8, "mamba_num_heads": 96, "mamba_head_dim": 80}
+
+
 def multimodal(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
     """Returns the config.json of a model with a tower."""
     return {"model_type": model_type, "text_config": text, "tie_word_embeddings": text.get("tie_word_embeddings", True)}
@@ -74,6 +90,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "flan-t5-xl": (FLAN_T5_XL, 2.85),
     "glm-4.7-flash": (sizes_of("glm4_moe_lite", 2048, 10240, 47, 20, **GLM_LITE), 29.94),
 }
+NEMOTRON_3_NANO_4B = sizes_of("nemotron_h", 3136, 12544, 42, 40, **NEMOTRON_3_4B), 3.97
 # config.json, and parameters in billions as published: all, and the active ones. GPT-OSS publishes the latter without
 # the embedding, which is added here.
 MIXTURES: dict[str, tuple[dict[str, Any], float, float]] = {
@@ -84,5 +101,6 @@ MIXTURES: dict[str, tuple[dict[str, Any], float, float]] = {
     "granite-3.0-3b-a800m": (sizes_of("granitemoe", 1536, 512, 32, 24, tie_word_embeddings=True, **GRANITE), 3.3, 0.88),
     "gpt-oss-20b": (sizes_of("gpt_oss", 2880, 2880, 24, 64, num_local_experts=32, **GPT_OSS), 20.91, 3.61 + 0.58),
     "gpt-oss-120b": (sizes_of("gpt_oss", 2880, 2880, 36, 64, num_local_experts=128, **GPT_OSS), 116.83, 5.13 + 0.58),
+    "Nemotron-3-Nano-30B-A3B": (sizes_of("nemotron_h", 2688, 1856, 52, 32, **NEMOTRON_3_MOE), 31.6, 3.6),
     "Qwen3-235B-A22B": (sizes_of("qwen3_moe", 4096, 12288, 94, 64, moe_intermediate_size=1536, **QWEN_3_MOE), 235, 22),
 }

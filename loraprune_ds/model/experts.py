@@ -83,11 +83,13 @@ class Experts(nn.Module):
 
     def __init__(self, stock: Any) -> None:
         super().__init__()
-        self.gate_up, self.down = (ExpertStack(x, stock.is_transposed) for x in (stock.gate_up_proj, stock.down_proj))
+        self._first = "gate_up" if stock.has_gate else "up"
+        for name in (self._first, "down"):
+            self.add_module(name, ExpertStack(getattr(stock, f"{name}_proj"), stock.is_transposed))
         for name in BIASES:
             bias = getattr(stock, name, None)
             self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        self._apply_gate: Callable[[Tensor], Tensor] = stock._apply_gate
+        self._activate: Callable[[Tensor], Tensor] = stock._apply_gate if stock.has_gate else stock.act_fn
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Maps (tokens, hidden_size) by the chosen experts (tokens, k) and their weights (tokens, k)."""
@@ -95,8 +97,10 @@ class Experts(nn.Module):
         order = chosen.argsort(stable=True)
         counts = tokens_per_expert(chosen, self.experts)
         of_choice = chosen[order]
-        gate_up = self._add(0, self.gate_up(hidden_states[order // top_k_index.shape[1]], counts), of_choice)
-        by_expert = self._add(1, self.down(self._apply_gate(gate_up), counts), of_choice)  # (tokens · k, hidden_size)
+        inside = self._add(
+            0, getattr(self, self._first)(hidden_states[order // top_k_index.shape[1]], counts), of_choice
+        )
+        by_expert = self._add(1, self.down(self._activate(inside), counts), of_choice)  # (tokens · k, hidden_size)
         by_token = by_expert[order.argsort()].unflatten(0, top_k_index.shape)
         return (by_token * top_k_weights.unsqueeze(-1)).to(hidden_states.dtype).sum(1)
 
@@ -106,7 +110,7 @@ class Experts(nn.Module):
 
     @property
     def experts(self) -> int:
-        stack: Any = self.gate_up
+        stack: Any = self.down
         return getattr(stack, "base_layer", stack).experts
 
 
@@ -119,7 +123,7 @@ def stack_experts(model: nn.Module) -> None:
                 del module._buffers[name]
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
         for name, child in list(module.named_children()):
-            weight = getattr(child, "gate_up_proj", None)
+            weight = getattr(child, "down_proj", None)
             if isinstance(weight, nn.Parameter) and weight.ndim == 3:
                 setattr(module, name, Experts(child))
 

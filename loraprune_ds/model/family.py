@@ -14,6 +14,7 @@ from loraprune_ds.model.families.gemma import Gemma4
 from loraprune_ds.model.families.latent import DeepseekV2, GlmLite, Latent
 from loraprune_ds.model.families.llama import Cohere, Glm, GraniteHybrid, Lfm2, Llama, Olmo2, Phi3, Starcoder2, Ungated
 from loraprune_ds.model.families.moe import GlmMoe, GptOss, GraniteMoe, MiniMax, Mixtral, Olmoe, Qwen2Moe, QwenMoe
+from loraprune_ds.model.families.nemotron_h import NemotronH
 from loraprune_ds.model.families.t5 import T5, Umt5
 
 LLAMA = Llama()
@@ -55,6 +56,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Latent(best_of_group=2, **ROUTED),
     "deepseek_v2": DeepseekV2(best_of_group=1, **ROUTED),
     "glm4_moe_lite": GlmLite(best_of_group=2, **ROUTED),
+    "nemotron_h": NemotronH(best_of_group=2, packs=False, **ROUTED),
     # Positions reset neither the states of delta nets nor their convolutions.
     "qwen3_5_text": Qwen35(packs=False),
     "qwen3_5_moe_text": Qwen35Moe(packs=False),
@@ -69,7 +71,6 @@ REFUSED = {
     "phi": "its head has a bias, which no loss here adds",
     "kimi_k2": "transformers has no class for it",
     "kimi_linear": "its linear attention has a decay per channel of a head, which no kind of groups covers",
-    "nemotron_h": "PEFT refuses LoRA on its out_proj, and its files name layers differently from its class",
     "t5gemma": "encoder and decoder have sizes of their own, and a stock class has one number for all their heads",
     "bart": "its class takes hidden_size / heads as the width of a head",
     "phimoe": "its router draws experts at random in training",

@@ -182,7 +182,7 @@ def open_stored(folder: Path, shape: ModelShape, *, int8: bool) -> ModelWeights:
     """Opens weights that ranks have written in their storage format. Raises UserError like `check_weights`."""
     headers = read_headers(folder)
     on_disk = int8 and any(name.endswith(f".{SCALE}") for name in headers)
-    names = {name: name for name in headers}
+    names = {shape.family.name_in_class(name): name for name in headers}
     return replace(check_weights(folder, headers, names, shape, "the checkpoint", int8=on_disk), int8=int8)
 
 
@@ -269,7 +269,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     full = read_json(folder / "config.json")
     config = text_config(full, where)
     family, headers = read_family(config, where), read_headers(folder)
-    names, tower = {name: name for name in headers}, None
+    names, tower = {family.name_in_class(name): name for name in headers}, None
     if full.get("model_type") in MULTIMODAL:
         layout = find_layout(headers, where)
         names = text_tensors(headers, layout)

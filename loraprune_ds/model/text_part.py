@@ -82,9 +82,7 @@ def in_files(
         export: omit the copies of a bias that layers share.
     """
 
-    def name_on_disk(name: str) -> str:
-        return tower.name_on_disk(name) if tower else name
-
+    name_on_disk = (tower or shape.family).name_on_disk
     transposed, copies = tower is not None and tower.config["model_type"] in TRANSPOSED, shape.shared_tensors
     tensors = {name: x for name, x in tensors.items() if not (export and name in copies)}
     return as_on_disk(tensors, shape.pieces(transposed=transposed), name_on_disk)

@@ -123,7 +123,7 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
         for kind, count in layer.items():
             if kind != "experts" and count % servers:
                 raise UserError(f"{odd} {count} {kind} of layer {i}")
-        if i not in protected and layer.get("channels", multiple) < multiple:
+        if i not in protected and 0 < layer.get("channels", 0) < multiple:
             keys = f"prune.channel_multiple {config.channel_multiple}"
             keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
             raise UserError(f"{keys} needs at least {multiple} channels, and layer {i} has {layer['channels']}")

@@ -88,15 +88,15 @@ def saved(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
 def test_experts_are_read_from_the_files_of_transformers(family: str, tmp_path: Path) -> None:
     """Each expert has its own matrices there. Any flat part of a stack comes from several of them."""
     stock, pretrained = saved(family, tmp_path), open_pretrained(tmp_path)
-    in_one, sparse = family in IN_ONE, len(sparse_layers(pretrained.shape))
-    of_layer = IN_ONE[family] if in_one else 23 * 3
-    assert sum(".experts." in name for name in pretrained.weights.files) == sparse * of_layer
+    sparse, of_expert = sparse_layers(pretrained.shape), 2 if family == "nemotron_h" else 3
+    of_layer = IN_ONE.get(family, 23 * of_expert)
+    assert sum(".experts." in name for name in pretrained.weights.files) == len(sparse) * of_layer
     with torch.no_grad():
         found = reopened(pretrained)(input_ids=PROMPT, use_cache=False).logits
         assert difference(found, stock(input_ids=PROMPT, use_cache=False).logits) < TOLERANCE
-    stack = next(linear.linear for linear in pretrained.shape.layers[1].linears if linear.stack)
-    name = f"model.layers.1.{stack}.weight"
-    whole = stock.get_parameter(f"model.layers.1.{stack}_proj").detach().flatten()
+    stack = next(linear.linear for linear in pretrained.shape.layers[sparse[-1]].linears if linear.stack)
+    name = f"model.layers.{sparse[-1]}.{stack}.weight"
+    whole = stock.get_parameter(f"model.layers.{sparse[-1]}.{stack}_proj").detach().flatten()
     for world_size in (1, 2, 3, 7, 64):
         step = -(-len(whole) // world_size)
         bounds = [min(rank * step, len(whole)) for rank in range(world_size + 1)]
@@ -151,7 +151,7 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
     shape = dense(family).shape
     config = PruneConfig(ratio=0.3, protected_first=0, protected_last=0, channel_multiple=1)
     _, limits, (size,) = resolve(config, shape)
-    assert limits.floor[1]["experts"] == 3
+    assert all(limits.floor[i]["experts"] == 3 for i in sparse_layers(shape))
     heads = (shape.counts[1]["heads"] if "heads" in shape.family.fixed else 1) if "heads" in shape.kinds else None
     assert limits.floor[1].get("heads") == heads
     assert size.budget.shares == {kind: int(kind == "experts") for kind in shape.kinds}

@@ -18,6 +18,7 @@ from loraprune_ds.model.groups import Kind, LayerCounts
 from loraprune_ds.model.tensors import Attribute, LayerSpec, TensorSpec
 
 PRUNED = "pruned_"  # prefix of the `model_type` of an export whose layers have different widths
+MODEL = "model."
 Marks = Iterable[TensorSpec | Attribute]
 
 
@@ -60,6 +61,7 @@ class Family:
     vllm: Literal["auto", "transformers"] = "auto"  # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
 
     layer_lists: ClassVar[tuple[LayerList, ...]] = (LayerList(),)  # an encoder's comes first
+    on_disk: ClassVar[str] = MODEL  # how names in weight files begin that begin with MODEL in the class
     in_memory: ClassVar[Mapping[str, Any]] = {}  # fields of config.json that its modules have otherwise in memory
     per_layer: ClassVar[str] = "per_layer_config"  # the field of a pruned export with the sizes of each layer
     # A kind, and another whose counts equal it in each layer of a stock class.
@@ -80,6 +82,14 @@ class Family:
     def layer(self, c: Any, i: int) -> Marks:
         """Marks tensors of layer `i`, in the order of the forward, and counts that its forward reads."""
         raise NotImplementedError
+
+    def name_on_disk(self, name: str) -> str:
+        """Returns the name in weight files of a tensor of the class."""
+        return self.on_disk + name.removeprefix(MODEL) if name.startswith(MODEL) else name
+
+    def name_in_class(self, name: str) -> str:
+        """Undoes `name_on_disk`."""
+        return MODEL + name.removeprefix(self.on_disk) if name.startswith(self.on_disk) else name
 
     def head_dim(self, c: Any) -> int:
         return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads

@@ -30,10 +30,10 @@ def head_runs(c: Any) -> tuple[Run, Run]:
     return Run("heads", heads, c.num_attention_heads // heads * width), Run("heads", heads, width)
 
 
-def attention(c: Any, out: str = "o_proj") -> list[TensorSpec]:
+def attention(c: Any, out: str = "o_proj", path: str = "self_attn") -> list[TensorSpec]:
     queries, keys = head_runs(c)
-    inputs = [rows(f"self_attn.{x}_proj", run) for x, run in (("q", queries), ("k", keys), ("v", keys))]
-    return [*inputs, columns(f"self_attn.{out}", queries)]
+    inputs = [rows(f"{path}.{x}_proj", run) for x, run in (("q", queries), ("k", keys), ("v", keys))]
+    return [*inputs, columns(f"{path}.{out}", queries)]
 
 
 def wide_norms(c: Any) -> list[TensorSpec]:
@@ -53,9 +53,9 @@ def gated(channels: int, mlp: str = "mlp", names: tuple[str, str, str] = MLP) ->
     return [rows(f"{mlp}.{gate}", run), rows(f"{mlp}.{up}", run), columns(f"{mlp}.{down}", run)]
 
 
-def ungated(channels: int, up: str = "up_proj", down: str = "down_proj") -> list[TensorSpec]:
+def ungated(channels: int, up: str = "up_proj", down: str = "down_proj", path: str = "mlp") -> list[TensorSpec]:
     run = Run("channels", channels)
-    return [rows(f"mlp.{up}", run), columns(f"mlp.{down}", run)]
+    return [rows(f"{path}.{up}", run), columns(f"{path}.{down}", run)]
 
 
 def fused_gated(channels: int, gate_up: str = "mlp.gate_up_proj", down: str = "mlp.down_proj") -> list[TensorSpec]:
@@ -73,12 +73,19 @@ def each_expert(mlp: str = "mlp", names: tuple[str, str, str] = MLP) -> OnDisk:
     return (gate, up), (down,)
 
 
-def stacks(path: str, run: Run, hidden: int, names: OnDisk, *, transposed: bool = False) -> list[TensorSpec]:
-    """Marks the two stacks of gated experts. `run` counts the experts, and its width is the channels of one."""
-    wide, deep = run._replace(width=2 * run.width), run._replace(width=hidden)
-    gate_up, down = (deep, run) if transposed else (wide, deep)
+def stacks(
+    path: str, run: Run, hidden: int, names: OnDisk, *, transposed: bool = False, gated: bool = True
+) -> list[TensorSpec]:
+    """Marks the two stacks of experts. `run` counts the experts, and its width is the channels of one."""
+    wide, deep = run._replace(width=(1 + gated) * run.width), run._replace(width=hidden)
+    first, down = (deep, run) if transposed else (wide, deep)
     return [
-        TensorSpec(f"{path}.gate_up.weight", (gate_up,), lora=True, stack=StackSpec(names[0], False, transposed)),
+        TensorSpec(
+            f"{path}.{'gate_up' if gated else 'up'}.weight",
+            (first,),
+            lora=True,
+            stack=StackSpec(names[0], False, transposed),
+        ),
         TensorSpec(f"{path}.down.weight", (down,), lora=True, stack=StackSpec(names[1], True, transposed)),
     ]
 
