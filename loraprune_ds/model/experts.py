@@ -6,6 +6,8 @@ expert 0 first, then those of expert 1, and so on.
     gate_up  (experts · 2 · expert_size, hidden_size)   A (experts · r, hidden_size)   B (experts · 2 · expert_size, r)
     down     (experts · hidden_size, expert_size)       A (experts · r, expert_size)   B (experts · hidden_size, r)
 
+Experts without a gate have `up` in place of `gate_up`, with half its rows.
+
 An expert is a range of rows in each matrix, so a cut of experts is along axis 0. The same is true of int8 weights and
 their scales (frozen.py). A product dequantises one expert at a time.
 

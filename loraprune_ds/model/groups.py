@@ -6,7 +6,7 @@ delta        One key head of a gated delta net with its value heads. Layers with
 experts      One expert of a mixture (experts.py).
 cross_heads  One head of a decoder's attention to its encoder. Layers of the encoder have none.
 
-A dense layer among sparse ones has heads and no experts. Its MLP is never cut.
+A dense layer among sparse ones has heads and no experts. Its MLP is never cut. A layer of Mamba-2 alone has no groups.
 """
 
 from typing import Self, TypeVar

@@ -208,15 +208,15 @@ def cached_numel(shape: ModelShape) -> int:
 
 
 def state_numel(shape: ModelShape) -> int:
-    """Counts the elements of the states of all delta nets, which have no KV cache. They are fp32, for any window."""
+    """Counts the elements of the states of delta nets and Mamba-2, which have no KV cache. They are fp32."""
     return sum(attention.state for attention in shape.attention)
 
 
 def attention_product(shape: ModelShape, window: float) -> float:
     """Returns the operations per token of one attention product in all layers, over the full window.
 
-    A delta net multiplies its state three times: by the key, by the query, and to add the value. That equals two
-    products over half a window here.
+    A delta net multiplies its state three times: by the key (Mamba-2: by a decay), by the query, and to add
+    the value. That equals two products over half a window here.
     """
     return 2 * sum(attention.width for attention in shape.attention) * window + 6 * state_numel(shape)
 

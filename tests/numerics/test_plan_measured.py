@@ -70,7 +70,7 @@ LAYER_NORM = ("olmo", "starcoder2", "nemotron", "jais2")
 # Beside sinks, eager attention looks for the largest score of each of 10 heads and 16 tokens.
 MAXIMA = {"gpt_oss": 8 * 10 * 16}
 # Routers with groups keep their choice of 3 experts, and a mask of 23, of 16 tokens.
-CHOICES: dict[str, int] = dict.fromkeys(("glm4_moe", "deepseek_v3", "glm4_moe_lite"), 16 * (8 * 3 + 23))
+CHOICES: dict[str, int] = dict.fromkeys(("glm4_moe", "deepseek_v3", "glm4_moe_lite", "nemotron_h"), 16 * (8 * 3 + 23))
 # On a CPU sdpa keeps probabilities where values are narrower than keys, unlike on a GPU.
 LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 AS_WIDE: dict[str, dict[str, Any]] = {name: {"v_head_dim": 12} for name in LATENT}
@@ -96,6 +96,7 @@ def save_tiny(folder: Path, family: str, layers: int) -> Path:
     lists: dict[str, Any] = {
         key: value[:1] + value[1:] * (layers - 1) for key, value in TINY[family].items() if isinstance(value, list)
     }
+    lists |= {key: value[:layers] for key, value in TINY[family].items() if key == "hybrid_override_pattern"}
     model = tiny_model(family, dtype=torch.bfloat16, num_hidden_layers=layers, **(lists | AS_WIDE.get(family, {})))
     model.save_pretrained(folder)
     return folder

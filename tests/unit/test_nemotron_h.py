@@ -3,13 +3,18 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.classes import causal_lm_class
+from loraprune_ds.model.experts import stack_experts
+from loraprune_ds.model.pretrained import open_pretrained, open_stored
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.weight_files import read_headers
-from loraprune_ds.pruning.target import make_limits
+from loraprune_ds.model.shape import cached_numel, state_numel
+from loraprune_ds.model.text_part import in_files
+from loraprune_ds.model.weight_files import add_weight_file, read_headers, write_index, write_weight_file
+from loraprune_ds.pruning.limits import make_limits
 from tests.families import tiny_config, tiny_model
 from tests.family_cuts import FEW, cut_and_export, difference, load, logits, reopened, with_lora
 from tests.published import NEMOTRON_3_NANO_4B
@@ -23,13 +28,17 @@ def publish(folder: Path, pattern: str) -> None:
     """Writes a tiny model with the fields of the published config.json, of which transformers 5 writes others."""
     tiny_model("nemotron_h", hybrid_override_pattern=pattern, moe_latent_size=None).save_pretrained(folder)
     config = read_json(folder / "config.json")
-    types = len(config.pop("layers_block_type"))
-    write_json(folder / "config.json", config | {"hybrid_override_pattern": pattern, "num_hidden_layers": types})
+    config |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(config.pop("layers_block_type"))}
+    write_json(folder / "config.json", config | {"num_nextn_predict_layers": 1})
+    add_weight_file(folder, "mtp.safetensors", {"mtp.layers.0.norm.weight": torch.ones(60)})
 
 
 @pytest.mark.parametrize(("pattern", "fine"), [("MEM*EM", "experts"), ("M-M*-M", "channels")])
 def test_a_published_layout_is_read_cut_and_written(pattern: str, fine: str, tmp_path: Path) -> None:
-    """Its names begin with `backbone.`. Layers of Mamba-2 keep their tensors, although they have no groups."""
+    """Its names begin with `backbone.`. Layers of Mamba-2 keep their tensors, although they have no groups.
+
+    Layers that predict further tokens are left out.
+    """
     publish(tmp_path / "published", pattern)
     source = open_pretrained(tmp_path / "published")
     assert source.shape.kinds == ("heads", fine)
@@ -39,19 +48,42 @@ def test_a_published_layout_is_read_cut_and_written(pattern: str, fine: str, tmp
     model = load(made.folder)
     assert type(model).__name__ == "NemotronHForCausalLM"
     assert difference(logits(model), made.logits) < TOLERANCE
+    assert made.exported.config["num_nextn_predict_layers"] == 0
     before, after = (read_headers(folder) for folder in (source.folder, made.folder))
     assert {name.split(".")[0] for name in after} == {"backbone", "lm_head"}
-    mamba = [name for name in before for i, mixer in enumerate(pattern) if mixer == "M" and f".layers.{i}." in name]
+    layers = tuple(f"backbone.layers.{i}." for i, mixer in enumerate(pattern) if mixer == "M")
+    mamba = [name for name in before if name.startswith(layers)]
+    assert len(mamba) == len(layers) * 9
     assert {name: after[name][0] for name in mamba} == {name: before[name][0] for name in mamba}
     assert open_pretrained(made.folder).shape == made.shape
 
 
+def test_a_checkpoints_weights_are_read_under_the_names_that_it_gives_them(tmp_path: Path) -> None:
+    model = tiny_model("nemotron_h")
+    shape = shape_from_config(model.config.to_dict(), "tiny")
+    stack_experts(model)
+    tensors = dict(model.named_parameters())
+    write_index(tmp_path, [write_weight_file(tmp_path, 0, 1, in_files(tensors, shape, None, export=False))])
+    stored = open_stored(tmp_path, shape, int8=False)
+    assert all(torch.equal(stored.read_full(name, torch.float32), tensors[name]) for name in shape.parameters())
+
+
+def test_routers_stay_fp32_as_in_transformers() -> None:
+    names = causal_lm_class("nemotron_h")._keep_in_fp32_modules_strict or ()
+    layers = shape_from_config(tiny_config("nemotron_h").to_dict(), "tiny").layers
+    in_fp32 = {tensor.name for layer in layers for tensor in layer.tensors if tensor.keep_fp32}
+    assert in_fp32 == {x.name for layer in layers for x in layer.tensors if any(name in x.name for name in names)}
+
+
 def test_a_layer_without_channels_is_not_too_narrow() -> None:
     shape = shape_from_config(tiny_config("nemotron_h", hybrid_override_pattern="M-*").to_dict(), "tiny")
-    assert make_limits(PruneConfig(ratio=0.2, channel_multiple=16, protected_last=0), shape).floor[1]["channels"] == 16
-    must_name("channel_multiple 24 layer 1 23", make_limits, PruneConfig(ratio=0.2, channel_multiple=24), shape)
+    assert make_limits(PruneConfig(channel_multiple=16, protected_last=0), shape).floor[1]["channels"] == 16
+    must_name("channel_multiple 24 layer 1 23", make_limits, PruneConfig(channel_multiple=24), shape)
 
 
 def test_the_published_model_without_experts_has_the_parameters_that_are_published() -> None:
+    """It has 21 layers of Mamba-2 with 96 heads, and 4 of attention with 8."""
     source, billions = NEMOTRON_3_NANO_4B
-    assert shape_from_config(source, "4B").total_numel() / 1e9 == pytest.approx(billions, rel=0.003)
+    shape = shape_from_config(source, "4B")
+    assert shape.total_numel() / 1e9 == pytest.approx(billions, rel=0.003)
+    assert (state_numel(shape), cached_numel(shape)) == (21 * 96 * 80 * 128, 4 * 2 * 8 * 128)

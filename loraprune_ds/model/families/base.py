@@ -31,7 +31,7 @@ class Mixture(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """Describes what the attention of a layer, or the delta net in its place, costs."""
+    """Describes what the attention of a layer costs, or a delta net or Mamba-2 in its place."""
 
     queries: int  # query heads
     width: float  # of all heads. Scores, and again sums, take this many multiply-adds for a token and one that it reads
