@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraprune_ds.config import LoraConfig, ModelConfig
-from loraprune_ds.model.adapters import add_lora, differentiate_input
+from loraprune_ds.model.adapters import add_lora, base_parameter, differentiate_input
 from loraprune_ds.model.classes import build_on_meta, config_object, decoder_layers, shrink_on_meta, store_as_int8
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.logits import chunk_size
@@ -90,6 +90,9 @@ def _saved(
     with torch.device("meta"):
         model = add_lora(causal_lm, shape, lora, seed=0)
     model.to(device="meta", dtype=DTYPES[config.dtype]).train()
+    for of_layer, spec in zip(decoder_layers(model), shape.layers, strict=True):
+        for parameter in (base_parameter(of_layer, x.name) for x in spec.tensors if x.keep_fp32):
+            parameter.data = parameter.float()
     kept, others = list[Tensor](), list[Tensor](model.parameters())
 
     def keep(tensor: Tensor) -> Tensor:
