@@ -86,8 +86,8 @@ class Experts(nn.Module):
     def __init__(self, stock: Any) -> None:
         super().__init__()
         self._first = "gate_up" if stock.has_gate else "up"
-        for name in (self._first, "down"):
-            self.add_module(name, ExpertStack(getattr(stock, f"{name}_proj"), stock.is_transposed))
+        self.add_module(self._first, ExpertStack(getattr(stock, f"{self._first}_proj"), stock.is_transposed))
+        self.down = ExpertStack(stock.down_proj, stock.is_transposed)
         for name in BIASES:
             bias = getattr(stock, name, None)
             self.register_parameter(name, None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
