@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.model.classes import config_object
+from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.families.base import Family, Marks
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.groups import LayerCounts
@@ -90,6 +91,7 @@ TINY: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0]},
     "seed_oss": WIDE | {"attention_dropout": 0.0, "residual_dropout": 0.0},  # else both are random while it trains
     "helium": {"head_dim": 6},
+    "stablelm": {"head_dim": 6, "use_qkv_bias": True, "qk_layernorm": True, "partial_rotary_factor": 0.67},
     "olmo": {"clip_qkv": 0.1},
     "exaone4": BOTH,
     "ernie4_5": WIDE,
@@ -130,6 +132,7 @@ TINY: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
         "first_k_dense_replace": 1,
     },
+    "ernie4_5_moe": WIDE | {"moe_intermediate_size": 8, "moe_num_experts": 23, "moe_k": 3},
     "deepseek_v3": LATENT | GROUPED,
     "deepseek_v2": LATENT | GROUPED | {"hidden_size": 30},  # 4 heads do not divide it
     "glm4_moe_lite": LATENT | {"intermediate_size": 31},
@@ -209,7 +212,7 @@ EQUAL = tuple(name for name in TINY if FAMILIES[name].equal_layers)
 CAUSAL = tuple(name for name in TINY if len(FAMILIES[name].layer_lists) == 1)
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].has_experts)
 # Their first layer is dense, and the second one sparse.
-MIXED = ("qwen2_moe", "glm4_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")
+MIXED = ("qwen2_moe", "glm4_moe", "ernie4_5_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
@@ -316,11 +319,13 @@ def tiny_model(
                 parameter.add_(noise * 0.3)
                 if family == "nemotron" and name.endswith("norm.weight"):
                     parameter.sub_(1)  # the norm adds one, and its weights begin with one all the same
+            elif name.endswith(CORRECTION):  # more would leave experts that no token chooses
+                parameter.copy_(noise * 0.03)
             else:
                 unscaled = name.endswith((".q.weight", ".k.weight"))  # in a T5, whose attention would be saturated
                 parameter.copy_(noise * (0.5 if "embed" in name else 0.05 if unscaled else 0.25))
         stored = model.state_dict().keys()
         for name, buffer in model.named_buffers():
-            if name in stored:  # a router's correction: more would leave experts that no token chooses
+            if name in stored:  # a router's correction
                 buffer.add_(torch.randn(buffer.shape, generator=generator) * 0.03)
     return model.to(dtype).eval()  # pyright: ignore[reportArgumentType]  # a decorator hides the type of `to`

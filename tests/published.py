@@ -49,6 +49,9 @@ MIXTRAL = {"num_key_value_heads": 8, "vocab_size": 32_000, "num_local_experts": 
 QWEN_2_MOE = {"num_key_value_heads": 16, "vocab_size": 151_936, "num_experts": 60, "num_experts_per_tok": 4}
 QWEN_2_MOE |= {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
 OLMOE = {"num_key_value_heads": 16, "vocab_size": 50_304, "num_experts": 64, "num_experts_per_tok": 8}
+ERNIE: dict[str, Any] = {"num_key_value_heads": 8, "vocab_size": 103_424, "moe_num_experts": 64, "moe_k": 8}
+ERNIE |= {"moe_intermediate_size": 3584, "moe_num_shared_experts": 0, "moe_layer_start_index": 3}
+ERNIE |= {"num_nextn_predict_layers": 1, "tie_word_embeddings": False}
 GRANITE = {"num_key_value_heads": 8, "vocab_size": 49_155, "num_local_experts": 40, "num_experts_per_tok": 8}
 
 
@@ -99,6 +102,7 @@ MIXTURES: dict[str, tuple[dict[str, Any], float, float]] = {
     "Qwen1.5-MoE-A2.7B": (sizes_of("qwen2_moe", 2048, 5632, 24, 16, **QWEN_2_MOE), 14.3, 2.7),
     "OLMoE-1B-7B": (sizes_of("olmoe", 2048, 1024, 16, 16, **OLMOE), 6.92, 1.28),
     "granite-3.0-3b-a800m": (sizes_of("granitemoe", 1536, 512, 32, 24, tie_word_embeddings=True, **GRANITE), 3.3, 0.88),
+    "ERNIE-4.5-300B-A47B": (sizes_of("ernie4_5_moe", 8192, 28_672, 54, 64, **ERNIE), 300, 47),
     "gpt-oss-20b": (sizes_of("gpt_oss", 2880, 2880, 24, 64, num_local_experts=32, **GPT_OSS), 20.91, 3.61 + 0.58),
     "gpt-oss-120b": (sizes_of("gpt_oss", 2880, 2880, 36, 64, num_local_experts=128, **GPT_OSS), 116.83, 5.13 + 0.58),
     "Nemotron-3-Nano-30B-A3B": (sizes_of("nemotron_h", 2688, 1856, 52, 32, **NEMOTRON_3_MOE), 31.6, 3.6),

@@ -103,6 +103,8 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
         writer.add_expert_count(shape.counts[-1]["experts"])
         writer.add_expert_used_count(mixture.experts_per_token)
         writer.add_expert_feed_forward_length(mixture.expert_size)
+    if mixture and (shared := getattr(config, "moe_num_shared_experts", 0)):
+        writer.add_expert_shared_feed_forward_length(shared * mixture.expert_size)
     if architecture.gating:
         writer.add_expert_gating_func(architecture.gating)
         writer.add_leading_dense_block_count(sum(layer["experts"] == 0 for layer in shape.counts))

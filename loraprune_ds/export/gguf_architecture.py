@@ -120,6 +120,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA_ARCH),
     **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), replace(LLAMA_ARCH, unequal=None)),
     "helium": replace(LLAMA_ARCH, unequal=None, neighbours=False),  # a Helium has neighbours in transformers, too
+    "stablelm": Architecture(
+        MODEL_ARCH.STABLELM,
+        biases=QKV,
+        numbers={"use_parallel_residual": "add_parallel_residual"},
+        only={"qk_layernorm": False},
+        partial=True,
+    ),
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
     "mixtral": replace(LLAMA_ARCH, unequal=None),
     "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}),
@@ -159,6 +166,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         LATENT,
         numbers=MOE_NUMBERS | LATENT_NUMBERS,
         only={"topk_method": "greedy", "norm_topk_prob": False, "rms_norm_eps": 1e-6},
+        gating=ExpertGatingFuncType.SOFTMAX,
+    ),
+    "ernie4_5_moe": Architecture(
+        MODEL_ARCH.ERNIE4_5_MOE,
+        numbers={
+            "moe_num_shared_experts": "add_expert_shared_count",
+            "moe_layer_interval": "add_interleave_moe_layer_step",
+        },
         gating=ExpertGatingFuncType.SOFTMAX,
     ),
     "minimax_m2": Architecture(MODEL_ARCH.MINIMAXM2, partial=True, gating=ExpertGatingFuncType.SIGMOID),
@@ -259,6 +274,9 @@ def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iter
 def _missing_orders(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:
     """Yields the unsupported numbers and orders of layers."""
     layers, (first, *decoder) = len(shape.layers), map(len, shape.layer_lists)
+    dense = [i for i, layer in enumerate(shape.counts) if layer.get("experts") == 0]
+    if architecture.gating and dense != [*range(len(dense))]:
+        yield f"dense layers {dense} among those with experts"
     if any(count > first for count in decoder):  # llama.cpp allocates as many decoder layers as the encoder has
         yield f"{decoder[0]} decoder layers after {first} of the encoder"
     if architecture.lite and (config.q_lora_rank is None or layers in architecture.lite):

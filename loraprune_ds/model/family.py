@@ -1,7 +1,8 @@
 """The families by `model_type`: the names that share one, and the types that have none, with the reason.
 
-A family that is like LLaMA is one word: add its `model_type` to LLAMA_LIKE. Another needs a class, whose `layer` marks
-the tensors that leave (families/base.py).
+A family whose layers have LLaMA's tensors is one word: add its `model_type` to LLAMA_LIKE. `replace(LLAMA, ...)` says
+what else differs (fields of `Family`), such as heads that stay because the class ties their number to hidden_size.
+Another needs a class, whose `layer` marks the tensors that leave (families/base.py).
 """
 
 from dataclasses import replace
@@ -13,7 +14,17 @@ from loraprune_ds.model.families.delta import Qwen3Next, Qwen35, Qwen35Moe
 from loraprune_ds.model.families.gemma import Gemma4
 from loraprune_ds.model.families.latent import DeepseekV2, GlmLite, Latent
 from loraprune_ds.model.families.llama import Cohere, Glm, GraniteHybrid, Lfm2, Llama, Olmo2, Phi3, Starcoder2, Ungated
-from loraprune_ds.model.families.moe import GlmMoe, GptOss, GraniteMoe, MiniMax, Mixtral, Olmoe, Qwen2Moe, QwenMoe
+from loraprune_ds.model.families.moe import (
+    ErnieMoe,
+    GlmMoe,
+    GptOss,
+    GraniteMoe,
+    MiniMax,
+    Mixtral,
+    Olmoe,
+    Qwen2Moe,
+    QwenMoe,
+)
 from loraprune_ds.model.families.nemotron_h import NemotronH
 from loraprune_ds.model.families.t5 import T5, Umt5
 
@@ -40,7 +51,8 @@ FAMILIES: dict[str, Family] = {
     "cohere": Cohere(logit_scale="logit_scale"),
     "cohere2": replace(LLAMA, logit_scale="logit_scale", vllm="transformers"),  # its own class gives other logits
     **dict.fromkeys(("olmo2", "olmo3"), Olmo2()),
-    "helium": replace(LLAMA, fixed=("heads",)),  # its class has hidden_size inputs in o_proj
+    # Their classes have hidden_size inputs in o_proj.
+    **dict.fromkeys(("helium", "stablelm"), replace(LLAMA, fixed=("heads",))),
     "phi3": Phi3(),
     **dict.fromkeys(("glm", "glm4"), Glm()),
     "starcoder2": Starcoder2(),
@@ -53,6 +65,7 @@ FAMILIES: dict[str, Family] = {
     "olmoe": Olmoe(size="intermediate_size", fixed=("heads",)),  # its class has hidden_size weights in the norms
     "gpt_oss": GptOss(eager_only="attention sinks", packs=False, **LOCAL),
     "glm4_moe": GlmMoe(best_of_group=2, **ROUTED),
+    "ernie4_5_moe": ErnieMoe(count="moe_num_experts", chosen="moe_k"),
     "deepseek_v3": Latent(best_of_group=2, **ROUTED),
     "deepseek_v2": DeepseekV2(best_of_group=1, **ROUTED),
     "glm4_moe_lite": GlmLite(best_of_group=2, **ROUTED),

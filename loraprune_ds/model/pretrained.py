@@ -29,6 +29,7 @@ from loraprune_ds.model.weight_files import Headers, have_equal_values, read_hea
 HEAD = "lm_head.weight"
 # Recomputed or tied tensors, and an unused tensor in early T5 files.
 IGNORED = (".rotary_emb.inv_freq", HEAD, "coder.embed_tokens.weight", ".EncDecAttention.relative_attention_bias.weight")
+ERNIE_MTP = "model.mtp_"  # an Ernie 4.5 has this prefix for the layers under `MTP`
 FUSED_EXPERTS = ".experts.gate_up_proj"  # end of the name if all experts of a layer are one tensor
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
 MXFP4 = "_blocks"  # end of the names of 4-bit experts
@@ -287,7 +288,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
         shape, modules = read_model(config, where)
     names |= {copy: first for copy, first in shape.shared_tensors.items() if first in names and copy not in names}
     extra = config.get("num_nextn_predict_layers") or 0  # unused layers after the last one
-    beyond = (MTP, *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
+    beyond = (MTP, ERNIE_MTP, *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
     names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
     weights = check_weights(folder, headers, names, shape, "config.json")
     return PretrainedModel(folder, config, modules, weights, tower)

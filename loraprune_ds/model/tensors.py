@@ -69,12 +69,12 @@ class StackSpec(NamedTuple):
 class TensorSpec:
     """Describes one tensor of a layer."""
 
-    name: str  # inside the layer, as in the weight files
+    name: str  # inside the layer, as in transformers' modules
     runs: tuple[Run, ...] = ()  # along `axis`. No cut makes a tensor without runs smaller
     axis: int = 0
     lora: bool = False
     stack: StackSpec | None = None
-    on_disk: str | None = None  # its name there, if that differs
+    on_disk: str | None = None  # its name in weight files, if that differs
     keep_fp32: bool = False  # it is fp32 in every model
     shape: Shape = ()
 

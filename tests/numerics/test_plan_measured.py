@@ -66,7 +66,7 @@ def test_with_hpz_gathers_of_copies_stay_in_a_node(ranks: RankPool, folder: Path
 
 
 # In bf16 a CPU keeps the mean and deviation of a LayerNorm in bf16, a GPU and the meta device in fp32.
-LAYER_NORM = ("olmo", "starcoder2", "nemotron", "jais2")
+LAYER_NORM = ("olmo", "starcoder2", "nemotron", "jais2", "stablelm")
 # Beside sinks, eager attention looks for the largest score of each of 10 heads and 16 tokens.
 MAXIMA = {"gpt_oss": 8 * 10 * 16}
 # Routers with groups keep their choice of 3 experts, and a mask of 23, of 16 tokens.

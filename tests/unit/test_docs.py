@@ -10,8 +10,13 @@ import pytest
 import torch
 
 import loraprune_ds
+from loraprune_ds.export.gguf_architecture import ARCHITECTURES
+from loraprune_ds.files import read_json
 from loraprune_ds.zero.flat import AxisCut, ReshardPlan
 from tests import family_table, settings_table
+from tests.integration.heavy.families import VLLM
+from tests.integration.heavy.results import FILE
+from tests.integration.heavy.test_llama_cpp import PHI3
 from tests.integration.launching import ROOT
 from tests.settings_table import settings
 
@@ -168,6 +173,14 @@ def test_the_picture_of_a_cut_is_what_flat_py_computes() -> None:
         assert shown == [old, new]
         assert [plan.send.get(rank, 0) for rank, plan in enumerate(plans[1:])] == sent
     assert any("2+1" in line and "0+1" in line for line in lines)
+
+
+def test_llama_cpp_and_vllm_were_asked_about_every_family_that_the_table_says_they_serve() -> None:
+    said = read_json(FILE)
+    llama_cpp, vllm = ({row["case"] for row in said[tool]["rows"]} for tool in ("llama.cpp", "vllm"))
+    assert {PHI3 if family == "phi3" else family for family in ARCHITECTURES} <= llama_cpp
+    # vLLM served these five in a run whose rows were not kept.
+    assert VLLM.keys() - {"cohere", "cwm", "hyperclovax", "jais2", "vaultgemma"} <= vllm
 
 
 def test_the_tables_are_generated() -> None:

@@ -189,24 +189,32 @@ def test_a_cut_is_the_router_whose_other_experts_nobody_may_choose() -> None:
     assert difference(cut.logits(), dense("deepseek_v3", **GROUPS).logits()) > 100 * TOLERANCE
 
 
-def test_the_correction_stays_fp32(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "tensors"), [("glm4_moe", [CORRECTION]), ("ernie4_5_moe", ["weight", f"moe_statics.{CORRECTION}"])]
+)
+def test_the_correction_stays_fp32(tmp_path: Path, family: str, tensors: list[str]) -> None:
     """Its values lie so close together that bf16 would choose other experts."""
-    model = tiny_model("glm4_moe")
+    model = tiny_model(family)
     model.save_pretrained(tmp_path)
-    weights = open_pretrained(tmp_path).weights
-    name = f"model.layers.1.mlp.gate.{CORRECTION}"
-    for found in weights.read_stored(name, 0, 23, torch.bfloat16), weights.read_full(name, torch.bfloat16):
-        assert torch.equal(found, model.get_buffer(name))
+    weights, names = open_pretrained(tmp_path).weights, [f"model.layers.1.mlp.gate.{x}" for x in tensors]
+    for name in names:
+        wanted = model.state_dict()[name]
+        assert torch.equal(weights.read_stored(name, 0, wanted.numel(), torch.bfloat16), wanted.flatten())
+        assert torch.equal(weights.read_full(name, torch.bfloat16), wanted)
     stored = weights.shape.stored(2, int8=weights.int8)
-    assert [x for x, tensor in stored.items() if tensor.element_size == 4] == [name]
+    assert [x for x, tensor in stored.items() if tensor.element_size == 4] == names
 
 
-def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "further"),
+    [("glm4_moe", "model.layers.2.eh_proj.weight"), ("ernie4_5_moe", "model.mtp_linear_proj.0.weight")],
+)
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, family: str, further: str) -> None:
     """DeepSeek and GLM publish them behind the last layer. transformers does not load them either."""
-    tiny_model("glm4_moe", num_nextn_predict_layers=1).save_pretrained(tmp_path)
+    tiny_model(family, num_nextn_predict_layers=1).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
-    save_file(tensors | {"model.layers.2.eh_proj.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
+    save_file(tensors | {further: torch.zeros(3, 3)}, file, metadata={"format": "pt"})
     assert open_pretrained(tmp_path).shape.counts[1]["experts"] == 23
     save_file(tensors | {"model.layers.3.eh_proj.weight": torch.zeros(3, 3)}, file, metadata={"format": "pt"})
     must_name("model.layers.3.eh_proj.weight", open_pretrained, tmp_path)

@@ -24,7 +24,7 @@ from tests.refusals import must_name
 DENSE, FEWER = (SIZES["num_key_value_heads"], SIZES["intermediate_size"]), (3, 11)
 LAYERS = SIZES["num_hidden_layers"]
 # transformers does not name all axes.
-WITHOUT_PLAN = {"hunyuan_v1_dense", "gpt_oss", "granitemoe", "deepseek_v3", "glm4_moe_lite"}
+WITHOUT_PLAN = {"hunyuan_v1_dense", "stablelm", "gpt_oss", "granitemoe", "deepseek_v3", "glm4_moe_lite"}
 # And it does not shard hybrids.
 WITHOUT_PLAN |= {name for name in FAMILIES if "delta" in kinds(name)} | {"lfm2", "granitemoehybrid", "nemotron_h"}
 WITHOUT_PLAN |= set(FAMILIES) - set(CAUSAL)
@@ -108,21 +108,23 @@ def test_axes_are_those_of_transformers_own_plan(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "dense"),
+    ("family", "changes", "dense"),
     [
-        ({"decoder_sparse_step": 1, "mlp_only_layers": []}, []),
-        ({"decoder_sparse_step": 3}, [0, 1, 3, 4]),
-        ({"decoder_sparse_step": 2, "mlp_only_layers": [1, 4]}, [0, 1, 2, 4]),
+        ("qwen2_moe", {"decoder_sparse_step": 1, "mlp_only_layers": []}, []),
+        ("qwen2_moe", {"decoder_sparse_step": 3}, [0, 1, 3, 4]),
+        ("qwen2_moe", {"decoder_sparse_step": 2, "mlp_only_layers": [1, 4]}, [0, 1, 2, 4]),
+        ("ernie4_5_moe", {"moe_layer_interval": 2}, [0, 2, 4]),
+        ("ernie4_5_moe", {"moe_layer_start_index": 2, "moe_layer_end_index": 3}, [0, 1, 4, 5]),
     ],
 )
-def test_dense_layers_among_sparse_ones_have_no_experts(changes: dict[str, Any], dense: list[int]) -> None:
-    config = config_json("qwen2_moe", num_hidden_layers=6, **changes)
+def test_dense_layers_among_sparse_ones_have_no_experts(family: str, changes: dict[str, Any], dense: list[int]) -> None:
+    config = config_json(family, num_hidden_layers=6, **changes)
     shape = shape_from_config(config, "somewhere")
     assert [i for i, layer in enumerate(shape.counts) if not layer["experts"]] == dense
     assert all("mlp.gate_proj" in {x.linear for x in shape.layers[i].linears if not x.runs} for i in dense)
     assert shape.is_uniform
     exported = export_config(config, shape, "float32").config
-    assert (exported["mlp_only_layers"], exported["model_type"]) == (dense, "qwen2_moe")
+    assert exported["model_type"] == family
     assert shape_from_config(exported, "an export") == shape
 
 

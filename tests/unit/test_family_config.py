@@ -25,6 +25,7 @@ COUNTS = {
     "global_head_dim",
     "num_global_key_value_heads",
     "n_routed_experts",
+    "moe_num_experts",
     "num_nextn_predict_layers",
     "mtp_num_hidden_layers",
     "num_hidden_layers",  # in no nemotron_h of transformers 5

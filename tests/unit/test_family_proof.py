@@ -63,7 +63,8 @@ def mask_router(gate: Any, kept: Tensor) -> None:
             chosen = (scores + added).masked_fill(others, -torch.inf).topk(gate.top_k).indices
         else:
             scores = logits.masked_fill(others, -torch.inf).softmax(1)
-            chosen = scores.topk(gate.top_k).indices
+            added = getattr(getattr(gate, "moe_statics", None), CORRECTION, torch.zeros(1))  # Ernie 4.5 has one, too
+            chosen = (scores + added).masked_fill(others, -torch.inf).topk(gate.top_k).indices
         weights = scores.gather(1, chosen)
         if getattr(gate, "norm_topk_prob", not hasattr(gate, "topk_method")):  # DeepSeek-V2's weights stay as they are
             weights = weights / weights.sum(1, keepdim=True)

@@ -202,6 +202,8 @@ LINEARS_FIRST = ["full_attention", *["linear_attention"] * 4]
         ("glm4_moe", ((2, 8), (2, 8)), GROUPS, "glm4moe n_group 4"),
         ("qwen3_5_text", (), {"linear_value_head_dim": 8}, "linear_value_head_dim 8 16"),
         ("qwen3_5_text", (), {"layer_types": LINEARS_FIRST}, "layer_types"),
+        ("stablelm", (), {"qk_layernorm": True}, "stablelm qk_layernorm True"),
+        ("ernie4_5_moe", (), {"num_hidden_layers": 4, "moe_layer_interval": 2}, "ernie4_5-moe dense [0, 2]"),
         ("deepseek_v3", (), {"q_lora_rank": None}, "deepseek2 2 q_lora_rank None"),
         ("deepseek_v3", (), {"num_hidden_layers": 26}, "deepseek2 26 q_lora_rank 32"),
         ("deepseek_v3", (), {"rope_parameters": UNEVEN}, "yarn mscale"),

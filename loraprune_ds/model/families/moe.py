@@ -1,7 +1,7 @@
 """Mixtures of experts: experts leave. Dense layers and shared experts stay, with LoRA."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from loraprune_ds.model.families.base import Attribute, Family, Marks, Mixture
@@ -103,6 +103,28 @@ class GlmMoe(QwenMoe):
         assert dense == [*range(len(dense))]
         # The layers that predict further tokens are no part of the model.
         return {"first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}
+
+
+class ErnieMoe(Moe):
+    """Its router is fp32. The correction, (1, experts), has another name in files."""
+
+    def layer(self, c: Any, i: int) -> Marks:
+        run, bias = self.run(c), "moe_statics.e_score_correction_bias"
+        one_row = per_expert(f"mlp.gate.{bias}", run, f"mlp.{bias}", keep_fp32=True)
+        return [
+            *attention(c),
+            *stacks("mlp.experts", run, c.hidden_size, each_expert()),
+            *whole("mlp", *MLP),
+            *whole("mlp.shared_experts", *MLP),
+            per_expert("mlp.gate.weight", run, keep_fp32=True),
+            replace(one_row, axis=1),
+        ]
+
+    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
+        sparse = [i for i in range(layers) if i not in dense] or [layers]
+        interval = sparse[1] - sparse[0] if len(sparse) > 1 else 1
+        ends = {"moe_layer_start_index": sparse[0], "moe_layer_end_index": sparse[-1]}
+        return {**ends, "moe_layer_interval": interval, "num_nextn_predict_layers": 0}
 
 
 class GraniteMoe(Moe):

