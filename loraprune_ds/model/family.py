@@ -9,26 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from loraprune_ds.errors import UserError
+from loraprune_ds.model.families import delta, gemma, latent, llama, moe, nemotron_h, t5
 from loraprune_ds.model.families.base import PRUNED, Family
-from loraprune_ds.model.families.delta import Qwen3Next, Qwen35, Qwen35Moe
-from loraprune_ds.model.families.gemma import Gemma4
-from loraprune_ds.model.families.latent import DeepseekV2, GlmLite, Latent
-from loraprune_ds.model.families.llama import Cohere, Glm, GraniteHybrid, Lfm2, Llama, Olmo2, Phi3, Starcoder2, Ungated
-from loraprune_ds.model.families.moe import (
-    ErnieMoe,
-    GlmMoe,
-    GptOss,
-    GraniteMoe,
-    MiniMax,
-    Mixtral,
-    Olmoe,
-    Qwen2Moe,
-    QwenMoe,
-)
-from loraprune_ds.model.families.nemotron_h import NemotronH
-from loraprune_ds.model.families.t5 import T5, Umt5
 
-LLAMA = Llama()
+LLAMA = llama.Llama()
 LLAMA_LIKE = "llama mistral ministral ministral3 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense"
 LLAMA_LIKE += " cwm internlm3 iquestcoder"
 GEMMA = replace(LLAMA, windows_begin_with_bos=True)
@@ -41,41 +25,41 @@ FAMILIES: dict[str, Family] = {
     "gemma": GEMMA,
     **dict.fromkeys(("gemma2", "vaultgemma"), CAPPED_GEMMA),
     "gemma3_text": replace(GEMMA, softcap="final_logit_softcapping"),
-    "gemma4_text": Gemma4(
+    "gemma4_text": gemma.Gemma4(
         softcap="final_logit_softcapping", windows_begin_with_bos=True, chosen="top_k_experts", equal_layers=True
     ),
     "granite": replace(LLAMA, logit_divisor="logits_scaling"),
-    "granitemoe": GraniteMoe(logit_divisor="logits_scaling", **LOCAL),
-    "granitemoehybrid": GraniteHybrid(logit_divisor="logits_scaling", packs=False),
+    "granitemoe": moe.GraniteMoe(logit_divisor="logits_scaling", **LOCAL),
+    "granitemoehybrid": llama.GraniteHybrid(logit_divisor="logits_scaling", packs=False),
     "hyperclovax": replace(LLAMA, logit_scale="logits_scaling"),
-    "cohere": Cohere(logit_scale="logit_scale"),
+    "cohere": llama.Cohere(logit_scale="logit_scale"),
     "cohere2": replace(LLAMA, logit_scale="logit_scale", vllm="transformers"),  # its own class gives other logits
-    **dict.fromkeys(("olmo2", "olmo3"), Olmo2()),
+    **dict.fromkeys(("olmo2", "olmo3"), llama.Olmo2()),
     # Their classes have hidden_size inputs in o_proj.
     **dict.fromkeys(("helium", "stablelm"), replace(LLAMA, fixed=("heads",))),
-    "phi3": Phi3(),
-    **dict.fromkeys(("glm", "glm4"), Glm()),
-    "starcoder2": Starcoder2(),
-    **dict.fromkeys(("nemotron", "arcee", "apertus", "jais2"), Ungated()),
-    "lfm2": Lfm2(packs=False),
-    "mixtral": Mixtral(**LOCAL),
-    "minimax_m2": MiniMax(**LOCAL),
-    "qwen3_moe": QwenMoe(),
-    "qwen2_moe": Qwen2Moe(),
-    "olmoe": Olmoe(size="intermediate_size", fixed=("heads",)),  # its class has hidden_size weights in the norms
-    "gpt_oss": GptOss(eager_only="attention sinks", packs=False, **LOCAL),
-    "glm4_moe": GlmMoe(best_of_group=2, **ROUTED),
-    "ernie4_5_moe": ErnieMoe(count="moe_num_experts", chosen="moe_k"),
-    "deepseek_v3": Latent(best_of_group=2, **ROUTED),
-    "deepseek_v2": DeepseekV2(best_of_group=1, **ROUTED),
-    "glm4_moe_lite": GlmLite(best_of_group=2, **ROUTED),
-    "nemotron_h": NemotronH(best_of_group=2, packs=False, **ROUTED),
+    "phi3": llama.Phi3(),
+    **dict.fromkeys(("glm", "glm4"), llama.Glm()),
+    "starcoder2": llama.Starcoder2(),
+    **dict.fromkeys(("nemotron", "arcee", "apertus", "jais2"), llama.Ungated()),
+    "lfm2": llama.Lfm2(packs=False),
+    "mixtral": moe.Mixtral(**LOCAL),
+    "minimax_m2": moe.MiniMax(**LOCAL),
+    "qwen3_moe": moe.QwenMoe(),
+    "qwen2_moe": moe.Qwen2Moe(),
+    "olmoe": moe.Olmoe(size="intermediate_size", fixed=("heads",)),  # its class has hidden_size weights in the norms
+    "gpt_oss": moe.GptOss(eager_only="attention sinks", packs=False, **LOCAL),
+    "glm4_moe": moe.GlmMoe(best_of_group=2, **ROUTED),
+    "ernie4_5_moe": moe.ErnieMoe(count="moe_num_experts", chosen="moe_k"),
+    "deepseek_v3": latent.Latent(best_of_group=2, **ROUTED),
+    "deepseek_v2": latent.DeepseekV2(best_of_group=1, **ROUTED),
+    "glm4_moe_lite": latent.GlmLite(best_of_group=2, **ROUTED),
+    "nemotron_h": nemotron_h.NemotronH(best_of_group=2, packs=False, **ROUTED),
     # Positions reset neither the states of delta nets nor their convolutions.
-    "qwen3_5_text": Qwen35(packs=False),
-    "qwen3_5_moe_text": Qwen35Moe(packs=False),
-    "qwen3_next": Qwen3Next(packs=False),
-    **dict.fromkeys(("t5", "mt5"), T5(packs=False)),
-    "umt5": Umt5(packs=False),
+    "qwen3_5_text": delta.Qwen35(packs=False),
+    "qwen3_5_moe_text": delta.Qwen35Moe(packs=False),
+    "qwen3_next": delta.Qwen3Next(packs=False),
+    **dict.fromkeys(("t5", "mt5"), t5.T5(packs=False)),
+    "umt5": t5.Umt5(packs=False),
 }
 
 # Types that are asked for and are no family here, and why.
