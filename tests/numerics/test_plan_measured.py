@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
+from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.plan.costs import IN_GROUP
 from tests.families import EQUAL, TINY, families, tiny_model
 from tests.oracle.models import make_tiny_llama
@@ -87,7 +88,7 @@ def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool,
     dtype = "float32" if family in LAYER_NORM else "bfloat16"
     three, four = (ranks.run(1, saved_activations, replace(case, folder=x, dtype=dtype))[0] for x in (folder, longer))
     # Only floats are counted. The plan also has three indices of the experts' tokens.
-    indices = 3 * 8 * 16 * TINY[family].get("num_experts_per_tok", 0)
+    indices = 3 * 8 * 16 * TINY[family].get(getattr(FAMILIES[family], "chosen", ""), 0)
     indices += MAXIMA.get(family, 0) + CHOICES.get(family, 0)
     assert four["counted"] - three["counted"] == four["last_layer"] - indices
 
