@@ -1,42 +1,7 @@
 """Writes numbers and tables for people."""
 
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
-
-from loraprune_ds.errors import UserError, require
-
-COUNTS = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-BYTES = {
-    f"{prefix}{end}": base ** (i + 1) for end, base in (("B", 1e3), ("iB", 2**10)) for i, prefix in enumerate("KMGT")
-}
-
-
-@dataclass(frozen=True)
-class Amount:
-    """A number of parameters or bytes, and the size of one `suffix`."""
-
-    value: float
-    unit: Literal["parameters", "bytes"]
-    suffix: str
-    scale: float
-
-    def format(self, value: float) -> str:
-        """Writes a value in the unit of this one, such as '4.50 B' or '24.00 GiB'."""
-        return f"{value / self.scale:,.2f} {self.suffix}".rstrip()
-
-
-def read_amount(text: str, key: str) -> Amount:
-    """Reads '4.5B' as parameters, '24GiB' or '24GB' as bytes. Raises UserError, which names the key, for other text."""
-    match = re.fullmatch(r"(\d+\.?\d*)\s*([a-zA-Z]*)", text.strip())
-    number, suffix = match.groups() if match else ("", "")
-    scale = ({"": 1.0} | COUNTS | BYTES).get(suffix) if match else None
-    if scale is None:
-        raise UserError(f"{key} must be parameters, such as 4.5B, or memory, such as 24GiB; got {text!r}")
-    require(float(number) > 0, f"{key} must be above 0; got {text!r}")
-    return Amount(float(number) * scale, "bytes" if suffix in BYTES else "parameters", suffix, scale)
 
 
 def format_count(count: float) -> str:

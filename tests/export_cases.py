@@ -6,6 +6,7 @@ The cut is written here a second time, from the architecture alone. It shares no
 import copy
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
+from loraprune_ds.agreement import Ranks
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.export.huggingface import begin, finish_folder, publish
+from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.export.model_card import ModelCard
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
+from loraprune_ds.model.text_part import Tower
 from tests.published import LLAMA_3
 
 VOCAB = 400
@@ -124,20 +126,27 @@ def exported_config(model: PreTrainedModel, case: Case) -> tuple[ExportedConfig,
     return export_config(source, pruned, case.dtype), dense, pruned
 
 
+@dataclass(frozen=True)
+class InMemory:
+    """A cut model with merged LoRA, as the writer reads it."""
+
+    model: Any
+    shape: ModelShape
+    exported: ExportedConfig
+    folder: Path
+    tower: Tower | None = None
+
+    def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        tensors = dict(self.model.named_parameters())  # a tied head appears once, as the embedding
+        for k in range(len(self.shape.layers)):
+            yield k, {name: tensors.pop(name) for name in list(tensors) if name.startswith(self.shape.prefix(k))}
+        yield len(self.shape.layers), tensors
+
+
 def export(model: PreTrainedModel, case: Case, source: Path, out: Path) -> ExportedConfig:
     """Writes the cut model with the package's functions. `source` is the folder of the tokenizer."""
     exported, dense, pruned = exported_config(model, case)
-    tensors = dict(cut(model, case).named_parameters())  # a tied head appears once, as the embedding
-    count = weight_file_count(len(case.keep))
-    staging = begin(out)
-    entries = []
-    for index in range(count):
-        prefix = f"model.layers.{index}."
-        rest = index == count - 1
-        weight_file = {n: t for n, t in tensors.items() if ("model.layers." not in n if rest else n.startswith(prefix))}
-        entries.append(write_weight_file(staging, index, count, weight_file))
-    write_index(staging, entries)
-    finish_folder(staging, exported, source, model_card(dense, pruned))
+    write_model(InMemory(cut(model, case), pruned, exported, source), begin(out), model_card(dense, pruned), Ranks())
     publish(out)
     return exported
 

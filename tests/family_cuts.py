@@ -13,8 +13,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
+from loraprune_ds.agreement import Ranks
 from loraprune_ds.config import LoraConfig
-from loraprune_ds.export.huggingface import begin, finish_folder, publish
+from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers, shrink_on_meta
 from loraprune_ds.model.experts import Experts, stack_experts
@@ -23,9 +24,7 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import read_model, shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.text_part import in_files
-from loraprune_ds.model.weight_files import copy_tensors, write_index, write_weight_file
-from tests.export_cases import model_card
+from tests.export_cases import InMemory, model_card
 from tests.families import SIZES, is_seq2seq, layers_with, norms_are_wide, tiny_model
 from tests.plain_model import PlainModel
 
@@ -138,14 +137,9 @@ def cut_and_export(
     network.cut(draw(before, *counts))
     merged: Any = network.model.merge_and_unload()
     tower = source.tower if source else None
-    tensors = in_files(dict(merged.named_parameters()), network.shape, tower)
-    exported = export_config(network.config, network.shape, "float32", tower and tower.config)
-    staging, count = begin(folder), 1 + (tower is not None)
-    entries = [write_weight_file(staging, 0, count, tensors)]
-    if tower:
-        entries.append(copy_tensors(tower.files, staging, 1, 2))
-    write_index(staging, entries)
-    finish_folder(staging, exported, source.folder if source else staging, model_card(before, network.shape))
+    exported, staging = export_config(network.config, network.shape, "float32", tower and tower.config), begin(folder)
+    written = InMemory(merged, network.shape, exported, source.folder if source else staging, tower)
+    write_model(written, staging, model_card(before, network.shape), Ranks())
     publish(folder)
     return Export(folder, exported, network.shape, logits(merged), merged)
 

@@ -1,43 +1,42 @@
-"""The files in a run's folder: their names, and the contents of status.json, state.json and manifest.json."""
+"""The files in a run's folder: their names, and the contents of status.json, state.json and manifest.json.
+
+README.md in this folder describes a step's files.
+"""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 from uuid import uuid4
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
-from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import flush, read_json, write_json
+from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.files import flush, write_json
 
 # The format of all that a run or a callback resumes from. A change that old folders lack increases it.
-FORMAT = 6
-READERS = dict.fromkeys("1234", "3c6d113b") | {"5": "b3c6aacb"}  # the last commit that reads a format
+FORMAT = 7
+READERS = dict.fromkeys("1234", "3c6d113b") | dict.fromkeys("56", "b3c6aacb")  # the last commit that reads a format
 
 STATUS_FILE = "status.json"
-REPORT_FILE = "report.json"
-METRICS_FILE = "metrics.jsonl"
-KEPT_GROUPS_FILE = "kept_groups.json"
-KEPT_GROUPS_PICTURE = "kept_groups.png"
-SHELF_PICTURE = "shelf.png"  # only with several sizes
-TRAINING_PICTURE = "training.png"
-EVALUATION_FILE = "evaluation.json"  # of `evaluate.after`, as `launch/evaluate.py --json` prints it
-ANSWERS_PAGE = "answers.html"
-MODEL_FOLDER = "model"
 CHECKPOINTS_FOLDER = "checkpoints"
-TENSORBOARD_FOLDER = "tensorboard"
-# In a checkpoint.
+# In a step.
 STATE_FILE = "state.json"
 MANIFEST = "manifest.json"
+RESUME_FOLDER = "resume"
+REFITS = "refit-*.safetensors"
 SCORES_FILE = "scores.safetensors"
 
 State = Literal["running", "stopped", "finished", "failed"]
-STATUS_TYPES = {"step": int, "steps": int, "error": str | None, "updated": str, "mark": str, "job": str | None}
+T = TypeVar("T")
+NO_MORE = ConfigDict(extra="forbid")  # fields
 
 
 class CheckpointMismatch(UserError):
@@ -62,26 +61,13 @@ def _reader(version: object) -> str:
     return f"which commit {reader} reads" if reader else "which another version reads"
 
 
-def export_folder(sizes: Mapping[int, str], step: int) -> str:
-    """Names the folder of the model that a run exports after a step. `sizes`: last step -> name."""
-    return MODEL_FOLDER if step == max(sizes) else f"{MODEL_FOLDER}-{sizes[step].replace(' ', '')}"
-
-
-def exported_sizes(folder: Path, sizes: Mapping[int, str]) -> dict[int, str]:
-    """Returns the sizes whose models are in a run's folder, and the last one, which is the run's own model."""
-    return {n: size for n, size in sizes.items() if n == max(sizes) or (folder / export_folder(sizes, n)).is_dir()}
-
-
 def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step}"
 
 
-def layer_file(layer: int) -> str:
-    return f"layer-{layer:05d}.safetensors"
-
-
-def moments_file(layer: int) -> str:
-    return f"moments-{layer:05d}.safetensors"
+def layer_file(part: str, layer: int) -> str:
+    """Names the file of a layer's `part`: lora, refit, adam or inputs."""
+    return f"{part}-{layer:05d}.safetensors"
 
 
 def numbered(root: Path, kind: str) -> list[int]:
@@ -116,29 +102,7 @@ def read_status(folder: Path) -> Status | None:
     path = folder / STATUS_FILE
     if not path.exists():
         return None
-    raw = read_json(path)
-    if raw.get("state") not in get_args(State):
-        raise UserError(f"{path} is damaged: state is {raw.get('state')!r}, not one of {', '.join(get_args(State))}")
-    check_format(raw.get("format", 4), path)
-    for key, kind in STATUS_TYPES.items():
-        require(isinstance(raw.get(key), kind), f"{path} is damaged: {key} is {raw.get(key)!r}")
-    values: dict[str, Any] = {key: raw.get(key) for key in ("state", *STATUS_TYPES)}
-    return Status(**values)
-
-
-def describe_method(report: dict[str, Any]) -> str:
-    """Names criterion and ranking of the run that wrote this report.json."""
-    prune = report["config"]["prune"]
-    return f"{prune['criterion']}, {prune['ranking']}"
-
-
-@dataclass(frozen=True)
-class ShapeSource:
-    """Names the folder of the frozen weights: `shape-K` next to the steps, or the source, to read slices from."""
-
-    folder: str  # the name of the shape folder, or the path of the source
-    digest: str  # digest of the manifest, or `load.source_digest`
-    is_source: bool
+    return read_record(path, Status)
 
 
 @dataclass(frozen=True)
@@ -150,55 +114,84 @@ class RunTotals:
 
 @dataclass(frozen=True)
 class RunData:
-    """Identifies what a run tunes on and measures."""
+    """Identifies what a run prunes, tunes on and measures."""
 
     steps: int  # of the run
     samples: str  # digest
     held_out: str  # digest of the text
+    source: str  # digest of the dense model (`load.source_digest`)
     commits: dict[str, str] = field(default_factory=dict)  # of data sets of the hub, by their sections of the config
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A run after `step` optimizer steps, independent of the number of ranks."""
+    """A run after `step` optimizer steps, as far as its results need it. Independent of the number of ranks."""
 
     step: int
     totals: RunTotals
-    adam_step: int  # updates of Adam, fewer than `step` if fp16 steps were skipped
-    schedule: dict[str, Any]  # state of the learning-rate schedule
-    loss_scale: dict[str, Any]  # state of fp16's loss scaler, otherwise empty
     kept: list[list[list[int]]]  # kept groups by layer and kind, as indices into the dense model
-    updates_since_cut: int  # updates of the scores
-    cuts: int  # cuts so far, which is also the number of the shape
-    shape: ShapeSource
-    resumed_from: list[int]  # steps of earlier resumes
+    source: str  # folder of the dense model. Weights that no refit changed are its slices
     config: dict[str, Any]
     data: RunData
     asked: float  # fraction of the linear parameters to remove, up to the end or to the next size
-    moment_tokens: float = 0.0  # the number of tokens in the sums of the input moments
-    format: int = field(default=FORMAT)
+    resumed_from: list[int]  # steps of earlier resumes
+    accelerator: str  # the name of the ranks' device
+    peak_bytes: list[int]  # the most memory that each rank has held since its start
+    format: int = FORMAT
+    __pydantic_config__ = NO_MORE
 
 
-def state_text(state: RunState) -> str:
+@dataclass(frozen=True)
+class ResumeState:
+    """The counters that only a resume needs."""
+
+    adam_step: int  # updates of Adam, fewer than the steps if fp16 skipped some
+    schedule: dict[str, Any]  # state of the learning-rate schedule
+    loss_scale: dict[str, Any]  # state of fp16's loss scaler, otherwise empty
+    updates_since_cut: int  # updates of the scores
+    moment_tokens: float  # the number of tokens in the sums of the input moments
+    format: int = FORMAT
+    __pydantic_config__ = NO_MORE
+
+
+def state_text(state: RunState | ResumeState) -> str:
     return json.dumps(asdict(state)) + "\n"
 
 
 def read_state(folder: Path) -> RunState:
-    """Reads `state.json`. Raises UserError if it is damaged, and CheckpointMismatch for another format."""
-    path = folder / STATE_FILE
+    """Reads the state of a step like `read_record`."""
+    return read_record(folder / STATE_FILE, RunState)
+
+
+def read_resume_state(folder: Path) -> ResumeState:
+    """Reads the counters of a step like `read_record`."""
+    path = folder / RESUME_FOLDER / STATE_FILE
+    require(path.parent.is_dir(), f"{folder} has no {RESUME_FOLDER}/: only exports need the step of an earlier size")
+    return read_record(path, ResumeState)
+
+
+def read_record(path: Path, kind: type[T]) -> T:
+    """Reads a file that holds a dataclass, and checks every value.
+
+    Raises UserError if it is missing or damaged, and CheckpointMismatch for another format.
+    """
+    with _damage_in_one_line(path):
+        text = path.read_text(encoding="utf-8")
+        check_format(int(json.loads(text).get("format", 4)), path)
+        return TypeAdapter(kind).validate_json(text, strict=True)
+
+
+@contextmanager
+def _damage_in_one_line(path: Path) -> Iterator[None]:
     try:
-        raw = json.loads(path.read_text())
-        version = int(raw["format"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is missing or damaged") from None
-    check_format(version, path)
-    try:
-        raw["totals"], raw["data"] = RunTotals(**raw["totals"]), RunData(**raw["data"])
-        raw["shape"] = ShapeSource(**raw["shape"])
-        raw["kept"] = [[list(groups) for groups in layer] for layer in raw["kept"]]
-        return RunState(**raw)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} is damaged: a field is missing or unknown") from None
+        yield
+    except OSError:
+        raise UserError(f"{path} is missing or cannot be read") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def newest_state(root: Path) -> RunState | None:
@@ -232,11 +225,9 @@ def write_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> None:
     """Checks every `parts`-th file of a folder against its manifest, so ranks can share the reading."""
-    try:
+    with _damage_in_one_line(folder / MANIFEST):
         entries = json.loads((folder / MANIFEST).read_text())["files"]
         files = sorted((name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder / MANIFEST} is missing or damaged") from None
     for i, (name, size, digest) in enumerate(files):
         path = folder / name
         require(path.is_file(), f"{path} is missing")

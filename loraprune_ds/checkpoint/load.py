@@ -1,79 +1,88 @@
-"""Finds the newest undamaged checkpoint and reads its parts. Damaged checkpoints are reported and skipped."""
+"""Finds the newest undamaged step and reads its parts. Damaged steps are reported and skipped."""
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from loraprune_ds.agreement import Ranks
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, read_state, recorded_config
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.groups import Kind, LayerKeep
 from loraprune_ds.model.hub import locate_model
-from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained, open_stored
+from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, open_for_pruning
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.weight_files import read_header, weight_file_names
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.step import PrunerState
-
-if TYPE_CHECKING:  # a single process reads a checkpoint without DeepSpeed
-    from loraprune_ds.zero.comm import Communicator
 
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """A verified checkpoint."""
+    """A verified step of a run."""
 
     folder: Path
     state: RunState
 
     @cached_property
     def config(self) -> RunConfig:
-        """The settings of the run that wrote the checkpoint."""
+        """The settings of the run that wrote the step."""
         return recorded_config(self.state.config, self.folder / layout.STATE_FILE)
 
-    def shape_folder(self) -> Path:
-        """Returns the folder of the frozen weights. A moved source is found at `model.path`."""
-        shape = self.state.shape
-        if not shape.is_source:
-            return self.folder.parent / shape.folder
-        source = Path(shape.folder)
+    @property
+    def resume_folder(self) -> Path:
+        """The files that only a resume needs. The step of an earlier size has lost them."""
+        return self.folder / layout.RESUME_FOLDER
+
+    def source_folder(self) -> Path:
+        """Returns the folder of the dense model. A moved one is found at `model.path`."""
+        source = Path(self.state.source)
         return source if source.is_dir() else locate_model(self.config.model)
 
     def frozen_model(self, dense: PretrainedModel) -> PretrainedModel:
-        """Returns the model without LoRA after the cuts of this checkpoint. `dense` is the model at `model.path`."""
-        folder, keep = self.shape_folder(), keep_from_lists(self.state.kept, dense.shape.kinds)
-        if not self.state.shape.is_source:
-            return replace(dense, weights=open_stored(folder, dense.shape.after(keep), int8=dense.weights.int8))
-        if folder.resolve() != dense.folder.resolve():
-            dense = open_for_pruning(folder, self.config.model)
-        return replace(dense, weights=dense.weights.cut(keep))
+        """Returns the model without LoRA after the cuts of this step. `dense` is the model at `model.path`."""
+        source, keep = self.source_folder(), keep_from_lists(self.state.kept, dense.shape.kinds)
+        if source.resolve() != dense.folder.resolve():
+            dense = open_for_pruning(source, self.config.model)
+        weights = dense.weights.cut(keep)
+        return replace(dense, weights=weights.overlaid(open_refits(weights.shape, self.folder)))
 
-    def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
-        state, scores = self.state, read_scores(self.folder, kinds)
-        return PrunerState(keep_from_lists(state.kept, kinds), scores, state.updates_since_cut, state.moment_tokens)
+    def lora(self, layer: int) -> dict[str, Tensor]:
+        """Reads a layer's fp32 masters: "{linear}.lora_A" (r, in_features), "{linear}.lora_B" (out_features, r)."""
+        return load_file(self.folder / layout.layer_file("lora", layer))
 
-    def read_flat(self, layer: int, name: str, start: int, end: int) -> Tensor:
-        """Reads the flat elements [start, end) of a layer's LoRA tensor, from only the rows that contain them."""
-        with safe_open(self.folder / layout.layer_file(layer), framework="pt") as file:
-            view = file.get_slice(name)
+    def read_flat(self, layer: int, name: str, key: str, start: int, end: int) -> Tensor:
+        """Reads the flat elements [start, end) of a layer's LoRA state, from only the rows that contain them."""
+        path, own = self.folder / layout.layer_file("lora", layer), name
+        if key != "master":
+            path, own = self.resume_folder / layout.layer_file("adam", layer), f"{name}.{key}"
+        with safe_open(path, framework="pt") as file:
+            view = file.get_slice(own)
             columns = view.get_shape()[1]
             first = start // columns
             rows = view[first : -(-end // columns)].reshape(-1)
         return rows[start - first * columns : end - first * columns]
 
+    def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
+        counters = layout.read_resume_state(self.folder)
+        kept, scores = keep_from_lists(self.state.kept, kinds), read_scores(self.resume_folder, kinds)
+        return PrunerState(kept, scores, counters.updates_since_cut, counters.moment_tokens)
 
-def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -> TrainingCheckpoint | None:
-    """Opens the newest undamaged checkpoint under `root`, read by all ranks. Collective. Raises CheckpointMismatch."""
-    for number in reversed(comm.gather_objects(layout.numbered(root, "step"))[0]):
+
+def find_newest(root: Path, comm: Ranks, warn: Callable[[str], None]) -> TrainingCheckpoint | None:
+    """Opens the newest undamaged step under `root`, read by all ranks. Collective. Raises CheckpointMismatch."""
+    numbers = comm.gather_objects(layout.numbered(root, "step"))[0]
+    for number in reversed(numbers):
         try:
-            return open_training_checkpoint(layout.step_folder(root, number), comm)
+            return open_checkpoint(layout.step_folder(root, number), comm, resume=True)
         except CheckpointMismatch:
             raise
         except UserError as error:
@@ -81,49 +90,50 @@ def find_newest(root: Path, comm: "Communicator", warn: Callable[[str], None]) -
     return None
 
 
-def open_training_checkpoint(folder: Path, comm: "Communicator") -> TrainingCheckpoint:
-    """Opens a checkpoint like `check_training_checkpoint`. Ranks share the reading and raise one error. Collective."""
-    return comm.all_or_raise(lambda: check_training_checkpoint(folder, part=comm.rank, parts=comm.world_size))
-
-
-def check_training_checkpoint(folder: Path, *, part: int = 0, parts: int = 1) -> TrainingCheckpoint:
-    """Verifies one checkpoint and its frozen weights, or the share of one of `parts` readers.
+def open_checkpoint(folder: Path, ranks: Ranks, *, resume: bool = False) -> TrainingCheckpoint:
+    """Verifies a step, with `resume` to go on from it. Ranks share the reading and raise one error. Collective.
 
     Raises:
         UserError: a file is missing or damaged. CheckpointMismatch: format or source model differ.
     """
-    checkpoint = TrainingCheckpoint(folder, read_state(folder))
-    layout.verify(folder, part=part, parts=parts)
-    shape = checkpoint.state.shape
-    if shape.is_source:
+
+    def check() -> TrainingCheckpoint:
+        checkpoint = TrainingCheckpoint(folder, read_state(folder))
+        if resume:
+            layout.read_resume_state(folder)
+        for files in (folder, checkpoint.resume_folder) if resume else (folder,):
+            layout.verify(files, part=ranks.rank, parts=ranks.world_size)
         _check_source(checkpoint)
         return checkpoint
-    shape_folder = checkpoint.shape_folder()
-    manifest = shape_folder / layout.MANIFEST
-    if not manifest.is_file() or layout.sha256(manifest) != shape.digest:
-        raise UserError(f"{shape_folder} is missing or not the folder that {folder} names")
-    layout.verify(shape_folder, part=part, parts=parts)
-    return checkpoint
+
+    return ranks.all_or_raise(check)
 
 
 def _check_source(checkpoint: TrainingCheckpoint) -> None:
+    """Raises CheckpointMismatch if the source model of a step is gone or has changed."""
     try:
-        source = checkpoint.shape_folder()
-        digest = source_digest(open_pretrained(source))
-    except UserError as error:
+        source = checkpoint.source_folder()
+        is_same = source_digest(source) == checkpoint.state.data.source
+    except (UserError, OSError) as error:
         raise CheckpointMismatch(f"the source model of {checkpoint.folder} cannot be read: {error}") from None
-    if digest != checkpoint.state.shape.digest:
+    if not is_same:
         raise CheckpointMismatch(f"{source} is not the source model of {checkpoint.folder}: its tensors differ")
 
 
-def source_digest(pretrained: PretrainedModel) -> str:
-    """Identifies a source model by its config, and by names, sizes and first MiB of its files."""
-    digest = hashlib.sha256((pretrained.folder / "config.json").read_bytes())
-    for path in sorted(set(pretrained.weights.files.values())):
+def source_digest(folder: Path) -> str:
+    """Identifies a source model by its config, and by names, sizes and first MiB of its weight files."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in (folder / name for name in sorted(weight_file_names(folder))):
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
             digest.update(file.read(1 << 20))
     return digest.hexdigest()
+
+
+def open_refits(shape: ModelShape, folder: Path) -> ModelWeights:
+    """Opens the refitted linears in a folder, which hold no other weights of the model."""
+    files = {name: path for path in folder.glob(layout.REFITS) for name in read_header(path)}
+    return ModelWeights(shape, files, {name: name for name in files}, {})
 
 
 def keep_to_lists(keep: list[LayerKeep], kinds: tuple[Kind, ...]) -> list[list[list[int]]]:
@@ -144,6 +154,6 @@ def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> list[LayerScores] | No
 
 
 def read_moments(folder: Path, layer: int) -> dict[str, Tensor]:
-    """Reads the input moments of a layer by linear, as sums over `moment_tokens`. Empty if none were recorded."""
-    path = folder / layout.moments_file(layer)
+    """Reads the halves of a layer's input moments by linear (`InputMoments.restore`). Empty if none were recorded."""
+    path = folder / layout.layer_file("inputs", layer)
     return load_file(path) if path.exists() else {}

@@ -1,7 +1,8 @@
-"""Writes a checkpoint: the LoRA state from all ranks, layer by layer, and changed frozen weights."""
+"""Writes a step: the LoRA state from all ranks and the refitted linears, layer by layer."""
 
+import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -9,19 +10,20 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraprune_ds.agreement import LocalWrites
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.layout import STATE_FILE, RunState, ShapeSource, read_state, state_text
-from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError, fail_point
-from loraprune_ds.files import begin_folder, publish_folder, remove_folder, remove_leftovers, staging_of
-from loraprune_ds.pruning.compensate import InputMoments
-from loraprune_ds.pruning.step import PrunerState
+from loraprune_ds.checkpoint.layout import RESUME_FOLDER, STATE_FILE, ResumeState, RunState, state_text
+from loraprune_ds.errors import fail_point
+from loraprune_ds.files import begin_folder, flush, publish_folder, remove_folder, remove_leftovers, staging_of
+from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.pruning.compensate import refitted_linears
+from loraprune_ds.pruning.step import Pruner, PrunerState
+from loraprune_ds.zero.collect import collect_stored
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import empty_cache
 from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.lora_state import collect_lora_state
 from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.write import LocalWrites, frozen_tensors, write_sharded_model
 
 
 class Staging:
@@ -49,18 +51,17 @@ class Staging:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, name: str, write: Callable[[Path], object]) -> None:
-        """Writes and seals one file on this rank, because only the writer's fsync surely flushes its cache."""
+        """Writes and seals one file on this rank, because only the writer's fsync surely flushes its cache.
+
+        The name may begin with a subfolder, which then has a manifest of its own.
+        """
 
         def write_and_seal() -> None:
+            (self.folder / name).parent.mkdir(exist_ok=True)
             write(self.folder / name)
             self._sealed[name] = layout.seal(self.folder / name)
 
         self._writes.do(write_and_seal)
-
-    def seal(self, names: Iterable[str]) -> None:
-        """Seals files that this rank has written."""
-        for name in names:
-            self.write(name, lambda path: None)
 
     def publish(self) -> None:
         """Writes the manifest and renames the folder. If a write failed on some rank, all ranks raise RunError."""
@@ -69,7 +70,10 @@ class Staging:
         self._writes.do_on_rank_0(lambda: self._rename(sealed))
 
     def _rename(self, sealed: dict[str, dict[str, Any]]) -> None:
-        layout.write_manifest(self.folder, sealed)
+        for folder in {os.path.dirname(name) for name in sealed}:
+            own = {os.path.basename(name): x for name, x in sealed.items() if os.path.dirname(name) == folder}
+            layout.write_manifest(self.folder / folder, own)
+            flush(self.folder / folder)
         if self.target.exists():
             remove_folder(self.target)
         fail_point(f"save.{self._kind}_before_rename")
@@ -77,71 +81,76 @@ class Staging:
         fail_point(f"save.{self._kind}_after_rename")
 
 
-def save_shape(model: ShardedModel, root: Path, cuts: int, dtype: Dtype) -> ShapeSource:
-    """Publishes the frozen weights as `shape-{cuts}`, as the ranks store them. Collective."""
-    with Staging(model.comm, root / f"shape-{cuts}", "shape") as staging:
-        staging.seal(write_sharded_model(model, staging.folder, dtype, frozen_tensors, export=False))
-        fail_point("save.shape_written")
-        staging.publish()
-    digest = layout.sha256(staging.target / layout.MANIFEST) if model.rank == 0 else ""
-    return ShapeSource(staging.target.name, model.comm.gather_objects(digest)[0], is_source=False)
-
-
-def save_step(
-    model: ShardedModel, root: Path, state: RunState, pruner: PrunerState, moments: InputMoments | None
-) -> Path:
+def save_step(model: ShardedModel, root: Path, state: RunState, resume: ResumeState, pruner: Pruner) -> Path:
     """Publishes `step-{state.step}`. Each layer is written by its owner, which has its input moments. Collective."""
+    apart = f"{RESUME_FOLDER}/"
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
-            write_scores(staging, pruner)
+            staging.write(apart + STATE_FILE, lambda path: path.write_text(state_text(resume)))
+            write_scores(staging, pruner.state(), apart)
         for layers in owner_rounds(len(model.layers), model.world_size):
             collected = {layer: collect_lora_state(model, layer) for layer in layers}
-            for layer, tensors in collected.items():
-                if tensors:  # on the owner. All owners of a round write in parallel
-                    staging.write(layout.layer_file(layer), lambda path, lora=tensors: save_on_cpu(lora, path))
-                    write_moments(staging, layer, {} if moments is None else moments.of_layer(layer))
-            del collected, tensors
+            for layer, (masters, moments) in collected.items():  # both empty but on the owner
+                write_layer(staging, "lora", layer, masters)
+                write_layer(staging, f"{apart}adam", layer, moments)
+            del collected, masters, moments
+            write_refits(staging, pruner, model, layers)
             fail_point("save.layer")
+        write_moments(staging, pruner, apart)
         fail_point("save.step_written")
         staging.publish()
     return staging.target
 
 
-def drop_old(root: Path, step: int, keep_last: int) -> None:
-    """Removes old steps, and shapes that no step names, once `step-{step}` is published. On rank 0 only.
-
-    Also removes steps above `step`, which a start from an older checkpoint leaves, and the remains of killed saves.
-    """
-    remove_leftovers(root)
-    steps, shapes = layout.numbered(root, "step"), layout.numbered(root, "shape")
-    keep = [number for number in steps if number <= step][-keep_last:]
-    for number in steps:
-        if number not in keep:
-            remove_folder(layout.step_folder(root, number))
-            fail_point("save.dropped")
-    try:
-        named = {read_state(layout.step_folder(root, number)).shape.folder for number in keep}
-    except UserError:
-        return  # a damaged step could name any shape
-    for number in shapes:
-        if f"shape-{number}" not in named:
-            remove_folder(root / f"shape-{number}")
+def write_refits(staging: Staging, pruner: Pruner, model: ShardedModel, layers: Iterable[int]) -> None:
+    """Writes the refitted linears of a round of layers, each on its owner, in their storage format. Collective."""
+    collected = {layer: dict[str, Tensor]() for layer in layers if pruner.compensator}
+    for layer, tensors in collected.items():
+        for name in refitted_linears(pruner.limits.dense, model.shape, layer):
+            stored = collect_stored(lora_linear(model.layers[layer], name), model.owner(layer), model.comm)
+            tensors |= {f"{model.shape.prefix(layer)}{name}.{part}": tensor for part, tensor in stored.items()}
+    for layer, tensors in collected.items():  # all owners write in parallel
+        write_layer(staging, "refit", layer, tensors)
 
 
-def write_scores(staging: Staging, state: PrunerState) -> None:
+def write_moments(staging: Staging, pruner: Pruner, folder: str = "") -> None:
+    """Writes half of the input moments, if any, of each layer that this rank owns."""
+    if pruner.compensator is not None:
+        for layer in range(len(pruner.model.layers)):
+            write_layer(staging, f"{folder}inputs", layer, pruner.compensator.moments.halves(layer))
+
+
+def write_scores(staging: Staging, state: PrunerState, folder: str = "") -> None:
     """Writes the moving averages, if any, in float64. On one rank."""
     layers = enumerate(state.scores or [])
     tensors = {f"{i}.{kind}": groups for i, layer in layers for kind, groups in layer.items()}
     if tensors:
-        staging.write(layout.SCORES_FILE, lambda path: save_file(tensors, path))
+        staging.write(folder + layout.SCORES_FILE, lambda path: save_file(tensors, path))
 
 
-def write_moments(staging: Staging, layer: int, moments: dict[str, Tensor]) -> None:
-    """Writes the input moments of a layer by linear, if any. On the layer's owner."""
-    if moments:
-        staging.write(layout.moments_file(layer), lambda path: save_on_cpu(moments, path))
+def write_layer(staging: Staging, part: str, layer: int, tensors: dict[str, Tensor]) -> None:
+    """Writes a part of a layer, if this rank has it."""
+    if tensors:
+        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        staging.write(layout.layer_file(part, layer), lambda path: save_file(on_cpu, path))
 
 
-def save_on_cpu(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+def drop_old(root: Path, step: int, keep_last: int, pinned: Container[int] = ()) -> None:
+    """Removes old steps once `step-{step}` is published. Exports can still read the `pinned` ones. On rank 0 only.
+
+    Also removes steps above `step`, which a start from an older checkpoint leaves, and the remains of killed saves.
+    """
+    remove_leftovers(root)
+    folders = {number: layout.step_folder(root, number) for number in layout.numbered(root, "step")}
+    whole = [n for n, folder in folders.items() if n <= step and (folder / RESUME_FOLDER).is_dir()]
+    for number, folder in folders.items():
+        if number in whole[-keep_last:]:
+            continue
+        if number > step or number not in pinned:
+            remove_folder(folder)
+        else:
+            remove_leftovers(folder)
+            if number in whole:
+                remove_folder(folder / RESUME_FOLDER)
+        fail_point("save.dropped")

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from loraprune_ds.arguments import Parser
-from loraprune_ds.checkpoint.layout import REPORT_FILE, STATUS_FILE, describe_method, read_status
+from loraprune_ds.checkpoint.layout import STATUS_FILE, read_status
 from loraprune_ds.errors import UserError, require, run_command
 from loraprune_ds.evaluate.settings import GYM
 from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.files import read_json
 from loraprune_ds.report import pictures
+from loraprune_ds.report.records import REPORT_FILE, describe_method
 from loraprune_ds.units import aligned, format_percent, format_perplexity
 
 if TYPE_CHECKING:

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from loraprune_ds import ranks
 from loraprune_ds.arguments import Parser, at_least
 from loraprune_ds.checkpoint import layout
+from loraprune_ds.cli.after import check_after, check_prompts, measure_after
+from loraprune_ds.config import read_amount
 from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import ShortfallError, UserError, leave, leave_on_error, tell
 from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.files import read_json
-from loraprune_ds.train.after import measure_after
+from loraprune_ds.report import records
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.stop import find_launchers
 from loraprune_ds.units import (
@@ -31,7 +33,6 @@ from loraprune_ds.units import (
     format_duration,
     format_percent,
     format_perplexity,
-    read_amount,
 )
 
 if TYPE_CHECKING:
@@ -40,16 +41,16 @@ if TYPE_CHECKING:
 STOPPED_EXIT_CODE = 85  # stopped on request, and saved
 INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped immediately
 RESULT_FILES = (
-    (layout.MODEL_FOLDER, "the smaller Hugging Face model, LoRA merged"),
-    (layout.REPORT_FILE, "these numbers and more, with versions and config"),
-    (layout.KEPT_GROUPS_FILE, "the groups that every layer kept"),
-    (layout.KEPT_GROUPS_PICTURE, "the same as a picture"),
-    (layout.TRAINING_PICTURE, "loss, sparsity, speed and memory over the steps"),
-    (layout.SHELF_PICTURE, "perplexity over the sizes"),
-    (layout.METRICS_FILE, "every step, cut and evaluation"),
-    (layout.ANSWERS_PAGE, "answers of both models, side by side"),
-    (layout.EVALUATION_FILE, "answers and tasks as data"),
-    (layout.TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
+    (records.MODEL_FOLDER, "the smaller Hugging Face model, LoRA merged"),
+    (records.REPORT_FILE, "these numbers and more, with versions and config"),
+    (records.KEPT_GROUPS_FILE, "the groups that every layer kept"),
+    (records.KEPT_GROUPS_PICTURE, "the same as a picture"),
+    (records.TRAINING_PICTURE, "loss, sparsity, speed and memory over the steps"),
+    (records.SHELF_PICTURE, "perplexity over the sizes"),
+    (records.METRICS_FILE, "every step, cut and evaluation"),
+    (records.ANSWERS_PAGE, "answers of both models, side by side"),
+    (records.EVALUATION_FILE, "answers and tasks as data"),
+    (records.TENSORBOARD_FOLDER, "the same as curves, for tensorboard --logdir"),
 )
 SummaryRow = tuple[str, ...]  # four cells
 
@@ -92,7 +93,7 @@ def main() -> int:
             try:
                 measure_after(output.config, output.path, lambda line: print(line, flush=True))
             finally:
-                print(summary_table(read_json(output.path / layout.REPORT_FILE), output.path), flush=True)
+                print(summary_table(read_json(output.path / records.REPORT_FILE), output.path), flush=True)
             if (status := layout.read_status(output.path)) and status.error:
                 raise ShortfallError(status.error)
     except UserError as error:
@@ -152,7 +153,8 @@ def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> b
     gc.freeze()  # DeepSpeed collects garbage over all objects twice per cut, and imports left none
     watch = Watch(comm, ranks.longest_silence(os.environ), launchers)
     try:
-        finished = run(output, comm)
+        comm.on_rank_0(lambda: check_after(output.config))  # the rank that will measure
+        finished = run(output, comm, check_prompts)
     finally:
         watch.close()
     stop_ranks()  # not after an error, because NCCL would wait for ranks that wait for this one

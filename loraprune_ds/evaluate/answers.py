@@ -13,21 +13,19 @@ import importlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from loraprune_ds.agreement import Ranks
 from loraprune_ds.errors import require
 from loraprune_ds.evaluate.models import Ids, Writer
-from loraprune_ds.evaluate.perplexity import Labelled, Losses, Progress, label_answers, measure_perplexity
 from loraprune_ds.evaluate.settings import AnswerSettings
 from loraprune_ds.model.logits import Head, chunk_size, logits_transform, output_head
+from loraprune_ds.model.perplexity import Labelled, Losses, Progress, label_answers, measure_perplexity
 from loraprune_ds.model.token_loss import IGNORE_INDEX, final_hidden, token_losses
 from loraprune_ds.model.tokenizer import check_ids, rendering
-
-if TYPE_CHECKING:  # it imports DeepSpeed
-    from loraprune_ds.zero.comm import Communicator
 
 AT_ONCE = 32  # answers that are written together
 GRAM = 4
@@ -101,7 +99,7 @@ def encode_prompts(
 def write_answers(
     writers: list[Writer],
     settings: AnswerSettings,
-    comm: "Communicator",
+    comm: Ranks,
     batch_size: int | None = None,
     text: tuple[str, Iterable[Labelled]] | None = None,
     progress: Progress = lambda rounds, _: rounds,

@@ -17,20 +17,18 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from loraprune_ds.agreement import Ranks
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.answers import Generation, encode_prompts, losses_of, write_answers
 from loraprune_ds.evaluate.models import ModelSource, Writer, find_model, load_model
-from loraprune_ds.evaluate.perplexity import Labelled, Perplexity, Progress, measure_perplexity, split_batches
 from loraprune_ds.evaluate.settings import EvaluationSettings, SpeedSettings
 from loraprune_ds.evaluate.tasks import run_tasks
 from loraprune_ds.model.classes import config_object, sliding_window
 from loraprune_ds.model.frozen import DTYPES
+from loraprune_ds.model.perplexity import Labelled, Perplexity, Progress, measure_perplexity, split_batches
 from loraprune_ds.model.shape import ModelShape, active_numel, attention_product, cached_numel
 from loraprune_ds.model.tokenizer import Starts, load_tokenizer, text_starts
-from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import accelerator, check_dtype, fast_half_products, is_cpu
-from loraprune_ds.zero.engine import build_inference_engine, release
 
 # transformers renamed this argument within the range that pyproject.toml allows.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -100,9 +98,11 @@ class Measurement:
 
 
 def evaluate(
-    paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds, _: rounds
+    paths: list[str], settings: EvaluationSettings, comm: Ranks, progress: Progress = lambda rounds, _: rounds
 ) -> list[Measurement]:
     """Measures a model, and a second, dense one. Collective. Tasks, answers and speed are on rank 0 only."""
+    from loraprune_ds.zero.device import fast_half_products  # DeepSpeed, once it is needed
+
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
     dense = models[1].source.pretrained.shape.total_numel() if len(models) > 1 else None
     measurements: list[Measurement] = []
@@ -145,6 +145,8 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     source = find_model(path)
     dtype = choose_dtype(source, settings.dtype)
     if settings.sharded:
+        from loraprune_ds.zero.device import check_dtype
+
         check_dtype(dtype)
         require(not source.adapter, f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
     most, vocab_size = source.pretrained.config.get("max_position_embeddings"), source.pretrained.shape.vocab_size
@@ -203,7 +205,7 @@ def _mean_context(window: int, sliding_window: int | None) -> float:
 
 
 def _measure(
-    prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Communicator, progress: Progress
+    prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Ranks, progress: Progress
 ) -> tuple[Measurement, PreTrainedModel | None]:
     """Measures all but answers and speed. Returns the model for these two, which need all models in memory."""
     source, shape = prepared.source, prepared.source.pretrained.shape
@@ -233,8 +235,10 @@ def _measure(
     return measurement, model if settings.needs_models_together else None
 
 
-def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Progress) -> Perplexity:
+def _measure_sharded(prepared: PreparedModel, comm: Ranks, progress: Progress) -> Perplexity:
     """Measures a model that ZeRO-3 shards while it is loaded."""
+    from loraprune_ds.zero.engine import build_inference_engine, release
+
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": prepared.dtype == "bfloat16"},
@@ -266,17 +270,18 @@ def measure_speed(models: Sequence[PreTrainedModel], settings: SpeedSettings) ->
 def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> Round:
     """Runs one round: reads `prompt` (1, tokens) and writes `generated` tokens."""
     token_ids = prompt.to(model.device)
+    device: Any = torch.get_device_module(model.device)
     before = None
-    if not is_cpu():
-        accelerator().reset_peak_memory_stats()
-        before = accelerator().memory_allocated()
-    times = [_now()]
+    if model.device.type != "cpu":
+        device.reset_peak_memory_stats()
+        before = device.memory_allocated()
+    times = [_now(device)]
     logits, read = _prefill(model, token_ids)
-    times.append(_now())
+    times.append(_now(device))
     for _ in range(generated):
         logits = read(logits.argmax(-1))  # (1, 1, vocabulary)
-    times.append(_now())
-    peak = None if before is None else accelerator().max_memory_allocated() - before
+    times.append(_now(device))
+    peak = None if before is None else device.max_memory_allocated() - before
     return times[1] - times[0], times[2] - times[1], peak
 
 
@@ -291,7 +296,7 @@ def _prefill(model: PreTrainedModel, token_ids: Tensor) -> tuple[Tensor, Callabl
     return read(decoder_input_ids=token_ids[:, :1]).logits, lambda ids: read(decoder_input_ids=ids).logits
 
 
-def _now() -> float:
+def _now(device: Any) -> float:
     """Returns the time once the device is idle, in seconds."""
-    accelerator().synchronize()
+    device.synchronize()
     return time.perf_counter()

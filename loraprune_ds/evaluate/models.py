@@ -24,6 +24,7 @@ from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
 from loraprune_ds.model.text_part import in_files
 from loraprune_ds.model.tokenizer import load_tokenizer, target_start
+from loraprune_ds.report import records
 
 Ids = list[int]
 EXPORT_FIRST = "make a model from it with launch/export.py --format hf"
@@ -44,7 +45,7 @@ class PruningResult:
     @property
     def kept_groups(self) -> list[dict[str, Any]] | None:
         """The layers of kept_groups.json. None for an export without its run."""
-        path = self.run / layout.KEPT_GROUPS_FILE
+        path = self.run / records.KEPT_GROUPS_FILE
         return read_json(path).get("layers") if path.is_file() else None
 
     def load_model(self, **options: Any) -> PreTrainedModel:
@@ -64,13 +65,13 @@ def open_result(folder: str | Path) -> PruningResult:
     """
     folder = Path(folder).expanduser()
     is_model = (folder / "config.json").is_file() and not (folder / layout.STATUS_FILE).exists()
-    run = folder.absolute().parent if is_model and folder.absolute().name == layout.MODEL_FOLDER else folder
-    report, status = run / layout.REPORT_FILE, layout.read_status(run)
+    run = folder.absolute().parent if is_model and folder.absolute().name == records.MODEL_FOLDER else folder
+    report, status = run / records.REPORT_FILE, layout.read_status(run)
     if status and status.state != "finished":
-        unfinished = f"an unfinished run ({status}), which has no {layout.MODEL_FOLDER}/ yet"
+        unfinished = f"an unfinished run ({status}), which has no {records.MODEL_FOLDER}/ yet"
         raise UserError(f"{folder} holds {unfinished}; {EXPORT_FIRST}")
     require(bool(is_model or status or report.is_file()), f"{folder} holds no finished run and no exported model")
-    pretrained = open_pretrained(folder if is_model else folder / layout.MODEL_FOLDER)
+    pretrained = open_pretrained(folder if is_model else folder / records.MODEL_FOLDER)
     return PruningResult(pretrained, read_json(report) if status or report.is_file() else None, run)
 
 
@@ -96,9 +97,9 @@ def find_model(path: str) -> ModelSource:
         result = open_result(folder)
         try:
             report: Any = result.report
-            dense, method = int(report["params"]["dense"]), layout.describe_method(report)
+            dense, method = int(report["params"]["dense"]), records.describe_method(report)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / layout.REPORT_FILE} is damaged: {error!r}") from None
+            raise UserError(f"{folder / records.REPORT_FILE} is damaged: {error!r}") from None
         return ModelSource(path, "run", result.pretrained, result.folder, dense_parameters=dense, method=method)
     if not (folder / "config.json").is_file():
         for adapter in (folder, folder / ADAPTER_FOLDER):  # the second is made by launch/export.py --format adapter

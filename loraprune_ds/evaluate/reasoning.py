@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from loraprune_ds.agreement import Ranks
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.models import Ids, Writer
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 from loraprune_ds.model.tokenizer import check_ids, rendering
-from loraprune_ds.zero.comm import Communicator
 
 EASY = "easy"
 # Of 39 tasks SmolLM2-135M-Instruct solves these above 20 %, and better than the best constant answer:
@@ -105,7 +105,7 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
     return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
 
 
-def run_gym_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator) -> dict[str, Any]:
+def run_gym_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ranks) -> dict[str, Any]:
     """Runs the tasks. Rank r takes batches r, r + world_size, and so on. Collective.
 
     Returns:
@@ -131,7 +131,7 @@ def run_gym_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm:
     return {"results": results, "settings": reported}
 
 
-def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Communicator) -> list[str]:
+def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Ranks) -> list[str]:
     """Answers all questions of a task, in order. The batches do not depend on the number of ranks. Collective."""
     model, tokenizer = writer.model, writer.tokenizer
     prompts = [_prompt(task, question["question"], tokenizer) for question in task.questions]

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loraprune_ds.agreement import Ranks
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:  # launch/compare.py only reads results, and must not wait for
     from torch import Tensor
 
     from loraprune_ds.evaluate.models import Writer
-    from loraprune_ds.zero.comm import Communicator
 
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by their names in lm-eval.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -48,7 +48,7 @@ def check_tasks(settings: TaskSettings) -> None:
             raise UserError(f"--tasks: lm-eval knows no task {name}{hint}")
 
 
-def run_tasks(settings: TaskSettings, writer: "Writer", batch_size: int, comm: "Communicator") -> dict[str, Any] | None:
+def run_tasks(settings: TaskSettings, writer: "Writer", batch_size: int, comm: Ranks) -> dict[str, Any] | None:
     """Runs all tasks. Collective.
 
     Returns:
@@ -85,9 +85,7 @@ def _split(settings: TaskSettings) -> tuple[TaskSettings, TaskSettings]:
     return replace(settings, names=gym, include_path=None), replace(settings, names=others)
 
 
-def _run_lm_eval(
-    settings: TaskSettings, writer: "Writer", batch_size: int, comm: "Communicator"
-) -> dict[str, Any] | None:
+def _run_lm_eval(settings: TaskSettings, writer: "Writer", batch_size: int, comm: Ranks) -> dict[str, Any] | None:
     """Runs the tasks. Rank r takes documents r, r + world_size, and so on. Collective."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
@@ -116,7 +114,7 @@ def _run_lm_eval(
     return {"results": answer["results"], "settings": reported}
 
 
-def _model_on_ranks(writer: "Writer", batch_size: int, comm: "Communicator") -> Any:
+def _model_on_ranks(writer: "Writer", batch_size: int, comm: Ranks) -> Any:
     """Wraps a loaded model for lm-eval, which deals documents out to ranks only under `accelerate launch`."""
     base: Any = _lm_eval(".models.huggingface").HFLM
 

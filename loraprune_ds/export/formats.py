@@ -8,13 +8,14 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.agreement import Ranks
+from loraprune_ds.errors import RunError, UserError, one_line, require
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
-from loraprune_ds.export.huggingface import begin, copy_model, publish
-from loraprune_ds.export.lora import ExportSource, open_newest, write_adapter, write_from_checkpoint
-from loraprune_ds.export.model_card import copy_model_card
+from loraprune_ds.export.huggingface import begin, copy_model, publish, write_model
+from loraprune_ds.export.lora import ExportSource, open_newest, write_adapter
+from loraprune_ds.export.model_card import card_of_step, copy_model_card
 from loraprune_ds.export.mtp import add_mtp, cut_mtp
 from loraprune_ds.model.adapters import ADAPTER_FOLDER, BASE_FOLDER
 from loraprune_ds.model.frozen import DTYPES
@@ -63,20 +64,20 @@ def export(source: ExportSource, name: str, out: Path) -> list[str]:
             publish(out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # a full disk, or a checkpoint that its run has just removed
+    except (OSError, SafetensorError, RunError) as error:  # a full disk, or a checkpoint that its run has just removed
         raise UserError(f"{out} cannot be made: {one_line(error)}") from None
     return remarks
 
 
 def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
     if source.model is None:
-        unmerged, remarks = open_newest(source.checkpoints)
-        mtp = source.mtp and cut_mtp(source.mtp, unmerged.shape)
-        needed = unmerged.shape.total_numel() * DTYPES[unmerged.config.model.dtype].itemsize
+        step, remarks = open_newest(source.checkpoints)
+        mtp = source.mtp and cut_mtp(source.mtp, step.shape)
+        needed = step.shape.total_numel() * DTYPES[step.checkpoint.config.model.dtype].itemsize
         free = shutil.disk_usage(folder).free
         sizes = f"{format_bytes(needed)} in {folder.parent}, where {format_bytes(free)} are free"
         require(needed <= free, f"the merged model needs {sizes}")
-        write_from_checkpoint(unmerged, folder, merge=True)
+        write_model(step, folder, card_of_step(step), Ranks())
     else:
         pretrained, remarks = open_pretrained(source.model), list[str]()
         has_them = source.mtp and any(name.startswith(MTP) for name in read_headers(source.model))
@@ -90,15 +91,15 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
     if not source.checkpoints:
         others = ", ".join(name for name in FORMATS if name != "adapter")
         raise UserError(f"{source.name} has no checkpoint with separate LoRA; possible formats: {others}")
-    unmerged, remarks = open_newest(source.checkpoints)
-    unmerged.dense = replace(unmerged.dense, tower=None)  # an adapter has the names of the text class
+    step, remarks = open_newest(source.checkpoints)
+    step = replace(step, dense=replace(step.dense, tower=None))  # an adapter has the names of the text class
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     base.mkdir()
-    write_from_checkpoint(unmerged, base, merge=False)
+    write_model(step, base, card_of_step(step), Ranks(), merge=False)
     copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
     adapter.mkdir()
-    write_adapter(unmerged, adapter)
-    exported = unmerged.exported
+    write_adapter(step, adapter)
+    exported = step.exported
     trust = ", trust_remote_code=True" if exported.trust_remote_code else ""
     # A finished run has a fuller model card than its checkpoint.
     copy_model_card(

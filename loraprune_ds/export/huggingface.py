@@ -1,17 +1,20 @@
 """Makes the folder of an exported Hugging Face model. It appears complete or not at all.
 
 rank 0  staging = begin(out)
-each    write_weight_file(staging, ...)       (model/weight_files.py, called by zero/write.py)
-rank 0  write_index(staging, ...), finish_folder(staging, ...), publish(out)
+each    write_model(source, staging, ...)
+rank 0  publish(out)
 """
 
 import shutil
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from loraprune_ds.agreement import LocalWrites, Ranks
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.files import begin_folder, flush, publish_folder, read_json, staging_of, write_json
@@ -20,7 +23,8 @@ from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.family import family_name
 from loraprune_ds.model.modeling_pruned import FAMILY
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.model.text_part import MULTIMODAL
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.text_part import MULTIMODAL, Tower, in_files
 from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE, load_tokenizer
 from loraprune_ds.model.weight_files import (
     AUTO_MAP,
@@ -30,11 +34,41 @@ from loraprune_ds.model.weight_files import (
     TOKENIZER_CONFIG,
     TOKENIZER_FILES,
     copy_named,
+    copy_tensors,
     drop_auto_maps,
+    weight_file_name,
     weight_file_names,
+    write_index,
+    write_weight_file,
 )
 
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads only tokenizer.json, in transformers 4 and 5
+
+
+class LayerSource(Protocol):
+    """A pruned model, of which one layer is in memory: a step (checkpoint/step.py), or a live one (zero/live.py)."""
+
+    @property
+    def shape(self) -> ModelShape: ...
+
+    @property
+    def exported(self) -> ExportedConfig: ...
+
+    @property
+    def folder(self) -> Path: ...  # config.json, tokenizer and settings of the dense model, at least on rank 0
+
+    @property
+    def tower(self) -> Tower | None: ...
+
+    def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yields this rank's layers r, r + ranks, ... Embedding, norm and head follow the last layer, like one more.
+
+        Tensors have the names of the text class and the model's dtype. Collective: each rank reads to the end.
+
+        Args:
+            merge: add LoRA to the weights.
+        """
+        ...
 
 
 def begin(out: Path, mark: str = "") -> Path:
@@ -42,6 +76,38 @@ def begin(out: Path, mark: str = "") -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; remove it, or export to another folder")
     return begin_folder(out, mark)
+
+
+def write_model(source: LayerSource, folder: Path, card: ModelCard, ranks: Ranks, *, merge: bool = True) -> None:
+    """Fills a staging folder. Rank r writes files r, r + ranks, ... Each holds a layer. Collective.
+
+    Args:
+        merge: as in `LayerSource.files`.
+
+    Raises:
+        RunError: a rank cannot write. Or UserError: a weight cannot be read.
+    """
+    shape, tower = source.shape, source.tower
+    own = len(shape.layers) + 1
+    paths = [folder / weight_file_name(k, own + (tower is not None)) for k in range(own + (tower is not None))]
+    writes, files = LocalWrites(ranks, folder), source.files(ranks, merge=merge)
+
+    def write_files() -> None:
+        for k, tensors in files:
+            write_weight_file(paths[k], in_files(tensors, shape, tower))
+            del tensors  # before the next layer
+        if tower and own % ranks.world_size == ranks.rank:
+            copy_tensors(tower.files, paths[own])
+
+    def complete() -> None:
+        write_index(folder, [path.name for path in paths])
+        finish_folder(folder, source.exported, source.folder, card)
+
+    writes.do(write_files)
+    for _ in files:  # after a failed write, because other ranks gather their layers from this one, too
+        pass
+    writes.agree()
+    writes.do_on_rank_0(complete)
 
 
 def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: ModelCard) -> None:

@@ -1,28 +1,19 @@
-"""Finds the weights to export, and writes a checkpoint's LoRA, merged into W or as PEFT's adapter."""
+"""Finds the weights to export, and writes LoRA as PEFT's adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.load import TrainingCheckpoint, check_training_checkpoint
+from loraprune_ds.checkpoint.step import Step, open_step
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.huggingface import finish_folder
-from loraprune_ds.export.model_card import card_of_run
 from loraprune_ds.files import write_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, BASE_FOLDER, last_names, name_in_file, task_type
 from loraprune_ds.model.experts import as_in_peft, in_peft
-from loraprune_ds.model.exported_config import ExportedConfig, export_config
-from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.hub import locate_model
-from loraprune_ds.model.lora_product import merge_lora
-from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.text_part import in_files
-from loraprune_ds.model.weight_files import copy_tensors, weight_file_count, write_index, write_weight_file
+from loraprune_ds.report import records
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,7 @@ def find_source(path: Path) -> ExportSource:
         steps = layout.numbered(root, "step")[::-1]
         checkpoints = [layout.step_folder(root, step) for step in steps]
         if status.state == "finished":
-            model = path / layout.MODEL_FOLDER
+            model = path / records.MODEL_FOLDER
             return ExportSource(name, model, checkpoints[:1] if steps[:1] == [status.step] else [])
         if not checkpoints:
             raise UserError(f"{path} holds an unfinished run ({status}) without a checkpoint: nothing to export yet")
@@ -54,81 +45,29 @@ def find_source(path: Path) -> ExportSource:
     raise UserError(f"{path} {'holds no run, checkpoint or model' if path.is_dir() else 'is no folder'}")
 
 
-class UnmergedModel:
-    """A verified checkpoint and its models: `dense`, the source of the run, and `base`, pruned and without LoRA."""
-
-    def __init__(self, checkpoint: TrainingCheckpoint) -> None:
-        self.checkpoint = checkpoint
-        self.config = checkpoint.config
-        model = self.config.model
-        self.dense = open_for_pruning(locate_model(model), model)
-        self.base = checkpoint.frozen_model(self.dense).weights
-        self.shape = self.base.shape
-
-    @property
-    def exported(self) -> ExportedConfig:
-        tower = self.dense.tower
-        return export_config(self.dense.config, self.shape, self.config.model.dtype, tower and tower.config)
-
-    def lora(self, layer: int) -> dict[str, Tensor]:
-        """Reads a layer's fp32 masters: "{linear}.lora_A" (r, in_features), "{linear}.lora_B" (out_features, r)."""
-        tensors = load_file(self.checkpoint.folder / layout.layer_file(layer))
-        return {name.removesuffix(".master"): t for name, t in tensors.items() if name.endswith(".master")}
-
-
-def open_newest(checkpoints: list[Path]) -> tuple[UnmergedModel, list[str]]:
+def open_newest(checkpoints: list[Path]) -> tuple[Step, list[str]]:
     """Opens the first undamaged checkpoint. Also returns remarks about it and the damaged ones."""
     remarks: list[str] = []
     for path in checkpoints:
         try:
-            unmerged = UnmergedModel(check_training_checkpoint(path))
+            step = open_step(path)
         except UserError as error:
             remarks.append(f"{path.name} cannot be used: {error}")
             continue
-        return unmerged, [*remarks, f"taken from {path.name}"]
+        return step, [*remarks, f"taken from {path.name}"]
     raise UserError(remarks[0])
 
 
-def write_from_checkpoint(unmerged: UnmergedModel, folder: Path, *, merge: bool) -> None:
-    """Writes the Hugging Face model that the run would export now, or its base. One layer is in memory at a time."""
-    config, shape, state, tower = unmerged.config, unmerged.shape, unmerged.checkpoint.state, unmerged.dense.tower
-    layers, dtype = range(len(shape.layers)), DTYPES[config.model.dtype]
-    own, entries = weight_file_count(len(layers)), list[dict[str, int]]()
-    count = own + (tower is not None)
-    for k, layer in enumerate([*layers, None]):  # the last file has the parameters outside of layers
-        names = [x.name for x in shape.outer] if layer is None else [name for name, _ in shape.layer_tensors(layer)]
-        tensors = {name: unmerged.base.read_full(name, dtype) for name in names}
-        if merge and layer is not None:
-            lora, scaling = unmerged.lora(layer), config.lora.lora_alpha / config.lora.r
-            for linear in shape.layers[layer].linears:
-                name, (a, b) = f"{shape.prefix(layer)}{linear.name}", (f"{linear.linear}.lora_{x}" for x in "AB")
-                tensors[name] = merge_lora(tensors[name], lora[a], lora[b], scaling, tensors[name].dtype)
-        entries.append(write_weight_file(folder, k, count, in_files(tensors, shape, tower)))
-    if tower:
-        entries.append(copy_tensors(tower.files, folder, own, count))
-    write_index(folder, entries)
-    card = card_of_run(
-        config,
-        unmerged.dense.shape,
-        shape,
-        asked=state.asked,
-        steps=state.step,
-        perplexity_dense=state.totals.perplexity_dense,
-        perplexity_pruned=state.totals.perplexity,
-    )
-    finish_folder(folder, unmerged.exported, unmerged.dense.folder, card)
-
-
-def write_adapter(unmerged: UnmergedModel, folder: Path) -> None:
+def write_adapter(step: Step, folder: Path) -> None:
     """Writes the fp32 LoRA, at most the size of a decoder layer, into the one file that PEFT reads."""
-    shape = unmerged.shape
+    shape = step.shape
     tensors = {
         name_in_file(shape, layer, name): tensor
         for layer in range(len(shape.layers))
-        for name, tensor in as_in_peft(unmerged.lora(layer), shape.layers[layer].linears).items()
+        for name, tensor in as_in_peft(step.checkpoint.lora(layer), shape.layers[layer].linears).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / ADAPTER_FILE, _adapter_config(unmerged.config.lora, shape))
+    write_json(folder / ADAPTER_FILE, _adapter_config(step.checkpoint.config.lora, shape))
 
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:

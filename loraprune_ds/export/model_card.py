@@ -16,13 +16,14 @@ from huggingface_hub import ModelCard as HubCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 
-from loraprune_ds.checkpoint.layout import REPORT_FILE
-from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig
+from loraprune_ds.checkpoint.step import Step
+from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.hub import EMBEDDED, HUB_ERRORS
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.report.records import REPORT_FILE
 from loraprune_ds.units import format_percent, format_perplexity
 
 CARD_FILE = "README.md"
@@ -107,17 +108,14 @@ class ModelCard:
     perplexity_pruned: float | None = None
 
 
-def card_of_run(
-    config: RunConfig,
-    dense: ModelShape,
-    pruned: ModelShape,
-    *,
-    asked: float,
-    steps: int,
-    windows: int | None = None,
-    **perplexities: float | None,
-) -> ModelCard:
-    """Collects the facts of a run. `windows` is the measured number of windows, if known."""
+def card_of_step(step: Step, windows: int | None = None, perplexity: float | None = None) -> ModelCard:
+    """Collects the facts of a run at a step.
+
+    Args:
+        windows: the measured number of windows, if known.
+        perplexity: measured on the export. Default: the one at this step, if it was measured.
+    """
+    config, state = step.checkpoint.config, step.checkpoint.state
     paths = [source.path for source in config.data.sources]
     names = ("Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name for path in paths)
     data = " + ".join(names)
@@ -125,14 +123,15 @@ def card_of_run(
     count = "" if windows is None else f"{windows} "
     return ModelCard(
         base_model=model_name(config.model),
-        dense=dense,
-        pruned=pruned,
+        dense=step.dense.shape,
+        pruned=step.shape,
         prune=config.prune,
-        asked=asked,
+        asked=state.asked,
         data=data,
-        steps=steps,
+        steps=state.step,
         perplexity_data=f"{held_out}, {count}windows of {config.evaluate.window} tokens",
-        **perplexities,
+        perplexity_dense=state.totals.perplexity_dense,
+        perplexity_pruned=state.totals.perplexity if perplexity is None else perplexity,
     )
 
 

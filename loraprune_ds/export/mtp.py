@@ -19,7 +19,7 @@ from loraprune_ds.model.pretrained import ModelWeights, check_weights, open_pret
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.model.text_part import MTP
-from loraprune_ds.model.weight_files import add_weight_file, as_on_disk, read_headers
+from loraprune_ds.model.weight_files import as_on_disk, read_headers, weight_file_names, write_index, write_weight_file
 from loraprune_ds.pruning.importance import GroupSums
 from loraprune_ds.pruning.ranking import keep_best
 
@@ -51,7 +51,7 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
     )
     try:
         names = {name.replace(IN_FILE, LAYERS): name for name in headers}
-        weights = check_weights(folder, headers, names, own, "config.json")
+        weights = check_weights(folder, headers, names, own)
     except UserError as error:
         raise UserError(str(error).replace(LAYERS, IN_FILE)) from None
     return weights.cut(_largest(weights, left.counts[0]))
@@ -82,7 +82,8 @@ def add_mtp(weights: ModelWeights, folder: Path) -> str:
         dtype = file.get_tensor(FC).dtype
     tensors = {name: weights.read_full(name, dtype) for name in weights.shape.parameters()}
     on_disk = as_on_disk(tensors, weights.shape.pieces(), lambda name: name.replace(LAYERS, IN_FILE))
-    add_weight_file(folder, MTP_FILE, on_disk)
+    write_weight_file(folder / MTP_FILE, on_disk)
+    write_index(folder, [*weight_file_names(folder), MTP_FILE])
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
     if NEXT_TOKENS in text:

@@ -1,7 +1,7 @@
 """Keeps the pruner's state in a trainer's checkpoint, and cuts a fresh model to match it.
 
-checkpoint-120/pruning/    state.json, scores.safetensors, moments-*.safetensors, metrics.jsonl, manifest.json
-checkpoint-120/shape-3/    the frozen weights, if `compensate` has changed them
+checkpoint-120/pruning/    state.json, metrics.jsonl, manifest.json, and like a step of our trainer
+                           scores.safetensors, inputs-*.safetensors, refit-*.safetensors
 
 The trainer saves LoRA, its optimizer and its own state. `pruning/` is written last, so it marks a complete checkpoint.
 """
@@ -15,19 +15,19 @@ from pathlib import Path
 from torch import nn
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.layout import METRICS_FILE, STATE_FILE
-from loraprune_ds.checkpoint.load import keep_from_lists, read_moments, read_scores
-from loraprune_ds.checkpoint.save import Staging, write_moments, write_scores
+from loraprune_ds.checkpoint.layout import STATE_FILE
+from loraprune_ds.checkpoint.load import keep_from_lists, open_refits, read_moments, read_scores
+from loraprune_ds.checkpoint.save import Staging, write_moments, write_refits, write_scores
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.live import find_peft_model, live_shape
-from loraprune_ds.model.pretrained import open_stored
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.step import Pruner, PrunerState
-from loraprune_ds.report.records import History, read_history, write_history
+from loraprune_ds.report.records import METRICS_FILE, History, read_history, write_history
 from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.external_engine import cut_without_engine, overwrite_linears
+from loraprune_ds.zero.external_engine import cut_without_engine, overwrite_weights
+from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.sharded import ShardedModel
 
 FOLDER = "pruning"
@@ -47,7 +47,6 @@ class PruningState:
     kept: list[list[list[int]]]  # per layer, the kept groups of each kind, as indices into the dense model
     updates_since_cut: int
     moment_tokens: float
-    shape: str | None  # folder of the frozen weights. None if they are slices of the dense model
     resumed_from: list[int]
     format: int = layout.FORMAT
 
@@ -76,16 +75,15 @@ class PruningCheckpoint:
 
 
 def write_pruning(folder: Path, state: PruningState, pruner: Pruner, model: ShardedModel, history: History) -> None:
-    """Writes `folder`/pruning. Each rank adds the input moments of its layers. Collective."""
-    compensator = pruner.compensator
+    """Writes `folder`/pruning. Each rank adds the input moments and refits of its layers. Collective."""
     with Staging(model.comm, folder / FOLDER, "pruning") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(json.dumps(asdict(state)) + "\n"))
             staging.write(METRICS_FILE, lambda path: write_history(path, history))
             write_scores(staging, pruner.state())
-        for layer in range(len(model.layers)):
-            if compensator is not None and model.owner(layer) == model.rank:
-                write_moments(staging, layer, compensator.moments.of_layer(layer))
+        for layers in owner_rounds(len(model.layers), model.world_size):
+            write_refits(staging, pruner, model, layers)
+        write_moments(staging, pruner)
         fail_point("save.pruning_written")
         staging.publish()
 
@@ -106,10 +104,7 @@ def cut_to_checkpoint(
     require(group_counts(dense) == state.dense, f"{checkpoint} belongs to another model: its layers have other sizes")
     keep = keep_from_lists(state.kept, dense.kinds)
     cut_without_engine(peft_model, dense, keep)
-    if state.shape is not None:
-        folder, shape = checkpoint / state.shape, dense.after(keep)
-        refitted = comm.all_or_raise(lambda: open_stored(folder, shape, int8=False))
-        overwrite_linears(peft_model, shape, refitted.read_flat)
+    overwrite_weights(peft_model, open_refits(dense.after(keep), checkpoint / FOLDER))
     return PruningCheckpoint(checkpoint, state, dense)
 
 
@@ -147,7 +142,5 @@ def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState
         key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])
     ]
     require(not different, f"{folder} was saved with other settings: {', '.join(different)}")
-    for part in (FOLDER, state.shape):
-        if part is not None:
-            layout.verify(folder / part, part=comm.rank, parts=comm.world_size)
+    layout.verify(folder / FOLDER, part=comm.rank, parts=comm.world_size)
     return state

@@ -22,9 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from loraprune_ds.checkpoint.layout import METRICS_FILE, export_folder
 from loraprune_ds.checkpoint.load import keep_to_lists
-from loraprune_ds.checkpoint.save import save_shape
 from loraprune_ds.config import Dtype, PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, remove_folder, remove_leftovers, staging_of, write_json
@@ -45,8 +43,7 @@ from loraprune_ds.model.weight_files import drop_auto_maps
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import describe_target, resolve
-from loraprune_ds.report.records import CutRecord, History, Recorder, Sink, StepRecord, write_history
-from loraprune_ds.train.pruning_steps import PruningSteps, RankNumbers
+from loraprune_ds.report import records
 from loraprune_ds.zero.device import device_name, peak_bytes
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import (
@@ -56,7 +53,7 @@ from loraprune_ds.zero.external_engine import (
     reduced_dtypes,
     share_model,
 )
-from loraprune_ds.zero.write import TensorsOf, frozen_tensors, merged_tensors, write_sharded_model
+from loraprune_ds.zero.steps import PruningSteps, RankNumbers
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +82,7 @@ class Pruning:
         seed: int = 0,
         checkpoint: PruningCheckpoint | None = None,
         ds_config: dict[str, Any] | None = None,
-        sinks: Sequence[Sink] = (),
+        sinks: Sequence[records.Sink] = (),
     ) -> None:
         """Checks the model and attaches to it. Collective."""
         if checkpoint:
@@ -102,10 +99,10 @@ class Pruning:
         self.steps, self.seed = steps, seed
         self.step = checkpoint.state.step if checkpoint else 0  # the last completed step
         self.resumed_from = [*checkpoint.state.resumed_from, self.step] if checkpoint else []
-        history, is_first = checkpoint.restore(self.pruner) if checkpoint else History(), self.model.rank == 0
+        history, is_first = checkpoint.restore(self.pruner) if checkpoint else records.History(), self.model.rank == 0
         if is_first:
             warn_of_rounded_gradients(reduced_dtypes(zero))
-        self.recorder = Recorder(history, sinks if is_first else ())
+        self.recorder = records.Recorder(history, sinks if is_first else ())
         self._scorer = PruningSteps(self.model, self.pruner, self.dtype)
         self._forward = ForwardWatch(peft_model, self.model, self.pruner)
         self._recording = ExitStack()
@@ -114,7 +111,7 @@ class Pruning:
         self._detach = before_each_update(zero, self._score)
 
     @property
-    def cuts(self) -> list[CutRecord]:
+    def cuts(self) -> list[records.CutRecord]:
         return self.recorder.history.cuts
 
     @property
@@ -129,7 +126,7 @@ class Pruning:
         self._forward.active, self._update, self._began = True, None, time.perf_counter()
         self._recording.enter_context(self.pruner.record_step(step))
 
-    def end_step(self, loss: float = math.nan) -> CutRecord | None:
+    def end_step(self, loss: float = math.nan) -> records.CutRecord | None:
         """Ends an optimizer step after its update, and cuts the model if a cut is due. No loss graph may be alive.
 
         Raises:
@@ -145,7 +142,7 @@ class Pruning:
         self._forward.active, self._update = False, None
         self.step = step
         self.recorder.write(
-            StepRecord(
+            records.StepRecord(
                 step=step,
                 loss=loss,
                 learning_rate=learning_rate,
@@ -159,17 +156,17 @@ class Pruning:
                 skipped=skipped,
             )
         )
-        if cut := self._scorer.cut(step):
-            self.recorder.write(cut)
-        return cut
+        if (cut := self._scorer.cut(step)) is None:
+            return None
+        record = records.record_cut(cut, self._scorer)
+        self.recorder.write(record)
+        return record
 
     def save(self, folder: str | Path) -> None:
         """Completes a trainer's checkpoint for `cut_to_checkpoint`. Collective. RunError if a rank cannot write."""
-        folder, model, pruner, shape = Path(folder), self.model, self.pruner, None
+        folder, model, pruner = Path(folder), self.model, self.pruner
         if model.rank == 0:
             remove_leftovers(folder)
-        if self.cuts and pruner.config.compensate != "none":  # otherwise the weights are slices of the dense model
-            shape = save_shape(model, folder, len(self.cuts), self.dtype).folder
         saved, dense = pruner.state(), pruner.limits.dense
         state = PruningState(
             step=self.step,
@@ -181,21 +178,20 @@ class Pruning:
             kept=keep_to_lists(saved.kept_of_dense, dense.kinds),
             updates_since_cut=saved.updates_since_cut,
             moment_tokens=saved.moment_tokens,
-            shape=shape,
             resumed_from=self.resumed_from,
         )
         write_pruning(folder, state, pruner, model, self.recorder.history)
 
     def save_model(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Writes the pruned model with LoRA merged. Collective. Raises UserError if the folder is not empty."""
-        self._export(Path(folder), tokenizer, lambda linear: merged_tensors(linear, self.dtype), trained=True)
+        self._export(Path(folder), tokenizer, merge=True)
 
     def save_size(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Writes the model of one of `prune.sizes` into `folder`, if one has ended, over an earlier one. Collective."""
         sizes = self.pruner.schedule.ends()
         if self.step not in sizes:
             return
-        target = Path(folder) / export_folder(sizes, self.step)
+        target = Path(folder) / records.export_folder(sizes, self.step)
         self.model.comm.on_rank_0(lambda: remove_folder(target) if target.exists() else None)
         self.save_model(target, tokenizer)
 
@@ -210,7 +206,7 @@ class Pruning:
         """
         comm, path = self.model.comm, None if adapter is None else Path(adapter) / ADAPTER_FILE
         described = None if path is None else comm.on_rank_0(lambda: read_json(path))
-        self._export(Path(folder), tokenizer, frozen_tensors, trained=False)
+        self._export(Path(folder), tokenizer, merge=False)
         if path is not None:
             named = {**(described or {}), "base_model_name_or_path": str(folder)}
             comm.on_rank_0(lambda: write_json(path, named))
@@ -238,7 +234,7 @@ class Pruning:
         )
 
         def write() -> None:
-            write_history(folder / METRICS_FILE, history)
+            records.write_history(folder / records.METRICS_FILE, history)
             self.recorder.show_pictures(write_results(folder, outcome))
 
         comm.on_rank_0(write)
@@ -264,22 +260,14 @@ class Pruning:
         self._scorer.score(step, numbers)
         self._update = float(self.model.zero_optimizer.optimizer.param_groups[0]["lr"]), numbers
 
-    def _export(self, folder: Path, tokenizer: Any, tensors_of: TensorsOf, *, trained: bool) -> None:
-        """Writes a Hugging Face model from the tensors that `tensors_of` makes of each linear. Collective."""
-        from loraprune_ds.export.huggingface import begin  # importing the callback loads no writer
-
-        comm = self.model.comm
-        comm.on_rank_0(lambda: begin(folder))
-        write_sharded_model(self.model, staging_of(folder), self.dtype, tensors_of, trained=trained)
-        comm.on_rank_0(lambda: self._finish_export(folder, tokenizer))
-
-    def _finish_export(self, folder: Path, tokenizer: Any) -> None:
-        """Completes and publishes the export in `folder`, whose weights are written."""
-        from loraprune_ds.export.huggingface import finish_folder, publish
+    def _export(self, folder: Path, tokenizer: Any, *, merge: bool) -> None:
+        """Writes a Hugging Face model. Collective."""
+        # Importing the callback loads no writer.
+        from loraprune_ds.export.huggingface import begin, publish, write_model
         from loraprune_ds.export.model_card import ModelCard
+        from loraprune_ds.zero.live import LiveModel
 
-        source, pruned = base_config(self.peft_model), self.model.shape
-        base: Any = self.peft_model.get_base_model()
+        comm, source, pruned = self.model.comm, base_config(self.peft_model), self.model.shape
         card = ModelCard(
             base_model=model_name(self.peft_model),
             dense=self.pruner.limits.dense,
@@ -290,13 +278,19 @@ class Pruning:
             steps=self.step,
             perplexity_data="not measured",
         )
+        comm.on_rank_0(lambda: begin(folder))
         with tempfile.TemporaryDirectory() as path:
             dense = Path(path)  # has the files of the dense model next to its weights
-            write_json(dense / "config.json", source)
-            if base.generation_config is not None:
-                base.generation_config.save_pretrained(dense)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(dense)
-                drop_auto_maps(dense)  # the trainer's user may trust a tokenizer's code; an export brings none
-            finish_folder(staging_of(folder), export_config(source, pruned, self.dtype), dense, card)
-        publish(folder)
+            comm.on_rank_0(lambda: self._save_settings(dense, source, tokenizer))
+            live = LiveModel(self.model, export_config(source, pruned, self.dtype), dense, self.dtype)
+            write_model(live, staging_of(folder), card, comm, merge=merge)
+        comm.on_rank_0(lambda: publish(folder))
+
+    def _save_settings(self, dense: Path, config: dict[str, Any], tokenizer: Any) -> None:
+        base: Any = self.peft_model.get_base_model()
+        write_json(dense / "config.json", config)
+        if base.generation_config is not None:
+            base.generation_config.save_pretrained(dense)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(dense)
+            drop_auto_maps(dense)  # the trainer's user may trust a tokenizer's code; an export brings none

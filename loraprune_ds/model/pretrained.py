@@ -75,6 +75,12 @@ class ModelWeights:
         }
         return replace(self, shape=left, slices=slices, pieces=pieces)
 
+    def overlaid(self, others: "ModelWeights") -> "ModelWeights":
+        """Returns the weights with the tensors of `others`, which has them whole, in place of its own."""
+        slices = {name: kept for name, kept in self.slices.items() if name not in others.files}
+        names = {**self.names_on_disk, **others.names_on_disk}
+        return replace(self, files={**self.files, **others.files}, names_on_disk=names, slices=slices)
+
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Returns the elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
 
@@ -179,28 +185,11 @@ def _chunks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
         at = end
 
 
-def open_stored(folder: Path, shape: ModelShape, *, int8: bool) -> ModelWeights:
-    """Opens weights that ranks have written in their storage format. Raises UserError like `check_weights`."""
-    headers = read_headers(folder)
-    on_disk = int8 and any(name.endswith(f".{SCALE}") for name in headers)
-    names = {shape.family.name_in_class(name): name for name in headers}
-    return replace(check_weights(folder, headers, names, shape, "the checkpoint", int8=on_disk), int8=int8)
-
-
-def check_weights(
-    folder: Path,
-    headers: Headers,
-    names: Mapping[str, str],
-    shape: ModelShape,
-    described_by: str,
-    *,
-    int8: bool = False,
-) -> ModelWeights:
-    """Checks the headers of weight files against the shape from `described_by`.
+def check_weights(folder: Path, headers: Headers, names: Mapping[str, str], shape: ModelShape) -> ModelWeights:
+    """Checks the headers of weight files against the shape from config.json.
 
     Args:
         names: name of a tensor or of a piece of it -> its name in the file.
-        int8: linears are int8 in the files.
 
     Raises:
         UserError: a tensor is missing, surplus or quantized, or has another shape.
@@ -211,30 +200,30 @@ def check_weights(
     renamed = {stack.names[0]: name for name, stack in pieces.items() if len(stack.names) == 1}
     names = {renamed.get(name, name): in_file for name, in_file in names.items()}
     headers = {name: headers[in_file] for name, in_file in names.items()}
-    expected = shape.stored(2, int8=int8)
+    expected = shape.stored(2, int8=False)
     for name, (parts, size, _) in pieces.items():
         size = (size[0], size[2], size[1]) if transposed and len(size) == 3 else size
         expected |= dict.fromkeys([renamed.get(part, part) for part in parts], expected.pop(name)._replace(shape=size))
-    _check_tensors(folder, headers, expected, described_by)
+    _check_tensors(folder, headers, expected)
     files = {name: headers[name][2] for name in expected}
     several = {name: stack for name, stack in pieces.items() if len(stack.names) > 1}
     return ModelWeights(shape, files, names, several, transposed=transposed)
 
 
-def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, StoredTensor], described_by: str) -> None:
+def _check_tensors(folder: Path, headers: Headers, expected: Mapping[str, StoredTensor]) -> None:
     if packed := next((name for name in headers if name.endswith(MXFP4)), None):
         raise UserError(f"{headers[packed][2]}: {packed} is stored as MXFP4, which cannot be pruned; {DEQUANTISE}")
-    for name, (size, element_size) in expected.items():
+    for name, (size, _) in expected.items():
         if name not in headers:
             raise UserError(f"{folder}: tensor {name} is missing")
         on_disk, dtype, path = headers[name]
         if on_disk != size:
-            raise UserError(f"{path}: {name} has shape {list(on_disk)}; {described_by} says {list(size)}")
-        if dtype not in (FLOAT_TYPES if element_size > 1 else ("I8",)):
+            raise UserError(f"{path}: {name} has shape {list(on_disk)}; config.json says {list(size)}")
+        if dtype not in FLOAT_TYPES:
             raise UserError(f"{path}: {name} is stored as {dtype}; quantized weights cannot be pruned")
     for name, (_, _, path) in headers.items():
         if name not in expected and not name.endswith(IGNORED):
-            raise UserError(f"{path}: {name} has no place in the model that {described_by} describes")
+            raise UserError(f"{path}: {name} has no place in the model that config.json describes")
 
 
 @dataclass(frozen=True)
@@ -290,7 +279,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     extra = config.get("num_nextn_predict_layers") or 0  # unused layers after the last one
     beyond = (MTP, ERNIE_MTP, *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
     names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
-    weights = check_weights(folder, headers, names, shape, "config.json")
+    weights = check_weights(folder, headers, names, shape)
     return PretrainedModel(folder, config, modules, weights, tower)
 
 

@@ -73,18 +73,15 @@ class Tower:
         return {f"^{re.escape(prefix)}": text for prefix, text in zip(self.layout, OF_TEXT, strict=True)}
 
 
-def in_files(
-    tensors: Mapping[str, Tensor], shape: ModelShape, tower: Tower | None, *, export: bool = True
-) -> dict[str, Tensor]:
+def in_files(tensors: Mapping[str, Tensor], shape: ModelShape, tower: Tower | None) -> dict[str, Tensor]:
     """Returns tensors under their names in weight files, of the text class or of the class with this tower.
 
-    Args:
-        export: omit the copies of a bias that layers share.
+    Copies of a bias that layers share are left out.
     """
 
     name_on_disk = (tower or shape.family).name_on_disk
     transposed, copies = tower is not None and tower.config["model_type"] in TRANSPOSED, shape.shared_tensors
-    tensors = {name: x for name, x in tensors.items() if not (export and name in copies)}
+    tensors = {name: x for name, x in tensors.items() if name not in copies}
     return as_on_disk(tensors, shape.pieces(transposed=transposed), name_on_disk)
 
 

@@ -104,30 +104,23 @@ def indexed_names(index: Path) -> list[str]:
     return sorted(set(map(str, weight_map.values())))
 
 
-def weight_file_count(num_layers: int) -> int:
-    """Counts the files of a model: one for each layer, and one for embedding, final norm and head."""
-    return num_layers + 1
-
-
 def weight_file_name(index: int, count: int) -> str:
     """Returns the Hugging Face name of file `index` (from 0) of `count`."""
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def write_weight_file(folder: Path, index: int, count: int, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Writes one weight file without the tied head. Returns its entry for `write_index`: bytes by tensor name."""
+def write_weight_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(on_cpu, folder / weight_file_name(index, count), metadata={"format": "pt"})
-    return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    save_file(on_cpu, path, metadata={"format": "pt"})
 
 
-def copy_tensors(files: Mapping[str, Path], folder: Path, index: int, count: int) -> dict[str, int]:
-    """Copies tensors bit by bit from other weight files into a new one. Returns its entry like `write_weight_file`."""
+def copy_tensors(files: Mapping[str, Path], path: Path) -> None:
+    """Copies tensors bit by bit from other weight files into a new one."""
     tensors: dict[str, Tensor] = {}
-    for path in dict.fromkeys(files.values()):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name, of in files.items() if of == path}
-    return write_weight_file(folder, index, count, tensors)
+    for source in dict.fromkeys(files.values()):
+        with safe_open(source, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name, of in files.items() if of == source}
+    write_weight_file(path, tensors)
 
 
 def as_on_disk(
@@ -142,29 +135,16 @@ def as_on_disk(
     return on_disk
 
 
-def write_index(folder: Path, entries: list[dict[str, int]]) -> None:
-    """Writes model.safetensors.index.json. `entries[k]` is the result of `write_weight_file` for file k."""
-    weight_map: dict[str, str] = {}
-    for index, entry in enumerate(entries):
-        assert not weight_map.keys() & entry.keys(), "a tensor is in two files"
-        weight_map |= dict.fromkeys(entry, weight_file_name(index, len(entries)))
-    _write_index(folder, weight_map, sum(sum(entry.values()) for entry in entries))
-
-
-def _write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
-    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-
-
-def add_weight_file(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Adds a weight file with this name to a model's folder, and rewrites the index."""
-    weight_map = {tensor: path.name for tensor, (_, _, path) in read_headers(folder).items()}
-    save_file(dict(tensors), folder / name, metadata={"format": "pt"})
-    weight_map |= dict.fromkeys(tensors, name)
-    total_size = 0
-    for path in {folder / file for file in weight_map.values()}:
-        with path.open("rb") as file:  # the file begins with the length of its header
+def write_index(folder: Path, names: Sequence[str]) -> None:
+    """Writes model.safetensors.index.json of these weight files, by their headers."""
+    weight_map, total_size = dict[str, str](), 0
+    for path in (folder / name for name in names):
+        tensors = read_header(path)
+        assert not weight_map.keys() & tensors.keys(), "a tensor is in two files"
+        weight_map |= dict.fromkeys(tensors, path.name)
+        with path.open("rb") as file:  # it begins with the length of its header
             total_size += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    _write_index(folder, weight_map, total_size)
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
 def named_files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:

@@ -12,7 +12,8 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.cluster import GIB, MOST_GPUS, Cluster
 from loraprune_ds.plan.costs import Cost, Total, all_steps, cut_cost, step_cost
 from loraprune_ds.plan.request import Request, changed
-from loraprune_ds.plan.stages import Stage, full_bytes, moment_bytes, plan_stages
+from loraprune_ds.plan.stages import Stage, full_bytes, plan_stages
+from loraprune_ds.pruning.compensate import numel_sent
 from loraprune_ds.pruning.target import describe_target, on_a_server
 
 MOST_NODES = 512  # limit of --smallest without --nodes
@@ -51,11 +52,17 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """The bytes of the largest checkpoint: LoRA with its state, moments, and weights that the source lacks."""
-        request, dense, measured = self.request, self.request.shape, self.request.measured(self.request.shape)
-        weights = full_bytes(request.stored(dense)) if measured else 0
-        moments = sum(moment_bytes(dense, measured, request.world_size))
-        return 12 * sum(dense.lora_numel(request.config.lora.r)) + weights + moments
+        """The bytes of the largest checkpoint, which is the last before the first cut or the first after it."""
+        return max(self._checkpoint_bytes(self.request.shape), self._checkpoint_bytes(self.after))
+
+    def _checkpoint_bytes(self, shape: ModelShape) -> int:
+        """Counts LoRA with its state, half of the input moments, and the refitted linears."""
+        request, lora = self.request, 12 * sum(shape.lora_numel(self.request.config.lora.r))
+        measured = [linear for _, linear in request.measured(shape)]
+        pairs = zip(request.measured(request.shape), measured, strict=True)
+        refits = full_bytes(request.stored_as(*(left for (_, linear), left in pairs if left.shape != linear.shape)))
+        more_cuts = len(request.pruning.schedule.cut_steps) > (shape is not request.shape)
+        return lora + refits + more_cuts * sum(4 * numel_sent(linear.inputs) for linear in measured)
 
     @property
     def peak_stage(self) -> Stage:

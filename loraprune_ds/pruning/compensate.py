@@ -113,6 +113,12 @@ def measured_linears(shape: ModelShape, layers: Iterable[int] | None = None) -> 
     return [(i, linear) for i, linear in shape.linears(layers) if linear.loses_inputs]
 
 
+def refitted_linears(dense: ModelShape, shape: ModelShape, layer: int) -> list[str]:
+    """Lists the linears of a layer that refits have changed by now: all that have lost inputs."""
+    pairs = zip(measured_linears(dense, [layer]), measured_linears(shape, [layer]), strict=True)
+    return [left.linear for (_, linear), (_, left) in pairs if left.shape != linear.shape]
+
+
 class InputMoments(ForwardRecorder):
     """Keeps moving sums of x xᵀ over steps, (n, n) fp32, of the `layers` that may be cut.
 
@@ -151,18 +157,22 @@ class InputMoments(ForwardRecorder):
             linear = self._model.shape.linear(LinearId(layer, name))
             if linear.shrinks(keep[layer]):
                 kept = cut(linear, keep[layer])[1].to(self._model.device)
-                self.sums[LinearId(layer, name)] = moment.index_select(0, kept).index_select(1, kept)
+                half = take_half(moment.index_select(0, kept).index_select(1, kept))
+                self.sums[LinearId(layer, name)] = from_half(half, len(kept))
 
-    def of_layer(self, layer: int) -> dict[str, Tensor]:
-        """Returns one layer's sums by linear; empty if this rank does not own it or nothing was recorded."""
-        return {linear_id.name: value for linear_id, value in self.sums.items() if linear_id.layer == layer}
+    def halves(self, layer: int) -> dict[str, Tensor]:
+        """Returns half of one layer's sums by linear; empty if this rank does not own it or nothing was recorded."""
+        return {linear_id.name: take_half(value) for linear_id, value in self.sums.items() if linear_id.layer == layer}
 
     def restore(self, read: Callable[[int], dict[str, Tensor]], tokens: float) -> None:
-        """Restores a checkpoint. `read` returns the `of_layer` of the rank that owned the layer."""
+        """Restores a checkpoint. `read` returns the `halves` of the rank that owned the layer."""
         self.tokens = tokens
         for layer in range(len(self._model.layers)):
             if self._model.owner(layer) == self._model.rank:
-                self.sums |= {LinearId(layer, name): x.to(self._model.device) for name, x in read(layer).items()}
+                for name, half in read(layer).items():
+                    linear_id = LinearId(layer, name)
+                    n = self._model.shape.linear(linear_id).inputs
+                    self.sums[linear_id] = from_half(half.to(self._model.device), n)
 
     def clear(self) -> None:
         self.sums.clear()
@@ -224,6 +234,18 @@ def half_of_product(x: Tensor) -> Tensor:
     for rows, columns, tile in _views(half, x.shape[1]):
         torch.mm(x[:, rows].T, x[:, columns], out=tile)
     return half
+
+
+def take_half(total: Tensor) -> Tensor:
+    """Returns the tiles of a symmetric matrix, flat, like `half_of_product`."""
+    return torch.cat([total[tile].reshape(-1) for tile in _tiles(len(total))])
+
+
+def from_half(half: Tensor, n: int) -> Tensor:
+    """Returns the symmetric (n, n) matrix with this half."""
+    total = half.new_zeros(n, n)
+    add_half(total, half, 1.0)
+    return total
 
 
 def add_half(total: Tensor, half: Tensor, weight: float) -> None:

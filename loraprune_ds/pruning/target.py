@@ -4,13 +4,12 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loraprune_ds.config import PruneConfig
+from loraprune_ds.config import Amount, PruneConfig, read_amount
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.groups import EQUAL_LAYERS, LayerCounts
 from loraprune_ds.model.shape import ModelShape, cached_numel, state_numel
 from loraprune_ds.pruning.limits import Bounds, Budget, Limits, check_reachable, make_budget, make_limits, reachable
 from loraprune_ds.pruning.ranking import uniform_goal
-from loraprune_ds.units import Amount, read_amount
 
 BYTES = 2  # of a value in the KV cache, the embedding, the head, norms and biases
 

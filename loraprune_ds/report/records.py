@@ -1,4 +1,4 @@
-"""The events of a run as three kinds of records, and metrics.jsonl with a line for each.
+"""The events of a run as three kinds of records, metrics.jsonl with a line for each, and the names of results.
 
 Reports, pictures and curves are made from these records.
 """
@@ -6,10 +6,10 @@ Reports, pictures and curves are made from these records.
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from pydantic import BeforeValidator, TypeAdapter
 
@@ -17,6 +17,20 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import finite, write_text
 from loraprune_ds.units import format_bytes, format_duration, format_percent
 
+if TYPE_CHECKING:  # reading records needs neither torch nor DeepSpeed
+    from loraprune_ds.pruning.step import Cut
+    from loraprune_ds.zero.steps import PruningSteps
+
+REPORT_FILE = "report.json"
+METRICS_FILE = "metrics.jsonl"
+KEPT_GROUPS_FILE = "kept_groups.json"
+KEPT_GROUPS_PICTURE = "kept_groups.png"
+SHELF_PICTURE = "shelf.png"  # only with several sizes
+TRAINING_PICTURE = "training.png"
+EVALUATION_FILE = "evaluation.json"  # of `evaluate.after`, as `launch/evaluate.py --json` prints it
+ANSWERS_PAGE = "answers.html"
+MODEL_FOLDER = "model"
+TENSORBOARD_FOLDER = "tensorboard"
 Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]  # JSON has no NaN
 EvaluationName = Literal["dense", "after_last_cut", "pruned", "size", "step"]
 
@@ -57,6 +71,22 @@ class CutRecord:
     experts: list[int] = field(default_factory=list)
     delta: list[int] = field(default_factory=list)
     cross_heads: list[int] = field(default_factory=list)
+
+
+def record_cut(cut: "Cut", steps: "PruningSteps") -> CutRecord:
+    """Makes the record of the cut that `steps` has just made."""
+    dense, pruned = steps.pruner.limits.dense, steps.model.shape
+    return CutRecord(
+        step=cut.step,
+        target=cut.target,
+        reached=cut.reached,
+        removed_fraction=1 - pruned.total_numel() / dense.total_numel(),
+        seconds=cut.seconds,
+        bytes_sent=cut.bytes_sent,
+        weight_bytes_before=steps.weight_bytes_before,
+        weight_bytes_after=steps.weight_bytes,
+        **{kind: [layer[kind] for layer in pruned.counts] for kind in pruned.kinds},
+    )
 
 
 def cut_line(cut: CutRecord) -> str:
@@ -206,3 +236,19 @@ def _complete_lines(path: Path) -> str:
     """Reads the text up to its last newline. A killed process may have left half a line after it."""
     text = path.read_text(encoding="utf-8", errors="replace")
     return text[: text.rfind("\n") + 1]
+
+
+def export_folder(sizes: Mapping[int, str], step: int) -> str:
+    """Names the folder of the model that a run exports after a step. `sizes`: last step -> name."""
+    return MODEL_FOLDER if step == max(sizes) else f"{MODEL_FOLDER}-{sizes[step].replace(' ', '')}"
+
+
+def exported_sizes(folder: Path, sizes: Mapping[int, str]) -> dict[int, str]:
+    """Returns the sizes whose models are in a run's folder, and the last one, which is the run's own model."""
+    return {n: size for n, size in sizes.items() if n == max(sizes) or (folder / export_folder(sizes, n)).is_dir()}
+
+
+def describe_method(report: dict[str, Any]) -> str:
+    """Names criterion and ranking of the run that wrote this report.json."""
+    prune = report["config"]["prune"]
+    return f"{prune['criterion']}, {prune['ranking']}"

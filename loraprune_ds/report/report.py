@@ -14,21 +14,12 @@ from typing import Any
 
 import torch
 
-from loraprune_ds.checkpoint.layout import (
-    KEPT_GROUPS_FILE,
-    KEPT_GROUPS_PICTURE,
-    REPORT_FILE,
-    SHELF_PICTURE,
-    TRAINING_PICTURE,
-    export_folder,
-    exported_sizes,
-)
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.groups import LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape, cached_numel
+from loraprune_ds.report import records
 from loraprune_ds.report.pictures import draw_kept_groups, draw_shelf, draw_training
-from loraprune_ds.report.records import History, StepRecord
 
 KINDS = ("heads", "channels", "experts", "delta", "cross_heads")  # a cut record counts these per layer
 QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
@@ -42,7 +33,7 @@ class Outcome:
     """Describes a run after its training."""
 
     config: dict[str, Any]
-    history: History
+    history: records.History
     dense: ModelShape
     pruned: ModelShape
     kept_of_dense: list[LayerKeep]  # per layer, the kept groups as indices into the dense model
@@ -57,16 +48,16 @@ class Outcome:
 
 def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     """Writes report, kept groups and pictures, and returns the pictures."""
-    pictures = [folder / TRAINING_PICTURE, folder / KEPT_GROUPS_PICTURE]
+    pictures = [folder / records.TRAINING_PICTURE, folder / records.KEPT_GROUPS_PICTURE]
     write_kept_groups(folder, outcome.kept_of_dense, outcome.dense)
-    outcome = replace(outcome, sizes=exported_sizes(folder, outcome.sizes))
+    outcome = replace(outcome, sizes=records.exported_sizes(folder, outcome.sizes))
     report = make_report(outcome)
-    write_json(folder / REPORT_FILE, report)
+    write_json(folder / records.REPORT_FILE, report)
     fail_point("finish.reported")
     draw_training(pictures[0], outcome.history)
     draw_kept_groups(pictures[1], outcome.dense, outcome.kept_of_dense)
     if shelf := report["shelf"]:
-        pictures.append(folder / SHELF_PICTURE)
+        pictures.append(folder / records.SHELF_PICTURE)
         draw_shelf(pictures[-1], shelf, report["perplexity"]["dense"])
     return pictures
 
@@ -110,7 +101,7 @@ def make_report(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[dict[str, Any]]:
+def _shelf(dense: ModelShape, history: records.History, sizes: dict[int, str]) -> list[dict[str, Any]]:
     """Returns a row per size, in order. KV bytes are per token, in 16 bits."""
     rows = list[dict[str, Any]]()
     for step, size in sizes.items():
@@ -124,7 +115,7 @@ def _shelf(dense: ModelShape, history: History, sizes: dict[int, str]) -> list[d
         rows.append(
             {
                 "size": size,
-                "folder": export_folder(sizes, step),
+                "folder": records.export_folder(sizes, step),
                 "step": step,
                 "tokens": sum(s.tokens for s in history.steps if s.step <= step),
                 "parameters": shape.total_numel(),
@@ -148,7 +139,7 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     }
 
 
-def _seconds_per_step(steps: Sequence[StepRecord], resumed_from: Sequence[int]) -> float | None:
+def _seconds_per_step(steps: Sequence[records.StepRecord], resumed_from: Sequence[int]) -> float | None:
     """Returns the median, excluding skipped steps and the first step of every process."""
     warm_up = {1, *(step + 1 for step in resumed_from)}
     times = [s.seconds for s in steps if s.step not in warm_up and not s.skipped]
@@ -165,7 +156,7 @@ def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: M
         for keep, layer in zip(kept_of_dense, dense.counts, strict=True)
     ]
     lines = ",\n".join(json.dumps(layer, sort_keys=True) for layer in layers)
-    write_text(folder / KEPT_GROUPS_FILE, f'{{"layers": [\n{lines}\n]}}\n')
+    write_text(folder / records.KEPT_GROUPS_FILE, f'{{"layers": [\n{lines}\n]}}\n')
 
 
 def versions() -> dict[str, str | None]:

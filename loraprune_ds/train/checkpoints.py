@@ -1,26 +1,21 @@
 """Saves and resumes a run. Connects the checkpoint format with the trainer."""
 
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
+from loraprune_ds.agreement import LocalWrites
 from loraprune_ds.checkpoint.layout import (
     CHECKPOINTS_FOLDER,
     STATE_FILE,
+    ResumeState,
     RunState,
     RunTotals,
-    ShapeSource,
     newest_state,
+    read_resume_state,
     recorded_config,
 )
-from loraprune_ds.checkpoint.load import (
-    TrainingCheckpoint,
-    find_newest,
-    keep_to_lists,
-    open_training_checkpoint,
-    source_digest,
-)
-from loraprune_ds.checkpoint.save import drop_old, save_shape, save_step
+from loraprune_ds.checkpoint.load import TrainingCheckpoint, find_newest, keep_to_lists, open_checkpoint
+from loraprune_ds.checkpoint.save import drop_old, save_step
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import differences
 from loraprune_ds.errors import UserError, require
@@ -29,10 +24,9 @@ from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import device_name, peak_bytes
 from loraprune_ds.zero.engine import TrainingEngine, build_training_engine
 from loraprune_ds.zero.lora_state import adam_step, restore_lora_state
-from loraprune_ds.zero.sharded import ShardedModel
-from loraprune_ds.zero.write import LocalWrites
 
 
 def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str]) -> TrainingCheckpoint | None:
@@ -43,7 +37,7 @@ def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str
     config, path = output.config, output.resume_path
     # A step's folder, even if it lost its state. A run may have any name, even step-1.
     if path is not None and ((path / STATE_FILE).is_file() or path.parent.name == CHECKPOINTS_FOLDER):
-        checkpoint = open_training_checkpoint(path, comm)
+        checkpoint = open_checkpoint(path, comm, resume=True)
     else:
         root = path or output.path
         root = root if root.resolve().name == CHECKPOINTS_FOLDER else root / CHECKPOINTS_FOLDER
@@ -84,62 +78,38 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     engine = build_training_engine(frozen, prepared.ds_config, prepared.pruning.schedule.cycles(), config)
     if checkpoint is None:
         return engine
-    state = checkpoint.state
-    restore_lora_state(engine.model, checkpoint.read_flat, state.adam_step)
-    engine.restore_counters(state.step, state.schedule, state.loss_scale)
+    counters = read_resume_state(checkpoint.folder)
+    restore_lora_state(engine.model, checkpoint.read_flat, counters.adam_step)
+    engine.restore_counters(checkpoint.state.step, counters.schedule, counters.loss_scale)
     return engine
 
 
-class Checkpoints:
-    """Writes the checkpoints of one run."""
-
-    def __init__(self, context: RunContext, pruner: Pruner) -> None:
-        self.config, self.prepared, self.pruner = context.config, context.prepared, pruner
-        self.root, checkpoint = context.folder / CHECKPOINTS_FOLDER, context.checkpoint
-        self._resumed_from = context.resumed_from
-        self._cuts = self.prepared.pruning.schedule.cut_steps
-        # The newest shape folder of this run's steps. A resume from an older step leaves newer folders in `root`.
-        self._published: ShapeSource | None = None
-        if checkpoint and checkpoint.folder.parent.resolve() == self.root.resolve():
-            self._published = None if checkpoint.state.shape.is_source else checkpoint.state.shape
-
-    def save(self, engine: TrainingEngine, step: int, totals: RunTotals) -> None:
-        """Publishes `step-{step}` and, if a refit changed them, the frozen weights. Collective."""
-        pruner, compensator = self.pruner.state(), self.pruner.compensator
-        schedule, loss_scale = engine.counters()
-        cuts = sum(cut <= step for cut in self._cuts)
-        state = RunState(
-            step=step,
-            totals=totals,
-            adam_step=adam_step(engine.model),
-            schedule=schedule,
-            loss_scale=loss_scale,
-            kept=keep_to_lists(pruner.kept_of_dense, engine.model.shape.kinds),
-            updates_since_cut=pruner.updates_since_cut,
-            moment_tokens=pruner.moment_tokens,
-            cuts=cuts,
-            shape=self._shape(engine.model, cuts),
-            resumed_from=self._resumed_from,
-            data=self.prepared.data,
-            asked=self.prepared.pruning.schedule.section(step).ratio,
-            config=self.config.to_dict(),
-        )
-        save_step(engine.model, self.root, state, pruner, compensator and compensator.moments)
-
-    def drop_old(self, comm: Communicator, step: int) -> None:
-        """Removes files that no later start needs, once `step-{step}` is published. Collective."""
-        keep_last = self.config.checkpoint.keep_last
-        LocalWrites(comm, self.root).do_on_rank_0(lambda: drop_old(self.root, step, keep_last))
-
-    @cached_property
-    def _source(self) -> ShapeSource:
-        dense = self.prepared.pretrained
-        return ShapeSource(str(dense.folder.resolve()), source_digest(dense), is_source=True)
-
-    def _shape(self, model: ShardedModel, cuts: int) -> ShapeSource:
-        """Returns the place of the frozen weights, and writes them if no folder has them yet. Collective."""
-        if cuts == 0 or self.config.prune.compensate == "none":  # slices of the dense model
-            return self._source
-        if self._published is None or self._published.folder != f"shape-{cuts}":
-            self._published = save_shape(model, self.root, cuts, self.config.model.dtype)
-        return self._published
+def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner, step: int, totals: RunTotals) -> None:
+    """Publishes `step-{step}`, then removes files that no later start needs. Collective."""
+    root, config, prepared = context.folder / CHECKPOINTS_FOLDER, context.config, context.prepared
+    model, saved, (schedule, loss_scale) = engine.model, pruner.state(), engine.counters()
+    state = RunState(
+        step=step,
+        totals=totals,
+        kept=keep_to_lists(saved.kept_of_dense, model.shape.kinds),
+        source=str(prepared.pretrained.folder.resolve()),
+        config=config.to_dict(),
+        data=prepared.data,
+        asked=prepared.pruning.schedule.section(step).ratio,
+        resumed_from=context.resumed_from,
+        accelerator=device_name(),
+        peak_bytes=model.comm.gather_objects(peak_bytes()),
+    )
+    resume = ResumeState(
+        adam_step=adam_step(model),
+        schedule=schedule,
+        loss_scale=loss_scale,
+        updates_since_cut=saved.updates_since_cut,
+        moment_tokens=saved.moment_tokens,
+    )
+    context.check_owner()
+    context.recorder.flush()  # a checkpoint must not outlive the records of the steps before it
+    save_step(model, root, state, resume, pruner)
+    context.check_owner()
+    keep_last, sizes = config.checkpoint.keep_last, prepared.pruning.schedule.ends()
+    LocalWrites(model.comm, root).do_on_rank_0(lambda: drop_old(root, step, keep_last, sizes))

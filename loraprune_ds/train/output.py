@@ -7,18 +7,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 
+from loraprune_ds.agreement import Ranks
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, differences, merge
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import remove_leftovers, write_text
-
-if TYPE_CHECKING:  # a start with a bad config must not wait for DeepSpeed's imports
-    from loraprune_ds.zero.comm import Communicator
 
 CONFIG_FILE = "config.yaml"
 # Settings that may differ in the same run: how it is shown and measured, and where.
@@ -131,7 +129,7 @@ class OutputFolder:
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be written: {error.strerror}") from None
 
-    def check_shared(self, comm: "Communicator") -> None:
+    def check_shared(self, comm: Ranks) -> None:
         """Checks that all ranks see the folder that rank 0 made. The error names a rank that does not. Collective."""
         token = self.path / f".shared-{comm.draw_mark()}"
         unseen = f"output_dir {self.path} is not the folder of rank 0; it must be on a shared file system"

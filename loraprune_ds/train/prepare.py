@@ -1,21 +1,24 @@
 """Prepares a run, and finds every error in its input before any long work."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from loraprune_ds.checkpoint.layout import RunData
+from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import require
-from loraprune_ds.evaluate.perplexity import Labelled, split_batches
-from loraprune_ds.evaluate.settings import PerplexityProtocol
 from loraprune_ds.export.model_card import model_name
 from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.classes import check_flash_attention, config_object, describe_attention
 from loraprune_ds.model.exported_config import NEXT_TOKENS
 from loraprune_ds.model.frozen import describe_dtype
 from loraprune_ds.model.hub import locate_model
+from loraprune_ds.model.perplexity import Labelled, split_batches
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.text_part import MTP, check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
@@ -23,7 +26,6 @@ from loraprune_ds.model.tokenizer import load_tokenizer, text_starts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.report.reporters import check_installed
-from loraprune_ds.train.after import check_after, check_prompts
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import SampleOrder, Samples
 from loraprune_ds.train.data.sources import at_commits, resolve_commits
@@ -32,6 +34,9 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import check_dtype, device_name
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.private import check_private_attributes
+
+# Checks a tokenizer with the positions and the vocabulary of its model.
+CheckTokenizer = Callable[[RunConfig, PreTrainedTokenizerBase, int | None, int], None] | None
 
 
 @dataclass(frozen=True)
@@ -53,24 +58,30 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig, comm: Communicator, commits: dict[str, str] | None = None, *, is_first_on_node: bool
+    config: RunConfig,
+    comm: Communicator,
+    commits: dict[str, str] | None = None,
+    *,
+    is_first_on_node: bool,
+    check_tokenizer: CheckTokenizer = None,
 ) -> Prepared:
     """Checks the whole input on every rank. All ranks raise the same UserError. Collective.
 
     Args:
         commits: of data sets of the hub that a resumed run began with. None: the newest ones.
+        check_tokenizer: a further check, before the data is read.
     """
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
-    comm.on_rank_0(lambda: check_after(config))  # the rank that will measure
     # From rank 0, since the hub may change from rank to rank.
     found = comm.gather_objects(comm.on_rank_0(lambda: commits or resolve_commits(config.data)))[0]
-    own = partial(_prepare, config, found or {}, comm.world_size, comm.ranks_per_node())
+    own = partial(_prepare, config, found or {}, comm.world_size, comm.ranks_per_node(), check_tokenizer)
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
         first = waiting.all_or_raise(lambda: own() if is_first_on_node else None)
         prepared = waiting.all_or_raise(lambda: first or own())
     rank = comm.differing_rank(prepared.data)
-    require(rank is None, f"rank {rank} reads other training data than rank 0; data.path must be the same everywhere")
+    same = "model.path and data.path must be the same everywhere"
+    require(rank is None, f"rank {rank} reads another model or other training data than rank 0; {same}")
     return prepared
 
 
@@ -83,7 +94,9 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
     check_installed(config.logging.report_to or ())
 
 
-def _prepare(config: RunConfig, commits: dict[str, str], world_size: int, ranks_per_node: int) -> Prepared:
+def _prepare(
+    config: RunConfig, commits: dict[str, str], world_size: int, ranks_per_node: int, check_tokenizer: CheckTokenizer
+) -> Prepared:
     model, train = config.model, config.train
     pretrained = open_for_pruning(locate_model(model), model, packing=config.data.packing)
     shape = pretrained.shape
@@ -100,7 +113,8 @@ def _prepare(config: RunConfig, commits: dict[str, str], world_size: int, ranks_
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)
     positions, vocab_size = pretrained.config.get("max_position_embeddings"), shape.vocab_size
-    check_prompts(config.evaluate.after, tokenizer, model.path, positions, vocab_size)
+    if check_tokenizer:
+        check_tokenizer(config, tokenizer, positions, vocab_size)
     starts = text_starts(tokenizer, shape.family, pretrained.config)
     global_batch_size = train.global_batch_size
     data = at_commits(config.data, commits)
@@ -110,9 +124,9 @@ def _prepare(config: RunConfig, commits: dict[str, str], world_size: int, ranks_
     pruning_steps = train.steps or steps_for_epochs(train.epochs or 1, loaded.epoch_length, global_batch_size)
     pruning = plan_pruning(prune, limits, sizes, pruning_steps, config.recovery)
     train.check_warmup(pruning.schedule.cycles()[0])
-    protocol = PerplexityProtocol(config.evaluate.window, config.evaluate.max_windows)
     size = config.evaluate.batch_size
-    held_out = split_batches(loaded.held_out, tokenizer, protocol, starts, size, vocab_size)
+    held_out = split_batches(loaded.held_out, tokenizer, config.evaluate, starts, size, vocab_size)
+    digests = loaded.samples.digest(), loaded.held_out_digest(), source_digest(pretrained.folder)
     return Prepared(
         config=config,
         pretrained=pretrained,
@@ -121,7 +135,7 @@ def _prepare(config: RunConfig, commits: dict[str, str], world_size: int, ranks_
         held_out=held_out,
         pruning=pruning,
         ds_config=ds_config,
-        data=RunData(pruning.steps, loaded.samples.digest(), loaded.held_out_digest(), commits),
+        data=RunData(pruning.steps, *digests, commits),
     )
 
 
@@ -150,7 +164,7 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
     ]
     if ends := pruning.schedule.ends():
         sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
-        lines.append(f"exports each size on the way: {sizes}")
+        lines.append(f"keeps a checkpoint of each size, and exports all at the end: {sizes}")
     if attention := describe_attention(config.model.attn_implementation, dense.family):
         lines.append(attention)
     changed = dense.family.changed_in_memory(config_object(prepared.pretrained.config))

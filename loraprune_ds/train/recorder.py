@@ -12,7 +12,6 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import LoggingConfig
 from loraprune_ds.files import write_text
@@ -143,14 +142,14 @@ class RunRecorder(records.Recorder):
         super().__init__(records.History(), [])
         if not active:
             return
-        metrics = records.MetricsLog(folder / layout.METRICS_FILE)
+        metrics = records.MetricsLog(folder / records.METRICS_FILE)
         first = checkpoint and checkpoint.state.step
         metrics.truncate_to(first or 0)  # a killed run may have written later steps
         self.history = records.read_history(metrics.path)
         self.sinks.append(metrics)
         report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
         if "tensorboard" in report_to:
-            self.sinks.append(TensorBoardLog(folder / layout.TENSORBOARD_FOLDER, first))
+            self.sinks.append(TensorBoardLog(folder / records.TENSORBOARD_FOLDER, first))
         self.sinks.append(ProgressDisplay(steps, first=first or 0))
         services = [name for name in SERVICES if name in report_to]
         self.sinks += [ReportedRun(name, folder, settings, self.show) for name in services]
@@ -170,7 +169,7 @@ class RunRecorder(records.Recorder):
 
 def take_over_metrics(checkpoint: TrainingCheckpoint, folder: Path) -> None:
     """Checks the records of the steps before a checkpoint, and copies them if the run resumes in another folder."""
-    earlier, own = checkpoint.folder.parents[1] / layout.METRICS_FILE, folder / layout.METRICS_FILE
+    earlier, own = checkpoint.folder.parents[1] / records.METRICS_FILE, folder / records.METRICS_FILE
     records.read_history(earlier, checkpoint.state.step)
     if earlier.resolve() != own.resolve():
         write_text(own, earlier.read_text(encoding="utf-8", errors="replace"))

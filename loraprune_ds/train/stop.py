@@ -11,12 +11,11 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
-if TYPE_CHECKING:  # a start finds its launchers before the slow imports
-    from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.agreement import Ranks
 
 NOTHING, SAVE, STOP = 0, 1, 2
 STOP_FILE = "STOP"
@@ -57,7 +56,7 @@ class RequestListener:
         files = ((STOP, STOP_FILE), (SAVE, SAVE_FILE)) if self._watches_files else ()
         return next((request for request, name in files if (self._folder / name).exists()), NOTHING)
 
-    def agree(self, comm: "Communicator") -> int:
+    def agree(self, comm: Ranks) -> int:
         """Returns the largest request of all ranks. Collective."""
         return max(comm.gather_objects(self.current()))
 

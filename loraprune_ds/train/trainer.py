@@ -14,12 +14,12 @@ from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shape import needed_flops_per_token
 from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.report.records import CutRecord, StepRecord
+from loraprune_ds.report.records import CutRecord, StepRecord, record_cut
 from loraprune_ds.train.data.samples import BatchOrder, Samples, rank_micro_batches, seed_dropout
-from loraprune_ds.train.pruning_steps import PruningSteps
 from loraprune_ds.train.stop import NOTHING
 from loraprune_ds.zero.device import device_name, is_cpu, peak_flops, to_device
 from loraprune_ds.zero.engine import TrainingEngine, build_inference_engine, release
+from loraprune_ds.zero.steps import PruningSteps
 
 
 class Teacher:
@@ -102,7 +102,8 @@ class Trainer:
 
     def cut(self, step: int) -> CutRecord | None:
         """Cuts the model if the schedule says so."""
-        return self.pruning_steps.cut(step)
+        cut = self.pruning_steps.cut(step)
+        return cut and record_cut(cut, self.pruning_steps)
 
     def _accumulate(self, step: int, batch: Tensor, supervised: int) -> Tensor:
         """Makes the passes of this rank's micro-batches. Returns its part of the sum of token losses, in fp64."""

@@ -34,17 +34,22 @@ def collect_named(named: dict[str, nn.Parameter], owner: int, comm: Communicator
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
+def collect_stored(module: LoraLinear, owner: int, comm: Communicator) -> dict[str, Tensor]:
+    """Gathers the frozen weight of a linear on rank `owner`, in its storage format. Empty elsewhere. Collective."""
+    base = cast(nn.Linear, module.base_layer)
+    return collect_named({name: getattr(base, name) for name in storage_format(base).tensors}, owner, comm)
+
+
 def collect_linear(module: LoraLinear, owner: int, comm: Communicator) -> CollectedLinear | None:
     """Gathers one linear of a decoder layer on rank `owner`. Returns None elsewhere. Collective."""
     base, (a, b) = cast(nn.Linear, module.base_layer), lora_weights(module)
-    stored_as = storage_format(base)
-    stored = collect_named({name: getattr(base, name) for name in stored_as.tensors}, owner, comm)
+    stored = collect_stored(module, owner, comm)
     bias = None if base.bias is None else collect_tensor(base.bias, owner, comm)
     masters = [collect_tensor(p, owner, comm, safe_get_local_fp32_param(p)) for p in (a, b)]
     if comm.rank != owner:
         return None
     master_a, master_b = cast(list[Tensor], masters)
-    return CollectedLinear(stored, bias, master_a, master_b, module.scaling[ADAPTER], stored_as)
+    return CollectedLinear(stored, bias, master_a, master_b, module.scaling[ADAPTER], storage_format(base))
 
 
 @torch.no_grad()

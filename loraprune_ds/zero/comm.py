@@ -2,24 +2,23 @@
 
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
-from uuid import uuid4
 
 import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.agreement import Ranks
 from loraprune_ds.zero.device import current_device
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 
 
-class Communicator:
+class Communicator(Ranks):
     """Runs collectives over the ranks that share the model's weights. Counts the bytes that this rank sends."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -30,7 +29,6 @@ class Communicator:
         self.bytes_sent = 0
 
     def all_gather(self, local: Tensor) -> Tensor:
-        """Gathers (n,) from every rank. Returns (world_size, n)."""
         if self.world_size == 1:
             return local[None]
         gathered = torch.empty(self.world_size * local.numel(), dtype=local.dtype, device=local.device)
@@ -39,7 +37,6 @@ class Communicator:
         return gathered.view(self.world_size, -1)
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sums over ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values, group=self.group)
             self._count(values.numel(), values.element_size())
@@ -84,49 +81,13 @@ class Communicator:
         self._count(len(shard) * (self.world_size - 1) if parts else 0, shard.element_size())
 
     def gather_objects(self, value: T) -> list[T]:
-        """Gathers a small picklable value from every rank, in rank order."""
         values: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value, group=self.group)
         return values
 
-    def differing_rank(self, value: object) -> int | None:
-        """Returns the first rank whose value differs from rank 0's. None if all ranks have the same. Collective."""
-        values = self.gather_objects(value)
-        return next((rank for rank, other in enumerate(values) if other != values[0]), None)
-
-    def draw_mark(self) -> str:
-        """Returns eight random hexadecimal digits, the same on all ranks. Collective."""
-        return self.gather_objects(uuid4().hex[:8])[0]
-
     def ranks_per_node(self) -> int:
         """Counts the ranks on the node with the most ranks. Collective."""
         return max(Counter(self.gather_objects(socket.gethostname())).values())
-
-    def all_or_raise(self, action: Callable[[], T]) -> T:
-        """Runs `action` on every rank. If it fails on some, all raise the error of the lowest of these.
-
-        Ranks agree on an error by this call. Otherwise a rank with bad input would leave, and the others would wait for
-        it in the next collective.
-
-        Raises:
-            UserError: raised by `action`, or in place of its OSError. The error of another rank names that rank.
-        """
-        result, error = None, None
-        try:
-            result = action()
-        except UserError as caught:
-            error = caught
-        except OSError as caught:
-            error = UserError(one_line(caught))
-        failed = [(rank, e) for rank, e in enumerate(self.gather_objects(error)) if e is not None]
-        if failed:
-            rank, first = failed[0]
-            raise first if rank == 0 else type(first)(f"rank {rank}: {first}")
-        return cast(T, result)
-
-    def on_rank_0(self, action: Callable[[], T]) -> T | None:
-        """Runs `action` on rank 0 alone and waits for it. Returns None elsewhere. Raises like `all_or_raise`."""
-        return self.all_or_raise(lambda: action() if self.rank == 0 else None)
 
     @contextmanager
     def patient(self) -> Iterator["Communicator"]:

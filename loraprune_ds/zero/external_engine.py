@@ -13,12 +13,13 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.pretrained import ModelWeights
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
 from loraprune_ds.zero.device import settle_shards
 from loraprune_ds.zero.flat import owned_range
-from loraprune_ds.zero.params import ReadFlat, overwrite_shard, pad
+from loraprune_ds.zero.params import overwrite_shard, pad
 from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
 
@@ -89,17 +90,17 @@ def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKee
 
 
 @torch.no_grad()
-def overwrite_linears(module: nn.Module, shape: ModelShape, read_flat: ReadFlat) -> None:
-    """Reads the frozen weights of all decoder layers' linears again, before an engine wraps the PEFT model."""
-    comm = Communicator()
-    for i, (layer, spec) in enumerate(zip(decoder_layers(module), shape.layers, strict=True)):
-        for linear in spec.linears:
-            parameter: Any = base_parameter(layer, linear.name)
-            full_name = f"{shape.prefix(i)}{linear.name}"
-            if hasattr(parameter, "ds_tensor"):
-                start, end = owned_range(parameter.ds_numel, comm.world_size, comm.rank)
-                flat = read_flat(full_name, start, end, parameter.dtype)
-                overwrite_shard(parameter, pad(flat, parameter.ds_numel, comm.world_size))
-            else:
-                flat = read_flat(full_name, 0, parameter.numel(), parameter.dtype)
-                parameter.copy_(flat.view_as(parameter))
+def overwrite_weights(module: nn.Module, weights: ModelWeights) -> None:
+    """Reads those linears again that `weights` has, before an engine wraps the PEFT model."""
+    comm, layers = Communicator(), decoder_layers(module)
+    for i, linear in weights.shape.linears():
+        name = f"{weights.shape.prefix(i)}{linear.name}"
+        if name not in weights.files:
+            continue
+        parameter: Any = base_parameter(layers[i], linear.name)
+        if hasattr(parameter, "ds_tensor"):
+            start, end = owned_range(parameter.ds_numel, comm.world_size, comm.rank)
+            flat = weights.read_flat(name, start, end, parameter.dtype)
+            overwrite_shard(parameter, pad(flat, parameter.ds_numel, comm.world_size))
+        else:
+            parameter.copy_(weights.read_full(name, parameter.dtype))

@@ -1,4 +1,4 @@
-"""LoRA's fp32 masters and Adam moments in a checkpoint, which is independent of the number of ranks."""
+"""LoRA's fp32 masters and Adam moments in a step, which is independent of the number of ranks."""
 
 from collections.abc import Callable
 
@@ -11,19 +11,23 @@ from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import overwrite_shard, pad
 from loraprune_ds.zero.sharded import ShardedModel
 
-# (layer, tensor name, start, end) -> flat fp32 elements [start, end)
-ReadState = Callable[[int, str, int, int], Tensor]
+# (layer, "{linear}.lora_A", key of the state, start, end) -> flat fp32 elements [start, end)
+ReadState = Callable[[int, str, str, int, int], Tensor]
 
 
-def collect_lora_state(model: ShardedModel, layer: int) -> dict[str, Tensor]:
-    """Gathers a layer's state on its owner, as "{linear}.lora_A.master". Empty elsewhere. Collective."""
-    state, tensors = model.optimizer_state, dict[str, Tensor]()
+def collect_lora_state(model: ShardedModel, layer: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gathers a layer's state on its owner: masters by "{linear}.lora_A", moments by "{linear}.lora_A.exp_avg".
+
+    Both are empty elsewhere. Collective.
+    """
+    state, masters, moments = model.optimizer_state, dict[str, Tensor](), dict[str, Tensor]()
     for name, parameter in model.lora_parameters(layer).items():
         for key in state.keys():
             tensor = collect_tensor(parameter, model.owner(layer), model.comm, state.shard(parameter, key))
             if tensor is not None:
-                tensors[f"{name}.{key}"] = tensor
-    return tensors
+                to, own = (masters, name) if key == "master" else (moments, f"{name}.{key}")
+                to[own] = tensor
+    return masters, moments
 
 
 @torch.no_grad()
@@ -37,7 +41,7 @@ def restore_lora_state(model: ShardedModel, read: ReadState, adam_step: int) -> 
             numel: int = parameter.ds_numel  # type: ignore[attr-defined]
             start, end = owned_range(numel, model.world_size, model.rank)
             for key in state.keys():
-                shard = pad(read(layer, f"{name}.{key}", start, end).to(model.device), numel, model.world_size)
+                shard = pad(read(layer, name, key, start, end).to(model.device), numel, model.world_size)
                 state.shard(parameter, key).copy_(shard)
                 if key == "master":
                     overwrite_shard(parameter, shard)

@@ -69,8 +69,10 @@ class Suite:
 
     def newest_good(self, out: Path) -> int | None:
         for step in reversed(layout.numbered(out / "checkpoints", "step")):
+            folder = layout.step_folder(out / "checkpoints", step)
             try:
-                layout.verify(layout.step_folder(out / "checkpoints", step))
+                layout.verify(folder)
+                layout.verify(folder / layout.RESUME_FOLDER)
             except UserError:
                 continue
             return step

@@ -87,6 +87,7 @@ class Fault:
 
     name: str
     point: str | None = None
+    again: str | None = None  # strikes the run that goes on, too
     strike: Strike | None = None
     after: Strike | None = None  # before it is taken up again
     disk: bool = False
@@ -150,7 +151,7 @@ def supersede(job: Job) -> None:
 def damage_newest(damage: Spoil) -> Strike:
     def strike(job: Job) -> None:
         root = job.out / "checkpoints"
-        damage(layout.step_folder(root, layout.numbered(root, "step")[-1]) / layout.layer_file(1))
+        damage(layout.step_folder(root, layout.numbered(root, "step")[-1]) / layout.layer_file("lora", 1))
 
     return strike
 
@@ -178,9 +179,9 @@ def fault_table(random_moments: int) -> list[Fault]:
     callback += [("save, pruning/ written", "save.pruning_written@3:1")]
     shelf = [
         ("a layer freed, the optimizer not rebuilt", "cut.layer@1:1"),
-        ("a size, before its folder has its name", "size.before_rename@1:0"),
-        ("a size, after its folder has its name", "size.after_rename@1:0"),
-        ("a size exported, the next forward", "forward@31:1"),
+        ("the step of a size saved, the next forward", "forward@31:1"),
+        ("export of a size, before its folder has its name", "export.before_rename@1:0"),
+        ("export of a size, after its folder has its name", "export.after_rename@1:0"),
         ("finish, before model/ has its name", "finish.before_rename@1:0"),
     ]
     others = [*killed_at(shelf, suite="shelf"), *killed_at(callback, suite="callback")]
@@ -199,10 +200,10 @@ def lever_faults(random_moments: int) -> list[Fault]:
         ("cut, agreed on", "cut.agreed@2:0"),
         ("cut, refitted and not yet shrunk", "cut.compensated@2:1"),
         ("cut, between layers", "cut.layer@5:1"),
-        ("save, a shape written", "save.shape_written@2:1"),
-        ("save, before a shape's rename", "save.shape_before_rename@2:0"),
-        ("save, after a shape's rename", "save.shape_after_rename@2:0"),
+        ("save, a layer with its refits written", "save.layer@5:1"),
         ("save, a step written", "save.step_written@2:1"),
+        ("save, before a step's rename", "save.step_before_rename@2:0"),
+        ("save, after a step's rename", "save.step_after_rename@2:0"),
         ("recovery, forward", "forward@28:0"),
         ("finish, before model/ has its name", "finish.before_rename@1:0"),
     ]
@@ -225,10 +226,14 @@ def plain_faults(random_moments: int) -> list[Fault]:
         ("save, after a step's rename", "save.step_after_rename@2:0"),
         ("save, an old folder renamed and not yet removed", "save.remove_renamed@1:0"),
         ("save, an old step removed", "save.dropped@1:0"),
+        ("export, before its folder has its name", "export.before_rename@1:0"),
+        ("export, after its folder has its name", "export.after_rename@1:0"),
+        ("finish, the report written", "finish.reported@1:0"),
         ("finish, before model/ has its name", "finish.before_rename@1:0"),
         ("finish, after model/ has its name", "finish.after_rename@1:0"),
-        ("finish, the report written", "finish.reported@1:0"),
     ]
+    twice = [("export, twice", "export.before_rename", "export.after_rename")]
+    twice += [("export, then finish", "export.after_rename", "finish.before_rename")]
     terms = [("forward", "forward@14:1"), ("backward", "backward@15:0"), ("scoring", "scoring@8:1")]
     terms += [("cut", "cut.layer@5:1"), ("save", "save.layer@5:1")]
     failed, fills, late = Fault("", expected_codes=(1,)), at_step(4, fill_disk), at_step(6, touch_stop)
@@ -241,6 +246,7 @@ def plain_faults(random_moments: int) -> list[Fault]:
     struck += [("one rank", "--local_rank=0", signal.SIGTERM)]
     return [
         *killed_at(kills, "plain", (1, 247, 0)),
+        *(Fault(f"SIGKILL: {name}", f"{first}@1:0:9", f"{then}@1:0:9") for name, first, then in twice),
         *(Fault(f"SIGTERM: {name}", f"{point}:15", expected_codes=(85,), line=STOPPED) for name, point in terms),
         asked_too_late,
         Fault("stop file", strike=at_step(4, touch_stop), expected_codes=(85,), line=STOPPED),

@@ -64,6 +64,10 @@ def carry_out(fault: Fault, suite: Suite) -> Row:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(out.parent)], check=True)
     try:
         _strike(fault, row, folder, out, suite)
+        if fault.again is not None:
+            job = start(folder, out, [*suite.command(out), "--resume", "auto"], fault.again)
+            job.seconds_until_gone()
+            row.hit &= f"fail-point {fault.again.split(':')[0]}:" in job.text()
         _resume(row, folder, out, suite)
     except (TimeoutError, StopIteration, OSError, UserError, AssertionError) as error:
         row.problem = f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"

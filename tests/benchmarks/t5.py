@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from loraprune_ds.evaluate.models import Writer, open_result
-from loraprune_ds.evaluate.perplexity import label_answers
 from loraprune_ds.files import read_json, write_json, write_text
+from loraprune_ds.model.perplexity import label_answers
 from loraprune_ds.model.token_loss import split_rows
 from loraprune_ds.model.tokenizer import tokenize_pairs
 from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin, run_quickstart, train_for

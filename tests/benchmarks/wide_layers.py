@@ -24,7 +24,7 @@ from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.groups import Kind
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.weight_files import write_index, write_weight_file
+from loraprune_ds.model.weight_files import write_weight_file
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request, changed
 from loraprune_ds.plan.stages import split_state
@@ -56,13 +56,11 @@ def write_random_weights(folder: Path) -> None:
     """Writes one file per tensor. Random numbers are drawn once and repeated. No row divides the period."""
     period = torch.randn((1 << 24) - 3, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     shapes = shape_from_config(read_json(folder / "config.json"), str(folder)).parameters()
-    entries = []
     for i, (tensor_name, shape) in enumerate(shapes.items()):
         numel = torch.Size(shape).numel()
         tensor = period.roll(7919 * i).repeat(-(-numel // len(period)))[:numel].view(shape)
         tensor = torch.ones(shape, dtype=torch.bfloat16) if "norm" in tensor_name else tensor
-        entries.append(write_weight_file(folder, i, len(shapes), {tensor_name: tensor}))
-    write_index(folder, entries)
+        write_weight_file(folder / f"{i:05d}.safetensors", {tensor_name: tensor})
 
 
 def write_ds_config(path: Path, shape: ModelShape) -> None:

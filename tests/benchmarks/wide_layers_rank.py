@@ -6,16 +6,17 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.save import save_shape
+from loraprune_ds.checkpoint.step import Step
 from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.export.huggingface import write_model
+from loraprune_ds.export.model_card import card_of_step
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.schedule import Section
 from loraprune_ds.train.data.samples import Samples
@@ -24,10 +25,9 @@ from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine, quiet_deepspeed, start_ranks, stop_ranks
-from loraprune_ds.zero.write import merged_tensors, write_sharded_model
 from tests.benchmarks.memory import Peak, tell
 from tests.benchmarks.running import make_parser
-from tests.numerics.driver import Consecutive, assemble
+from tests.numerics.driver import Consecutive, assemble, save
 from tests.paper import PAPER
 
 STEPS, WINDOW = 3, 16
@@ -119,15 +119,10 @@ def train_and_export(
     trainer = phases.measure("load", lambda: assemble(*given, FixedSection))
     model = trainer.model
     losses = train(trainer, phases)
-    described = export_config(pretrained.config, model.shape, "bfloat16").config
-    phases.measure("checkpoint", lambda: save_shape(model, folder / "saved", len(CUTS), "bfloat16"))
+    step: Step = phases.measure("checkpoint", lambda: save(trainer, config, folder / "saved"))
     exported = folder / "exported"
-    if comm.rank == 0:
-        exported.mkdir()
-        (exported / "config.json").write_text(json.dumps(described))
-    comm.barrier()
-    merged = partial(merged_tensors, dtype="bfloat16")
-    phases.measure("export", lambda: write_sharded_model(model, exported, "bfloat16", merged))
+    comm.on_rank_0(exported.mkdir)
+    phases.measure("export", lambda: write_model(step, exported, card_of_step(step), comm))
     trained = evaluate(trainer.engine.deepspeed, ids)
     layers = [dict(layer) for layer in model.shape.counts]
     return {"losses": losses, "loss_trained": trained, "layers_at_the_end": layers}

@@ -1,6 +1,7 @@
 """Runs, stops and resumes whole runs inside pool workers, and reads their checkpoints."""
 
 import gc
+import itertools
 import json
 import os
 import random
@@ -99,7 +100,7 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
         status = json.loads((Path(config.output_dir) / "status.json").read_text())
         return STOP if stop_at is not None and status["step"] >= stop_at - 1 else NOTHING
 
-    places, asked = iter((1, 2, 3)), RunContext.stop_requested
+    places, asked = itertools.count(1), RunContext.stop_requested
 
     def stop_requested(context: RunContext) -> bool:
         request = STOP if next(places) == between else NOTHING
@@ -186,9 +187,10 @@ class Contents:
 
 def contents(out: Path, step: int) -> Contents:
     folder = out / "checkpoints" / f"step-{step}"
-    layers = {path.stem: load_file(path) for path in sorted(folder.glob("layer-*.safetensors"))}
-    lora = {f"{layer}.{name}": tensor for layer, own in layers.items() for name, tensor in own.items()}
-    scores = folder / "scores.safetensors"
+    masters, moments = (sorted(folder.glob(pattern)) for pattern in ("lora-*.safetensors", "resume/adam-*.safetensors"))
+    lora = {f"{path.stem[-5:]}.{name}.master": tensor for path in masters for name, tensor in load_file(path).items()}
+    lora |= {f"{path.stem[-5:]}.{name}": tensor for path in moments for name, tensor in load_file(path).items()}
+    scores = folder / "resume" / "scores.safetensors"
     return Contents(lora, load_file(scores) if scores.exists() else {}, read_state(out, step)["kept"])
 
 
@@ -210,10 +212,10 @@ def assert_same_run(out: Path, straight: Path, step: int) -> None:
     assert_equal_tensors(read_tensors(out / "model"), read_tensors(straight / "model"))
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Reads all tensors of a checkpoint. A tensor in two files is an error."""
+def read_tensors(folder: Path, names: str = "*") -> dict[str, Tensor]:
+    """Reads all tensors of a folder, or of files with these names. A tensor in two files is an error."""
     tensors: dict[str, Tensor] = {}
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob(f"{names}.safetensors"):
         found = load_file(path)
         assert not found.keys() & tensors.keys()
         tensors |= found

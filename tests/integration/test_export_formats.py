@@ -122,13 +122,13 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(run: Path, unfinished: Pa
 def test_a_damaged_checkpoint_is_passed_over(run: Path, unfinished: Path, tmp_path: Path) -> None:
     steps = unfinished / "checkpoints"
     shutil.copytree(steps / "step-4", steps / "step-5")
-    (steps / "step-5" / "layer-00001.safetensors").write_bytes(b"")
+    (steps / "step-5" / "lora-00001.safetensors").write_bytes(b"")
     ended = export(unfinished, "--out", tmp_path / "hf")
     assert ended.code == 0, ended.everything
     assert "step-5 cannot be used" in ended.out
     assert "taken from step-4" in ended.out
-    (steps / "step-4" / "layer-00001.safetensors").write_bytes(b"")
-    assert_refused(export(unfinished, "--out", tmp_path / "again"), "layer-00001.safetensors")
+    (steps / "step-4" / "lora-00001.safetensors").write_bytes(b"")
+    assert_refused(export(unfinished, "--out", tmp_path / "again"), "lora-00001.safetensors")
 
 
 def test_every_format_has_the_same_card(run: Path, adapter: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_bad_input_is_one_line(run: Path, unfinished: Path, tmp_path: Path) -> N
     assert_refused(export(run, "--out", "/proc/nowhere/out"), "/proc/nowhere/out")
     with pytest.MonkeyPatch.context() as patch:
         no_room = Mock(side_effect=SafetensorError("Error while serializing: No space left on device"))
-        patch.setattr("loraprune_ds.export.lora.write_weight_file", no_room)
+        patch.setattr("loraprune_ds.export.huggingface.write_weight_file", no_room)
         assert_refused(export(unfinished, "--out", out), str(out), "No space left")
     assert_refused(export(run / "model", "--format", "adapter", "--out", out), "model", "LoRA")
     assert_refused(export(run, "--out", unfinished), str(unfinished))

@@ -8,14 +8,15 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from loraprune_ds.checkpoint.layout import FORMAT, seal, write_manifest
 from loraprune_ds.config import RunConfig
+from loraprune_ds.model.pretrained import open_pretrained
 from tests.integration import resuming
 from tests.integration.launching import read_json
 from tests.integration.resuming import CUTS, STEPS, assert_bitwise, assert_same_run, contents, metrics, read_state
@@ -44,7 +45,7 @@ def variant(ranks: RankPool, straight: Path, name: str, *changes: str) -> Path:
 
 @pytest.fixture(scope="module")
 def refitted(ranks: RankPool, straight: Path) -> Path:
-    """Makes a run whose cuts change the frozen weights, so that checkpoints hold them in separate folders."""
+    """Makes a run whose cuts change frozen weights, so that steps hold these."""
     return variant(ranks, straight, "refitted", REFIT)
 
 
@@ -156,8 +157,9 @@ def assert_close(out: Path, straight: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "a flipped bit": ("step-13/layer-00001.safetensors", flip_bit, "damaged"),
-    "a layer missing": ("step-13/layer-00002.safetensors", Path.unlink, "missing"),
+    "a flipped bit": ("step-13/lora-00001.safetensors", flip_bit, "damaged"),
+    "a layer missing": ("step-13/resume/adam-00002.safetensors", Path.unlink, "missing"),
+    "counters missing": ("step-13/resume/state.json", Path.unlink, "missing"),
     "state of another kind": ("step-13/state.json", lambda path: path.write_text("[]"), "damaged"),
     "an empty state": ("step-13/state.json", lambda path: path.write_text(""), "damaged"),
 }
@@ -176,21 +178,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(again: Again, 
 
 
 def test_frozen_weights_are_slices_of_the_source_until_a_refit_changes_them(straight: Path, refitted: Path) -> None:
-    assert not list((straight / "checkpoints").glob("shape-*"))
-    shapes = {path.name for path in (refitted / "checkpoints").glob("shape-*")}
-    assert shapes == {f"shape-{i + 1}" for i in range(len(CUTS))}
-    assert all(read_state(straight, step)["shape"]["is_source"] for step in (1, STEPS))
-    assert [read_state(refitted, step)["shape"]["is_source"] for step in (CUTS[0] - 1, CUTS[0])] == [True, False]
+    """The linears that lost inputs are whole in a step, and no other."""
+
+    def refits(run: Path, step: int) -> set[str]:
+        files = (run / f"checkpoints/step-{step}").glob("refit-*.safetensors")
+        return {name for path in files for name in load_file(path)}
+
+    assert [refits(run, step) for run, step in ((straight, STEPS), (refitted, CUTS[0] - 1))] == [set(), set()]
+    shape, dense = (
+        open_pretrained(path).shape.parameters() for path in (refitted / "model", straight.parent / "source")
+    )
+    narrower = {name for name in shape if dense[name][1:] != shape[name][1:]}
+    assert any("o_proj" in name for name in narrower)
+    assert refits(refitted, STEPS) == narrower
 
 
-def test_a_damaged_shape_spoils_all_steps_that_name_it_and_is_replaced(again: Again, refitted: Path) -> None:
-    """Resumes from the good checkpoint. Step and shape are written again, and all later ones go."""
+def test_a_step_with_a_damaged_refit_is_written_again(again: Again, refitted: Path) -> None:
+    """Resumes from the good step before it. All later ones go."""
     out = again.killed_after(13, refitted)
-    flip_bit(next((out / "checkpoints/shape-2").glob("model-*.safetensors")))
+    for step in (12, 13):
+        flip_bit(out / f"checkpoints/step-{step}/refit-00001.safetensors")
     config = again.config(NO_SAVES, REFIT)
     found = again.find(config)[1]
     assert (found.step, len(found.warnings)) == (11, 2)
-    assert all("shape-2" in warning for warning in found.warnings)
+    assert all("refit-00001" in warning for warning in found.warnings)
     again.run(config, "auto", 12)
     assert sorted(path.name for path in (out / "checkpoints").glob("step-1?")) == ["step-10", "step-11", "step-12"]
     assert again.find(config)[0].step == 12
@@ -199,19 +210,13 @@ def test_a_damaged_shape_spoils_all_steps_that_name_it_and_is_replaced(again: Ag
 
 
 @pytest.mark.parametrize(
-    ("rank", "name", "lost"),
-    [
-        (1, "layer-00001.safetensors", "step-14"),
-        (0, "scores.safetensors", "step-14"),
-        (1, "model-00002-of-00004.safetensors", "shape-3"),
-    ],
+    ("rank", "name"), [(1, "lora-00001.safetensors"), (0, "scores.safetensors"), (1, "refit-00001.safetensors")]
 )
-def test_a_rank_without_room_loses_nothing_older(again: Again, refitted: Path, rank: int, name: str, lost: str) -> None:
+def test_a_rank_without_room_loses_nothing_older(again: Again, refitted: Path, rank: int, name: str) -> None:
     out = again.killed_after(13, refitted)
-    shutil.rmtree(out / "checkpoints/shape-3", ignore_errors=True)
     before = again.files()
-    config = again.config(REFIT, *(["checkpoint.every=17"] if lost == "shape-3" else []))
-    where = rf"{out}/checkpoints/\.{lost}\.\w+\.partial cannot be written: "
+    config = again.config(REFIT)
+    where = rf"{out}/checkpoints/\.step-14\.\w+\.partial cannot be written: "
     for line, code in again.ranks.run(2, resuming.run_on_full_disk, config, "auto", rank, name):
         assert re.search(where, line)
         assert "No space left on device" in line
@@ -228,33 +233,76 @@ def test_from_another_folder_with_its_records_and_frozen_weights(again: Again, r
     before = sorted(refitted.rglob("*"))
     again.run(again.config(NO_SAVES, REFIT), str(refitted / "checkpoints/step-18"))
     assert_same_run(again.out, refitted, STEPS)
-    assert (again.out / "checkpoints/shape-3/manifest.json").exists()
+    assert (again.out / f"checkpoints/step-{STEPS}/refit-00001.safetensors").exists()
     assert sorted(refitted.rglob("*")) == before
 
 
 def test_a_start_builds_the_modules_once(again: Again, straight: Path, refitted: Path) -> None:
-    """To check that the source of a checkpoint without frozen weights is unchanged, it is opened a second time."""
-    for name, resume, builds in (("new", None, 1), ("sliced", straight, 2), ("refitted", refitted, 1)):
+    for name, resume in (("new", None), ("sliced", straight), ("refitted", refitted)):
         config = again.config(NO_SAVES, REFIT if resume == refitted else NO_SAVES, out=again.out / name)
         step = resume and str(resume / "checkpoints/step-18")
-        assert again.ranks.run(2, resuming.builds_of_a_start, config, step) == [builds, builds]
+        assert again.ranks.run(2, resuming.builds_of_a_start, config, step) == [1, 1]
 
 
-def test_killed_between_model_and_report(again: Again) -> None:
+@pytest.mark.parametrize("left", [".model.exported", "model"])
+def test_killed_between_model_and_report(again: Again, left: str) -> None:
+    """Before its folder had its name, and after."""
     out = again.killed_after(STEPS)
-    shutil.copytree(again.straight / "model", out / "model")
+    shutil.copytree(again.straight / "model", out / left)
+    (out / left / "exported").touch()
     assert again.run(again.config(), "auto") == [True, True]
     found, expected = (read_json(folder / "report.json") for folder in (out, again.straight))
     assert found["perplexity"] == expected["perplexity"]
+    assert found["resumed_from"] == []  # the training was not
     assert (out / "kept_groups.json").read_bytes() == (again.straight / "kept_groups.json").read_bytes()
+    assert (out / "model/README.md").read_bytes() == (again.straight / "model/README.md").read_bytes()
+    assert (out / "model/exported").exists()
+    assert not (out / ".model.exported").exists()
 
 
-@pytest.mark.parametrize(("between", "files"), [(1, set()), (2, set()), (3, {".model.partial"})])
-def test_asked_to_stop_between_the_steps(again: Again, between: int, files: set[str]) -> None:
+def test_a_model_of_a_later_step_than_the_resumed_one_is_made_again(again: Again) -> None:
+    out = again.killed_after(STEPS - 1)
+    for left in (".model.exported", "model"):
+        (out / left).mkdir()
+    assert again.run(again.config(), "auto") == [True, True]
+    assert_same_run(out, again.straight, STEPS)
+
+
+def test_a_model_that_cannot_be_read_back_is_never_published(again: Again) -> None:
+    out = again.killed_after(STEPS)
+    shutil.copytree(again.straight / "model", out / ".model.exported")
+    weights = next((out / ".model.exported").glob("model-00002*"))
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert all(weights.name in line for line in again.ranks.run(2, resuming.refused_here, again.config(), "auto"))
+    assert not (out / "model").exists()
+    assert again.status()["state"] == "failed"
+    assert again.run(again.config(), "auto") == [True, True]
+    assert_same_run(out, again.straight, STEPS)
+
+
+def test_a_source_that_has_changed_stops_the_export_until_it_is_back(again: Again, tmp_path: Path) -> None:
+    source, moved = again.straight.parent / "source", tmp_path / "moved"
+    out = again.killed_after(STEPS)
+    weights = next(source.glob("*.safetensors"))
+    shutil.copy(weights, moved)
+    try:
+        flip_bit(weights)
+        before = again.files()
+        for line in again.ranks.run(2, resuming.refused_here, again.config(), "auto"):
+            assert f"{source} is not the source model of" in line
+        assert again.files() == before
+    finally:
+        shutil.copy(moved, weights)  # with another mtime
+    assert again.run(again.config(), "auto") == [True, True]
+    assert_same_run(out, again.straight, STEPS)
+
+
+@pytest.mark.parametrize("between", [1, 2, 3])
+def test_asked_to_stop_between_the_steps(again: Again, between: int) -> None:
     out = again.killed_after(STEPS if between == 3 else STEPS - 1)
     assert again.run(again.config(), "auto", None, between) == [False, False]
     assert again.status()["state"] == "stopped"
-    assert {re.sub(r"\.\w{8}\.partial", ".partial", path.name) for path in out.glob("*model*")} == files  # without mark
+    assert {path.name for path in out.glob("*model*")} == ({".model.exported"} if between == 3 else set())
     assert (out / f"checkpoints/step-{STEPS}").exists() == (between > 1)
     if between == 3:
         assert again.run(again.config(), "auto") == [True, True]
@@ -283,18 +331,20 @@ def newer_format(out: Path) -> None:
     (out / "checkpoints/step-13/state.json").write_text(json.dumps(read_state(out, 13) | {"format": FORMAT + 1}))
 
 
-def change_source(out: Path, **changes: str) -> None:
+def change_source(out: Path, **changes: Any) -> None:
     """Changes the source of the slices in all checkpoints."""
     for path in (out / "checkpoints").glob("step-*"):
         state = read_state(out, int(path.name.removeprefix("step-")))
-        assert state["shape"]["is_source"]
-        (path / "state.json").write_text(json.dumps(state | {"shape": state["shape"] | changes}))
+        (path / "state.json").write_text(json.dumps(state | changes))
         manifest = read_json(path / "manifest.json")["files"]
         write_manifest(path, manifest | {"state.json": seal(path / "state.json")})
 
 
-OTHER_SOURCE = partial(change_source, digest="0" * 64)
-MISFITS = [(newer_format, f"step-13/state.json has {NEWER}"), (OTHER_SOURCE, "is not the source model of")]
+def other_source(out: Path) -> None:
+    change_source(out, data=read_state(out, 13)["data"] | {"source": "0" * 64})
+
+
+MISFITS = [(newer_format, f"step-13/state.json has {NEWER}"), (other_source, "is not the source model of")]
 
 
 @pytest.mark.parametrize(("change", "line"), MISFITS)
@@ -308,7 +358,7 @@ def test_a_misfit_checkpoint_is_not_given_up(again: Again, change: Callable[[Pat
 
 def test_a_source_that_has_moved_is_found_by_model_path(again: Again, tmp_path: Path) -> None:
     out = again.killed_after(13)
-    change_source(out, folder=str(tmp_path / "moved"))
+    change_source(out, source=str(tmp_path / "moved"))
     again.run(again.config(), "auto")
     assert_bitwise(contents(out, STEPS), contents(again.straight, STEPS))
 

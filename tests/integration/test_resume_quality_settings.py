@@ -7,22 +7,29 @@ from typing import Any
 
 import pytest
 
-from loraprune_ds.checkpoint.layout import exported_sizes, sha256
+from loraprune_ds.agreement import Ranks
+from loraprune_ds.checkpoint.layout import sha256
+from loraprune_ds.checkpoint.load import open_checkpoint
 from loraprune_ds.cli.compare import read_results
 from loraprune_ds.cli.run import summary_table
+from loraprune_ds.export.formats import export
+from loraprune_ds.export.lora import find_source
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.train.loop import take_over_sizes
+from loraprune_ds.report.records import exported_sizes
+from loraprune_ds.train.output import OutputFolder
+from loraprune_ds.train.stages import drop_later_models
 from tests.integration import resuming
 from tests.integration.resuming import assert_same_run, config_for, losses, metrics, read_state, run_here, write_run
 from tests.ranks import RankPool
+from tests.refusals import refused
 
 STEPS, RECOVERY, CUTS, FIRST = 8, [1, 2], [3, 4, 9, 10], 6  # `prune.sizes` is not sorted
 TOTAL, SIZE = STEPS + sum(RECOVERY), "model-0.2/model-00002-of-00004.safetensors"
 SECTIONS: dict[str, dict[str, Any]] = {
     "prune": resuming.REFITS | {"criterion": "fisher", "ratio": None, "sizes": [0.4, 0.2]},
     "train": {"steps": STEPS, "recovery_steps": RECOVERY, "distill_weight": 0.5, "distill_temperature": 2},
-    "checkpoint": {"every": None},
+    "checkpoint": {"every": None, "keep_last": 1},
 }
 
 
@@ -38,16 +45,18 @@ def test_stopped_twice_and_taken_up_again(ranks: RankPool, straight: Path, tmp_p
     assert not any(ranks.run(2, run_here, config, None, 1))
     assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "stopped"
     assert not any(ranks.run(2, run_here, config, "auto", FIRST))
-    assert not (tmp_path / "out" / "model-0.2").exists()  # the next start exports it
+    assert not (tmp_path / "out" / "model-0.2").exists()  # the run exports it at its end
     step = tmp_path / "out" / "checkpoints" / f"step-{FIRST}"
-    assert len(list(step.glob("moments-*.safetensors"))) == 3  # one of each layer
+    assert len(list(step.glob("resume/inputs-*.safetensors"))) == 3  # one of each layer
     assert all(ranks.run(2, run_here, config, "auto"))
 
     assert [cut["step"] for cut in metrics(straight, "cut")] == CUTS
     assert read_state(tmp_path / "out", TOTAL)["resumed_from"] == [1, FIRST]
     assert_same_run(tmp_path / "out", straight, TOTAL)
     assert sha256(tmp_path / "out" / SIZE) == sha256(straight / SIZE)
-    assert not list((straight / "checkpoints" / f"step-{TOTAL}").glob("moments-*"))  # no cut is left that needs them
+    assert not list(
+        (straight / "checkpoints" / f"step-{TOTAL}").glob("resume/inputs-*")
+    )  # no cut is left that needs them
 
 
 def test_a_run_killed_after_its_model_is_there_can_be_finished(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
@@ -80,12 +89,12 @@ def test_the_learning_rate_rises_for_each_recovery_and_each_size(straight: Path)
 
 
 def test_a_size_is_exported_once_and_whole(ranks: RankPool, straight: Path, tmp_path: Path) -> None:
-    """Goes on from the end of the first size, with its model there, and killed while it was written."""
+    """Goes on from the end of the training, with the model of the first size there, and killed while it was written."""
     out, written = tmp_path / "out", dict[str, Any]()
     config = config_for(straight.parent / "config.yaml", out)
     for left in ("model-0.2", ".model-0.2.1234.partial"):
         shutil.copytree(straight, out)
-        shutil.rmtree(out / "checkpoints" / f"step-{TOTAL}")
+        shutil.rmtree(out / "model")
         (out / "model-0.2").rename(out / left)
         (out / left / "written").touch()
         (out / "status.json").write_text((out / "status.json").read_text().replace("finished", "running"))
@@ -118,19 +127,37 @@ def test_a_resume_elsewhere_past_a_size_lists_what_is_there(ranks: RankPool, str
     source = shutil.copytree(straight, tmp_path / "source")
     config = config_for(straight.parent / "config.yaml", tmp_path / "out")
     assert all(ranks.run(2, run_here, config, str(source / "checkpoints" / f"step-{TOTAL}")))
-    assert [row["folder"] for row in read_json(tmp_path / "out" / "report.json")["shelf"]] == ["model"]
-    assert read_json(tmp_path / "out" / "status.json")["error"] is None
+    assert [row["folder"] for row in read_json(tmp_path / "out" / "report.json")["shelf"]] == ["model-0.2", "model"]
+    assert sha256(tmp_path / "out" / SIZE) == sha256(straight / SIZE)
+    shutil.rmtree(source / "checkpoints" / f"step-{FIRST}")
+    config = config_for(straight.parent / "config.yaml", tmp_path / "without")
+    assert all(ranks.run(2, run_here, config, str(source / "checkpoints" / f"step-{TOTAL}")))
+    assert [row["folder"] for row in read_json(tmp_path / "without" / "report.json")["shelf"]] == ["model"]
+    assert read_json(tmp_path / "without" / "status.json")["error"] is None
 
 
-def test_sizes_that_an_earlier_start_left_go_and_missing_ones_are_told(tmp_path: Path) -> None:
-    ends = {6: "0.2", 8: "0.3", 11: "0.4"}
-    for name in ("model-0.2", "model-0.3", "model"):
+def test_the_step_of_a_size_stays_for_exports_alone(straight: Path, tmp_path: Path) -> None:
+    step = straight / "checkpoints" / f"step-{FIRST}"
+    assert not (step / "resume").exists()
+    assert (straight / "checkpoints" / f"step-{TOTAL}" / "resume").exists()
+    export(find_source(step), "hf", tmp_path / "again")
+    resuming.assert_equal_tensors(
+        resuming.read_tensors(tmp_path / "again"), resuming.read_tensors(straight / "model-0.2")
+    )
+    (tmp_path / "out").mkdir()
+    again = config_for(straight.parent / "config.yaml", tmp_path / "other")
+    assert "resume" in refused(open_checkpoint, step, Ranks(), resume=True)
+    assert OutputFolder(again.to_dict(), str(step)).config.prune == again.prune
+
+
+def test_models_of_later_steps_that_an_earlier_start_left_go(tmp_path: Path) -> None:
+    sizes, made = {6: "0.2", 8: "0.3", 11: "0.4"}, ("model-0.2", "model-0.3", "model", ".model.exported")
+    for name in made:
         (tmp_path / name).mkdir()
-    (line,) = take_over_sizes(tmp_path, ends, 6)
-    assert "model-0.3" in line
-    assert exported_sizes(tmp_path, ends) == {6: "0.2", 11: "0.4"}
-    (line,) = take_over_sizes(tmp_path, ends, 0)  # again from the start
+    assert drop_later_models(tmp_path, sizes, 11, 11) == []
+    lines = drop_later_models(tmp_path, sizes, 11, 6)
+    assert [line.partition("/")[0] for line in lines] == ["model-0.3", ".model.exported", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model-0.2"]
+    assert exported_sizes(tmp_path, sizes) == {6: "0.2", 11: "0.4"}
+    (line,) = drop_later_models(tmp_path, sizes, 11, 0)  # again from the start
     assert "model-0.2" in line
-    first, second = take_over_sizes(tmp_path, ends, 9)
-    assert ("model-0.2" in first, "step 6" in first) == ("model-0.3" in second, "step 8" in second) == (True, True)
-    assert (tmp_path / "model").exists()

@@ -11,6 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraprune_ds.checkpoint.layout import ResumeState, RunData, RunState, RunTotals
+from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_to_lists
+from loraprune_ds.checkpoint.save import save_step
+from loraprune_ds.checkpoint.step import Step
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.frozen import holds_int8
@@ -152,13 +156,10 @@ def in_file(lora: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def build(job: Job) -> Trainer:
-    """Builds the package's trainer over a fresh engine."""
-    gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
-    world_size = torch.distributed.get_world_size()
-    size = len(job.batches[0][0])
+def config_of(job: Job) -> RunConfig:
+    """Returns the settings of the run that a job stands for."""
     pinned: dict[str, Any] = PAPER | {"channel_multiple": 1}  # the models are narrow
-    config = RunConfig(
+    return RunConfig(
         output_dir="unused",
         seed=job.seed,
         deepspeed=job.deepspeed,
@@ -167,7 +168,7 @@ def build(job: Job) -> Trainer:
         prune=PruneConfig(**(pinned | job.prune)),
         train=TrainConfig(
             steps=len(job.batches),
-            global_batch_size=size,
+            global_batch_size=len(job.batches[0][0]),
             micro_batch_size=job.micro_batch_size,
             learning_rate=job.learning_rate,
             adam_epsilon=job.adam_epsilon,
@@ -178,6 +179,12 @@ def build(job: Job) -> Trainer:
             distill_temperature=job.distill_temperature,
         ),
     )
+
+
+def build(job: Job) -> Trainer:
+    """Builds the package's trainer over a fresh engine."""
+    gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
+    world_size, size, config = torch.distributed.get_world_size(), len(job.batches[0][0]), config_of(job)
     pretrained = open_for_pruning(job.folder, config.model)
     ds_config = resolve_ds_config(config, pretrained.shape, world_size)
     trainer = assemble(config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches))
@@ -211,6 +218,26 @@ def make_samples(job: Job) -> Samples:
     )
     columns = {"input_ids": ids.where(ids != PADDING_ID, PADDING_ID + 1), "labels": wanted}
     return Samples(columns, starts_of(torch.tensor(job.lengths)), input_ids.shape[1])
+
+
+def save(trainer: Trainer, config: RunConfig, root: Path) -> Step:
+    """Saves a step with all that its results need, and opens it. Collective."""
+    model, dense = trainer.model, open_for_pruning(Path(config.model.path), config.model)
+    state = RunState(
+        step=config.train.steps or 0,
+        totals=RunTotals(),
+        kept=keep_to_lists(trainer.pruner.kept_of_dense, model.shape.kinds),
+        source=str(dense.folder),
+        config=config.to_dict(),
+        data=RunData(steps=0, samples="", held_out="", source=""),
+        asked=0.5,
+        resumed_from=[],
+        accelerator="",
+        peak_bytes=[],
+    )
+    return Step(
+        TrainingCheckpoint(save_step(model, root, state, ResumeState(0, {}, {}, 0, 0.0), trainer.pruner), state), dense
+    )
 
 
 def assert_same_outcome(found: Outcome, expected: Outcome) -> None:

@@ -111,7 +111,7 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
     model = trainer.model
     ids = [LinearId(i, linear.linear) for i, linear in model.shape.input_linears([1])]
 
-    def zeros(layer: int, name: str, start: int, end: int) -> Tensor:
+    def zeros(layer: int, name: str, key: str, start: int, end: int) -> Tensor:
         return torch.zeros(end - start)
 
     with (
@@ -142,7 +142,7 @@ READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
 METHODS = ("tolist", "cpu", "numpy")
 OTHERS = ("deepspeed/", "transformers/")
 
-ONCE = "train/pruning_steps.py:exchange"
+ONCE = "zero/steps.py:exchange"
 SETTLES = "zero/device.py:settle_shards"
 SETTLED = ("zero/engine.py:update", "pruning/importance.py:check")  # the norm, and whether scores are finite
 THEIRS = {

@@ -15,7 +15,7 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.model.frozen import DTYPES, SCALE, WEIGHT, Int8
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
-from loraprune_ds.model.weight_files import as_on_disk, write_index, write_weight_file
+from loraprune_ds.model.weight_files import as_on_disk, write_weight_file
 from loraprune_ds.pruning.step import all_groups
 from tests.families import LLAMA_LINEARS, MIXED, MIXTURES, TINY, families
 from tests.integration.resuming import assert_equal_tensors
@@ -44,7 +44,7 @@ def write_dequantised(source: Path, folder: Path, dtype: str) -> Path:
     folder.mkdir()
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
     tensors = {name: pretrained.weights.read_full(name, DTYPES[dtype]) for name in pretrained.shape.parameters()}
-    write_index(folder, [write_weight_file(folder, 0, 1, as_on_disk(tensors, pretrained.shape.pieces()))])
+    write_weight_file(folder / "model.safetensors", as_on_disk(tensors, pretrained.shape.pieces()))
     return folder
 
 

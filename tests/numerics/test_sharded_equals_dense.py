@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.evaluate.perplexity import measure_perplexity
+from loraprune_ds.model.perplexity import measure_perplexity
 from tests.numerics.driver import Job, Outcome, assert_same_outcome, build, dense_twin, run_steps, tiny_job, train
 from tests.oracle.dense_trainer import DenseTrainer, StepRecord
 from tests.oracle.formula import cut_gap

@@ -20,36 +20,29 @@ from loraprune_ds.files import begin_folder, make_once, publish_folder, remove_f
 from tests.refusals import flip_bit, refused
 
 
-def make_state(step: int, shape: str) -> layout.RunState:
+def make_state(step: int) -> layout.RunState:
     return layout.RunState(
         step=step,
         totals=layout.RunTotals(1536 * step, 22.5, None),
-        adam_step=step,
-        schedule={"last_epoch": step},
-        loss_scale={},
         kept=[[[0, 2], [1, 3, 4]]],
-        updates_since_cut=1,
-        cuts=0,
-        shape=layout.ShapeSource(shape, "abc", is_source=not shape.startswith("shape-")),
-        resumed_from=[3],
+        source="/models/source",
         config={"seed": 0},
-        data=layout.RunData(9, "a", "b", {"data": "c"}),
+        data=layout.RunData(9, "a", "b", "abc", {"data": "c"}),
         asked=0.5,
+        resumed_from=[3],
+        accelerator="cpu",
+        peak_bytes=[1, 2],
     )
 
 
-def make_step(root: Path, step: int, shape: str) -> Path:
+def make_step(root: Path, step: int) -> Path:
     target = layout.step_folder(root, step)
     staging = begin_folder(target)
-    (staging / layout.STATE_FILE).write_text(layout.state_text(make_state(step, shape)))
+    (staging / layout.STATE_FILE).write_text(layout.state_text(make_state(step)))
     layout.write_manifest(staging, {layout.STATE_FILE: layout.seal(staging / layout.STATE_FILE)})
+    (staging / layout.RESUME_FOLDER).mkdir()
     publish_folder(target)
     return target
-
-
-def make_shapes(root: Path, *numbers: int) -> None:
-    for number in numbers:
-        (root / f"shape-{number}").mkdir(parents=True)
 
 
 def names(root: Path) -> list[str]:
@@ -73,25 +66,25 @@ def test_a_folder_has_no_name_before_it_is_complete(tmp_path: Path) -> None:
 def test_files_are_on_the_disk_before_anything_relies_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     monkeypatch.setattr(files.os, "fsync", lambda fd: synced.append(Path(f"/proc/self/fd/{fd}").resolve().name))
-    make_step(tmp_path, 4, "shape-1")
+    make_step(tmp_path, 4)
     assert synced == [layout.STATE_FILE, layout.MANIFEST, ".step-4.partial", tmp_path.name]
 
 
 def test_removal_is_all_or_nothing_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = make_step(tmp_path, 4, "shape-1")
+    step = make_step(tmp_path, 4)
     with monkeypatch.context() as patch:
         patch.setattr(files.shutil, "rmtree", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             remove_folder(step)
     assert layout.numbered(tmp_path, "step") == []
-    remove_folder(make_step(tmp_path, 4, "shape-1"))
+    remove_folder(make_step(tmp_path, 4))
     assert names(tmp_path) == []
 
 
 def test_what_cannot_be_removed_yet_ends_no_run_and_goes_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS keeps files that another process still reads."""
-    make_step(tmp_path, 4, "/models/source")
-    make_step(tmp_path, 8, "/models/source")
+    make_step(tmp_path, 4)
+    make_step(tmp_path, 8)
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", lambda *_, **__: os.stat("/nowhere"))
         drop_old(tmp_path, 8, keep_last=1)
@@ -132,43 +125,43 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], object], name:
 @pytest.mark.parametrize(
     ("saved", "keep_last", "left"),
     [
-        (16, 3, ["shape-0", "shape-1", "step-12", "step-16", "step-8"]),
-        (16, 2, ["shape-1", "step-12", "step-16"]),
-        (8, 2, ["shape-0", "step-4", "step-8"]),  # after a resume from an older one
+        (16, 3, {4: False, 8: True, 12: True, 16: True}),
+        (16, 2, {4: False, 12: True, 16: True}),
+        (8, 2, {4: True, 8: True}),  # after a resume from an older one
+        (8, 1, {4: False, 8: True}),
     ],
 )
-def test_old_steps_go_and_shapes_that_none_names(tmp_path: Path, saved: int, keep_last: int, left: list[str]) -> None:
-    for number, step in enumerate((4, 8, 12, 16)):
-        make_step(tmp_path, step, f"shape-{number // 2}")
-    make_shapes(tmp_path, 0, 1, 2)
-    for name in (".step-8.partial", ".shape-1.partial", ".step-2.removed"):  # of killed processes
+def test_old_steps_go_and_that_of_a_size_stays_for_exports(
+    tmp_path: Path, saved: int, keep_last: int, left: dict[int, bool]
+) -> None:
+    """`left`: step -> whether a run can resume from it. Step 4 is of a size, and 16 of a later one."""
+    for step in (4, 8, 12, 16):
+        make_step(tmp_path, step)
+    for name in (".step-8.partial", ".step-2.removed", "step-4/.resume.removed"):  # of killed processes
         (tmp_path / name).mkdir()
     (tmp_path / "step-x").mkdir()  # no number
     (tmp_path / "step-7").write_text("a file")
-    drop_old(tmp_path, saved, keep_last=keep_last)
-    assert [name for name in names(tmp_path) if name not in ("step-x", "step-7")] == left
-
-
-def test_all_shapes_stay_while_a_damaged_step_may_name_any(tmp_path: Path) -> None:
-    (make_step(tmp_path, 4, "shape-0") / layout.STATE_FILE).write_text("{")
-    make_step(tmp_path, 8, "shape-1")
-    make_shapes(tmp_path, 0, 1)
-    drop_old(tmp_path, 8, keep_last=2)
-    assert names(tmp_path) == ["shape-0", "shape-1", "step-4", "step-8"]
+    drop_old(tmp_path, saved, keep_last=keep_last, pinned={4, 16})
+    found = {n: (tmp_path / f"step-{n}" / layout.RESUME_FOLDER).exists() for n in layout.numbered(tmp_path, "step")}
+    assert found == left
+    assert not any(name.startswith(".") for name in names(tmp_path))
+    for step, resumable in found.items():
+        layout.verify(tmp_path / f"step-{step}")
+        assert resumable or "resume" in refused(layout.read_resume_state, tmp_path / f"step-{step}")
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         *(({"format": other}, f"has format {other}") for other in (layout.FORMAT + 1, layout.FORMAT - 1)),
-        ({"format": None}, "missing or damaged"),
-        ({"surprise": 1}, "a field is missing or unknown"),
-        ({"kept": 3}, "a field is missing or unknown"),
-        ({"shape": {}}, "a field is missing or unknown"),
+        ({"format": None}, "damaged"),
+        ({"surprise": 1}, "surprise"),
+        ({"kept": 3}, "damaged"),
+        ({"source": {}}, "source"),
     ],
 )
 def test_the_state_is_read_or_refused_in_one_line(tmp_path: Path, change: dict[str, object], words: str) -> None:
-    state = make_state(7, "shape-2")
+    state = make_state(7)
     (tmp_path / layout.STATE_FILE).write_text(layout.state_text(state))
     assert layout.read_state(tmp_path) == state
     raw = json.loads(layout.state_text(state)) | change

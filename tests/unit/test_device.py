@@ -215,7 +215,7 @@ def test_the_environment_has_it_before_ranks_join(monkeypatch: pytest.MonkeyPatc
 
 
 def test_torch_has_it_before_the_model_is_read(monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]) -> None:
-    def prepare(config: RunConfig, *others: Any, is_first_on_node: bool) -> None:
+    def prepare(config: RunConfig, *others: Any, **more: Any) -> None:
         raise Reached(str(torch.are_deterministic_algorithms_enabled()))
 
     monkeypatch.setattr(run, "prepare", prepare)

@@ -16,7 +16,6 @@ from transformers import DynamicCache
 from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.answers import Answers, Closeness, Generation
 from loraprune_ds.evaluate.evaluation import CACHE, Measurement, Speed, count_cost, measure_speed
-from loraprune_ds.evaluate.perplexity import Perplexity
 from loraprune_ds.evaluate.result import make_result, result_table
 from loraprune_ds.evaluate.settings import (
     AnswerSettings,
@@ -27,6 +26,7 @@ from loraprune_ds.evaluate.settings import (
 )
 from loraprune_ds.model.classes import causal_lm_class, config_class
 from loraprune_ds.model.groups import LayerCounts
+from loraprune_ds.model.perplexity import Perplexity
 from loraprune_ds.model.read_shape import shape_from_config
 from tests.export_cases import CASES, Case, dense_model, exported_config
 from tests.families import tiny_config
@@ -193,7 +193,7 @@ class Watched(nn.Module):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr(evaluation, "_now", lambda: now[0])
+    monkeypatch.setattr(evaluation, "_now", lambda device: now[0])
     return now
 
 

@@ -14,7 +14,7 @@ from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.weight_files import weight_file_count, write_index, write_weight_file
+from loraprune_ds.model.weight_files import write_index, write_weight_file
 from tests.export_cases import CASES, dense_model, exported_config, model_card
 from tests.families import tiny_model
 from tests.oracle.models import make_tokenizer
@@ -38,25 +38,26 @@ def test_merge_rounds_once(dtype: torch.dtype) -> None:
 
 def test_weight_files_can_be_written_in_any_order_from_views_of_one_buffer(tmp_path: Path) -> None:
     flat = torch.arange(20.0)
-    count = weight_file_count(2)
     tensors = [
         {"model.layers.0.a": flat[:6].view(2, 3), "model.layers.0.b": flat[6:10]},
         {"model.layers.1.a": flat[10:16].view(2, 3).t()},
         {"model.norm.weight": flat[16:].bfloat16()},
     ]
-    entries = {index: write_weight_file(tmp_path, index, count, tensors[index]) for index in (2, 0, 1)}
-    write_index(tmp_path, [entries[index] for index in range(count)])
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    for index in (2, 0, 1):
+        write_weight_file(tmp_path / names[index], tensors[index])
+    write_index(tmp_path, names)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 16 * 4 + 4 * 2
-    for number, weight_file in enumerate(tensors, start=1):
+    for file, weight_file in zip(names, tensors, strict=True):
         for name, tensor in weight_file.items():
-            assert index["weight_map"].pop(name) == f"model-0000{number}-of-00003.safetensors"
-            loaded = load_file(tmp_path / f"model-0000{number}-of-00003.safetensors")[name]
+            assert index["weight_map"].pop(name) == file
+            loaded = load_file(tmp_path / file)[name]
             assert torch.equal(loaded, tensor)
             assert loaded.dtype == tensor.dtype
     assert not index["weight_map"]
     with pytest.raises(AssertionError, match="two files"):
-        write_index(tmp_path, [entries[0], entries[0]])
+        write_index(tmp_path, [names[0], names[0]])
 
 
 def test_nothing_is_visible_before_publish(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tests.refusals import must_name
 COMM = cast(Any, SimpleNamespace(world_size=2, rank=0))
 CONFIG = PruneConfig(ratio=0.4, channel_multiple=1)
 STATE = {"step": 5, "steps": 10, "world_size": 2, "seed": 0, "prune": asdict(CONFIG), "dense": [], "kept": []}
-STATE |= {"updates_since_cut": 0, "moment_tokens": 0.0, "shape": None, "resumed_from": [], "format": layout.FORMAT}
+STATE |= {"updates_since_cut": 0, "moment_tokens": 0.0, "resumed_from": [], "format": layout.FORMAT}
 
 
 def saved(folder: Path, **changes: Any) -> Path:

@@ -25,18 +25,13 @@ MOST_LOADED = 60  # without the families, which a table names
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
-    ("files", "units", "ranks"),
-    ("config", "arguments"),
-    ("config_file",),
+    ("files", "units", "ranks", "agreement", "config", "arguments"),
     ("model",),
     ("pruning",),
     ("zero",),
-    ("checkpoint",),
-    ("export", "plan"),
-    ("evaluate",),
-    ("report",),
-    ("train",),
-    ("hf",),
+    ("checkpoint", "report"),
+    ("export",),
+    ("train", "hf", "evaluate", "plan"),
     ("cli",),
     ("launch", "slurm"),
 )
@@ -48,9 +43,9 @@ FILES = sorted(path for folder in (PACKAGE, *SCRIPTS) for path in (ROOT / folder
 
 
 def part_of(module: str) -> str:
-    """`loraprune_ds.zero.comm` -> `zero`; `launch.run` -> `launch`; the package itself -> empty."""
+    """`loraprune_ds.zero.comm` -> `zero`; `launch.run` -> `launch`; `config_file` -> `config`; the package -> empty."""
     names = module.split(".")
-    return names[0] if names[0] != PACKAGE else ".".join(names[1:2])
+    return names[0] if names[0] != PACKAGE else ".".join(names[1:2]).partition("_")[0]
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
@@ -117,6 +112,12 @@ def test_no_file_imports_itself_through_others() -> None:
 )
 def test_an_import_does_not_wait_for_packages_it_does_not_need(line: str, unwanted: list[str]) -> None:
     code = f"{line}; import sys; sys.exit(any(name in sys.modules for name in {unwanted}))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_exports_and_evaluations_are_made_without_deepspeed() -> None:
+    modules = {module_of(path) for path in FILES if part_of_file(path) in ("export", "evaluate")}
+    code = f"import sys, {', '.join(sorted(modules))}; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -146,8 +146,8 @@ def test_what_is_not_given_comes_from_the_run_that_goes_on(config: RunConfig, tm
 def save_state(folder: Path, **changes: Any) -> None:
     step = folder / "checkpoints" / "step-3"
     step.mkdir(parents=True)
-    shape, data = layout.ShapeSource("a", "b", True), layout.RunData(3, "a", "b", {"data": "c0ffee"})
-    state = layout.RunState(3, layout.RunTotals(), 3, {}, {}, [], 0, 0, shape, [], {}, data, 0.5)
+    source, data = "a", layout.RunData(3, "a", "b", "c", {"data": "c0ffee"})
+    state = layout.RunState(3, layout.RunTotals(), [], source, {}, data, 0.5, [], "cpu", [])
     (step / "state.json").write_text(layout.state_text(dataclasses.replace(state, **changes)))
 
 

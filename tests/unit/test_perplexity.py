@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.evaluate.perplexity import Perplexity, measure_perplexity, split_batches, split_windows, tokenize
 from loraprune_ds.evaluate.settings import PerplexityProtocol
 from loraprune_ds.model.family import FAMILIES
+from loraprune_ds.model.perplexity import Perplexity, measure_perplexity, split_batches, split_windows, tokenize
 from loraprune_ds.model.tokenizer import Starts, text_starts
 from tests.oracle.models import make_tiny_llama, make_tokenizer
 from tests.refusals import must_name

@@ -13,8 +13,8 @@ from loraprune_ds.config import DataConfig
 from loraprune_ds.evaluate.answers import encode_prompts, write_answers
 from loraprune_ds.evaluate.evaluation import CACHE, measure_speed
 from loraprune_ds.evaluate.models import Writer
-from loraprune_ds.evaluate.perplexity import measure_perplexity, split_batches
 from loraprune_ds.evaluate.settings import PerplexityProtocol, SpeedSettings, read_prompts
+from loraprune_ds.model.perplexity import measure_perplexity, split_batches
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.model.tokenizer import Starts, tokenize_pairs
 from loraprune_ds.train.data.loading import load_samples

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraprune_ds.config import PruneConfig, Ranking, RunConfig, TrainConfig
+from loraprune_ds.config import PruneConfig, Ranking, RunConfig, TrainConfig, read_amount
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape, attention_product
 from loraprune_ds.plan.cluster import Cluster
@@ -15,7 +15,6 @@ from loraprune_ds.pruning.limits import Budget, Limits, make_limits
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform, uniform_goal
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import describe_target, measure, on_a_server, resolve, server_memory
-from loraprune_ds.units import read_amount
 from tests.families import EQUAL, MIXTURES, tiny_config
 from tests.paper import PAPER
 from tests.refusals import must_name, refused

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from loraprune_ds.cli import after
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import RunError
@@ -21,7 +22,6 @@ from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.reasoning import DEFAULT, GymTask, greedy_answers, load_tasks
 from loraprune_ds.evaluate.settings import TaskSettings
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.train import after
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import must_name
 from tests.unit.test_data import make_tokenizer
@@ -228,5 +228,5 @@ def test_wrong_tasks_are_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> N
     after.check_after(run_of("answers"))
     must_name("evaluate.after reasoning-gym", after.check_after, run_of("answers", "tasks"))
     tokenizer = make_tokenizer()
-    must_name("evaluate.after default 1", after.check_prompts, ["answers"], tokenizer, "MODEL", 130, 100)
-    after.check_prompts(["tasks"], tokenizer, "MODEL", 130, 100)
+    must_name("evaluate.after default 1", after.check_prompts, run_of("answers"), tokenizer, 130, 100)
+    after.check_prompts(run_of("tasks"), tokenizer, 130, 100)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraprune_ds.checkpoint.layout import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE, SHELF_PICTURE
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError, UserError
 from loraprune_ds.evaluate.settings import GYM, TaskSettings
 from loraprune_ds.files import read_json, write_json, write_text
+from loraprune_ds.report.records import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE, SHELF_PICTURE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,15 +35,15 @@ def check_after(config: RunConfig) -> None:
 
 
 def check_prompts(
-    names: list[str], tokenizer: "PreTrainedTokenizerBase", path: str, positions: int | None, vocab_size: int
+    config: RunConfig, tokenizer: "PreTrainedTokenizerBase", positions: int | None, vocab_size: int
 ) -> None:
     """Checks that template, positions and vocabulary of the model accept the shipped prompts."""
-    if ANSWERS in names:
+    if ANSWERS in config.evaluate.after:
         from loraprune_ds.evaluate.answers import encode_prompts
         from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, read_prompts
 
         prompts = read_prompts(DEFAULT_PROMPTS)
-        _named(lambda: encode_prompts(prompts, tokenizer, path, positions, vocab_size), "--answers")
+        _named(lambda: encode_prompts(prompts, tokenizer, config.model.path, positions, vocab_size), "--answers")
 
 
 def _named(check: Callable[[], object], option: str) -> None:

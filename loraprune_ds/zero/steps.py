@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import Dtype
-from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.report.records import CutRecord
+from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.zero.device import reserved_bytes, resident_bytes, to_device
 from loraprune_ds.zero.optimizer import decide
 from loraprune_ds.zero.sharded import ShardedModel
@@ -30,8 +29,8 @@ class PruningSteps:
     """Scores and cuts after each step, for our trainer and for the callback. `dtype` is of the frozen weights."""
 
     def __init__(self, model: ShardedModel, pruner: Pruner, dtype: Dtype) -> None:
-        self.weight_bytes = model.weight_bytes()  # (world_size,)
-        self._model, self._pruner = model, pruner
+        self.weight_bytes = self.weight_bytes_before = model.weight_bytes()  # (world_size,), before the last cut
+        self.model, self.pruner = model, pruner
         self._dtype: Dtype = dtype
         self.scored = False  # whether the last step's gradients were finite
 
@@ -42,9 +41,9 @@ class PruningSteps:
             own: `RankNumbers.own` of this rank, fp64 and on the device.
             request: to stop or save (stop.py).
         """
-        on_device = torch.stack([own, self._model.gradient_sum().to(own)])
+        on_device = torch.stack([own, self.model.gradient_sum().to(own)])
         on_host = torch.tensor([resident_bytes(), reserved_bytes(), request], dtype=torch.float64)
-        gathered = self._model.comm.all_gather(torch.cat([on_device, to_device(on_host)]))
+        gathered = self.model.comm.all_gather(torch.cat([on_device, to_device(on_host)]))
         own_numbers, gradient_sums, *counts = gathered.T.tolist()
         return RankNumbers(own_numbers, gradient_sums, *([int(x) for x in row] for row in counts))
 
@@ -52,31 +51,19 @@ class PruningSteps:
         """Scores the groups, unless the step must be skipped. `numbers` come from `exchange`."""
         self.scored = decide(self._find_bad_layers(numbers), list(losses), dtype=self._dtype, step=step) == "update"
         if self.scored:
-            self._pruner.score(step)
+            self.pruner.score(step)
 
-    def cut(self, step: int) -> CutRecord | None:
+    def cut(self, step: int) -> Cut | None:
         """Cuts the model if the schedule says so."""
-        before = self.weight_bytes
-        cut = self._pruner.cut(step, scored=self.scored)
-        if cut is None:
-            return None
-        self.weight_bytes, shape = self._model.weight_bytes(), self._model.shape
-        return CutRecord(
-            step=cut.step,
-            target=cut.target,
-            reached=cut.reached,
-            removed_fraction=1 - shape.total_numel() / self._pruner.limits.dense.total_numel(),
-            seconds=cut.seconds,
-            bytes_sent=cut.bytes_sent,
-            weight_bytes_before=before,
-            weight_bytes_after=self.weight_bytes,
-            **{kind: [layer[kind] for layer in shape.counts] for kind in shape.kinds},
-        )
+        cut = self.pruner.cut(step, scored=self.scored)
+        if cut is not None:
+            self.weight_bytes_before, self.weight_bytes = self.weight_bytes, self.model.weight_bytes()
+        return cut
 
     def _find_bad_layers(self, numbers: RankNumbers) -> list[int | None]:
         """Finds each rank's first layer with numbers that are not finite. Collective if some are not."""
         if all(map(math.isfinite, (*numbers.own, *numbers.gradient_sums))):
             return [None] * len(numbers.own)
-        is_finite = math.isfinite(numbers.own[self._model.rank])
-        find = self._model.nonfinite_layer if is_finite else self._model.nonfinite_weights
-        return self._model.comm.gather_objects(find())
+        is_finite = math.isfinite(numbers.own[self.model.rank])
+        find = self.model.nonfinite_layer if is_finite else self.model.nonfinite_weights
+        return self.model.comm.gather_objects(find())

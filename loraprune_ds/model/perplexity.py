@@ -9,19 +9,16 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from loraprune_ds.agreement import Ranks
 from loraprune_ds.errors import require
-from loraprune_ds.evaluate.settings import PerplexityProtocol
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import Starts, begin_with, check_ids, tokenize_pairs
-
-if TYPE_CHECKING:  # it imports DeepSpeed
-    from loraprune_ds.zero.comm import Communicator
 
 CHARACTERS_PER_TOKEN = 32  # far more than a tokenizer reaches on prose
 Labelled = tuple[Tensor, Tensor]  # input_ids and labels, both (rows, length). IGNORE_INDEX: not predicted
@@ -29,6 +26,16 @@ Labelled = tuple[Tensor, Tensor]  # input_ids and labels, both (rows, length). I
 Losses = Callable[[Tensor, Tensor], Tensor]
 # Wraps the rounds of a loop to show its progress, with a word for the work.
 Progress = Callable[[Iterable[int], str], Iterable[int]]
+
+
+class Windows(Protocol):
+    """The settings of a measurement: the tokens of a window, and the windows or lines to take. None: all."""
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def max_windows(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Perplexity:
 
 
 def split_batches(
-    text: str, tokenizer: PreTrainedTokenizerBase, protocol: PerplexityProtocol, starts: Starts, size: int, vocab: int
+    text: str, tokenizer: PreTrainedTokenizerBase, protocol: Windows, starts: Starts, size: int, vocab: int
 ) -> list[Labelled]:
     """Returns batches of `size` windows of a text. For an encoder-decoder a row is a line's target after its source.
 
@@ -115,7 +122,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) 
 
 @torch.no_grad()
 def measure_perplexity(
-    losses: Losses, batches: Sequence[Labelled], comm: "Communicator", progress: Progress = lambda rounds, _: rounds
+    losses: Losses, batches: Sequence[Labelled], ranks: Ranks, progress: Progress = lambda rounds, _: rounds
 ) -> Perplexity:
     """Measures the batches, dealt to the ranks in turn. The result does not depend on the number of ranks. Collective.
 
@@ -124,14 +131,14 @@ def measure_perplexity(
     Args:
         batches: of windows. The first token of a window is never predicted.
     """
-    total = torch.zeros(1, dtype=torch.float64, device=comm.device)
-    for round_start in progress(range(0, len(batches), comm.world_size), "perplexity"):
-        mine = round_start + comm.rank
-        ids, labels = (part.to(comm.device) for part in batches[mine if mine < len(batches) else 0])
+    total = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+    for round_start in progress(range(0, len(batches), ranks.world_size), "perplexity"):
+        mine = round_start + ranks.rank
+        ids, labels = (part.to(ranks.device) for part in batches[mine if mine < len(batches) else 0])
         loss = losses(ids, labels).double().sum()
         if mine < len(batches):
             total += loss
     tokens = sum(int((labels[:, 1:] != IGNORE_INDEX).sum()) for _, labels in batches)
-    mean = comm.all_reduce(total).item() / tokens
+    mean = ranks.all_reduce(total).item() / tokens
     perplexity = math.inf if mean > 700 else math.exp(mean)  # exp of more overflows a float. NaN stays NaN
     return Perplexity(perplexity, tokens, sum(len(ids) for ids, _ in batches))

@@ -1,0 +1,65 @@
+"""Resumes and exports the steps in tests/format7, which every later commit must read.
+
+A run on one rank wrote them. It was killed in its seventh step. `expected.json` has what it came to when it went on.
+"""
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from loraprune_ds.checkpoint.layout import FORMAT
+from loraprune_ds.config_file import read_config
+from loraprune_ds.export.formats import export
+from loraprune_ds.export.lora import find_source
+from loraprune_ds.files import read_json
+from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.train.output import OutputFolder
+from loraprune_ds.train.run import run
+from loraprune_ds.zero.comm import Communicator
+from tests.integration import resuming
+from tests.integration.launching import ROOT
+from tests.ranks import RankPool
+
+KEPT = ROOT / "tests" / f"format{FORMAT}"
+EXPECTED = read_json(KEPT / "expected.json")
+TOLERANCE = 1e-4  # of losses, on another processor
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(KEPT, tmp_path / "kept")
+    monkeypatch.chdir(tmp_path / "kept")  # its paths are relative
+    return tmp_path / "kept"
+
+
+def resume_in(folder: Path) -> bool:
+    comm = Communicator()
+    os.environ["LOCAL_RANK"] = str(comm.rank)
+    with contextlib.chdir(folder):
+        return run(OutputFolder(read_config("config.yaml", []), "auto"), comm)
+
+
+def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(ranks: RankPool, folder: Path) -> None:
+    assert ranks.run(2, resume_in, folder) == [True, True]
+    out = folder / "run"
+    assert resuming.losses(out) == pytest.approx(EXPECTED["losses"], abs=TOLERANCE)
+    assert read_json(out / "kept_groups.json")["layers"] == EXPECTED["kept_groups"]
+    report = read_json(out / "report.json")
+    assert report["perplexity"] == pytest.approx(EXPECTED["perplexity"], rel=TOLERANCE)
+    assert {row["folder"]: row["parameters"] for row in report["shelf"]} == EXPECTED["sizes"]
+
+
+@pytest.mark.parametrize("form", ["hf", "adapter"])
+def test_the_step_of_a_size_is_exported(folder: Path, tmp_path: Path, form: str) -> None:
+    step, model = folder / "run/checkpoints/step-4", tmp_path / "model"
+    assert not (step / "resume").exists()
+    export(find_source(step), form, model)
+    exported = open_pretrained(model / "base" if form == "adapter" else model)
+    assert exported.shape.total_numel() == EXPECTED["sizes"]["model-0.2"]
+
+
+def test_it_is_small() -> None:
+    assert sum(path.stat().st_size for path in KEPT.rglob("*") if path.is_file()) < 200_000
