@@ -69,7 +69,7 @@ def _open_step(context: RunContext, step: int) -> TrainingCheckpoint | None:
 def _export(context: RunContext, step: Step, target: Path) -> None:
     """Writes the model of a step. Collective."""
     comm, mark = context.comm, context.status.mark
-    context.recorder.show(f"writing {target.name}/")
+    context.recorder.show(f"writing {'the merged model' if target.name == EXPORTED else f'{target.name}/'}")
     comm.on_rank_0(lambda: begin(target, mark))
     windows = sum(len(ids) for ids, _ in context.prepared.held_out)
     write_model(step, staging_of(target, mark), card_of_step(step, windows), comm)
@@ -119,17 +119,20 @@ def measure_model(context: RunContext) -> str | None:
     )
     context.check_owner()
 
-    def publish_all() -> None:
-        pictures = write_results(folder, outcome)
-        if not is_named:
-            write_model_card(exported, card_of_step(step, measured.windows, measured.perplexity), step.exported)
-            fail_point("finish.before_rename")
-            exported.rename(target)
-            flush(folder)
-            fail_point("finish.after_rename")
-        recorder.show_pictures(pictures)
+    def report() -> None:
+        recorder.show_pictures(write_results(folder, outcome))
 
-    context.comm.on_rank_0(publish_all)
+    def name() -> None:
+        write_model_card(exported, card_of_step(step, measured.windows, measured.perplexity), step.exported)
+        fail_point("finish.before_rename")
+        exported.rename(target)
+        flush(folder)
+        fail_point("finish.after_rename")
+
+    context.comm.on_rank_0(report)
+    context.check_owner()  # another process has the folder named by now if this one stood still
+    if not is_named:
+        context.comm.on_rank_0(name)
     return outcome.shortfall
 
 

@@ -15,7 +15,8 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.train import run
+from loraprune_ds.train import stages
+from loraprune_ds.zero import engine
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import storage_bytes
 from loraprune_ds.zero.ds_config import resolve_ds_config
@@ -133,9 +134,9 @@ def recording(module: Any, live: Callable[[], int], alive: list[int], shards: li
 
     def building(*args: Any) -> Any:
         alive.append(live())
-        engine = build_engine(*args)
-        shards.append(storage_bytes(weight_shards(engine)))
-        return engine
+        built = build_engine(*args)
+        shards.append(storage_bytes(weight_shards(built)))
+        return built
 
     return patch.object(module, "build_inference_engine", building)
 
@@ -144,7 +145,7 @@ def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
     """Returns the bytes of the exported model's shards, and those alive when it is read back in a run."""
     alive: list[int] = []
     shards: list[int] = []
-    with recording(run, live_bytes(), alive, shards):
+    with recording(stages, live_bytes(), alive, shards):
         assert run_here(config)
     return shards[0], alive[0]
 
@@ -163,7 +164,7 @@ def bytes_between_models(folder: Path) -> tuple[int, int]:
     shards: list[int] = []
     text = EvaluationText("a text", None, "It is long enough for some windows of eight tokens. " * 2)
     settings = EvaluationSettings(PerplexityProtocol(window=8), text=text, dtype="float32", sharded=True)
-    with recording(evaluation, live_bytes(), alive, shards):
+    with recording(engine, live_bytes(), alive, shards):
         first, second = evaluation.evaluate([str(folder)] * 2, settings, Communicator())
     assert first.perplexity == second.perplexity
     return shards[0], alive[1] - alive[0]

@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from loraprune_ds.checkpoint.layout import layer_file
+from loraprune_ds.checkpoint.load import open_refits
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.classes import causal_lm_class
-from loraprune_ds.model.experts import stack_experts
-from loraprune_ds.model.pretrained import open_pretrained, open_stored
+from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import cached_numel, state_numel
-from loraprune_ds.model.text_part import in_files
-from loraprune_ds.model.weight_files import add_weight_file, read_headers, write_index, write_weight_file
+from loraprune_ds.model.weight_files import read_headers, write_index, write_weight_file
 from loraprune_ds.pruning.limits import make_limits
 from tests.families import tiny_config, tiny_model
 from tests.family_cuts import FEW, cut_and_export, difference, load, logits, reopened, with_lora
@@ -30,7 +31,8 @@ def publish(folder: Path, pattern: str) -> None:
     config = read_json(folder / "config.json")
     config |= {"hybrid_override_pattern": pattern, "num_hidden_layers": len(config.pop("layers_block_type"))}
     write_json(folder / "config.json", config | {"num_nextn_predict_layers": 1})
-    add_weight_file(folder, "mtp.safetensors", {"mtp.layers.0.norm.weight": torch.ones(60)})
+    write_weight_file(folder / "mtp.safetensors", {"mtp.layers.0.norm.weight": torch.ones(60)})
+    write_index(folder, ["model.safetensors", "mtp.safetensors"])
 
 
 @pytest.mark.parametrize(("pattern", "fine"), [("MEM*EM", "experts"), ("M-M*-M", "channels")])
@@ -58,14 +60,17 @@ def test_a_published_layout_is_read_cut_and_written(pattern: str, fine: str, tmp
     assert open_pretrained(made.folder).shape == made.shape
 
 
-def test_a_checkpoints_weights_are_read_under_the_names_that_it_gives_them(tmp_path: Path) -> None:
-    model = tiny_model("nemotron_h")
-    shape = shape_from_config(model.config.to_dict(), "tiny")
-    stack_experts(model)
-    tensors = dict(model.named_parameters())
-    write_index(tmp_path, [write_weight_file(tmp_path, 0, 1, in_files(tensors, shape, None, export=False))])
-    stored = open_stored(tmp_path, shape, int8=False)
-    assert all(torch.equal(stored.read_full(name, torch.float32), tensors[name]) for name in shape.parameters())
+def test_refitted_linears_of_a_step_replace_those_of_the_source(tmp_path: Path) -> None:
+    """A step names them as the class does, without `backbone.`."""
+    publish(tmp_path / "published", "M-M*-M")
+    weights = open_pretrained(tmp_path / "published").weights
+    name = f"{weights.shape.prefix(3)}mixer.o_proj.weight"
+    refitted = torch.ones(weights.shape.parameters()[name])
+    save_file({name: refitted}, tmp_path / layer_file("refit", 3))
+    both = weights.overlaid(open_refits(weights.shape, tmp_path))
+    assert torch.equal(both.read_full(name, torch.float32), refitted)
+    others = (other for other in weights.shape.parameters() if other != name)
+    assert all(torch.equal(both.read_full(x, torch.float32), weights.read_full(x, torch.float32)) for x in others)
 
 
 def test_routers_stay_fp32_as_in_transformers() -> None:
