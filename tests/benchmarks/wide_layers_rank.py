@@ -120,12 +120,13 @@ def train_and_export(
     model = trainer.model
     losses = train(trainer, phases)
     step: Step = phases.measure("checkpoint", lambda: save(trainer, config, folder / "saved"))
+    saved = sum(path.stat().st_size for path in (folder / "saved").rglob("*") if path.is_file())
     exported = folder / "exported"
     comm.on_rank_0(exported.mkdir)
     phases.measure("export", lambda: write_model(step, exported, card_of_step(step), comm))
     trained = evaluate(trainer.engine.deepspeed, ids)
     layers = [dict(layer) for layer in model.shape.counts]
-    return {"losses": losses, "loss_trained": trained, "layers_at_the_end": layers}
+    return {"losses": losses, "loss_trained": trained, "layers_at_the_end": layers, "checkpoint_bytes": saved}
 
 
 def train(trainer: Trainer, phases: Phases) -> list[float]:
