@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.step import Step, open_step
+from loraprune_ds.checkpoint.load import Step, open_step
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import write_json

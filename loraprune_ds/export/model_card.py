@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard as HubCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 
-from loraprune_ds.checkpoint.step import Step
+from loraprune_ds.checkpoint.load import Step
 from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import read_json

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from loraprune_ds.checkpoint.layout import CHECKPOINTS_FOLDER, step_folder
-from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_from_lists, open_checkpoint
-from loraprune_ds.checkpoint.step import Step
+from loraprune_ds.checkpoint.load import Step, TrainingCheckpoint, keep_from_lists, open_checkpoint
 from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.export.model_card import card_of_step, write_model_card
@@ -94,11 +93,12 @@ def measure_model(context: RunContext) -> str | None:
     exported, target, dense = folder / EXPORTED, folder / MODEL_FOLDER, prepared.pretrained.shape
     # An earlier start may have been killed right after it had named the folder.
     is_named = context.comm.gather_objects(target.exists())[0]
+    model = target if is_named else exported
     try:
-        measured = _evaluate(target if is_named else exported, context)
+        measured = _evaluate(model, context)
     except UserError:
         if context.comm.rank == 0:  # the next start makes it again
-            remove_folder(target if is_named else exported)
+            remove_folder(model)
         raise
     recorder.write(measured)
     step, pruning = Step(checkpoint, prepared.pretrained), prepared.pruning
@@ -130,7 +130,7 @@ def measure_model(context: RunContext) -> str | None:
         fail_point("finish.after_rename")
 
     context.comm.on_rank_0(report)
-    context.check_owner()  # another process has the folder named by now if this one stood still
+    context.check_owner()  # if this process stood still, another one has renamed the folder by now
     if not is_named:
         context.comm.on_rank_0(name)
     return outcome.shortfall

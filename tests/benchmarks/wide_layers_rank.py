@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.step import Step
+from loraprune_ds.checkpoint.load import Step
 from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.export.huggingface import write_model
 from loraprune_ds.export.model_card import card_of_step

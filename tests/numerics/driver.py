@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import ResumeState, RunData, RunState, RunTotals
-from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_to_lists
+from loraprune_ds.checkpoint.load import Step, TrainingCheckpoint, keep_to_lists
 from loraprune_ds.checkpoint.save import save_step
-from loraprune_ds.checkpoint.step import Step
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.frozen import holds_int8
