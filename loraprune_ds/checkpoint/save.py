@@ -18,11 +18,11 @@ from loraprune_ds.files import begin_folder, flush, publish_folder, remove_folde
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.pruning.compensate import refitted_linears
 from loraprune_ds.pruning.step import Pruner, PrunerState
-from loraprune_ds.zero.collect import collect_stored
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import empty_cache
 from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.lora_state import collect_lora_state
+from loraprune_ds.zero.params import collect_stored
 from loraprune_ds.zero.sharded import ShardedModel
 
 

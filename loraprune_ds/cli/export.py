@@ -45,8 +45,7 @@ def convert(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # These imports take seconds.
     from loraprune_ds.config import ModelConfig
-    from loraprune_ds.export.formats import export
-    from loraprune_ds.export.lora import find_source
+    from loraprune_ds.export.formats import export, find_source
     from loraprune_ds.export.model_card import check_push, push
     from loraprune_ds.model.hub import locate_model
 

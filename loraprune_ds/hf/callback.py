@@ -21,7 +21,7 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import remove_folder
 from loraprune_ds.hf.checkpoint import FOLDER, PruningCheckpoint, cut_to_checkpoint
-from loraprune_ds.hf.checks import check_arguments, check_one_dtype
+from loraprune_ds.hf.live import check_arguments, check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars

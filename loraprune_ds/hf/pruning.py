@@ -27,15 +27,16 @@ from loraprune_ds.config import Dtype, PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, remove_folder, remove_leftovers, staging_of, write_json
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
-from loraprune_ds.hf.checks import check_model, warn_of_rounded_gradients
 from loraprune_ds.hf.live import (
     ForwardWatch,
     base_config,
     base_dtype,
     base_shape,
+    check_model,
     find_peft_model,
     live_shape,
     model_name,
+    warn_of_rounded_gradients,
 )
 from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config

@@ -14,8 +14,8 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear
-from loraprune_ds.zero.collect import collect_linear, collect_named
 from loraprune_ds.zero.flat import owner_rounds
+from loraprune_ds.zero.params import collect_linear, collect_named
 from loraprune_ds.zero.sharded import ShardedModel
 
 

@@ -5,10 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from loraprune_ds.zero.collect import collect_tensor
 from loraprune_ds.zero.device import settle_shards
 from loraprune_ds.zero.flat import owned_range
-from loraprune_ds.zero.params import overwrite_shard, pad
+from loraprune_ds.zero.params import collect_tensor, overwrite_shard, pad
 from loraprune_ds.zero.sharded import ShardedModel
 
 # (layer, "{linear}.lora_A", key of the state, start, end) -> flat fp32 elements [start, end)

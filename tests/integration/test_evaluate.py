@@ -15,8 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraprune_ds.export.formats import export
-from loraprune_ds.export.lora import find_source
+from loraprune_ds.export.formats import export, find_source
 from tests.integration.bad_input import assert_refused
 from tests.integration.launching import ROOT, Ended, fork_ranks, on_ranks, read_json, run_to_end
 from tests.oracle.models import make_tiny_llama

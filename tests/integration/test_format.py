@@ -12,8 +12,7 @@ import pytest
 
 from loraprune_ds.checkpoint.layout import FORMAT
 from loraprune_ds.config_file import read_config
-from loraprune_ds.export.formats import export
-from loraprune_ds.export.lora import find_source
+from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.train.output import OutputFolder

@@ -12,8 +12,7 @@ from loraprune_ds.checkpoint.layout import sha256
 from loraprune_ds.checkpoint.load import open_checkpoint
 from loraprune_ds.cli.compare import read_results
 from loraprune_ds.cli.run import summary_table
-from loraprune_ds.export.formats import export
-from loraprune_ds.export.lora import find_source
+from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.report.records import exported_sizes

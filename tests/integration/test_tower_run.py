@@ -10,8 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from loraprune_ds.config_file import load_config
-from loraprune_ds.export.formats import export
-from loraprune_ds.export.lora import find_source
+from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import write_json
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.integration.resuming import config_for, metrics, run_here, write_run

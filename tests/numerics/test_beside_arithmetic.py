@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.model.shape import LinearId, needed_flops_per_token
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero import collect, engine, lora_state, params
+from loraprune_ds.zero import engine, lora_state, params
 from loraprune_ds.zero.device import accelerator
 from loraprune_ds.zero.lora_state import restore_lora_state
 from tests.numerics.cutting import recorded_collectives
@@ -116,7 +116,7 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
 
     with (
         patch.object(params, "_install", watched.writing(params._install)),
-        patch.object(collect, "overwrite_shard", watched.writing(params.overwrite_shard)),
+        patch.object(params, "overwrite_shard", watched.writing(params.overwrite_shard)),
         patch.object(lora_state, "overwrite_shard", watched.writing(params.overwrite_shard)),
         patch.object(engine, "optimizer_step", watched.writing(engine.optimizer_step)),
         patch.object(accelerator(), "synchronize", watched.settle),

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from loraprune_ds.config import DataConfig, LoraConfig, PruneConfig, RunConfig
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.lora import _adapter_config
+from loraprune_ds.export.formats import _adapter_config
 from loraprune_ds.model.adapters import check_adapter, load_adapter, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import as_in_peft

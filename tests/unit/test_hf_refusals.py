@@ -13,8 +13,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCau
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.hf.callback import LoraPruneCallback
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
-from loraprune_ds.hf.checks import ARGUMENTS, check_arguments, check_model
-from loraprune_ds.hf.live import base_dtype, base_shape, find_peft_model, linear_names, live_shape, unshare_bias
+from loraprune_ds.hf.live import (
+    ARGUMENTS,
+    base_dtype,
+    base_shape,
+    check_arguments,
+    check_model,
+    find_peft_model,
+    linear_names,
+    live_shape,
+    unshare_bias,
+)
 from loraprune_ds.model.adapters import set_features
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.zero.external_engine import find_zero_optimizer, share_model

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from loraprune_ds.export import formats
-from loraprune_ds.export.lora import find_source
+from loraprune_ds.export.formats import find_source
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.classes import causal_lm_class, config_object, decoder_layers
 from loraprune_ds.model.experts import stack_experts

@@ -27,9 +27,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from loraprune_ds.export.formats import ExportSource
 from loraprune_ds.export.formats import export as export_format
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES, architecture_name
-from loraprune_ds.export.lora import ExportSource
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.pretrained import open_pretrained

@@ -13,7 +13,7 @@ import pytest
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.export.formats import export as export_format
-from loraprune_ds.export.lora import find_source
+from loraprune_ds.export.formats import find_source
 from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
