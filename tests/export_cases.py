@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
-from loraprune_ds.agreement import Ranks
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.export.model_card import ModelCard
@@ -24,6 +23,7 @@ from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import Tower
+from loraprune_ds.ranks import Ranks
 from tests.published import LLAMA_3
 
 VOCAB = 400

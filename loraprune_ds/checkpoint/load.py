@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraprune_ds.agreement import Ranks
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, read_state, recorded_config
 from loraprune_ds.config import RunConfig
@@ -27,6 +26,7 @@ from loraprune_ds.model.text_part import Tower
 from loraprune_ds.model.weight_files import read_header, weight_file_names
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.step import PrunerState
+from loraprune_ds.ranks import Ranks
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraprune_ds.agreement import LocalWrites
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import RESUME_FOLDER, STATE_FILE, ResumeState, RunState, state_text
 from loraprune_ds.errors import fail_point
@@ -18,6 +17,7 @@ from loraprune_ds.files import begin_folder, flush, publish_folder, remove_folde
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.pruning.compensate import refitted_linears
 from loraprune_ds.pruning.step import Pruner, PrunerState
+from loraprune_ds.ranks import LocalWrites
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import empty_cache
 from loraprune_ds.zero.flat import owner_rounds

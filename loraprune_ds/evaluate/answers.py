@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from loraprune_ds.agreement import Ranks
 from loraprune_ds.errors import require
 from loraprune_ds.evaluate.models import Ids, Writer
 from loraprune_ds.evaluate.settings import AnswerSettings
@@ -26,6 +25,7 @@ from loraprune_ds.model.logits import Head, chunk_size, logits_transform, output
 from loraprune_ds.model.perplexity import Labelled, Losses, Progress, label_answers, measure_perplexity
 from loraprune_ds.model.token_loss import IGNORE_INDEX, final_hidden, token_losses
 from loraprune_ds.model.tokenizer import check_ids, rendering
+from loraprune_ds.ranks import Ranks
 
 AT_ONCE = 32  # answers that are written together
 GRAM = 4

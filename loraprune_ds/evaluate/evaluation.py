@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from loraprune_ds.agreement import Ranks
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.evaluate.answers import Generation, encode_prompts, losses_of, write_answers
@@ -29,6 +28,7 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.perplexity import Labelled, Perplexity, Progress, measure_perplexity, split_batches
 from loraprune_ds.model.shape import ModelShape, active_numel, attention_product, cached_numel
 from loraprune_ds.model.tokenizer import Starts, load_tokenizer, text_starts
+from loraprune_ds.ranks import Ranks
 
 # transformers renamed this argument within the range that pyproject.toml allows.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"

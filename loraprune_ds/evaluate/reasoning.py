@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraprune_ds.agreement import Ranks
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.models import Ids, Writer
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 from loraprune_ds.model.tokenizer import check_ids, rendering
+from loraprune_ds.ranks import Ranks
 
 EASY = "easy"
 # Of 39 tasks SmolLM2-135M-Instruct solves these above 20 %, and better than the best constant answer:

@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraprune_ds.agreement import Ranks
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
+from loraprune_ds.ranks import Ranks
 
 if TYPE_CHECKING:  # launch/compare.py only reads results, and must not wait for these imports
     from torch import Tensor

@@ -9,7 +9,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from loraprune_ds.agreement import Ranks
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import Step, open_step
 from loraprune_ds.config import LoraConfig
@@ -27,6 +26,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import MTP
 from loraprune_ds.model.weight_files import read_headers
+from loraprune_ds.ranks import Ranks
 from loraprune_ds.report import records
 from loraprune_ds.units import format_bytes
 

@@ -21,7 +21,6 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from loraprune_ds.agreement import LocalWrites, Ranks
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.files import begin_folder, flush, publish_folder, read_json, staging_of, write_json
@@ -54,6 +53,7 @@ from loraprune_ds.model.weight_files import (
 )
 from loraprune_ds.pruning.importance import GroupSums
 from loraprune_ds.pruning.ranking import keep_best
+from loraprune_ds.ranks import LocalWrites, Ranks
 
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads only tokenizer.json, in transformers 4 and 5
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-from loraprune_ds.agreement import LocalWrites
 from loraprune_ds.checkpoint.layout import (
     CHECKPOINTS_FOLDER,
     STATE_FILE,
@@ -20,6 +19,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import differences
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.ranks import LocalWrites
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder
 from loraprune_ds.train.prepare import Prepared

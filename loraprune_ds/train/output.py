@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import yaml
 
-from loraprune_ds.agreement import Ranks
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, differences, merge
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import remove_leftovers, write_text
+from loraprune_ds.ranks import Ranks
 
 CONFIG_FILE = "config.yaml"
 # Settings that may differ in the same run: how it is shown and measured, and where.

@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from loraprune_ds.agreement import Ranks
+from loraprune_ds.ranks import Ranks
 
 NOTHING, SAVE, STOP = 0, 1, 2
 STOP_FILE = "STOP"

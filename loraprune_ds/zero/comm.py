@@ -11,7 +11,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
-from loraprune_ds.agreement import Ranks
+from loraprune_ds.ranks import Ranks
 from loraprune_ds.zero.device import current_device
 
 T = TypeVar("T")

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from loraprune_ds.agreement import Ranks
 from loraprune_ds.config import Dtype
 from loraprune_ds.model.adapters import lora_linear, plain_parameter
 from loraprune_ds.model.exported_config import ExportedConfig
@@ -14,6 +13,7 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear
+from loraprune_ds.ranks import Ranks
 from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.params import collect_linear, collect_named
 from loraprune_ds.zero.sharded import ShardedModel

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from loraprune_ds.agreement import Ranks
 from loraprune_ds.checkpoint.layout import sha256
 from loraprune_ds.checkpoint.load import open_checkpoint
 from loraprune_ds.cli.compare import read_results
@@ -15,6 +14,7 @@ from loraprune_ds.cli.run import summary_table
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.ranks import Ranks
 from loraprune_ds.report.records import exported_sizes
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.stages import drop_later_models

@@ -25,7 +25,7 @@ MOST_LOADED = 60  # without the families, which a table names
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
-    ("files", "units", "ranks", "agreement", "config", "arguments"),
+    ("files", "units", "ranks", "config", "arguments"),
     ("model",),
     ("pruning",),
     ("zero",),
