@@ -128,7 +128,10 @@ def gathered_weights(request: Request, shape: ModelShape, *, trains: bool = True
     if module > live:  # DeepSpeed fetches nothing ahead of such a module
         live = prefetched = 0
     stays = layer if trains and shape.hidden_size > LEAF_LAYER_HIDDEN else 0
-    return min(max(live, stays) + module + max(module, prefetched, linear), model + max(prefetched, linear))
+    # Whole modules are in flight while a linear is dequantised. The last one may exceed the bucket.
+    ahead = linear + module * max(1, math.ceil(prefetched / module))
+    fetched = max(live, stays) + max(module + max(module, prefetched), ahead)
+    return min(fetched, model + max(prefetched, linear))
 
 
 def passes_of_weights(request: Request, shape: ModelShape) -> int:
