@@ -15,9 +15,8 @@ from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.families.base import Family, Marks
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.groups import LayerCounts
+from loraprune_ds.model.groups import LayerCounts, TensorSpec
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import TensorSpec
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,

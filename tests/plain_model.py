@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from loraprune_ds.model import adapters
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.groups import LayerKeep, Slice
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import Slice
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, LinearId, LoraFactors, OwnedShard
 
 

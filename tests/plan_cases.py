@@ -15,11 +15,10 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from loraprune_ds import config
-from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.groups import LayerKeep, LayerSpec
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.model.read_shape import read_model_config, shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import LayerSpec
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.plan.activations import saved_in_layer
 from loraprune_ds.plan.cluster import Cluster

@@ -21,9 +21,9 @@ from loraprune_ds.export.gguf_architecture import PARTS, Architecture
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.frozen import Pieces
+from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import TensorSpec
 
 Array = np.ndarray[Any, Any]
 Precision = Literal["f16", "q8_0"]

@@ -27,11 +27,10 @@ from loraprune_ds.files import begin_folder, flush, publish_folder, read_json, s
 from loraprune_ds.model.exported_config import MODELLING_FILE, NEXT_TOKENS, ExportedConfig, name_our_code
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.family import family_name
-from loraprune_ds.model.groups import EQUAL_LAYERS, LayerCounts, LayerKeep
+from loraprune_ds.model.groups import EQUAL_LAYERS, LayerCounts, LayerKeep, TensorSpec
 from loraprune_ds.model.modeling_pruned import FAMILY
 from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, check_weights, open_pretrained
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, in_files
 from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE, load_tokenizer
 from loraprune_ds.model.weight_files import (

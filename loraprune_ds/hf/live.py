@@ -23,10 +23,9 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.base import Family
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.groups import LayerCounts
+from loraprune_ds.model.groups import LayerCounts, LayerSpec
 from loraprune_ds.model.read_shape import read_model, shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import LayerSpec
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.zero.params import full_shape
 from loraprune_ds.zero.sharded import ShardedModel

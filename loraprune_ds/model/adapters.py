@@ -18,9 +18,9 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft, from_peft, in_peft
+from loraprune_ds.model.groups import Attribute, TensorSpec
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import Attribute, TensorSpec
 from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS, read_header
 
 BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"  # folders of an export with unmerged LoRA

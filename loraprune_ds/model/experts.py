@@ -23,7 +23,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from loraprune_ds.model.frozen import DENSE, FrozenLinear, StorageFormat, stored_tensors
-from loraprune_ds.model.tensors import TensorSpec
+from loraprune_ds.model.groups import TensorSpec
 
 
 class ExpertStack(FrozenLinear):

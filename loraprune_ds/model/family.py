@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.families import delta, gemma, latent, llama, moe, nemotron_h, t5
+from loraprune_ds.model.families import delta, gemma, llama, moe, nemotron_h, t5
 from loraprune_ds.model.families.base import PRUNED, Family
 
 LLAMA = llama.Llama()
@@ -50,9 +50,9 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": moe.GptOss(eager_only="attention sinks", packs=False, **LOCAL),
     "glm4_moe": moe.GlmMoe(best_of_group=2, **ROUTED),
     "ernie4_5_moe": moe.ErnieMoe(count="moe_num_experts", chosen="moe_k"),
-    "deepseek_v3": latent.Latent(best_of_group=2, **ROUTED),
-    "deepseek_v2": latent.DeepseekV2(best_of_group=1, **ROUTED),
-    "glm4_moe_lite": latent.GlmLite(best_of_group=2, **ROUTED),
+    "deepseek_v3": moe.Latent(best_of_group=2, **ROUTED),
+    "deepseek_v2": moe.DeepseekV2(best_of_group=1, **ROUTED),
+    "glm4_moe_lite": moe.GlmLite(best_of_group=2, **ROUTED),
     "nemotron_h": nemotron_h.NemotronH(best_of_group=2, packs=False, **ROUTED),
     # Positions reset neither the states of delta nets nor their convolutions.
     "qwen3_5_text": delta.Qwen35(packs=False),

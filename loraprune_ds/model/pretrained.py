@@ -19,10 +19,9 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, Pieces, StoredTensor, fill
-from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.groups import LayerKeep, Slice, TensorSpec
 from loraprune_ds.model.read_shape import check_depth, check_family, read_family, read_model
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import Slice, TensorSpec
 from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, text_config, text_tensors
 from loraprune_ds.model.weight_files import Headers, have_equal_values, read_headers
 

@@ -14,11 +14,10 @@ from loraprune_ds.model.classes import build_on_meta, config_class, config_objec
 from loraprune_ds.model.families.base import Family, Marks
 from loraprune_ds.model.families.moe import Moe
 from loraprune_ds.model.family import find_family
-from loraprune_ds.model.groups import Kind
+from loraprune_ds.model.groups import Attribute, Kind, LayerSpec, Shape, TensorSpec
 from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.modeling_pruned import layer_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import Attribute, LayerSpec, Shape, TensorSpec
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
 # Fields about layers that a class without these layers ignores.

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 from loraprune_ds.model.families.base import Attention, Family, Mixture
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.frozen import Pieces, StoredTensor
-from loraprune_ds.model.groups import Kind, LayerCounts, LayerKeep
-from loraprune_ds.model.tensors import LayerSpec, Shape, TensorSpec
+from loraprune_ds.model.groups import Kind, LayerCounts, LayerKeep, LayerSpec, Shape, TensorSpec
 
 
 class LinearId(NamedTuple):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from loraprune_ds.model.adapters import LEAF_LAYER_HIDDEN
 from loraprune_ds.model.frozen import StoredTensor
+from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.logits import chunk_size
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.plan.activations import activations, forward_temporaries, logits
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent

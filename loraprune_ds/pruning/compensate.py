@@ -22,9 +22,8 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.groups import LayerKeep, TensorSpec, cut
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.model.tensors import TensorSpec, cut
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.taps import ForwardRecorder, hook_inputs

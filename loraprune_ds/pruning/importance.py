@@ -12,9 +12,8 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.groups import Kind, LayerKeep, LayerTensors
+from loraprune_ds.model.groups import Kind, LayerKeep, LayerTensors, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.taps import MaskGradients

@@ -18,7 +18,7 @@ micro-batches, and each rank scores its shard of W (criterion.py).
 
     group          removed together: one key-value head with its query heads, one MLP channel, or one expert
     kind           heads, channels or experts, depending on the family (model/groups.py)
-    run            all groups of one kind along an axis of a tensor (model/tensors.py)
+    run            all groups of one kind along an axis of a tensor (model/groups.py)
     dense          the model before any cut
     keep           the groups that stay in this cut, as indices into the current groups
     kept_of_dense  the remaining groups, as indices into the groups of the dense model

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.model.groups import TensorSpec
 from loraprune_ds.model.shape import LinearId
-from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
 from loraprune_ds.pruning.prunable_model import PrunableModel
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.groups import LayerCounts, LayerKeep
+from loraprune_ds.model.groups import Attribute, LayerCounts, LayerKeep, LayerSpec, TensorSpec
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import Attribute, LayerSpec, TensorSpec
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Budget, Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way, uniform_goal

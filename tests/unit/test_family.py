@@ -11,12 +11,11 @@ from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.families.blocks import columns, head_runs, rows
-from loraprune_ds.model.families.latent import Latent
+from loraprune_ds.model.families.moe import Latent
 from loraprune_ds.model.family import FAMILIES, REFUSED
-from loraprune_ds.model.groups import LayerCounts
+from loraprune_ds.model.groups import LayerCounts, Run, TensorSpec
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import Run, TensorSpec
 from tests.families import CAUSAL, EQUAL, SIZES, TINY, changed, kinds, layers_with, marks, tiny_config
 from tests.refusals import must_name
 

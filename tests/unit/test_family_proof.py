@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.groups import Kind, LayerKeep
+from loraprune_ds.model.groups import Kind, LayerKeep, TensorSpec
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.tensors import TensorSpec
 from loraprune_ds.model.weight_files import read_headers
 from tests import family_cuts
 from tests.families import EQUAL, SIZES, changed, heads_divide_hidden, norms_are_wide, tiny_model

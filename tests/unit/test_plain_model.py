@@ -13,9 +13,9 @@ from torch import Tensor
 
 from loraprune_ds.config import Criterion, PruneConfig, Ranking
 from loraprune_ds.model.groups import Kind, LayerKeep
+from loraprune_ds.model.groups import cut as cut_tensor
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import LinearId
-from loraprune_ds.model.tensors import cut as cut_tensor
 from loraprune_ds.pruning.step import all_groups, check_same_mask
 from tests.families import LLAMA_LINEARS
 from tests.oracle.dense_trainer import DenseTrainer, Settings

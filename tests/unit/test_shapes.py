@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from loraprune_ds.model.families.base import Family, Marks
 from loraprune_ds.model.families.blocks import attention, columns, gated, rows
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.groups import LayerCounts, LayerKeep
+from loraprune_ds.model.groups import LayerCounts, LayerKeep, Run
 from loraprune_ds.model.read_shape import _kinds, shape_from_config
 from loraprune_ds.model.shape import ModelShape, needed_flops_per_token
-from loraprune_ds.model.tensors import Run
 from loraprune_ds.pruning.importance import random_scores
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform, uniform_goal
 from loraprune_ds.pruning.step import all_groups

@@ -14,8 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from loraprune_ds.model.groups import Kind, LayerCounts
-from loraprune_ds.model.tensors import Attribute, LayerSpec, TensorSpec
+from loraprune_ds.model.groups import Attribute, Kind, LayerCounts, LayerSpec, TensorSpec
 
 PRUNED = "pruned_"  # prefix of the `model_type` of an export whose layers have different widths
 MODEL = "model."

@@ -3,7 +3,7 @@
 from typing import Any
 
 from loraprune_ds.model.families.base import Attribute
-from loraprune_ds.model.tensors import Run, StackSpec, TensorSpec
+from loraprune_ds.model.groups import Run, StackSpec, TensorSpec
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 OnDisk = tuple[tuple[str, ...], tuple[str, ...]]  # the names of the two stacks of experts (`StackSpec.names`)

@@ -5,8 +5,7 @@ from typing import Any
 from loraprune_ds.model.families.base import Attention, Attribute, Family, Marks
 from loraprune_ds.model.families.blocks import columns, gated, head_runs, mlp_width, rows
 from loraprune_ds.model.families.moe import Qwen2Moe
-from loraprune_ds.model.groups import LayerCounts
-from loraprune_ds.model.tensors import LayerSpec, Run, TensorSpec
+from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
 NET = "linear_attn"
 

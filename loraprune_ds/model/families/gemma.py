@@ -5,8 +5,7 @@ from typing import Any
 from loraprune_ds.model.families.base import Attention, Marks, Mixture
 from loraprune_ds.model.families.blocks import gated, per_expert, stacks, whole
 from loraprune_ds.model.families.moe import Moe
-from loraprune_ds.model.groups import Kind
-from loraprune_ds.model.tensors import LayerSpec, TensorSpec
+from loraprune_ds.model.groups import Kind, LayerSpec, TensorSpec
 
 
 class Gemma4(Moe):

@@ -17,8 +17,7 @@ from loraprune_ds.model.families.blocks import (
     whole,
     wide_norms,
 )
-from loraprune_ds.model.groups import LayerCounts
-from loraprune_ds.model.tensors import LayerSpec, Run, TensorSpec
+from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
 
 class Llama(Family):

@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from loraprune_ds.model.families.base import Attention, Attribute, Marks
 from loraprune_ds.model.families.blocks import attention, per_expert, stacks, ungated, whole
 from loraprune_ds.model.families.moe import Moe
-from loraprune_ds.model.groups import LayerCounts
-from loraprune_ds.model.tensors import LayerSpec, TensorSpec
+from loraprune_ds.model.groups import LayerCounts, LayerSpec, TensorSpec
 
 MIXER, EXPERT = "mixer", "mixer.experts.{}"
 

@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 
 from loraprune_ds.model.families.base import PRUNED, Attention, Attribute, Family, LayerList, Marks
 from loraprune_ds.model.families.blocks import columns, rows
-from loraprune_ds.model.groups import Kind, LayerCounts
-from loraprune_ds.model.tensors import LayerSpec, Run, TensorSpec
+from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Run, TensorSpec
 
 BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 COUNTS = {"heads": "num_heads", "cross_heads": "num_cross_heads", "channels": "d_ff"}  # their fields in config.json
