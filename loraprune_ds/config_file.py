@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from loraprune_ds.config import LIST, ONE, MixtureEntry, RunConfig, SourceKeys
+from loraprune_ds.config import LIST, ONE, DataSource, MixtureEntry, RunConfig, SourceKeys
+from loraprune_ds.config_sources import format_of
 from loraprune_ds.errors import UserError, one_line, require
 
 SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_configs/, in a checkout and in a wheel
@@ -76,7 +77,7 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
     given = {key: value for key, value in raw.items() if value is not None or key not in SECTIONS}
     data = given.get("data")
     if isinstance(data, dict) and isinstance(data.get("path"), list):
-        given["data"] = data | {"path": [_complete(entry, data) for entry in data["path"]]}
+        given["data"] = data | {"path": [_complete(entry, i, data) for i, entry in enumerate(data["path"])]}
     try:
         return RUN.validate_json(json.dumps(given, default=str))  # strict Python values would not be sections
     except ValidationError as error:
@@ -129,8 +130,10 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {dotted}: {value!r} is not a YAML value") from None
 
 
-def _complete(entry: Any, data: dict[str, Any]) -> Any:
-    """Fills the missing or empty keys of a mixture's entry from `data`."""
+def _complete(entry: Any, i: int, data: dict[str, Any]) -> Any:
+    """Fills the missing or empty keys of a mixture's entry from `data`. A path alone has the format of its file."""
+    if entry and isinstance(entry, str):
+        entry = {"path": entry, "format": format_of(DataSource(entry, section=f"data.path[{i}]"), data)}
     if not isinstance(entry, dict):
         return entry
     shared = {key: data[key] for key in SHARED_KEYS if key in data}

@@ -9,9 +9,10 @@ import datasets
 import pytest
 
 from loraprune_ds.config import DataConfig, MixtureEntry
+from loraprune_ds.config_sources import files_of
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
-from loraprune_ds.train.data.sources import at_commits, files_of, read_rows, resolve_commits
+from loraprune_ds.train.data.sources import at_commits, read_rows, resolve_commits
 from tests.refusals import must_name
 from tests.unit.test_data import make_tokenizer, numbers, words
 

@@ -202,6 +202,29 @@ def test_an_entry_has_what_it_does_not_give_from_data() -> None:
     assert config_from_dict(run.to_dict()) == run
 
 
+def test_a_path_in_a_list_has_the_format_of_its_file(tmp_path: Path) -> None:
+    rows = {"chat": {"messages": []}, "seq2seq": {"source": "a", "target": "b"}, "text": {"text": "a", "title": "b"}}
+    rows["instruction"] = {"request": "a", "response": "b"}
+    files = {name: str(write_json(tmp_path / f"{name}.json", [row] * 2)) for name, row in rows.items()}
+    files["chat"] = str(write_json(tmp_path / "chat.jsonl", [{"prompt": "a", "completion": "b"}] * 2))
+    for folder, name in (("texts", "a.txt"), ("chats", "a.jsonl")):
+        (tmp_path / folder).mkdir()
+        write_json(tmp_path / folder / name, [rows["chat"]])
+    many = [str(tmp_path / "texts"), str(tmp_path / "chats"), str(tmp_path / "ch*.jsonl")]
+    for given in ({}, {"format": "instruction"}):
+        paths = ["a/b.txt", "embedded", *many, "someone/dataset", *files.values(), {"path": files["chat"]}]
+        found = [source.format for source in config_of(paths, prompt_field="request", **given).sources]
+        of_data = given.get("format", "text")
+        assert found == ["text", "text", "text", "chat", "chat", of_data, *files, of_data]
+
+
+def test_a_row_that_fits_several_formats_has_that_of_data(tmp_path: Path) -> None:
+    path = str(write_json(tmp_path / "both.jsonl", [{"text": "a", "messages": []}]))
+    must_name("data.path[1] both.jsonl chat text", config_of, ["embedded", path])
+    must_name("data.path[1] both.jsonl chat text", config_of, ["embedded", path], format="instruction")
+    assert config_of(["embedded", path], format="chat").sources[1].format == "chat"
+
+
 def test_each_source_gives_max_samples(instructions: str) -> None:
     second = {"path": instructions, "format": "instruction"}
     assert len(load([second, second], window=64, max_samples=5).samples) == 10
@@ -225,7 +248,10 @@ def test_an_endless_epoch_is_refused(text: str, instructions: str, monkeypatch: 
     ("entries", "names"),
     [
         ([], "data.path"),
-        (["a.txt"], "data.path[0] 'a.txt'"),
+        ([7], "data.path[0] 7"),
+        (["a.txt"], "data.path[0].path a.txt"),
+        (["embedded", ""], "data.path[1]"),
+        (["embedded", __file__], "data.path[1].path .py .jsonl"),
         ([{"weight": 1}], "data.path[0].path"),
         ([{"path": "a"}, {"path": "b", "weight": 0}], "data.path[1].weight"),
         ([{"path": "a", "wieght": 1}], "data.path[0].wieght weight"),
@@ -236,6 +262,14 @@ def test_an_endless_epoch_is_refused(text: str, instructions: str, monkeypatch: 
 )
 def test_a_bad_entry_is_named(entries: list[Any], names: str) -> None:
     must_name(names, load, entries)
+
+
+@pytest.mark.parametrize("names", ["data.path[1] empty.txt", "data.path[1] empty.json", "data.path[1] empty.jsonl"])
+def test_an_empty_file_is_named(names: str, tmp_path: Path) -> None:
+    path = tmp_path / names.split()[1]
+    path.write_text("\n")
+    must_name(names, load, ["embedded", str(path)])
+    must_name("number.json 0", load, [str(write_json(tmp_path / "number.json", [7]))])
 
 
 def test_what_all_entries_lack_stands_beside_the_list(text: str, tmp_path: Path) -> None:

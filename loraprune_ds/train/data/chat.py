@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from loraprune_ds.config import DataSource
+from loraprune_ds.config_sources import CHAT_FIELDS
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.tokenizer import rendering
 from loraprune_ds.train.data.tokens import TokenizedRow, in_batches, mask_outside
 
-CHAT_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"))  # the first form that a row has is used
 TOOLS = "tools"
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # other roles have the same name there
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -5,13 +5,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from pydantic_core import from_json
 
 from loraprune_ds.config import DataConfig, DataSource
+from loraprune_ds.config_sources import FIELD_SETTINGS, files_of, refuse_hub_settings
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import file_identity
 from loraprune_ds.model.embedded import embedded_text
@@ -21,16 +21,6 @@ from loraprune_ds.train.data.chat import chat_fields
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TEXT_SUFFIXES = (".txt",)
-JSON_SUFFIXES = (".json", ".jsonl")
-SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES
-# The settings that name the text fields of a row. The fields of a conversation have fixed names.
-FIELD_SETTINGS = {
-    "text": ("text_field",),
-    "instruction": ("prompt_field", "response_field", "input_field"),
-    "seq2seq": ("source_field", "target_field"),
-    "chat": (),
-}
 HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # half of a surrogate pair, or a lone surrogate
 TextRow = Mapping[str, Any]
 TextRows = Sequence[TextRow]  # a list or a `datasets.Dataset`
@@ -45,7 +35,7 @@ def read_rows(source: DataSource) -> TextRows:
     if source.path == EMBEDDED:
         refusal = f"{source.section}.format {source.format} needs a data.path; the embedded text is plain text"
         require(source.format == "text", refusal)
-        _refuse_hub_settings(source)
+        refuse_hub_settings(source)
         return [{source.text_field: document} for document in embedded_text()]
     files = files_of(source)
     if files is None:
@@ -77,42 +67,11 @@ def at_commits(config: DataConfig, commits: Mapping[str, str]) -> DataConfig:
     return replace(config, path=[replace(x, revision=commits.get(s.section, s.revision)) for x, s in entries])
 
 
-def files_of(source: DataSource) -> list[Path] | None:
-    """Finds the files of a source: a file, a glob, or all files of a folder, sorted. None: its path is not local.
-
-    Raises:
-        UserError: a path does not exist, or local files have `data_files` or a `revision`.
-    """
-    path, key = source.path, f"{source.section}.path"
-    local, is_glob = Path(path).expanduser(), any(wildcard in path for wildcard in "*?[")
-    if not (local.is_file() or local.is_dir() or is_glob):
-        is_path = local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~"))
-        require(not is_path, f"{key}: {path} does not exist")
-        return None
-    _refuse_hub_settings(source)
-    if local.is_file():
-        require(local.suffix in SUFFIXES, f"{key}: {path} must be one of {', '.join(SUFFIXES)}")
-        return [local]
-    if local.is_dir():
-        where, candidates = f"folder {path}", local.rglob("*")
-    else:
-        where, candidates = path, map(Path, glob(str(local), recursive=True))
-    files = sorted(file for file in candidates if file.suffix in SUFFIXES and file.is_file())
-    require(bool(files), f"{key}: {where} matches no {', '.join(SUFFIXES)} file")
-    return files
-
-
-def _refuse_hub_settings(source: DataSource) -> None:
-    for key in ("data_files", "revision"):
-        no_effect = f"{source.section}.{key} has no effect on {source.path}; it is of a `datasets` data set"
-        require(getattr(source, key) is None, no_effect)
-
-
-def read_text_file(path: Path) -> str:
-    """Reads a text file. Raises UserError if it is not UTF-8 or blank."""
+def read_text_file(path: Path, key: str) -> str:
+    """Reads a text file. Raises UserError if it is not UTF-8 or blank. The line names the `key`."""
     with _utf8(path) as file:
         text = file.read()
-    require(bool(text.strip()), f"{path} is empty")
+    require(bool(text.strip()), f"{key}: {path} is empty")
     return text
 
 
@@ -139,7 +98,7 @@ def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
             if not isinstance(row.get(field), str | None):  # rows of real data have gaps
                 raise UserError(f"{where}: field {field!r} must be text; got {row[field]!r:.80}")
         rows.append(row)
-    require(bool(rows), f"{path} is empty")
+    require(bool(rows), f"{source.section}: {path} is empty")
     return rows
 
 
@@ -151,7 +110,7 @@ def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
                 if line.strip():
                     yield f"{path}, line {number}", _parse_json(line.rstrip(), path, number)
         return
-    text = read_text_file(path)
+    text = read_text_file(path, source.section)
     if path.suffix == ".json":
         items = _parse_json(text, path, 1)
         refusal = f"{path} must hold a list of objects (one object per line goes into a .jsonl file)"

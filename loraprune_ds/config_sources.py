@@ -1,0 +1,89 @@
+"""Finds the files of a data source, and the format of a path alone in `data.path`."""
+
+import json
+from contextlib import suppress
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from loraprune_ds.config import DataConfig, DataSource
+from loraprune_ds.errors import require
+
+TEXT_SUFFIXES = (".txt",)
+JSON_SUFFIXES = (".json", ".jsonl")
+SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES
+# The settings that name the text fields of a row. The fields of a conversation have fixed names.
+FIELD_SETTINGS = {
+    "text": ("text_field",),
+    "instruction": ("prompt_field", "response_field", "input_field"),
+    "seq2seq": ("source_field", "target_field"),
+    "chat": (),
+}
+CHAT_FIELDS = (("messages",), ("conversations",), ("prompt", "completion"))  # the first form that a row has is used
+FIRST_ROW = 2**24  # its most characters
+
+
+def files_of(source: DataSource) -> list[Path] | None:
+    """Finds the files of a source: a file, a glob, or all files of a folder, sorted. None: its path is not local.
+
+    Raises:
+        UserError: a path does not exist, or local files have `data_files` or a `revision`.
+    """
+    path, key = source.path, f"{source.section}.path"
+    local, is_glob = Path(path).expanduser(), any(wildcard in path for wildcard in "*?[")
+    if not (local.is_file() or local.is_dir() or is_glob):
+        is_path = local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~"))
+        require(not is_path, f"{key}: {path} does not exist")
+        return None
+    refuse_hub_settings(source)
+    if local.is_file():
+        require(local.suffix in SUFFIXES, f"{key}: {path} must be one of {', '.join(SUFFIXES)}")
+        return [local]
+    if local.is_dir():
+        where, candidates = f"folder {path}", local.rglob("*")
+    else:
+        where, candidates = path, map(Path, glob(str(local), recursive=True))
+    files = sorted(file for file in candidates if file.suffix in SUFFIXES and file.is_file())
+    require(bool(files), f"{key}: {where} matches no {', '.join(SUFFIXES)} file")
+    return files
+
+
+def refuse_hub_settings(source: DataSource) -> None:
+    """Raises UserError if a source that is no data set of the hub has `data_files` or a `revision`."""
+    for key in ("data_files", "revision"):
+        no_effect = f"{source.section}.{key} has no effect on {source.path}; it is of a `datasets` data set"
+        require(getattr(source, key) is None, no_effect)
+
+
+def format_of(source: DataSource, data: dict[str, Any]) -> object:
+    """Tells the format of a path alone by its first file: by the suffix, or by the fields of the first row.
+
+    Rows that fit none or several, and data sets of the hub, have the format of `data`.
+
+    Raises:
+        UserError: like `files_of`, or a row fits several formats and `data` has none of them.
+    """
+    if source.path == DataConfig.path:
+        return "text"
+    first = Path(source.path)
+    if first.suffix not in TEXT_SUFFIXES:
+        first = (files_of(source) or [first])[0]
+    if first.suffix in TEXT_SUFFIXES:
+        return "text"
+    known, given = _first_fields(first), data.get("format")
+    forms = [(name, keys[:2]) for name, keys in FIELD_SETTINGS.items() if keys]  # an instruction may have no input
+    forms += [("chat", fields) for fields in CHAT_FIELDS]
+    names = {name for name, keys in forms if all(data.get(key, getattr(DataSource, key, key)) in known for key in keys)}
+    if given in names or not names:
+        return given or DataSource.format
+    several = f"{source.path} has the fields of {' and '.join(sorted(names))}; write {{path: ..., format: ...}}"
+    require(len(names) == 1, f"{source.section}: {several}")
+    return names.pop()
+
+
+def _first_fields(path: Path) -> list[str]:
+    """Reads the fields of the first row in a JSON file. The data's reader says what is wrong with a row."""
+    with suppress(OSError, ValueError, RecursionError), path.open(encoding="utf-8-sig") as file:
+        row, _ = json.JSONDecoder().raw_decode(file.read(FIRST_ROW).lstrip(" \t\r\n["))
+        return list(row) if isinstance(row, dict) else []
+    return []
