@@ -18,10 +18,10 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import Kind, LayerKeep
-from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, open_for_pruning
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import Tower
 from loraprune_ds.model.weight_files import read_header, weight_file_names
 from loraprune_ds.pruning.importance import LayerScores

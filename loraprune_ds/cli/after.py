@@ -59,7 +59,7 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
     names, report = config.evaluate.after, read_json(folder / REPORT_FILE)
     if not names or report.get("after", {}).get("asked") == names:
         return
-    from loraprune_ds.model.hub import locate_model
+    from loraprune_ds.model.sources import locate_model
 
     dense = config.model.adapter or str(locate_model(config.model))
     options = ["--dense", dense, "--json", "--dtype", config.model.dtype]

@@ -20,8 +20,8 @@ from loraprune_ds.files import read_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER
 from loraprune_ds.model.classes import attn_implementation, causal_lm_class, config_object
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.pretrained import PretrainedModel, open_pretrained
+from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import in_files
 from loraprune_ds.model.tokenizer import load_tokenizer, target_start
 from loraprune_ds.report import records

@@ -15,9 +15,9 @@ from loraprune_ds.model.families.base import Family, Marks
 from loraprune_ds.model.families.moe import Moe
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.groups import Attribute, Kind, LayerSpec, Shape, TensorSpec
-from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.modeling_pruned import layer_config
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
 # Fields about layers that a class without these layers ignores.

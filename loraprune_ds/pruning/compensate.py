@@ -24,9 +24,8 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.groups import LayerKeep, TensorSpec, cut
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel
+from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel, hook_inputs
 from loraprune_ds.pruning.schedule import Schedule
-from loraprune_ds.pruning.taps import ForwardRecorder, hook_inputs
 
 RIDGE = 0.05  # 0.01 was also measured: tests/benchmarks/README.md
 TILE_ROWS = 1024  # rows of a second moment that are computed at a time
@@ -118,7 +117,7 @@ def refitted_linears(dense: ModelShape, shape: ModelShape, layer: int) -> list[s
     return [left.linear for (_, linear), (_, left) in pairs if left.shape != linear.shape]
 
 
-class InputMoments(ForwardRecorder):
+class InputMoments:
     """Keeps moving sums of x xᵀ over steps, (n, n) fp32, of the `layers` that may be cut.
 
     `tokens` moves in the same way, so sums / tokens is the mean. The last step weighs most. Only the owner of a layer
@@ -128,13 +127,13 @@ class InputMoments(ForwardRecorder):
     """
 
     def __init__(self, model: PrunableModel, layers: Sequence[int], decay: float) -> None:
-        super().__init__()
         self.sums: dict[LinearId, Tensor] = {}  # of this rank's layers
         self.tokens = 0.0  # of all ranks
         self._model = model
         self._decay = decay
         self._weight = 0.0
         self._own_tokens = 0  # of this rank in this step
+        self._masks: tuple[Tensor | None, ...] | None = None  # of the micro-batch that is recorded
         linears = measured_linears(model.shape, layers)
         self._first = next((LinearId(i, linear.linear) for i, linear in linears), None)
         hook_inputs(model, linears, self._record)
@@ -149,6 +148,15 @@ class InputMoments(ForwardRecorder):
         yield
         own = torch.tensor([self._own_tokens], dtype=torch.int64, device=self._model.device)
         self.tokens = decay * self.tokens + self._weight * int(self._model.sum_over_ranks(own))
+
+    @contextmanager
+    def record_forward(self, *masks: Tensor | None) -> Generator[None]:
+        """Records one micro-batch. Close it before the backward pass, which may run the forward again."""
+        self._masks = masks
+        try:
+            yield
+        finally:
+            self._masks = None
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Cuts the sums along with the groups. Call it before the model is cut."""
@@ -179,10 +187,10 @@ class InputMoments(ForwardRecorder):
 
     @torch.no_grad()
     def _record(self, linear_id: LinearId, inputs: Tensor) -> None:
-        if not self._active:
+        if self._masks is None:
             return
-        x = inputs.detach()
-        rows = self._of_tokens(x, self._model.shape.layers[linear_id.layer].layer_list).float()  # (tokens, n)
+        x, mask = inputs.detach(), self._masks[self._model.shape.layers[linear_id.layer].layer_list]
+        rows = (x.flatten(0, 1) if mask is None else x[mask.to(x.device)]).float()  # (tokens, n), without padding
         if linear_id == self._first:
             self._own_tokens += len(rows)
         with tf32_for_halves(x.dtype, x.device):

@@ -14,9 +14,8 @@ from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.groups import Kind, LayerKeep, LayerTensors, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
+from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard, split_experts
 from loraprune_ds.pruning.prunable_model import PrunableModel
-from loraprune_ds.pruning.taps import MaskGradients
 
 
 class LayerScores(LayerTensors):

@@ -1,18 +1,19 @@
-"""The protocol of a model that can be pruned, and the values that pass through it.
+"""The protocol of a model that can be pruned, the values that pass through it, and hooks on the inputs of its linears.
 
 zero/sharded.py implements it on the ranks of ZeRO-3, tests/plain_model.py in one process.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.frozen import DENSE, StorageFormat
-from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.groups import LayerKeep, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
 
 
@@ -113,3 +114,22 @@ class PrunableModel(Protocol):
     def cut(self, keep: list[LayerKeep]) -> int:
         """Removes all other groups from weights, biases, LoRA, masters and moments. Returns the bytes sent in all."""
         ...
+
+
+# (linear, its input; for a stack also the tokens of each expert) -> a replacement for the input, or None to keep it.
+SeeInput = Callable[..., Tensor | None]
+
+
+def hook_inputs(model: PrunableModel, linears: Iterable[tuple[int, TensorSpec]], see: SeeInput) -> None:
+    """Calls `see` in every forward pass with the input of each linear: (batch, window, in_features).
+
+    The input of a stack of experts is (tokens, in_features), in the order of the experts.
+    """
+
+    def hook(linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = see(linear_id, *inputs)
+        return None if changed is None else (changed, *inputs[1:])
+
+    for i, linear in linears:
+        module = lora_linear(model.layers[i], linear.linear)
+        module.register_forward_pre_hook(partial(hook, LinearId(i, linear.linear)))

@@ -5,7 +5,7 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
     with pruner.record_step(step):
         for each micro-batch:
             with pruner.record_forward(mask): loss = engine.forward(...)    a refit records inputs (compensate.py)
-            engine.backward(loss)             `fisher` records the gradients of masks on groups (taps.py)
+            engine.backward(loss)             `fisher` records the gradients of masks on groups (criterion.py)
         pruner.score(step)                    sums the squared gradients over the ranks, then averages the sums over
                                               steps (importance.py)
     engine.update()                           the optimizer's own step
@@ -44,11 +44,11 @@ from loraprune_ds.errors import RunError, fail_point
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.compensate import Compensator
+from loraprune_ds.pruning.criterion import MaskGradients
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import PruningPlan
-from loraprune_ds.pruning.taps import MaskGradients
 
 
 @dataclass(frozen=True)

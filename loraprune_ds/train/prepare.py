@@ -17,9 +17,9 @@ from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.classes import check_flash_attention, config_object, describe_attention
 from loraprune_ds.model.exported_config import NEXT_TOKENS
 from loraprune_ds.model.frozen import describe_dtype
-from loraprune_ds.model.hub import locate_model
 from loraprune_ds.model.perplexity import Labelled, split_batches
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
+from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import MTP, check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, text_starts

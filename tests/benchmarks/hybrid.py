@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from loraprune_ds.files import read_json, write_text
-from loraprune_ds.model.embedded import embedded_text
+from loraprune_ds.model.sources import embedded_text
 from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin, run_quickstart, train_for
 
 RESULT = RESULTS / "hybrid.json"

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from loraprune_ds.evaluate.evaluation import measure_speed
 from loraprune_ds.evaluate.settings import SpeedSettings
 from loraprune_ds.files import read_json
-from loraprune_ds.model.embedded import embedded_model_dir
 from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format, stored_tensors
 from loraprune_ds.model.lora_product import FusedLoraLinear
+from loraprune_ds.model.sources import embedded_model_dir
 from loraprune_ds.pruning.criterion import gradient_estimate
 from loraprune_ds.pruning.prunable_model import LoraFactors
 from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, TEXT, picture, scale_perplexity

@@ -30,11 +30,10 @@ from torch import Tensor, nn
 from loraprune_ds.config import Normalization
 from loraprune_ds.errors import leave, leave_on_error
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.pruning.criterion import effective_weight, score_shard
+from loraprune_ds.pruning.criterion import StepRecorder, Tap, effective_weight, score_shard
 from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
-from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel
+from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel, hook_inputs
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.pruning.taps import StepRecorder, Tap, hook_inputs
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import Any
 from loraprune_ds.evaluate.settings import read_text
 from loraprune_ds.evaluate.tasks import mean_metric
 from loraprune_ds.files import read_json, write_json, write_text
-from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
+from loraprune_ds.model.sources import embedded_model_dir, embedded_text
 from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERMILION, picture
 from loraprune_ds.report.records import read_history
 from tests.benchmarks.expanded import expanded_model

@@ -20,7 +20,7 @@ from loraprune_ds.model.frozen import Int8, Int8Linear, storage_format
 from loraprune_ds.model.lora_product import FusedLoraLinear, draw_mask
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import LinearId
-from loraprune_ds.pruning.taps import Tap
+from loraprune_ds.pruning.criterion import Tap
 from tests.families import LLAMA_LINEARS
 from tests.oracle.models import make_lora, make_tiny_llama
 from tests.refusals import edit, must_name, truncate
@@ -253,7 +253,7 @@ def test_without_the_adapter_the_base_computes() -> None:
 
 @pytest.mark.parametrize("tapped", [False, True])
 def test_keeps_the_input_the_mask_and_a_narrow_product(tapped: bool) -> None:
-    """A tap of pruning/taps.py saves the same input."""
+    """A tap of pruning/criterion.py saves the same input."""
     ours, _ = pair(bias=True, int8=False)
     x = torch.randn(2, 5, IN, dtype=torch.float64, requires_grad=True)
     kept: list[Tensor] = []

@@ -13,7 +13,7 @@ from trl.data_utils import common_prefix_length
 from loraprune_ds.config import DataConfig
 from loraprune_ds.evaluate.answers import encode_prompts
 from loraprune_ds.evaluate.settings import read_prompts
-from loraprune_ds.model.embedded import embedded_model_dir
+from loraprune_ds.model.sources import embedded_model_dir
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import load_tokenizer
 from loraprune_ds.train.data.chat import Chat, ChatTemplate, read_chat

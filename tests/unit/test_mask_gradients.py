@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.pruning import taps
-from loraprune_ds.pruning.taps import squared_gradients
+from loraprune_ds.pruning import criterion
+from loraprune_ds.pruning.criterion import squared_gradients
 from tests.families import SIZES, tiny_model
 from tests.numerics.driver import random_lora
 from tests.oracle.formula import mask_fisher
@@ -63,7 +63,7 @@ def test_the_loss_scale_leaves_no_trace_and_nothing_is_kept(tmp_path: Path) -> N
     run, batch = tiny_run(tmp_path, "llama")
     run.prunable.loss_scale, run.prunable.world_size = 1024.0, 4
     masks = run.pruner.recorder
-    assert isinstance(masks, taps.MaskGradients)
+    assert isinstance(masks, criterion.MaskGradients)
     plain = masked_scores(run, batch)
     with run.pruner.record_step(1):
         supervised = int((batch[1][:, 1:] != -100).sum())
@@ -82,7 +82,7 @@ def test_any_block_of_tokens_gives_the_same_sums(monkeypatch: pytest.MonkeyPatch
     x, g = (torch.randn(3, 7, 12, generator=generator).bfloat16() for _ in range(2))
     exact = (x.double() * g.double()).view(21, 4, 3).sum(2).square().sum(0)
     for block in (1, 30, 12 * 21):
-        monkeypatch.setattr(taps, "CPU_INPUTS", block)
+        monkeypatch.setattr(criterion, "CPU_INPUTS", block)
         found = squared_gradients(x, g, 3)
         assert found.dtype == torch.float32
         assert relative(found.double(), exact) < 1e-6  # products are exact in fp32, sums of 21 terms are not

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.model import hub, pretrained, weight_files
+from loraprune_ds.model import pretrained, sources, weight_files
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.token_loss import build_for_losses
 from tests.families import LLAMA_LINEARS
@@ -228,5 +228,5 @@ def test_a_hub_model_is_downloaded_without_other_formats(monkeypatch: pytest.Mon
         assert {"*.safetensors", "tokenizer.model", "spiece.model"} <= set(allow_patterns)
         return str(tmp_path)
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    assert hub.locate_model(ModelConfig("some/model", revision="main")) == tmp_path
+    monkeypatch.setattr(sources, "snapshot_download", download)
+    assert sources.locate_model(ModelConfig("some/model", revision="main")) == tmp_path

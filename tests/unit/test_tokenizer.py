@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from loraprune_ds.export.gguf_tokenizer import EXTRA_SPACES, LAST_SPACE, NOT_COMPOSED, add_tokenizer, read_vocabulary
 from loraprune_ds.export.huggingface import copy_tokenizer
-from loraprune_ds.model.embedded import embedded_text
+from loraprune_ds.model.sources import embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
 from tests import gguf_cases
 from tests.gguf_cases import (

