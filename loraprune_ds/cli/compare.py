@@ -10,21 +10,21 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loraprune_ds.arguments import Parser
 from loraprune_ds.checkpoint.layout import STATUS_FILE, read_status
 from loraprune_ds.errors import UserError, require, run_command
+from loraprune_ds.evaluate.measures import MEASURES, mean_metric, tasks_with
 from loraprune_ds.evaluate.settings import GYM
-from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.files import read_json
 from loraprune_ds.report import pictures
 from loraprune_ds.report.records import REPORT_FILE, describe_method
-from loraprune_ds.units import aligned, format_percent, format_perplexity
+from loraprune_ds.units import aligned, format_perplexity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,26 +35,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
 Label = tuple[str, tuple[float, float]]  # a text and its point
 Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A number to compare models by, and its form in the table and in the picture."""
-
-    cell: Callable[[float], str]
-    label: Callable[[float], str]
-    better: Literal["lower", "higher"] = "higher"
-
-
-MEASURES = {
-    "perplexity": Measure(format_perplexity, lambda value: f"{value:.1f}" if value < 1e4 else f"{value:.1e}", "lower"),
-    "accuracy": Measure("{:.4f}".format, "{:.3f}".format),
-    "exact match": Measure("{:.4f}".format, "{:.3f}".format),
-    "repetition": Measure(format_percent, format_percent, "lower"),
-    "ended": Measure(format_percent, format_percent),
-    "agreement": Measure(format_percent, format_percent),
-    "overlap": Measure("{:.3f}".format, "{:.3f}".format),
-}
 
 
 class Value(NamedTuple):

@@ -10,8 +10,8 @@ from html import escape
 from typing import Any
 
 from loraprune_ds.evaluate.evaluation import Measurement
+from loraprune_ds.evaluate.measures import mean_metric, tasks_with
 from loraprune_ds.evaluate.settings import EvaluationSettings
-from loraprune_ds.evaluate.tasks import mean_metric, tasks_with
 from loraprune_ds.units import aligned, format_change, format_percent, format_perplexity
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark

@@ -1,30 +1,58 @@
 """Tasks by name. Those with its prefix come from reasoning-gym, all others from EleutherAI's lm-evaluation-harness.
 
-Both packages are optional, and imported only when used.
+reasoning-gym makes questions with checkable answers, and scores the answers. Both packages are optional, and imported
+only when used.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import logging
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.evaluate.models import Ids, Writer
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
+from loraprune_ds.model.tokenizer import check_ids, rendering
 from loraprune_ds.ranks import Ranks
-
-if TYPE_CHECKING:  # launch/compare.py only reads results, and must not wait for these imports
-    from torch import Tensor
-
-    from loraprune_ds.evaluate.models import Writer
 
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by their names in lm-eval.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 PAPER = "paper"
-SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "batch_size")
+LM_EVAL_SETTINGS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "batch_size")
+EASY = "easy"  # level of a task of reasoning-gym, for which all values below are
+# Of 39 tasks SmolLM2-135M-Instruct solves these above 20 %, and better than the best constant answer:
+# tests/benchmarks/results/reasoning_gym.json
+GYM_DEFAULT = ("number_sequence", "number_sequence:easy", "products:easy")
+FEWSHOT, QUESTIONS = 3, 100
+# Question i has the seed SEED + i, so the seed of the examples must be far away.
+SEED, EXAMPLES_SEED = 0, 10**6
+ROOM = 8  # tokens beyond the longest right answer
+# The scorers of these tasks run the answer as Python, and a model can write anything.
+RUN_ANSWERS = [
+    "binary_matrix",
+    "countdown",
+    "intermediate_integration",
+    "n_queens",
+    "polynomial_multiplication",
+    "puzzle24",
+    "simple_integration",
+    "spiral_matrix",
+    "string_insertion",
+]
+UNSTABLE = ["isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder"]
+REFUSED_TASKS = dict.fromkeys(RUN_ANSWERS, "its scorer runs the answer as code") | dict.fromkeys(
+    UNSTABLE, "its questions differ from process to process, even with one seed"
+)
 
 
 def check_tasks(settings: TaskSettings) -> None:
@@ -32,8 +60,6 @@ def check_tasks(settings: TaskSettings) -> None:
     gym, others = _split(settings)
     require(bool(others.names) or settings.include_path is None, f"--include-path has no effect on tasks of {GYM}")
     if gym.names:
-        from loraprune_ds.evaluate.reasoning import load_tasks
-
         load_tasks(gym)
     if not others.names:
         return
@@ -48,7 +74,7 @@ def check_tasks(settings: TaskSettings) -> None:
             raise UserError(f"--tasks: lm-eval knows no task {name}{hint}")
 
 
-def run_tasks(settings: TaskSettings, writer: "Writer", batch_size: int, comm: Ranks) -> dict[str, Any] | None:
+def run_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ranks) -> dict[str, Any] | None:
     """Runs all tasks. Collective.
 
     Returns:
@@ -58,24 +84,12 @@ def run_tasks(settings: TaskSettings, writer: "Writer", batch_size: int, comm: R
     gym, others = _split(settings)
     judged, solved = _run_lm_eval(others, writer, batch_size, comm) if others.names else None, None
     if gym.names:
-        from loraprune_ds.evaluate import reasoning
-
-        solved = reasoning.run_gym_tasks(gym, writer, batch_size, comm)
+        solved = run_gym_tasks(gym, writer, batch_size, comm)
     if comm.rank != 0 or solved is None:
         return judged
     judged = judged or {"results": {}, "settings": {}}
     settings_of_both = judged["settings"] | {GYM: solved["settings"]}
     return {"results": judged["results"] | solved["results"], "settings": settings_of_both}
-
-
-def mean_metric(tasks: dict[str, Any], metric: str) -> float | None:
-    """Returns the mean over the tasks with a metric, such as "acc" or "exact_match". None without such tasks."""
-    values = [tasks["results"][name][f"{metric},none"] for name in tasks_with(tasks, metric)]
-    return sum(values) / len(values) if values else None
-
-
-def tasks_with(tasks: dict[str, Any], metric: str) -> list[str]:
-    return [name for name, metrics in tasks["results"].items() if f"{metric},none" in metrics]
 
 
 def _split(settings: TaskSettings) -> tuple[TaskSettings, TaskSettings]:
@@ -85,7 +99,7 @@ def _split(settings: TaskSettings) -> tuple[TaskSettings, TaskSettings]:
     return replace(settings, names=gym, include_path=None), replace(settings, names=others)
 
 
-def _run_lm_eval(settings: TaskSettings, writer: "Writer", batch_size: int, comm: Ranks) -> dict[str, Any] | None:
+def _run_lm_eval(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ranks) -> dict[str, Any] | None:
     """Runs the tasks. Rank r takes documents r, r + world_size, and so on. Collective."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
@@ -109,12 +123,12 @@ def _run_lm_eval(settings: TaskSettings, writer: "Writer", batch_size: int, comm
         "documents": answer["n-samples"],
         "max_length": answer["max_length"],
         "chat_template": answer.get("chat_template"),
-        **{key: answer["config"].get(key) for key in SEEDS},
+        **{key: answer["config"].get(key) for key in LM_EVAL_SETTINGS},
     }
     return {"results": answer["results"], "settings": reported}
 
 
-def _model_on_ranks(writer: "Writer", batch_size: int, comm: Ranks) -> Any:
+def _model_on_ranks(writer: Writer, batch_size: int, comm: Ranks) -> Any:
     """Wraps a loaded model for lm-eval, which deals documents out to ranks only under `accelerate launch`."""
     base: Any = _lm_eval(".models.huggingface").HFLM
 
@@ -125,7 +139,7 @@ def _model_on_ranks(writer: "Writer", batch_size: int, comm: Ranks) -> Any:
             self._rank = comm.rank
             self._world_size = comm.world_size
 
-        def all_gather(self, tensor: "Tensor") -> "Tensor":
+        def all_gather(self, tensor: Tensor) -> Tensor:
             """Gathers a scalar from every rank: (world_size,)."""
             return comm.all_gather(tensor.view(1)).flatten()
 
@@ -149,3 +163,130 @@ def _task_manager(include_path: Path | None) -> Any:
 def _lm_eval(module: str) -> Any:
     """Imports a module of lm-eval, which may not be installed where types are checked."""
     return importlib.import_module(f"lm_eval{module}")
+
+
+@dataclass(frozen=True)
+class GymTask:
+    """A task with its questions: dictionaries of reasoning-gym with `question`, `answer` and `metadata`."""
+
+    name: str  # as in the results
+    dataset: Any
+    questions: list[dict[str, Any]]
+    examples: list[dict[str, Any]]
+
+    @property
+    def digest(self) -> str:
+        """Returns the SHA-256 of all that is asked. Only results with equal digests are comparable."""
+        asked = [entry["question"] for entry in (*self.examples, *self.questions)]
+        return hashlib.sha256("\0".join(asked).encode()).hexdigest()
+
+    def score(self, answer: str, question: dict[str, Any]) -> float:
+        """Returns the package's own score, from 0 to 1."""
+        try:
+            return float(self.dataset.score_answer(answer, question))
+        except Exception:  # noqa: BLE001  # some scorers raise at an answer that they cannot read
+            return 0.0
+
+
+@cache
+def load_tasks(settings: TaskSettings) -> tuple[GymTask, ...]:
+    """Makes the questions of all tasks. Raises UserError for a task that is unknown or cannot be loaded."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise UserError(f"--tasks {GYM} needs the package reasoning-gym: pip install reasoning-gym")
+    names = [
+        task for name in settings.names for task in (GYM_DEFAULT if name == GYM else (name.removeprefix(f"{GYM}:"),))
+    ]
+    fewshot = FEWSHOT if settings.fewshot is None else settings.fewshot
+    return tuple(_load(name, fewshot, settings.limit or QUESTIONS) for name in dict.fromkeys(names))
+
+
+def _load(name: str, fewshot: int, count: int) -> GymTask:
+    known: Any = importlib.import_module("reasoning_gym.factory")
+    task, _, level = name.partition(":")
+    require(task not in REFUSED_TASKS, f"--tasks {GYM}:{name}: {REFUSED_TASKS.get(task)}")
+    if task not in known.DATASETS:
+        hint = did_you_mean(task, known.DATASETS.keys() - REFUSED_TASKS.keys())
+        raise UserError(f"--tasks: reasoning-gym knows no task {task}{hint}")
+    require(level in ("", EASY), f"--tasks {GYM}:{name}: only :{EASY} may follow the name of a task")
+
+    def make(seed: int, size: int) -> Any:
+        if level:  # the first level of its curriculum
+            settings = known.create_curriculum(task).generate_configuration({"seed": seed, "size": size})
+            return known.DATASETS[task][0](settings)
+        return known.create_dataset(task, seed=seed, size=size)
+
+    try:
+        dataset, more = make(SEED, count), make(EXAMPLES_SEED, 4 * fewshot + 8)
+        questions = [dataset[i] for i in range(count)]
+        asked = {entry["question"] for entry in questions}
+        examples = [entry for entry in map(more.__getitem__, range(len(more))) if entry["question"] not in asked]
+    except Exception as error:  # a task may need more settings, and its generator raises anything
+        raise UserError(f"--tasks {GYM}:{name}: {one_line(error)}") from error
+    answered = all(isinstance(entry["answer"], str) for entry in (*questions, *examples))
+    require(answered, f"--tasks {GYM}:{name}: its questions have no right answer for the examples")
+    few = f"--tasks {GYM}:{name}: it has too few different questions; lower --num-fewshot or --limit"
+    require(len(examples) >= fewshot, few)
+    return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
+
+
+def run_gym_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ranks) -> dict[str, Any]:
+    """Runs the tasks. Rank r takes batches r, r + world_size, and so on. Collective.
+
+    Returns:
+        {"results": {task: {metric: value}}, "settings": …}. `exact_match` is the share of full scores.
+    """
+    tasks = load_tasks(settings)
+    results = {}
+    for task in tasks:
+        answers = greedy_answers(task, writer, batch_size, comm)
+        scores = [task.score(answer, question) for answer, question in zip(answers, task.questions, strict=True)]
+        share = sum(score >= 1 for score in scores) / len(scores)
+        error = math.sqrt(share * (1 - share) / max(1, len(scores) - 1))
+        mean = sum(scores) / len(scores)
+        results[task.name] = {"exact_match,none": share, "exact_match_stderr,none": error, "score,none": mean}
+    reported = {
+        "reasoning_gym": version("reasoning-gym"),
+        "fewshot": len(tasks[0].examples),
+        "documents": {task.name: len(task.questions) for task in tasks},
+        "sha256": {task.name: task.digest for task in tasks},
+        "seed": SEED,
+        "chat_template": bool(writer.tokenizer.chat_template),
+    }
+    return {"results": results, "settings": reported}
+
+
+def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Ranks) -> list[str]:
+    """Answers all questions of a task, in order. The batches do not depend on the number of ranks. Collective."""
+    model, tokenizer = writer.model, writer.tokenizer
+    prompts = [_prompt(task, question["question"], tokenizer) for question in task.questions]
+    embedding: Any = model.get_input_embeddings()
+    check_ids(max(map(max, prompts)), len(embedding.weight), tokenizer, f"--tasks {task.name}")
+    answers = tokenizer([entry["answer"] for entry in task.questions], add_special_tokens=False)["input_ids"]
+    most = max(map(len, answers)) + ROOM
+    length, positions = max(map(len, prompts)) + most, getattr(model.config, "max_position_embeddings", None)
+    fits = positions is None or length <= positions
+    require(fits, f"--tasks {task.name}: a question with its examples and answer takes {length} of {positions} tokens")
+    mine: dict[int, str] = {}
+    for first in range(comm.rank * batch_size, len(prompts), comm.world_size * batch_size):
+        batch = prompts[first : first + batch_size]
+        for i, ids in enumerate(writer.write(batch, max_new_tokens=most, do_sample=False), first):
+            text = str(tokenizer.decode(ids, skip_special_tokens=True))
+            mine[i] = (text if tokenizer.chat_template else text.partition("\n\n")[0]).strip()
+    everyone = {i: answer for each in comm.gather_objects(mine) for i, answer in each.items()}
+    return [everyone[i] for i in range(len(prompts))]
+
+
+def _prompt(task: GymTask, question: str, tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """Builds the token ids of the examples and a question: in the chat template, or else as plain paragraphs."""
+    if not tokenizer.chat_template:
+        shown = [f"{entry['question']}\n{entry['answer']}\n\n" for entry in task.examples]
+        return tokenizer("".join([*shown, f"{question}\n"]))["input_ids"]
+    turns = [
+        {"role": role, "content": entry[key]}
+        for entry in task.examples
+        for role, key in (("user", "question"), ("assistant", "answer"))
+    ]
+    chat: Any = [*turns, {"role": "user", "content": question}]
+    with rendering(f"--tasks {task.name}", tokenizer.name_or_path, chat):
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer(str(text), add_special_tokens=False)["input_ids"]

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from loraprune_ds.evaluate.measures import mean_metric
 from loraprune_ds.evaluate.settings import read_text
-from loraprune_ds.evaluate.tasks import mean_metric
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.sources import embedded_model_dir, embedded_text
 from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERMILION, picture

@@ -11,8 +11,9 @@ import pytest
 
 from loraprune_ds.cli.evaluate import parse_arguments, read_evaluation_text
 from loraprune_ds.evaluate import settings, tasks
+from loraprune_ds.evaluate.measures import mean_metric
 from loraprune_ds.evaluate.settings import EvaluationSettings, PerplexityProtocol, TaskSettings
-from loraprune_ds.evaluate.tasks import PAPER_TASKS, check_tasks, mean_metric
+from loraprune_ds.evaluate.tasks import PAPER_TASKS, check_tasks
 from tests.refusals import must_name
 
 TASK = "task: my_own\ndataset_path: json\noutput_type: multiple_choice\n"

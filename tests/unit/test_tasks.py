@@ -17,10 +17,10 @@ from loraprune_ds.cli import after
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.errors import RunError
-from loraprune_ds.evaluate import reasoning, tasks
+from loraprune_ds.evaluate import tasks
 from loraprune_ds.evaluate.models import Writer
-from loraprune_ds.evaluate.reasoning import DEFAULT, GymTask, greedy_answers, load_tasks
 from loraprune_ds.evaluate.settings import TaskSettings
+from loraprune_ds.evaluate.tasks import GYM_DEFAULT, GymTask, greedy_answers, load_tasks
 from loraprune_ds.files import read_json, write_json
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import must_name
@@ -68,11 +68,11 @@ def test_a_task_that_cannot_be_loaded_is_named(name: str, names: str) -> None:
 def test_questions_depend_on_the_seed_alone() -> None:
     """Python shuffles sets by PYTHONHASHSEED. Examples are none of the questions."""
     code = (
-        "from loraprune_ds.evaluate.reasoning import TaskSettings, load_tasks;"
+        "from loraprune_ds.evaluate.tasks import TaskSettings, load_tasks;"
         "print(*(task.digest for task in load_tasks(TaskSettings(('reasoning_gym',)))))"
     )
     loaded = load_tasks(TaskSettings(("reasoning_gym",)))
-    assert [task.name for task in loaded] == [f"reasoning_gym:{name}" for name in DEFAULT]
+    assert [task.name for task in loaded] == [f"reasoning_gym:{name}" for name in GYM_DEFAULT]
     environment = {**os.environ, "PYTHONHASHSEED": "1"}  # here it is another one
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert answer.stdout.split()[-len(loaded) :] == [task.digest for task in loaded]
@@ -119,7 +119,7 @@ def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(templa
         chat = f"<s> {first['question']} </s> <s> {first['answer']} </s> <s> {question} </s> <s> w59"
         ids = tokenizer(chat if template else plain, add_special_tokens=False)["input_ids"]
         made: list[int] = []
-        while len(made) < 2 + reasoning.ROOM and made[-1:] != [tokenizer.eos_token_id]:
+        while len(made) < 2 + tasks.ROOM and made[-1:] != [tokenizer.eos_token_id]:
             made.append(int(model(torch.tensor([ids + made])).logits[0, -1].argmax()))
         expected.append(str(tokenizer.decode(made, skip_special_tokens=True)).strip())
     assert len(set(expected)) > 1
@@ -134,9 +134,9 @@ def test_answers_in_batches_and_on_ranks_are_those_of_each_question_alone(templa
 def test_exact_match_is_the_share_of_full_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of(2, 3, 4, 6, 7)
     right = [entry["answer"] for entry in task.questions]
-    monkeypatch.setattr(reasoning, "load_tasks", lambda settings: (task,))
-    monkeypatch.setattr(reasoning, "version", lambda package: "0")
-    monkeypatch.setattr(reasoning, "greedy_answers", lambda *given: [right[0], "w1", "w1", "w1"])
+    monkeypatch.setattr(tasks, "load_tasks", lambda settings: (task,))
+    monkeypatch.setattr(tasks, "version", lambda package: "0")
+    monkeypatch.setattr(tasks, "greedy_answers", lambda *given: [right[0], "w1", "w1", "w1"])
     settings = TaskSettings(("reasoning_gym:made",))
     found: Any = tasks.run_tasks(settings, Writer(cast(Any, None), make_tokenizer()), 2, rank_of(1, 0))
     error = (0.25 * 0.75 / 3) ** 0.5
@@ -223,7 +223,7 @@ def test_each_size_of_a_shelf_is_measured(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_wrong_tasks_are_told_before_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasoning.load_tasks.cache_clear()
+    tasks.load_tasks.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     after.check_after(run_of("answers"))
     must_name("evaluate.after reasoning-gym", after.check_after, run_of("answers", "tasks"))
