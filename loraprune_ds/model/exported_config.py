@@ -135,7 +135,8 @@ def _no_next_tokens(config: dict[str, Any]) -> dict[str, Any]:
 
 def _sizes(shape: ModelShape) -> dict[str, Any]:
     """Returns the sizes of each layer, and the largest as global sizes, which suffice for readers of only these."""
-    family, made, counted = shape.family, shape.config, shape.counted
+    family, made = shape.family, shape.config
+    counted = family.counted(made, shape.layers)
 
     def fields(counts: LayerCounts) -> dict[str, int]:
         return {field: count for field, count in family.layer_fields(made, counts).items() if count}

@@ -7,9 +7,6 @@ cutting and quantising commute bit by bit.
 A storage format names the tensors that store a weight and converts between them and the weight.
 """
 
-# torch does not type all of its methods.
-# pyright: reportUnknownMemberType=false
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast, get_args

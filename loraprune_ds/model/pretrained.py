@@ -90,14 +90,16 @@ class ModelWeights:
         shard = torch.empty(end - start, dtype=dtype)
         with safe_open(self.files[name], framework="pt") as file:
             view: Any = file.get_slice(self.names_on_disk[name])
-            view = Transposed(view) if self.transposed and len(view.get_shape()) == 3 else view
-            *on_disk, width = view.get_shape() if len(view.get_shape()) > 1 else (*view.get_shape(), 1)
+            size = view.get_shape()
+            if transposed := self.transposed and len(size) == 3:
+                size = [size[0], size[2], size[1]]
+            *on_disk, width = size if len(size) > 1 else [*size, 1]
             kept = self.slices.get(name, Slice(0, torch.arange(math.prod(on_disk))))
             columns = len(kept.keep) if kept.axis == 1 else width
             first, last = start // columns, -(-end // columns)
             rows = kept.keep[first:last] if kept.axis == 0 else torch.arange(first, last)
             for at, chunk in _chunks(rows, max(1, READ_CHUNK // width)):
-                values = _rows(view, int(chunk[0]), int(chunk[-1]) + 1)
+                values = _rows(view, int(chunk[0]), int(chunk[-1]) + 1, transposed)
                 if len(chunk) < len(values):
                     values = values[chunk - chunk[0]]
                 values = (values[:, kept.keep] if kept.axis == 1 else values).reshape(-1)
@@ -116,7 +118,8 @@ class ModelWeights:
         path, _, tensor = name.rpartition(".")
         weight = f"{path}.{WEIGHT}"
         if weight not in self._int8 or tensor not in Int8.tensors:
-            return self.read_flat(name, start, end, torch.float32 if self._keeps_fp32(name) else dtype)
+            keeps_fp32 = name in self._tensors and self._tensors[name].keep_fp32
+            return self.read_flat(name, start, end, torch.float32 if keeps_fp32 else dtype)
         if f"{path}.{SCALE}" in self.files:
             return self.read_flat(name, start, end, torch.int8 if tensor == WEIGHT else dtype)
         stored_as, shape = self._int8[weight]
@@ -142,37 +145,22 @@ class ModelWeights:
     def _tensors(self) -> dict[str, TensorSpec]:
         return dict(self.shape.tensors())
 
-    def _keeps_fp32(self, name: str) -> bool:
-        return name in self._tensors and self._tensors[name].keep_fp32
-
     @cached_property
     def _int8(self) -> dict[str, tuple[Int8, Matrix]]:
         formats = ((name, x.format(self.int8), x) for name, x in self._tensors.items())
         return {name: (stored_as, x.matrix) for name, stored_as, x in formats if isinstance(stored_as, Int8)}
 
 
-class Transposed:
-    """Reads a three-dimensional tensor with each matrix transposed."""
-
-    def __init__(self, view: Any) -> None:
-        self._view = view
-
-    def get_shape(self) -> list[int]:
-        experts, rows, columns = self._view.get_shape()
-        return [experts, columns, rows]
-
-    def __getitem__(self, at: tuple[int, slice]) -> Tensor:
-        return self._view[at[0], :, at[1]].T
-
-
-def _rows(view: Any, start: int, end: int) -> Tensor:
+def _rows(view: Any, start: int, end: int, transposed: bool) -> Tensor:
     """Reads some rows of a tensor on disk. Rows of a three-dimensional tensor are counted across its matrices."""
     shape = view.get_shape()
     if len(shape) < 3:
         return view[start:end] if shape else view[...][None]
-    *_, height, _ = shape
-    touched = range(start // height, -(-end // height))
-    return torch.cat([view[i, max(start - i * height, 0) : min(end - i * height, height)] for i in touched])
+    height, parts = shape[2 if transposed else 1], list[Tensor]()
+    for i in range(start // height, -(-end // height)):
+        rows = slice(max(start - i * height, 0), min(end - i * height, height))
+        parts.append(view[i, :, rows].T if transposed else view[i, rows])
+    return torch.cat(parts)
 
 
 def _chunks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:

@@ -1,6 +1,6 @@
 """The sizes of a model: its layers, each a list of tensors, and the parameters outside of them. And a token's cost."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -58,11 +58,6 @@ class ModelShape:
         """The groups of each layer, 0 of a kind that it lacks."""
         of_kinds = [[(kind, layer.counts.get(kind, 0)) for kind in self.kinds] for layer in self.layers]
         return tuple(map(LayerCounts, of_kinds))
-
-    @property
-    def counted(self) -> list[LayerCounts]:
-        """The groups of each layer, as config.json counts them."""
-        return self.family.counted(self.config, self.layers)
 
     def times(self, layer: int, kind: Kind) -> int:
         """Counts the groups of a layer for each that config.json says it has."""
@@ -154,7 +149,8 @@ class ModelShape:
         return sum(layer.numel for layer in self.layers)
 
     @cached_property
-    def _group_numel(self) -> dict[Kind, int]:
+    def group_numel(self) -> Mapping[Kind, int]:
+        """The linear parameters that leave with one group of each kind, without biases."""
         numel = dict.fromkeys(self.kinds, 0)
         for layer in self.layers:
             numel |= {kind: max(numel[kind], own) for kind, own in layer.group_numel.items()}
@@ -163,10 +159,6 @@ class ModelShape:
     def lora_numel(self, rank: int) -> list[int]:
         """Returns the elements of A, then B, of each linear."""
         return [numel for layer in self.layers for numel in layer.lora_numel(rank)]
-
-    def group_numel(self, kind: Kind) -> int:
-        """Counts the linear parameters that leave with one group, without biases."""
-        return self._group_numel[kind]
 
     def ranges(self, kind: Kind) -> int:
         """Counts the equal ranges of a layer's groups that must lose the same number each."""
@@ -195,7 +187,7 @@ def active_numel(shape: ModelShape) -> int:
     idle = sum(max(0, counts.get("experts", 0) - chosen) for counts in shape.counts)
     tensors = (tensor for layer in shape.layers for tensor in layer.tensors)
     linears = (x for x in tensors if x.lora or (len(x.shape) > 1 and not x.runs))  # some have no LoRA
-    return sum(linear.numel for linear in linears) - (idle * shape.group_numel("experts") if idle else 0)
+    return sum(linear.numel for linear in linears) - (idle * shape.group_numel["experts"] if idle else 0)
 
 
 def cached_numel(shape: ModelShape) -> int:

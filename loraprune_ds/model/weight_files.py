@@ -25,21 +25,9 @@ SAVE_AGAIN = (
 )
 Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
 TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer.model.v*",
-    "tekken.json",
-    TOKENIZER_CONFIG,
-    "chat_template.*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tekken.json", TOKENIZER_CONFIG)
+TOKENIZER_FILES += ("chat_template.*", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+TOKENIZER_FILES += ("vocab.json", "vocab.txt", "merges.txt", "spiece.model")
 LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 DOCUMENTS = ("README.md", *(f"{name}{end}" for name in LEGAL for end in ("", ".md", ".txt")))
@@ -85,16 +73,12 @@ def have_equal_values(name: str, other: str, headers: Headers) -> bool:
 
 
 def weight_file_names(folder: Path) -> list[str]:
-    """Lists the weight files of a folder, from its index if there is one."""
-    if (folder / INDEX_FILE).is_file():
-        return indexed_names(folder / INDEX_FILE)
-    names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS)
-    require(bool(names), f"{folder} has no safetensors files; save a model in .bin files again by {SAVE_AGAIN}")
-    return names
-
-
-def indexed_names(index: Path) -> list[str]:
-    """Lists the weight files that an index names. All must be in the folder of the index."""
+    """Lists the weight files of a folder, from its index if there is one, which may name only files next to it."""
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        names = sorted(path.name for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS)
+        require(bool(names), f"{folder} has no safetensors files; save a model in .bin files again by {SAVE_AGAIN}")
+        return names
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")

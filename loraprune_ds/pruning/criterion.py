@@ -9,7 +9,7 @@ Shapes: W (out_features, in_features), A (r, in_features), B (out_features, r); 
 # torch does not type every method:
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -86,24 +86,6 @@ def score_shard(shard: OwnedShard, factors: LoraFactors, criterion: ElementCrite
         else:
             total += sums
     return total
-
-
-def split_experts(shard: OwnedShard, factors: LoraFactors) -> Iterator[tuple[OwnedShard, LoraFactors]]:
-    """Yields this rank's part of each expert's linear. A linear that is not a stack counts as one expert."""
-    experts = len(factors.A) // factors.B.shape[1]
-    rows, columns = shard.shape[0] // experts, shard.shape[1]
-    split = (tensor.chunk(experts) for tensor in (factors.A, factors.B, factors.grad_A, factors.grad_B))
-    for i, of_expert in enumerate(zip(*split, strict=True)):
-        origin = shard.start - i * rows * columns  # start of the shard, counted from the first element of the expert
-        low = min(max(origin, 0), rows * columns)
-        high = max(low, min(origin + len(shard.flat), rows * columns))
-        own = slice(low - origin, high - origin)
-
-        def decode(stored: Tensor, first: int, above: int = i * rows) -> Tensor:
-            return shard.decode(stored, above + first)
-
-        owned = OwnedShard(shard.flat[own], low, (rows, columns), decode)
-        yield owned, LoraFactors(*of_expert, scaling=factors.scaling)
 
 
 class StepRecorder:

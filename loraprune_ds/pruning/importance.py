@@ -1,11 +1,8 @@
 """The scores of groups: each rank's part, the sum over the ranks, and the moving average over the steps."""
 
-# torch does not type every method:
-# pyright: reportUnknownMemberType=false
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,8 +11,8 @@ from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.groups import Kind, LayerKeep, LayerTensors, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard, split_experts
-from loraprune_ds.pruning.prunable_model import PrunableModel
+from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
+from loraprune_ds.pruning.prunable_model import PrunableModel, split_experts
 
 
 class LayerScores(LayerTensors):
@@ -40,7 +37,7 @@ class GroupSums:
         """
         of_runs, zeros = self.of_runs, self.of_runs[0].new_zeros
         if normalization == "l2":
-            of_runs = [_divided(scores, cast(Tensor, scores.norm())) for scores in of_runs]
+            of_runs = [_divided(scores, cast(Any, scores).norm()) for scores in of_runs]
         elif normalization == "step":
             total = self._sum()
             of_runs = [_divided(scores, total) for scores in of_runs]

@@ -36,7 +36,7 @@ class Limits:
     def numel(self, layers: Sequence[LayerCounts]) -> dict[Kind, int]:
         """Counts the linear parameters of each kind in the open layers, from the counts of all layers."""
         group_numel, kinds = self.dense.group_numel, self.dense.kinds
-        return {kind: group_numel(kind) * sum(layers[i][kind] for i in self.open_layers) for kind in kinds}
+        return {kind: group_numel[kind] * sum(layers[i][kind] for i in self.open_layers) for kind in kinds}
 
     @cached_property
     def removable(self) -> dict[Kind, int]:
@@ -46,7 +46,7 @@ class Limits:
 
     def step_numel(self, kind: Kind) -> int:
         """Counts the linear parameters of one multiple of a kind: in one layer, or with `uniform` in all open ones."""
-        return self.multiples[kind] * (self.equal_numel[kind] if self.uniform else self.dense.group_numel(kind))
+        return self.multiples[kind] * (self.equal_numel[kind] if self.uniform else self.dense.group_numel[kind])
 
     # Equal counts in all open layers, as config.json counts groups. A layer with twice as many loses twice as many.
 
@@ -63,7 +63,7 @@ class Limits:
         """The linear parameters of one group in every open layer that has such groups."""
         times, counts, layers = self.dense.times, self.dense.counts, self.open_layers
         groups = {kind: sum(times(i, kind) for i in layers if counts[i][kind]) for kind in self.dense.kinds}
-        return {kind: count * self.dense.group_numel(kind) for kind, count in groups.items()}
+        return {kind: count * self.dense.group_numel[kind] for kind, count in groups.items()}
 
     def narrowest(self, bounds: Bounds) -> Iterator[LayerCounts]:
         """Yields for each count of heads the equal counts with the fewest channels (or experts)."""

@@ -3,12 +3,9 @@
 A budget counts linear parameters of all decoder layers of the *dense* model. Ties keep the lower index.
 """
 
-# torch does not type every method:
-# pyright: reportUnknownMemberType=false
-
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -117,11 +114,11 @@ class _Removal:
         """Counts the parameters of the other kinds that are gone so far, including earlier cuts."""
         dense = self.limits.dense
         lost = sum(before[kind] - left[kind] for before, left in zip(dense.counts, self.left, strict=True))
-        return self.gone - lost * dense.group_numel(kind)
+        return self.gone - lost * dense.group_numel[kind]
 
     def take(self, kind: Kind, budget: int) -> None:
         """Removes groups of a kind while this brings the total nearer to `budget` parameters."""
-        numel = self.limits.dense.group_numel(kind)
+        numel = self.limits.dense.group_numel[kind]
         for layer, groups in self._candidates(kind):
             if self.gone + numel / 2 > budget:
                 return
@@ -138,7 +135,7 @@ class _Removal:
             candidates.extend((layer, groups) for groups in chunks)
             best = best_first(values, self.current.ranges(kind))[:left]
             means.append(_chunk_means(values[best].flip(0), chunks))
-        order = cast(list[int], torch.cat(means).argsort(stable=True).tolist())
+        order: list[int] = cast(Any, torch.cat(means).argsort(stable=True)).tolist()
         return [candidates[position] for position in order]
 
 

@@ -27,9 +27,6 @@ micro-batches, and each rank scores its shard of W (criterion.py).
     W              the frozen weight of a linear
 """
 
-# torch does not type every method:
-# pyright: reportUnknownMemberType=false
-
 import hashlib
 import time
 from collections.abc import Callable, Generator

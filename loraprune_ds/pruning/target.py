@@ -145,7 +145,7 @@ def _size_of_global(config: PruneConfig, limits: Limits, budget: Budget, amount:
         layers = list(dense.counts)
         layers[index] = LayerCounts({**layers[index], kind: layers[index][kind] - 1})
         of_a_group = dense_size - measure(config, dense.resized(layers), amount)
-        size -= of_a_group * (budget.ratio * dense.linear_numel()) * share / dense.group_numel(kind)
+        size -= of_a_group * (budget.ratio * dense.linear_numel()) * share / dense.group_numel[kind]
     return size
 
 

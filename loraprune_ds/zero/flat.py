@@ -5,13 +5,10 @@ P = ceil(N / world_size). The last shards are padded and may be empty. A cut kee
 elements of a shard [s, e) are [kept_before(s), kept_before(e)) of the smaller tensor.
 """
 
-# torch does not type all of its methods.
-# pyright: reportUnknownMemberType=false
-
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -133,5 +130,5 @@ class ReshardPlan:
 
 
 def _nonzero(counts: Tensor) -> dict[int, int]:
-    numbers = cast(list[int], counts.tolist())
+    numbers: list[int] = cast(Any, counts).tolist()
     return {rank: count for rank, count in enumerate(numbers) if count}

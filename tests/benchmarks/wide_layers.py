@@ -143,7 +143,7 @@ def most_extra(ranks: list[dict[str, Any]], phase: str) -> int:
 def check(result: dict[str, Any], dense: ModelShape) -> None:
     for rank in result["ranks"]:
         layers: list[dict[Kind, int]] = rank["layers_at_the_end"]
-        kept = sum(count * dense.group_numel(kind) for layer in layers for kind, count in layer.items())
+        kept = sum(count * dense.group_numel[kind] for layer in layers for kind, count in layer.items())
         assert abs(kept / dense.linear_numel() - 0.5) < 0.01, rank["layers_at_the_end"]
         # Merging rounds every weight to bf16 once more, 2**-9 of it.
         assert abs(rank["loss_reloaded"] / rank["loss_trained"] - 1) < 2e-2, rank

@@ -16,10 +16,10 @@ from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard, split_experts
+from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
-from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, split_experts
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.pruning.target import resolve
@@ -94,7 +94,7 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
                     parameter[experts] = 0
     model.save_pretrained(tmp_path)
     shape = open_pretrained(tmp_path).shape
-    ratio = 5 * len(sparse) * shape.group_numel("experts") / shape.linear_numel()
+    ratio = 5 * len(sparse) * shape.group_numel["experts"] / shape.linear_numel()
     prune: dict[str, Any] = {"ratio": ratio, "prune_every": 1, "warmup_fraction": 0.0, "cooldown_fraction": 0.0}
     prune |= {"protected_first": 0, "protected_last": 0, "criterion": criterion, "channel_multiple": 1}
     config = PruneConfig(**PAPER | prune)

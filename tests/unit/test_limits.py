@@ -108,10 +108,10 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
         scores = random_scores_of(shape, generator)
         if size.bounds:
             keep = rank_uniform(scores, shape, limits, size.bounds[0])
-            step = len(limits.open_layers) * limits.multiples["channels"] * shape.group_numel("channels") / 2
+            step = len(limits.open_layers) * limits.multiples["channels"] * shape.group_numel["channels"] / 2
         else:
             keep = rank_global(scores, shape, limits, size.budget)
-            step = max(multiple * shape.group_numel(kind) for kind, multiple in limits.multiples.items())
+            step = max(multiple * shape.group_numel[kind] for kind, multiple in limits.multiples.items())
         # The stated ratio has four digits, rounded down.
         short = most * shape.linear_numel() - gone(shape.after(keep), shape)
         assert short <= step + 1e-9, (config, shape)
@@ -133,7 +133,7 @@ def test_a_ratio_above_it_is_refused(ranking: Ranking) -> None:
     """Not only the absurd one: anything further off than what either ranking promises to come within."""
     prune = {"ranking": ranking, "protected_first": 1, "protected_last": 0}
     most = largest_ratio(PruneConfig(ratio=0.99, channel_multiple=1, **prune), SMOLLM2)
-    head, channel = SMOLLM2.group_numel("heads"), SMOLLM2.group_numel("channels")
+    head, channel = SMOLLM2.group_numel["heads"], SMOLLM2.group_numel["channels"]
     exact = 29 * (2 * head + 1535 * channel) / SMOLLM2.linear_numel()
     assert most == pytest.approx(exact, abs=1e-4)
     resolve(PruneConfig(channel_multiple=1, ratio=most, **prune), SMOLLM2)
@@ -159,7 +159,7 @@ def test_open_layers_that_lack_a_kind_are_one_line() -> None:
 def test_channels_that_cannot_go_excuse_no_ratio() -> None:
     """A floor at the width keeps all channels: what the heads alone give is the most."""
     prune = {"channel_multiple": 1536, "protected_first": 0, "protected_last": 0}
-    most = 30 * 2 * SMOLLM2.group_numel("heads") / SMOLLM2.linear_numel()
+    most = 30 * 2 * SMOLLM2.group_numel["heads"] / SMOLLM2.linear_numel()
     limits_of(SMOLLM2, ratio=most, **prune)
     must_name("prune.ratio", limits_of, SMOLLM2, ratio=most + 0.001, **prune)
 

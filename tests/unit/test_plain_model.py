@@ -116,7 +116,7 @@ def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
     prune = replace(UNIFORM, ratio=0.4, prune_every=3, ranking="global", normalize="none", protected_last=0)
     run = tiny.plain(prune, micro_batch_size=2)
     assert_equals_oracle(tiny, run)
-    largest_group = max(run.pruner.limits.dense.group_numel(kind) for kind in run.prunable.shape.kinds)
+    largest_group = max(run.pruner.limits.dense.group_numel[kind] for kind in run.prunable.shape.kinds)
     dense = run.pruner.limits.dense.linear_numel()
     for cut in run.cuts:
         assert abs(cut.reached - cut.target) <= largest_group / dense
@@ -135,7 +135,7 @@ def test_uniform_heads_for_the_schedules_end_and_reports_what_it_reached(gqa: Ti
     dense, tensors = limits.dense.linear_numel(), run.tensors()
     left = sum(tensors[f"layers.{i}.{linear.name}.weight"].numel() for i in range(LAYERS) for linear in LLAMA_LINEARS)
     assert run.cuts[-1].reached == run.pruner.reached() == 1 - left / dense
-    assert run.cuts[-1].reached == pytest.approx(0.3, abs=2 * limits.dense.group_numel("channels") / dense)
+    assert run.cuts[-1].reached == pytest.approx(0.3, abs=2 * limits.dense.group_numel["channels"] / dense)
 
 
 # Which groups go

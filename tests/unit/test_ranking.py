@@ -31,7 +31,7 @@ def test_every_cut_stops_within_one_group_of_its_target() -> None:
         ratios = [None, None, 0.2]
         limits, budget = random_settings(draw, uniform=False, ratio=[ratio], ranking=["global"], head_ratio=ratios)
         dense = shape = limits.dense
-        steps = {kind: multiple * dense.group_numel(kind) for kind, multiple in limits.multiples.items()}
+        steps = {kind: multiple * dense.group_numel[kind] for kind, multiple in limits.multiples.items()}
         allowed = max(steps.values()) + steps["channels"] / 2
         for fraction in (0.3, 0.7, 0.9, 1.0):
             scores = random_scores_of(shape, generator, levels=draw.choice([None, 4]))
@@ -46,7 +46,7 @@ def test_without_floors_it_stops_within_half_a_channel() -> None:
         limits, budget = resolved(SMOLLM2, ranking="global", ratio=target)
         keep = rank_global(random_scores_of(SMOLLM2, generator), SMOLLM2, limits, budget)
         off = gone(SMOLLM2.after(keep), SMOLLM2) - target * SMOLLM2.linear_numel()
-        assert abs(off) <= SMOLLM2.group_numel("channels") / 2 + 0.5
+        assert abs(off) <= SMOLLM2.group_numel["channels"] / 2 + 0.5
 
 
 def split_groups(scores: list[LayerScores], keep: list[LayerKeep], kind: str) -> tuple[list[Any], list[Any]]:
@@ -88,7 +88,7 @@ def test_heads_keep_to_their_share_over_several_cuts() -> None:
 def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
     """Channels end at their floor. Layer 0 has lost its one cheap head by then; its others are dear."""
     shape = make_shape([(8, 16)] * 2, hidden=8, head_dim=2)
-    target = 5 * shape.group_numel("heads") / shape.linear_numel()
+    target = 5 * shape.group_numel["heads"] / shape.linear_numel()
     limits, budget = resolved(shape, ranking="global", ratio=target)
     limits = replace(limits, floor=(LayerCounts(heads=1, channels=16),) * 2)
     heads = ([0.0, 90, 91, 92, 93, 94, 95, 96], [1.0, 2, 3, 4, 5, 6, 7, 8])
@@ -108,7 +108,7 @@ def test_heads_that_make_up_for_channels_go_by_what_is_left_of_them() -> None:
 def test_a_block_counts_with_its_mean(first: list[float], second: list[float], blocks: int, kept: list[int]) -> None:
     shape = make_shape([(1, len(first))] * 2, hidden=4, head_dim=1)
     scores = [LayerScores(heads=torch.ones(1), channels=torch.tensor(x, dtype=torch.float64)) for x in (first, second)]
-    target = blocks * 4 * shape.group_numel("channels") / shape.linear_numel()
+    target = blocks * 4 * shape.group_numel["channels"] / shape.linear_numel()
     keep = rank_global(scores, shape, *resolved(shape, ranking="global", ratio=target, channel_multiple=4))
     assert [len(layer["channels"]) for layer in keep] == kept
     if blocks == 1:
@@ -118,7 +118,7 @@ def test_a_block_counts_with_its_mean(first: list[float], second: list[float], b
 def test_rounding_never_breaks_a_multiple() -> None:
     """The means of blocks of equal scores differ in the last bit; the smaller first block must still leave first."""
     shape = make_shape([(1, 173)] * 2, hidden=4, head_dim=1)
-    target, generator = 45 * shape.group_numel("channels") / shape.linear_numel(), torch.Generator().manual_seed(8)
+    target, generator = 45 * shape.group_numel["channels"] / shape.linear_numel(), torch.Generator().manual_seed(8)
     limits, budget = resolved(shape, ranking="global", ratio=target, channel_multiple=64)
     for value in torch.rand(300, generator=generator, dtype=torch.float64):
         tied = [LayerScores(heads=torch.ones(1), channels=value.expand(173)) for _ in range(2)]

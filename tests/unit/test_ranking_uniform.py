@@ -51,7 +51,7 @@ def test_the_goal_comes_nearest_of_all_counts() -> None:
     for _ in range(400):
         (limits, budget), ratio = random_settings(draw, uniform=True), draw.uniform(0.01, 0.95)
         goal, allowed = uniform_goal(limits, replace(budget, ratio=ratio)), all_counts(limits)
-        half_a_step = limits.multiples["channels"] * limits.dense.group_numel("channels") / 2
+        half_a_step = limits.multiples["channels"] * limits.dense.group_numel["channels"] / 2
         assert goal in allowed
         nearest = min(error(limits, counts, ratio) for counts in allowed)
         assert error(limits, goal, ratio) <= max(nearest, half_a_step) + 1e-6
@@ -95,14 +95,14 @@ def test_heads_give_their_share_where_channels_can_make_up_for_the_rest() -> Non
         limits, budget = resolved(SMOLLM2, ratio=ratio)
         goal = uniform_goal(limits, budget)
         assert goal["heads"] == heads
-        assert error(limits, goal, ratio) <= SMOLLM2.group_numel("channels") / 2
+        assert error(limits, goal, ratio) <= SMOLLM2.group_numel["channels"] / 2
 
 
 def test_the_papers_model() -> None:
     limits, budget = resolved(LLAMA_7B, **PAPER, ratio=0.5)  # 27 of 32 layers are open
     goal = uniform_goal(limits, budget)
     assert goal["heads"] == 13  # (1 − 0.5 · 32/27) · 32 = 13.04
-    assert error(limits, goal, 0.5) <= LLAMA_7B.group_numel("channels") / 2
+    assert error(limits, goal, 0.5) <= LLAMA_7B.group_numel["channels"] / 2
     rounded = uniform_goal(*resolved(LLAMA_7B, **PAPER, ratio=0.5, channel_multiple=64))
     assert (rounded["heads"], rounded["channels"]) == (13, 4480)
 
@@ -150,7 +150,7 @@ def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:
             wanted = counts if i in (1, 2, 3) else shape.counts[i]
             assert layer_keep["heads"].tolist() == keep_best(layer["heads"], wanted["heads"])
             assert layer_keep["channels"].tolist() == keep_best(layer["channels"], wanted["channels"])
-        near = 1.5 * shape.group_numel("channels")
+        near = 1.5 * shape.group_numel["channels"]
         assert gone(shape.after(keep), shape) == pytest.approx(0.3 * shape.linear_numel(), abs=near)
 
 

@@ -96,7 +96,7 @@ def test_a_group_is_what_leaves_with_it(shape: ModelShape) -> None:
     for kind in shape.kinds:
         layer = shape.counts[0]
         fewer = LayerCounts({**layer, kind: layer[kind] - 1})
-        assert dense - shape.resized((fewer, *shape.counts[1:])).linear_numel() == shape.group_numel(kind)
+        assert dense - shape.resized((fewer, *shape.counts[1:])).linear_numel() == shape.group_numel[kind]
 
 
 def test_biases_leave_with_their_linear() -> None:
@@ -162,7 +162,7 @@ def test_a_group_of_the_third_kind_leaves_with_its_rows(three: ModelShape) -> No
     assert cuts == {"moe.up_proj.weight": (0, rows), "moe.down_proj.weight": (1, rows)}
     left = three.after([keep, *all_groups(three)[1:]])
     assert left.counts[0] == LayerCounts(heads=4, experts=2, channels=60)
-    assert three.linear_numel() - left.linear_numel() == 4 * three.group_numel("experts") == 4 * 2 * 4 * 16
+    assert three.linear_numel() - left.linear_numel() == 4 * three.group_numel["experts"] == 4 * 2 * 4 * 16
 
 
 def test_each_ranking_reaches_the_target(three: ModelShape) -> None:
@@ -171,13 +171,13 @@ def test_each_ranking_reaches_the_target(three: ModelShape) -> None:
     assert left.counts[0] == LAYER  # protected
     assert len(set(left.counts[1:])) == 1
     assert all(left.counts[1][kind] < LAYER[kind] for kind in three.kinds)
-    assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= 3 * three.group_numel("channels") / 2
+    assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= 3 * three.group_numel["channels"] / 2
     limits, budget = resolved(three, ratio=0.5, protected_first=1, ranking="global")
     left = three.after(rank_global(scores, three, limits, budget))
-    assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= max(map(three.group_numel, three.kinds))
+    assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= max(three.group_numel.values())
     for kind in ("heads", "experts"):  # each gives its share, the channels the rest
-        of_kind = sum(LAYER[kind] - layer[kind] for layer in left.counts) * three.group_numel(kind)
+        of_kind = sum(LAYER[kind] - layer[kind] for layer in left.counts) * three.group_numel[kind]
         share = budget.shares[kind] * gone(left, three)
-        assert abs(of_kind - share) <= three.group_numel(kind)
+        assert abs(of_kind - share) <= three.group_numel[kind]
     narrowest = {tuple(layer.values()) for layer in limits.narrowest(limits.bounds)}
     assert narrowest == {(h, e, 1) for h in range(1, 5) for e in range(1, 7)}

@@ -37,7 +37,7 @@ def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
 def uniform_step(shape: ModelShape, prune: dict[str, Any], of_weight: float = 1, of_a_head: float = 0) -> float:
     """Returns the size that leaves with one step of the channels in all open layers, plus that of a head."""
     limits = make_limits(PruneConfig(**(PAPER | prune | {"target": "1GiB"})), shape)
-    step = limits.multiples["channels"] * shape.group_numel("channels")
+    step = limits.multiples["channels"] * shape.group_numel["channels"]
     return len(limits.open_layers) * (step * of_weight + of_a_head)
 
 
@@ -60,7 +60,7 @@ def test_tensor_parallel_and_head_ratio_hold_with_a_target() -> None:
 
 def test_global_ends_within_one_group_of_so_many_parameters() -> None:
     shape = make_shape([(8, 512)] * 12, hidden=64, head_dim=16, queries_per_group=2)
-    step = max(64 * shape.group_numel("channels"), shape.group_numel("heads"))
+    step = max(64 * shape.group_numel["channels"], shape.group_numel["heads"])
     for seed in range(5):
         pruned = cut_to(shape, seed, target="1.0M", ranking="global")
         # one multiple, and half of one for heads that channels stood in for: `rank_global`
@@ -74,7 +74,7 @@ def test_global_reaches_a_target_of_experts(family: str) -> None:
     target = round(0.9 * shape.total_numel())
     settings: dict[str, Any] = {"ranking": "global", "protected_first": 0, "protected_last": 0, "channel_multiple": 1}
     reached = cut_to(shape, target=str(target), **settings).total_numel()
-    assert abs(reached - target) <= shape.group_numel("experts")
+    assert abs(reached - target) <= shape.group_numel["experts"]
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
@@ -145,7 +145,7 @@ def test_uniform_takes_so_many_heads_and_makes_up_with_channels(head_ratio: floa
     goal = uniform_goal(limits, budget)
     assert goal["heads"] == heads
     reached = gone(limits.with_equal(goal, SHAPE), SHAPE) / SHAPE.linear_numel()
-    assert abs(reached - 0.417) < 8 * SHAPE.group_numel("channels") / SHAPE.linear_numel()
+    assert abs(reached - 0.417) < 8 * SHAPE.group_numel["channels"] / SHAPE.linear_numel()
     halfway = uniform_counts(limits, 0.2085, budget)
     assert abs((9 - halfway["heads"]) - (9 - heads) / 2) <= 0.5
 
@@ -156,7 +156,7 @@ def test_global_splits_its_budget_so(head_ratio: float) -> None:
     left = SHAPE.after(rank_global(scores, SHAPE, *split(head_ratio=head_ratio, ranking="global")))
     assert abs(sum(9 - layer["heads"] for layer in left.counts) - head_ratio * 8 * 9) <= 1
     reached = 1 - left.linear_numel() / SHAPE.linear_numel()
-    assert abs(reached - 0.417) < SHAPE.group_numel("channels") / SHAPE.linear_numel()
+    assert abs(reached - 0.417) < SHAPE.group_numel["channels"] / SHAPE.linear_numel()
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])

@@ -16,10 +16,6 @@ class Gemma4(Moe):
 
     optional = True
 
-    @property
-    def required(self) -> tuple[str, ...]:
-        return super(Moe, self).required
-
     def layer(self, c: Any, i: int) -> Marks:
         names, run = (("experts.gate_up_proj",), ("experts.down_proj",)), self.run(c)
         return [

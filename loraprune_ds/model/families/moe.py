@@ -35,7 +35,8 @@ class Moe(Family):
 
     @property
     def required(self) -> tuple[str, ...]:
-        return *super().required[:3], self.count, self.size, self.chosen
+        sizes = super().required
+        return sizes if self.optional else (*sizes[:3], self.count, self.size, self.chosen)
 
     def run(self, c: Any) -> Run:
         """Returns the experts of a layer, as wide as the channels of one."""

@@ -18,10 +18,6 @@ class NemotronH(Moe):
     optional = True
     on_disk: ClassVar[str] = "backbone."
 
-    @property
-    def required(self) -> tuple[str, ...]:
-        return super(Moe, self).required
-
     def layer(self, c: Any, i: int) -> Marks:
         run, inputs = self.run(c), c.moe_latent_size or c.hidden_size
         names = (f"{EXPERT}.up_proj.weight",), (f"{EXPERT}.down_proj.weight",)

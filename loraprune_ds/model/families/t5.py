@@ -27,10 +27,12 @@ class Umt5(Family):
     def layer(self, c: Any, i: int) -> Marks:
         """The MLP of a decoder layer comes after the attention to the encoder."""
         heads, cross_heads = Run("heads", c.num_heads, c.d_kv), Run("cross_heads", c.num_cross_heads, c.d_kv)
+        channels, mlps = Run("channels", c.d_ff), ("layer.1.DenseReluDense", "layer.2.DenseReluDense")
         return [
             *_attention("layer.0.SelfAttention", heads),
             *_attention("layer.1.EncDecAttention", cross_heads),
-            *(x for name in ("layer.1.DenseReluDense", "layer.2.DenseReluDense") for x in _mlp(name, c.d_ff)),
+            *(rows(f"{mlp}.{x}", channels) for mlp in mlps for x in ("wi", "wi_0", "wi_1")),  # one, or two of a gate
+            *(columns(f"{mlp}.wo", channels) for mlp in mlps),
             TensorSpec(BIAS, (heads._replace(width=1),), axis=1),
         ]
 
@@ -83,9 +85,3 @@ def _attention(name: str, run: Run) -> Marks:
         columns(f"{name}.o", run),
         Attribute(name, "n_heads", run._replace(width=1)),
     ]
-
-
-def _mlp(name: str, channels: int) -> Marks:
-    """Marks the first matrix, or the two of a gate, and the last."""
-    run = Run("channels", channels)
-    return [*(rows(f"{name}.{x}", run) for x in ("wi", "wi_0", "wi_1")), columns(f"{name}.wo", run)]

@@ -121,7 +121,7 @@ def _cuts(trainer: Trainer, found: Found, size: Sizes, count: int, where: str) -
     """Cuts `size.multiple` channels from every layer so often, and adds the rows of that."""
     made = [_cut(trainer, size.multiple) for _ in range(count)]
     shape, last = trainer.model.shape, made[-1]
-    freed = 2 * len(shape.layers) * size.multiple * shape.group_numel("channels")  # bf16
+    freed = 2 * len(shape.layers) * size.multiple * shape.group_numel["channels"]  # bf16
     found.row("cut of a multiple: s", statistics.median(cut["seconds"] for cut in made), cuts=made)
     found.row(f"  of GB that it frees ({where})", (last["before"][where] - last["after"][where]) / GB, freed / GB)
 
