@@ -157,9 +157,9 @@ def _tasks_and_answers(model: dict[str, Any], dense: dict[str, Any] | None) -> d
     if answers:
         plan = model["answers_plan"]
         basis = f"greedy answers to {plan['name']} ({plan['sha256'][:8]}), at most {plan['max_new_tokens']} tokens"
-        for name in ("repetition", "ended"):
-            beside = dense["answers"]["greedy"][name] if dense else None
-            measured |= _value(name, answers["greedy"][name], beside, basis)
+        for key in ("ended", "repetition", "empty", "dense_perplexity"):  # older files lack `empty`
+            values = [each["answers"]["greedy"].get(key) for each in (model, dense) if each]
+            measured |= _value(key.replace("dense_", "answer "), values[0], values[1] if dense else None, basis)
         if closeness := answers["closeness"]:
             for name in ("agreement", "overlap"):
                 on = f"{closeness['text']}, {closeness['predictions']:,} predictions"

@@ -20,7 +20,7 @@ from loraprune_ds.cli.after import check_after, check_prompts, measure_after
 from loraprune_ds.config import read_amount
 from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import ShortfallError, UserError, leave, leave_on_error, tell
-from loraprune_ds.evaluate.measures import mean_metric, tasks_with
+from loraprune_ds.evaluate.measures import answers_table, mean_metric, tasks_with
 from loraprune_ds.files import read_json
 from loraprune_ds.report import records
 from loraprune_ds.train.output import OutputFolder
@@ -173,7 +173,7 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
     shelf = _shelf_rows(report.get("shelf") or [])
     gpus, groups = (", ".join(map(str, report["serving"][key])) for key in ("tensor_parallel", "quantisation_groups"))
     serving = f"tensor-parallel sizes that fit: {gpus}; quantisation groups that fit: {groups or 'none'}"
-    return "\n".join([title, "", *table, "", *shelf, serving, *_results(folder)]) + "\n"
+    return "\n".join([title, "", *table, "", *_answer_lines(report), *shelf, serving, *_results(folder)]) + "\n"
 
 
 def _shelf_rows(shelf: list[dict[str, Any]]) -> Iterable[str]:
@@ -218,11 +218,16 @@ def _quality_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
             if count:
                 yield (name, *(format_percent(mean) for mean in means if mean is not None), _plural(count, "task"))
     if pruned.get("answers"):
-        greedy = [model["answers"]["greedy"] for model in models]
-        closeness = pruned["answers"]["closeness"]
-        same = f"{format_percent(closeness['agreement'])} of tokens as the dense model" if closeness else ""
-        yield ("answers that end by themselves", *(format_percent(one["ended"]) for one in greedy), same)
-        yield ("  their repeated 4-grams", *(format_percent(one["repetition"]) for one in greedy), "")
+        if closeness := pruned["answers"]["closeness"]:
+            yield "same most probable token", "-", format_percent(closeness["agreement"]), ""
+
+
+def _answer_lines(report: dict[str, Any]) -> Iterable[str]:
+    """Yields a table of the greedy answers."""
+    pruned = report.get("after", {})
+    models = [model["answers"] for model in (pruned.get("dense"), pruned) if model and model.get("answers")]
+    if models:
+        yield from (*answers_table("greedy answers", [answers["greedy"] for answers in models]), "")
 
 
 def _cost_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:

@@ -10,22 +10,22 @@ The pruned model's next-token probabilities q are compared with the dense model'
 """
 
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.errors import require
 from loraprune_ds.evaluate.models import Ids, Writer
 from loraprune_ds.evaluate.settings import AnswerSettings
 from loraprune_ds.model.logits import Head, chunk_size, logits_transform, output_head
-from loraprune_ds.model.perplexity import Labelled, Losses, Progress, label_answers, measure_perplexity
+from loraprune_ds.model.perplexity import Labelled, Losses, Progress, label_answers
 from loraprune_ds.model.token_loss import IGNORE_INDEX, final_hidden, token_losses
 from loraprune_ds.model.tokenizer import check_ids, rendering
-from loraprune_ds.ranks import Ranks
 
 AT_ONCE = 32  # answers that are written together
 GRAM = 4
@@ -39,16 +39,25 @@ class Answer:
     tokens: int
     ended: bool
     repetition: float
+    empty: bool  # apart from spaces and special tokens
 
 
 @dataclass(frozen=True)
-class Answers:
-    """All answers of one kind, with their means."""
+class Means:
+    """Means over several answers."""
 
     tokens: float
     ended: float
     repetition: float
+    empty: float
     dense_perplexity: float | None  # of the answers and their ends, after the prompts. None without a dense model
+
+
+@dataclass(frozen=True)
+class Answers(Means):
+    """All greedy or all sampled answers, with their means."""
+
+    by_kind: dict[str, Means]  # over the answers to each kind of prompt
     exact_match: float | None  # share of the answers that equal their targets. None without targets
     rouge_l: float | None  # mean F-measure of the longest common subsequence of words, stemmed
     texts: list[Answer]
@@ -96,10 +105,10 @@ def encode_prompts(
     return encoded
 
 
+@torch.no_grad()
 def write_answers(
     writers: list[Writer],
     settings: AnswerSettings,
-    comm: Ranks,
     batch_size: int | None = None,
     text: tuple[str, Iterable[Labelled]] | None = None,
     progress: Progress = lambda rounds, _: rounds,
@@ -115,13 +124,15 @@ def write_answers(
     written = [[_write(writer, how, settings.seed, size, progress) for how in kinds] for writer in writers]
     dense = writers[1] if len(writers) > 1 else None
 
-    def read(writer: Writer, ids: list[Ids]) -> float | None:
-        batches = list(_labelled(writer, ids, size))
-        return dense and measure_perplexity(losses_of(dense.model), batches, comm).perplexity
+    def read(writer: Writer, ids: list[Ids]) -> Tensor | None:
+        if dense is None:
+            return None
+        losses = losses_of(dense.model)
+        return torch.cat([losses(*batch).double().sum(1).cpu() for batch in _labelled(writer, ids, size)])
 
     made: list[Generation] = []
     for writer, texts in zip(writers, written, strict=True):
-        greedy, sampled = (_summarise(writer, ids, read(writer, ids), settings.targets) for ids in texts)
+        greedy, sampled = (_summarise(writer, ids, read(writer, ids), settings) for ids in texts)
         made.append(Generation(bool(writer.tokenizer.chat_template), greedy, sampled))
     if dense is not None:
         name, batches = text or ("the dense model's greedy answers", _labelled(dense, written[1][0], size))
@@ -136,22 +147,33 @@ def _write(writer: Writer, how: dict[str, Any], seed: int, batch_size: int, prog
     return [ids for batch in batches for ids in writer.write(batch, **how)]
 
 
-def _summarise(writer: Writer, written: list[Ids], perplexity: float | None, targets: Sequence[str]) -> Answers:
+def _summarise(writer: Writer, written: list[Ids], losses: Tensor | None, settings: AnswerSettings) -> Answers:
+    """Measures the answers. `losses` are the dense model's, (answers,), each summed over an answer and its end."""
     answers: list[Answer] = []
     for ids in written:
         ended = ids[-1] in writer.ends
         words = ids[:-1] if ended else ids
         text = cast(str, writer.tokenizer.decode(words))  # with special tokens, which a broken model may write
-        answers.append(Answer(text, len(words), ended and bool(words), repetition(words)))
-    pairs = list(zip(targets, (one.text for one in answers), strict=True)) if targets else []
+        empty = not cast(str, writer.tokenizer.decode(words, skip_special_tokens=True)).strip()
+        answers.append(Answer(text, len(words), ended and not empty, repetition(words), empty))
+
+    def means(rows: list[int]) -> Means:
+        names = ("tokens", "ended", "repetition", "empty")
+        measured = [fmean(getattr(answers[i], name) for i in rows) for name in names]
+        perplexity = None if losses is None else (losses[rows].sum() / sum(len(written[i]) for i in rows)).exp().item()
+        return Means(*measured, perplexity)
+
+    kinds = dict[str, list[int]]()
+    for i, prompt in enumerate(settings.prompts):
+        if prompt.kind:
+            kinds.setdefault(prompt.kind, []).append(i)
+    pairs = list(zip(settings.targets, (one.text for one in answers), strict=True)) if settings.targets else []
     return Answers(
-        fmean(one.tokens for one in answers),
-        fmean(one.ended for one in answers),
-        fmean(one.repetition for one in answers),
-        perplexity,
-        fmean(target.strip() == text.strip() for target, text in pairs) if pairs else None,
-        _rouge_l(pairs) if pairs else None,
-        answers,
+        **vars(means([*range(len(answers))])),
+        by_kind={kind: means(rows) for kind, rows in kinds.items()},
+        exact_match=fmean(target.strip() == text.strip() for target, text in pairs) if pairs else None,
+        rouge_l=_rouge_l(pairs) if pairs else None,
+        texts=answers,
     )
 
 

@@ -117,7 +117,7 @@ def evaluate(
         on_device = ((ids.to(comm.device), labels.to(comm.device)) for ids, labels in models[0].batches)
         text = settings.text and (settings.text.name, on_device)
         with fast_half_products(models[0].dtype):
-            made = write_answers(writers, plan, comm, settings.batch_size, text, progress)
+            made = write_answers(writers, plan, settings.batch_size, text, progress)
         measurements = [replace(one, answers=answers) for one, answers in zip(measurements, made, strict=True)]
     if speed := settings.speed:
         speeds = comm.on_rank_0(lambda: measure_speed(loaded, speed)) or [None] * len(models)

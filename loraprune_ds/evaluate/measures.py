@@ -1,10 +1,10 @@
 """The numbers by which models compare, read from the JSON of an evaluation or of a run. Needs no torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loraprune_ds.units import format_percent, format_perplexity
+from loraprune_ds.units import aligned, format_percent, format_perplexity
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,19 @@ MEASURES = {
     "perplexity": Measure(format_perplexity, lambda value: f"{value:.1f}" if value < 1e4 else f"{value:.1e}", "lower"),
     "accuracy": Measure("{:.4f}".format, "{:.3f}".format),
     "exact match": Measure("{:.4f}".format, "{:.3f}".format),
-    "repetition": Measure(format_percent, format_percent, "lower"),
     "ended": Measure(format_percent, format_percent),
+    "repetition": Measure(format_percent, format_percent, "lower"),
+    "empty": Measure(format_percent, format_percent, "lower"),
+    "answer perplexity": Measure(format_perplexity, "{:.2f}".format, "lower"),  # the dense model's, of the answers
     "agreement": Measure(format_percent, format_percent),
     "overlap": Measure("{:.3f}".format, "{:.3f}".format),
+}
+ANSWER_MEASURES = {  # those that show a model which no longer answers come first
+    "ended": format_percent,
+    "repetition": format_percent,
+    "empty": format_percent,
+    "dense_perplexity": format_perplexity,
+    "tokens": "{:.1f}".format,
 }
 
 
@@ -35,3 +44,18 @@ def mean_metric(tasks: dict[str, Any], metric: str) -> float | None:
 
 def tasks_with(tasks: dict[str, Any], metric: str) -> list[str]:
     return [name for name, metrics in tasks["results"].items() if f"{metric},none" in metrics]
+
+
+def answers_table(title: str, answers: list[dict[str, Any]]) -> Iterator[str]:
+    """Yields the lines of a table, with a row for all answers and one for each kind of prompt.
+
+    Args:
+        answers: the dense model's, if there are any, then the pruned model's, as in `--json`. Older files lack some.
+    """
+    shown = {key: form for key, form in ANSWER_MEASURES.items() if answers[0].get(key) is not None}
+    kinds = {kind: [one["by_kind"][kind] for one in answers] for kind in answers[0].get("by_kind", ())}
+    rows = [("", *(key.replace("_", " ") for key in shown))]
+    for name, means in (("all", answers), *kinds.items()):
+        rows.append((name, *(" -> ".join(form(one[key]) for one in means) for key, form in shown.items())))
+    yield title + (", dense -> pruned" if len(answers) > 1 else "")
+    yield from aligned(rows, "<" + ">" * len(shown))

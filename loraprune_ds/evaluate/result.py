@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from loraprune_ds.evaluate.evaluation import Measurement
-from loraprune_ds.evaluate.measures import mean_metric, tasks_with
+from loraprune_ds.evaluate.measures import answers_table, mean_metric, tasks_with
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.units import aligned, format_change, format_percent, format_perplexity
 
@@ -22,6 +22,7 @@ STYLE = """
 body { max-width: 72rem; margin: 0 auto; padding: 0 0.8rem 3rem; }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 0.6rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.2rem 0; font: 0.9rem/1.4 ui-monospace, monospace; }
+.table { white-space: pre; overflow-x: auto; }
 .prompt { border-left: 3px solid #0072b2; padding-left: 0.7rem; }
 .answer { border: 1px solid #8886; border-radius: 0.3rem; padding: 0.4rem 0.6rem; min-width: 0; }
 small { color: #767676; }
@@ -85,7 +86,7 @@ def result_table(result: dict[str, Any]) -> str:
         lines.append(f"text   {text['name']}{split}: {windows}, {result['tokens']:,} predictions")
     cells = [(name, *values, remark) for name, values, remark in [("", names, ""), *rows]]
     table = aligned(cells, f"<{'>' * len(models)}<")
-    return "\n".join([*lines, *_answer_lines(result), "", *table]) + "\n"
+    return "\n".join([*lines, *_answer_lines(result), "", *table, *_answer_tables(models)]) + "\n"
 
 
 def _answer_lines(result: dict[str, Any]) -> Iterable[str]:
@@ -148,19 +149,18 @@ def _answer_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
         return
     for kind in KINDS:
         answers = [model["answers"][kind] for model in models]
-        yield f"{kind} answers, tokens", [f"{one['tokens']:.1f}" for one in answers], ""
-        yield "  that end by themselves", [format_percent(one["ended"]) for one in answers], ""
-        yield "  repeated 4-grams", [format_percent(one["repetition"]) for one in answers], ""
         if answers[0]["exact_match"] is not None:
-            yield "  exact match", [format_percent(one["exact_match"]) for one in answers], ""
+            yield f"{kind} answers, exact match", [format_percent(one["exact_match"]) for one in answers], ""
             yield "  ROUGE-L", [f"{one['rouge_l']:.3f}" for one in answers], ""
-        if answers[0]["dense_perplexity"] is not None:
-            cells = [format_perplexity(one["dense_perplexity"], 3) for one in answers]
-            yield "  dense model's perplexity of them", cells, ""
     if closeness := models[-1]["answers"]["closeness"]:
         yield "same most probable token", ["-", format_percent(closeness["agreement"])], f"on {closeness['text']}"
         yield "overlap, Σ min(p, q)", ["-", f"{closeness['overlap']:.3f}"], ""
         yield "KL(dense ‖ model), nats", ["-", f"{closeness['kl']:.3f}"], ""
+
+
+def _answer_tables(models: list[dict[str, Any]]) -> Iterator[str]:
+    for kind in KINDS if models[0]["answers"] else ():
+        yield from ("", *answers_table(f"{kind} answers", [model["answers"][kind] for model in models]))
 
 
 def _speed_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
@@ -184,8 +184,11 @@ def answers_page(result: dict[str, Any]) -> str:
     """Builds the page from the object of `--json`. The dense model is on the left."""
     plan = result["answers_plan"]
     models = [(name, model) for name, model in (("dense", result["dense"]), ("model", result)) if model]
-    lines = [f"{name}: {model['path']}. {_describe(model['answers'])}" for name, model in models]
+    plain = "no chat template, so plain text"
+    lines = [f"{name}: {m['path']}{'' if m['answers']['chat_template'] else f' ({plain})'}" for name, m in models]
     parts = [f"<p>{escape(line)}</p>" for line in (*lines, describe_plan(plan))]
+    tables = "\n".join(_answer_tables([model for _, model in models])).strip()
+    parts.append(f'<pre class="table">{escape(tables)}</pre>')
     for i, prompt in enumerate(plan["prompts"]):
         parts += _section(i, prompt, models)
     return PAGE.format(title=escape(f"Answers of {result['path']}"), style=STYLE, body="\n".join(parts))
@@ -197,15 +200,6 @@ def describe_plan(plan: dict[str, Any]) -> str:
         f"{plan['name']}: {len(plan['prompts'])} prompts, at most {plan['max_new_tokens']} tokens each; sampled at "
         f"temperature {plan['temperature']}, top_k {plan['top_k']}, seed {plan['seed']}"
     )
-
-
-def _describe(answers: dict[str, Any]) -> str:
-    parts = [
-        f"{kind}: {answers[kind]['tokens']:.1f} tokens, {format_percent(answers[kind]['ended'])} end by themselves, "
-        f"{format_percent(answers[kind]['repetition'])} of 4-grams repeated"
-        for kind in KINDS
-    ]
-    return "; ".join(parts) + ("" if answers["chat_template"] else "; no chat template, so plain text")
 
 
 def _section(i: int, prompt: dict[str, Any], models: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:

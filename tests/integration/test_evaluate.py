@@ -156,7 +156,7 @@ def test_a_run_measures_answers_at_its_end(made: Path, tmp_path: Path) -> None:
     assert report["after"]["answers"]["closeness"] == whole["answers"]["closeness"]
     assert len(whole["dense"]["answers"]["greedy"]["texts"]) == 50
     assert "texts" not in report["after"]["answers"]["greedy"]
-    assert "answers that end by themselves" in ended.out
+    assert "greedy answers, dense -> pruned" in ended.out
     assert "answers.html      answers of both models, side by side" in ended.out
     assert "<h2>50 code</h2>" in (folder / "answers.html").read_text()
 

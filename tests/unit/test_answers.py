@@ -21,7 +21,6 @@ from loraprune_ds.model.token_loss import IGNORE_INDEX
 from tests.oracle.models import make_tiny_llama, make_tokenizer
 from tests.refusals import must_name
 from tests.unit.test_evaluate_compare import EVALUATION
-from tests.unit.test_perplexity import rank_of
 
 SIZES: dict[str, Any] = {"heads": 2, "kv_heads": 1, "head_dim": 8, "hidden": 16, "ffn": 16, "layers": 2, "vocab": 100}
 NEW, END = 12, 2
@@ -43,7 +42,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> AnswerSettings:
-    rows = [{"prompt": text} for text in ("a", "Which colour?", "2 + 3", "x" * 30, "the end", "1, 2, 3")]
+    texts = ("a", "Which colour?", "2 + 3", "x" * 30, "the end", "1, 2, 3")
+    rows = [{"prompt": text, "kind": "odd" if i % 2 else "even"} for i, text in enumerate(texts)]
     return read_prompts(written(tmp_path, *rows), max_new_tokens=NEW)
 
 
@@ -117,13 +117,13 @@ def by_hand(writer: Writer, prompt: list[int]) -> list[int]:
 @torch.no_grad()
 def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, folders: list[Path]) -> None:
     writers = [load(folder, settings) for folder in folders]
-    with torch.no_grad():  # so that some answers end
+    with torch.no_grad():  # so that most answers end, and one is empty
         for writer in writers:
-            output_head(writer.model).weight[END] *= 2
+            output_head(writer.model).weight[END] *= 3
     expected = [by_hand(writers[0], prompt) for prompt in writers[0].prompts]
     # A model's own settings would hide that it repeats itself.
     writers[0].model.generation_config = GenerationConfig(repetition_penalty=9.0, eos_token_id=END, do_sample=True)
-    first, dense = write_answers(writers, settings, rank_of(1, 0), batch_size=4)
+    first, dense = write_answers(writers, settings, batch_size=4)
     words = [ids[:-1] if ids[-1] == END else ids for ids in expected]
     assert [one.text for one in first.greedy.texts] == [writers[0].tokenizer.decode(ids) for ids in words]
     assert [(one.tokens, one.ended, one.repetition) for one in first.greedy.texts] == [
@@ -133,10 +133,16 @@ def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, 
     losses = []
     for prompt, ids in zip(writers[1].prompts, expected, strict=True):
         logits = writers[1].model(input_ids=torch.tensor([prompt + ids])).logits[0].double().log_softmax(-1)
-        losses += [-float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(ids)]
-    assert first.greedy.dense_perplexity is not None
-    assert first.greedy.dense_perplexity == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-5)
-    assert first.greedy.dense_perplexity > (dense.greedy.dense_perplexity or math.inf)
+        losses.append([-float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(ids)])
+    assert list(first.greedy.by_kind) == ["even", "odd"]
+    for part, rows in zip((first.greedy, *first.greedy.by_kind.values()), ("012345", "024", "135"), strict=True):
+        chosen = [int(row) for row in rows]
+        of_tokens = [loss for i in chosen for loss in losses[i]]
+        assert part.dense_perplexity == pytest.approx(math.exp(math.fsum(of_tokens) / len(of_tokens)), rel=1e-5)
+        assert part.empty == sum(not words[i] for i in chosen) / len(chosen)
+        assert part.ended == sum(0 < len(words[i]) < len(expected[i]) for i in chosen) / len(chosen)
+    assert first.greedy.empty > 0
+    assert (first.greedy.dense_perplexity or 0) > (dense.greedy.dense_perplexity or math.inf)
     assert (first.chat_template, dense.closeness) == (False, None)
     assert first.closeness is not None
     assert first.closeness.text == "the dense model's greedy answers"
@@ -145,7 +151,7 @@ def test_texts_and_measures_equal_a_plain_computation(settings: AnswerSettings, 
 
 
 def test_sampling_follows_from_the_seed_and_needs_no_dense_model(settings: AnswerSettings, folders: list[Path]) -> None:
-    (first,), (second,) = (write_answers([load(folders[0], settings)], settings, rank_of(1, 0)) for _ in range(2))
+    (first,), (second,) = (write_answers([load(folders[0], settings)], settings) for _ in range(2))
     assert first == second
     assert first.sampled.texts != first.greedy.texts
     assert first.sampled.dense_perplexity is None
@@ -155,7 +161,7 @@ def test_sampling_follows_from_the_seed_and_needs_no_dense_model(settings: Answe
 def test_a_diverged_model_has_answers_that_are_worth_nothing(settings: AnswerSettings, folders: list[Path]) -> None:
     writers = [load(folder, settings) for folder in folders]
     output_head(writers[0].model).weight.fill_(math.nan)
-    first, _ = write_answers(writers, settings, rank_of(1, 0))
+    first, _ = write_answers(writers, settings)
     assert len(first.sampled.texts) == 6
     assert first.closeness is not None
     assert math.isnan(first.closeness.kl)
@@ -224,10 +230,11 @@ def test_the_page_escapes_every_text_and_has_both_models_side_by_side() -> None:
     assert not {"script", "b", "i", "path"} & set(page.tags)
     assert "no chat template, so plain text" in html
     assert '<meta name="viewport" content="width=device-width' in html
-    found = [text.split()[0] for text in page.texts if text.strip()]
+    assert page.texts[0].split()[:6] == "greedy answers, dense -> pruned ended".split()
+    found = [text.split()[0] for text in page.texts[1:] if text.strip()]
     assert found == [name for i in range(3) for name in (f"q{i}", *(f"dense{i}", f"pruned{i}") * 2)]
-    assert all(EVIL in text for text in page.texts)
-    assert len(Page(answers_page(answered(1) | {"dense": None})).texts) == 3
+    assert all(EVIL in text for text in page.texts[1:])
+    assert len(Page(answers_page(answered(1) | {"dense": None})).texts) == 4
 
 
 @pytest.mark.parametrize(("prompts", "shown"), [(50, [0, 10, 20, 30, 40]), (7, [0, 1, 2, 4, 5]), (3, [0, 1, 2])])

@@ -124,6 +124,20 @@ def test_what_is_no_result_is_named(tmp_path: Path, make: Any, named: str) -> No
     must_name(f"{tmp_path}/{named}", read_results, [make(tmp_path)])
 
 
+def test_answers_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    old = {"tokens": 9.0, "ended": 0.5, "repetition": 0.25, "dense_perplexity": 3.0}
+    plan = {"name": "default", "sha256": "0", "max_new_tokens": 128}
+    for name, greedy in (("old", old), ("new", old | {"empty": 0.125})):
+        answers = {"answers": {"greedy": greedy, "closeness": None}}
+        dense = EVALUATION["dense"] | answers
+        write_evaluation(tmp_path / f"{name}.json", EVALUATION | answers | {"dense": dense, "answers_plan": plan})
+    table = comparison_table(read_results([tmp_path / "old.json", tmp_path / "new.json"]))
+    _, head, new, earlier = table.splitlines()
+    assert head.split()[-9:] == "ended dense repetition dense empty dense answer perplexity dense".split()
+    assert new.split()[-6:] == ["12.5", "%", "12.5", "%", "3.00", "3.00"]
+    assert earlier.split()[-4:] == ["-", "-", "3.00", "3.00"]
+
+
 # The picture
 
 

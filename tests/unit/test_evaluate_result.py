@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from loraprune_ds.evaluate import evaluation
-from loraprune_ds.evaluate.answers import Answers, Closeness, Generation
+from loraprune_ds.evaluate.answers import Answers, Closeness, Generation, Means
 from loraprune_ds.evaluate.evaluation import CACHE, Measurement, Speed, count_cost, measure_speed
 from loraprune_ds.evaluate.result import make_result, result_table
 from loraprune_ds.evaluate.settings import (
@@ -131,15 +132,24 @@ def test_models_are_compared_with_the_dense_one() -> None:
     assert found["mean acc"] == ["0.6250"] * 2
 
 
-def test_answers_have_rows_and_a_line_about_drafts() -> None:
-    good, bad = Answers(20.0, 0.9, 0.01, 2.0, 0.5, 0.75, []), Answers(128.0, 0.1, 0.5, 9.0, 0.0, 0.1, [])
+def test_answers_have_tables_rows_and_a_line_about_drafts() -> None:
+    kinds = {"all": Means(20.0, 0.8, 0.05, 0.0, 1.6), "code": Means(20.0, 0.8, 0.05, 1.0, math.inf)}
+    good = Answers(20.0, 0.9, 0.01, 0.0, 2.0, kinds, 0.5, 0.75, [])
+    bad = Answers(128.0, 0.1, 0.5, 0.25, 9.0, kinds, 0.0, 0.1, [])
     pruned = replace(PRUNED, answers=Generation(False, bad, bad, Closeness("my text", 0.5, 0.625, 1.25, 100)))
     dense = replace(DENSE, answers=Generation(True, good, good))
     settings = replace(SETTINGS, answers=AnswerSettings("my.jsonl", "0", ()))
     table = result_table(make_result([pruned, dense], settings, 1, {}))
     found = rows(table)
-    assert found["greedy answers, tokens"] == found["sampled answers, tokens"] == ["20.0", "128.0"]
-    assert (found["exact match"], found["ROUGE-L"]) == (["50.0 %", "0.0 %"], ["0.750", "0.100"])
+    greedy, sampled = table[table.index("greedy answers, dense") :].split("\n\n")
+    head, total, of_kind, code = [line.split("  ") for line in re.sub("  +", "  ", greedy).splitlines()[1:]]
+    assert head == ["", "ended", "repetition", "empty", "dense perplexity", "tokens"]
+    assert total == ["all", "90.0 % -> 10.0 %", "1.0 % -> 50.0 %", "0.0 % -> 25.0 %", "2.00 -> 9.00", "20.0 -> 128.0"]
+    assert of_kind[1:3] == ["80.0 % -> 80.0 %", "5.0 % -> 5.0 %"]
+    assert (code[0], code[4]) == ("code", "not finite -> not finite")
+    assert sampled.splitlines()[1:] == greedy.splitlines()[1:]
+    assert found["greedy answers, exact match"] == found["sampled answers, exact match"] == ["50.0 %", "0.0 %"]
+    assert found["ROUGE-L"] == ["0.750", "0.100"]
     assert found["same most probable token"] == ["-", "50.0 %", "on my text"]
     assert "pays off only below about 1/3 of the dense cost, here 0.74" in table
     assert max(map(len, table.splitlines())) <= 100

@@ -73,6 +73,20 @@ def test_tasks_of_after_are_in_the_final_table(tmp_path: Path) -> None:
     assert "accuracy" not in table
 
 
+def test_answers_of_after_are_in_the_final_table_with_what_an_earlier_version_lacks(tmp_path: Path) -> None:
+    one = {"tokens": 9.0, "ended": 0.5, "repetition": 0.25, "dense_perplexity": None, "exact_match": None}
+    new = one | {"empty": 0.125, "by_kind": {"code": one | {"empty": 0.0}}}
+    for greedy, lines in ((one, 3), (new, 4)):
+        pruned, dense = ({"greedy": greedy, "closeness": close} for close in ({"agreement": 0.75}, None))
+        after = {"tasks": None, "answers": pruned, "dense": {"tasks": None, "answers": dense}}
+        table = summary_table(report_of(small_run()) | {"after": after}, tmp_path).splitlines()
+        first = table.index("greedy answers, dense -> pruned")
+        assert table[first + lines] == ""
+        assert table[first + 1].split()[:2] == ["ended", "repetition"]
+        assert ("empty" in table[first + 1]) == ("12.5 % -> 12.5 %" in table[first + 2]) == (greedy is new)
+        assert any(line.split() == "same most probable token - 75.0 %".split() for line in table)
+
+
 @pytest.mark.parametrize(
     ("layers", "gpus", "groups"),
     [
