@@ -27,12 +27,12 @@ from loraprune_ds.ranks import Ranks
 
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by their names in lm-eval.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-PAPER = "paper"
 LM_EVAL_SETTINGS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "batch_size")
-EASY = "easy"  # level of a task of reasoning-gym, for which all values below are
-# Of 39 tasks SmolLM2-135M-Instruct solves these above 20 %, and better than the best constant answer:
+# Of 39 tasks of reasoning-gym SmolLM2-135M-Instruct solves these above 20 %, and better than the best constant answer:
 # tests/benchmarks/results/reasoning_gym.json
 GYM_DEFAULT = ("number_sequence", "number_sequence:easy", "products:easy")
+SETS = {"paper": PAPER_TASKS, GYM: tuple(f"{GYM}:{name}" for name in GYM_DEFAULT)}  # names for several tasks
+EASY = "easy"  # the level that may follow a name
 FEWSHOT, QUESTIONS = 3, 100
 # Question i has the seed SEED + i, so the seed of the examples must be far away.
 SEED, EXAMPLES_SEED = 0, 10**6
@@ -150,8 +150,7 @@ def _model_on_ranks(writer: Writer, batch_size: int, comm: Ranks) -> Any:
 
 
 def _expand(names: Sequence[str]) -> list[str]:
-    expanded = [task for name in names for task in (PAPER_TASKS if name == PAPER else (name,))]
-    return list(dict.fromkeys(expanded))
+    return list(dict.fromkeys(task for name in names for task in SETS.get(name, (name,))))
 
 
 @cache
@@ -193,11 +192,9 @@ def load_tasks(settings: TaskSettings) -> tuple[GymTask, ...]:
     """Makes the questions of all tasks. Raises UserError for a task that is unknown or cannot be loaded."""
     if importlib.util.find_spec("reasoning_gym") is None:
         raise UserError(f"--tasks {GYM} needs the package reasoning-gym: pip install reasoning-gym")
-    names = [
-        task for name in settings.names for task in (GYM_DEFAULT if name == GYM else (name.removeprefix(f"{GYM}:"),))
-    ]
+    names = [name.removeprefix(f"{GYM}:") for name in _expand(settings.names)]
     fewshot = FEWSHOT if settings.fewshot is None else settings.fewshot
-    return tuple(_load(name, fewshot, settings.limit or QUESTIONS) for name in dict.fromkeys(names))
+    return tuple(_load(name, fewshot, settings.limit or QUESTIONS) for name in names)
 
 
 def _load(name: str, fewshot: int, count: int) -> GymTask:
