@@ -227,14 +227,13 @@ class PruneConfig:
         return replace_default(given, "ratio", "target", "sizes")
 
     def __post_init__(self) -> None:
-        if self.target is not None:
-            read_amount(self.target, "prune.target")  # refuses any other form
-        for size in self.sizes or ():
-            read_amount(size, "prune.sizes")
+        # Other forms of a target or size are refused here.
+        amounts = [self.target_amount, *(read_amount(size, "prune.sizes") for size in self.sizes or ())]
+        in_bytes = any(amount is not None and amount.unit == "bytes" for amount in amounts)
         if self.sizes is None:
             require_one(self.ratio, self.target, "prune.ratio and prune.target")
         for key in ("target_context", "target_weight_bits"):
-            is_read = self.sizes_memory or getattr(self, key) == getattr(PruneConfig, key)
+            is_read = in_bytes or getattr(self, key) == getattr(PruneConfig, key)
             require(is_read, f"prune.{key} has no effect without a target or size in bytes, such as 24GiB")
         without_cuts = self.warmup_fraction + self.cooldown_fraction
         require(without_cuts < 1, "prune.warmup_fraction + prune.cooldown_fraction must be below 1")
@@ -247,12 +246,6 @@ class PruneConfig:
     def models(self) -> int:
         """The number of models that a run exports."""
         return 1 if self.sizes is None else len(self.sizes)
-
-    @property
-    def sizes_memory(self) -> bool:
-        """True if `target` or one of `sizes` is the memory of a server."""
-        amounts = [read_amount(size, "prune") for size in (self.target, *(self.sizes or ())) if size is not None]
-        return any(amount.unit == "bytes" for amount in amounts)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -212,23 +212,13 @@ def _row(model: ComparedModel) -> dict[str, str]:
     return row
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """Models that compare by a measure."""
-
-    measure: str
-    basis: str
-    models: list[ComparedModel]
-
-
 def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
     """Draws a panel for each measure on each text or set of tasks."""
     drawable = [model for model in models if model.removed_fraction is not None]
-    panels = [
-        _Panel(name, basis, [m for m in drawable if name in m.measured and m.measured[name].basis == basis])
-        for name in MEASURES
-        for basis in dict.fromkeys(model.measured[name].basis for model in drawable if name in model.measured)
-    ]
+    panels: dict[tuple[str, str], list[ComparedModel]] = {}  # measure and basis -> models that compare by it
+    for name, model in product(MEASURES, drawable):
+        if name in model.measured:
+            panels.setdefault((name, model.measured[name].basis), []).append(model)
     lacking = "no result has a quality and a removed fraction; give launch/evaluate.py --dense"
     require(bool(panels), f"nothing to draw: {lacking}")
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -239,7 +229,7 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
     try:
         with pictures.picture(path, (8, 4.2 * len(panels)), layout=layout) as figure:
             rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-            labels = [_draw_panel(axes, panel, styles) for axes, panel in zip(rows, panels, strict=True)]
+            labels = [_draw_panel(axes, *key, panels[key], styles) for axes, key in zip(rows, panels, strict=True)]
             figure.draw_without_rendering()  # settles where the points are
             for axes, of_panel in zip(rows, labels, strict=True):
                 for text, at in of_panel:
@@ -248,32 +238,32 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
         raise UserError(f"--picture {path} cannot be written: {error}") from None
 
 
-def _draw_panel(axes: "Axes", panel: _Panel, styles: Styles) -> list[Label]:
-    """Draws the curves. Returns the labels of their points."""
+def _draw_panel(axes: "Axes", name: str, basis: str, models: list[ComparedModel], styles: Styles) -> list[Label]:
+    """Draws the curves of a measure. Returns the labels of their points."""
     labels: list[Label] = []
-    measure, all_values = MEASURES[panel.measure], [model.measured[panel.measure] for model in panel.models]
-    for method in dict.fromkeys(model.method for model in panel.models):
-        mine = [model for model in panel.models if model.method == method]
+    measure, all_values = MEASURES[name], [model.measured[name] for model in models]
+    for method in dict.fromkeys(model.method for model in models):
+        mine = [model for model in models if model.method == method]
         x = [100 * (model.removed_fraction or 0.0) for model in mine]
-        y = [model.measured[panel.measure].value for model in mine]
+        y = [model.measured[name].value for model in mine]
         # A line joins models that differ in the ratio alone, by at least half a percent point. They need no names.
         is_curve = method is not None and all(after - before >= 0.5 for before, after in pairwise(x))
         colour, marker = styles[method]
         axes.plot(x, y, color=colour, marker=marker, ls="-" if is_curve else "", lw=1.2, label=method or "evaluated")
-        names = ["" if is_curve else f" {model.name}" for model in mine]
-        labels += [(measure.label(v) + name, (u, v)) for name, u, v in zip(names, x, y, strict=True)]
+        ends = ["" if is_curve else f" {model.name}" for model in mine]
+        labels += [(measure.label(v) + end, (u, v)) for end, u, v in zip(ends, x, y, strict=True)]
     baselines = sorted({float(f"{dense:.4g}") for _, dense, _ in all_values if dense is not None})
     axes.plot([0.0] * len(baselines), baselines, color=GREY, marker="_", ls="", markersize=12, mew=2, label="dense")
     values = [value for value, *_ in all_values] + baselines
-    if panel.measure == "perplexity":
+    if name == "perplexity":
         pictures.scale_perplexity(axes, values)
     axes.set_xlim(-1.5, max(2.0, *(x for _, (x, _) in labels)) * 1.08)
     axes.margins(y=0.14)
     for baseline in baselines:
         axes.axhline(baseline, color=GREY, lw=0.8, ls=":", zorder=1)
         labels.append((measure.label(baseline), (0.0, baseline)))
-    axes.set_title(f"{panel.measure.capitalize()}: {panel.basis}")
-    axes.set_ylabel(f"{panel.measure} ({measure.better} is better)")
+    axes.set_title(f"{name.capitalize()}: {basis}")
+    axes.set_ylabel(f"{name} ({measure.better} is better)")
     axes.set_xlabel("parameters removed, % of the whole model")
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)  # inside it would hide a value
     return labels

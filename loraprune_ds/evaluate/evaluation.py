@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import require
 from loraprune_ds.evaluate.answers import Generation, encode_prompts, losses_of, write_answers
 from loraprune_ds.evaluate.models import ModelSource, Writer, find_model, load_model
 from loraprune_ds.evaluate.settings import EvaluationSettings, SpeedSettings
@@ -129,15 +129,11 @@ def prepare_models(paths: list[str], settings: EvaluationSettings) -> list[Prepa
     """Finds all models, checks the settings against them, and tokenises the text for each."""
     models = [_prepare(path, settings) for path in paths]
     for other in models[1:]:
-        pairs = zip_longest(models[0].batches, other.batches)
-        if not all(a and b and all(map(torch.equal, a, b)) for a, b in pairs):
-            both = f"{paths[0]} and {other.source.path}"
-            raise UserError(f"{both} tokenise the text differently, so their perplexities are not comparable")
-        same = models[0].tokenizer.get_vocab() == other.tokenizer.get_vocab()
-        if settings.answers and not same:
-            raise UserError(
-                f"{paths[0]} and {other.source.path} have different tokenizers; --answers cannot compare them"
-            )
+        both, pairs = f"{paths[0]} and {other.source.path}", zip_longest(models[0].batches, other.batches)
+        alike = all(a and b and all(map(torch.equal, a, b)) for a, b in pairs)
+        require(alike, f"{both} tokenise the text differently, so their perplexities are not comparable")
+        same = not settings.answers or models[0].tokenizer.get_vocab() == other.tokenizer.get_vocab()
+        require(same, f"{both} have different tokenizers; --answers cannot compare them")
     return models
 
 

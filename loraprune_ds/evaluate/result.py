@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from html import escape
+from pathlib import Path
+from string import Template
 from typing import Any
 
 from loraprune_ds.evaluate.evaluation import Measurement
@@ -16,33 +18,7 @@ from loraprune_ds.units import aligned, format_change, format_percent, format_pe
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
 KINDS = ("greedy", "sampled")
-# Columns become rows if two do not fit, as on a phone.
-STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 72rem; margin: 0 auto; padding: 0 0.8rem 3rem; }
-.side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 0.6rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.2rem 0; font: 0.9rem/1.4 ui-monospace, monospace; }
-.table { white-space: pre; overflow-x: auto; }
-.prompt { border-left: 3px solid #0072b2; padding-left: 0.7rem; }
-.answer { border: 1px solid #8886; border-radius: 0.3rem; padding: 0.4rem 0.6rem; min-width: 0; }
-small { color: #767676; }
-h1, p { overflow-wrap: anywhere; }
-"""
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
+PAGE = Path(__file__).with_name("answers.html")  # its columns become rows if two do not fit, as on a phone
 
 
 def make_result(
@@ -191,7 +167,8 @@ def answers_page(result: dict[str, Any]) -> str:
     parts.append(f'<pre class="table">{escape(tables)}</pre>')
     for i, prompt in enumerate(plan["prompts"]):
         parts += _section(i, prompt, models)
-    return PAGE.format(title=escape(f"Answers of {result['path']}"), style=STYLE, body="\n".join(parts))
+    title, body = escape(f"Answers of {result['path']}"), "\n".join(parts)
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(title=title, body=body)
 
 
 def describe_plan(plan: dict[str, Any]) -> str:

@@ -23,28 +23,13 @@ if TYPE_CHECKING:  # they take a second to import, which only pictures need
 # The colours of Okabe and Ito. They differ in grey and for every kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY_BLUE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 TEXT = "#444444"
-PLOT_STYLE: Any = {  # matplotlib's own type lists all keys, and exists only once it is imported
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.labelcolor": TEXT,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#EEEEEE",
-    "xtick.color": TEXT,
-    "ytick.color": TEXT,
-    "legend.frameon": False,
-}
-
+PLOT_STYLE = Path(__file__).with_name("pictures.mplstyle")
 LOG_FROM = 4.0  # an axis of perplexities is logarithmic if largest / smallest exceeds this
 # Places of a label near its point: distances in points of a font, then directions and the end of the text that is near.
 DISTANCES = (8, 15, 24, 36, 48, 60)
 DIRECTIONS = ((1, -1, "left"), (1, 1, "left"), (1, 0, "left"), (-1, -1, "right"), (-1, 1, "right"), (-1, 0, "right"))
 PALE, CUT = "#DDDDDD", "#C4C4C4"
-STYLE: Any = PLOT_STYLE | {"axes.titlepad": 8, "axes.grid.axis": "y"}
+STYLE: dict[str, Any] = {"axes.titlepad": 8, "axes.grid.axis": "y"}
 # Such a curve is drawn whole on the edge of the axes. The layout would make room for it, and collapse without points.
 UNCLIPPED: Any = {"clip_on": False, "in_layout": False}
 LEGEND_ABOVE: Any = {
@@ -71,13 +56,17 @@ PANELS: "dict[Kind, tuple[str, str]]" = {
 
 @contextmanager
 def picture(
-    path: Path, size: tuple[float, float], style: Any = PLOT_STYLE, layout: Any = "constrained"
+    path: Path, size: tuple[float, float], style: dict[str, Any] | None = None, layout: Any = "constrained"
 ) -> Iterator["Figure"]:
-    """Yields an empty figure, and saves it at the end. Without pyplot it needs no display and no global state."""
-    import matplotlib
+    """Yields an empty figure, and saves it at the end. Without pyplot it needs no display and no global state.
+
+    Args:
+        style: in addition to `PLOT_STYLE`, under the names of matplotlib's rcParams.
+    """
+    from matplotlib import style as styles
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(style):
+    with styles.context([PLOT_STYLE, style or {}]):
         figure = Figure(figsize=size, layout=layout)
         yield figure
         figure.align_ylabels()
