@@ -35,22 +35,10 @@ from loraprune_ds import ranks
 from loraprune_ds.arguments import Parser, at_least, require_option
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, leave, leave_on_error, require, tell
-from loraprune_ds.evaluate.settings import (
-    DATASETS,
-    DEFAULT_PROMPTS,
-    AnswerSettings,
-    EvaluationSettings,
-    EvaluationText,
-    PerplexityProtocol,
-    SpeedSettings,
-    TaskSettings,
-    load_dataset_text,
-    read_prompts,
-    read_text,
-)
+from loraprune_ds.evaluate import settings
 from loraprune_ds.files import finite, write_text
 
-ROUND = fields(SpeedSettings)  # one option each
+ROUND = fields(settings.SpeedSettings)  # one option each
 TASKS_HELP = "lm-eval's names or files, `paper`, reasoning_gym:NAME, or `reasoning_gym` for its default set"
 DEFAULT_DATASET, DEFAULT_SPLIT = "wikitext2", "test"
 
@@ -62,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", type=Path, metavar="FILE", help="perplexity on a UTF-8 file")
     about = f"perplexity on a test set by name (default: {DEFAULT_DATASET})"
-    text.add_argument("--dataset", choices=DATASETS, help=about)
+    text.add_argument("--dataset", choices=settings.DATASETS, help=about)
     parser.add_argument("--split", help=f"of --dataset (default: {DEFAULT_SPLIT})")
     parser.add_argument("--window", type=at_least(2), default=128, metavar="TOKENS", help="default: 128")
     parser.add_argument("--max-windows", type=at_least(1), metavar="N", help="only the first N (default: all)")
@@ -73,8 +61,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="more task files")
     parser.add_argument("--num-fewshot", type=at_least(0), metavar="N", help="default: what each task says")
     parser.add_argument("--limit", type=at_least(1), metavar="N", help="documents per task, for trials")
-    about = f"write answers and measure them (without a file: {DEFAULT_PROMPTS}, 50 shipped prompts)"
-    parser.add_argument("--answers", nargs="?", const=DEFAULT_PROMPTS, metavar="PROMPTS.jsonl", help=about)
+    about = f"write answers and measure them (without a file: {settings.DEFAULT_PROMPTS}, 50 shipped prompts)"
+    parser.add_argument("--answers", nargs="?", const=settings.DEFAULT_PROMPTS, metavar="PROMPTS.jsonl", help=about)
     parser.add_argument("--max-new-tokens", type=at_least(1), metavar="N", help="of an answer (default: 128)")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write the answers side by side")
     parser.add_argument("--speed", action="store_true", help="prefill and decode tokens per second")
@@ -123,9 +111,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     require_option(arguments, "speed", *(field.name for field in ROUND))
     require_option(arguments, "answers", "max_new_tokens", "page")
     names = tuple(name for item in arguments.tasks for name in item.split(",") if name)
-    tasks = TaskSettings(names, arguments.include_path, arguments.num_fewshot, arguments.limit) if names else None
+    how = arguments.include_path, arguments.num_fewshot, arguments.limit
+    tasks = settings.TaskSettings(names, *how) if names else None
     rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
-    speed = SpeedSettings(**rounds) if arguments.speed else None
+    speed = settings.SpeedSettings(**rounds) if arguments.speed else None
     measured = {"tasks": tasks, "answers": answer_settings(arguments), "speed": speed}
     if not arguments.verbose:
         ranks.silence_libraries()  # progress bars stay on a terminal
@@ -152,9 +141,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with comm.patient() as waiting:
         waiting.all_or_raise(lambda: list(map(find_model, models)) if is_first else None)
         waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-    settings = comm.all_or_raise(
-        lambda: EvaluationSettings(
-            PerplexityProtocol(arguments.window, arguments.max_windows),
+    chosen = comm.all_or_raise(
+        lambda: settings.EvaluationSettings(
+            settings.PerplexityProtocol(arguments.window, arguments.max_windows),
             text=read_evaluation_text(arguments),
             dtype=arguments.dtype,
             batch_size=arguments.batch_size,
@@ -162,14 +151,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             **measured,
         )
     )
-    measurements = evaluate(models, settings, comm, show_progress)
+    measurements = evaluate(models, chosen, comm, show_progress)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
-    result = make_result(measurements, settings, comm.world_size, provenance)
+    result = make_result(measurements, chosen, comm.world_size, provenance)
     stop_ranks()  # not after an error, because NCCL would wait for ranks that wait for this one
     return result
 
 
-def answer_settings(arguments: argparse.Namespace) -> AnswerSettings | None:
+def answer_settings(arguments: argparse.Namespace) -> settings.AnswerSettings | None:
     """Reads the prompts, and checks that the page can be written, before any long work."""
     if arguments.answers is None:
         return None
@@ -178,19 +167,19 @@ def answer_settings(arguments: argparse.Namespace) -> AnswerSettings | None:
         require(page.suffix == ".html" and not page.is_dir(), f"--page {page}: give it the name of an .html file")
         require(os.access(page.parent, os.W_OK), f"--page {page}: {page.parent} is not a writable folder")
     given = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
-    return read_prompts(arguments.answers, **given)
+    return settings.read_prompts(arguments.answers, **given)
 
 
-def read_evaluation_text(arguments: argparse.Namespace) -> EvaluationText | None:
+def read_evaluation_text(arguments: argparse.Namespace) -> settings.EvaluationText | None:
     """Reads the text that the user names. The default is WikiText-2, or no text if another measurement is asked for."""
     require(not (arguments.text and arguments.split), "--split needs --dataset; --text is always read completely")
     if arguments.text:
-        return read_text(arguments.text)
+        return settings.read_text(arguments.text)
     if not arguments.dataset and (arguments.tasks or arguments.answers or arguments.speed):
         for option, value in (("--split", arguments.split), ("--max-windows", arguments.max_windows)):
             require(value is None, f"{option} has no effect without --dataset or --text")
         return None
-    return load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT)
+    return settings.load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT)
 
 
 def show_progress(rounds: Iterable[int], what: str) -> Iterable[int]:

@@ -25,6 +25,7 @@ from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 from loraprune_ds.model.tokenizer import check_ids, rendering
 from loraprune_ds.ranks import Ranks
 
+ResultsAndSettings = tuple[dict[str, Any], dict[str, Any]]  # task -> metric -> value, and settings for the result
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by their names in lm-eval.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 LM_EVAL_SETTINGS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed", "limit", "batch_size")
@@ -82,14 +83,11 @@ def run_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ran
         reasoning-gym's settings under its name. None elsewhere.
     """
     gym, others = _split(settings)
-    judged, solved = _run_lm_eval(others, writer, batch_size, comm) if others.names else None, None
+    results, reported = _run_lm_eval(others, writer, batch_size, comm) if others.names else ({}, {})
     if gym.names:
-        solved = run_gym_tasks(gym, writer, batch_size, comm)
-    if comm.rank != 0 or solved is None:
-        return judged
-    judged = judged or {"results": {}, "settings": {}}
-    settings_of_both = judged["settings"] | {GYM: solved["settings"]}
-    return {"results": judged["results"] | solved["results"], "settings": settings_of_both}
+        solved, reported_of_gym = _run_gym(gym, writer, batch_size, comm)
+        results, reported = results | solved, reported | {GYM: reported_of_gym}
+    return {"results": results, "settings": reported} if comm.rank == 0 else None
 
 
 def _split(settings: TaskSettings) -> tuple[TaskSettings, TaskSettings]:
@@ -99,8 +97,8 @@ def _split(settings: TaskSettings) -> tuple[TaskSettings, TaskSettings]:
     return replace(settings, names=gym, include_path=None), replace(settings, names=others)
 
 
-def _run_lm_eval(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ranks) -> dict[str, Any] | None:
-    """Runs the tasks. Rank r takes documents r, r + world_size, and so on. Collective."""
+def _run_lm_eval(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ranks) -> ResultsAndSettings:
+    """Runs the tasks. Rank r takes documents r, r + world_size, and so on. Empty but on rank 0. Collective."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         answer = _lm_eval("").simple_evaluate(
@@ -115,7 +113,7 @@ def _run_lm_eval(settings: TaskSettings, writer: Writer, batch_size: int, comm: 
     except Exception as error:  # a task file can hold any code, and `datasets` raises anything
         raise UserError(f"--tasks {' '.join(settings.names)}: {one_line(error)}") from error
     if comm.rank != 0:
-        return None
+        return {}, {}
     reported = {
         "lm_eval": answer["lm_eval_version"],
         "fewshot": answer["n-shot"],
@@ -125,7 +123,7 @@ def _run_lm_eval(settings: TaskSettings, writer: Writer, batch_size: int, comm: 
         "chat_template": answer.get("chat_template"),
         **{key: answer["config"].get(key) for key in LM_EVAL_SETTINGS},
     }
-    return {"results": answer["results"], "settings": reported}
+    return answer["results"], reported
 
 
 def _model_on_ranks(writer: Writer, batch_size: int, comm: Ranks) -> Any:
@@ -226,18 +224,14 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
     return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
 
 
-def run_gym_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ranks) -> dict[str, Any]:
-    """Runs the tasks. Rank r takes batches r, r + world_size, and so on. Collective.
-
-    Returns:
-        {"results": {task: {metric: value}}, "settings": …}. `exact_match` is the share of full scores.
-    """
+def _run_gym(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ranks) -> ResultsAndSettings:
+    """Runs the tasks. Rank r takes batches r, r + world_size, and so on. Collective."""
     tasks = load_tasks(settings)
     results = {}
     for task in tasks:
         answers = greedy_answers(task, writer, batch_size, comm)
         scores = [task.score(answer, question) for answer, question in zip(answers, task.questions, strict=True)]
-        share = sum(score >= 1 for score in scores) / len(scores)
+        share = sum(score >= 1 for score in scores) / len(scores)  # of full scores
         error = math.sqrt(share * (1 - share) / max(1, len(scores) - 1))
         mean = sum(scores) / len(scores)
         results[task.name] = {"exact_match,none": share, "exact_match_stderr,none": error, "score,none": mean}
@@ -249,7 +243,7 @@ def run_gym_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm:
         "seed": SEED,
         "chat_template": bool(writer.tokenizer.chat_template),
     }
-    return {"results": results, "settings": reported}
+    return results, reported
 
 
 def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Ranks) -> list[str]:
