@@ -33,6 +33,7 @@ SUFFIXES = (".png", ".pdf", ".svg")
 COLOURS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.ORANGE, pictures.PURPLE, pictures.SKY_BLUE)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
+STYLE = {"axes.titlepad": 6, "axes.grid.axis": "both"}
 Label = tuple[str, tuple[float, float]]  # a text and its point
 Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
 
@@ -227,7 +228,7 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
     styles = {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, method in enumerate(methods)}
     layout: Any = ConstrainedLayoutEngine(h_pad=0.12)
     try:
-        with pictures.picture(path, (8, 4.2 * len(panels)), layout=layout) as figure:
+        with pictures.picture(path, (8, 4.2 * len(panels)), STYLE, layout) as figure:
             rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
             labels = [_draw_panel(axes, *key, panels[key], styles) for axes, key in zip(rows, panels, strict=True)]
             figure.draw_without_rendering()  # settles where the points are
@@ -265,5 +266,5 @@ def _draw_panel(axes: "Axes", name: str, basis: str, models: list[ComparedModel]
     axes.set_title(f"{name.capitalize()}: {basis}")
     axes.set_ylabel(f"{name} ({measure.better} is better)")
     axes.set_xlabel("parameters removed, % of the whole model")
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)  # inside it would hide a value
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))  # inside it would hide a value
     return labels

@@ -41,47 +41,7 @@ TASKS = {
 }
 LOAD_HEADING = "## Load it"
 SHOWN = 5  # answers
-TEMPLATE = """---
-library_name: transformers
-pipeline_tag: {task}
-tags:
-- pruned
-- loraprune
----
-
-# {card.base_model}, pruned
-
-A structurally pruned, smaller model: attention heads and {others} were removed while LoRA was tuned. Made
-with loraprune_ds. The licence of {card.base_model} applies.
-
-| | dense | pruned | removed |
-|---|---|---|---|
-| parameters (all, each once) | {total} |
-| of these in the decoder layers' linears | {linear} |
-| perplexity | {perplexity_dense} | {perplexity_pruned} | |
-
-- Perplexity on: {card.perplexity_data}
-- Tuned on: {card.data}, {card.steps:,} optimizer steps
-- Asked to remove: {asked} of the decoder layers' linears
-- Chosen by: criterion `{card.prune.criterion}`, ranking `{card.prune.ranking}`
-- Head size: {card.pruned.head_dim}
-- In llama.cpp: {llama_cpp}
-
-{layers}
-
-## Load it
-
-The weights are {dtype}, with LoRA merged.
-
-```python
-from transformers import {exported.auto_class}, {tokenizer}
-
-folder = "path/to/this/folder"
-model = {exported.loader}
-{variable} = {tokenizer}.from_pretrained(folder{trust})
-```
-{remark}"""
-
+TEMPLATE = Path(__file__).with_name("model_card.txt")
 REMARK = """
 The layers differ in size, or have a size no stock class takes: `{file}` in this folder describes them
 to transformers (4.57 or newer), and `trust_remote_code=True` allows it to run. It imports only torch and transformers.
@@ -147,7 +107,7 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
     dense, pruned, trust = card.dense, card.pruned, exported.trust_remote_code
     architecture = architecture_name(exported.config, pruned)
     llama_cpp = f"as architecture `{architecture}`, by an export to GGUF" if architecture else "not supported"
-    text = TEMPLATE.format(
+    text = TEMPLATE.read_text(encoding="utf-8").format(
         card=card,
         exported=exported,
         dtype=exported.config["dtype"],

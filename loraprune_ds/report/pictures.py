@@ -23,22 +23,15 @@ if TYPE_CHECKING:  # they take a second to import, which only pictures need
 # The colours of Okabe and Ito. They differ in grey and for every kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY_BLUE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 TEXT = "#444444"
-PLOT_STYLE = Path(__file__).with_name("pictures.mplstyle")
+STYLE = Path(__file__).with_name("pictures.mplstyle")
 LOG_FROM = 4.0  # an axis of perplexities is logarithmic if largest / smallest exceeds this
 # Places of a label near its point: distances in points of a font, then directions and the end of the text that is near.
 DISTANCES = (8, 15, 24, 36, 48, 60)
 DIRECTIONS = ((1, -1, "left"), (1, 1, "left"), (1, 0, "left"), (-1, -1, "right"), (-1, 1, "right"), (-1, 0, "right"))
 PALE, CUT = "#DDDDDD", "#C4C4C4"
-STYLE: dict[str, Any] = {"axes.titlepad": 8, "axes.grid.axis": "y"}
 # Such a curve is drawn whole on the edge of the axes. The layout would make room for it, and collapse without points.
 UNCLIPPED: Any = {"clip_on": False, "in_layout": False}
-LEGEND_ABOVE: Any = {
-    "loc": "lower right",
-    "bbox_to_anchor": (1, 1),
-    "ncols": 3,
-    "borderaxespad": 0.2,
-    "handlelength": 1.6,
-}
+LEGEND_ABOVE: Any = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": 3, "borderaxespad": 0.2}
 MOST_CELLS = 384  # of a strip: more would be narrower than a pixel or two
 MOST_CELLS_APART = 64  # with gaps between the cells
 MOST_NUMBERED = 48  # layers whose counts are written down
@@ -61,12 +54,12 @@ def picture(
     """Yields an empty figure, and saves it at the end. Without pyplot it needs no display and no global state.
 
     Args:
-        style: in addition to `PLOT_STYLE`, under the names of matplotlib's rcParams.
+        style: in addition to `STYLE`, under the names of matplotlib's rcParams.
     """
     from matplotlib import style as styles
     from matplotlib.figure import Figure
 
-    with styles.context([PLOT_STYLE, style or {}]):
+    with styles.context([STYLE, style or {}]):
         figure = Figure(figsize=size, layout=layout)
         yield figure
         figure.align_ylabels()
@@ -91,28 +84,20 @@ def label_beside(axes: "Axes", text: str, at: tuple[float, float], **options: An
 
     The figure must be laid out (`draw_without_rendering`), with all its curves. `options` are passed to `annotate`.
     """
+    from matplotlib.patheffects import withStroke
+
     taken, inside = [label.get_window_extent() for label in axes.texts], axes.get_window_extent()
     curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
     places = [((d * x, d * y), side) for d, (x, y, side) in product(DISTANCES, DIRECTIONS)]
-    for place in places:
-        _label(axes, text, at, *place, **options)
-        box = axes.texts[-1].get_window_extent()
+    how: Any = {"xytext": (0, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+    label = axes.annotate(text, at, **how, **options)
+    label.set_path_effects([withStroke(linewidth=3, foreground="white")])  # makes it readable on a curve
+    for place, side in (*places, places[0]):  # the first one if none is free
+        label.set(position=place, ha=side)
+        box = label.get_window_extent()
         hit = box.count_overlaps(taken) or any(curve.intersects_bbox(box, filled=False) for curve in curves)
         if not hit and inside.contains(*box.min) and inside.contains(*box.max):
             return
-        axes.texts[-1].remove()
-    _label(axes, text, at, *places[0], **options)
-
-
-def _label(
-    axes: "Axes", text: str, at: tuple[float, float], offset: tuple[float, float], side: str, **options: Any
-) -> None:
-    """Writes `text` with a white rim, which makes it readable on a curve."""
-    from matplotlib.patheffects import withStroke
-
-    place: Any = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
-    rim = [withStroke(linewidth=3, foreground="white")]
-    axes.annotate(text, at, **place, annotation_clip=False, path_effects=rim, **options)
 
 
 def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]") -> None:
@@ -120,7 +105,7 @@ def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]
     from matplotlib.ticker import MaxNLocator
 
     height = 1.3 + min(max(0.115 * len(dense.layers), 1.4), 9.0)
-    with picture(path, (11, height), STYLE | {"axes.grid": False}) as figure:
+    with picture(path, (11, height), {"axes.grid": False}) as figure:
         most = {kind: max(layer[kind] for layer in dense.counts) for kind in dense.kinds}
         widths = [width for kind in dense.kinds for width in (3 if most[kind] <= MOST_CELLS_APART else 6, 1)]
         axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
@@ -176,7 +161,7 @@ def draw_training(path: Path, history: History) -> None:
     """Draws loss, perplexity over the removed fraction, sparsity, seconds and bytes per rank, and marks the cuts."""
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    with picture(path, (10, 8.2), STYLE, ConstrainedLayoutEngine(h_pad=0.09)) as figure:
+    with picture(path, (10, 8.2), layout=ConstrainedLayoutEngine(h_pad=0.09)) as figure:
         grid = figure.add_gridspec(3, 2, height_ratios=(1.5, 1, 1))
         measured = [e for e in history.evaluations if math.isfinite(e.perplexity)]
         loss = figure.add_subplot(grid[0, 0] if measured else grid[0, :])
@@ -258,7 +243,7 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
     points = [(row["parameters"] / 1e6, row["perplexity"], row) for row in shelf if row["perplexity"]]
     if not points:
         return
-    with picture(path, (7, 4), STYLE) as figure:
+    with picture(path, (7, 4)) as figure:
         axes = figure.subplots()
         x, y, rows = zip(*points, strict=True)
         axes.plot(x, y, color=VERMILION, lw=1.2, marker="o", markersize=5)

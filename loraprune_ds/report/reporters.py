@@ -26,24 +26,22 @@ def scalars(record: Record) -> dict[str, float]:
     """Returns the record's value for each of its curves."""
     match record:
         case StepRecord():
-            scalars: dict[str, float] = {
+            scalars: dict[str, float | None] = {
                 "train/loss": record.loss,
                 "train/learning_rate": record.learning_rate,
                 "train/sparsity": record.sparsity,
                 "speed/tokens_per_second": record.tokens_per_second,
                 "speed/tokens_per_second_per_rank": record.tokens_per_second / len(record.weight_bytes),
                 "speed/seconds_per_step": record.seconds,
+                "speed/mfu": record.mfu,
+                "train/grad_norm": record.grad_norm,
             }
-            if record.mfu is not None:
-                scalars["speed/mfu"] = record.mfu
-            if record.grad_norm is not None:
-                scalars["train/grad_norm"] = record.grad_norm
             for name in ("weight_bytes", "resident_bytes", "reserved_bytes"):
                 values: list[int] = getattr(record, name)
                 ranks = {f"rank_{rank}": value for rank, value in enumerate(values)}
                 shown = ranks if len(values) <= MOST_CURVES else {"min": min(values), "max": max(values)}
                 scalars |= {f"{name}/{which}": value for which, value in shown.items()}
-            return scalars
+            return {curve: value for curve, value in scalars.items() if value is not None}
         case CutRecord():
             curves = ("target", "reached", "removed_fraction", "seconds", "bytes_sent")
             return {f"cut/{name}": getattr(record, name) for name in curves}
