@@ -159,9 +159,9 @@ def _summarise(writer: Writer, written: list[Ids], losses: Tensor | None, settin
 
     def means(rows: list[int]) -> Means:
         names = ("tokens", "ended", "repetition", "empty")
-        measured = [fmean(getattr(answers[i], name) for i in rows) for name in names]
+        measured = {name: fmean(getattr(answers[i], name) for i in rows) for name in names}
         perplexity = None if losses is None else (losses[rows].sum() / sum(len(written[i]) for i in rows)).exp().item()
-        return Means(*measured, perplexity)
+        return Means(**measured, dense_perplexity=perplexity)
 
     kinds = dict[str, list[int]]()
     for i, prompt in enumerate(settings.prompts):
