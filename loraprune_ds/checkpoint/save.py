@@ -21,7 +21,6 @@ from loraprune_ds.ranks import LocalWrites
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import empty_cache
 from loraprune_ds.zero.flat import owner_rounds
-from loraprune_ds.zero.lora_state import collect_lora_state
 from loraprune_ds.zero.params import collect_stored
 from loraprune_ds.zero.sharded import ShardedModel
 
@@ -83,14 +82,14 @@ class Staging:
 
 def save_step(model: ShardedModel, root: Path, state: RunState, resume: ResumeState, pruner: Pruner) -> Path:
     """Publishes `step-{state.step}`. Each layer is written by its owner, which has its input moments. Collective."""
-    apart = f"{RESUME_FOLDER}/"
+    apart, parameters = f"{RESUME_FOLDER}/", model.lora_parameters()
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
             staging.write(apart + STATE_FILE, lambda path: path.write_text(state_text(resume)))
             write_scores(staging, pruner.state(), apart)
         for layers in owner_rounds(len(model.layers), model.world_size):
-            collected = {layer: collect_lora_state(model, layer) for layer in layers}
+            collected = {i: model.optimizer_state.collect(parameters[i], model.owner(i), model.comm) for i in layers}
             for layer, (masters, moments) in collected.items():  # both empty but on the owner
                 write_layer(staging, "lora", layer, masters)
                 write_layer(staging, f"{apart}adam", layer, moments)

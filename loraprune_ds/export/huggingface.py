@@ -58,7 +58,7 @@ PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads only tokenizer.json, in tran
 
 
 class LayerSource(Protocol):
-    """A pruned model, of which one layer is in memory: a step (checkpoint/load.py), or a live one (zero/live.py)."""
+    """A pruned model, read layer by layer: `Step` (checkpoint/load.py) or `LiveModel` (zero/external_engine.py)."""
 
     @property
     def shape(self) -> ModelShape: ...

@@ -48,6 +48,7 @@ from loraprune_ds.report import records
 from loraprune_ds.zero.device import device_name, peak_bytes
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import (
+    LiveModel,
     before_each_update,
     find_zero_optimizer,
     gradient_norm,
@@ -266,7 +267,6 @@ class Pruning:
         # Importing the callback loads no writer.
         from loraprune_ds.export.huggingface import begin, publish, write_model
         from loraprune_ds.export.model_card import ModelCard
-        from loraprune_ds.zero.live import LiveModel
 
         comm, source, pruned = self.model.comm, base_config(self.peft_model), self.model.shape
         card = ModelCard(

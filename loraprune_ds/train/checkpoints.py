@@ -26,7 +26,6 @@ from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name, peak_bytes
 from loraprune_ds.zero.engine import TrainingEngine, build_training_engine
-from loraprune_ds.zero.lora_state import adam_step, restore_lora_state
 
 
 def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str]) -> TrainingCheckpoint | None:
@@ -79,7 +78,8 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     if checkpoint is None:
         return engine
     counters = read_resume_state(checkpoint.folder)
-    restore_lora_state(engine.model, checkpoint.read_flat, counters.adam_step)
+    model = engine.model
+    model.optimizer_state.restore(model.lora_parameters(), checkpoint.read_flat, counters.adam_step, model.comm)
     engine.restore_counters(checkpoint.state.step, counters.schedule, counters.loss_scale)
     return engine
 
@@ -101,7 +101,7 @@ def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner,
         peak_bytes=model.comm.gather_objects(peak_bytes()),
     )
     resume = ResumeState(
-        adam_step=adam_step(model),
+        adam_step=model.optimizer_state.adam_step,
         schedule=schedule,
         loss_scale=loss_scale,
         updates_since_cut=saved.updates_since_cut,

@@ -1,25 +1,35 @@
-"""Connects the pruner with the engine of another trainer, and with its PEFT model before there is an engine."""
+"""Connects the pruner with the engine of another trainer, and with its PEFT model before there is an engine.
 
-from collections.abc import Callable
+`LiveModel` reads the whole model from the ranks, for an export.
+"""
+
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from torch import nn
+from torch import Tensor, nn
 
+from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.model.adapters import base_parameter
+from loraprune_ds.model.adapters import base_parameter, lora_linear, plain_parameter
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.exported_config import ExportedConfig
+from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.pretrained import ModelWeights
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pruning.prunable_model import CollectedLinear
+from loraprune_ds.ranks import Ranks
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
 from loraprune_ds.zero.device import settle_shards
-from loraprune_ds.zero.flat import owned_range
-from loraprune_ds.zero.params import overwrite_shard, pad
+from loraprune_ds.zero.flat import owned_range, owner_rounds
+from loraprune_ds.zero.params import collect_linear, collect_named, overwrite_shard, pad
 from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
 
@@ -104,3 +114,54 @@ def overwrite_weights(module: nn.Module, weights: ModelWeights) -> None:
             overwrite_shard(parameter, pad(flat, parameter.ds_numel, comm.world_size))
         else:
             parameter.copy_(weights.read_full(name, parameter.dtype))
+
+
+class LiveModel:
+    """A model that another trainer trains, wherever it came from: a `LayerSource` (export/huggingface.py).
+
+    No rank ever holds more than one layer, or the embedding and head.
+
+    Args:
+        folder: has config.json, tokenizer and settings of the dense model.
+    """
+
+    tower = None
+
+    def __init__(self, model: ShardedModel, exported: ExportedConfig, folder: Path, dtype: Dtype) -> None:
+        self._model, self._dtype = model, DTYPES[dtype]
+        self.exported, self.folder = exported, folder
+
+    @property
+    def shape(self) -> ModelShape:
+        return self._model.shape
+
+    def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yields merged layers with the learned copies of PEFT's modules_to_save, others with the initial ones."""
+        for indices in owner_rounds(len(self.shape.layers) + 1, ranks.world_size):
+            gathered = ((k, self._gather(k, merge)) for k in indices)
+            own = [(k, tensors) for k, tensors in gathered if tensors]
+            while own:  # the owners of a round work in parallel. None keeps its layer until the next round
+                yield own.pop()
+
+    def _gather(self, k: int, merge: bool) -> dict[str, Tensor]:
+        """Gathers a layer, or after the last one the parameters outside, on its owner. Empty elsewhere. Collective."""
+        model, shape, owner, tensors = self._model, self.shape, self._model.owner(k), dict[str, Tensor]()
+        parent, prefix, others = cast(Any, model.module).get_base_model(), "", shape.outer
+        if k < len(shape.layers):
+            parent, prefix, others = model.layers[k], shape.prefix(k), shape.layers[k].others
+            for linear in shape.layers[k].linears:
+                collected = collect_linear(lora_linear(parent, linear.linear), owner, model.comm)
+                if collected is not None:  # converted before the next linear arrives
+                    tensors |= self._convert(f"{prefix}{linear.linear}", collected, merge)
+                del collected
+        found = collect_named(
+            {x.name: plain_parameter(parent, x.name, trained=merge) for x in others}, owner, model.comm
+        )
+        for tensor in others if found else ():
+            value = found[tensor.name]
+            tensors[prefix + tensor.name] = value if tensor.keep_fp32 else value.to(self._dtype)
+        return tensors
+
+    def _convert(self, name: str, x: CollectedLinear, merge: bool) -> dict[str, Tensor]:
+        weight = merge_lora(x.weight, x.lora_A, x.lora_B, x.scaling, self._dtype) if merge else x.weight.to(self._dtype)
+        return {f"{name}.weight": weight} | ({} if x.bias is None else {f"{name}.bias": x.bias.to(self._dtype)})

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
 import torch
@@ -10,8 +11,14 @@ from torch import Tensor, nn
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import RunError
 from loraprune_ds.zero import private
+from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.zero.device import settle_shards
+from loraprune_ds.zero.flat import owned_range
+from loraprune_ds.zero.params import collect_tensor, overwrite_shard, pad
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# (layer, "{linear}.lora_A", key of the state, start, end) -> flat fp32 elements [start, end)
+ReadState = Callable[[int, str, str, int, int], Tensor]
 
 
 class OptimizerState:
@@ -71,6 +78,46 @@ class OptimizerState:
             moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
             self.zero.optimizer.state[flat] = copy.deepcopy(others) | moments
 
+    @property
+    def adam_step(self) -> int:
+        """The updates that Adam has counted."""
+        states = list(self.zero.optimizer.state.values())
+        return int(states[0]["step"]) if states else 0
+
+    def collect(
+        self, parameters: dict[str, nn.Parameter], owner: int, comm: Communicator
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gathers a layer's state on its owner: masters by "{linear}.lora_A", moments by "{linear}.lora_A.exp_avg".
+
+        Both are empty elsewhere. Collective.
+        """
+        masters, moments = dict[str, Tensor](), dict[str, Tensor]()
+        for name, parameter in parameters.items():
+            for key in self.keys():
+                tensor = collect_tensor(parameter, owner, comm, self.shard(parameter, key))
+                if tensor is not None:
+                    to, own = (masters, name) if key == "master" else (moments, f"{name}.{key}")
+                    to[own] = tensor
+        return masters, moments
+
+    @torch.no_grad()
+    def restore(
+        self, layers: Iterable[dict[str, nn.Parameter]], read: ReadState, adam_step: int, comm: Communicator
+    ) -> None:
+        """Reads this rank's shards of the state. The low-precision parameters are set from their masters."""
+        if adam_step:
+            self.create_moments({"step": torch.tensor(float(adam_step))})
+        for layer, parameters in enumerate(layers):
+            for name, parameter in parameters.items():
+                numel: int = parameter.ds_numel  # type: ignore[attr-defined]
+                start, end = owned_range(numel, comm.world_size, comm.rank)
+                for key in self.keys():
+                    shard = pad(read(layer, name, key, start, end).to(comm.device), numel, comm.world_size)
+                    self.shard(parameter, key).copy_(shard)
+                    if key == "master":
+                        overwrite_shard(parameter, shard)
+        settle_shards()  # orders the restored shards of LoRA before the first gather
+
     def _slot(self, parameter: nn.Parameter) -> tuple[int, int]:
         group, offset, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
         return group, offset
@@ -85,7 +132,7 @@ def unscale(gradient: Tensor, loss_scale: float) -> Tensor:
     return gradient if loss_scale == 1 else gradient / loss_scale
 
 
-def first_nonfinite(layers: list[list[Tensor]]) -> int | None:
+def first_nonfinite(layers: Iterable[Iterable[Tensor]]) -> int | None:
     """Returns the index of the first layer with an inf or a NaN in its tensors. None if all are finite."""
     return next((i for i, layer in enumerate(layers) if not all(torch.isfinite(x).all() for x in layer)), None)
 

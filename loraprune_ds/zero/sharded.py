@@ -56,7 +56,7 @@ class ShardedModel:
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         """Gathers masters and averaged gradients of A and B on every rank, several layers by one all-gather."""
         # ZeRO-3 has reduce-scattered the gradients at the accumulation boundary. fp16 gradients are unscaled here.
-        parameters = self._all_lora_parameters()
+        parameters = [list(layer.values()) for layer in self.lora_parameters()]
         sizes = [2 * sum(math.prod(full_shape(p)) for p in layer) for layer in parameters]
         for layers in gather_rounds(sizes, GATHERED_NUMEL):
             of_round = [p for layer in layers for p in parameters[layer]]
@@ -137,12 +137,11 @@ class ShardedModel:
         if torch.isfinite(self.gradient_sum()):  # one pass in the usual case
             return None
         gradient = self.optimizer_state.gradient
-        return first_nonfinite([[gradient(p) for p in layer] for layer in self._all_lora_parameters()])
+        return first_nonfinite(map(gradient, layer.values()) for layer in self.lora_parameters())
 
     def nonfinite_weights(self) -> int | None:
         """Returns the first layer with an inf or NaN in this rank's shards of weights, frozen or LoRA."""
-        shards = (((i, cast(Any, p).ds_tensor) for p in layer.parameters()) for i, layer in enumerate(self.layers))
-        return next((i for layer in shards for i, shard in layer if not torch.isfinite(shard).all()), None)
+        return first_nonfinite((cast(Any, p).ds_tensor for p in layer.parameters()) for layer in self.layers)
 
     def forget_trace(self) -> None:
         """Makes ZeRO-3 record the order of modules again, by which it prefetches."""
@@ -150,16 +149,13 @@ class ShardedModel:
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
 
-    def lora_parameters(self, layer: int) -> dict[str, nn.Parameter]:
-        """Returns A and B of each linear of a layer, in this order, as "{linear}.lora_A"."""
-        parameters = {}
-        for linear in self.shape.layers[layer].linears:
+    def lora_parameters(self) -> list[dict[str, nn.Parameter]]:
+        """Returns A and B of each linear of each layer, in this order, as "{linear}.lora_A"."""
+        parameters = [dict[str, nn.Parameter]() for _ in self.layers]
+        for layer, linear in self.shape.linears():
             a, b = lora_weights(lora_linear(self.layers[layer], linear.linear))
-            parameters |= {f"{linear.linear}.lora_A": a, f"{linear.linear}.lora_B": b}
+            parameters[layer] |= {f"{linear.linear}.lora_A": a, f"{linear.linear}.lora_B": b}
         return parameters
-
-    def _all_lora_parameters(self) -> list[list[nn.Parameter]]:
-        return [list(self.lora_parameters(layer).values()) for layer in range(len(self.layers))]
 
     def _gather(self, shards: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
         """Gathers the fp32 shards of several parameters into full tensors, coalesced into one all-gather."""

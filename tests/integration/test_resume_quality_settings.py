@@ -17,7 +17,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.ranks import Ranks
 from loraprune_ds.report.records import exported_sizes
 from loraprune_ds.train.output import OutputFolder
-from loraprune_ds.train.stages import drop_later_models
+from loraprune_ds.train.run import drop_later_models
 from tests.integration import resuming
 from tests.integration.resuming import assert_same_run, config_for, losses, metrics, read_state, run_here, write_run
 from tests.ranks import RankPool

@@ -18,9 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.model.shape import LinearId, needed_flops_per_token
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero import engine, lora_state, params
+from loraprune_ds.zero import engine, optimizer, params
 from loraprune_ds.zero.device import accelerator
-from loraprune_ds.zero.lora_state import restore_lora_state
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, tiny_job
 from tests.ranks import RankPool
@@ -117,7 +116,7 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
     with (
         patch.object(params, "_install", watched.writing(params._install)),
         patch.object(params, "overwrite_shard", watched.writing(params.overwrite_shard)),
-        patch.object(lora_state, "overwrite_shard", watched.writing(params.overwrite_shard)),
+        patch.object(optimizer, "overwrite_shard", watched.writing(params.overwrite_shard)),
         patch.object(engine, "optimizer_step", watched.writing(engine.optimizer_step)),
         patch.object(accelerator(), "synchronize", watched.settle),
     ):
@@ -125,7 +124,9 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
             "update": watched.after(lambda: trainer.step(1)),
             "cut": watched.after(lambda: trainer.cut(1)),
             "refit": watched.after(lambda: model.replace_weights(ids, lambda _, linear: linear.weight)),
-            "restore": watched.after(lambda: restore_lora_state(model, zeros, 1)),
+            "restore": watched.after(
+                lambda: model.optimizer_state.restore(model.lora_parameters(), zeros, 1, model.comm)
+            ),
         }
 
 
