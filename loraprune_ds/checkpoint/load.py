@@ -25,39 +25,55 @@ from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import Tower
 from loraprune_ds.model.weight_files import read_header, weight_file_names
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.step import PrunerState
+from loraprune_ds.pruning.step import Pruner, PrunerState
 from loraprune_ds.ranks import Ranks
 
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """A verified step of a run."""
+    """A verified step of a run. It is a `LayerSource` (export/huggingface.py)."""
 
     folder: Path
     state: RunState
-
-    @cached_property
-    def config(self) -> RunConfig:
-        """The settings of the run that wrote the step."""
-        return recorded_config(self.state.config, self.folder / layout.STATE_FILE)
+    config: RunConfig  # the settings of the run that wrote the step
+    source: Path  # folder of the dense model at the start of the run, or where it was moved
+    dense: PretrainedModel  # at `model.path`
 
     @property
     def resume_folder(self) -> Path:
         """The files that only a resume needs. The step of an earlier size has lost them."""
         return self.folder / layout.RESUME_FOLDER
 
-    def source_folder(self) -> Path:
-        """Returns the folder of the dense model. A moved one is found at `model.path`."""
-        source = Path(self.state.source)
-        return source if source.is_dir() else locate_model(self.config.model)
-
-    def frozen_model(self, dense: PretrainedModel) -> PretrainedModel:
-        """Returns the model without LoRA after the cuts of this step. `dense` is the model at `model.path`."""
-        source, keep = self.source_folder(), keep_from_lists(self.state.kept, dense.shape.kinds)
-        if source.resolve() != dense.folder.resolve():
-            dense = open_for_pruning(source, self.config.model)
-        weights = dense.weights.cut(keep)
+    @cached_property
+    def frozen_model(self) -> PretrainedModel:
+        """The model without LoRA after the cuts of this step."""
+        dense = self.dense
+        if self.source.resolve() != dense.folder.resolve():
+            dense = open_for_pruning(self.source, self.config.model)
+        weights = dense.weights.cut(keep_from_lists(self.state.kept, dense.shape.kinds))
         return replace(dense, weights=weights.overlaid(open_refits(weights.shape, self.folder)))
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.frozen_model.shape
+
+    @property
+    def exported(self) -> ExportedConfig:
+        dtype, tower = self.config.model.dtype, self.tower
+        return export_config(self.dense.config, self.shape, dtype, tower and tower.config)
+
+    @property
+    def dense_folder(self) -> Path:
+        return self.dense.folder
+
+    @property
+    def tower(self) -> Tower | None:
+        return self.dense.tower
+
+    def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        layers = len(self.shape.layers)
+        for k in range(ranks.rank, layers + 1, ranks.world_size):
+            yield k, self._layer(k, merge) if k < layers else self._read(tensor.name for tensor in self.shape.outer)
 
     def lora(self, layer: int) -> dict[str, Tensor]:
         """Reads a layer's fp32 masters: "{linear}.lora_A" (r, in_features), "{linear}.lora_B" (out_features, r)."""
@@ -75,75 +91,33 @@ class TrainingCheckpoint:
             rows = view[first : -(-end // columns)].reshape(-1)
         return rows[start - first * columns : end - first * columns]
 
-    def pruner_state(self, kinds: tuple[Kind, ...]) -> PrunerState:
+    def restore_pruner(self, pruner: Pruner) -> None:
+        """Restores the pruner of a model that was built from this step."""
         counters = layout.read_resume_state(self.folder)
-        kept, scores = keep_from_lists(self.state.kept, kinds), read_scores(self.resume_folder, kinds)
-        return PrunerState(kept, scores, counters.updates_since_cut, counters.moment_tokens)
+        restore_pruner(pruner, self.resume_folder, self.state.kept, counters.updates_since_cut, counters.moment_tokens)
 
-
-@dataclass(frozen=True)
-class Step:
-    """A verified checkpoint with the `dense` model of its run. It is a `LayerSource` (export/huggingface.py)."""
-
-    checkpoint: TrainingCheckpoint
-    dense: PretrainedModel
-
-    @cached_property
-    def base(self) -> ModelWeights:
-        """The pruned weights without LoRA."""
-        return self.checkpoint.frozen_model(self.dense).weights
-
-    @property
-    def shape(self) -> ModelShape:
-        return self.base.shape
-
-    @property
-    def exported(self) -> ExportedConfig:
-        dtype, tower = self.checkpoint.config.model.dtype, self.tower
-        return export_config(self.dense.config, self.shape, dtype, tower and tower.config)
-
-    @property
-    def folder(self) -> Path:
-        return self.dense.folder
-
-    @property
-    def tower(self) -> Tower | None:
-        return self.dense.tower
-
-    def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        layers = len(self.shape.layers)
-        for k in range(ranks.rank, layers, ranks.world_size):
-            yield k, self._layer(k, merge=merge)
-        if layers % ranks.world_size == ranks.rank:
-            yield layers, self._read(tensor.name for tensor in self.shape.outer)
-
-    def _layer(self, layer: int, *, merge: bool) -> dict[str, Tensor]:
+    def _layer(self, layer: int, merge: bool) -> dict[str, Tensor]:
         tensors = self._read(name for name, _ in self.shape.layer_tensors(layer))
         if merge:
-            lora, config = self.checkpoint.lora(layer), self.checkpoint.config.lora
-            scaling = config.lora_alpha / config.r
+            lora, scaling = self.lora(layer), self.config.lora.lora_alpha / self.config.lora.r
             for linear in self.shape.layers[layer].linears:
                 name, (a, b) = f"{self.shape.prefix(layer)}{linear.name}", (f"{linear.linear}.lora_{x}" for x in "AB")
                 tensors[name] = merge_lora(tensors[name], lora[a], lora[b], scaling, tensors[name].dtype)
         return tensors
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.base.read_full(name, DTYPES[self.checkpoint.config.model.dtype]) for name in names}
+        weights, dtype = self.frozen_model.weights, DTYPES[self.config.model.dtype]
+        return {name: weights.read_full(name, dtype) for name in names}
 
 
-def open_step(folder: Path) -> Step:
-    """Verifies a checkpoint, and opens the model at its run's `model.path`. Raises UserError if one is unusable."""
-    checkpoint = open_checkpoint(folder, Ranks())
-    model = checkpoint.config.model
-    return Step(checkpoint, open_for_pruning(locate_model(model), model))
-
-
-def find_newest(root: Path, comm: Ranks, warn: Callable[[str], None]) -> TrainingCheckpoint | None:
+def find_newest(
+    root: Path, comm: Ranks, dense: PretrainedModel, warn: Callable[[str], None]
+) -> TrainingCheckpoint | None:
     """Opens the newest undamaged step under `root`, read by all ranks. Collective. Raises CheckpointMismatch."""
     numbers = comm.gather_objects(layout.numbered(root, "step"))[0]
     for number in reversed(numbers):
         try:
-            return open_checkpoint(layout.step_folder(root, number), comm, resume=True)
+            return open_checkpoint(layout.step_folder(root, number), comm, dense, resume=True)
         except CheckpointMismatch:
             raise
         except UserError as error:
@@ -151,34 +125,46 @@ def find_newest(root: Path, comm: Ranks, warn: Callable[[str], None]) -> Trainin
     return None
 
 
-def open_checkpoint(folder: Path, ranks: Ranks, *, resume: bool = False) -> TrainingCheckpoint:
+def open_checkpoint(
+    folder: Path, ranks: Ranks, dense: PretrainedModel | None = None, *, resume: bool = False
+) -> TrainingCheckpoint:
     """Verifies a step, with `resume` to go on from it. Ranks share the reading and raise one error. Collective.
+
+    Args:
+        dense: the model at the run's `model.path`, if it is open.
 
     Raises:
         UserError: a file is missing or damaged. CheckpointMismatch: format or source model differ.
     """
 
     def check() -> TrainingCheckpoint:
-        checkpoint = TrainingCheckpoint(folder, read_state(folder))
+        state = read_state(folder)
         if resume:
             layout.read_resume_state(folder)
-        for files in (folder, checkpoint.resume_folder) if resume else (folder,):
+        for files in (folder, folder / layout.RESUME_FOLDER) if resume else (folder,):
             layout.verify(files, part=ranks.rank, parts=ranks.world_size)
-        _check_source(checkpoint)
-        return checkpoint
+        config = recorded_config(state.config, folder / layout.STATE_FILE)
+        source = _find_source(folder, state, config)
+        opened = dense or open_for_pruning(locate_model(config.model), config.model)
+        return TrainingCheckpoint(folder, state, config, source, opened)
 
     return ranks.all_or_raise(check)
 
 
-def _check_source(checkpoint: TrainingCheckpoint) -> None:
-    """Raises CheckpointMismatch if the source model of a step is gone or has changed."""
+def _find_source(folder: Path, state: RunState, config: RunConfig) -> Path:
+    """Returns the folder of the dense model. A moved one is found at `model.path`.
+
+    Raises CheckpointMismatch if the model is gone or has changed.
+    """
     try:
-        source = checkpoint.source_folder()
-        is_same = source_digest(source) == checkpoint.state.data.source
+        source = Path(state.source)
+        source = source if source.is_dir() else locate_model(config.model)
+        is_same = source_digest(source) == state.data.source
     except (UserError, OSError) as error:
-        raise CheckpointMismatch(f"the source model of {checkpoint.folder} cannot be read: {error}") from None
+        raise CheckpointMismatch(f"the source model of {folder} cannot be read: {error}") from None
     if not is_same:
-        raise CheckpointMismatch(f"{source} is not the source model of {checkpoint.folder}: its tensors differ")
+        raise CheckpointMismatch(f"{source} is not the source model of {folder}: its tensors differ")
+    return source
 
 
 def source_digest(folder: Path) -> str:
@@ -206,15 +192,18 @@ def keep_from_lists(lists: list[list[list[int]]], kinds: tuple[Kind, ...]) -> li
     return [LayerKeep(zip(kinds, map(torch.LongTensor, layer), strict=True)) for layer in lists]
 
 
-def read_scores(folder: Path, kinds: tuple[Kind, ...]) -> list[LayerScores] | None:
-    """Reads the moving averages. None if nothing was scored yet."""
-    path = folder / layout.SCORES_FILE
+def restore_pruner(
+    pruner: Pruner, folder: Path, kept: list[list[list[int]]], updates_since_cut: int, moment_tokens: float
+) -> None:
+    """Restores the pruner of a model that has been cut. `folder` has its moving averages and input moments, if any."""
+    kinds, path = pruner.limits.dense.kinds, folder / layout.SCORES_FILE
     tensors = load_file(path) if path.exists() else {}
     layers = range(len(tensors) // len(kinds))
-    return [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in layers] or None
+    scores = [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in layers]
 
+    def read_moments(layer: int) -> dict[str, Tensor]:
+        path = folder / layout.layer_file("inputs", layer)
+        return load_file(path) if path.exists() else {}
 
-def read_moments(folder: Path, layer: int) -> dict[str, Tensor]:
-    """Reads the halves of a layer's input moments by linear (`InputMoments.restore`). Empty if none were recorded."""
-    path = folder / layout.layer_file("inputs", layer)
-    return load_file(path) if path.exists() else {}
+    kept_of_dense = keep_from_lists(kept, kinds)
+    pruner.restore(PrunerState(kept_of_dense, scores or None, updates_since_cut, moment_tokens), read_moments)

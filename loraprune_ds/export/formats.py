@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.load import Step, open_step
+from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import RunError, UserError, one_line, require
 from loraprune_ds.export.gguf import write_gguf
@@ -89,12 +89,12 @@ def find_source(path: Path) -> ExportSource:
     raise UserError(f"{path} {'holds no run, checkpoint or model' if path.is_dir() else 'is no folder'}")
 
 
-def open_newest(checkpoints: list[Path]) -> tuple[Step, list[str]]:
+def open_newest(checkpoints: list[Path]) -> tuple[TrainingCheckpoint, list[str]]:
     """Opens the first undamaged checkpoint. Also returns remarks about it and the damaged ones."""
     remarks: list[str] = []
     for path in checkpoints:
         try:
-            step = open_step(path)
+            step = open_checkpoint(path, Ranks())
         except UserError as error:
             remarks.append(f"{path.name} cannot be used: {error}")
             continue
@@ -102,16 +102,16 @@ def open_newest(checkpoints: list[Path]) -> tuple[Step, list[str]]:
     raise UserError(remarks[0])
 
 
-def write_adapter(step: Step, folder: Path) -> None:
+def write_adapter(step: TrainingCheckpoint, folder: Path) -> None:
     """Writes the fp32 LoRA, at most the size of a decoder layer, into the one file that PEFT reads."""
     shape = step.shape
     tensors = {
         name_in_file(shape, layer, name): tensor
         for layer in range(len(shape.layers))
-        for name, tensor in as_in_peft(step.checkpoint.lora(layer), shape.layers[layer].linears).items()
+        for name, tensor in as_in_peft(step.lora(layer), shape.layers[layer].linears).items()
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / ADAPTER_FILE, _adapter_config(step.checkpoint.config.lora, shape))
+    write_json(folder / ADAPTER_FILE, _adapter_config(step.config.lora, shape))
 
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
@@ -156,7 +156,7 @@ def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
     if source.model is None:
         step, remarks = open_newest(source.checkpoints)
         mtp = source.mtp and cut_mtp(source.mtp, step.shape)
-        needed = step.shape.total_numel() * DTYPES[step.checkpoint.config.model.dtype].itemsize
+        needed = step.shape.total_numel() * DTYPES[step.config.model.dtype].itemsize
         free = shutil.disk_usage(folder).free
         sizes = f"{format_bytes(needed)} in {folder.parent}, where {format_bytes(free)} are free"
         require(needed <= free, f"the merged model needs {sizes}")

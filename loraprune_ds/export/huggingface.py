@@ -58,7 +58,7 @@ PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads only tokenizer.json, in tran
 
 
 class LayerSource(Protocol):
-    """A pruned model, read layer by layer: `Step` (checkpoint/load.py) or `LiveModel` (zero/external_engine.py)."""
+    """A pruned model, read layer by layer: a step (checkpoint/load.py), or a live one (zero/external_engine.py)."""
 
     @property
     def shape(self) -> ModelShape: ...
@@ -67,7 +67,7 @@ class LayerSource(Protocol):
     def exported(self) -> ExportedConfig: ...
 
     @property
-    def folder(self) -> Path: ...  # config.json, tokenizer and settings of the dense model, at least on rank 0
+    def dense_folder(self) -> Path: ...  # config.json, tokenizer and settings of the dense model, at least on rank 0
 
     @property
     def tower(self) -> Tower | None: ...
@@ -113,7 +113,7 @@ def write_model(source: LayerSource, folder: Path, card: ModelCard, ranks: Ranks
 
     def complete() -> None:
         write_index(folder, [path.name for path in paths])
-        finish_folder(folder, source.exported, source.folder, card)
+        finish_folder(folder, source.exported, source.dense_folder, card)
 
     writes.do(write_files)
     for _ in files:  # after a failed write, because other ranks gather their layers from this one, too

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard as HubCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
 
-from loraprune_ds.checkpoint.load import Step
+from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import read_json
@@ -68,14 +68,14 @@ class ModelCard:
     perplexity_pruned: float | None = None
 
 
-def card_of_step(step: Step, windows: int | None = None, perplexity: float | None = None) -> ModelCard:
+def card_of_step(step: TrainingCheckpoint, windows: int | None = None, perplexity: float | None = None) -> ModelCard:
     """Collects the facts of a run at a step.
 
     Args:
         windows: the measured number of windows, if known.
         perplexity: measured on the export. Default: the one at this step, if it was measured.
     """
-    config, state = step.checkpoint.config, step.checkpoint.state
+    config, state = step.config, step.state
     paths = [source.path for source in config.data.sources]
     names = ("Python's help topics (pydoc_data)" if path == EMBEDDED else Path(path).name for path in paths)
     data = " + ".join(names)

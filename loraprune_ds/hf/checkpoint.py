@@ -9,21 +9,20 @@ The trainer saves LoRA, its optimizer and its own state. `pruning/` is written l
 import json
 import re
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import STATE_FILE
-from loraprune_ds.checkpoint.load import keep_from_lists, open_refits, read_moments, read_scores
+from loraprune_ds.checkpoint.load import keep_from_lists, open_refits, restore_pruner
 from loraprune_ds.checkpoint.save import Staging, write_moments, write_refits, write_scores
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.live import find_peft_model, live_shape
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.step import Pruner, PrunerState
+from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import METRICS_FILE, History, read_history, write_history
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.external_engine import cut_without_engine, overwrite_weights
@@ -67,10 +66,8 @@ class PruningCheckpoint:
 
     def restore(self, pruner: Pruner) -> History:
         """Restores the pruner of a model that has been cut. Returns the records so far."""
-        state, folder, kinds = self.state, self.folder / FOLDER, self.dense.kinds
-        kept = keep_from_lists(state.kept, kinds)
-        saved = PrunerState(kept, read_scores(folder, kinds), state.updates_since_cut, state.moment_tokens)
-        pruner.restore(saved, partial(read_moments, folder))
+        state, folder = self.state, self.folder / FOLDER
+        restore_pruner(pruner, folder, state.kept, state.updates_since_cut, state.moment_tokens)
         return read_history(folder / METRICS_FILE)
 
 

@@ -18,6 +18,7 @@ from loraprune_ds.checkpoint.save import drop_old, save_step
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import differences
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks import LocalWrites
 from loraprune_ds.train.context import RunContext
@@ -28,7 +29,9 @@ from loraprune_ds.zero.device import device_name, peak_bytes
 from loraprune_ds.zero.engine import TrainingEngine, build_training_engine
 
 
-def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str]) -> TrainingCheckpoint | None:
+def find_checkpoint(
+    output: OutputFolder, comm: Communicator, dense: PretrainedModel, warnings: list[str]
+) -> TrainingCheckpoint | None:
     """Finds the checkpoint to resume from. None: the run starts at step 0. Collective.
 
     `warnings` gets a line for each unusable checkpoint. Raises UserError if a given path has no usable one of this run.
@@ -36,13 +39,13 @@ def find_checkpoint(output: OutputFolder, comm: Communicator, warnings: list[str
     config, path = output.config, output.resume_path
     # A step's folder, even if it lost its state. A run may have any name, even step-1.
     if path is not None and ((path / STATE_FILE).is_file() or path.parent.name == CHECKPOINTS_FOLDER):
-        checkpoint = open_checkpoint(path, comm, resume=True)
+        checkpoint = open_checkpoint(path, comm, dense, resume=True)
     else:
         root = path or output.path
         root = root if root.resolve().name == CHECKPOINTS_FOLDER else root / CHECKPOINTS_FOLDER
         # This comes before full reads, and before another run's checkpoints are called damaged.
         comm.all_or_raise(lambda: _check_settings(newest_state(root), root, config))
-        checkpoint = find_newest(root, comm, warnings.append)
+        checkpoint = find_newest(root, comm, dense, warnings.append)
         if checkpoint is None and path is not None:
             because = f" ({warnings[-1]})" if warnings else ""
             raise UserError(f"--resume {path}: no usable checkpoint there{because}")
@@ -73,7 +76,7 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     config, frozen = prepared.config, prepared.pretrained
     if checkpoint is not None:
         config = replace(config, model=replace(config.model, adapter=None))  # the checkpoint has its LoRA
-        frozen = checkpoint.frozen_model(frozen)
+        frozen = checkpoint.frozen_model
     engine = build_training_engine(frozen, prepared.ds_config, prepared.pruning.schedule.cycles(), config)
     if checkpoint is None:
         return engine

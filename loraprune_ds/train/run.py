@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from loraprune_ds.checkpoint.layout import CHECKPOINTS_FOLDER, step_folder
-from loraprune_ds.checkpoint.load import Step, TrainingCheckpoint, keep_from_lists, open_checkpoint
+from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_from_lists, open_checkpoint
 from loraprune_ds.errors import RankError, UserError, fail_point
 from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.export.model_card import card_of_step, write_model_card
@@ -54,7 +54,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     is_first = os.environ["LOCAL_RANK"] == "0"
     prepared = prepare(config, comm, output.commits, is_first_on_node=is_first, check_tokenizer=check_tokenizer)
     warnings: list[str] = []
-    checkpoint = find_checkpoint(output, comm, warnings) if resumes else None
+    checkpoint = find_checkpoint(output, comm, prepared.pretrained, warnings) if resumes else None
     if checkpoint:
         check_data(checkpoint, prepared)
 
@@ -145,7 +145,7 @@ def export_models(context: RunContext) -> bool:
         if checkpoint is None:
             context.recorder.show(f"{names[0]}/ is not made: the checkpoint of step {number} is not there")
             continue
-        _export(context, Step(checkpoint, context.prepared.pretrained), context.folder / names[0])
+        _export(context, checkpoint, context.folder / names[0])
         if context.stop_requested():
             return False
     return True
@@ -157,16 +157,16 @@ def _open_step(context: RunContext, step: int) -> TrainingCheckpoint | None:
     roots = [context.folder / CHECKPOINTS_FOLDER, *([resumed.folder.parent] if resumed else [])]
     folders = [step_folder(root, step) for root in roots if step_folder(root, step).is_dir()]
     folder = comm.gather_objects(next(iter(folders), None))[0]
-    return None if folder is None else open_checkpoint(folder, comm)
+    return None if folder is None else open_checkpoint(folder, comm, context.prepared.pretrained)
 
 
-def _export(context: RunContext, step: Step, target: Path) -> None:
+def _export(context: RunContext, checkpoint: TrainingCheckpoint, target: Path) -> None:
     """Writes the model of a step. Collective."""
     comm, mark = context.comm, context.status.mark
     context.recorder.show(f"writing {'the merged model' if target.name == EXPORTED else f'{target.name}/'}")
     comm.on_rank_0(lambda: begin(target, mark))
     windows = sum(len(ids) for ids, _ in context.prepared.held_out)
-    write_model(step, staging_of(target, mark), card_of_step(step, windows), comm)
+    write_model(checkpoint, staging_of(target, mark), card_of_step(checkpoint, windows), comm)
     context.check_owner()
 
     def name() -> None:
@@ -196,18 +196,18 @@ def measure_model(context: RunContext) -> str | None:
             remove_folder(model)
         raise
     recorder.write(measured)
-    step, pruning = Step(checkpoint, prepared.pretrained), prepared.pruning
-    reached = 1 - step.shape.linear_numel() / dense.linear_numel()
+    pruning, pruned = prepared.pruning, checkpoint.shape
+    reached = 1 - pruned.linear_numel() / dense.linear_numel()
     outcome = Outcome(
         config=config.to_dict(),
         history=recorder.history,
         dense=dense,
-        pruned=step.shape,
+        pruned=pruned,
         kept_of_dense=keep_from_lists(checkpoint.state.kept, dense.kinds),
         resumed_from=checkpoint.state.resumed_from,
         accelerator=checkpoint.state.accelerator,
         peak_bytes=checkpoint.state.peak_bytes,
-        target=describe_target(config.prune, dense, step.shape),
+        target=describe_target(config.prune, dense, pruned),
         sizes=pruning.schedule.ends(),
         asked=pruning.schedule.ratio,
         shortfall=shortfall(pruning.limits, pruning.schedule.ratio, reached),
@@ -218,7 +218,7 @@ def measure_model(context: RunContext) -> str | None:
         recorder.show_pictures(write_results(folder, outcome))
 
     def name() -> None:
-        write_model_card(exported, card_of_step(step, measured.windows, measured.perplexity), step.exported)
+        write_model_card(exported, card_of_step(checkpoint, measured.windows, measured.perplexity), checkpoint.exported)
         fail_point("finish.before_rename")
         exported.rename(target)
         flush(folder)

@@ -3,14 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import RunTotals
-from loraprune_ds.checkpoint.load import read_moments
 from loraprune_ds.config import Dtype, ModelConfig, TrainConfig
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import finite
@@ -161,8 +159,7 @@ class TrainingLoop:
         self._schedule = prepared.pruning.schedule
         self.pruner = Pruner(self.model, prepared.pruning, config.seed)
         if checkpoint:
-            state = checkpoint.pruner_state(self.model.shape.kinds)
-            self.pruner.restore(state, partial(read_moments, checkpoint.resume_folder))
+            checkpoint.restore_pruner(self.pruner)
         self._trainer = Trainer(
             self.engine,
             self.pruner,

@@ -122,14 +122,14 @@ class LiveModel:
     No rank ever holds more than one layer, or the embedding and head.
 
     Args:
-        folder: has config.json, tokenizer and settings of the dense model.
+        dense_folder: has config.json, tokenizer and settings of the dense model.
     """
 
     tower = None
 
-    def __init__(self, model: ShardedModel, exported: ExportedConfig, folder: Path, dtype: Dtype) -> None:
+    def __init__(self, model: ShardedModel, exported: ExportedConfig, dense_folder: Path, dtype: Dtype) -> None:
         self._model, self._dtype = model, DTYPES[dtype]
-        self.exported, self.folder = exported, folder
+        self.exported, self.dense_folder = exported, dense_folder
 
     @property
     def shape(self) -> ModelShape:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.load import Step
+from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.export.huggingface import write_model
 from loraprune_ds.export.model_card import card_of_step
@@ -119,7 +119,7 @@ def train_and_export(
     trainer = phases.measure("load", lambda: assemble(*given, FixedSection))
     model = trainer.model
     losses = train(trainer, phases)
-    step: Step = phases.measure("checkpoint", lambda: save(trainer, config, folder / "saved"))
+    step: TrainingCheckpoint = phases.measure("checkpoint", lambda: save(trainer, config, folder / "saved"))
     saved = sum(path.stat().st_size for path in (folder / "saved").rglob("*") if path.is_file())
     exported = folder / "exported"
     comm.on_rank_0(exported.mkdir)

@@ -25,6 +25,7 @@ from loraprune_ds.config_file import load_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model import read_shape
 from loraprune_ds.model.classes import build_on_meta
+from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.train.checkpoints import find_checkpoint
 from loraprune_ds.train.context import RunContext
 from loraprune_ds.train.output import OutputFolder
@@ -170,7 +171,8 @@ def find_here(config: RunConfig, resume: str) -> Found:
     try:
         output = OutputFolder(config.to_dict(), resume)
         assert output.start == "resume"
-        saved = find_checkpoint(output, Communicator(), warnings)
+        dense = open_for_pruning(Path(config.model.path), config.model)
+        saved = find_checkpoint(output, Communicator(), dense, warnings)
     except UserError as error:
         return Found(None, warnings, str(error), error.exit_code)
     return Found(saved.state.step if saved else None, warnings)

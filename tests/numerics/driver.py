@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import ResumeState, RunData, RunState, RunTotals
-from loraprune_ds.checkpoint.load import Step, TrainingCheckpoint, keep_to_lists
+from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_to_lists
 from loraprune_ds.checkpoint.save import save_step
 from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.experts import as_in_peft
@@ -219,7 +219,7 @@ def make_samples(job: Job) -> Samples:
     return Samples(columns, starts_of(torch.tensor(job.lengths)), input_ids.shape[1])
 
 
-def save(trainer: Trainer, config: RunConfig, root: Path) -> Step:
+def save(trainer: Trainer, config: RunConfig, root: Path) -> TrainingCheckpoint:
     """Saves a step with all that its results need, and opens it. Collective."""
     model, dense = trainer.model, open_for_pruning(Path(config.model.path), config.model)
     state = RunState(
@@ -234,9 +234,8 @@ def save(trainer: Trainer, config: RunConfig, root: Path) -> Step:
         accelerator="",
         peak_bytes=[],
     )
-    return Step(
-        TrainingCheckpoint(save_step(model, root, state, ResumeState(0, {}, {}, 0, 0.0), trainer.pruner), state), dense
-    )
+    folder = save_step(model, root, state, ResumeState(0, {}, {}, 0, 0.0), trainer.pruner)
+    return TrainingCheckpoint(folder, state, config, dense.folder, dense)
 
 
 def assert_same_outcome(found: Outcome, expected: Outcome) -> None:

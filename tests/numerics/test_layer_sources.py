@@ -26,7 +26,7 @@ def compare(job: Job, root: Path) -> Counter[str]:
         trainer.step(step)
         trainer.cut(step)
     model, step = trainer.model, save(trainer, config, root)
-    live, found = LiveModel(model, step.exported, step.folder, config.model.dtype), Counter[str]()
+    live, found = LiveModel(model, step.exported, step.dense_folder, config.model.dtype), Counter[str]()
     for merge in (True, False):
         files, others = (dict(source.files(model.comm, merge=merge)) for source in (step, live))
         assert files.keys() == others.keys() == set(range(model.rank, len(model.layers) + 1, model.world_size))

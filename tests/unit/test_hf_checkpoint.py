@@ -81,11 +81,10 @@ def test_checkpoints_without_pruning_are_refused(tmp_path: Path) -> None:
 
 def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A cut may come before the next score, if the next step overflows in fp16."""
-    monkeypatch.setattr(checkpoint, "read_scores", lambda folder, kinds: (None, None))
     monkeypatch.setattr(checkpoint, "read_history", lambda path: [])
     state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5)
     resumed = PruningCheckpoint(tmp_path, cast(Any, state), cast(Any, SimpleNamespace(kinds=())))
-    resumed.restore(pruner := Mock())
+    resumed.restore(pruner := Mock(**{"limits.dense.kinds": ("heads",)}))
     given = pruner.restore.call_args.args[0]
     assert (given.updates_since_cut, given.moment_tokens) == (3, 7.0)
 
