@@ -16,7 +16,7 @@ from loraprune_ds.errors import fail_point
 from loraprune_ds.files import begin_folder, flush, publish_folder, remove_folder, remove_leftovers, staging_of
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.pruning.compensate import refitted_linears
-from loraprune_ds.pruning.step import Pruner, PrunerState
+from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks import LocalWrites
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import empty_cache
@@ -87,7 +87,6 @@ def save_step(model: ShardedModel, root: Path, state: RunState, resume: ResumeSt
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
             staging.write(apart + STATE_FILE, lambda path: path.write_text(state_text(resume)))
-            write_scores(staging, pruner.state(), apart)
         for layers in owner_rounds(len(model.layers), model.world_size):
             collected = {i: model.optimizer_state.collect(parameters[i], model.owner(i), model.comm) for i in layers}
             for layer, (masters, moments) in collected.items():  # both empty but on the owner
@@ -96,7 +95,7 @@ def save_step(model: ShardedModel, root: Path, state: RunState, resume: ResumeSt
             del collected, masters, moments
             write_refits(staging, pruner, model, layers)
             fail_point("save.layer")
-        write_moments(staging, pruner, apart)
+        write_pruner(staging, pruner, apart)
         fail_point("save.step_written")
         staging.publish()
     return staging.target
@@ -113,19 +112,15 @@ def write_refits(staging: Staging, pruner: Pruner, model: ShardedModel, layers: 
         write_layer(staging, "refit", layer, tensors)
 
 
-def write_moments(staging: Staging, pruner: Pruner, folder: str = "") -> None:
-    """Writes half of the input moments, if any, of each layer that this rank owns."""
-    if pruner.compensator is not None:
-        for layer in range(len(pruner.model.layers)):
-            write_layer(staging, f"{folder}inputs", layer, pruner.compensator.moments.halves(layer))
-
-
-def write_scores(staging: Staging, state: PrunerState, folder: str = "") -> None:
-    """Writes the moving averages, if any, in float64. On one rank."""
-    layers = enumerate(state.scores or [])
+def write_pruner(staging: Staging, pruner: Pruner, folder: str = "") -> None:
+    """Writes the moving averages in float64, on rank 0, and half of the input moments of each layer, on its owner."""
+    layers = enumerate((pruner.state().scores if pruner.model.rank == 0 else None) or [])
     tensors = {f"{i}.{kind}": groups for i, layer in layers for kind, groups in layer.items()}
     if tensors:
         staging.write(folder + layout.SCORES_FILE, lambda path: save_file(tensors, path))
+    if pruner.compensator is not None:
+        for layer in range(len(pruner.model.layers)):
+            write_layer(staging, f"{folder}inputs", layer, pruner.compensator.moments.halves(layer))
 
 
 def write_layer(staging: Staging, part: str, layer: int, tensors: dict[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import STATE_FILE
 from loraprune_ds.checkpoint.load import keep_from_lists, open_refits, restore_pruner
-from loraprune_ds.checkpoint.save import Staging, write_moments, write_refits, write_scores
+from loraprune_ds.checkpoint.save import Staging, write_pruner, write_refits
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import read_json
@@ -77,10 +77,9 @@ def write_pruning(folder: Path, state: PruningState, pruner: Pruner, model: Shar
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(json.dumps(asdict(state)) + "\n"))
             staging.write(METRICS_FILE, lambda path: write_history(path, history))
-            write_scores(staging, pruner.state())
         for layers in owner_rounds(len(model.layers), model.world_size):
             write_refits(staging, pruner, model, layers)
-        write_moments(staging, pruner)
+        write_pruner(staging, pruner)
         fail_point("save.pruning_written")
         staging.publish()
 

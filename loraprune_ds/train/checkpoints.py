@@ -1,6 +1,6 @@
-"""Saves and resumes a run. Connects the checkpoint format with the trainer."""
+"""Saves and resumes a run, with the state that its parts share. Connects the checkpoint format with the trainer."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraprune_ds.checkpoint.layout import (
@@ -21,12 +21,51 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks import LocalWrites
-from loraprune_ds.train.context import RunContext
-from loraprune_ds.train.output import MAY_DIFFER, OutputFolder
+from loraprune_ds.train.output import MAY_DIFFER, OutputFolder, RunStatus
 from loraprune_ds.train.prepare import Prepared
+from loraprune_ds.train.recorder import RunRecorder
+from loraprune_ds.train.stop import STOP, RequestListener
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import device_name, peak_bytes
 from loraprune_ds.zero.engine import TrainingEngine, build_training_engine
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Holds the state that the parts of a run share on one rank."""
+
+    prepared: Prepared
+    checkpoint: TrainingCheckpoint | None  # that the run resumes from
+    comm: Communicator
+    requests: RequestListener
+    recorder: RunRecorder
+    status: RunStatus
+
+    @property
+    def config(self) -> RunConfig:
+        return self.prepared.config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def resumed_from(self) -> list[int]:
+        """The steps at which the run was resumed."""
+        return [*self.checkpoint.state.resumed_from, self.checkpoint.state.step] if self.checkpoint else []
+
+    def stop_requested(self) -> bool:
+        """Checks for requests to stop outside of steps, and honours one. Returns True if there was one. Collective."""
+        if self.requests.agree(self.comm) != STOP:
+            return False
+        self.check_owner()  # the file may address the other process
+        self.requests.clear(STOP)
+        self.recorder.show(f"stopped at step {self.status.step}; go on with --resume auto")
+        return True
+
+    def check_owner(self) -> None:
+        """Raises RunError on all ranks if another process continues this run. Collective."""
+        self.comm.on_rank_0(self.status.check_owner)
 
 
 def find_checkpoint(

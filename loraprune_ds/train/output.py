@@ -1,12 +1,14 @@
-"""Decides how a start uses its output folder, and makes the folder."""
+"""Decides how a start uses its output folder, and makes it. Keeps status.json true, however the run ends."""
 
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from traceback import format_exception_only
+from types import TracebackType
 from typing import Any, Literal
 
 import yaml
@@ -14,7 +16,7 @@ import yaml
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, differences, merge
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import RankError, RunError, UserError, is_shared, one_line, require
 from loraprune_ds.files import remove_leftovers, write_text
 from loraprune_ds.ranks import Ranks
 
@@ -196,3 +198,71 @@ def wait_until_seen(is_seen: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.1)
     return True
+
+
+class RunStatus:
+    """Writes "running" on rank 0 while it is open, and "failed" with one line after an exception.
+
+    A rank that fails alone writes its own error, because rank 0 only sees a broken connection.
+
+    Args:
+        first: the number of steps done before this start.
+        mark: identifies this start. The same on all ranks.
+    """
+
+    def __init__(self, folder: Path, steps: int, *, first: int, mark: str, rank: int = 0, ranks: int = 1) -> None:
+        self.folder, self.steps = folder, steps
+        self.step = first
+        self.mark = mark
+        self._rank, self._ranks = rank, ranks
+
+    def __enter__(self) -> "RunStatus":
+        if self._rank == 0:
+            self._write("running")
+        return self
+
+    def update(self, step: int) -> None:
+        """Writes the number of steps done. Raises RankError like `check_owner`."""
+        self.step = step
+        if self._rank == 0:  # one rank is enough. A thousand would read the file at every step
+            recorded = self.check_owner(RankError)
+            if recorded is None or recorded.state != "failed":  # otherwise another rank has written its error
+                self._write("running")
+
+    def check_owner(self, error: type[RunError] = RunError) -> layout.Status | None:
+        """Raises the error if another process continues this run. On rank 0 only."""
+        # A process on a lost node may wake up again. By then the run may continue on other nodes, or be finished.
+        recorded = self._recorded()
+        if recorded is not None and recorded.mark != self.mark:
+            raise error(f"output_dir {self.folder}: another process has taken over this run, so this one ends")
+        return recorded
+
+    def end(self, state: Literal["finished", "stopped"], error: str | None = None) -> None:
+        """Writes the final state of this process."""
+        if self._rank == 0:
+            self._write(state, error)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or (self._rank > 0 and is_shared(error)):
+            return
+        recorded = self._recorded()
+        # Otherwise another rank wrote its error first.
+        if recorded is None or (recorded.mark == self.mark and recorded.state == "running"):
+            with suppress(OSError):  # a full disk must not hide the error
+                self._write("failed", self._line(error))
+
+    def _line(self, error: BaseException) -> str:
+        if isinstance(error, UserError):
+            return one_line(error)
+        last = " ".join("".join(format_exception_only(error)).split())
+        return f"rank {self._rank}: {last}" if self._ranks > 1 else last
+
+    def _write(self, state: layout.State, error: str | None = None) -> None:
+        layout.write_status(self.folder, layout.Status(state, self.step, self.steps, error=error, mark=self.mark))
+
+    def _recorded(self) -> layout.Status | None:
+        with suppress(UserError):
+            return layout.read_status(self.folder)
+        return None

@@ -24,9 +24,8 @@ from loraprune_ds.pruning.limits import shortfall
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report.records import MODEL_FOLDER, EvaluationRecord, export_folder
 from loraprune_ds.report.report import Outcome, write_results
-from loraprune_ds.train.checkpoints import check_data, find_checkpoint
-from loraprune_ds.train.context import RunContext, RunStatus
-from loraprune_ds.train.output import OutputFolder
+from loraprune_ds.train.checkpoints import RunContext, check_data, find_checkpoint
+from loraprune_ds.train.output import OutputFolder, RunStatus
 from loraprune_ds.train.prepare import CheckTokenizer, Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests

@@ -19,8 +19,7 @@ from loraprune_ds.model.shape import needed_flops_per_token
 from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, StepRecord, record_cut
-from loraprune_ds.train.checkpoints import build_engine, save_checkpoint
-from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.checkpoints import RunContext, build_engine, save_checkpoint
 from loraprune_ds.train.data.samples import BatchOrder, Samples, rank_micro_batches, seed_dropout
 from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.zero.comm import Communicator
@@ -47,9 +46,6 @@ class Teacher:
         """Makes one forward pass. Returns the final hidden states of the supervised tokens. Collective."""
         hidden = self.engine(**inputs).flatten(0, 1).index_select(0, inputs["supervised"])
         return Distillation(hidden, self._weight, self._temperature)
-
-    def release(self) -> None:
-        release(self.engine)
 
 
 class Trainer:
@@ -192,9 +188,9 @@ class TrainingLoop:
 
     def release(self) -> None:
         """Frees the model, its optimizer and the teacher."""
-        self.engine.release()
+        release(self.engine.deepspeed)
         if self._teacher:
-            self._teacher.release()
+            release(self._teacher.engine)
 
     def _step(self, step: int) -> None:
         record = self._trainer.step(step)

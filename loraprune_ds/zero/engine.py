@@ -150,10 +150,6 @@ class TrainingEngine:
         deepspeed.micro_steps = step * deepspeed.gradient_accumulation_steps()
         deepspeed.global_samples = step * deepspeed.train_batch_size()
 
-    def release(self) -> None:
-        """Frees the model and its optimizer, even if they are still referenced. The engine is unusable afterwards."""
-        release(self.deepspeed)
-
 
 def optimizer_step(engine: Any, *, skipped: bool) -> None:
     """Makes the update and sets the next learning rate. The schedule counts skipped steps, DeepSpeed does not."""
@@ -163,7 +159,7 @@ def optimizer_step(engine: Any, *, skipped: bool) -> None:
 
 
 def release(engine: Any) -> None:
-    """Frees the weights and the optimizer's state. The engine cannot be used afterwards."""
+    """Frees the weights and the optimizer's state, even if they are still referenced. The engine is unusable then."""
     # Dropping the engine frees nothing: a global list and a class's cache in DeepSpeed hold every module that ran, and
     # every parameter holds the optimizer.
     engine.empty_partition_cache()

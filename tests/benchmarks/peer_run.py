@@ -143,9 +143,9 @@ def main() -> int:
     parser.add_argument("--peer", choices=PEERS, required=True)
     given, sys.argv[1:] = parser.parse_known_args()
     from loraprune_ds.cli import run
-    from loraprune_ds.train import loop
+    from loraprune_ds.train import trainer
 
-    cast(Any, loop).Pruner = partial(PeerPruner, given.peer)
+    cast(Any, trainer).Pruner = partial(PeerPruner, given.peer)
     return run.main()
 
 

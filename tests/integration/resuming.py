@@ -26,8 +26,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model import read_shape
 from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.model.pretrained import open_for_pruning
-from loraprune_ds.train.checkpoints import find_checkpoint
-from loraprune_ds.train.context import RunContext
+from loraprune_ds.train.checkpoints import RunContext, find_checkpoint
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
@@ -127,7 +126,7 @@ def state_on_return(config: RunConfig, resume: str, stop_at: int) -> str:
         time.sleep(0.3 if status.state == "stopped" else 0)
         write_status(folder, status)
 
-    with patch("loraprune_ds.train.context.write_status", write_slowly):
+    with patch("loraprune_ds.checkpoint.layout.write_status", write_slowly):
         run_here(config, resume, stop_at)
     return json.loads((Path(config.output_dir) / "status.json").read_text())["state"]
 

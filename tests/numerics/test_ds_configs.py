@@ -15,12 +15,12 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.train import stages
+from loraprune_ds.train import run
 from loraprune_ds.zero import engine
 from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import storage_bytes
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import build_inference_engine
+from loraprune_ds.zero.engine import build_inference_engine, release
 from tests.integration.launching import ROOT
 from tests.integration.resuming import assert_equal_tensors, config_for, run_here, write_run
 from tests.numerics import cutting, quality_settings
@@ -112,7 +112,7 @@ def bytes_around_release(job: Job) -> tuple[int, int, int]:
     trainer.pruner.average.cut(keep)
     trainer.step(3)
     state, before = storage_bytes(state_tensors(trainer.model)), live()
-    trainer.engine.release()
+    release(trainer.engine.deepspeed)
     return state, before, live()
 
 
@@ -145,7 +145,7 @@ def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
     """Returns the bytes of the exported model's shards, and those alive when it is read back in a run."""
     alive: list[int] = []
     shards: list[int] = []
-    with recording(stages, live_bytes(), alive, shards):
+    with recording(run, live_bytes(), alive, shards):
         assert run_here(config)
     return shards[0], alive[0]
 

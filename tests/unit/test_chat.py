@@ -16,9 +16,9 @@ from loraprune_ds.evaluate.settings import read_prompts
 from loraprune_ds.model.sources import embedded_model_dir
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import load_tokenizer
-from loraprune_ds.train.data.chat import Chat, ChatTemplate, read_chat
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
+from loraprune_ds.train.data.tokens import Chat, ChatTemplate, read_chat
 from tests.refusals import must_name
 from tests.unit.test_data import numbers
 from tests.unit.test_data_load import write_json

@@ -15,8 +15,7 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import EvaluateConfig, LoggingConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import RankError, RunError, UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.train.context import RunStatus
-from loraprune_ds.train.output import OutputFolder
+from loraprune_ds.train.output import OutputFolder, RunStatus
 from tests.refusals import must_name, refused
 
 
@@ -258,7 +257,7 @@ def test_of_two_jobs_on_one_run_the_first_ends_and_leaves_the_status_alone(tmp_p
 
 
 def test_ranks_that_write_no_status_do_not_read_it_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraprune_ds.train.context.read_status", lambda folder: pytest.fail("read at every step"))
+    monkeypatch.setattr("loraprune_ds.checkpoint.layout.read_status", lambda folder: pytest.fail("read at every step"))
     with run_status(tmp_path, rank=1, ranks=2) as status:
         status.update(5)
         status.end("finished")
@@ -297,4 +296,4 @@ def test_a_run_that_went_on_elsewhere_is_not_called_failed(tmp_path: Path, state
 
 def test_a_status_that_cannot_be_written_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full, status = Mock(side_effect=OSError(28, "No space left on device")), run_status(tmp_path)
-    fail_inside(status, UserError("x"), lambda: monkeypatch.setattr("loraprune_ds.train.context.write_status", full))
+    fail_inside(status, UserError("x"), lambda: monkeypatch.setattr(layout, "write_status", full))

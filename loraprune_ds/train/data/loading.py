@@ -23,15 +23,16 @@ from loraprune_ds.config_sources import JSON_SUFFIXES, files_of
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import file_identity, make_once
 from loraprune_ds.model.tokenizer import Starts, check_ids
-from loraprune_ds.train.data.chat import ChatTemplate, read_chat
 from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples, mix, pack_samples
 from loraprune_ds.train.data.sources import TextRow, TextRows, read_rows, read_text_file, source_identity
 from loraprune_ds.train.data.tokens import (
+    ChatTemplate,
     Instruction,
     TokenizedRow,
     collect_rows,
     make_instruction,
     pack_documents,
+    read_chat,
     tokenize_instructions,
 )
 

@@ -15,7 +15,7 @@ from loraprune_ds.config_sources import FIELD_SETTINGS, files_of, refuse_hub_set
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import file_identity
 from loraprune_ds.model.sources import EMBEDDED, HUB_ERRORS, embedded_text
-from loraprune_ds.train.data.chat import chat_fields
+from loraprune_ds.train.data.tokens import chat_fields
 
 if TYPE_CHECKING:
     from datasets import Dataset

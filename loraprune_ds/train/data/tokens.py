@@ -1,26 +1,41 @@
-"""Makes samples from text. Documents fill windows. The prompts of instructions do not enter the loss."""
+"""Makes tokens and labels from text. Documents fill windows. Of instructions and chats only the answers are learnt."""
 
+import json
+import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from itertools import islice, repeat
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from loraprune_ds.config import DataSource
+from loraprune_ds.config_sources import CHAT_FIELDS
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.model.tokenizer import begin_with, eos_id, token_ids, tokenize_pairs
+from loraprune_ds.model.tokenizer import begin_with, eos_id, rendering, token_ids, tokenize_pairs
 from loraprune_ds.train.data.samples import Samples
 
 TEXTS_AT_ONCE = 1000  # texts per call of the tokenizer
 PROMPT = "Answer the request.\n\n### Request\n{prompt}\n\n### Answer\n"
 PROMPT_WITH_INPUT = "Answer the request about the text.\n\n### Request\n{prompt}\n\n### Text\n{input}\n\n### Answer\n"
+TOOLS = "tools"
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}  # other roles have the same name there
+ROLES = ("system", "developer", "user", "assistant", "tool")
+GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
 
 T = TypeVar("T")
 TokenizedRow = tuple[list[int], list[int]]  # ids and labels
 Instruction = tuple[str, str]  # prompt and response
+Message = dict[str, Any]
+Span = tuple[int, int]  # of characters
+Marked = tuple[str, list[Span]]  # the text of a conversation, and the spans that are learnt
 
 
 def make_instruction(prompt: str, about: str, response: str) -> Instruction:
@@ -108,3 +123,170 @@ def in_batches(items: Iterable[T]) -> Iterator[list[T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, TEXTS_AT_ONCE)):
         yield batch
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Holds a conversation. The first `context` messages are not learnt, whatever their role."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    context: int = 0
+
+
+def chat_fields(known: Iterable[str], source: DataSource) -> list[str]:
+    """Returns the fields that hold conversations. Raises UserError if there are none."""
+    present = set(known)
+    fields = next((fields for fields in CHAT_FIELDS if present.issuperset(fields)), None)
+    if fields is None:
+        raise UserError(
+            f"{source.section}.format chat: {source.path} has none of messages, conversations, and prompt with "
+            f"completion; it has {', '.join(sorted(present))}"
+        )
+    return [*fields, *present.intersection([TOOLS])]
+
+
+def read_chat(row: Mapping[str, Any]) -> Chat:
+    """Reads a conversation in the format of TRL or ShareGPT. Raises UserError for any other format."""
+    tools = _tools(row.get(TOOLS))
+    if "messages" in row or "conversations" in row:
+        return Chat(_messages(row.get("messages") or row.get("conversations")), tools)
+    prompt = _messages(row.get("prompt"), "user")
+    return Chat(prompt + _messages(row.get("completion"), "assistant"), tools, len(prompt))
+
+
+def _tools(value: Any) -> list[Any] | None:
+    tools = value
+    with suppress(ValueError, RecursionError):
+        tools = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(tools, list | None):
+        raise UserError(f"tools must be a list or its JSON; got {value!r:.80}")
+    return tools
+
+
+def _messages(value: Any, role: str | None = None) -> list[Message]:
+    """Reads a list of messages. With `role` a text counts as one message with that role."""
+    if role is not None and isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list | None):
+        raise UserError(f"a conversation must be a list of messages; got {value!r:.80}")
+    return [_message(message) for message in value or ()]
+
+
+def _message(value: Any) -> Message:
+    if isinstance(value, dict) and isinstance(value.get("from"), str):
+        value = {"role": SHAREGPT_ROLES.get(value["from"], value["from"]), "content": value.get("value")}
+    if not (isinstance(value, dict) and isinstance(value.get("role"), str)):
+        raise UserError(f"a message must have role and content, or from and value; got {value!r:.80}")
+    return {key: item for key, item in value.items() if item is not None}  # Arrow fills absent keys with null
+
+
+class NotAPrefix(UserError):
+    """The rendered conversation does not begin with its first messages, rendered alone."""
+
+
+class ChatTemplate:
+    """Renders conversations as text and finds the characters of the assistant.
+
+    A template with `{% generation %}` marks its turns. Otherwise a turn lies between two rendered prefixes of the
+    conversation: the messages before it, and these with it. The conversation must begin with both prefixes, apart from
+    a thought that the prompt begins. If a template changes earlier turns, only the last answer is learnt.
+
+    Raises:
+        UserError: the tokenizer has no template, or no offsets of its tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.name = tokenizer.name_or_path or "the tokenizer"
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"data.format chat needs a chat template, and the tokenizer of {self.name} has none; "
+                "write chat_template.jinja next to the tokenizer, or use data.format instruction"
+            )
+        require(bool(tokenizer.is_fast), f"data.format chat needs a fast tokenizer; {self.name} has a slow one")
+        self._tokenizer = tokenizer
+
+    def check_roles(self, chat: Chat) -> None:
+        """Checks that every role is common or occurs in the template. Most templates accept any word."""
+        template = self._tokenizer.get_chat_template(tools=chat.tools)
+        for role in {message["role"] for message in chat.messages}.difference(ROLES):
+            named = any(quote + role + quote in template for quote in ("'", '"'))
+            require(named, f"role {role!r} is none of {', '.join(ROLES)}, and the template of {self.name} lacks it")
+
+    def tokenize(self, marked: Iterable[Marked]) -> Iterator[TokenizedRow]:
+        """Makes ids and labels from the results of `mark`. A token is learnt if any of its characters is in a span."""
+        for batch in in_batches(marked):
+            texts, spans = zip(*batch, strict=True)
+            encoded: Any = self._tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+            for ids, offsets, learnt in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
+                yield ids, mask_outside(ids, offsets, learnt)
+
+    def render(self, chat: Chat) -> str:
+        """Returns the text of a conversation."""
+        return self._render(chat, len(chat.messages))[0] if chat.messages else ""
+
+    def last_turn(self, chat: Chat) -> tuple[str, str]:
+        """Returns the text before the last span that is learnt, and that span."""
+        self.check_roles(chat)
+        text, spans = self.mark(chat)
+        begin, end = spans[-1] if spans else (len(text), len(text))
+        return text[:begin], text[begin:end]
+
+    def mark(self, chat: Chat) -> Marked:
+        """Returns the text of a conversation and the spans in it that are learnt.
+
+        Raises:
+            UserError: the template refuses the conversation, or its turns cannot be found.
+        """
+        if not chat.messages:
+            return "", []
+        template = self._tokenizer.get_chat_template(tools=chat.tools)
+        text, spans = self._render(chat, len(chat.messages), mark=GENERATION.search(template) is not None)
+        if spans is not None:
+            begin = self._end(chat, chat.context, text) if chat.context else 0
+            return text, [span for span in spans if span[0] >= begin]
+        first = max(1, chat.context)  # a first message has no prompt
+        turns = [i for i in range(first, len(chat.messages)) if chat.messages[i]["role"] == "assistant"]
+        spans = list[Span]()
+        for i in turns:  # some templates change earlier answers. Qwen3's drops their thinking
+            with nullcontext() if i == turns[-1] else suppress(NotAPrefix):
+                spans.append((self._end(chat, i, text, prompt=True), self._end(chat, i + 1, text)))
+        return text, spans
+
+    def _end(self, chat: Chat, count: int, text: str, *, prompt: bool = False) -> int:
+        """Returns where the first `count` messages end in the complete `text`. Raises NotAPrefix."""
+        if count == len(chat.messages):
+            return len(text)
+        prefix, _ = self._render(chat, count, prompt=prompt)
+        if not text.startswith(prefix):
+            if prompt and text.startswith(self._render(chat, count)[0]):
+                differ = (i for i, (a, b) in enumerate(zip(text, prefix, strict=False)) if a != b)
+                return next(differ, len(text))  # the prompt begins a thought, but this answer has none
+            raise NotAPrefix(
+                f"data.format chat: the chat template of {self.name} has no {{% generation %}}, and its first {count} "
+                f"of {len(chat.messages)} messages alone become {prefix[-60:]!r}, which the whole does not have there; "
+                "mark the assistant's turns in chat_template.jinja"
+            )
+        return len(prefix)
+
+    def _render(
+        self, chat: Chat, count: int, *, prompt: bool = False, mark: bool = False
+    ) -> tuple[str, list[Span] | None]:
+        """Renders the first `count` messages. With `mark` the template returns the assistant's spans."""
+        with rendering("data.format chat", self.name, chat.messages[:count]):
+            rendered: Any = render_jinja_template(
+                [chat.messages[:count]],
+                tools=chat.tools,
+                chat_template=self._tokenizer.get_chat_template(tools=chat.tools),
+                return_assistant_tokens_mask=mark,
+                add_generation_prompt=prompt,
+                **cast(dict[str, Any], self._tokenizer.special_tokens_map),
+            )
+        texts, spans = rendered
+        return texts[0], spans[0] if mark else None

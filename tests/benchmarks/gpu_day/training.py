@@ -17,7 +17,7 @@ from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.report.records import StepRecord
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator, is_cpu, peak_bytes
-from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
+from loraprune_ds.zero.engine import quiet_deepspeed, release, start_ranks, stop_ranks
 from tests.benchmarks.gpu_day.engine import Sizes, device_bytes, make_trainer, sizes
 from tests.benchmarks.gpu_day.found import Found
 
@@ -44,7 +44,7 @@ def steps(found: Found) -> None:
             found.row(f"{name}: peak GiB", peak_bytes() / GIB, plan.stages[0].peak / GIB)
             if last.mfu is not None:
                 found.row(f"{name}: MFU", last.mfu)
-            trainer.engine.release()
+            release(trainer.engine.deepspeed)
 
 
 def cuts(found: Found) -> None:
