@@ -156,7 +156,8 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     starts = text_starts(tokenizer, source.pretrained.shape.family, source.pretrained.config)
     batches, size = list[Labelled](), settings.actual_batch_size
     if text := settings.text:
-        batches = split_batches(text.text, tokenizer, settings.protocol, starts, size, vocab_size)
+        window, most = settings.protocol.window, settings.protocol.max_windows
+        batches = split_batches(text.text, tokenizer, window, most, starts, size, vocab_size)
     prompts = encode_prompts(settings.answers, tokenizer, path, most, vocab_size) if settings.answers else []
     return PreparedModel(source, dtype, tokenizer, starts, batches, prompts)
 

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,16 +27,6 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 
 
-class Windows(Protocol):
-    """The settings of a measurement: the tokens of a window, and the windows or lines to take. None: all."""
-
-    @property
-    def window(self) -> int: ...
-
-    @property
-    def max_windows(self) -> int | None: ...
-
-
 @dataclass(frozen=True)
 class Perplexity:
     """The exponential of the mean negative log-likelihood, over `tokens` predictions in `windows` windows or pairs."""
@@ -48,14 +37,16 @@ class Perplexity:
 
 
 def split_batches(
-    text: str, tokenizer: PreTrainedTokenizerBase, protocol: Windows, starts: Starts, size: int, vocab: int
+    text: str, tokenizer: PreTrainedTokenizerBase, window: int, most: int | None, starts: Starts, size: int, vocab: int
 ) -> list[Labelled]:
     """Returns batches of `size` windows of a text. For an encoder-decoder a row is a line's target after its source.
+
+    Args:
+        most: windows or lines to take. None: all.
 
     Raises:
         UserError: the text is too short or of another form, or it has an id that the embedding lacks.
     """
-    window, most = protocol.window, protocol.max_windows
     if starts.target is None:
         windows = split_windows(text, tokenizer, window, most, starts.window)
         batches = [(ids, ids) for ids in windows.split(size)]

@@ -121,17 +121,14 @@ def _layer(number: int, marks: Sequence[TensorSpec | Attribute], inside: Mapping
     every = dict.fromkeys((*first, *inside))
     specs = tuple(replace(named.get(name, TensorSpec(name)), shape=inside[name]) for name in every)
     for spec in specs:
-        _check_shape(spec, spec.name in named, where)
+        along, axis = sum(run.size for run in spec.runs), spec.axis
+        is_unmarked = len(spec.shape) == 2 and spec.name not in named
+        if is_unmarked or (spec.runs and along != spec.shape[axis]):
+            explained = [*spec.shape[:axis], along, *spec.shape[axis + 1 :]] if spec.runs else "nothing"
+            raise UserError(f"{where}{spec.name} has shape {[*spec.shape]}, but its family has {explained}")
     kinds = {kind for spec in specs for kind in spec.kinds}
     attributes = (mark for mark in marks if isinstance(mark, Attribute) and mark.run.kind in kinds)
     return LayerSpec(number, specs, tuple(attributes))
-
-
-def _check_shape(spec: TensorSpec, is_marked: bool, where: str) -> None:
-    along = sum(run.size for run in spec.runs)
-    if (len(spec.shape) == 2 and not is_marked) or (spec.runs and along != spec.shape[spec.axis]):
-        explained = [*spec.shape[: spec.axis], along, *spec.shape[spec.axis + 1 :]] if spec.runs else "nothing"
-        raise UserError(f"{where}{spec.name} has shape {[*spec.shape]}, but its family has {explained}")
 
 
 def _kinds(marks: Marks, layers: Sequence[LayerSpec]) -> tuple[Kind, ...]:

@@ -139,7 +139,14 @@ def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -
     """
     if pruned is None or not pruned.is_uniform:
         raise UserError(f"{where}: a stock class with a tower needs layers of one size: set {EQUAL_LAYERS}, {OR_TEXT}")
-    found = _decoder_sizes(multimodal_config(config, pruned, "float32"), where)
+    full = multimodal_config(config, pruned, "float32")
+    advice = f"; for another number of heads set prune.tensor_parallel or prune.head_ratio, {OR_TEXT}"
+    with refused_in_one_line(where, advice), parameters_on_meta():
+        made = config_object(full)
+        stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(made)]
+        decoder: nn.Module = stock._from_config(made, dtype=torch.float32).get_decoder()
+        stack_experts(decoder)
+    found = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
     for name, size in pruned.parameters().items():
         if name.startswith("model.") and found.get(name.removeprefix("model.")) != size:
             heads = f"{where}: its stock multimodal class cannot hold {name} as {list(size)}; keep all heads"
@@ -150,14 +157,3 @@ def check_processor(folder: Path) -> None:
     """Raises UserError if the folder of a multimodal model lacks the settings of its image processor."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         raise UserError(f"{folder} has none of {', '.join(PROCESSOR_FILES)}, which its tower needs; add it, {OR_TEXT}")
-
-
-def _decoder_sizes(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Builds the stock multimodal class without weights, and returns the shapes of its decoder."""
-    advice = f"; for another number of heads set prune.tensor_parallel or prune.head_ratio, {OR_TEXT}"
-    with refused_in_one_line(where, advice), parameters_on_meta():
-        made = config_object(config)
-        stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(made)]
-        decoder: nn.Module = stock._from_config(made, dtype=torch.float32).get_decoder()
-        stack_experts(decoder)
-    return {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}

@@ -88,31 +88,6 @@ def score_shard(shard: OwnedShard, factors: LoraFactors, criterion: ElementCrite
     return total
 
 
-class StepRecorder:
-    """Adds up a tensor per linear over the micro-batches of one step."""
-
-    def __init__(self) -> None:
-        self._recorded: dict[LinearId, Tensor] = {}
-        self._active = False
-
-    @contextmanager
-    def record(self) -> Generator[None]:
-        """Records while open, around all passes of a step and the use of the results. Keeps nothing afterwards."""
-        self._active = True
-        try:
-            yield
-        finally:
-            self._active = False
-            self._recorded.clear()
-
-    def _add(self, linear_id: LinearId, values: Tensor) -> None:
-        """Adds the values of one micro-batch, and may overwrite them later."""
-        if linear_id in self._recorded:
-            self._recorded[linear_id].add_(values)
-        else:
-            self._recorded[linear_id] = values
-
-
 class Tap(torch.autograd.Function):
     """Returns its input. The backward pass calls a receiver with the gradient and with a saved tensor.
 
@@ -133,7 +108,7 @@ class Tap(torch.autograd.Function):
         return gradient, None, None
 
 
-class MaskGradients(StepRecorder):
+class MaskGradients:
     """Records the importance of groups for the criterion `fisher`: the gradient of a mask on their inputs.
 
     Imagine a mask m_g = 1 on the inputs of o_proj or down_proj that belong to group g. Removing the group sets m_g to
@@ -151,9 +126,20 @@ class MaskGradients(StepRecorder):
     """
 
     def __init__(self, model: PrunableModel) -> None:
-        super().__init__()
         self._model = model
+        self._active = False
+        self._squares: dict[LinearId, Tensor] = {}
         hook_inputs(model, self.linears, self._tap)
+
+    @contextmanager
+    def record(self) -> Generator[None]:
+        """Records while open, around all passes of a step and the use of the results. Keeps nothing afterwards."""
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+            self._squares.clear()
 
     @property
     def linears(self) -> list[tuple[int, TensorSpec]]:
@@ -164,7 +150,7 @@ class MaskGradients(StepRecorder):
         """Returns this rank's part of Σ_t s_tg², (groups,) float64 for each linear that reads groups."""
         # ZeRO-3 averages over the ranks, so the loss was multiplied by their number. fp16 adds a factor.
         scale = self._model.world_size * self._model.loss_scale
-        return [self._recorded[LinearId(i, linear.linear)] / scale**2 for i, linear in self.linears]
+        return [self._squares[LinearId(i, linear.linear)] / scale**2 for i, linear in self.linears]
 
     def _tap(self, linear_id: LinearId, inputs: Tensor, counts: list[int] | None = None) -> Tensor | None:
         if not self._active:
@@ -177,7 +163,10 @@ class MaskGradients(StepRecorder):
         else:
             of_experts = zip(inputs.split(counts), gradient.split(counts), strict=True)
             squares = torch.cat([squared_gradients(x, g, x.shape[1]) for x, g in of_experts])
-        self._add(linear_id, squares.double())
+        if linear_id in self._squares:
+            self._squares[linear_id].add_(squares.double())
+        else:
+            self._squares[linear_id] = squares.double()
 
 
 def squared_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Tensor:

@@ -126,24 +126,6 @@ class Schedule:
         return [steps for steps in parts if steps]
 
 
-def make_section(
-    config: PruneConfig, limits: Limits, size: Size, earlier: Section | None, steps: int, recovery: int
-) -> Section:
-    """Makes the section after the `earlier` one. Raises UserError if no step is left to cut or changes a width."""
-    first, before = (earlier.last, earlier.ratio) if earlier else (0, 0.0)
-    # The small term keeps 0.29 of 100 steps from being 28.999999999999996.
-    start = first + math.floor(config.warmup_fraction * steps + 1e-6)
-    end = first + steps - math.floor(config.cooldown_fraction * steps + 1e-6)
-    to = f" for prune.sizes {size.name}" if size.name else ""
-    few = f"train.steps {steps}{to} leaves no step between prune.warmup_fraction and prune.cooldown_fraction"
-    require(end > start, few)
-    last = first + steps
-    section = Section(limits, size, before, first, start, end, last, last + recovery, config.prune_every)
-    small = f"prune.ratio {section.ratio:.6g}{to} is too small to change a width with prune.channel_multiple"
-    require(bool(section.cut_steps), f"{small} {config.channel_multiple}")
-    return section
-
-
 def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int:
     """Returns the number of complete steps in some epochs, at least one."""
     return max(1, math.floor(epochs * samples / global_batch_size + 1e-9))  # 0.29 * 100 is 29, not 28.999...
@@ -166,16 +148,29 @@ class PruningPlan:
 def plan_pruning(
     config: PruneConfig, limits: Limits, sizes: Sequence[Size], steps: int, recovery: Sequence[int] = ()
 ) -> PruningPlan:
-    """Plans the pruning of a run, with the values of `resolve`. Raises the errors of `make_section`.
+    """Plans the pruning of a run, with the values of `resolve`.
 
     Args:
         steps: the steps with cuts. Sizes share them in proportion to what they remove.
         recovery: the steps after the cuts of each size, in the order of `prune.sizes`.
+
+    Raises:
+        UserError: a size has no step left to cut, or none that changes a width.
     """
-    sections, shared = list[Section](), 0
+    sections, shared, before, first = list[Section](), 0, 0.0, 0
     for size in sizes:
         until = round(steps * size.budget.ratio / sizes[-1].budget.ratio)
-        earlier, rest = sections[-1] if sections else None, recovery[size.place] if recovery else 0
-        sections.append(make_section(config, limits, size, earlier, until - shared, rest))
-        shared = until
+        own, shared = until - shared, until
+        # The small term keeps 0.29 of 100 steps from being 28.999999999999996.
+        start = first + math.floor(config.warmup_fraction * own + 1e-6)
+        end = first + own - math.floor(config.cooldown_fraction * own + 1e-6)
+        to = f" for prune.sizes {size.name}" if size.name else ""
+        few = f"train.steps {own}{to} leaves no step between prune.warmup_fraction and prune.cooldown_fraction"
+        require(end > start, few)
+        last = first + own + (recovery[size.place] if recovery else 0)
+        section = Section(limits, size, before, first, start, end, first + own, last, config.prune_every)
+        small = f"prune.ratio {section.ratio:.6g}{to} is too small to change a width with prune.channel_multiple"
+        require(bool(section.cut_steps), f"{small} {config.channel_multiple}")
+        sections.append(section)
+        before, first = section.ratio, last
     return PruningPlan(config, limits, Schedule(sections))

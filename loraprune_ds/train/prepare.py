@@ -124,8 +124,8 @@ def _prepare(
     pruning_steps = train.steps or steps_for_epochs(train.epochs or 1, loaded.epoch_length, global_batch_size)
     pruning = plan_pruning(prune, limits, sizes, pruning_steps, config.recovery)
     train.check_warmup(pruning.schedule.cycles()[0])
-    size = config.evaluate.batch_size
-    held_out = split_batches(loaded.held_out, tokenizer, config.evaluate, starts, size, vocab_size)
+    window, most, size = config.evaluate.window, config.evaluate.max_windows, config.evaluate.batch_size
+    held_out = split_batches(loaded.held_out, tokenizer, window, most, starts, size, vocab_size)
     digests = loaded.samples.digest(), loaded.held_out_digest(), source_digest(pretrained.folder)
     return Prepared(
         config=config,

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from loraprune_ds.config import Normalization
 from loraprune_ds.errors import leave, leave_on_error
 from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.pruning.criterion import StepRecorder, Tap, effective_weight, score_shard
+from loraprune_ds.pruning.criterion import Tap, effective_weight, score_shard
 from loraprune_ds.pruning.importance import GroupSums, add_over_ranks
 from loraprune_ds.pruning.prunable_model import LinearId, LoraFactors, PrunableModel, hook_inputs
 from loraprune_ds.pruning.step import Pruner
@@ -51,6 +51,31 @@ METRICS = {
         lambda tokens, total, squares: (squares / tokens - (total / tokens).square()).clamp_(min=0),
     ),
 }
+
+
+class StepRecorder:
+    """Adds up a tensor per linear over the micro-batches of one step."""
+
+    def __init__(self) -> None:
+        self._recorded: dict[LinearId, Tensor] = {}
+        self._active = False
+
+    @contextmanager
+    def record(self) -> Generator[None]:
+        """Records while open, around all passes of a step and the use of the results. Keeps nothing afterwards."""
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+            self._recorded.clear()
+
+    def _add(self, linear_id: LinearId, values: Tensor) -> None:
+        """Adds the values of one micro-batch, and may overwrite them later."""
+        if linear_id in self._recorded:
+            self._recorded[linear_id].add_(values)
+        else:
+            self._recorded[linear_id] = values
 
 
 class InputSizes(StepRecorder):

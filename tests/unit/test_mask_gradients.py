@@ -72,9 +72,9 @@ def test_the_loss_scale_leaves_no_trace_and_nothing_is_kept(tmp_path: Path) -> N
             loss = cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / supervised
             cast(Any, loss * 4096).backward()
         assert all(relative(a, b) < TOLERANCE for a, b in zip(masks.sums(), plain, strict=True))
-    assert not masks._recorded
+    assert not masks._squares
     run.backward(batch)  # no step is open
-    assert not masks._recorded
+    assert not masks._squares
 
 
 def test_any_block_of_tokens_gives_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:

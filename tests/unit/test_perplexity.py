@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraprune_ds.evaluate.settings import PerplexityProtocol
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.perplexity import Perplexity, measure_perplexity, split_batches, split_windows, tokenize
 from loraprune_ds.model.tokenizer import Starts, text_starts
@@ -156,8 +155,8 @@ def test_a_text_with_ids_that_the_embedding_lacks_is_refused() -> None:
     """A tokenizer may have more ids than the text."""
     tokenizer, text = make_tokenizer(VOCAB + 200), "hello, é"
     largest = max(tokenizer(text)["input_ids"])
-    split_batches(text, tokenizer, PerplexityProtocol(2, 3), Starts(), 2, VOCAB)
-    given = text, tokenizer, PerplexityProtocol(3), Starts(), 2
+    split_batches(text, tokenizer, 2, 3, Starts(), 2, VOCAB)
+    given = text, tokenizer, 3, None, Starts(), 2
     split_batches(*given, largest + 1)
     must_name(f"text {largest} vocab_size", split_batches, *given, largest)
 

@@ -13,7 +13,7 @@ from loraprune_ds.config import DataConfig
 from loraprune_ds.evaluate.answers import encode_prompts, write_answers
 from loraprune_ds.evaluate.evaluation import CACHE, measure_speed
 from loraprune_ds.evaluate.models import Writer
-from loraprune_ds.evaluate.settings import PerplexityProtocol, SpeedSettings, read_prompts
+from loraprune_ds.evaluate.settings import SpeedSettings, read_prompts
 from loraprune_ds.model.perplexity import measure_perplexity, split_batches
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.model.tokenizer import Starts, tokenize_pairs
@@ -143,13 +143,13 @@ def test_a_source_beyond_the_window_is_left_out_and_named(tmp_path: Path) -> Non
 def test_plain_text_is_refused_with_what_to_do(tmp_path: Path) -> None:
     must_name("data.format seq2seq", load, tmp_path, [{"text": "w1"}], format="text")
     for text in ("w1 w2", '{"source": "w1"}', '{"source": "w1", "target": ""}', "[1]"):
-        must_name("line 2 source target", split_batches, f"\n{text}", TOKENIZER, PerplexityProtocol(8), STARTS, 2, 100)
+        must_name("line 2 source target", split_batches, f"\n{text}", TOKENIZER, 8, None, STARTS, 2, 100)
 
 
 def test_perplexity_is_that_of_targets_after_their_sources() -> None:
     model: Any = tiny_model("t5")
     text = "\n".join(map(json.dumps, PAIRS))
-    batches = split_batches(text, TOKENIZER, PerplexityProtocol(8, 7), STARTS, 3, 100)
+    batches = split_batches(text, TOKENIZER, 8, 7, STARTS, 3, 100)
     losses = with_token_losses(tiny_model("t5").requires_grad_(False))
     found = measure_perplexity(lambda ids, labels: losses(input_ids=ids, labels=labels), batches, rank_of(1, 0))
     ids = [(TOKENIZER(one["source"])["input_ids"], TOKENIZER(one["target"])["input_ids"]) for one in PAIRS[:7]]

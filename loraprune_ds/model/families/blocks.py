@@ -41,13 +41,6 @@ def wide_norms(c: Any) -> list[TensorSpec]:
     return [TensorSpec(f"self_attn.{x}_norm.weight", (run,)) for x, run in zip("qk", head_runs(c), strict=True)]
 
 
-def norms_of_heads(c: Any) -> list[TensorSpec]:
-    """Norms with a weight for each head, (heads, head_dim)."""
-    each = c.num_attention_heads // c.num_key_value_heads
-    runs = (("q", Run("heads", c.num_key_value_heads, each)), ("k", Run("heads", c.num_key_value_heads)))
-    return [TensorSpec(f"self_attn.{x}_norm.weight", (run,)) for x, run in runs]
-
-
 def gated(channels: int, mlp: str = "mlp", names: tuple[str, str, str] = MLP) -> list[TensorSpec]:
     run, (gate, up, down) = Run("channels", channels), names
     return [rows(f"{mlp}.{gate}", run), rows(f"{mlp}.{up}", run), columns(f"{mlp}.{down}", run)]

@@ -11,7 +11,6 @@ from loraprune_ds.model.families.blocks import (
     gated,
     head_runs,
     mlp_width,
-    norms_of_heads,
     rows,
     ungated,
     whole,
@@ -38,7 +37,10 @@ class Olmo2(Llama):
 
 class Cohere(Llama):
     def layer(self, c: Any, i: int) -> Marks:
-        return [*super().layer(c, i), *norms_of_heads(c)]
+        """The norms have a weight for each head, (heads, head_dim)."""
+        keys, each = Run("heads", c.num_key_value_heads), c.num_attention_heads // c.num_key_value_heads
+        runs = (("q", keys._replace(width=each)), ("k", keys))
+        return [*super().layer(c, i), *(TensorSpec(f"self_attn.{x}_norm.weight", (run,)) for x, run in runs)]
 
 
 class Phi3(Family):
