@@ -226,9 +226,8 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
 
     methods = sorted({model.method for model in models}, key=str)
     styles = {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, method in enumerate(methods)}
-    layout: Any = ConstrainedLayoutEngine(h_pad=0.12)
     try:
-        with pictures.picture(path, (8, 4.2 * len(panels)), STYLE, layout) as figure:
+        with pictures.picture(path, (8, 4.2 * len(panels)), STYLE, ConstrainedLayoutEngine(h_pad=0.12)) as figure:
             rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
             labels = [_draw_panel(axes, *key, panels[key], styles) for axes, key in zip(rows, panels, strict=True)]
             figure.draw_without_rendering()  # settles where the points are

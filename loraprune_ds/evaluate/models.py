@@ -129,19 +129,16 @@ def _find_adapter(path: str, folder: Path) -> ModelSource:
 
 def load_model(source: ModelSource, dtype: str, device: torch.device) -> PreTrainedModel:
     """Loads the model on `device` for evaluation, without a tower. An adapter is merged in fp32 and rounded once."""
-    pretrained = source.pretrained
+    pretrained, weights = source.pretrained, source.pretrained.weights
     options: dict[str, Any] = {"attn_implementation": attn_implementation("sdpa", pretrained.shape.family)}
     if pretrained.tower:
         options |= {"config": config_object(pretrained.config), "key_mapping": pretrained.tower.key_mapping}
     read_dtype = torch.float32 if source.adapter else DTYPES[dtype]
-    model_class = causal_lm_class(pretrained.shape.model_type)
-    folder: Path | None = pretrained.folder
-    weights = pretrained.weights
     if weights.transposed:  # the text class does not read these
         tensors = {name: weights.read_full(name, read_dtype) for name in weights.shape.parameters()}
-        options = {**options, "state_dict": in_files(tensors, weights.shape, None), "key_mapping": None}
-        folder = None
-    model = model_class.from_pretrained(folder, dtype=read_dtype, **options)
+        options |= {"state_dict": in_files(tensors, weights.shape, None), "key_mapping": None}
+    folder = None if weights.transposed else pretrained.folder
+    model = causal_lm_class(pretrained.shape.model_type).from_pretrained(folder, dtype=read_dtype, **options)
     if source.adapter:
         model = _merge(model, source.adapter)
         for parameter in model.parameters():  # model.to() would round the rotary frequencies, too
