@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a bare machine to a pruned model: sets up .venv, then cuts SmolLM2-135M while it fine-tunes. It uses all GPUs, or
-# 2 CPU ranks if there are none. The results are in runs/quickstart/. A second start shows them, and goes on with a run
-# that was stopped.
+# 2 CPU ranks if there are none. The results are in runs/quickstart/, and three answers are shown. A second start shows them
+# again, and goes on with a run that was stopped.
 #
 #   bash launch/quickstart.sh [--fresh] [arguments of launch/run.py, such as --set train.steps=40]
 #
@@ -49,10 +49,8 @@ if ((gpus == 0)); then
 fi
 prepare
 
-if $fresh || ((gpus == 0)); then
-  # The config is read before anything is removed, so that a typo loses nothing.
-  folder=$(python launch/run.py --config "$CONFIG" "${arguments[@]}" --show output_dir)
-fi
+# The config is read before anything is removed, so that a typo loses nothing.
+folder=$(python launch/run.py --config "$CONFIG" "${arguments[@]}" --show output_dir)
 if $fresh && [[ -e $folder/status.json || -d $folder/checkpoints ]]; then rm -rf "$folder"; fi
 if ((gpus == 0)); then
   echo "Tuning and pruning on 2 CPU ranks"
@@ -71,4 +69,8 @@ else
 fi
 # The launcher's default port may be taken, for example by another run.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-exec "${launcher[@]}" --master_port "$port" launch/run.py --config "$CONFIG" --resume auto "${arguments[@]}"
+code=0
+"${launcher[@]}" --master_port "$port" launch/run.py --config "$CONFIG" --resume auto "${arguments[@]}" || code=$?
+if ((code == 0 || code == 3)); then python launch/quickstart_answers.py "$folder"; fi
+if ((code == 2)) && [[ -e $folder/status.json ]]; then echo "To start over: bash launch/quickstart.sh --fresh" >&2; fi
+exit "$code"

@@ -154,7 +154,8 @@ class DataSource(MixtureEntry):
 class DataConfig(SourceKeys):
     """Names the texts for tuning and for the held-out perplexity."""
 
-    # a file, folder, glob or `datasets` name, `embedded` (Python's help topics), or a list of these: a mixture
+    # a file, folder, glob or `datasets` name, `embedded` (Python's help topics), `embedded-chats` (by SmolLM2), or a
+    # list of these: a mixture
     path: Annotated[Annotated[str, Tag(ONE)] | Annotated[list[MixtureEntry], Tag(LIST)], IS_LIST] = "embedded"
     window: Window = 512  # tokens of a sample. An encoder-decoder's has source and target
     held_out: str | None = None  # text, JSON or JSONL file for perplexity. None: a part of `path`

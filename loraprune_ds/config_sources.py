@@ -9,6 +9,8 @@ from typing import Any
 from loraprune_ds.config import DataConfig, DataSource
 from loraprune_ds.errors import require
 
+EMBEDDED_CHATS = "embedded-chats"  # that SmolLM2-135M-Instruct wrote itself
+CHATS_FILE = Path(__file__).with_name("train") / "data" / "embedded_chats.jsonl"
 TEXT_SUFFIXES = (".txt",)
 JSON_SUFFIXES = (".json", ".jsonl")
 SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES
@@ -30,7 +32,8 @@ def files_of(source: DataSource) -> list[Path] | None:
         UserError: a path does not exist, or local files have `data_files` or a `revision`.
     """
     path, key = source.path, f"{source.section}.path"
-    local, is_glob = Path(path).expanduser(), any(wildcard in path for wildcard in "*?[")
+    local = CHATS_FILE if path == EMBEDDED_CHATS else Path(path).expanduser()
+    is_glob = any(wildcard in path for wildcard in "*?[")
     if not (local.is_file() or local.is_dir() or is_glob):
         is_path = local.suffix in SUFFIXES or local.is_absolute() or path.startswith((".", "~"))
         require(not is_path, f"{key}: {path} does not exist")

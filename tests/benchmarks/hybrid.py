@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5Tex
 
 from loraprune_ds.files import read_json, write_text
 from loraprune_ds.model.sources import embedded_text
-from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin, run_quickstart, train_for
+from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin, run_base, train_for
 
 RESULT = RESULTS / "hybrid.json"
 VOCABULARY, WINDOW, BATCH, LEARNING_RATE = 4096, 128, 16, 1.5e-3
@@ -67,7 +67,7 @@ def run(work: Path, changes: list[str], seed: int, arguments: Any) -> dict[str, 
     settings += ["prune.ratio=0.4", "prune.channel_multiple=1", f"train.steps={arguments.steps}"]
     settings += ["logging.report_to=[]", "train.learning_rate=4e-3", "lora.lora_dropout=0", "checkpoint.every=null"]
     settings += changes
-    run_quickstart(arguments.ranks, settings, "--resume", "auto", stdout=sys.stderr)
+    run_base(arguments.ranks, settings, "--resume", "auto", stdout=sys.stderr)
     report = read_json(out / "report.json")
     layers = read_json(out / "kept_groups.json")["layers"]
     kept = [{kind: len(groups) for kind, groups in layer.items() if isinstance(groups, list)} for layer in layers]

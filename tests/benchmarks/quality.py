@@ -29,7 +29,7 @@ from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERM
 from loraprune_ds.report.records import read_history
 from tests.benchmarks.expanded import expanded_model
 from tests.benchmarks.quality_settings import GONE, GROUPS, SETTINGS, Setting, select
-from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, make_parser, run_quickstart
+from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, make_parser, run_base
 
 WINDOWS, VALIDATION_WINDOWS = 160, 64
 DENSE = "dense.json"
@@ -132,7 +132,7 @@ def carry_out(
         "logging.report_to=[]",
         *setting.overrides,
     ]
-    run_quickstart(arguments.ranks, settings, "--resume", "auto", peer=setting.peer)
+    run_base(arguments.ranks, settings, "--resume", "auto", peer=setting.peer)
     report = read_json(folder / "report.json")
     measured = {name: perplexity(str(folder), texts[name]) for name in ("test", "other")}
     report["config"] |= {"output_dir": "run"}  # no folder of this machine

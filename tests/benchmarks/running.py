@@ -32,11 +32,11 @@ def cpu_environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
 
 
-def run_quickstart(ranks: int, settings: Iterable[str], *arguments: str, peer: str = "", **options: Any) -> None:
-    """Runs quickstart's config with other settings, or with another method's score (peer_run.py)."""
+def run_base(ranks: int, settings: Iterable[str], *arguments: str, peer: str = "", **options: Any) -> None:
+    """Runs base.yaml with other settings, or with another method's score (peer_run.py)."""
     script = ["tests/benchmarks/peer_run.py", "--peer", peer] if peer else ["launch/run.py"]
     changes = [word for setting in settings for word in ("--set", setting)]
-    command = [*on_ranks(ranks), *script, "--config", "launch/configs/quickstart.yaml", *arguments, *changes]
+    command = [*on_ranks(ranks), *script, "--config", "tests/benchmarks/base.yaml", *arguments, *changes]
     subprocess.run(command, check=True, cwd=ROOT, env=cpu_environment(), **options)
 
 

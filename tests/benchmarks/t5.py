@@ -26,7 +26,7 @@ from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.perplexity import label_answers
 from loraprune_ds.model.token_loss import split_rows
 from loraprune_ds.model.tokenizer import tokenize_pairs
-from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin, run_quickstart, train_for
+from tests.benchmarks.running import RESULTS, ROOT, make_parser, origin, run_base, train_for
 
 RESULT = RESULTS / "t5.json"
 ROWS, UNSEEN, BATCH, LEARNING_RATE = 20_000, 200, 64, 1e-3
@@ -73,7 +73,7 @@ def run(work: Path, out: Path, changes: list[str]) -> None:
     settings += ["data.held_out_fraction=null", "evaluate.window=32", "lora.lora_dropout=0", "checkpoint.every=null"]
     settings += [f"train.global_batch_size={BATCH}", f"train.micro_batch_size={BATCH}", "logging.report_to=[]"]
     settings += ["prune.ratio=0.5", "prune.channel_multiple=1", *changes]
-    run_quickstart(1, settings, "--resume", "auto", stdout=sys.stderr)
+    run_base(1, settings, "--resume", "auto", stdout=sys.stderr)
 
 
 def exact_match(folder: Path, work: Path) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch import quickstart_steps
+from launch import quickstart_answers, quickstart_steps
 from loraprune_ds.arguments import require_option
 from loraprune_ds.errors import RankError, UserError, tell
 from loraprune_ds.ranks import (
@@ -243,3 +243,12 @@ def test_a_slow_cpu_makes_fewer_steps(
 
 def test_the_product_takes_some_time() -> None:
     assert 0 < quickstart_steps.product_seconds() < 10
+
+
+def test_answers_stand_side_by_side() -> None:
+    left, right = "a short line\n\nand one", " ".join(["word"] * 30)
+    rows = quickstart_answers.side_by_side(left, right).split("\n")
+    assert rows[0].startswith("a short line" + " " * 30)
+    assert rows[2].startswith("and one")
+    assert " ".join(row[quickstart_answers.WIDTH :].strip() for row in rows) == right
+    assert max(map(len, rows)) <= 2 * quickstart_answers.WIDTH + 2

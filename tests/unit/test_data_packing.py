@@ -9,6 +9,9 @@ from torch import Tensor
 
 from loraprune_ds.config import DataConfig, RunConfig
 from loraprune_ds.config_file import config_from_dict
+from loraprune_ds.config_sources import CHATS_FILE
+from loraprune_ds.evaluate.settings import read_prompts
+from loraprune_ds.files import read_json
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.train.data import loading
@@ -23,6 +26,8 @@ from loraprune_ds.train.data.samples import (
     pack_samples,
     starts_of,
 )
+from loraprune_ds.train.data.sources import read_rows
+from tests.benchmarks.chats import PROMPTS
 from tests.families import TINY, tiny_model
 from tests.refusals import must_name
 from tests.unit.test_data import make_tokenizer, numbers
@@ -284,3 +289,13 @@ def test_a_source_without_samples_can_have_no_weight(text: str, tmp_path: Path) 
     short = str(write_json(tmp_path / "short.jsonl", [{"text": "w1"}] * 2))
     entries = [{"path": text, "weight": 1}, {"path": short, "weight": 1}]
     must_name("data.path[1].path short.jsonl", load, entries, held_out_fraction=0.5)
+
+
+def test_the_embedded_chats_are_those_that_were_read() -> None:
+    source = config_of(["embedded", "embedded-chats"]).sources[1]
+    rows, settings = read_rows(source), read_json(CHATS_FILE.with_suffix(".settings.json"))
+    assert source.format == "chat"
+    assert len(rows) == len({row["prompt"] for row in rows}) == sum(part["shipped"] for part in settings["parts"])
+    assert all(row["prompt"].strip() and row["completion"].strip() for row in rows)
+    asked = {prompt.text for name in PROMPTS.values() for prompt in read_prompts(name).prompts}
+    assert not asked & {row["prompt"] for row in rows}

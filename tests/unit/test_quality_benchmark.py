@@ -13,7 +13,7 @@ def test_every_setting_is_a_run_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["quality", "--tune", "a", "--test", "b"])
     ranks = parse_arguments().ranks
     for setting in SETTINGS.values():
-        config = load_config("launch/configs/quickstart.yaml", setting.overrides)
+        config = load_config("tests/benchmarks/base.yaml", setting.overrides)
         tokens = (config.train.steps or 0) + sum(config.recovery)
         tokens *= config.train.global_batch_size * config.data.window
         assert config.train.gradient_accumulation_steps(ranks) in (1, 2)
@@ -31,9 +31,7 @@ def test_every_published_row_is_a_setting_or_one_that_is_gone() -> None:
 def test_the_recipe_is_what_was_measured() -> None:
     shipped = load_config("launch/configs/recipe.yaml")
     # Two ranks share its step, too. The loss does not depend on the micro-batches.
-    measured = load_config(
-        "launch/configs/quickstart.yaml", [*SETTINGS["recipe"].overrides, "train.micro_batch_size=4"]
-    )
+    measured = load_config("tests/benchmarks/base.yaml", [*SETTINGS["recipe"].overrides, "train.micro_batch_size=4"])
     for section in ("lora", "prune", "train", "evaluate", "deepspeed"):
         assert getattr(shipped, section) == getattr(measured, section), section
     assert (shipped.model.dtype, shipped.data.window) == (measured.model.dtype, measured.data.window)
