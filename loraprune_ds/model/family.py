@@ -71,6 +71,14 @@ REFUSED = {
     "t5gemma": "encoder and decoder have sizes of their own, and a stock class has one number for all their heads",
     "bart": "its class takes hidden_size / heads as the width of a head",
     "phimoe": "its router draws experts at random in training",
+    "muse_glimmer": "it has two key-value heads for 32 query heads, which leave only with their key-value head",
+    "mistral4": "AutoModelForCausalLM of transformers lacks its class",
+    "laguna": "its layers have different numbers of query heads for each key-value head",
+    "falcon_h1": "its class has scales in a buffer of the model's dtype, which runs keep in fp32",
+    "deepseek_v4": "its first layers look up the experts of a token in a table",
+    "minimax_m3_vl": "its class joins tensors that are separate in weight files",
+    "olmo_hybrid": "its class joins tensors that are separate in weight files",
+    "gemma3n": "its layers have several streams of hidden states, and share keys and values",
 }
 
 
