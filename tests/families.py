@@ -138,6 +138,7 @@ TINY: dict[str, dict[str, Any]] = {
     "dots1": WIDE
     | {"moe_intermediate_size": 8, "n_routed_experts": 23, "num_experts_per_tok": 3, "n_shared_experts": 1}
     | {"routed_scaling_factor": 1.5, "first_k_dense_replace": 1},
+    "exaone_moe": WIDE | BOTH | SPARSE | {"first_k_dense_replace": 1, "tie_word_embeddings": False},
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
     "qwen3_next": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
@@ -215,7 +216,7 @@ CAUSAL = tuple(name for name in TINY if len(FAMILIES[name].layer_lists) == 1)
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].has_experts)
 # Their first layer is dense, and the second one sparse.
 MIXED = ("qwen2_moe", "glm4_moe", "ernie4_5_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")
-MIXED += ("dots1",)
+MIXED += ("dots1", "exaone_moe")
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:

@@ -162,6 +162,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "dots1": Architecture(
         MODEL_ARCH.DOTS1, numbers=MOE_NUMBERS, only={"n_group": 1}, gating=ExpertGatingFuncType.SIGMOID
     ),
+    "exaone_moe": Architecture(
+        MODEL_ARCH.EXAONE_MOE,
+        numbers=MOE_NUMBERS | {"num_shared_experts": "add_expert_shared_count"},
+        window_period=4,
+        only={"n_group": 1},
+        gating=ExpertGatingFuncType.SIGMOID,
+    ),
     "deepseek_v3": LATENT,
     # llama.cpp uses rms_norm_eps 1e-5 in the norms of latents, too. transformers has 1e-6 there.
     "glm4_moe_lite": replace(LATENT, ropes=("default",), only={"rope_interleave": True}),

@@ -206,7 +206,11 @@ def test_the_correction_stays_fp32(tmp_path: Path, family: str, tensors: list[st
 
 @pytest.mark.parametrize(
     ("family", "further"),
-    [("glm4_moe", "model.layers.2.eh_proj.weight"), ("ernie4_5_moe", "model.mtp_linear_proj.0.weight")],
+    [
+        ("glm4_moe", "model.layers.2.eh_proj.weight"),
+        ("ernie4_5_moe", "model.mtp_linear_proj.0.weight"),
+        ("exaone_moe", "mtp.fc.weight"),
+    ],
 )
 def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, family: str, further: str) -> None:
     """DeepSeek and GLM publish them behind the last layer. transformers does not load them either."""

@@ -103,16 +103,28 @@ class GlmMoe(QwenMoe):
 
     shared = tuple(whole("mlp.shared_experts", *MLP))
     corrects: ClassVar[bool] = True
+    correction_in_files: ClassVar[str | None] = None  # its name there, if it differs
 
     def mlp(self, c: Any) -> Marks:
         run, bias = self.run(c), "mlp.gate.e_score_correction_bias"
-        correction = [per_expert(bias, run, keep_fp32=True)] if self.corrects else []
+        correction = [per_expert(bias, run, self.correction_in_files, keep_fp32=True)] if self.corrects else []
         return [*super().mlp(c), *correction, Attribute("mlp.gate", "num_experts", run._replace(width=1))]
 
     def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
         assert dense == [*range(len(dense))]
         # The layers that predict further tokens are no part of the model.
         return {"first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}
+
+
+class LayerTypes(Moe):
+    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
+        """Writes the list of transformers 5, and the number that vLLM reads."""
+        types = ["dense" if i in dense else "sparse" for i in range(layers)]
+        return {"mlp_layer_types": types} | super().dense_layers(dense, layers)
+
+
+class ExaoneMoe(LayerTypes, GlmMoe):
+    correction_in_files = "mlp.e_score_correction_bias"
 
 
 class ErnieMoe(Moe):
@@ -184,8 +196,5 @@ class DeepseekV2(Latent):
     corrects = False
 
 
-class GlmLite(Latent):
-    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
-        """Writes the list of transformers 5, and the number that vLLM reads."""
-        types = ["dense" if i in dense else "sparse" for i in range(layers)]
-        return {"mlp_layer_types": types} | super().dense_layers(dense, layers)
+class GlmLite(LayerTypes, Latent):
+    """Takes `dense_layers` from LayerTypes and the rest from Latent."""

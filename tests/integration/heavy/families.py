@@ -57,6 +57,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"moe_intermediate_size": 64, "norm_topk_prob": True},  # as published
     "qwen2_moe": {"moe_intermediate_size": 64, "head_dim": 12, "decoder_sparse_step": 1},
     "dots1": {"moe_intermediate_size": 64, "num_key_value_heads": 8},
+    "exaone_moe": {
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention", "sliding_attention"],
+    },
     "glm4_moe": {"moe_intermediate_size": 64, "attention_bias": True},
     # Rows that Q8_0 cannot hold: llama.cpp multiplies by latent keys and values in another order. At these sizes no
     # router chooses by a hair. Else rounding in that order chooses another expert, and the text becomes another one.
