@@ -139,6 +139,7 @@ TINY: dict[str, dict[str, Any]] = {
     | {"moe_intermediate_size": 8, "n_routed_experts": 23, "num_experts_per_tok": 3, "n_shared_experts": 1}
     | {"routed_scaling_factor": 1.5, "first_k_dense_replace": 1},
     "exaone_moe": WIDE | BOTH | SPARSE | {"first_k_dense_replace": 1, "tie_word_embeddings": False},
+    "hunyuan_v1_moe": WIDE | {"intermediate_size": 8, "num_experts": 23, "moe_topk": 3},
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
     "qwen3_next": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},

@@ -91,7 +91,8 @@ def sparse_layers(shape: ModelShape) -> list[int]:
 def find_router(layer: nn.Module) -> Any:
     """Returns the module of a decoder layer that chooses experts."""
     routers = (module for module in layer.modules() if hasattr(module, "top_k") and hasattr(module, "weight"))
-    return next(routers, None) or layer.get_submodule("router.proj")
+    linears = (module for name, module in layer.named_modules() if name in ("router.proj", "mlp.gate.wg"))
+    return next(routers, None) or next(linears)
 
 
 def find_experts(layer: nn.Module) -> Experts:

@@ -54,6 +54,8 @@ ERNIE |= {"moe_intermediate_size": 3584, "moe_num_shared_experts": 0, "moe_layer
 ERNIE |= {"num_nextn_predict_layers": 1, "tie_word_embeddings": False}
 DOTS: dict[str, Any] = {"num_key_value_heads": 32, "vocab_size": 152_064, "n_routed_experts": 128}
 DOTS |= {"n_shared_experts": 2, "num_experts_per_tok": 6, "moe_intermediate_size": 1408, "first_k_dense_replace": 1}
+HUNYUAN: dict[str, Any] = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128_167, "num_experts": 64}
+HUNYUAN |= {"moe_topk": [8] * 32, "num_shared_expert": [1] * 32, "tie_word_embeddings": True}
 GRANITE = {"num_key_value_heads": 8, "vocab_size": 49_155, "num_local_experts": 40, "num_experts_per_tok": 8}
 
 
@@ -106,6 +108,7 @@ MIXTURES: dict[str, tuple[dict[str, Any], float, float]] = {
     "granite-3.0-3b-a800m": (sizes_of("granitemoe", 1536, 512, 32, 24, tie_word_embeddings=True, **GRANITE), 3.3, 0.88),
     "ERNIE-4.5-300B-A47B": (sizes_of("ernie4_5_moe", 8192, 28_672, 54, 64, **ERNIE), 300, 47),
     "dots.llm1": (sizes_of("dots1", 4096, 10_944, 62, 32, tie_word_embeddings=False, **DOTS), 143, 14),
+    "Hunyuan-A13B": (sizes_of("hunyuan_v1_moe", 4096, 3072, 32, 32, **HUNYUAN), 80.4, 13),
     "gpt-oss-20b": (sizes_of("gpt_oss", 2880, 2880, 24, 64, num_local_experts=32, **GPT_OSS), 20.91, 3.61 + 0.58),
     "gpt-oss-120b": (sizes_of("gpt_oss", 2880, 2880, 36, 64, num_local_experts=128, **GPT_OSS), 116.83, 5.13 + 0.58),
     "Nemotron-3-Nano-30B-A3B": (sizes_of("nemotron_h", 2688, 1856, 52, 32, **NEMOTRON_3_MOE), 31.6, 3.6),

@@ -189,13 +189,19 @@ def test_a_cut_is_the_router_whose_other_experts_nobody_may_choose() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "tensors"), [("glm4_moe", [CORRECTION]), ("ernie4_5_moe", ["weight", f"moe_statics.{CORRECTION}"])]
+    ("family", "tensors"),
+    [
+        ("glm4_moe", [f"mlp.gate.{CORRECTION}"]),
+        ("ernie4_5_moe", ["mlp.gate.weight", f"mlp.gate.moe_statics.{CORRECTION}"]),
+        ("hunyuan_v1_moe", ["mlp.gate.wg.weight"]),
+    ],
 )
 def test_the_correction_stays_fp32(tmp_path: Path, family: str, tensors: list[str]) -> None:
     """Its values lie so close together that bf16 would choose other experts."""
     model = tiny_model(family)
     model.save_pretrained(tmp_path)
-    weights, names = open_pretrained(tmp_path).weights, [f"model.layers.1.mlp.gate.{x}" for x in tensors]
+    weights = open_pretrained(tmp_path).weights
+    names = [f"model.layers.{i}.{x}" for i in sparse_layers(weights.shape) for x in tensors]
     for name in names:
         wanted = model.state_dict()[name]
         assert torch.equal(weights.read_stored(name, 0, wanted.numel(), torch.bfloat16), wanted.flatten())

@@ -26,6 +26,7 @@ LAYERS = SIZES["num_hidden_layers"]
 WITHOUT_PLAN = {"hunyuan_v1_dense", "stablelm", "gpt_oss", "granitemoe", "deepseek_v3", "glm4_moe_lite"}
 # And it does not shard hybrids.
 WITHOUT_PLAN |= {name for name in FAMILIES if "delta" in kinds(name)} | {"lfm2", "granitemoehybrid", "nemotron_h"}
+WITHOUT_PLAN |= {"hunyuan_v1_moe"}
 WITHOUT_PLAN |= set(FAMILIES) - set(CAUSAL)
 # Further tiny models of a family, for tensors that its first one lacks.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -129,6 +130,12 @@ def test_dense_layers_among_sparse_ones_have_no_experts(family: str, changes: di
 
 def test_a_mixture_without_experts_is_refused() -> None:
     must_name("somewhere experts", read, "qwen2_moe", mlp_only_layers=[0, 1])
+
+
+def test_a_list_of_equal_choices_is_one_number() -> None:
+    """Published Hunyuan mixtures say for each layer how many experts a token chooses."""
+    assert read("hunyuan_v1_moe", moe_topk=[3, 3]) == read("hunyuan_v1_moe")
+    must_name("somewhere size list", read, "hunyuan_v1_moe", moe_topk=[3, 2])
 
 
 def test_a_width_that_the_class_computes_is_written_out() -> None:

@@ -48,7 +48,7 @@ def mask(network: Network, keep: list[LayerKeep]) -> None:
 def mask_router(gate: Any, kept: Tensor) -> None:
     """Computes routers once more, as their papers have them: softmax or corrected sigmoid, the largest add up to 1.
 
-    Gemma 4 has a linear, and the rest comes after it.
+    Gemma 4 and Hunyuan have a linear, and the rest comes after it.
     """
     others = torch.ones(len(gate.weight), dtype=torch.bool).index_fill(0, kept, False)
     if isinstance(gate, nn.Linear):

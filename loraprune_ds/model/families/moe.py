@@ -127,6 +127,18 @@ class ExaoneMoe(LayerTypes, GlmMoe):
     correction_in_files = "mlp.e_score_correction_bias"
 
 
+class HunyuanMoe(Moe):
+    def layer(self, c: Any, i: int) -> Marks:
+        experts = stacks("mlp.experts", self.run(c), c.hidden_size, each_expert())
+        router = per_expert("mlp.gate.wg.weight", self.run(c), keep_fp32=True)
+        return [*attention(c), *experts, *whole("mlp.shared_mlp", *MLP), router]
+
+    def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Published ones list how many experts a token chooses in each layer."""
+        each = config.get("moe_topk")
+        return config | {"moe_topk": each[0]} if isinstance(each, list) and len({*each}) == 1 else config
+
+
 class ErnieMoe(Moe):
     """Its router is fp32. The correction, (1, experts), has another name in files."""
 
