@@ -140,6 +140,7 @@ TINY: dict[str, dict[str, Any]] = {
     | {"routed_scaling_factor": 1.5, "first_k_dense_replace": 1},
     "exaone_moe": WIDE | BOTH | SPARSE | {"first_k_dense_replace": 1, "tie_word_embeddings": False},
     "hunyuan_v1_moe": WIDE | {"intermediate_size": 8, "num_experts": 23, "moe_topk": 3},
+    "lfm3": WIDE | {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3} | WINDOW,
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
     "qwen3_next": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},

@@ -42,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": llama.Starcoder2(),
     **dict.fromkeys(("nemotron", "arcee", "apertus", "jais2"), llama.Ungated()),
     "lfm2": llama.Lfm2(packs=False),
+    "lfm3": llama.Lfm3(packs=False),
     "mixtral": moe.Mixtral(**LOCAL),
     "minimax_m2": moe.MiniMax(**LOCAL),
     "qwen3_moe": moe.QwenMoe(),

@@ -96,7 +96,9 @@ def test_ranks_of_other_families_hold_and_send_what_was_planned(ranks: RankPool,
 
 def save_tiny(folder: Path, family: str, layers: int) -> Path:
     lists: dict[str, Any] = {
-        key: value[:1] + value[1:] * (layers - 1) for key, value in TINY[family].items() if isinstance(value, list)
+        key: (value[:1] + value[1:] * (layers - 1))[:layers]
+        for key, value in TINY[family].items()
+        if isinstance(value, list)
     }
     lists |= {key: value[:layers] for key, value in TINY[family].items() if key == "hybrid_override_pattern"}
     model = tiny_model(family, dtype=torch.bfloat16, num_hidden_layers=layers, **(lists | AS_WIDE.get(family, {})))

@@ -88,6 +88,16 @@ class Lfm2(Family):
         return rest | {"intermediate_size": width, "block_auto_adjust_ff_dim": False}
 
 
+class Lfm3(Family):
+    """Each query head has a gate. Its short convolutions are as wide as the residual stream."""
+
+    def layer(self, c: Any, i: int) -> Marks:
+        each = Run("heads", c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads)
+        gates = TensorSpec("self_attn.g_proj.weight", (each,), on_disk="self_attn.gate_proj.weight")
+        mlp = gated(c.intermediate_size, "feed_forward", ("w1", "w3", "w2"))
+        return [*attention(c), *whole("conv", "in_proj", "out_proj"), *mlp, gates]
+
+
 class GraniteHybrid(Family):
     """The inner width of its Mamba is a multiple of hidden_size. Its fused kernels read `out_proj` past LoRA."""
 
