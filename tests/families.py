@@ -140,6 +140,8 @@ TINY: dict[str, dict[str, Any]] = {
     | {"routed_scaling_factor": 1.5, "first_k_dense_replace": 1},
     "exaone_moe": WIDE | BOTH | SPARSE | {"first_k_dense_replace": 1, "tie_word_embeddings": False},
     "hunyuan_v1_moe": WIDE | {"intermediate_size": 8, "num_experts": 23, "moe_topk": 3},
+    "lfm2_moe": SPARSE
+    | {"head_dim": 6, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"], "routed_scaling_factor": 1.5},
     "lfm3": WIDE | {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3} | WINDOW,
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
@@ -218,7 +220,7 @@ CAUSAL = tuple(name for name in TINY if len(FAMILIES[name].layer_lists) == 1)
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].has_experts)
 # Their first layer is dense, and the second one sparse.
 MIXED = ("qwen2_moe", "glm4_moe", "ernie4_5_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")
-MIXED += ("dots1", "exaone_moe")
+MIXED += ("dots1", "exaone_moe", "lfm2_moe")
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:

@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[1] / "loraprune_ds" / "model" / "README.md"
 HEADER = ("families", "leaves", "stays", "stored as", "GGUF", "vLLM", "text of", "note")
 STAYS = {"q_proj": "attention", "mlp.gate_proj": "dense MLPs", "shared": "shared experts"}
 STAYS |= {"_a_proj": "latent projections", "_latent_proj": "latent projections", "conv.": "convolutions"}
-STAYS |= {"mamba.": "Mamba", "mixer.in_proj": "Mamba"}
+STAYS |= {"mamba.": "Mamba", "mixer.in_proj": "Mamba", "feed_forward.w1": "dense MLPs"}
 IN_VLLM = {"auto": "equal", "transformers": "equal, by transformers"}
 
 

@@ -52,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("glm4_moe", "dots1"), moe.GlmMoe(best_of_group=2, **ROUTED)),
     "exaone_moe": moe.ExaoneMoe(best_of_group=2),
     "hunyuan_v1_moe": moe.HunyuanMoe(size="intermediate_size", chosen="moe_topk"),
+    "lfm2_moe": moe.Lfm2Moe(packs=False),
     "ernie4_5_moe": moe.ErnieMoe(count="moe_num_experts", chosen="moe_k"),
     "deepseek_v3": moe.Latent(best_of_group=2, **ROUTED),
     "deepseek_v2": moe.DeepseekV2(best_of_group=1, **ROUTED),

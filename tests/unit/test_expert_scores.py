@@ -194,6 +194,7 @@ def test_a_cut_is_the_router_whose_other_experts_nobody_may_choose() -> None:
         ("glm4_moe", [f"mlp.gate.{CORRECTION}"]),
         ("ernie4_5_moe", ["mlp.gate.weight", f"mlp.gate.moe_statics.{CORRECTION}"]),
         ("hunyuan_v1_moe", ["mlp.gate.wg.weight"]),
+        ("lfm2_moe", ["feed_forward.expert_bias"]),
     ],
 )
 def test_the_correction_stays_fp32(tmp_path: Path, family: str, tensors: list[str]) -> None:

@@ -26,7 +26,7 @@ LAYERS = SIZES["num_hidden_layers"]
 WITHOUT_PLAN = {"hunyuan_v1_dense", "stablelm", "gpt_oss", "granitemoe", "deepseek_v3", "glm4_moe_lite"}
 # And it does not shard hybrids.
 WITHOUT_PLAN |= {name for name in FAMILIES if "delta" in kinds(name)} | {"lfm2", "granitemoehybrid", "nemotron_h"}
-WITHOUT_PLAN |= {"hunyuan_v1_moe", "lfm3"}
+WITHOUT_PLAN |= {"hunyuan_v1_moe", "lfm2_moe", "lfm3"}
 WITHOUT_PLAN |= set(FAMILIES) - set(CAUSAL)
 # Further tiny models of a family, for tensors that its first one lacks.
 VARIANTS: dict[str, list[dict[str, Any]]] = {

@@ -139,6 +139,25 @@ class HunyuanMoe(Moe):
         return config | {"moe_topk": each[0]} if isinstance(each, list) and len({*each}) == 1 else config
 
 
+class Lfm2Moe(Moe):
+    """Its short convolutions are as wide as the residual stream."""
+
+    def layer(self, c: Any, i: int) -> Marks:
+        path, names, run = "feed_forward", ("w1", "w3", "w2"), self.run(c)
+        return [
+            *attention(c, "out_proj"),
+            *whole("conv", "in_proj", "out_proj"),
+            *stacks(f"{path}.experts", run, c.hidden_size, each_expert(path, names)),
+            *whole(path, *names),
+            per_expert(f"{path}.gate.weight", run),
+            per_expert(f"{path}.expert_bias", run, keep_fp32=True),
+        ]
+
+    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
+        assert dense == [*range(len(dense))]
+        return {"num_dense_layers": len(dense)}
+
+
 class ErnieMoe(Moe):
     """Its router is fp32. The correction, (1, experts), has another name in files."""
 
