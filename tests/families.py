@@ -143,6 +143,9 @@ TINY: dict[str, dict[str, Any]] = {
     "lfm2_moe": SPARSE
     | {"head_dim": 6, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"], "routed_scaling_factor": 1.5},
     "lfm3": WIDE | {"layer_types": ["conv", "sliding_attention", "full_attention"], "num_hidden_layers": 3} | WINDOW,
+    "glm_moe_dsa": LATENT
+    | {"intermediate_size": 31, "first_k_dense_replace": 1, "index_topk": 4, "index_head_dim": 8, "index_n_heads": 2}
+    | {"indexer_types": ["full", "shared"], "mlp_layer_types": ["dense", "sparse"]},
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
     "qwen3_next": DELTA | SPARSE | {"shared_expert_intermediate_size": 11},
@@ -220,7 +223,7 @@ CAUSAL = tuple(name for name in TINY if len(FAMILIES[name].layer_lists) == 1)
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].has_experts)
 # Their first layer is dense, and the second one sparse.
 MIXED = ("qwen2_moe", "glm4_moe", "ernie4_5_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")
-MIXED += ("dots1", "exaone_moe", "lfm2_moe")
+MIXED += ("dots1", "exaone_moe", "lfm2_moe", "glm_moe_dsa")
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:

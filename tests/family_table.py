@@ -14,7 +14,7 @@ PAGE = Path(__file__).parents[1] / "loraprune_ds" / "model" / "README.md"
 HEADER = ("families", "leaves", "stays", "stored as", "GGUF", "vLLM", "text of", "note")
 STAYS = {"q_proj": "attention", "mlp.gate_proj": "dense MLPs", "shared": "shared experts"}
 STAYS |= {"_a_proj": "latent projections", "_latent_proj": "latent projections", "conv.": "convolutions"}
-STAYS |= {"mamba.": "Mamba", "mixer.in_proj": "Mamba", "feed_forward.w1": "dense MLPs"}
+STAYS |= {"mamba.": "Mamba", "mixer.in_proj": "Mamba", "indexer.": "indexers", "feed_forward.w1": "dense MLPs"}
 IN_VLLM = {"auto": "equal", "transformers": "equal, by transformers"}
 
 
@@ -37,7 +37,7 @@ def family_rows() -> list[tuple[str, ...]]:
 
 
 def describe(name: str, family: Family) -> tuple[str, ...]:
-    whole = [x.linear for x in marks(name) if x.lora and not x.runs]
+    whole = [x.linear for x in marks(name) if not x.runs]
     stays = [*family.fixed, *(words for part, words in STAYS.items() if any(part in x for x in whole))]
     stored = "stock if heads divide hidden_size" if heads_divide_hidden(name) else "stock"
     found = ARCHITECTURES.get(name)

@@ -57,6 +57,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": moe.Latent(best_of_group=2, **ROUTED),
     "deepseek_v2": moe.DeepseekV2(best_of_group=1, **ROUTED),
     "glm4_moe_lite": moe.GlmLite(best_of_group=2, **ROUTED),
+    "glm_moe_dsa": moe.SparseAttention(best_of_group=2, **ROUTED),
     "nemotron_h": nemotron_h.NemotronH(best_of_group=2, packs=False, **ROUTED),
     # Positions reset neither the states of delta nets nor their convolutions.
     "qwen3_5_text": delta.Qwen35(packs=False),

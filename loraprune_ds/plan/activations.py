@@ -129,6 +129,8 @@ def _fused_attention(
     if sliding is not None and sliding <= window:  # a mask as the queries, and keys and values per query head
         keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (keys, values))
         bias = queries.new_empty(len(queries), 1, window, window)
+    if settings.get("indices") is not None:  # of the tokens that each query reads
+        bias = queries.new_empty(len(queries), 1, window, window)
     out: Any = _FusedAttention.apply(queries, keys, values, bias)
     return out.transpose(1, 2).contiguous(), None
 

@@ -15,7 +15,7 @@ from loraprune_ds.model.families.moe import Latent
 from loraprune_ds.model.family import FAMILIES, REFUSED
 from loraprune_ds.model.groups import LayerCounts, Run, TensorSpec
 from loraprune_ds.model.read_shape import shape_from_config
-from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.shape import ModelShape, cached_numel, state_numel
 from tests.families import CAUSAL, EQUAL, SIZES, TINY, changed, kinds, layers_with, marks, tiny_config
 from tests.refusals import must_name
 
@@ -136,6 +136,13 @@ def test_a_list_of_equal_choices_is_one_number() -> None:
     """Published Hunyuan mixtures say for each layer how many experts a token chooses."""
     assert read("hunyuan_v1_moe", moe_topk=[3, 3]) == read("hunyuan_v1_moe")
     must_name("somewhere size list", read, "hunyuan_v1_moe", moe_topk=[3, 2])
+
+
+def test_what_layers_keep_of_earlier_tokens() -> None:
+    """Some layers of a GLM-5 have an indexer, with one key of 8."""
+    glm = read("glm_moe_dsa")
+    assert (state_numel(glm), cached_numel(glm)) == (0, 2 * (16 + 4) + 8)
+    assert glm.family.around(glm.config, 1) == ([0, 1], {})  # takes the indices of the first
 
 
 def test_a_width_that_the_class_computes_is_written_out() -> None:

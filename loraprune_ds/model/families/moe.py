@@ -208,7 +208,7 @@ class Latent(GlmMoe):
     def mixer(self, c: Any) -> Marks:
         heads, query = c.num_key_value_heads, c.qk_nope_head_dim + c.qk_rope_head_dim
         return [
-            *(rows(f"self_attn.{x}_proj", Run("heads", heads, query)) for x in ("q", "q_b")),  # a model has one of them
+            rows("self_attn.q_b_proj" if c.q_lora_rank else "self_attn.q_proj", Run("heads", heads, query)),
             rows("self_attn.kv_b_proj", Run("heads", heads, c.qk_nope_head_dim + c.v_head_dim)),
             columns("self_attn.o_proj", Run("heads", heads, c.v_head_dim)),
             *whole("self_attn", "q_a_proj", "kv_a_proj_with_mqa"),
@@ -229,3 +229,22 @@ class DeepseekV2(Latent):
 
 class GlmLite(LayerTypes, Latent):
     """Takes `dense_layers` from LayerTypes and the rest from Latent."""
+
+
+class SparseAttention(GlmLite):
+    """An indexer chooses the tokens that a query reads. It learns nothing from the loss, so it has no LoRA."""
+
+    def mixer(self, c: Any) -> Marks:
+        indexer = (TensorSpec(f"self_attn.indexer.{x}.weight") for x in ("wq_b", "wk", "weights_proj"))
+        return [*super().mixer(c), *indexer]
+
+    def attention(self, c: Any, layer: LayerSpec) -> Attention:
+        """An indexer has one key for each token."""
+        keys, _ = layer.shapes().get("self_attn.indexer.wk.weight", (0, 0))
+        found = super().attention(c, layer)
+        return found._replace(cached=found.cached + keys)
+
+    def around(self, c: Any, i: int) -> tuple[list[int], dict[str, Any]]:
+        """A layer without an indexer takes the tokens of the one before it."""
+        first = max(j for j in range(i + 1) if c.indexer_types[j] == "full")
+        return [*range(first, i + 1)], {}
