@@ -18,33 +18,9 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, load_tokenizer
 
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TEKKEN_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# From the tokenizer.json of Qwen2, Qwen3.5 and Phi-4-mini.
-QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-QWEN35_PATTERN = QWEN2_PATTERN.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
-GPT4O_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# The steps that split text into words before byte-level merges -> their name in llama-vocab.cpp.
-PRE_TOKENIZERS = {
-    ("words",): "gpt-2",
-    ("digits", "words"): "smollm",
-    (LLAMA3_PATTERN, "bytes"): "llama-bpe",
-    (QWEN2_PATTERN, "bytes"): "qwen2",
-    (QWEN35_PATTERN, "bytes"): "qwen35",
-    (GPT4O_PATTERN, "bytes"): "gpt-4o",
-    (TEKKEN_PATTERN, "bytes"): "tekken",
-}
+# A name in llama-vocab.cpp -> the steps that split text into words before byte-level merges, as `_describe` names them.
+# The regular expressions are those of the tokenizer.json of such models.
+PRE_TOKENIZERS = Path(__file__).with_name("gguf_pre_tokenizers.json")
 # llama.cpp's own converter omits this step, too, for Qwen2 and similar models.
 NOT_COMPOSED = "llama.cpp does not compose letters and accents (Unicode NFC) before it tokenises a text"
 SENTENCEPIECE_BPE = 2  # TrainerSpec.ModelType.BPE
@@ -163,14 +139,15 @@ def _steps(part: dict[str, Any] | None, of_sequence: str) -> list[dict[str, Any]
 
 
 def _byte_level(fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path: Path) -> Vocabulary:
-    signature = tuple(_describe(step) for step in pre_tokenizer)
+    steps = [_describe(step) for step in pre_tokenizer]
+    pre = next((name for name, known in read_json(PRE_TOKENIZERS).items() if known == steps), None)
     normalizer = [step["type"] for step in _steps(fast["normalizer"], "normalizers")]
-    if fast["model"]["type"] != "BPE" or signature not in PRE_TOKENIZERS or normalizer not in ([], ["NFC"]):
+    if fast["model"]["type"] != "BPE" or pre is None or normalizer not in ([], ["NFC"]):
         raise UserError(f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}")
     tokens, pairs = _tokens_and_merges(fast["model"])
     return Vocabulary(
         "gpt2",
-        PRE_TOKENIZERS[signature],
+        pre,
         tokens,
         [int(TokenType.NORMAL)] * len(tokens),
         merges=[" ".join(pair) for pair in pairs],
@@ -196,7 +173,7 @@ def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
 
 
 def _describe(step: dict[str, Any]) -> str:
-    """Names a step of a pre-tokenizer, as in PRE_TOKENIZERS."""
+    """Names a step of a pre-tokenizer. A split by a regular expression has the expression as its name."""
     match step:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": use_regex}:
             return "words" if use_regex else "bytes"

@@ -70,9 +70,10 @@ def test_the_wheel_has_every_module_config_and_json(wheel: Path) -> None:
     files = set(ZipFile(wheel).namelist())
     assert "loraprune_ds/model/modeling_pruned.py" in code
     assert len(given) > 15
-    data = ("evaluate/prompts.jsonl", "evaluate/answers.html", "export/model_card.txt", "report/pictures.mplstyle")
+    data = ("evaluate/prompts.jsonl", "evaluate/answers.html", "report/pictures.mplstyle")
     data += ("train/data/embedded_chats.jsonl",)
     assert {f"loraprune_ds/{name}" for name in data} <= files
+    assert {f"loraprune_ds/export/{name}" for name in ("model_card.txt", "gguf_pre_tokenizers.json")} <= files
     assert code | {f"loraprune_ds/shipped/{name}" for name in given} <= files
     others = {name for name in files if not name.startswith("loraprune_ds")}
     assert others == set()
