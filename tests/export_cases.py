@@ -133,7 +133,7 @@ class InMemory:
     model: Any
     shape: ModelShape
     exported: ExportedConfig
-    folder: Path
+    dense_folder: Path
     tower: Tower | None = None
 
     def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
