@@ -30,34 +30,10 @@ from loraprune_ds.ranks import Ranks
 from loraprune_ds.report import records
 from loraprune_ds.units import format_bytes
 
-HOW_TO_LOAD_ADAPTER = """The pruned base is in `base/` and its LoRA in `adapter/`, for further tuning.
-
-```python
-from peft import PeftModel
-from transformers import {auto_class}, AutoTokenizer
-
-folder = "path/to/this/folder"
-base = {auto_class}.from_pretrained(f"{{folder}}/base", dtype="auto"{trust})
-model = PeftModel.from_pretrained(base, f"{{folder}}/adapter", is_trainable=True)
-tokenizer = AutoTokenizer.from_pretrained(f"{{folder}}/base"{trust})
-```
-"""
-HOW_TO_LOAD_GGUF = """`{file}` is the {dtype} model as {precision}, for llama.cpp (architecture `{arch}`).
-
-{load}"""
-LOAD_DECODER = """```python
-from llama_cpp import Llama  # pip install llama-cpp-python
-
-model = Llama("path/to/{file}")
-print(model("The import statement", max_tokens=32, temperature=0)["choices"][0]["text"])
-```
-"""
-LOAD_ENCODER = """llama-cpp-python's `Llama` does not run an encoder. llama.cpp's own program does:
-
-```bash
-llama-completion -m path/to/{file} -p "a source" --temp 0
-```
-"""
+# The texts on loading in a model card.
+LOAD_ADAPTER, LOAD_GGUF, LOAD_GGUF_ENCODER = (
+    Path(__file__).with_name(f"load_{name}.txt") for name in ("adapter", "gguf", "gguf_encoder")
+)
 
 
 @dataclass(frozen=True)
@@ -94,11 +70,9 @@ def open_newest(checkpoints: list[Path]) -> tuple[TrainingCheckpoint, list[str]]
     remarks: list[str] = []
     for path in checkpoints:
         try:
-            step = open_checkpoint(path, Ranks())
+            return open_checkpoint(path, Ranks()), [*remarks, f"taken from {path.name}"]
         except UserError as error:
             remarks.append(f"{path.name} cannot be used: {error}")
-            continue
-        return step, [*remarks, f"taken from {path.name}"]
     raise UserError(remarks[0])
 
 
@@ -185,9 +159,8 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
     exported = step.exported
     trust = ", trust_remote_code=True" if exported.trust_remote_code else ""
     # A finished run has a fuller model card than its checkpoint.
-    copy_model_card(
-        source.model or base, folder, HOW_TO_LOAD_ADAPTER.format(trust=trust, auto_class=exported.auto_class)
-    )
+    how_to_load = LOAD_ADAPTER.read_text(encoding="utf-8").format(trust=trust, auto_class=exported.auto_class)
+    copy_model_card(source.model or base, folder, how_to_load)
     return remarks
 
 
@@ -202,8 +175,8 @@ def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> 
     remarks += write_gguf(pretrained, path, precision, source.name)
     remarks += ["the file reads text alone, because a GGUF file has no tower"] * (pretrained.tower is not None)
     dtype, arch = pretrained.config.get("dtype"), architecture_name(pretrained.config, pretrained.shape)
-    load = (LOAD_ENCODER if pretrained.shape.family.has_encoder else LOAD_DECODER).format(file=path.name)
-    how_to_load = HOW_TO_LOAD_GGUF.format(file=path.name, dtype=dtype, precision=precision, arch=arch, load=load)
+    template = (LOAD_GGUF_ENCODER if pretrained.shape.family.has_encoder else LOAD_GGUF).read_text(encoding="utf-8")
+    how_to_load = template.format(file=path.name, dtype=dtype, precision=precision, arch=arch)
     copy_model_card(model, folder, how_to_load + "".join(f"\n{remark}\n" for remark in remarks))
     shutil.rmtree(scratch, ignore_errors=True)
     return remarks
