@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
 from gguf.constants import MODEL_ARCH_NAMES
+from gguf.quants import quant_shape_to_byte_shape
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.gguf_architecture import Architecture, architecture_of, attention_interval
@@ -151,8 +152,9 @@ def _add_rope(
 
 def _write(writer: GGUFWriter, pretrained: PretrainedModel, tensors: list[GgufTensor], factors: Array | None) -> None:
     for tensor in tensors:
+        nbytes = math.prod(quant_shape_to_byte_shape(tensor.shape, tensor.type))
         # The data type matters only without a raw type.
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, tensor.type)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     writer.write_header_to_file()

@@ -94,12 +94,10 @@ DELTA = Architecture(
     partial=True,
     delta=True,
 )
-LATENT_NUMBERS = {"q_lora_rank": "add_q_lora_rank", "kv_lora_rank": "add_kv_lora_rank"}
+LATENT_NUMBERS = MOE_NUMBERS | {"q_lora_rank": "add_q_lora_rank", "kv_lora_rank": "add_kv_lora_rank"}
 LATENT = Architecture(
     MODEL_ARCH.DEEPSEEK2,
-    numbers=MOE_NUMBERS
-    | LATENT_NUMBERS
-    | {"n_group": "add_expert_group_count", "topk_group": "add_expert_group_used_count"},
+    numbers=LATENT_NUMBERS | {"n_group": "add_expert_group_count", "topk_group": "add_expert_group_used_count"},
     ropes=("default", "yarn"),
     only={"rope_interleave": True, "rms_norm_eps": 1e-6},  # the norms of latents have that epsilon
     gating=ExpertGatingFuncType.SIGMOID,
@@ -174,7 +172,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm4_moe_lite": replace(LATENT, ropes=("default",), only={"rope_interleave": True}),
     "deepseek_v2": replace(
         LATENT,
-        numbers=MOE_NUMBERS | LATENT_NUMBERS,
+        numbers=LATENT_NUMBERS,
         only={"topk_method": "greedy", "norm_topk_prob": False, "rms_norm_eps": 1e-6},
         gating=ExpertGatingFuncType.SOFTMAX,
     ),

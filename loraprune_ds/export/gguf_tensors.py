@@ -27,7 +27,6 @@ from loraprune_ds.model.shape import ModelShape
 
 Array = np.ndarray[Any, Any]
 Precision = Literal["f16", "q8_0"]
-MATRIX_TYPES = {"f16": GGMLQuantizationType.F16, "q8_0": GGMLQuantizationType.Q8_0}
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 RELATIVE_BIAS = ".attn_rel_b"
 ROUTER, SHARED_GATE = ".ffn_gate_inp", ".ffn_gate_inp_shexp"
@@ -88,11 +87,6 @@ class GgufTensor:
     value_heads: ValueHeads | None = None
     decay: bool = False  # llama.cpp has -exp(value)
 
-    @property
-    def nbytes(self) -> int:
-        block, block_bytes = GGML_QUANT_SIZES[self.type]
-        return math.prod(self.shape) // block * block_bytes
-
 
 def plan_tensors(
     architecture: Architecture, config: Any, shape: ModelShape, precision: Precision, where: str
@@ -128,14 +122,11 @@ def plan_tensors(
                     decay=source.endswith(A_LOG),
                 )
             )
-    return _with_scaled_head(tensors, shape) if getattr(config, "scale_decoder_outputs", False) else tensors
-
-
-def _with_scaled_head(tensors: list[GgufTensor], shape: ModelShape) -> list[GgufTensor]:
-    """Puts the scale of the decoder's outputs into the head, which is then untied from the embedding."""
-    named = {tensor.name: tensor for tensor in tensors}
-    head = replace(named.get(OUTPUT, named[EMBEDDING]), name=OUTPUT, factor=shape.hidden_size**-0.5)
-    return list((named | {OUTPUT: head}).values())
+    if getattr(config, "scale_decoder_outputs", False):  # the head has that scale, untied from the embedding
+        named = {tensor.name: tensor for tensor in tensors}
+        head = replace(named.get(OUTPUT, named[EMBEDDING]), name=OUTPUT, factor=shape.hidden_size**-0.5)
+        tensors = list((named | {OUTPUT: head}).values())
+    return tensors
 
 
 def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
@@ -209,9 +200,8 @@ def _latent_parts(prefix: str, spec: TensorSpec, keys: int) -> Iterator[SourcePa
 def _fused_parts(names: list[str], rows: list[int], columns: tuple[int, ...]) -> Iterator[SourcePart]:
     start = 0
     for name, count in zip(names, rows, strict=True):
-        part = SourcePart(name, (count, *columns), start)
-        yield part
-        start += math.prod(part.shape)
+        yield SourcePart(name, (count, *columns), start)
+        start += count * math.prod(columns)
 
 
 def _expert_parts(prefix: str, spec: TensorSpec, in_turn: bool) -> Iterator[SourcePart]:
@@ -240,6 +230,6 @@ def _type(name: str, size: tuple[int, ...], precision: Precision) -> GGMLQuantiz
     """Returns the type that stores a tensor: fp32 for vectors, routers, convolutions and small biases."""
     if len(size) == 1 or any(x in name for x in (ROUTER, RELATIVE_BIAS, *CONVOLUTIONS)) or name.endswith(".bias"):
         return GGMLQuantizationType.F32
-    matrix_type = MATRIX_TYPES[precision]
+    matrix_type = GGMLQuantizationType[precision.upper()]
     block, _ = GGML_QUANT_SIZES[matrix_type]
     return matrix_type if size[-1] % block == 0 else GGMLQuantizationType.F16

@@ -145,14 +145,9 @@ def _byte_level(fast: dict[str, Any], pre_tokenizer: list[dict[str, Any]], path:
     if fast["model"]["type"] != "BPE" or pre is None or normalizer not in ([], ["NFC"]):
         raise UserError(f"{path}: llama.cpp has no name for the way this tokenizer prepares text; {FORMATS_LEFT}")
     tokens, pairs = _tokens_and_merges(fast["model"])
-    return Vocabulary(
-        "gpt2",
-        pre,
-        tokens,
-        [int(TokenType.NORMAL)] * len(tokens),
-        merges=[" ".join(pair) for pair in pairs],
-        remarks=[NOT_COMPOSED] if normalizer else [],
-    )
+    types, merges = [int(TokenType.NORMAL)] * len(tokens), [" ".join(pair) for pair in pairs]
+    remarks = [NOT_COMPOSED] if normalizer else []
+    return Vocabulary("gpt2", pre, tokens, types, merges=merges, remarks=remarks)
 
 
 def _unigrams(fast: dict[str, Any], path: Path) -> Vocabulary:
