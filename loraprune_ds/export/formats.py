@@ -156,10 +156,8 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
     copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
     adapter.mkdir()
     write_adapter(step, adapter)
-    exported = step.exported
-    trust = ", trust_remote_code=True" if exported.trust_remote_code else ""
     # A finished run has a fuller model card than its checkpoint.
-    how_to_load = LOAD_ADAPTER.read_text(encoding="utf-8").format(trust=trust, auto_class=exported.auto_class)
+    how_to_load = LOAD_ADAPTER.read_text(encoding="utf-8").format(exported=step.exported)
     copy_model_card(source.model or base, folder, how_to_load)
     return remarks
 

@@ -104,26 +104,23 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
     """Writes README.md of the exported model in `folder`."""
     from loraprune_ds.export.gguf_architecture import architecture_name  # only writing a card loads gguf
 
-    dense, pruned, trust = card.dense, card.pruned, exported.trust_remote_code
-    architecture = architecture_name(exported.config, pruned)
+    architecture = architecture_name(exported.config, card.pruned)
     llama_cpp = f"as architecture `{architecture}`, by an export to GGUF" if architecture else "not supported"
     text = TEMPLATE.read_text(encoding="utf-8").format(
         card=card,
         exported=exported,
-        dtype=exported.config["dtype"],
         asked=format_percent(card.asked),
-        total=_removed(dense.total_numel(), pruned.total_numel()),
-        linear=_removed(dense.linear_numel(), pruned.linear_numel()),
+        total=_removed(card.dense.total_numel(), card.pruned.total_numel()),
+        linear=_removed(card.dense.linear_numel(), card.pruned.linear_numel()),
         perplexity_dense=_perplexity(card.perplexity_dense),
         perplexity_pruned=_perplexity(card.perplexity_pruned),
-        others=TITLES[pruned.kinds[-1]],
+        others=TITLES[card.pruned.kinds[-1]],
         llama_cpp=llama_cpp,
-        layers="\n".join(_layer_rows(pruned)),
-        trust=", trust_remote_code=True" if trust else "",
+        layers="\n".join(_layer_rows(card.pruned)),
         task=TASKS[exported.auto_class],
         variable="processor" if exported.multimodal else "tokenizer",
         tokenizer="AutoProcessor" if exported.multimodal else "AutoTokenizer",
-        remark=REMARK.format(file=exported.modelling_file) if trust else IMAGES * exported.multimodal,
+        remark=REMARK.format(file=exported.modelling_file) if exported.trust else IMAGES * exported.multimodal,
     )
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 

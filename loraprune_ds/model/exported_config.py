@@ -36,8 +36,9 @@ class ExportedConfig:
     multimodal: bool = False  # with the tower of the source
 
     @property
-    def trust_remote_code(self) -> bool:
-        return self.modelling_file is not None
+    def trust(self) -> str:
+        """The last argument of `from_pretrained`, which allows the modelling file, if any."""
+        return ", trust_remote_code=True" if self.modelling_file else ""
 
     @property
     def auto_class(self) -> str:
@@ -46,8 +47,7 @@ class ExportedConfig:
     @property
     def loader(self) -> str:
         """The line of Python that loads the model from `folder`."""
-        trust = ", trust_remote_code=True" if self.trust_remote_code else ""
-        return f'{self.auto_class}.from_pretrained(folder, dtype="auto"{trust})'
+        return f'{self.auto_class}.from_pretrained(folder, dtype="auto"{self.trust})'
 
 
 def auto_class(config: dict[str, Any]) -> str:

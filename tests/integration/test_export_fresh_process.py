@@ -84,7 +84,7 @@ def run_stranger(exports: list[Exported], root: Path) -> None:
     job = {
         "prompt": str(root / "prompt.safetensors"),
         "folders": [str(export.folder) for export in exports],
-        "trusted": [str(export.folder) for export in exports if export.config.trust_remote_code],
+        "trusted": [str(export.folder) for export in exports if export.config.modelling_file],
         "texts": TEXTS,
     }
     ask_stranger(LOOK + STRANGER, json.dumps(job), folder=root)
