@@ -135,12 +135,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def read_json(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
+def read_json(path: Path, *, unique_keys: bool = False, missing_ok: bool = False) -> dict[str, Any]:
     """Reads a JSON file that must hold one object. With `unique_keys`, a key given twice is an error.
+
+    With `missing_ok`, a missing file counts as an empty object.
 
     Raises:
         UserError: the file is missing, unreadable or holds no object. The message names it.
     """
+    if missing_ok and not path.is_file():
+        return {}
     require(path.is_file(), f"{path} does not exist")
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique if unique_keys else None)

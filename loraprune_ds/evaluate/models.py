@@ -45,8 +45,7 @@ class PruningResult:
     @property
     def kept_groups(self) -> list[dict[str, Any]] | None:
         """The layers of kept_groups.json. None for an export without its run."""
-        path = self.run / records.KEPT_GROUPS_FILE
-        return read_json(path).get("layers") if path.is_file() else None
+        return read_json(self.run / records.KEPT_GROUPS_FILE, missing_ok=True).get("layers")
 
     def load_model(self, **options: Any) -> PreTrainedModel:
         """Loads the model with its tower, with `options` for `from_pretrained`. No code in its folder runs."""

@@ -90,7 +90,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab_size: int) -> list[str
 def read_vocabulary(folder: Path) -> Vocabulary:
     """Reads `tokenizer.json` or `tokenizer.model`. Raises UserError if llama.cpp cannot do the same."""
     path = folder / "tokenizer.json"
-    fast = read_json(path) if path.is_file() else {}
+    fast = read_json(path, missing_ok=True)
     pre_tokenizer = _steps(fast.get("pre_tokenizer"), "pretokenizers")
     if any(step["type"] == "ByteLevel" for step in pre_tokenizer):
         return _byte_level(fast, pre_tokenizer, path)

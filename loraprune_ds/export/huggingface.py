@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -129,7 +129,7 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
         copy_named(dense, folder, PROCESSOR_FILES)
         drop_auto_maps(folder)
     elif has_tokenizer(folder):
-        is_text_part = _read_if_there(dense / "config.json").get("model_type") in MULTIMODAL
+        is_text_part = read_json(dense / "config.json", missing_ok=True).get("model_type") in MULTIMODAL
         if exported.renamed or is_text_part:  # the class has another model type
             _pin_tokenizer(dense, folder)
     write_json(folder / "config.json", exported.config)
@@ -176,12 +176,12 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     is_alone = sentencepiece and not (source / "tokenizer.json").is_file()
     if is_alone:
         load_tokenizer(source).save_pretrained(out)
-    names_code = AUTO_MAP in _read_if_there(out / TOKENIZER_CONFIG)
+    names_code = AUTO_MAP in read_json(out / TOKENIZER_CONFIG, missing_ok=True)
     # Without the class name AutoTokenizer may choose another class.
     if is_alone or (names_code and has_tokenizer(out)):
         _pin_tokenizer(source, out)
     drop_auto_maps(out)
-    config = _read_if_there(out / TOKENIZER_CONFIG)
+    config = read_json(out / TOKENIZER_CONFIG, missing_ok=True)
     portable = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         portable["tokenizer_class"] = PORTABLE_CLASS
@@ -208,11 +208,7 @@ def _pin_tokenizer(source: Path, out: Path) -> None:
         "padding_side": tokenizer.padding_side,
         "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
     }
-    write_json(out / TOKENIZER_CONFIG, _read_if_there(out / TOKENIZER_CONFIG) | settings)
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    write_json(out / TOKENIZER_CONFIG, read_json(out / TOKENIZER_CONFIG, missing_ok=True) | settings)
 
 
 MTP_FILE = "mtp.safetensors"

@@ -156,8 +156,7 @@ def _load_llama(folder: Path) -> PreTrainedTokenizerBase:
         SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
     except RuntimeError as error:
         raise UserError(f"{folder / SENTENCEPIECE_FILE} is damaged: {error}") from None
-    path = folder / TOKENIZER_CONFIG
-    saved = read_json(path) if path.is_file() else {}
+    saved = read_json(folder / TOKENIZER_CONFIG, missing_ok=True)
     settings: dict[str, Any] = {"add_bos_token": saved.get("add_bos_token") is not False}
     # Early conversions of LLaMA have empty names, which make transformers recurse without end.
     settings |= {key: token for key, token in LLAMA_SPECIAL_TOKENS.items() if saved.get(key) == ""}
