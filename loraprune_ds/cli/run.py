@@ -137,9 +137,8 @@ def join_ranks() -> "Communicator":
         quiet_deepspeed()
         import loraprune_ds.train.run  # noqa: F401  # reports a missing package before other ranks wait
     except ImportError as error:  # or DeepSpeed lacks a private module
-        raise UserError(
-            f"{error}; install the versions that pyproject.toml names, as launch/quickstart.sh does"
-        ) from None
+        versions = "install the versions that pyproject.toml names, as launch/quickstart.sh does"
+        raise UserError(f"{error}; {versions}") from None
     return start_ranks()
 
 

@@ -58,12 +58,6 @@ class PruningCheckpoint:
     state: PruningState
     dense: ModelShape
 
-    def check(self, steps: int, seed: int) -> None:
-        """Raises UserError if steps or seed of a training differ, because it would then make other cuts."""
-        state = self.state
-        require(state.steps == steps, f"the checkpoint's schedule has {state.steps} steps, not {steps}")
-        require(state.seed == seed, f"the checkpoint's seed is {state.seed}, not {seed}")
-
     def restore(self, pruner: Pruner) -> History:
         """Restores the pruner of a model that has been cut. Returns the records so far."""
         state, folder = self.state, self.folder / FOLDER
@@ -131,9 +125,8 @@ def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState
     except (KeyError, TypeError):
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None
     ranks, defaults, saved = state.world_size, asdict(PruneConfig()), asdict(state.prune)
-    require(
-        ranks == comm.world_size, f"{folder} was saved by {ranks} ranks, so DeepSpeed needs {ranks} ranks to load it"
-    )
+    needed = f"{folder} was saved by {ranks} ranks, so DeepSpeed needs {ranks} ranks to load it"
+    require(ranks == comm.world_size, needed)
     different = [  # settings with their default value come from the checkpoint
         key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])
     ]

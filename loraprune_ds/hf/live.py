@@ -186,10 +186,8 @@ def check_model(model: PeftModel, shape: ModelShape) -> None:
     """
     family = shape.family
     refuse_mixture(family, shape.model_type)
-    shared = (
-        f"the layers of a {shape.model_type} share one bias, so their heads cannot differ; pass unshare_bias(model)"
-    )
-    require(family.shared_bias is None, f"{shared} to get_peft_model")
+    shared = f"the layers of a {shape.model_type} share one bias, so their heads cannot differ"
+    require(family.shared_bias is None, f"{shared}; pass unshare_bias(model) to get_peft_model")
     optimized: Any = torch._dynamo.OptimizedModule
     compiled = any(isinstance(m, optimized) or m._compiled_call_impl is not None for m in model.modules())
     require(not compiled, "a model compiled by torch.compile keeps the sizes from before a cut")

@@ -87,8 +87,10 @@ class Pruning:
         sinks: Sequence[records.Sink] = (),
     ) -> None:
         """Checks the model and attaches to it. Collective."""
-        if checkpoint:
-            checkpoint.check(steps, seed)
+        saved = checkpoint and checkpoint.state
+        if saved:  # with others the training would make other cuts
+            require(saved.steps == steps, f"the checkpoint's schedule has {saved.steps} steps, not {steps}")
+            require(saved.seed == seed, f"the checkpoint's seed is {saved.seed}, not {seed}")
         zero, peft_model = find_zero_optimizer(optimizer), find_peft_model(model)
         ds_config = ds_config or getattr(model, "config", None)
         if isinstance(ds_config, dict):
@@ -99,8 +101,8 @@ class Pruning:
         self.pruner = Pruner(self.model, plan_pruning(*resolve(config, dense), steps), seed)
         self.dtype: Dtype = base_dtype(peft_model, dense)  # of the frozen weights
         self.steps, self.seed = steps, seed
-        self.step = checkpoint.state.step if checkpoint else 0  # the last completed step
-        self.resumed_from = [*checkpoint.state.resumed_from, self.step] if checkpoint else []
+        self.step = saved.step if saved else 0  # the last completed step
+        self.resumed_from = [*saved.resumed_from, self.step] if saved else []
         history, is_first = checkpoint.restore(self.pruner) if checkpoint else records.History(), self.model.rank == 0
         if is_first:
             warn_of_rounded_gradients(reduced_dtypes(zero))
