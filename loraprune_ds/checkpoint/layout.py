@@ -100,9 +100,7 @@ def write_status(folder: Path, status: Status) -> None:
 def read_status(folder: Path) -> Status | None:
     """Reads the status of the folder's run, if any. Raises UserError, and CheckpointMismatch for another format."""
     path = folder / STATUS_FILE
-    if not path.exists():
-        return None
-    return read_record(path, Status)
+    return read_record(path, Status) if path.exists() else None
 
 
 @dataclass(frozen=True)

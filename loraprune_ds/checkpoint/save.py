@@ -3,8 +3,8 @@
 import os
 import shutil
 from collections.abc import Callable, Container, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from safetensors.torch import save_file
@@ -25,7 +25,7 @@ from loraprune_ds.zero.params import collect_stored
 from loraprune_ds.zero.sharded import ShardedModel
 
 
-class Staging:
+class Staging(AbstractContextManager["Staging"]):
     """Builds one folder that all ranks fill in parallel. Construction and `publish` are collective.
 
     Its files are removed if a `with` block fails.
@@ -40,12 +40,7 @@ class Staging:
         empty_cache()  # torch may hold memory that NCCL needs for the gathers
         self._writes.do_on_rank_0(lambda: begin_folder(target, self._mark))
 
-    def __enter__(self) -> "Staging":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None and self._comm.rank == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -49,14 +49,9 @@ class RunContext:
     def folder(self) -> Path:
         return Path(self.config.output_dir)
 
-    @property
-    def resumed_from(self) -> list[int]:
-        """The steps at which the run was resumed."""
-        return [*self.checkpoint.state.resumed_from, self.checkpoint.state.step] if self.checkpoint else []
-
     def stop_requested(self) -> bool:
         """Checks for requests to stop outside of steps, and honours one. Returns True if there was one. Collective."""
-        if self.requests.agree(self.comm) != STOP:
+        if max(self.comm.gather_objects(self.requests.current())) != STOP:
             return False
         self.check_owner()  # the file may address the other process
         self.requests.clear(STOP)
@@ -130,6 +125,7 @@ def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner,
     """Publishes `step-{step}`, then removes files that no later start needs. Collective."""
     root, config, prepared = context.folder / CHECKPOINTS_FOLDER, context.config, context.prepared
     model, saved, (schedule, loss_scale) = engine.model, pruner.state(), engine.counters()
+    earlier = context.checkpoint and context.checkpoint.state
     state = RunState(
         step=step,
         totals=totals,
@@ -138,7 +134,7 @@ def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner,
         config=config.to_dict(),
         data=prepared.data,
         asked=prepared.pruning.schedule.section(step).ratio,
-        resumed_from=context.resumed_from,
+        resumed_from=[*earlier.resumed_from, earlier.step] if earlier else [],
         accelerator=device_name(),
         peak_bytes=model.comm.gather_objects(peak_bytes()),
     )

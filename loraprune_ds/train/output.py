@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from traceback import format_exception_only
-from types import TracebackType
 from typing import Any, Literal
 
 import yaml
@@ -163,9 +162,8 @@ class OutputFolder:
             raise UserError(f"output_dir {self.path} is not empty and holds no run; {CHOOSE}")
 
     def _check_resume(self, path: Path | None) -> None:
-        if not any(
-            (self.path / name).exists() for name in (CONFIG_FILE, layout.STATUS_FILE, layout.CHECKPOINTS_FOLDER)
-        ):
+        files_of_a_run = (CONFIG_FILE, layout.STATUS_FILE, layout.CHECKPOINTS_FOLDER)
+        if not any((self.path / name).exists() for name in files_of_a_run):
             self._refuse_foreign()
         elif path is not None and not path.is_relative_to(self.path.resolve()):
             raise UserError(f"output_dir {self.path} holds a run already, so it cannot resume from {path}; {GO_ON}")
@@ -212,8 +210,7 @@ class RunStatus:
 
     def __init__(self, folder: Path, steps: int, *, first: int, mark: str, rank: int = 0, ranks: int = 1) -> None:
         self.folder, self.steps = folder, steps
-        self.step = first
-        self.mark = mark
+        self.step, self.mark = first, mark
         self._rank, self._ranks = rank, ranks
 
     def __enter__(self) -> "RunStatus":
@@ -242,9 +239,7 @@ class RunStatus:
         if self._rank == 0:
             self._write(state, error)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is None or (self._rank > 0 and is_shared(error)):
             return
         recorded = self._recorded()

@@ -213,9 +213,6 @@ def measure_model(context: RunContext) -> str | None:
     )
     context.check_owner()
 
-    def report() -> None:
-        recorder.show_pictures(write_results(folder, outcome))
-
     def name() -> None:
         write_model_card(exported, card_of_step(checkpoint, measured.windows, measured.perplexity), checkpoint.exported)
         fail_point("finish.before_rename")
@@ -223,7 +220,7 @@ def measure_model(context: RunContext) -> str | None:
         flush(folder)
         fail_point("finish.after_rename")
 
-    context.comm.on_rank_0(report)
+    context.comm.on_rank_0(lambda: recorder.show_pictures(write_results(folder, outcome)))
     context.check_owner()  # if this process stood still, another one has renamed the folder by now
     if not is_named:
         context.comm.on_rank_0(name)

@@ -15,8 +15,6 @@ from typing import Any
 
 import psutil
 
-from loraprune_ds.ranks import Ranks
-
 NOTHING, SAVE, STOP = 0, 1, 2
 STOP_FILE = "STOP"
 SAVE_FILE = "SAVE"
@@ -55,10 +53,6 @@ class RequestListener:
             return STOP
         files = ((STOP, STOP_FILE), (SAVE, SAVE_FILE)) if self._watches_files else ()
         return next((request for request, name in files if (self._folder / name).exists()), NOTHING)
-
-    def agree(self, comm: Ranks) -> int:
-        """Returns the largest request of all ranks. Collective."""
-        return max(comm.gather_objects(self.current()))
 
     def clear(self, honoured: int) -> None:
         """Removes the files of an honoured request. A file that came during the save stays for the next step."""

@@ -55,10 +55,7 @@ class RowFormat(NamedTuple):
 def _documents(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
     key = f"{source.section}.format"
     require(starts.target is None, f"{key} text: an encoder needs sources with targets; use {key} seq2seq")
-
-    def read(row: TextRow) -> str:
-        return _text_of(row, source.text_field)
-
+    read = partial(_text_of, field=source.text_field)
     return RowFormat(read, read)
 
 
