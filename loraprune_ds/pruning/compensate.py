@@ -225,11 +225,9 @@ def numel_sent(n: int) -> int:
 
 def _views(half: Tensor, n: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields the rows, columns and values of each tile of a flat half."""
-    position = 0
-    for rows, columns in _tiles(n):
-        height, width = rows.stop - rows.start, n - rows.start
-        yield rows, columns, half[position : position + height * width].view(height, width)
-        position += height * width
+    sizes = [(rows.stop - rows.start) * (n - rows.start) for rows, _ in _tiles(n)]
+    for (rows, columns), tile in zip(_tiles(n), torch.split(half, sizes), strict=True):
+        yield rows, columns, tile.view(-1, n - rows.start)
 
 
 def half_of_product(x: Tensor) -> Tensor:

@@ -116,10 +116,6 @@ class Schedule:
         """Returns the last step of each of `prune.sizes`, with its name."""
         return {section.last: section.size.name for section in self.sections if section.size.name}
 
-    def is_size(self, step: int) -> bool:
-        """Returns True if a size ends at this step, and others follow."""
-        return any(section.last == step for section in self.sections[:-1])
-
     def cycles(self) -> list[int]:
         """Lists the lengths of the learning rate's cycles: the cuts and the recovery of each section."""
         parts = [n for x in self.sections for n in (x.recovery - x.first, x.last - x.recovery)]

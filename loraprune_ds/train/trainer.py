@@ -201,7 +201,7 @@ class TrainingLoop:
         every = self.config.evaluate.every
         if step == self._schedule.last_cut:
             self._evaluate(step, "after_last_cut")
-        elif self._schedule.is_size(step):
+        elif step in [section.last for section in self._schedule.sections[:-1]]:  # the export of the last is measured
             self._evaluate(step, "size")
         elif every is not None and step % every == 0:
             self._evaluate(step, "step")
