@@ -66,10 +66,8 @@ def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
     cut = [i for i in range(len(after.layers)) if before.counts[i] != after.counts[i]]
     lora = sum(request.shard_numel(before.layers[i].lora_numel(request.config.lora.r)) for i in cut)
     frozen = sum(request.shard_bytes(request.stored_as(*before.layers[i].tensors)) for i in cut)
-    sent = frozen + (12 + request.element_size) * lora
-    for i, linear in request.measured(before):  # to the owner and back
-        if i in cut:
-            sent += 2 * full_bytes(request.stored_as(linear))
+    refitted = full_bytes(request.stored_as(*(linear for i, linear in request.measured(before) if i in cut)))
+    sent = frozen + (12 + request.element_size) * lora + 2 * refitted  # to the owner and back
     return _cost(request, {"cut": sent if request.world_size > 1 else 0}, 0)
 
 
@@ -78,7 +76,7 @@ def all_steps(request: Request, final: ModelShape) -> Total:
     prune, schedule, total = request.config.prune, request.pruning.schedule, Total(0, 0, 0)
     kinds: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
     known = {kind: [step_cost(request, x, kind).total for x in (request.shape, final)] for kind in kinds}
-    for n in range(1, request.steps + 1):
+    for n in range(1, request.pruning.steps + 1):
         measures = prune.compensate != "none" and schedule.precedes_cut(n, prune.compensate_steps)
         gone = schedule.target(n - 1) / schedule.ratio
         first, last = known[schedule.is_scored(n), measures]
@@ -111,18 +109,14 @@ def _cost(request: Request, sent: dict[str, int], operations: float) -> Cost:
     )
 
 
-def _attention_product(request: Request, shape: ModelShape) -> float:
-    """Returns the operations per token of one attention product, over half a window, or all of it if eager."""
-    return attention_product(shape, request.config.data.window) / (1 if request.batch(1, 1).eager else 2)
-
-
 def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> float:
     """Returns the operations of a step per token. A multiply-add is two."""
     again = request.config.train.gradient_checkpointing
+    window, part = request.config.data.window, 1 if request.batch(1, 1).eager else 2  # eager attends to all of it
     per_token = (4 + 2 * again) * active_numel(shape)  # LoRA's own products are below 1 %
-    per_token += (7 + 2 * again) * _attention_product(request, shape) + 4 * shape.vocab_size * shape.hidden_size
+    per_token += (7 + 2 * again) * attention_product(shape, window) / part + 4 * shape.vocab_size * shape.hidden_size
     if kind[1]:
         per_token += sum(2 * numel_sent(x.matrix[1]) for _, x in request.measured(shape))
     if request.taught:
-        per_token += 2 * active_numel(request.shape) + 2 * _attention_product(request, request.shape)
+        per_token += 2 * active_numel(request.shape) + 2 * attention_product(request.shape, window) / part
     return per_token / len(shape.layer_lists)  # a token passes either the encoder or the decoder

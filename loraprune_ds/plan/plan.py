@@ -177,7 +177,7 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         "costs": {name: asdict(getattr(plan, name)) | getattr(plan, name).total._asdict() for name in COSTS},
         "in_all": plan.in_all._asdict(),
         "disk_bytes": {"checkpoint": plan.checkpoint_bytes},
-        "steps": request.steps,
+        "steps": request.pruning.steps,
         "cuts": len(request.pruning.schedule.cut_steps),
         "ratio": request.pruning.schedule.ratio,
         "target": describe_target(prune, request.shape, plan.final),

@@ -67,10 +67,6 @@ class Request:
     samples: int | None = None  # in the training data, if known
 
     @property
-    def steps(self) -> int:
-        return self.pruning.steps
-
-    @property
     def steps_known(self) -> bool:
         return self.config.train.steps is not None or self.samples is not None
 
@@ -92,7 +88,7 @@ class Request:
 
     @cached_property
     def fetch(self) -> DeepSpeedZeroConfig:
-        """DeepSpeed's settings for gathers, in elements. `zero_hpz_partition_size` ranks share a second copy."""
+        """DeepSpeed's settings of ZeRO, in elements. `zero_hpz_partition_size` ranks share a second copy."""
         return zero_settings(self.ds_config)
 
     def measured(self, shape: ModelShape) -> list[tuple[int, TensorSpec]]:
@@ -137,13 +133,9 @@ class Request:
         group = self.fetch.zero_hpz_partition_size
         return self.shard_bytes(tensors) * (self.world_size // group) if group > 1 else 0
 
-    @property
-    def zero(self) -> dict[str, Any]:
-        return self.ds_config["zero_optimization"]
-
     def offloads(self, what: str, *, pinned: bool = False) -> bool:
         """Returns True if "optimizer" or "param" is in host memory, and page-locked if `pinned`."""
-        section = self.zero.get(f"offload_{what}") or {}
+        section = self.ds_config["zero_optimization"].get(f"offload_{what}") or {}
         return section.get("device") == "cpu" and (not pinned or bool(section.get("pin_memory")))
 
     def shape_at(self, step: int) -> ModelShape:
@@ -226,5 +218,6 @@ def changed(request: Request, cluster: Cluster | None = None, **sections: dict[s
     zero, where = sections.pop("deepspeed", {}), cluster or request.cluster
     config = config_from_dict(merge(request.config.to_dict(), sections))
     new = build_request(request.model, request.source, request.shape, config, where, samples=request.samples)
-    new.zero.update({key: value for key, value in request.zero.items() if key != HPZ} | zero)
+    kept = {key: value for key, value in request.ds_config["zero_optimization"].items() if key != HPZ}
+    new.ds_config["zero_optimization"].update(kept | zero)
     return new

@@ -46,7 +46,7 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
     if request.int8:  # the export is not int8. It is evaluated after the run's model was freed
         stock = changed(request, model={"frozen": None})
-        shape = stock.shape_at(stock.steps)
+        shape = stock.shape_at(stock.pruning.steps)
         weights = {"weights": stock.shard_bytes(stock.stored(shape))}
         stages.append(Stage("exported", weights, {"evaluation": _evaluation(stock, shape)}, {}))
     return stages
@@ -60,14 +60,16 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
     written = request.element_size * max(embedding, *(layer.numel for layer in shape.layers))
     stepping = 0 if request.offloads("optimizer") else 8 * request.lora_shards(shape)
     passes = {
-        "training": _training(request, shape),
+        "training": _training(request, shape) | (_observing(request, shape) if scores else {}),
         "optimizer step": {"optimizer_temporaries": stepping},
         "scoring": _scoring(request, shape) if scores else {},
         "evaluation": _evaluation(request, shape),
-        **({"teacher's pass": _teaching(request)} if request.taught else {}),
     }
-    if scores:
-        passes["training"] |= _observing(request, shape)
+    if request.taught:
+        batch = request.batch(request.config.train.micro_batch_size, request.config.data.window)
+        targets = batch.tokens * request.shape.hidden_size * request.element_size
+        dense_pass = _forward_pass(request, request.shape, batch, prefetches=True)
+        passes["teacher's pass"] = dense_pass | {"targets": targets}
     copies = {"second_copy_of_lora": request.second_copies(factors)}
     phases = {phase: terms | copies for phase, terms in passes.items()}
     phases["export"] = {"layer_on_its_writer": 2 * written}
@@ -88,7 +90,7 @@ def split_state(
         "lora_masters": 4 * lora,  # fp32, like moments, gradients and the bucket
         "lora_moments": 8 * lora if stepped else 0,
         "lora_gradients": 4 * lora,
-        "reduce_bucket": 4 * int(request.zero["reduce_bucket_size"]),
+        "reduce_bucket": 4 * request.fetch.reduce_bucket_size,
     }
     if copies := request.second_copies(frozen):
         terms["second_copy"] = copies
@@ -167,13 +169,6 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
         module = max(module, full_bytes(request.stored_as(x)) + e * sum(x.lora_numel(r)))
         dequantised = max(dequantised, request.int8 * e * x.numel // x.matrices)
     return layer, module, dequantised
-
-
-def _teaching(request: Request) -> Terms:
-    """Returns the terms of the teacher's pass over a micro-batch."""
-    batch = request.batch(request.config.train.micro_batch_size, request.config.data.window)
-    targets = batch.tokens * request.shape.hidden_size * request.element_size
-    return _forward_pass(request, request.shape, batch, prefetches=True) | {"targets": targets}
 
 
 def _cut(request: Request, before: ModelShape, after: ModelShape) -> Stage:

@@ -62,7 +62,7 @@ def rank_main(rank: int, world_size: int, case: Case, folder: Path) -> None:
 def peaks(request: Request, ranks: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
     """Returns (planned, measured) bytes of the largest peak before and after the cut, over all ranks and steps."""
     found = {}
-    sides = {"before": (request.shape, True), "after": (request.shape_at(request.steps), False)}
+    sides = {"before": (request.shape, True), "after": (request.shape_at(request.pruning.steps), False)}
     for (when, (shape, scores)), numbers in zip(sides.items(), ((0, 1), (2, 3)), strict=True):
         planned, resident = planned_peak(request, shape, scores=scores), training_stage("", request, shape).resident
         both = [(planned + beside(rank, n, resident), rank["steps"][n]["peak_rss"]) for rank in ranks for n in numbers]

@@ -85,7 +85,7 @@ def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: 
     unknown = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128)
     assert any("--samples" in note for note in notes(make_plan(unknown)))
     planned = build_request("small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=samples)
-    assert (planned.steps, planned.steps_known) == (steps, True)
+    assert (planned.pruning.steps, planned.steps_known) == (steps, True)
     must_name("--samples", build_request, "small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=5)
 
 
