@@ -274,6 +274,5 @@ def open_for_pruning(folder: Path, model: ModelConfig, *, packing: bool = False)
     """Opens the model of a run like `open_pretrained`, and checks that the run can use it."""
     pretrained = open_pretrained(folder)
     check_family(pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing)
-    if model.text_only:
-        pretrained = replace(pretrained, tower=None)
-    return replace(pretrained, weights=replace(pretrained.weights, int8=model.frozen == "int8"))
+    weights = replace(pretrained.weights, int8=model.frozen == "int8")
+    return replace(pretrained, weights=weights, tower=None if model.text_only else pretrained.tower)

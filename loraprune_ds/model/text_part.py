@@ -78,7 +78,6 @@ def in_files(tensors: Mapping[str, Tensor], shape: ModelShape, tower: Tower | No
 
     Copies of a bias that layers share are left out.
     """
-
     name_on_disk = (tower or shape.family).name_on_disk
     transposed, copies = tower is not None and tower.config["model_type"] in TRANSPOSED, shape.shared_tensors
     tensors = {name: x for name, x in tensors.items() if name not in copies}
@@ -119,11 +118,10 @@ def find_layout(stored: Collection[str], where: str) -> Layout:
 
 def text_tensors(stored: Collection[str], layout: Layout) -> dict[str, str]:
     """Maps names of the text class to the `stored` names in the weight files of a multimodal model."""
-    prefixes = dict(zip(layout, OF_TEXT, strict=True))
     return {
         text + name.removeprefix(prefix): name
         for name in stored
-        for prefix, text in prefixes.items()
+        for prefix, text in zip(layout, OF_TEXT, strict=True)
         if name.startswith(prefix)
     }
 

@@ -97,21 +97,17 @@ def token_losses(
     """
     positions = supervised_positions(labels) if supervised is None else supervised
     rows, wanted = hidden.flatten(0, 1).index_select(0, positions), labels.flatten().index_select(0, positions + 1)
-    losses = chunked_losses(rows, head, wanted, distillation)
+    differentiate = torch.is_grad_enabled() and rows.requires_grad
+    assert not (differentiate and head.weight.requires_grad), "the head is frozen, so it gets no gradient"
+    losses: Any = _ChunkedLosses.apply(rows, head, wanted, distillation, differentiate)
     batch, window = labels.shape
     every = torch.zeros(batch * (window - 1), dtype=torch.float32, device=hidden.device)
     return every.index_copy(0, positions - positions // window, losses).view(batch, window - 1)
 
 
-def chunked_losses(hidden: Tensor, head: Head, labels: Tensor, distillation: Distillation | None) -> Tensor:
-    """Computes `token_losses` of supervised tokens, from hidden states (tokens, hidden_size) and labels (tokens,)."""
-    differentiate = torch.is_grad_enabled() and hidden.requires_grad
-    assert not (differentiate and head.weight.requires_grad), "the head is frozen, so it gets no gradient"
-    losses: Any = _ChunkedLosses.apply(hidden, head, labels, distillation, differentiate)
-    return losses
-
-
 class _ChunkedLosses(torch.autograd.Function):
+    """Computes `token_losses` of supervised tokens, from hidden states (tokens, hidden_size) and labels (tokens,)."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Head, labels: Tensor, distillation: Distillation | None, differentiate: bool

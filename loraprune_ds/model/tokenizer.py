@@ -46,10 +46,9 @@ class Starts(NamedTuple):
 
 
 def text_starts(tokenizer: PreTrainedTokenizerBase, family: Family, config: dict[str, Any]) -> Starts:
-    bos = tokenizer.bos_token_id
+    bos = tokenizer.bos_token_id if family.windows_begin_with_bos else None
     assert bos is None or isinstance(bos, int)
-    target = target_start(config) if family.has_encoder else None
-    return Starts(bos if family.windows_begin_with_bos else None, target)
+    return Starts(bos, target_start(config) if family.has_encoder else None)
 
 
 def target_start(config: dict[str, Any]) -> int:

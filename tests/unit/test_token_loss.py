@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.model.logits import Distillation, Head, LogitsTransform
-from loraprune_ds.model.token_loss import IGNORE_INDEX, LossHead, chunked_losses, token_losses, with_token_losses
+from loraprune_ds.model.token_loss import IGNORE_INDEX, LossHead, token_losses, with_token_losses
 from tests.oracle.models import make_tiny_llama
 
 BATCH, WINDOW, HIDDEN, VOCAB = 3, 17, 24, 131
@@ -211,7 +211,8 @@ def test_autograd_gives_the_same(transform: LogitsTransform, temperature: float,
     head, weights = Head(weight, transform, chunk), torch.linspace(0.1, 1, TOKENS)
     student.requires_grad_()
     given = Distillation(teacher, w, temperature)
-    losses = chunked_losses(student, head, labels, given)
+    window = torch.cat([student, student[:1]])[None]  # position t predicts label t + 1
+    losses = token_losses(window, head, torch.cat([labels[:1], labels])[None], given)[0]
     (losses * weights).sum().backward()
     reference = student.detach().double().requires_grad_()
     expected = dense(reference, teacher, head, labels, w, temperature)
