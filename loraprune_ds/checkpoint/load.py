@@ -97,11 +97,12 @@ class TrainingCheckpoint:
         restore_pruner(pruner, self.resume_folder, self.state.kept, counters.updates_since_cut, counters.moment_tokens)
 
     def _layer(self, layer: int, merge: bool) -> dict[str, Tensor]:
-        tensors = self._read(name for name, _ in self.shape.layer_tensors(layer))
+        prefix, spec = self.shape.prefix(layer), self.shape.layers[layer]
+        tensors = self._read(prefix + tensor.name for tensor in spec.tensors)
         if merge:
             lora, scaling = self.lora(layer), self.config.lora.lora_alpha / self.config.lora.r
-            for linear in self.shape.layers[layer].linears:
-                name, (a, b) = f"{self.shape.prefix(layer)}{linear.name}", (f"{linear.linear}.lora_{x}" for x in "AB")
+            for linear in spec.linears:
+                name, (a, b) = prefix + linear.name, (f"{linear.linear}.lora_{x}" for x in "AB")
                 tensors[name] = merge_lora(tensors[name], lora[a], lora[b], scaling, tensors[name].dtype)
         return tensors
 

@@ -20,7 +20,7 @@ from loraprune_ds.export.huggingface import add_mtp, begin, copy_model, cut_mtp,
 from loraprune_ds.export.model_card import card_of_step, copy_model_card
 from loraprune_ds.files import write_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names, name_in_file, task_type
-from loraprune_ds.model.experts import as_in_peft, in_peft
+from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
@@ -90,7 +90,7 @@ def write_adapter(step: TrainingCheckpoint, folder: Path) -> None:
 
 def _adapter_config(lora: LoraConfig, shape: ModelShape) -> dict[str, object]:
     linears = list({linear.linear: linear for _, linear in shape.linears()}.values())
-    stacks = [in_peft(x).tensor for x in linears if x.stack]
+    stacks = [x.stock_name for x in linears if x.stack]
     # PEFT has no dropout on tensors without a module, and would take the modules of a dense MLP for experts.
     of_experts = {
         "target_modules": [x.linear for x in linears if x.runs and not x.stack],

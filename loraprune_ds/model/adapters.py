@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
-from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft, from_peft, in_peft
+from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft, from_peft
 from loraprune_ds.model.groups import Attribute, TensorSpec
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shape import ModelShape
@@ -93,7 +93,7 @@ def check_adapter(folder: Path, config: LoraConfig, shape: ModelShape) -> None:
     start = str(settings.get("init_lora_weights"))
     targets = settings.get("target_modules") or []
     named = last_names([*targets, *(settings.get("target_parameters") or [])])
-    needed = last_names(in_peft(x).tensor if x.stack else x.linear for _, x in shape.linears() if x.runs)
+    needed = last_names(x.stock_name if x.stack else x.linear for _, x in shape.linears() if x.runs)
     missing = sorted(set(needed) - set(named))
     refusals = {
         "is not a plain LoRA adapter": settings.get("peft_type") != "LORA" or any(map(settings.get, VARIANTS)),

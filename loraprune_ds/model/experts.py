@@ -16,7 +16,7 @@ still factors of that range, so only the products differ.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -192,17 +192,12 @@ def _multiply_into(
     return out
 
 
-class InPeft(NamedTuple):
-    """Names the paths of a stack inside a decoder layer, for PEFT's LoRA and for transformers' tensor."""
-
-    lora: str
-    tensor: str
-
-
-def in_peft(stack: TensorSpec) -> InPeft:
-    """Returns the paths. PEFT wraps down_proj around gate_up_proj, which is then its `base_layer`."""
-    experts, _, last = stack.linear.rpartition(".")
-    return InPeft(experts if last == "down" else f"{experts}.base_layer", f"{stack.linear}_proj")
+def _path_in_peft(linear: TensorSpec) -> str:
+    """Returns where PEFT has LoRA. It wraps down_proj around gate_up_proj, which is then its `base_layer`."""
+    if not linear.stack:
+        return linear.linear
+    experts, _, last = linear.linear.rpartition(".")
+    return experts if last == "down" else f"{experts}.base_layer"
 
 
 def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec]) -> dict[str, Tensor]:
@@ -214,9 +209,9 @@ def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec]) -> dic
     tensors: dict[str, Tensor] = {}
     for linear in linears:
         a, b = (lora[f"{linear.linear}.lora_{which}"] for which in "AB")
-        path = linear.linear
+        path = _path_in_peft(linear)
         if linear.stack:
-            path, lora_rank = in_peft(linear).lora, b.shape[1]
+            lora_rank = b.shape[1]
             of_a, of_b = a.unflatten(0, (-1, lora_rank)), b.unflatten(0, (len(a) // lora_rank, -1))
             if linear.stack.transposed:
                 of_a, of_b = of_b.transpose(1, 2), of_a.transpose(1, 2)
@@ -229,7 +224,7 @@ def from_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec], lora_ra
     """Undoes `as_in_peft`."""
     tensors: dict[str, Tensor] = {}
     for linear in linears:
-        path = in_peft(linear).lora if linear.stack else linear.linear
+        path = _path_in_peft(linear)
         a, b = (lora[f"{path}.lora_{which}"] for which in "AB")
         if linear.stack:
             of_a, of_b = a.unflatten(0, (-1, lora_rank)), b.unflatten(1, (lora_rank, -1)).permute(2, 0, 1)

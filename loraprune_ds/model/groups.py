@@ -132,6 +132,11 @@ class TensorSpec:
         return self.name.removesuffix(f".{WEIGHT}")
 
     @property
+    def stock_name(self) -> str:
+        """The name of a stack's tensor in transformers' modules."""
+        return f"{self.linear}_proj"
+
+    @property
     def kinds(self) -> frozenset[Kind]:
         return frozenset(run.kind for run in self.runs)
 
@@ -163,11 +168,6 @@ class TensorSpec:
     def loses_inputs(self) -> bool:
         """True if a cut takes inputs from it, like o_proj and down_proj. Never true of a stack of experts."""
         return bool(self.runs) and self.axis == 1
-
-    @property
-    def reads_groups(self) -> bool:
-        """True if its inputs belong to groups. To mask these inputs is to mask the groups."""
-        return self.loses_inputs or (self.stack is not None and self.stack.reads_channels)
 
     @property
     def inputs(self) -> int:
@@ -233,7 +233,7 @@ class TensorSpec:
         if self.stack is None:
             return None
         experts, (rows, columns) = self.matrices, self.matrix
-        of_one = (f"{self.linear}_proj",) if fused or transposed else self.stack.names
+        of_one = (self.stock_name,) if fused or transposed else self.stack.names
         if "{}" not in of_one[0]:
             return Pieces((prefix + of_one[0],), (experts, rows // experts, columns), transposed)
         names = tuple(prefix + name.format(i) for i in range(experts) for name in of_one)

@@ -56,8 +56,7 @@ class ModelShape:
     @cached_property
     def counts(self) -> tuple[LayerCounts, ...]:
         """The groups of each layer, 0 of a kind that it lacks."""
-        of_kinds = [[(kind, layer.counts.get(kind, 0)) for kind in self.kinds] for layer in self.layers]
-        return tuple(map(LayerCounts, of_kinds))
+        return tuple(LayerCounts((kind, layer.counts.get(kind, 0)) for kind in self.kinds) for layer in self.layers)
 
     def times(self, layer: int, kind: Kind) -> int:
         """Counts the groups of a layer for each that config.json says it has."""
@@ -90,8 +89,8 @@ class ModelShape:
         return [(i, linear) for i in layers for linear in self.layers[i].linears]
 
     def input_linears(self, layers: Iterable[int] | None = None) -> list[tuple[int, TensorSpec]]:
-        """Lists the linears whose inputs belong to groups, such as o_proj and down_proj."""
-        return [(i, linear) for i, linear in self.linears(layers) if linear.reads_groups]
+        """Lists the linears that read groups, like o_proj and down_proj. To mask their inputs is to mask the groups."""
+        return [(i, x) for i, x in self.linears(layers) if x.loses_inputs or (x.stack and x.stack.reads_channels)]
 
     def linear(self, linear_id: LinearId) -> TensorSpec:
         """Returns the weight of a linear."""
@@ -107,13 +106,10 @@ class ModelShape:
         """Yields all parameters by their names in the weight files. A tied head is the embedding."""
         embedding, *rest = self.outer
         yield embedding.name, embedding
-        for i in range(len(self.layers)):
-            yield from self.layer_tensors(i)
+        for i, layer in enumerate(self.layers):
+            prefix = self.prefix(i)
+            yield from ((prefix + tensor.name, tensor) for tensor in layer.tensors)
         yield from ((tensor.name, tensor) for tensor in rest)
-
-    def layer_tensors(self, layer: int) -> Iterator[tuple[str, TensorSpec]]:
-        prefix = self.prefix(layer)
-        return ((prefix + tensor.name, tensor) for tensor in self.layers[layer].tensors)
 
     def parameters(self) -> dict[str, Shape]:
         """Returns the shapes of all parameters by their names in the weight files."""
@@ -121,9 +117,8 @@ class ModelShape:
 
     def pieces(self, fused: bool = False, transposed: bool = False) -> dict[str, Pieces]:
         """Returns the tensors on disk of each parameter that has another name or shape there (`TensorSpec.pieces`)."""
-        layers = range(len(self.layers))
-        every = ((self.prefix(i), tensor) for i in layers for tensor in self.layers[i].tensors)
-        found = ((prefix + tensor.name, tensor.pieces(prefix, fused, transposed)) for prefix, tensor in every)
+        every = ((name, name.removesuffix(tensor.name), tensor) for name, tensor in self.tensors())
+        found = ((name, tensor.pieces(prefix, fused, transposed)) for name, prefix, tensor in every)
         return {name: pieces for name, pieces in found if pieces}
 
     @property
@@ -151,10 +146,7 @@ class ModelShape:
     @cached_property
     def group_numel(self) -> Mapping[Kind, int]:
         """The linear parameters that leave with one group of each kind, without biases."""
-        numel = dict.fromkeys(self.kinds, 0)
-        for layer in self.layers:
-            numel |= {kind: max(numel[kind], own) for kind, own in layer.group_numel.items()}
-        return numel
+        return {kind: max(layer.group_numel.get(kind, 0) for layer in self.layers) for kind in self.kinds}
 
     def lora_numel(self, rank: int) -> list[int]:
         """Returns the elements of A, then B, of each linear."""
