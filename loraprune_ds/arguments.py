@@ -11,6 +11,7 @@ from loraprune_ds.errors import UserError, leave, leave_on_error, require, tell
 COMMANDS = {  # the modules of loraprune_ds/cli
     "run": "prune a model while it is tuned",
     "plan": "estimate what a run needs",
+    "chats": "let a model write the chats that its pruned copy is tuned on",
     "evaluate": "measure a model, alone or next to the dense one",
     "export": "convert a result to the format of another tool",
     "compare": "compare results",

@@ -85,15 +85,22 @@ class Generation:
 
 
 def encode_prompts(
-    settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, path: str, most: int | None, vocab_size: int
+    settings: AnswerSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    most: int | None,
+    vocab_size: int,
+    option: str = "--answers",
+    **of_template: Any,
 ) -> list[Ids]:
     """Returns the ids of each prompt: by the chat template of the model `path`, or as plain text if it has none."""
     encoded: list[Ids] = []
+    of_template |= {"add_generation_prompt": True, "return_dict": True}
     for prompt in settings.prompts:
-        where = f"--answers: {settings.name}, row {prompt.row}"
+        where = f"{option}: {settings.name}, row {prompt.row}"
         if tokenizer.chat_template:
             with rendering(where, path, prompt.messages):
-                made: Any = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True, return_dict=True)
+                made: Any = tokenizer.apply_chat_template(prompt.messages, **of_template)
         else:
             made = tokenizer(prompt.text)
         encoded.append(list(made["input_ids"]))

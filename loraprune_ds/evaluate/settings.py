@@ -123,15 +123,15 @@ class AnswerSettings:
         require(not count or installed, "--answers with targets needs the package rouge-score: pip install rouge-score")
 
 
-def read_prompts(name: str, **settings: Any) -> AnswerSettings:
-    """Reads the file `name`, or the shipped prompts if the name is `default`. An error names the file and the row."""
+def read_prompts(name: str, option: str = "--answers", **settings: Any) -> AnswerSettings:
+    """Reads the file `name`, or the shipped prompts if the name is `default`. An error names option, file and row."""
     path = PROMPTS_FILE if name == DEFAULT_PROMPTS else Path(name)
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"--answers: {path} cannot be read: {error.strerror}") from None
-    rows = [(f"--answers: {path}, row {i}", i, line) for i, line in enumerate(data.splitlines(), 1) if line.strip()]
-    require(bool(rows), f"--answers: {path} is empty")
+        raise UserError(f"{option}: {path} cannot be read: {error.strerror}") from None
+    rows = [(f"{option}: {path}, row {i}", i, line) for i, line in enumerate(data.splitlines(), 1) if line.strip()]
+    require(bool(rows), f"{option}: {path} is empty")
     prompts = tuple(_read_row(*row) for row in rows)
     name = name if name == DEFAULT_PROMPTS else path.name
     return AnswerSettings(name, hashlib.sha256(data).hexdigest(), prompts, **settings)
