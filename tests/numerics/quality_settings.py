@@ -35,7 +35,7 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
 
     def see(key: str, module: Any, inputs: tuple[Any, ...]) -> None:
         compensator = trainer.pruner.compensator
-        if compensator is not None and compensator.moments._active:
+        if compensator is not None and compensator.moments._masks is not None:
             seen.setdefault(key, []).append(inputs[0].detach()[attention_mask[0]].clone())
 
     handles = [trainer.engine.deepspeed.register_forward_pre_hook(see_ids, with_kwargs=True)]
