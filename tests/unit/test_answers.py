@@ -157,6 +157,19 @@ def test_sampling_follows_from_the_seed_and_needs_no_dense_model(settings: Answe
     assert first.sampled.dense_perplexity is None
 
 
+def test_an_answer_of_spaces_or_special_tokens_is_empty(
+    settings: AnswerSettings, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = load(folders[0], settings)
+    space, letter = (writer.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" ", "a"))
+    special = next(i for i in writer.tokenizer.all_special_ids if i not in writer.ends)
+    texts = [space, [special], letter, [special, *letter], [], letter]
+    monkeypatch.setattr(Writer, "write", lambda *given, **how: [[*ids, END] for ids in texts])
+    (made,) = write_answers([writer], settings)
+    assert [one.empty for one in made.greedy.texts] == [True, True, False, False, True, False]
+    assert [one.ended for one in made.greedy.texts] == [not one.empty for one in made.greedy.texts]
+
+
 @torch.no_grad()
 def test_a_diverged_model_has_answers_that_are_worth_nothing(settings: AnswerSettings, folders: list[Path]) -> None:
     writers = [load(folder, settings) for folder in folders]
