@@ -104,7 +104,7 @@ def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None =
 
     def stop_requested(context: RunContext) -> bool:
         request = STOP if next(places) == between else NOTHING
-        with patch.object(RequestListener, "agree", return_value=request):
+        with patch.object(RequestListener, "current", return_value=request):
             return asked(context)
 
     stopping = patch.object(RunContext, "stop_requested", stop_requested)
