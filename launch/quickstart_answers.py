@@ -44,8 +44,8 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     folder = Path(sys.argv[1])
-    config: Any = (open_result(folder).report or {})["config"]["model"]
-    tokenizer: Any = open_result(folder).load_tokenizer()
+    result: Any = open_result(folder)
+    config, tokenizer = result.report["config"]["model"], result.load_tokenizer()
     if not tokenizer.chat_template:
         return
     named = (config["path"], str(folder))

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from loraprune_ds.errors import require
 from loraprune_ds.evaluate.answers import encode_prompts, repetition
 from loraprune_ds.evaluate.evaluation import choose_dtype
-from loraprune_ds.evaluate.models import Ids, ModelSource, Writer, find_model, load_model, sample_by_vllm
+from loraprune_ds.evaluate.models import Ids, ModelSource, Writer, end_ids, find_model, load_model, sample_by_vllm
 from loraprune_ds.evaluate.settings import AnswerSettings, Message, Prompt
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.families.base import PRUNED
@@ -179,9 +179,7 @@ class Drawer:
     def _ends(self) -> set[int]:
         """The ids that end a text, named by the model's settings or by its tokenizer."""
         own, config = self.source.pretrained.folder / "generation_config.json", self.source.pretrained.config
-        named: Any = (read_json(own) if own.is_file() else config).get("eos_token_id")
-        ends = (*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id)
-        return {token for token in ends if isinstance(token, int)}
+        return end_ids((read_json(own) if own.is_file() else config).get("eos_token_id"), self.tokenizer)
 
     @cached_property
     def _special(self) -> set[int]:

@@ -160,6 +160,12 @@ def _merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     return wrapped.merge_and_unload()
 
 
+def end_ids(named: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Returns the ids that end a text: those that a model's settings name, if any, and the tokenizer's."""
+    ids = (*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id)
+    return {token for token in ids if isinstance(token, int)}
+
+
 @dataclass(frozen=True)
 class Writer:
     """A loaded model, its tokenizer, and the ids of its prompts."""
@@ -173,9 +179,7 @@ class Writer:
     def ends(self) -> set[int]:
         """The ids that end a text, named by the model's settings or by its tokenizer."""
         settings: Any = self.model.generation_config
-        named = settings.eos_token_id if settings else None
-        ids = (*(named if isinstance(named, list) else [named]), self.tokenizer.eos_token_id)
-        return {token for token in ids if isinstance(token, int)}
+        return end_ids(settings.eos_token_id if settings else None, self.tokenizer)
 
     def write(self, prompts: list[Ids], choose: LogitsProcessorList | None = None, **how: Any) -> Iterator[Ids]:
         """Yields the new ids for each prompt of a batch, with the end id if the model wrote one.
