@@ -262,20 +262,19 @@ def collect(options: Namespace, ranks: Ranks) -> Selection:
     for draw in ranks.gather_objects(earlier)[0] or []:
         selection.add(draw)
     total, unit = (options.tokens, " tokens") if options.tokens else (len(options.prompts.prompts), " prompts")
-    progress = tqdm(total=total, unit=unit, initial=selection.done, disable=ranks.rank > 0)
-    while selection.done < total:
-        count, reasons = len(selection.draws), ", ".join(selection.refused)
-        require(bool(selection.kept) or count < HOPELESS, f"none of {count} draws is fit: {reasons}")
-        numbers = range(count + ranks.rank, count + ROUND * ranks.world_size, ranks.world_size)
-        with fast_half_products("" if settings["engine"] == "vllm" else settings["dtype"]):  # vLLM has its own
-            shares = ranks.gather_objects(ranks.all_or_raise(partial(drawer.draw, numbers)))
-        draws = sorted(chain(*shares), key=lambda draw: draw.number)
-        ranks.on_rank_0(partial(_append, journal, draws))
-        for draw in draws:
-            selection.add(draw)
-        progress.set_postfix_str(f"{len(selection.draws):,} draws, {len(selection.kept):,} kept", refresh=False)
-        progress.update(selection.done - progress.n)
-    progress.close()
+    with tqdm(total=total, unit=unit, initial=selection.done, disable=ranks.rank > 0) as progress:
+        while selection.done < total:
+            count, reasons = len(selection.draws), ", ".join(selection.refused)
+            require(bool(selection.kept) or count < HOPELESS, f"none of {count} draws is fit: {reasons}")
+            numbers = range(count + ranks.rank, count + ROUND * ranks.world_size, ranks.world_size)
+            with fast_half_products("" if settings["engine"] == "vllm" else settings["dtype"]):  # vLLM has its own
+                shares = ranks.gather_objects(ranks.all_or_raise(partial(drawer.draw, numbers)))
+            draws = sorted(chain(*shares), key=lambda draw: draw.number)
+            ranks.on_rank_0(partial(_append, journal, draws))
+            for draw in draws:
+                selection.add(draw)
+            progress.set_postfix_str(f"{len(selection.draws):,} draws, {len(selection.kept):,} kept", refresh=False)
+            progress.update(selection.done - progress.n)
     ranks.on_rank_0(lambda: _write(selection, options.out, settings))
     return selection
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +158,11 @@ def _write(writer: GGUFWriter, pretrained: PretrainedModel, tensors: list[GgufTe
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, tensor.type)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(read_tensor(pretrained, tensor))
-    if factors is not None:
-        writer.write_tensor_data(factors)
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(read_tensor(pretrained, tensor))
+        if factors is not None:
+            writer.write_tensor_data(factors)

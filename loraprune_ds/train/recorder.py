@@ -56,9 +56,9 @@ class ProgressDisplay(records.Sink):
         self._bar: tqdm | None = None
         if _can_show_live_line(self._stream):
             shape = "{desc}  {bar:10}"  # a narrow terminal loses the bar before the numbers
-            self._bar = tqdm(
-                total=steps, initial=first, file=self._stream, bar_format=shape, dynamic_ncols=True, miniters=1
-            )
+            look = {"bar_format": shape, "dynamic_ncols": True, "miniters": 1}
+            # A bar that a library left open would otherwise push ours down.
+            self._bar = tqdm(total=steps, initial=first, file=self._stream, position=0, **look)
             self._bar.set_description_str(f"step {first}/{steps}")
 
     def write(self, record: records.Record) -> None:

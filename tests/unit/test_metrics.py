@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from loraprune_ds.report.records import EvaluationRecord, History, MetricsLog, Record, read_history
 from loraprune_ds.report.reporters import TensorBoardLog
@@ -169,7 +170,8 @@ def test_a_log_file_gets_whole_lines_every_few_seconds() -> None:
 
 
 def test_a_terminal_gets_one_live_line() -> None:
-    lines = shown(Terminal(), 2).split("\n")
+    with tqdm(file=io.StringIO()):  # as a library may leave one open
+        lines = shown(Terminal(), 2).split("\n")
     assert "\rstep 0/2" in lines[0]
     assert [line for line in lines if "step 1  cut to 20.0 %" in line] != []
     assert "step 2/2" in lines[-2]
