@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from loraprune_ds.arguments import Parser
 from loraprune_ds.checkpoint.layout import STATUS_FILE, read_status
 from loraprune_ds.errors import UserError, require, run_command
-from loraprune_ds.evaluate.measures import MEASURES, mean_metric, tasks_with
+from loraprune_ds.evaluate.result import MEASURES, mean_metric, tasks_with
 from loraprune_ds.evaluate.settings import GYM
 from loraprune_ds.files import read_json
 from loraprune_ds.report import pictures

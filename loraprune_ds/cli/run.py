@@ -20,7 +20,7 @@ from loraprune_ds.cli.after import check_after, check_prompts, measure_after
 from loraprune_ds.config import read_amount
 from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import ShortfallError, UserError, leave, leave_on_error, tell
-from loraprune_ds.evaluate.measures import answers_table, mean_metric, tasks_with
+from loraprune_ds.evaluate.result import answers_table, mean_metric, tasks_with
 from loraprune_ds.files import read_json
 from loraprune_ds.report import records
 from loraprune_ds.train.output import OutputFolder

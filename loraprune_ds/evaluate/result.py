@@ -1,28 +1,81 @@
 """The result of an evaluation: JSON for launch/compare.py, a table, and a page with the answers.
 
-The page is one HTML file without server or script. All texts are escaped.
+And the numbers by which models compare, read from that JSON or from a run's. Needs no torch.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from html import escape
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from loraprune_ds.evaluate.evaluation import Measurement
-from loraprune_ds.evaluate.measures import answers_table, mean_metric, tasks_with
 from loraprune_ds.evaluate.settings import EvaluationSettings
 from loraprune_ds.units import aligned, format_change, format_percent, format_perplexity
+
+if TYPE_CHECKING:
+    from loraprune_ds.evaluate.evaluation import Measurement
 
 Row = tuple[str, list[str], str]  # name, one cell per column, remark
 KINDS = ("greedy", "sampled")
 PAGE = Path(__file__).with_name("answers.html")  # its columns become rows if two do not fit, as on a phone
 
 
+@dataclass(frozen=True)
+class Measure:
+    """A number to compare models by, and its form in the table and in the picture."""
+
+    cell: Callable[[float], str]
+    label: Callable[[float], str]
+    better: Literal["lower", "higher"] = "higher"
+
+
+MEASURES = {
+    "perplexity": Measure(format_perplexity, lambda value: f"{value:.1f}" if value < 1e4 else f"{value:.1e}", "lower"),
+    "accuracy": Measure("{:.4f}".format, "{:.3f}".format),
+    "exact match": Measure("{:.4f}".format, "{:.3f}".format),
+    "ended": Measure(format_percent, format_percent),
+    "repetition": Measure(format_percent, format_percent, "lower"),
+    "empty": Measure(format_percent, format_percent, "lower"),
+    "answer perplexity": Measure(format_perplexity, "{:.2f}".format, "lower"),  # the dense model's, of the answers
+    "agreement": Measure(format_percent, format_percent),
+    "overlap": Measure("{:.3f}".format, "{:.3f}".format),
+}
+ANSWER_MEASURES = {  # those that show a model which no longer answers come first
+    "ended": format_percent,
+    "repetition": format_percent,
+    "empty": format_percent,
+    "dense_perplexity": format_perplexity,
+    "tokens": "{:.1f}".format,
+}
+
+
+def mean_metric(tasks: dict[str, Any], metric: str) -> float | None:
+    """Returns the mean over the tasks with a metric, such as "acc" or "exact_match". None without such tasks."""
+    values = [tasks["results"][name][f"{metric},none"] for name in tasks_with(tasks, metric)]
+    return sum(values) / len(values) if values else None
+
+
+def tasks_with(tasks: dict[str, Any], metric: str) -> list[str]:
+    return [name for name, metrics in tasks["results"].items() if f"{metric},none" in metrics]
+
+
+def answers_table(title: str, answers: list[dict[str, Any]]) -> Iterator[str]:
+    """Yields the lines of a table, with a row for all answers and one for each kind of prompt.
+
+    Args:
+        answers: the dense model's, if there are any, then the pruned model's, as in `--json`. Older files lack some.
+    """
+    shown = {key: form for key, form in ANSWER_MEASURES.items() if answers[0].get(key) is not None}
+    kinds = {kind: [one["by_kind"][kind] for one in answers] for kind in answers[0].get("by_kind", ())}
+    rows = [("", *(key.replace("_", " ") for key in shown))]
+    for name, means in (("all", answers), *kinds.items()):
+        rows.append((name, *(" -> ".join(form(one[key]) for one in means) for key, form in shown.items())))
+    yield title + (", dense -> pruned" if len(answers) > 1 else "")
+    yield from aligned(rows, "<" + ">" * len(shown))
+
+
 def make_result(
-    measurements: list[Measurement], settings: EvaluationSettings, world_size: int, provenance: dict[str, Any]
+    measurements: "list[Measurement]", settings: EvaluationSettings, world_size: int, provenance: dict[str, Any]
 ) -> dict[str, Any]:
     """Builds the object of `--json`: the first model's values, the second's under `dense`, settings, provenance."""
     text = settings.text
@@ -40,7 +93,7 @@ def make_result(
     }
 
 
-def _model_entries(model: Measurement) -> dict[str, Any]:
+def _model_entries(model: "Measurement") -> dict[str, Any]:
     entries = asdict(model)
     perplexity = entries.pop("perplexity") or {"perplexity": None, "tokens": None, "windows": None}
     return perplexity | entries
@@ -157,18 +210,17 @@ def _less(values: list[Any]) -> str:
 
 
 def answers_page(result: dict[str, Any]) -> str:
-    """Builds the page from the object of `--json`. The dense model is on the left."""
-    plan = result["answers_plan"]
+    """Builds one HTML file without server or script from the object of `--json`. All texts are escaped."""
+    from jinja2 import Environment
+
     models = [(name, model) for name, model in (("dense", result["dense"]), ("model", result)) if model]
-    plain = "no chat template, so plain text"
-    lines = [f"{name}: {m['path']}{'' if m['answers']['chat_template'] else f' ({plain})'}" for name, m in models]
-    parts = [f"<p>{escape(line)}</p>" for line in (*lines, describe_plan(plan))]
-    tables = "\n".join(_answer_tables([model for _, model in models])).strip()
-    parts.append(f'<pre class="table">{escape(tables)}</pre>')
-    for i, prompt in enumerate(plan["prompts"]):
-        parts += _section(i, prompt, models)
-    title, body = escape(f"Answers of {result['path']}"), "\n".join(parts)
-    return Template(PAGE.read_text(encoding="utf-8")).substitute(title=title, body=body)
+    made = {
+        "plan": describe_plan(result["answers_plan"]),
+        "tables": "\n".join(_answer_tables([model for _, model in models])).strip(),
+        "percent": format_percent,
+    }
+    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE.read_text(encoding="utf-8"))
+    return page.render(result=result, models=models, kinds=KINDS, **made) + "\n"
 
 
 def describe_plan(plan: dict[str, Any]) -> str:
@@ -177,22 +229,3 @@ def describe_plan(plan: dict[str, Any]) -> str:
         f"{plan['name']}: {len(plan['prompts'])} prompts, at most {plan['max_new_tokens']} tokens each; sampled at "
         f"temperature {plan['temperature']}, top_k {plan['top_k']}, seed {plan['seed']}"
     )
-
-
-def _section(i: int, prompt: dict[str, Any], models: list[tuple[str, dict[str, Any]]]) -> Iterator[str]:
-    yield f"<section><h2>{escape(str(i + 1))} {escape(prompt['kind'] or '')}</h2>"
-    for message in prompt["messages"]:
-        role = "" if len(prompt["messages"]) == 1 else f"<small>{escape(message['role'])}</small>"
-        yield f'<div class="prompt">{role}<pre dir="auto">{escape(message["content"])}</pre></div>'
-    if expected := prompt["target"] or prompt["expected"]:
-        yield f"<p><small>expected:</small> {escape(expected)}</p>"
-    for kind in KINDS:
-        yield '<div class="side">'
-        for name, model in models:
-            answer = model["answers"][kind]["texts"][i]
-            end = "ended" if answer["ended"] else "cut off" if answer["tokens"] else "empty"
-            facts = f"{answer['tokens']} tokens, {end}, {format_percent(answer['repetition'])} repeated"
-            text = escape(answer["text"]) or "<small>(nothing)</small>"
-            yield f'<div class="answer"><small>{name}, {kind}: {facts}</small><pre dir="auto">{text}</pre></div>'
-        yield "</div>"
-    yield "</section>"

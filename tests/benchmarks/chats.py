@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.evaluate.measures import mean_metric
+from loraprune_ds.evaluate.result import mean_metric
 from loraprune_ds.files import read_json, write_text
 from loraprune_ds.model.sources import embedded_text
 from tests.benchmarks.running import RESULTS, ROOT, add_to, cpu_environment, make_parser, run_base

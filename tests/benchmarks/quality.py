@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loraprune_ds.evaluate.measures import mean_metric
+from loraprune_ds.evaluate.result import mean_metric
 from loraprune_ds.evaluate.settings import read_text
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.sources import embedded_model_dir, embedded_text

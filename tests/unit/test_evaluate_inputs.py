@@ -11,7 +11,7 @@ import pytest
 
 from loraprune_ds.cli.evaluate import parse_arguments, read_evaluation_text
 from loraprune_ds.evaluate import settings, tasks
-from loraprune_ds.evaluate.measures import mean_metric
+from loraprune_ds.evaluate.result import mean_metric
 from loraprune_ds.evaluate.settings import EvaluationSettings, PerplexityProtocol, TaskSettings
 from loraprune_ds.evaluate.tasks import PAPER_TASKS, check_tasks
 from tests.refusals import must_name
