@@ -38,7 +38,7 @@ def main() -> None:
 
     from loraprune_ds import open_result
     from loraprune_ds.evaluate.models import find_model, load_model
-    from loraprune_ds.zero.device import fast_half_products
+    from loraprune_ds.ranks.device import fast_half_products
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -21,7 +21,7 @@ def product_seconds() -> float:
     """Times a product of 128 tokens with an MLP weight of SmolLM2 on one core, in bf16, as the run computes it."""
     import torch  # takes seconds, which a resumed run does not need
 
-    from loraprune_ds.zero.device import fast_half_products
+    from loraprune_ds.ranks.device import fast_half_products
 
     torch.set_num_threads(1)
     tokens, weight = (torch.ones(rows, 576, dtype=torch.bfloat16) for rows in (128, 1536))

@@ -31,7 +31,7 @@ try:
 
     from loraprune_ds.arguments import Parser
     from loraprune_ds.errors import UserError, leave, one_line, require
-    from loraprune_ds.ranks import gloo_interface
+    from loraprune_ds.ranks.job import gloo_interface
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {sys.executable} on {os.uname().nodename} has no {missing.name}; see slurm/site.sh")
 except ImportError as broken:  # a library of torch that does not load, for example
@@ -135,7 +135,8 @@ class Rendezvous:
 
 def check_accelerators(ranks: int) -> None:
     """Computes a small product on every accelerator that a rank will use."""
-    from loraprune_ds.zero.device import accelerator, is_cpu  # not at the top, because spawned ranks need no DeepSpeed
+    from loraprune_ds.ranks.device import is_cpu
+    from loraprune_ds.zero.device import accelerator  # not at the top, because spawned ranks need no DeepSpeed
 
     count = 1 if is_cpu() else accelerator().device_count()
     if not is_cpu() and count < ranks:

@@ -23,7 +23,7 @@ from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import Tower
-from loraprune_ds.ranks import Ranks
+from loraprune_ds.ranks.job import Ranks
 from tests.published import LLAMA_3
 
 VOCAB = 400

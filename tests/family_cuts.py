@@ -23,7 +23,7 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import read_model, shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.ranks import Ranks
+from loraprune_ds.ranks.job import Ranks
 from tests.export_cases import InMemory, model_card
 from tests.families import SIZES, is_seq2seq, layers_with, norms_are_wide, tiny_model
 from tests.plain_model import PlainModel

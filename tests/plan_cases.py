@@ -25,10 +25,10 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.costs import IN_GROUP, cut_cost, step_sent
 from loraprune_ds.plan.request import Request, build_request
 from loraprune_ds.plan.stages import split_state, training_stage
+from loraprune_ds.ranks.device import resident_bytes, storage_bytes
+from loraprune_ds.ranks.flat import AxisCut
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Teacher, Trainer
-from loraprune_ds.zero.device import resident_bytes, storage_bytes
-from loraprune_ds.zero.flat import AxisCut
 from tests.benchmarks.memory import Peak
 from tests.numerics.cutting import watched_collectives
 from tests.numerics.driver import Consecutive, assemble

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from loraprune_ds.zero.flat import AxisCut, ReshardPlan
+from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
 from loraprune_ds.zero.sharded import ShardedModel
 
 

@@ -26,7 +26,7 @@ from loraprune_ds.model.text_part import Tower
 from loraprune_ds.model.weight_files import read_header, weight_file_names
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.step import Pruner, PrunerState
-from loraprune_ds.ranks import Ranks
+from loraprune_ds.ranks.job import Ranks
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from loraprune_ds.files import begin_folder, flush, publish_folder, remove_folde
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.pruning.compensate import refitted_linears
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.ranks import LocalWrites
-from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import empty_cache
-from loraprune_ds.zero.flat import owner_rounds
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import empty_cache
+from loraprune_ds.ranks.flat import owner_rounds
+from loraprune_ds.ranks.job import LocalWrites
 from loraprune_ds.zero.params import collect_stored
 from loraprune_ds.zero.sharded import ShardedModel
 

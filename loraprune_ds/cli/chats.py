@@ -14,11 +14,11 @@ import argparse
 import os
 from pathlib import Path
 
-from loraprune_ds import ranks
 from loraprune_ds.arguments import Parser, at_least
 from loraprune_ds.cli.run import join_ranks
 from loraprune_ds.errors import leave, leave_on_error, require, run_command
 from loraprune_ds.evaluate.settings import read_prompts, read_text
+from loraprune_ds.ranks import job
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit code: 0, or 2 for unusable input."""
-    ranks.adopt_srun_ranks()
+    job.adopt_srun_ranks()
     return run_command(lambda: write(parse_arguments()))
 
 

@@ -31,12 +31,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from loraprune_ds import ranks
 from loraprune_ds.arguments import Parser, at_least, require_option
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, leave, leave_on_error, require, tell
 from loraprune_ds.evaluate import settings
 from loraprune_ds.files import finite, write_text
+from loraprune_ds.ranks import job
 
 ROUND = fields(settings.SpeedSettings)  # one option each
 TASKS_HELP = "lm-eval's names or files, `paper`, reasoning_gym:NAME, or `reasoning_gym` for its default set"
@@ -78,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit code: 0, or 2 for unusable input."""
-    ranks.adopt_srun_ranks()
+    job.adopt_srun_ranks()
     try:
         arguments = parse_arguments()
         stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")  # only for the result
@@ -105,8 +105,8 @@ def is_rank_0() -> bool:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
-    ranks.check_ranks(os.environ)  # before DeepSpeed is imported
-    ranks.collective_timeout(os.environ)
+    job.check_ranks(os.environ)  # before DeepSpeed is imported
+    job.collective_timeout(os.environ)
     require_option(arguments, "tasks", "include_path", "num_fewshot", "limit")
     require_option(arguments, "speed", *(field.name for field in ROUND))
     require_option(arguments, "answers", "max_new_tokens", "page")
@@ -117,7 +117,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     speed = settings.SpeedSettings(**rounds) if arguments.speed else None
     measured = {"tasks": tasks, "answers": answer_settings(arguments), "speed": speed}
     if not arguments.verbose:
-        ranks.silence_libraries()  # progress bars stay on a terminal
+        job.silence_libraries()  # progress bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
@@ -126,8 +126,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from loraprune_ds.evaluate.models import find_model
     from loraprune_ds.evaluate.result import make_result
     from loraprune_ds.evaluate.tasks import check_tasks
+    from loraprune_ds.ranks.device import device_name
     from loraprune_ds.report.report import hardware, versions
-    from loraprune_ds.zero.device import device_name
     from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 
     if not arguments.verbose:

@@ -18,7 +18,7 @@ from pathlib import Path
 from loraprune_ds.arguments import Parser
 from loraprune_ds.errors import UserError, require, run_command, tell
 from loraprune_ds.plan.cluster import Cluster
-from loraprune_ds.ranks import silence_libraries
+from loraprune_ds.ranks.job import silence_libraries
 
 DOES_NOT_FIT_EXIT_CODE = 3
 FORMULAS = Path(__file__).parents[1] / "plan" / "README.md"

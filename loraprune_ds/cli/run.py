@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraprune_ds import ranks
 from loraprune_ds.arguments import Parser, at_least
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.cli.after import check_after, check_prompts, measure_after
@@ -22,6 +21,7 @@ from loraprune_ds.config_file import config_value, read_config
 from loraprune_ds.errors import ShortfallError, UserError, leave, leave_on_error, tell
 from loraprune_ds.evaluate.result import answers_table, mean_metric, tasks_with
 from loraprune_ds.files import read_json
+from loraprune_ds.ranks import job
 from loraprune_ds.report import records
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.stop import find_launchers
@@ -36,7 +36,7 @@ from loraprune_ds.units import (
 )
 
 if TYPE_CHECKING:
-    from loraprune_ds.zero.comm import Communicator
+    from loraprune_ds.ranks.comm import Communicator
 
 STOPPED_EXIT_CODE = 85  # stopped on request, and saved
 INTERRUPTED_EXIT_CODE = 130  # interrupted twice: stopped immediately
@@ -71,7 +71,7 @@ def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
 
 def main() -> int:
     """Returns the exit code: 0 finished, 1 failed, 2 bad input, 3 finished below its ratio, 85 stopped, 130 killed."""
-    ranks.adopt_srun_ranks()
+    job.adopt_srun_ranks()
     launchers = find_launchers()
     joined = False
     try:
@@ -82,7 +82,7 @@ def main() -> int:
             return 0
         if output.start != "finished":
             if output.config.train.deterministic:
-                os.environ |= ranks.DETERMINISTIC
+                os.environ |= job.DETERMINISTIC
             comm = join_ranks()
             joined = True
             if not prune(output, comm, launchers):
@@ -111,7 +111,7 @@ def launch() -> int:
     try:
         chosen, arguments = own.parse_known_args()
         options = parse_arguments(own)
-        launcher = ranks.launcher_command(__name__, chosen.ranks, os.environ)
+        launcher = job.launcher_command(__name__, chosen.ranks, os.environ)
         OutputFolder(read_config(options.config, options.set), options.resume)  # before launchers and ranks print
     except UserError as error:
         tell(error)
@@ -126,10 +126,10 @@ def launch() -> int:
 
 def join_ranks() -> "Communicator":
     """Starts the process group, after all imports. Collective."""
-    ranks.check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
-    ranks.collective_timeout(os.environ)
-    ranks.longest_silence(os.environ)
-    ranks.silence_libraries()
+    job.check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
+    job.collective_timeout(os.environ)
+    job.longest_silence(os.environ)
+    job.silence_libraries()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
@@ -144,13 +144,13 @@ def join_ranks() -> "Communicator":
 
 def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> bool:
     """Runs on all ranks. Returns False after a request to stop. Collective."""
+    from loraprune_ds.ranks.device import empty_cache
     from loraprune_ds.train.run import run
     from loraprune_ds.train.watch import Watch
-    from loraprune_ds.zero.device import empty_cache
     from loraprune_ds.zero.engine import stop_ranks
 
     gc.freeze()  # DeepSpeed collects garbage over all objects twice per cut, and imports left none
-    watch = Watch(comm, ranks.longest_silence(os.environ), launchers)
+    watch = Watch(comm, job.longest_silence(os.environ), launchers)
     try:
         comm.on_rank_0(lambda: check_after(output.config))  # the rank that will measure
         finished = run(output, comm, check_prompts)

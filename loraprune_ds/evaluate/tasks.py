@@ -23,7 +23,7 @@ from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.models import Ids, Writer
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 from loraprune_ds.model.tokenizer import check_ids, rendering
-from loraprune_ds.ranks import Ranks
+from loraprune_ds.ranks.job import Ranks
 
 ResultsAndSettings = tuple[dict[str, Any], dict[str, Any]]  # task -> metric -> value, and settings for the result
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by their names in lm-eval.

@@ -26,7 +26,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import MTP
 from loraprune_ds.model.weight_files import read_headers
-from loraprune_ds.ranks import Ranks
+from loraprune_ds.ranks.job import Ranks
 from loraprune_ds.report import records
 from loraprune_ds.units import format_bytes
 

@@ -52,7 +52,7 @@ from loraprune_ds.model.weight_files import (
 )
 from loraprune_ds.pruning.importance import GroupSums
 from loraprune_ds.pruning.ranking import keep_best
-from loraprune_ds.ranks import LocalWrites, Ranks
+from loraprune_ds.ranks.job import LocalWrites, Ranks
 
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads only tokenizer.json, in transformers 4 and 5
 

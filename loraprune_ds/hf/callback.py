@@ -23,9 +23,9 @@ from loraprune_ds.files import remove_folder
 from loraprune_ds.hf.checkpoint import FOLDER, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.hf.live import check_arguments, check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
-from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import find_zero_optimizer
 

@@ -23,10 +23,10 @@ from loraprune_ds.files import read_json
 from loraprune_ds.hf.live import find_peft_model, live_shape
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.flat import owner_rounds
 from loraprune_ds.report.records import METRICS_FILE, History, read_history, write_history
-from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.external_engine import cut_without_engine, overwrite_weights
-from loraprune_ds.zero.flat import owner_rounds
 from loraprune_ds.zero.sharded import ShardedModel
 
 FOLDER = "pruning"

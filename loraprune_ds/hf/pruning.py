@@ -44,8 +44,8 @@ from loraprune_ds.model.weight_files import drop_auto_maps
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import describe_target, resolve
+from loraprune_ds.ranks.device import device_name, peak_bytes
 from loraprune_ds.report import records
-from loraprune_ds.zero.device import device_name, peak_bytes
 from loraprune_ds.zero.ds_config import check_reshardable
 from loraprune_ds.zero.external_engine import (
     LiveModel,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.errors import require
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import Starts, begin_with, check_ids, tokenize_pairs
-from loraprune_ds.ranks import Ranks
+from loraprune_ds.ranks.job import Ranks
 
 CHARACTERS_PER_TOKEN = 32  # far more than a tokenizer reaches on prose
 Labelled = tuple[Tensor, Tensor]  # input_ids and labels, both (rows, length). IGNORE_INDEX: not predicted

@@ -20,8 +20,8 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
+from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, resolve_ds_config, zero_settings
-from loraprune_ds.zero.flat import partition_numel
 
 ASSUMED_STEPS = 1000  # for a run that counts epochs of absent data
 

@@ -13,7 +13,7 @@ from loraprune_ds.plan.activations import activations, forward_temporaries, logi
 from loraprune_ds.plan.request import PlannedBatch, Request, changed
 from loraprune_ds.pruning.compensate import measured_linears, numel_sent
 from loraprune_ds.pruning.criterion import DEVICE_BLOCK_NUMEL
-from loraprune_ds.zero.flat import GATHERED_NUMEL, layer_owner
+from loraprune_ds.ranks.flat import GATHERED_NUMEL, layer_owner
 
 Terms = dict[str, int]  # bytes by name
 

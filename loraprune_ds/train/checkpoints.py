@@ -20,13 +20,13 @@ from loraprune_ds.config_file import differences
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.ranks import LocalWrites
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import device_name, peak_bytes
+from loraprune_ds.ranks.job import LocalWrites
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder, RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import RunRecorder
 from loraprune_ds.train.stop import STOP, RequestListener
-from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import device_name, peak_bytes
 from loraprune_ds.zero.engine import TrainingEngine, build_training_engine
 
 

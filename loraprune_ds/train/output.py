@@ -17,7 +17,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, differences, merge
 from loraprune_ds.errors import RankError, RunError, UserError, is_shared, one_line, require
 from loraprune_ds.files import remove_leftovers, write_text
-from loraprune_ds.ranks import Ranks
+from loraprune_ds.ranks.job import Ranks
 
 CONFIG_FILE = "config.yaml"
 # Settings that may differ in the same run: how it is shown and measured, and where.

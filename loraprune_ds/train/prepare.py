@@ -25,13 +25,14 @@ from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, text_starts
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import device_name
 from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import SampleOrder, Samples
 from loraprune_ds.train.data.sources import at_commits, resolve_commits
 from loraprune_ds.units import format_count, format_percent
-from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import check_dtype, device_name
+from loraprune_ds.zero.device import check_dtype
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.private import check_private_attributes
 

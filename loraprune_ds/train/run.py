@@ -22,6 +22,8 @@ from loraprune_ds.files import flush, remove_folder, staging_of
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.limits import shortfall
 from loraprune_ds.pruning.target import describe_target
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import fast_half_products
 from loraprune_ds.report.records import MODEL_FOLDER, EvaluationRecord, export_folder
 from loraprune_ds.report.report import Outcome, write_results
 from loraprune_ds.train.checkpoints import RunContext, check_data, find_checkpoint
@@ -30,8 +32,6 @@ from loraprune_ds.train.prepare import CheckTokenizer, Prepared, describe_run, p
 from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
 from loraprune_ds.train.trainer import TrainingLoop, measure_held_out
-from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import fast_half_products
 from loraprune_ds.zero.engine import build_inference_engine, release
 
 EXPORTED = f".{MODEL_FOLDER}.exported"  # not read back yet

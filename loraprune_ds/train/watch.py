@@ -19,7 +19,7 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from loraprune_ds.ranks import Ranks
+from loraprune_ds.ranks.job import Ranks
 from loraprune_ds.train.stop import is_alive
 
 INTERVAL = 1.0  # seconds

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from loraprune_ds.model.adapters import base_parameter, lora_linear, lora_weights, set_attributes, set_features
 from loraprune_ds.model.frozen import holds_int8
 from loraprune_ds.model.groups import LayerKeep, LayerSpec
-from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.flat import AxisCut, ReshardPlan
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
 from loraprune_ds.zero.optimizer import OptimizerState
 from loraprune_ds.zero.params import full_shape, install_shard
 

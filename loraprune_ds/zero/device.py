@@ -1,57 +1,16 @@
-"""The device of this rank: its name, its memory, and half-precision products on a CPU."""
+"""The device of this rank as DeepSpeed sees it."""
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError
-
-# Dense bf16 and fp16 matrix products, from NVIDIA's data sheets. The first entry contained in a card's name is used.
-PEAK_TERAFLOPS = {
-    "B200": 2250,
-    "GH200": 989,
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100 NVL": 835,
-    "H100": 989,
-    "H800": 989,
-    "A100": 312,
-    "A800": 312,
-    "L40S": 362,
-    "RTX 4090": 165,
-}
-HALF = (torch.bfloat16, torch.float16)
-aten = torch.ops.aten
 
 
 def accelerator() -> Any:
     return get_accelerator()
-
-
-def is_cpu() -> bool:
-    return accelerator().device_name() == "cpu"
-
-
-def current_device() -> torch.device:
-    return torch.device(accelerator().current_device_name())
-
-
-def device_name() -> str:
-    """Returns the GPU's product name, or the type of the device."""
-    return torch.cuda.get_device_name() if accelerator().device_name() == "cuda" else accelerator().device_name()
-
-
-def peak_flops(device: str, dtype: Dtype) -> float | None:
-    """Returns the operations per second of a card's matrix units. None for an unknown card, a CPU, or float32."""
-    known = next((teraflops for name, teraflops in PEAK_TERAFLOPS.items() if name in device), None)
-    return None if known is None or dtype == "float32" else known * 1e12
 
 
 def check_dtype(dtype: str) -> None:
@@ -63,21 +22,11 @@ def check_dtype(dtype: str) -> None:
         raise UserError(f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device")
 
 
-def to_device(tensor: Tensor) -> Tensor:
-    """Copies a tensor from the host to this rank's device, asynchronously."""
-    return accelerator().pin_memory(tensor).to(current_device(), non_blocking=True)
-
-
 def settle_shards() -> None:
     """Waits for the device, at the end of each birth, restore, update, refit and cut of shards."""
     # With `overlap_comm` DeepSpeed gathers on a separate stream, which never waits for the computing one. A
     # prefetch could read a shard before it is written.
     accelerator().synchronize()
-
-
-def empty_cache() -> None:
-    """Returns unused device memory from torch to NCCL and CUDA."""
-    accelerator().empty_cache()
 
 
 def empty_host_cache() -> None:
@@ -88,80 +37,3 @@ def empty_host_cache() -> None:
         torch.accelerator.empty_host_cache()
     else:
         torch._C._host_emptyCache()  # torch 2.7
-
-
-def resident_bytes() -> int:
-    """Returns the allocated device memory, or the anonymous and shared pages of a CPU process."""
-    return _process_bytes("RssAnon", "RssShmem") if is_cpu() else int(accelerator().memory_allocated())
-
-
-def reserved_bytes() -> int:
-    """Returns the device memory of torch's allocator, used or not. 0 on a CPU, where it keeps none."""
-    return 0 if is_cpu() else int(accelerator().memory_reserved())
-
-
-def peak_bytes() -> int:
-    """Returns the peak memory of this rank: of the device allocator, or the resident peak of a CPU process."""
-    return _process_bytes("VmHWM") if is_cpu() else int(accelerator().max_memory_allocated())
-
-
-def _process_bytes(*keys: str) -> int:
-    with open("/proc/self/status") as status:
-        fields = dict(line.split(":", 1) for line in status)
-    return sum(int(fields[key].split()[0]) * 1024 for key in keys)
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Returns the bytes of the storages of some tensors. Views and aliases count once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-    return sum(storages.values())
-
-
-def fast_half_products(dtype: str) -> AbstractContextManager[Any]:
-    """Computes this thread's products in `dtype` through fp32 while open, but only if that is faster."""
-    if not is_cpu():
-        return nullcontext()
-    mkldnn = torch.ops.mkldnn
-    native = {"bfloat16": mkldnn._is_mkldnn_bf16_supported, "float16": mkldnn._is_mkldnn_fp16_supported}
-    return nullcontext() if dtype not in native or native[dtype]() else ThroughFloat32()
-
-
-class ThroughFloat32(TorchDispatchMode):
-    """Computes products of half-precision CPU tensors in fp32. All other operations pass unchanged.
-
-    On a CPU without half-precision instructions torch's own loop is ten to thirty times slower. Either way the sums are
-    fp32 and rounded once, so results differ only if the order of a sum decides a rounding.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        product = PRODUCTS.get(func)
-        if product is None or args[0].dtype not in HALF or args[0].device.type != "cpu":
-            return func(*args, **(kwargs or {}))
-        return product(*args, **(kwargs or {}))
-
-
-def _widened(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `operation` on fp32 copies of half-precision activations. Attention's log-sum-exp stays fp32."""
-
-    def product(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        wide = operation(first.float(), *map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
-        if isinstance(wide, Tensor):
-            return wide.to(first.dtype)
-        return tuple(result.to(first.dtype) if result.dim() == first.dim() else result for result in wide)
-
-    return product
-
-
-def _widen(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
-
-
-WIDENED = (
-    aten.mm,
-    aten.addmm,
-    aten.bmm,
-    aten.baddbmm,
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward,
-)
-PRODUCTS: dict[Any, Callable[..., Any]] = {operation.default: _widened(operation) for operation in WIDENED}

@@ -27,9 +27,10 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.token_loss import build_for_losses
-from loraprune_ds.ranks import check_local_rank, check_ranks, collective_timeout, gloo_interface
-from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import accelerator, empty_host_cache, is_cpu, settle_shards
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import is_cpu
+from loraprune_ds.ranks.job import check_local_rank, check_ranks, collective_timeout, gloo_interface
+from loraprune_ds.zero.device import accelerator, empty_host_cache, settle_shards
 from loraprune_ds.zero.params import free_shards, shard_at_birth
 from loraprune_ds.zero.private import LOSS_SCALE_FIELDS
 from loraprune_ds.zero.releases import decide_releases

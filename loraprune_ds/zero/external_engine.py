@@ -24,11 +24,11 @@ from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.pretrained import ModelWeights
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear
-from loraprune_ds.ranks import Ranks
-from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.flat import owned_range, owner_rounds
+from loraprune_ds.ranks.job import Ranks
 from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
 from loraprune_ds.zero.device import settle_shards
-from loraprune_ds.zero.flat import owned_range, owner_rounds
 from loraprune_ds.zero.params import collect_linear, collect_named, overwrite_shard, pad
 from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel

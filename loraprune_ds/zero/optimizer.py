@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import RunError
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.zero import private
-from loraprune_ds.zero.comm import Communicator
 from loraprune_ds.zero.device import settle_shards
-from loraprune_ds.zero.flat import owned_range
 from loraprune_ds.zero.params import collect_tensor, overwrite_shard, pad
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

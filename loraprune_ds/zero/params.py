@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
 from loraprune_ds.model.frozen import Int8, Matrix, storage_format
 from loraprune_ds.pruning.prunable_model import CollectedLinear, ComputeWeight, LinearId
-from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.flat import layer_owner, overlap, owned_range, partition_numel
 from loraprune_ds.zero.device import accelerator, settle_shards
-from loraprune_ds.zero.flat import layer_owner, overlap, owned_range, partition_numel
 
 ReadFlat = Callable[[str, int, int, torch.dtype], Tensor]
 

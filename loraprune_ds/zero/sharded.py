@@ -15,10 +15,11 @@ from loraprune_ds.model.frozen import Dense, storage_format
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFactors, OwnedShard
-from loraprune_ds.zero.comm import Communicator
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import storage_bytes
+from loraprune_ds.ranks.flat import GATHERED_NUMEL, gather_rounds, layer_owner
 from loraprune_ds.zero.cut import cut_layer
-from loraprune_ds.zero.device import empty_host_cache, settle_shards, storage_bytes
-from loraprune_ds.zero.flat import GATHERED_NUMEL, gather_rounds, layer_owner
+from loraprune_ds.zero.device import empty_host_cache, settle_shards
 from loraprune_ds.zero.optimizer import OptimizerState, first_nonfinite, unscale
 from loraprune_ds.zero.params import decode_int8, full_shape, owned_flat, replace_weights
 from loraprune_ds.zero.releases import decide_releases

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.pruning.step import Cut, Pruner
-from loraprune_ds.zero.device import reserved_bytes, resident_bytes, to_device
+from loraprune_ds.ranks.device import reserved_bytes, resident_bytes, to_device
 from loraprune_ds.zero.optimizer import decide
 from loraprune_ds.zero.sharded import ShardedModel
 

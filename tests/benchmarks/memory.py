@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraprune_ds.zero.device import resident_bytes
+from loraprune_ds.ranks.device import resident_bytes
 
 WATCH_EVERY = 0.01  # seconds
 INTERVAL = 0.005  # seconds

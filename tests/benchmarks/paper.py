@@ -25,8 +25,8 @@ from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.sources import embedded_model_dir
 from loraprune_ds.pruning.criterion import gradient_estimate
 from loraprune_ds.pruning.prunable_model import LoraFactors
+from loraprune_ds.ranks.device import resident_bytes
 from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, TEXT, picture, scale_perplexity
-from loraprune_ds.zero.device import resident_bytes
 from tests.benchmarks.memory import Peak
 from tests.benchmarks.quality import digest
 from tests.benchmarks.quality_settings import PERCENTS

@@ -28,7 +28,7 @@ from loraprune_ds.model.weight_files import write_weight_file
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request, changed
 from loraprune_ds.plan.stages import split_state
-from loraprune_ds.zero.flat import partition_numel
+from loraprune_ds.ranks.flat import partition_numel
 from tests.benchmarks.memory import Watched, told, watch
 from tests.benchmarks.running import RESULTS, ROOT, add_to, cpu_environment, make_parser
 from tests.benchmarks.wide_layers_rank import CUTS, STEPS, WINDOW, make_config

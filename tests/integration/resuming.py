@@ -26,11 +26,11 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model import read_shape
 from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.model.pretrained import open_for_pruning
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.checkpoints import RunContext, find_checkpoint
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
 from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
-from loraprune_ds.zero.comm import Communicator
 from tests.families import is_seq2seq, tiny_model
 from tests.oracle.models import make_tiny_llama
 from tests.paper import PAPER

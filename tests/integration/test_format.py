@@ -15,9 +15,9 @@ from loraprune_ds.config_file import read_config
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
-from loraprune_ds.zero.comm import Communicator
 from tests.integration import resuming
 from tests.integration.launching import ROOT
 from tests.ranks import RankPool

@@ -14,7 +14,7 @@ from loraprune_ds.cli.run import summary_table
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.ranks import Ranks
+from loraprune_ds.ranks.job import Ranks
 from loraprune_ds.report.records import exported_sizes
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import drop_later_models

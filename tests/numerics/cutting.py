@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -21,9 +22,10 @@ from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import check_same_mask
+from loraprune_ds.ranks import comm
+from loraprune_ds.ranks.flat import GATHERED_NUMEL, owned_range
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero import engine, sharded
-from loraprune_ds.zero.flat import GATHERED_NUMEL, owned_range
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import pad
 from tests.families import LLAMA_LINEARS, LlamaLinear
@@ -36,7 +38,7 @@ COLLECTIVES += ("gather", "all_gather")
 
 @contextmanager
 def watched_collectives(see: Callable[[str, list[Tensor], Any], None]) -> Iterator[None]:
-    """Calls `see` with name, tensors and group of every collective below DeepSpeed's own front, from any caller."""
+    """Calls `see` with name, tensors and group of every collective, DeepSpeed's and this package's."""
     backend: Any = ds_comm.comm.cdb
 
     def watching(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +49,11 @@ def watched_collectives(see: Callable[[str, list[Tensor], Any], None]) -> Iterat
         return wrapped
 
     watched: dict[str, Any] = {name: watching(name, getattr(backend, name)) for name in COLLECTIVES}
-    with patch.multiple(backend, **watched):
+    own = {name: watching(name, getattr(torch.distributed, name)) for name in COLLECTIVES}
+    with (
+        patch.multiple(backend, **watched),
+        patch.object(comm, "dist", SimpleNamespace(**vars(torch.distributed) | own)),
+    ):
         yield
 
 

@@ -23,12 +23,12 @@ from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.schedule import Schedule, Section, plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import resolve
+from loraprune_ds.ranks.device import storage_bytes
+from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
 from loraprune_ds.train.trainer import Teacher, Trainer
-from loraprune_ds.zero.device import storage_bytes
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_training_engine
-from loraprune_ds.zero.flat import partition_numel
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import collect_tensor
 from loraprune_ds.zero.sharded import ShardedModel

@@ -12,9 +12,9 @@ from torch import Tensor
 from loraprune_ds.model.adapters import lora_linear
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.pruning.step import all_groups
+from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.train.data.samples import PADDING_ID
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.device import storage_bytes
 from tests.numerics.cutting import whole_state
 from tests.numerics.driver import Job, as_pair, build, gather_everywhere
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.zero.flat import GATHERED_NUMEL, partition_numel
+from loraprune_ds.ranks.flat import GATHERED_NUMEL, partition_numel
 from loraprune_ds.zero.optimizer import OptimizerState
 from tests.families import LLAMA_LINEARS
 from tests.numerics import cutting

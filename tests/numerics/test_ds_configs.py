@@ -15,10 +15,10 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol
 from loraprune_ds.model.pretrained import open_pretrained
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.train import run
 from loraprune_ds.zero import engine
-from loraprune_ds.zero.comm import Communicator
-from loraprune_ds.zero.device import storage_bytes
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine, release
 from tests.integration.launching import ROOT

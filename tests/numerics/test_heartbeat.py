@@ -16,12 +16,12 @@ import torch.distributed
 from safetensors.torch import save_file
 
 from loraprune_ds.config import DataSource, RunConfig
-from loraprune_ds.ranks import SILENCE, longest_silence
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.job import SILENCE, longest_silence
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.sources import read_rows
 from loraprune_ds.train.prepare import prepare
 from loraprune_ds.train.watch import GRACE, INTERVAL, LOOKS, Heartbeat
-from loraprune_ds.zero.comm import Communicator
 from tests.integration.resuming import config_for, write_run
 from tests.ranks import RankPool
 from tests.refusals import must_name, refused

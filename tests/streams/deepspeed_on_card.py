@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from loraprune_ds.ranks import device
 from tests.ranks import start_deepspeed
 from tests.streams import virtual_card as card
 from tests.streams.detector import READ, WRITE
@@ -92,5 +93,7 @@ def start_on_card(rank: int, world_size: int, folder: Path) -> None:
         "FloatTensor": property(lambda _: functools.partial(made, dtype=torch.float32)),
         "ByteTensor": property(lambda _: functools.partial(made, dtype=torch.uint8)),
     }
+    device.is_cpu, device.current_device = lambda: False, lambda: CARD
+    device.resident_bytes = device.reserved_bytes = device.peak_bytes = lambda: 0
     set_accelerator(type("VirtualCard", (CPU_Accelerator,), answers)())
     start_deepspeed(rank, world_size, folder)

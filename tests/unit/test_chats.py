@@ -20,7 +20,7 @@ from loraprune_ds.evaluate import chats, models
 from loraprune_ds.evaluate.chats import FREE, Draw, Drawer, Selection, collect
 from loraprune_ds.evaluate.models import Ids, Writer, find_model, leave_one, load_model, sample_by_vllm
 from loraprune_ds.evaluate.settings import EvaluationText, read_prompts
-from loraprune_ds.ranks import Ranks
+from loraprune_ds.ranks.job import Ranks
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import must_name
 

@@ -16,7 +16,7 @@ import torch
 from launch import quickstart_answers, quickstart_steps
 from loraprune_ds.arguments import require_option
 from loraprune_ds.errors import RankError, UserError, tell
-from loraprune_ds.ranks import (
+from loraprune_ds.ranks.job import (
     LAUNCHED,
     adopt_srun_ranks,
     check_local_rank,

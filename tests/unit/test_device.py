@@ -22,10 +22,11 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning import compensate, prunable_model
 from loraprune_ds.pruning.compensate import InputMoments
+from loraprune_ds.ranks.device import HALF, ThroughFloat32, fast_half_products, peak_flops
 from loraprune_ds.train import run
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.zero import device, params
-from loraprune_ds.zero.device import ThroughFloat32, check_dtype, fast_half_products, peak_flops
+from loraprune_ds.zero.device import check_dtype
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
 from tests.integration.launching import write_config
 from tests.unit.shapes_and_scores import make_shape
@@ -152,12 +153,12 @@ class Halves(TorchDispatchMode):
         self.seen: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(word in str(func) for word in ("mm", "attention")) and args[0].dtype in device.HALF:
+        if any(word in str(func) for word in ("mm", "attention")) and args[0].dtype in HALF:
             self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("dtype", device.HALF)
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 def test_same_as_torchs_own_product(product: Product, dtype: torch.dtype) -> None:
     with Halves() as without:

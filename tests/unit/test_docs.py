@@ -12,7 +12,7 @@ import torch
 import loraprune_ds
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.files import read_json
-from loraprune_ds.zero.flat import AxisCut, ReshardPlan
+from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
 from tests import family_table, settings_table
 from tests.integration.heavy.families import VLLM
 from tests.integration.heavy.results import FILE

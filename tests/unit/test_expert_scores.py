@@ -23,7 +23,7 @@ from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, split_e
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.pruning.target import resolve
-from loraprune_ds.zero.flat import owned_range
+from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan, decode_rows
 from tests.families import tiny_model
 from tests.family_cuts import PROMPT, dense, difference, find_experts, find_router, sparse_layers

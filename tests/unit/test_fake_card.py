@@ -13,7 +13,7 @@ from loraprune_ds.model import experts
 from loraprune_ds.model.frozen import Int8, Int8Linear
 from loraprune_ds.model.logits import Distillation, Head, LogitsTransform
 from loraprune_ds.model.token_loss import supervised_positions, token_losses
-from loraprune_ds.zero.flat import AxisCut, ReshardPlan
+from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
 from tests.fake_card import CARD, OnCard, fake_card, put, put_module, take
 from tests.families import SIZES, tiny_model
 from tests.numerics.driver import random_lora

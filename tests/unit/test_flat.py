@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraprune_ds.ranks.flat import AxisCut, ReshardPlan, owned_range, partition_numel
 from loraprune_ds.zero.cut import reshard
-from loraprune_ds.zero.flat import AxisCut, ReshardPlan, owned_range, partition_numel
 from tests.zero_bytes import elements_sent
 
 

@@ -16,7 +16,7 @@ from loraprune_ds.model.experts import ExpertStack
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.frozen import BLOCK, SCALE, UNSTACKED, WEIGHT, FrozenLinear, Int8, Int8Linear
 from loraprune_ds.model.token_loss import build_for_losses
-from loraprune_ds.zero.flat import owned_range
+from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.zero.params import ScalePlan
 from tests.families import tiny_model
 from tests.family_cuts import FEW, MANY, draw

@@ -16,7 +16,7 @@ from loraprune_ds.pruning import criterion
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard
 from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
-from loraprune_ds.zero.flat import partition_numel
+from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.zero.params import owned_flat
 from tests.oracle import formula
 from tests.refusals import must_name

@@ -259,7 +259,7 @@ def test_every_gpu_that_a_rank_will_use_computes(monkeypatch: pytest.MonkeyPatch
     used: list[int] = []
     gpus = SimpleNamespace(device_count=lambda: 8, device_name=lambda index: used.append(index) or "cpu")
     monkeypatch.setattr("loraprune_ds.zero.device.accelerator", lambda: gpus)
-    monkeypatch.setattr("loraprune_ds.zero.device.is_cpu", lambda: False)
+    monkeypatch.setattr("loraprune_ds.ranks.device.is_cpu", lambda: False)
     preflight.check_accelerators(4)
     assert used == [0, 1, 2, 3]
     with pytest.raises(preflight.Unfit, match=r"^8 accelerators for 9 ranks$"):

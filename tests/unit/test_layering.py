@@ -25,7 +25,8 @@ MOST_LOADED = 60  # without the families, which a table names
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
-    ("files", "units", "ranks", "config", "arguments"),
+    ("files", "units", "config", "arguments"),
+    ("ranks",),
     ("model",),
     ("pruning",),
     ("zero",),
@@ -43,7 +44,7 @@ FILES = sorted(path for folder in (PACKAGE, *SCRIPTS) for path in (ROOT / folder
 
 
 def part_of(module: str) -> str:
-    """`loraprune_ds.zero.comm` -> `zero`; `launch.run` -> `launch`; `config_file` -> `config`; the package -> empty."""
+    """`loraprune_ds.zero.cut` -> `zero`; `launch.run` -> `launch`; `config_file` -> `config`; the package -> empty."""
     names = module.split(".")
     return names[0] if names[0] != PACKAGE else ".".join(names[1:2]).partition("_")[0]
 

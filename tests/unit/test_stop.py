@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loraprune_ds.ranks import launcher_command
+from loraprune_ds.ranks.job import launcher_command
 from loraprune_ds.train import stop
 from tests.integration.launching import ROOT, clean_environment, free_port
 

@@ -55,7 +55,7 @@ def main() -> int:
 
 def card_name() -> str:
     """Names the device. Another process asks, so that this one holds nothing of the card."""
-    code = "from loraprune_ds.zero.device import device_name; print(device_name())"
+    code = "from loraprune_ds.ranks.device import device_name; print(device_name())"
     asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return asked.stdout.splitlines()[-1]
 

@@ -16,8 +16,9 @@ from loraprune_ds.files import write_json
 from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel
 from loraprune_ds.model.read_shape import LLAMA_SIZES, read_model, read_model_config
 from loraprune_ds.plan.request import Request
+from loraprune_ds.ranks.device import current_device, is_cpu
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.device import accelerator, current_device, is_cpu
+from loraprune_ds.zero.device import accelerator
 from tests.plan_cases import Case, build
 from tests.published import sizes_of
 

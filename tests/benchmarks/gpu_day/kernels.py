@@ -11,7 +11,8 @@ from loraprune_ds.pruning import criterion
 from loraprune_ds.pruning.compensate import refit
 from loraprune_ds.pruning.criterion import lora, score_shard
 from loraprune_ds.pruning.prunable_model import CollectedLinear, LoraFactors, OwnedShard
-from loraprune_ds.zero.device import accelerator, current_device, is_cpu
+from loraprune_ds.ranks.device import current_device, is_cpu
+from loraprune_ds.zero.device import accelerator
 from tests.benchmarks.gpu_day.engine import device_bytes, sizes
 from tests.benchmarks.gpu_day.found import Found
 

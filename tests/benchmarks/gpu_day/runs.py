@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.zero.device import is_cpu
+from loraprune_ds.ranks.device import is_cpu
 from tests.benchmarks.gpu_day.found import Found
 from tests.integration.launching import ROOT, free_port, step_of
 from tests.integration.resuming import metrics, write_family, write_run

@@ -33,7 +33,7 @@ DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMIN
 
 
 class Ranks:
-    """The processes that work on one model: this one alone. `zero.comm.Communicator` connects several."""
+    """The processes that work on one model: this one alone. `Communicator` (comm.py) connects several."""
 
     rank = 0
     world_size = 1

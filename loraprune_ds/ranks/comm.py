@@ -8,11 +8,11 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
-from deepspeed import comm as dist
+import torch.distributed as dist
 from torch import Tensor
 
-from loraprune_ds.ranks import Ranks
-from loraprune_ds.zero.device import current_device
+from loraprune_ds.ranks.device import current_device
+from loraprune_ds.ranks.job import Ranks
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
