@@ -14,7 +14,7 @@ from loraprune_ds.model.families.base import PRUNED, Family
 
 LLAMA = llama.Llama()
 LLAMA_LIKE = "llama mistral ministral ministral3 qwen3 smollm3 seed_oss olmo exaone4 ernie4_5 hunyuan_v1_dense"
-LLAMA_LIKE += " cwm internlm3 iquestcoder"
+LLAMA_LIKE += " cwm internlm3 iquestcoder glm glm4 starcoder2 nemotron arcee apertus jais2"
 GEMMA = replace(LLAMA, windows_begin_with_bos=True)
 CAPPED_GEMMA = replace(GEMMA, softcap="final_logit_softcapping", eager_only="a cap on scores (attn_logit_softcapping)")
 LOCAL: dict[str, Any] = {"count": "num_local_experts", "size": "intermediate_size"}
@@ -38,9 +38,6 @@ FAMILIES: dict[str, Family] = {
     # Their classes have hidden_size inputs in o_proj.
     **dict.fromkeys(("helium", "stablelm"), replace(LLAMA, fixed=("heads",))),
     "phi3": llama.Phi3(),
-    **dict.fromkeys(("glm", "glm4"), llama.Glm()),
-    "starcoder2": llama.Starcoder2(),
-    **dict.fromkeys(("nemotron", "arcee", "apertus", "jais2"), llama.Ungated()),
     "lfm2": llama.Lfm2(packs=False),
     "lfm3": llama.Lfm3(packs=False),
     "mixtral": moe.Mixtral(**LOCAL),
@@ -55,7 +52,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2_moe": moe.Lfm2Moe(packs=False),
     "ernie4_5_moe": moe.ErnieMoe(count="moe_num_experts", chosen="moe_k"),
     "deepseek_v3": moe.Latent(best_of_group=2, **ROUTED),
-    "deepseek_v2": moe.DeepseekV2(best_of_group=1, **ROUTED),
+    "deepseek_v2": moe.Latent(best_of_group=1, **ROUTED),
     "glm4_moe_lite": moe.GlmLite(best_of_group=2, **ROUTED),
     "glm_moe_dsa": moe.SparseAttention(best_of_group=2, **ROUTED),
     "nemotron_h": nemotron_h.NemotronH(best_of_group=2, packs=False, **ROUTED),

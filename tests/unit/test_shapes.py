@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loraprune_ds.model.families.base import Family, Marks
-from loraprune_ds.model.families.blocks import attention, columns, gated, rows
+from loraprune_ds.model.families.blocks import attention, columns, mlp, rows
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.groups import LayerCounts, LayerKeep, Run
 from loraprune_ds.model.read_shape import _kinds, shape_from_config
@@ -126,7 +126,7 @@ def test_the_operations_of_a_step_product_by_product() -> None:
 class Three(Family):
     def layer(self, c: Any, i: int) -> Marks:
         run = Run("experts", 6, 4)
-        return [*attention(c), rows("moe.up_proj", run), columns("moe.down_proj", run), *gated(60)]
+        return [*attention(c), rows("moe.up_proj", run), columns("moe.down_proj", run), *mlp(60)]
 
 
 THREE = SimpleNamespace(hidden_size=16, head_dim=4, num_attention_heads=8, num_key_value_heads=4)

@@ -41,23 +41,15 @@ def wide_norms(c: Any) -> list[TensorSpec]:
     return [TensorSpec(f"self_attn.{x}_norm.weight", (run,)) for x, run in zip("qk", head_runs(c), strict=True)]
 
 
-def gated(channels: int, mlp: str = "mlp", names: tuple[str, str, str] = MLP) -> list[TensorSpec]:
-    run, (gate, up, down) = Run("channels", channels), names
-    return [rows(f"{mlp}.{gate}", run), rows(f"{mlp}.{up}", run), columns(f"{mlp}.{down}", run)]
-
-
-def ungated(channels: int, up: str = "up_proj", down: str = "down_proj", path: str = "mlp") -> list[TensorSpec]:
+def mlp(channels: int, path: str = "mlp") -> list[TensorSpec | Attribute]:
+    """Marks an MLP under the names of all families. Gate and `up` may be one linear, or there is no gate."""
     run = Run("channels", channels)
-    return [rows(f"{path}.{up}", run), columns(f"{path}.{down}", run)]
-
-
-def fused_gated(channels: int, gate_up: str = "mlp.gate_up_proj", down: str = "mlp.down_proj") -> list[TensorSpec]:
-    run = Run("channels", channels)
-    return [rows(gate_up, run, run), columns(down, run)]
-
-
-def mlp_width(c: Any) -> Attribute:
-    return Attribute("mlp", "intermediate_size", Run("channels", c.intermediate_size))
+    return [
+        *(rows(f"{path}.{x}", run) for x in ("gate_proj", "up_proj", "c_fc", "w1", "w3")),
+        rows(f"{path}.gate_up_proj", run, run),
+        *(columns(f"{path}.{x}", run) for x in ("down_proj", "c_proj", "w2")),
+        Attribute(path, "intermediate_size", run),
+    ]
 
 
 def each_expert(mlp: str = "mlp", names: tuple[str, str, str] = MLP) -> OnDisk:

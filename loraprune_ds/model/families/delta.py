@@ -3,7 +3,7 @@
 from typing import Any
 
 from loraprune_ds.model.families.base import Attention, Attribute, Family, Marks
-from loraprune_ds.model.families.blocks import columns, gated, head_runs, mlp_width, rows
+from loraprune_ds.model.families.blocks import columns, head_runs, mlp, rows
 from loraprune_ds.model.families.moe import Qwen2Moe
 from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
@@ -54,7 +54,7 @@ def delta_runs(c: Any) -> tuple[Run, Run, Run]:
 
 class Qwen35(Delta):
     def layer(self, c: Any, i: int) -> Marks:
-        return [*self.mixer(c), *gated(c.intermediate_size), mlp_width(c)]
+        return [*self.mixer(c), *mlp(c.intermediate_size)]
 
 
 class Qwen35Moe(Delta, Qwen2Moe):

@@ -3,7 +3,7 @@
 from typing import Any
 
 from loraprune_ds.model.families.base import Attention, Marks, Mixture
-from loraprune_ds.model.families.blocks import gated, per_expert, stacks, whole
+from loraprune_ds.model.families.blocks import mlp, per_expert, stacks, whole
 from loraprune_ds.model.families.moe import Moe
 from loraprune_ds.model.groups import Kind, LayerSpec, TensorSpec
 
@@ -20,7 +20,7 @@ class Gemma4(Moe):
         names, run = (("experts.gate_up_proj",), ("experts.down_proj",)), self.run(c)
         return [
             *whole("self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
-            *gated(c.intermediate_size * self.times(c, i, "channels")),
+            *mlp(c.intermediate_size * self.times(c, i, "channels")),
             *stacks("experts", run, c.hidden_size, names),
             *(TensorSpec(f"per_layer_{x}.weight", lora=True) for x in ("input_gate", "projection")),
             *(per_expert(x, run) for x in ("router.proj.weight", "router.per_expert_scale")),

@@ -4,24 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from loraprune_ds.model.families.base import PRUNED, Attribute, Family, Marks
-from loraprune_ds.model.families.blocks import (
-    attention,
-    columns,
-    fused_gated,
-    gated,
-    head_runs,
-    mlp_width,
-    rows,
-    ungated,
-    whole,
-    wide_norms,
-)
+from loraprune_ds.model.families.blocks import attention, columns, head_runs, mlp, rows, whole, wide_norms
 from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
 
 class Llama(Family):
     def layer(self, c: Any, i: int) -> Marks:
-        return [*attention(c), *gated(c.intermediate_size), mlp_width(c)]
+        return [*attention(c), *mlp(c.intermediate_size)]
 
     def export_types(self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]) -> list[str]:
         """A Llama without biases may become a Mistral, whose class wants no head count that divides hidden_size."""
@@ -49,33 +38,18 @@ class Phi3(Family):
         return [
             rows("self_attn.qkv_proj", queries, keys, keys),
             columns("self_attn.o_proj", queries),
-            *fused_gated(c.intermediate_size),
+            *mlp(c.intermediate_size),
             Attribute("self_attn", "num_key_value_heads", count),
             Attribute("self_attn.config", "num_attention_heads", count._replace(width=queries.width // keys.width)),
         ]
-
-
-class Glm(Family):
-    def layer(self, c: Any, i: int) -> Marks:
-        return [*attention(c), *fused_gated(c.intermediate_size)]
-
-
-class Ungated(Family):
-    def layer(self, c: Any, i: int) -> Marks:
-        return [*attention(c), *ungated(c.intermediate_size)]
-
-
-class Starcoder2(Family):
-    def layer(self, c: Any, i: int) -> Marks:
-        return [*attention(c), *ungated(c.intermediate_size, "c_fc", "c_proj")]
 
 
 class Lfm2(Family):
     """Its short convolutions are as wide as the residual stream."""
 
     def layer(self, c: Any, i: int) -> Marks:
-        mlp = gated(c.intermediate_size, "feed_forward", ("w1", "w3", "w2"))
-        return [*attention(c, "out_proj"), *whole("conv", "in_proj", "out_proj"), *mlp]
+        convolution = whole("conv", "in_proj", "out_proj")
+        return [*attention(c, "out_proj"), *convolution, *mlp(c.intermediate_size, "feed_forward")]
 
     def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
         """Writes the width of the MLP, which the class computes from other fields."""
@@ -94,8 +68,8 @@ class Lfm3(Family):
     def layer(self, c: Any, i: int) -> Marks:
         each = Run("heads", c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads)
         gates = TensorSpec("self_attn.g_proj.weight", (each,), on_disk="self_attn.gate_proj.weight")
-        mlp = gated(c.intermediate_size, "feed_forward", ("w1", "w3", "w2"))
-        return [*attention(c), *whole("conv", "in_proj", "out_proj"), *mlp, gates]
+        convolution = whole("conv", "in_proj", "out_proj")
+        return [*attention(c), *convolution, *mlp(c.intermediate_size, "feed_forward"), gates]
 
 
 class GraniteHybrid(Family):
@@ -106,8 +80,9 @@ class GraniteHybrid(Family):
         return *super().required[:3], "shared_intermediate_size"
 
     def layer(self, c: Any, i: int) -> Marks:
-        mlp = fused_gated(c.shared_intermediate_size, "shared_mlp.input_linear", "shared_mlp.output_linear")
-        return [*attention(c), *whole("mamba", "in_proj"), TensorSpec("mamba.out_proj.weight"), *mlp]
+        mamba, run = whole("mamba", "in_proj"), Run("channels", c.shared_intermediate_size)
+        shared = rows("shared_mlp.input_linear", run, run), columns("shared_mlp.output_linear", run)
+        return [*attention(c), *mamba, TensorSpec("mamba.out_proj.weight"), *shared]
 
     def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
         channels = {"shared_intermediate_size": counts.get("channels", 0), "intermediate_size": 0}

@@ -32,6 +32,8 @@ class Moe(Family):
 
     has_experts = True
     optional: ClassVar[bool] = False  # some models of the family have none
+    dense_mlp: ClassVar[tuple[TensorSpec, ...]] = ()  # of a layer without experts
+    shared: ClassVar[tuple[TensorSpec, ...]] = ()  # the linears that all tokens pass
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -42,6 +44,17 @@ class Moe(Family):
         """Returns the experts of a layer, as wide as the channels of one."""
         ranges = c.n_group or 1 if self.best_of_group else 1
         return Run("experts", getattr(c, self.count) or 0, getattr(c, self.size) or 0, ranges)
+
+    def layer(self, c: Any, i: int) -> Marks:
+        return [*self.mixer(c), *self.mlp(c)]
+
+    def mixer(self, c: Any) -> Marks:
+        return attention(c)
+
+    def mlp(self, c: Any) -> Marks:
+        """Marks the experts of a sparse layer, and the MLP of a dense one."""
+        experts = stacks("mlp.experts", self.run(c), c.hidden_size, each_expert())
+        return [*experts, *self.dense_mlp, *self.shared, per_expert("mlp.gate.weight", self.run(c))]
 
     def mixture(self, c: Any) -> Mixture | None:
         run, per_token = self.run(c), getattr(c, self.chosen)
@@ -70,19 +83,7 @@ class MiniMax(Mixtral):
 
 
 class QwenMoe(Moe):
-    dense_mlp: ClassVar[tuple[TensorSpec, ...]] = tuple(whole("mlp", *MLP))  # of a layer without experts
-    shared: ClassVar[tuple[TensorSpec, ...]] = ()  # the linears that all tokens pass
-
-    def layer(self, c: Any, i: int) -> Marks:
-        return [*self.mixer(c), *self.mlp(c)]
-
-    def mixer(self, c: Any) -> Marks:
-        return attention(c)
-
-    def mlp(self, c: Any) -> Marks:
-        """Marks the experts of a sparse layer, and the MLP of a dense one."""
-        experts = stacks("mlp.experts", self.run(c), c.hidden_size, each_expert())
-        return [*experts, *self.dense_mlp, *self.shared, per_expert("mlp.gate.weight", self.run(c))]
+    dense_mlp = tuple(whole("mlp", *MLP))
 
     def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
         return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
@@ -94,21 +95,19 @@ class Qwen2Moe(QwenMoe):
 
 class Olmoe(Moe):
     def layer(self, c: Any, i: int) -> Marks:
-        experts = stacks("mlp.experts", self.run(c), c.hidden_size, each_expert())
-        return [*attention(c), *experts, per_expert("mlp.gate.weight", self.run(c)), *wide_norms(c)]
+        return [*super().layer(c, i), *wide_norms(c)]
 
 
 class GlmMoe(QwenMoe):
-    """Its router has a correction for each expert."""
+    """Its router may have a correction for each expert."""
 
     shared = tuple(whole("mlp.shared_experts", *MLP))
-    corrects: ClassVar[bool] = True
     correction_in_files: ClassVar[str | None] = None  # its name there, if it differs
 
     def mlp(self, c: Any) -> Marks:
         run, bias = self.run(c), "mlp.gate.e_score_correction_bias"
-        correction = [per_expert(bias, run, self.correction_in_files, keep_fp32=True)] if self.corrects else []
-        return [*super().mlp(c), *correction, Attribute("mlp.gate", "num_experts", run._replace(width=1))]
+        correction = per_expert(bias, run, self.correction_in_files, keep_fp32=True)
+        return [*super().mlp(c), correction, Attribute("mlp.gate", "num_experts", run._replace(width=1))]
 
     def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
         assert dense == [*range(len(dense))]
@@ -128,10 +127,10 @@ class ExaoneMoe(LayerTypes, GlmMoe):
 
 
 class HunyuanMoe(Moe):
+    shared = tuple(whole("mlp.shared_mlp", *MLP))
+
     def layer(self, c: Any, i: int) -> Marks:
-        experts = stacks("mlp.experts", self.run(c), c.hidden_size, each_expert())
-        router = per_expert("mlp.gate.wg.weight", self.run(c), keep_fp32=True)
-        return [*attention(c), *experts, *whole("mlp.shared_mlp", *MLP), router]
+        return [*super().layer(c, i), per_expert("mlp.gate.wg.weight", self.run(c), keep_fp32=True)]
 
     def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
         """Published ones list how many experts a token chooses in each layer."""
@@ -161,17 +160,13 @@ class Lfm2Moe(Moe):
 class ErnieMoe(Moe):
     """Its router is fp32. The correction, (1, experts), has another name in files."""
 
+    dense_mlp, shared = QwenMoe.dense_mlp, GlmMoe.shared
+
     def layer(self, c: Any, i: int) -> Marks:
         run, bias = self.run(c), "moe_statics.e_score_correction_bias"
+        router = per_expert("mlp.gate.weight", run, keep_fp32=True)
         one_row = per_expert(f"mlp.gate.{bias}", run, f"mlp.{bias}", keep_fp32=True)
-        return [
-            *attention(c),
-            *stacks("mlp.experts", run, c.hidden_size, each_expert()),
-            *whole("mlp", *MLP),
-            *whole("mlp.shared_experts", *MLP),
-            per_expert("mlp.gate.weight", run, keep_fp32=True),
-            replace(one_row, axis=1),
-        ]
+        return [*super().layer(c, i), router, replace(one_row, axis=1)]
 
     def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
         sparse = [i for i in range(layers) if i not in dense] or [layers]
@@ -221,10 +216,6 @@ class Latent(GlmMoe):
         """All heads share one key in the cache. Scores and sums differ in width, and this is their mean."""
         heads, width = layer.counts.get("heads", 0), (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim) / 2
         return Attention(heads, heads * width, c.kv_lora_rank + c.qk_rope_head_dim)
-
-
-class DeepseekV2(Latent):
-    corrects = False
 
 
 class GlmLite(LayerTypes, Latent):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from loraprune_ds.model.families.base import Attention, Attribute, Marks
-from loraprune_ds.model.families.blocks import attention, per_expert, stacks, ungated, whole
+from loraprune_ds.model.families.blocks import attention, mlp, per_expert, stacks, whole
 from loraprune_ds.model.families.moe import Moe
 from loraprune_ds.model.groups import LayerCounts, LayerSpec, TensorSpec
 
@@ -24,7 +24,7 @@ class NemotronH(Moe):
         router = (f"{MIXER}.gate.{x}" for x in ("weight", "e_score_correction_bias"))
         return [
             *attention(c, path=MIXER),
-            *ungated(c.intermediate_size, path=MIXER),
+            *mlp(c.intermediate_size, MIXER),
             *whole(MIXER, "fc1_latent_proj"),
             *stacks(f"{MIXER}.experts", run, inputs, names, gated=False),
             *whole(MIXER, "fc2_latent_proj", "shared_experts.up_proj", "shared_experts.down_proj"),
