@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.families import delta, gemma, llama, moe, nemotron_h, t5
+from loraprune_ds.model.families import hybrid, llama, moe, t5
 from loraprune_ds.model.families.base import PRUNED, Family
 
 LLAMA = llama.Llama()
@@ -25,7 +25,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": GEMMA,
     **dict.fromkeys(("gemma2", "vaultgemma"), CAPPED_GEMMA),
     "gemma3_text": replace(GEMMA, softcap="final_logit_softcapping"),
-    "gemma4_text": gemma.Gemma4(
+    "gemma4_text": hybrid.Gemma4(
         softcap="final_logit_softcapping", windows_begin_with_bos=True, chosen="top_k_experts", equal_layers=True
     ),
     "granite": replace(LLAMA, logit_divisor="logits_scaling"),
@@ -55,11 +55,11 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v2": moe.Latent(best_of_group=1, **ROUTED),
     "glm4_moe_lite": moe.GlmLite(best_of_group=2, **ROUTED),
     "glm_moe_dsa": moe.SparseAttention(best_of_group=2, **ROUTED),
-    "nemotron_h": nemotron_h.NemotronH(best_of_group=2, packs=False, **ROUTED),
+    "nemotron_h": hybrid.NemotronH(best_of_group=2, packs=False, **ROUTED),
     # Positions reset neither the states of delta nets nor their convolutions.
-    "qwen3_5_text": delta.Qwen35(packs=False),
-    "qwen3_5_moe_text": delta.Qwen35Moe(packs=False),
-    "qwen3_next": delta.Qwen3Next(packs=False),
+    "qwen3_5_text": hybrid.Qwen35(packs=False),
+    "qwen3_5_moe_text": hybrid.Qwen35Moe(packs=False),
+    "qwen3_next": hybrid.Qwen3Next(packs=False),
     **dict.fromkeys(("t5", "mt5"), t5.T5(packs=False)),
     "umt5": t5.Umt5(packs=False),
 }
