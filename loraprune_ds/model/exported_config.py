@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from loraprune_ds.model.classes import causal_lm_class, config_object
+from loraprune_ds.model.classes import causal_lm_class, config_object, sliding_window
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.families.moe import NEW_COUNT
 from loraprune_ds.model.family import family_name
@@ -19,10 +19,7 @@ from loraprune_ds.model.weight_files import AUTO_MAP
 DROPPED = {"_name_or_path", AUTO_MAP, "pretraining_tp", "quantization_config"}
 NEXT_TOKENS = "mtp_num_hidden_layers"  # of layers that predict further tokens, which are left out. llama.cpp reads it
 MODELLING_FILE = "modeling_pruned.py"
-# transformers' defaults, which differ between the Llama and Mistral classes.
-DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
-DEFAULT_SLIDING_WINDOW = 4096  # of MistralConfig
-DEFAULT_ROPE_THETA = 10000.0
+EXPLICIT = ("llama", "mistral")  # a Llama may be written as a Mistral, whose defaults differ
 OLD_ROPE = {"rope_theta", "rope_scaling"}  # names of transformers 4
 
 
@@ -112,7 +109,7 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
     if model_type == "mistral" and model_type != shape.model_type:
         dropped |= {"attention_bias", "mlp_bias"}  # a Mistral never has these
     config = {key: value for key, value in shape.family.explicit(source).items() if key not in dropped}
-    config |= _sizes(shape) | _rope(source, family_name(shape.model_type)) | _family_options(source, shape, model_type)
+    config |= _sizes(shape) | _rope(source, shape) | _explicit_options(shape, model_type)
     config |= _no_next_tokens(source) | {
         "architectures": [causal_lm_class(model_type).__name__],
         "model_type": model_type,
@@ -149,42 +146,33 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
     return sizes
 
 
-def _rope(source: dict[str, Any], family: str) -> dict[str, Any]:
+def _rope(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     """Returns the rotary settings under the names of transformers 4 and 5."""
     # Version 4 reads rope_theta and rope_scaling, and silently ignores rope_parameters. Version 5 prefers rope_scaling
     # with rope_theta, unless it is null. Otherwise it reads rope_parameters, where Gemma 3 and Olmo 3 have settings for
     # each kind of layer. Version 4 can scale only full attention.
-    settings = source.get("rope_scaling") or source.get("rope_parameters") or {}
-    full = dict(settings.get("full_attention", settings))
+    settings: dict[str, Any] = getattr(shape.config, "rope_parameters", None) or {}
+    full, is_explicit = dict(settings.get("full_attention", settings)), family_name(shape.model_type) in EXPLICIT
     unknown = full.get("rope_type") == "proportional"  # in transformers 4
-    if unknown or (family not in DEFAULT_POSITIONS and (OLD_ROPE & source.keys() or "rope_theta" not in full)):
+    if unknown or (not is_explicit and (OLD_ROPE & source.keys() or not source.get("rope_parameters"))):
         return {}  # both versions read the source's settings, and each family has its own defaults
-    theta = full.pop("rope_theta", None) or source.get("rope_theta") or DEFAULT_ROPE_THETA
-    legacy_type = full.pop("type", None)
-    rope_type = full.pop("rope_type", None) or legacy_type or "default"
+    theta, rope_type = full.pop("rope_theta"), full.pop("rope_type")
+    full.pop("type", None)  # an older name that transformers keeps
     scaling = {"rope_type": rope_type, **full}
     names = {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else scaling}
     if "partial_rotary_factor" in full:
         names["partial_rotary_factor"] = full["partial_rotary_factor"]
     if "sliding_attention" in settings:
         names["rope_local_base_freq"] = settings["sliding_attention"]["rope_theta"]
-    if family in DEFAULT_POSITIONS:
-        names["rope_parameters"] = scaling | {"rope_theta": theta}
-    return names
+    return names | ({"rope_parameters": scaling | {"rope_theta": theta}} if is_explicit else {})
 
 
-def _family_options(source: dict[str, Any], shape: ModelShape, model_type: str) -> dict[str, Any]:
-    """Returns fields of Llama and Mistral. A Llama may be written as a Mistral, whose defaults differ."""
-    family = family_name(shape.model_type)
-    if family not in DEFAULT_POSITIONS:
+def _explicit_options(shape: ModelShape, model_type: str) -> dict[str, Any]:
+    """Returns the fields of a Llama or Mistral whose defaults differ."""
+    if family_name(shape.model_type) not in EXPLICIT:
         return {}
-    options: dict[str, Any] = {
-        "max_position_embeddings": source.get("max_position_embeddings", DEFAULT_POSITIONS[family])
-    }
-    if family == "mistral":
-        options["sliding_window"] = source.get("sliding_window", DEFAULT_SLIDING_WINDOW)
-    elif model_type == "mistral":
-        options["sliding_window"] = None
-    else:
-        options |= {"attention_bias": "self_attn.o_proj" in shape.biases, "mlp_bias": "mlp.down_proj" in shape.biases}
-    return options
+    options: dict[str, Any] = {"max_position_embeddings": shape.config.max_position_embeddings}
+    if family_name(model_type) == "mistral":
+        return options | {"sliding_window": sliding_window(shape.config)}
+    biases = {"attention_bias": "self_attn.o_proj" in shape.biases, "mlp_bias": "mlp.down_proj" in shape.biases}
+    return options | biases
