@@ -12,7 +12,7 @@ from gguf.constants import MODEL_ARCH_NAMES
 from gguf.quants import quant_shape_to_byte_shape
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.gguf_architecture import Architecture, architecture_of, attention_interval
+from loraprune_ds.export.gguf_architecture import GROUPS, NUMBERS, Architecture, architecture_of, attention_interval
 from loraprune_ds.export.gguf_tensors import Array, GgufTensor, Precision, plan_tensors, read_tensor
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT, add_tokenizer
 from loraprune_ds.model.classes import config_object, sliding_window
@@ -21,10 +21,6 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.tokenizer import target_start
 
 T5_TOKENS = 512  # a T5's training length. Its positions have no limit
-EPSILONS = {
-    **dict.fromkeys(("rms_norm_eps", "norm_eps"), "add_layer_norm_rms_eps"),
-    "layer_norm_eps": "add_layer_norm_eps",
-}
 
 
 def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, name: str) -> list[str]:
@@ -45,7 +41,7 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     writer.add_quantization_version(GGML_QUANT_VERSION)
     remarks = _add_context(writer, config, architecture)
     _add_sizes(writer, config, shape, architecture)
-    for key, method in {**EPSILONS, **architecture.numbers}.items():
+    for key, method in (NUMBERS | (GROUPS if architecture.grouped else {})).items():
         if (value := getattr(config, key, None)) is not None:
             getattr(writer, method)(value)
     factors = None

@@ -26,6 +26,33 @@ PARTS = {
     **dict.fromkeys(("mlp.gate_up_proj", "shared_mlp.input_linear"), ("mlp.gate_proj", "mlp.up_proj")),
 }
 ACTIVATIONS = ("feed_forward_proj", "hidden_activation", "hidden_act")  # fields that name the activation
+# A config field, unless null -> the method of GGUFWriter for it. An architecture of llama.cpp ignores what it lacks.
+NUMBERS = {
+    **dict.fromkeys(("rms_norm_eps", "norm_eps", "layer_norm_epsilon"), "add_layer_norm_rms_eps"),
+    "layer_norm_eps": "add_layer_norm_eps",
+    "use_parallel_residual": "add_parallel_residual",
+    "attention_multiplier": "add_attention_scale",
+    "embedding_multiplier": "add_embedding_scale",
+    "residual_multiplier": "add_residual_scale",
+    **dict.fromkeys(("logits_scaling", "logit_scale"), "add_logit_scale"),
+    "final_logit_softcapping": "add_final_logit_softcapping",
+    "attn_logit_softcapping": "add_attn_logit_softcapping",
+    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), "add_expert_shared_count"),
+    "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
+    "routed_scaling_factor": "add_expert_weights_scale",
+    "norm_topk_prob": "add_expert_weights_norm",
+    "moe_layer_interval": "add_interleave_moe_layer_step",
+    "q_lora_rank": "add_q_lora_rank",
+    "kv_lora_rank": "add_kv_lora_rank",
+    "linear_conv_kernel_dim": "add_ssm_conv_kernel",
+    "linear_key_head_dim": "add_ssm_state_size",
+    "linear_num_key_heads": "add_ssm_group_count",
+    "linear_num_value_heads": "add_ssm_time_step_rank",
+    "conv_L_cache": "add_shortconv_l_cache",
+    "num_decoder_layers": "add_decoder_block_count",
+    "relative_attention_num_buckets": "add_relative_attn_buckets_count",
+}
+GROUPS = {"n_group": "add_expert_group_count", "topk_group": "add_expert_group_used_count"}
 
 
 @dataclass(frozen=True)
@@ -38,7 +65,6 @@ class Architecture:
     activations: tuple[str, ...] = ("silu",)  # the ones that llama.cpp computes
     biases: frozenset[str] = frozenset()  # linears with a bias in llama.cpp
     ropes: tuple[str, ...] = ("default",)  # the supported kinds of rotary scaling
-    numbers: Mapping[str, str] = field(default_factory=dict[str, str])  # config field, unless null -> GGUFWriter method
     norm_offset: float = 0.0  # transformers adds it to the weight of each norm
     window_period: int = 0  # every n-th layer attends to all tokens, the others within a sliding window. 0: no window
     rope_period: int = 0  # every n-th layer has no rotary embedding. 0: all have one
@@ -49,6 +75,7 @@ class Architecture:
     odd_depth: int = 0  # with this many layers, scores are divided by sqrt(hidden_size // query heads), not head_dim
     partial: bool = False  # partial rotary embeddings are supported
     gating: ExpertGatingFuncType | None = None  # converts router scores to weights, if the file must name it
+    grouped: bool = False  # the router first chooses among groups of experts
     delta: bool = False  # gated delta nets, with keys as wide as values
     lite: tuple[int, ...] = ()  # models with these numbers of layers have no latent queries, all others must have them
     short: bool = False  # a layer without key-value heads is a short convolution
@@ -71,67 +98,29 @@ class Architecture:
 LLAMA_ARCH = Architecture(
     MODEL_ARCH.LLAMA, MODEL_ARCH.DECI, neighbours=True, biases=LINEARS, ropes=("default", "linear", "llama3")
 )
-GRANITE_NUMBERS = {
-    "attention_multiplier": "add_attention_scale",
-    "embedding_multiplier": "add_embedding_scale",
-    "residual_multiplier": "add_residual_scale",
-    "logits_scaling": "add_logit_scale",
-}
-MOE_NUMBERS = {
-    "n_shared_experts": "add_expert_shared_count",
-    "routed_scaling_factor": "add_expert_weights_scale",
-    "norm_topk_prob": "add_expert_weights_norm",
-}
-DELTA = Architecture(
-    MODEL_ARCH.QWEN35,
-    numbers={
-        "linear_conv_kernel_dim": "add_ssm_conv_kernel",
-        "linear_key_head_dim": "add_ssm_state_size",
-        "linear_num_key_heads": "add_ssm_group_count",
-        "linear_num_value_heads": "add_ssm_time_step_rank",
-    },
-    norm_offset=1.0,
-    partial=True,
-    delta=True,
-)
-LATENT_NUMBERS = MOE_NUMBERS | {"q_lora_rank": "add_q_lora_rank", "kv_lora_rank": "add_kv_lora_rank"}
+DELTA = Architecture(MODEL_ARCH.QWEN35, norm_offset=1.0, partial=True, delta=True)
 LATENT = Architecture(
     MODEL_ARCH.DEEPSEEK2,
-    numbers=LATENT_NUMBERS | {"n_group": "add_expert_group_count", "topk_group": "add_expert_group_used_count"},
     ropes=("default", "yarn"),
     only={"rope_interleave": True, "rms_norm_eps": 1e-6},  # the norms of latents have that epsilon
     gating=ExpertGatingFuncType.SIGMOID,
+    grouped=True,
     lite=(26, 27),
 )
-FINAL_CAP = {"final_logit_softcapping": "add_final_logit_softcapping"}
-T5_NUMBERS = {
-    "num_decoder_layers": "add_decoder_block_count",
-    "relative_attention_num_buckets": "add_relative_attn_buckets_count",
-    "layer_norm_epsilon": "add_layer_norm_rms_eps",
-}
 # llama.cpp's t5 measures distances up to 128, and each layer may have a table of biases.
-T5_ARCH = Architecture(
-    MODEL_ARCH.T5, activations=("relu", "gated-gelu"), numbers=T5_NUMBERS, only={"relative_attention_max_distance": 128}
-)
+T5_ARCH = Architecture(MODEL_ARCH.T5, activations=("relu", "gated-gelu"), only={"relative_attention_max_distance": 128})
 GEMMA_ARCH = Architecture(MODEL_ARCH.GEMMA, activations=("gelu_pytorch_tanh",), norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA_ARCH),
     **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), replace(LLAMA_ARCH, unequal=None)),
     "helium": replace(LLAMA_ARCH, unequal=None, neighbours=False),  # a Helium has neighbours in transformers, too
-    "stablelm": Architecture(
-        MODEL_ARCH.STABLELM,
-        biases=QKV,
-        numbers={"use_parallel_residual": "add_parallel_residual"},
-        only={"qk_layernorm": False},
-        partial=True,
-    ),
+    "stablelm": Architecture(MODEL_ARCH.STABLELM, biases=QKV, only={"qk_layernorm": False}, partial=True),
     "qwen3": Architecture(MODEL_ARCH.QWEN3),
     "mixtral": replace(LLAMA_ARCH, unequal=None),
     "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}),
     "qwen2_moe": Architecture(
         MODEL_ARCH.QWEN2MOE,
         biases=QKV,
-        numbers={"shared_expert_intermediate_size": "add_expert_shared_feed_forward_length"},
         square=("self_attn.q_proj",),
         only={"norm_topk_prob": False, "mlp_only_layers": []},
     ),
@@ -140,7 +129,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         square=("self_attn.q_proj", "self_attn.k_proj"),
         only={"norm_topk_prob": False, "clip_qkv": None},
     ),
-    "granitemoe": Architecture(MODEL_ARCH.GRANITE_MOE, neighbours=True, numbers=GRANITE_NUMBERS),
+    "granitemoe": Architecture(MODEL_ARCH.GRANITE_MOE, neighbours=True),
     "gpt_oss": Architecture(
         MODEL_ARCH.GPT_OSS,
         biases=QKV | {"self_attn.o_proj"},
@@ -150,60 +139,29 @@ ARCHITECTURES: dict[str, Architecture] = {
         in_turn=True,
     ),
     "glm4_moe": Architecture(
-        MODEL_ARCH.GLM4_MOE,
-        biases=QKV,
-        numbers=MOE_NUMBERS,
-        only={"n_group": 1},
-        partial=True,
-        gating=ExpertGatingFuncType.SIGMOID,
+        MODEL_ARCH.GLM4_MOE, biases=QKV, only={"n_group": 1}, partial=True, gating=ExpertGatingFuncType.SIGMOID
     ),
-    "dots1": Architecture(
-        MODEL_ARCH.DOTS1, numbers=MOE_NUMBERS, only={"n_group": 1}, gating=ExpertGatingFuncType.SIGMOID
-    ),
+    "dots1": Architecture(MODEL_ARCH.DOTS1, only={"n_group": 1}, gating=ExpertGatingFuncType.SIGMOID),
     "exaone_moe": Architecture(
-        MODEL_ARCH.EXAONE_MOE,
-        numbers=MOE_NUMBERS | {"num_shared_experts": "add_expert_shared_count"},
-        window_period=4,
-        only={"n_group": 1},
-        gating=ExpertGatingFuncType.SIGMOID,
+        MODEL_ARCH.EXAONE_MOE, window_period=4, only={"n_group": 1}, gating=ExpertGatingFuncType.SIGMOID
     ),
     "deepseek_v3": LATENT,
     # llama.cpp uses rms_norm_eps 1e-5 in the norms of latents, too. transformers has 1e-6 there.
     "glm4_moe_lite": replace(LATENT, ropes=("default",), only={"rope_interleave": True}),
     "deepseek_v2": replace(
         LATENT,
-        numbers=LATENT_NUMBERS,
         only={"topk_method": "greedy", "norm_topk_prob": False, "rms_norm_eps": 1e-6},
         gating=ExpertGatingFuncType.SOFTMAX,
+        grouped=False,
     ),
-    "ernie4_5_moe": Architecture(
-        MODEL_ARCH.ERNIE4_5_MOE,
-        numbers={
-            "moe_num_shared_experts": "add_expert_shared_count",
-            "moe_layer_interval": "add_interleave_moe_layer_step",
-        },
-        gating=ExpertGatingFuncType.SOFTMAX,
-    ),
+    "ernie4_5_moe": Architecture(MODEL_ARCH.ERNIE4_5_MOE, gating=ExpertGatingFuncType.SOFTMAX),
     "minimax_m2": Architecture(MODEL_ARCH.MINIMAXM2, partial=True, gating=ExpertGatingFuncType.SIGMOID),
     "qwen3_5_text": DELTA,
-    "qwen3_5_moe_text": replace(
-        DELTA,
-        uniform=MODEL_ARCH.QWEN35MOE,
-        numbers={**DELTA.numbers, "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length"},
-    ),
-    "granite": Architecture(MODEL_ARCH.GRANITE, neighbours=True, numbers=GRANITE_NUMBERS),
-    "granitemoehybrid": Architecture(
-        MODEL_ARCH.GRANITE, neighbours=True, numbers=GRANITE_NUMBERS, only={"position_embedding_type": "rope"}
-    ),
-    "lfm2": Architecture(
-        MODEL_ARCH.LFM2, numbers={"conv_L_cache": "add_shortconv_l_cache"}, square=("self_attn.q_proj",), short=True
-    ),
-    "cohere": Architecture(
-        MODEL_ARCH.COMMAND_R,
-        numbers={"logit_scale": "add_logit_scale"},
-        square=("self_attn.q_proj",),
-        only={"use_qk_norm": False},
-    ),
+    "qwen3_5_moe_text": replace(DELTA, uniform=MODEL_ARCH.QWEN35MOE),
+    "granite": Architecture(MODEL_ARCH.GRANITE, neighbours=True),
+    "granitemoehybrid": Architecture(MODEL_ARCH.GRANITE, neighbours=True, only={"position_embedding_type": "rope"}),
+    "lfm2": Architecture(MODEL_ARCH.LFM2, square=("self_attn.q_proj",), short=True),
+    "cohere": Architecture(MODEL_ARCH.COMMAND_R, square=("self_attn.q_proj",), only={"use_qk_norm": False}),
     "jais2": Architecture(
         MODEL_ARCH.JAIS2, biases=LINEARS, activations=("relu2",), only={"attention_bias": True, "mlp_bias": True}
     ),
@@ -212,19 +170,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "ernie4_5": Architecture(MODEL_ARCH.ERNIE4_5),
     "arcee": Architecture(MODEL_ARCH.ARCEE, neighbours=True, activations=("relu2",)),
     "gemma": GEMMA_ARCH,
-    "gemma2": replace(
-        GEMMA_ARCH,
-        uniform=MODEL_ARCH.GEMMA2,
-        numbers=FINAL_CAP | {"attn_logit_softcapping": "add_attn_logit_softcapping"},
-        window_period=2,
-        scaled="self_attn.q_proj",
-        odd_depth=46,
-    ),
+    "gemma2": replace(GEMMA_ARCH, uniform=MODEL_ARCH.GEMMA2, window_period=2, scaled="self_attn.q_proj", odd_depth=46),
     "gemma3_text": replace(
         GEMMA_ARCH,
         uniform=MODEL_ARCH.GEMMA3,
         ropes=("default", "linear"),
-        numbers=FINAL_CAP,
         window_period=6,
         scaled="self_attn.q_norm",
         odd_depth=62,
