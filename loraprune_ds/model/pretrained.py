@@ -4,7 +4,7 @@ Weights are checked by the headers of their files, and read in parts, so that no
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -83,27 +83,29 @@ class ModelWeights:
     def read_flat(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
         """Returns the elements [start, end) of the row-major flat view of a tensor: (end - start,) in `dtype`.
 
-        Only the rows with these elements, and rows between two kept ones, are read from disk.
+        The file is mapped, so only these elements are read from disk.
         """
         if name in self.pieces:
             return self._read_pieces(self.pieces[name], start, end, dtype)
-        shard = torch.empty(end - start, dtype=dtype)
         with safe_open(self.files[name], framework="pt") as file:
-            view: Any = file.get_slice(self.names_on_disk[name])
-            size = view.get_shape()
-            if transposed := self.transposed and len(size) == 3:
-                size = [size[0], size[2], size[1]]
-            *on_disk, width = size if len(size) > 1 else [*size, 1]
-            kept = self.slices.get(name, Slice(0, torch.arange(math.prod(on_disk))))
+            stored = file.get_tensor(self.names_on_disk[name])
+            transposed = self.transposed and stored.ndim == 3
+            if name not in self.slices and not transposed:
+                return stored.view(-1)[start:end].to(dtype, copy=True)
+            if transposed:
+                stored = stored.mT
+            elif stored.ndim == 1:  # a row for each element
+                stored = stored.unsqueeze(1)
+            *heights, width = stored.shape
+            kept = self.slices.get(name, Slice(0, torch.arange(math.prod(heights))))
             columns = len(kept.keep) if kept.axis == 1 else width
             first, last = start // columns, -(-end // columns)
             rows = kept.keep[first:last] if kept.axis == 0 else torch.arange(first, last)
-            for at, chunk in _chunks(rows, max(1, READ_CHUNK // width)):
-                values = _rows(view, int(chunk[0]), int(chunk[-1]) + 1, transposed)
-                if len(chunk) < len(values):
-                    values = values[chunk - chunk[0]]
-                values = (values[:, kept.keep] if kept.axis == 1 else values).reshape(-1)
-                fill(shard, start, values, (first + at) * columns)
+            shard, at_once = torch.empty(end - start, dtype=dtype), max(1, READ_CHUNK // width)
+            for i, part in enumerate(rows.split(at_once)):
+                values = stored[torch.unravel_index(part, heights)]
+                values = values[:, kept.keep] if kept.axis == 1 else values
+                fill(shard, start, values.reshape(-1), (first + i * at_once) * columns)
         return shard
 
     def _read_pieces(self, pieces: Pieces, start: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -149,27 +151,6 @@ class ModelWeights:
     def _int8(self) -> dict[str, tuple[Int8, Matrix]]:
         formats = ((name, x.format(self.int8), x) for name, x in self._tensors.items())
         return {name: (stored_as, x.matrix) for name, stored_as, x in formats if isinstance(stored_as, Int8)}
-
-
-def _rows(view: Any, start: int, end: int, transposed: bool) -> Tensor:
-    """Reads some rows of a tensor on disk. Rows of a three-dimensional tensor are counted across its matrices."""
-    shape = view.get_shape()
-    if len(shape) < 3:
-        return view[start:end] if shape else view[...][None]
-    height, parts = shape[2 if transposed else 1], list[Tensor]()
-    for i in range(start // height, -(-end // height)):
-        rows = slice(max(start - i * height, 0), min(end - i * height, height))
-        parts.append(view[i, :, rows].T if transposed else view[i, rows])
-    return torch.cat(parts)
-
-
-def _chunks(rows: Tensor, span: int) -> Iterator[tuple[int, Tensor]]:
-    """Splits ascending rows into chunks that span less than `span`, each with the position of its first row."""
-    at = 0
-    while at < len(rows):
-        end = int(torch.searchsorted(rows, rows[at] + span))
-        yield at, rows[at:end]
-        at = end
 
 
 def check_weights(folder: Path, headers: Headers, names: Mapping[str, str], shape: ModelShape) -> ModelWeights:
