@@ -28,7 +28,8 @@ from loraprune_ds.plan.stages import split_state, training_stage
 from loraprune_ds.ranks.device import resident_bytes, storage_bytes
 from loraprune_ds.ranks.flat import AxisCut
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.train.trainer import Teacher, Trainer
+from loraprune_ds.train.trainer import Trainer
+from loraprune_ds.zero.engine import build_inference_engine
 from tests.benchmarks.memory import Peak
 from tests.numerics.cutting import watched_collectives
 from tests.numerics.driver import Consecutive, assemble
@@ -92,14 +93,14 @@ def build(request: Request) -> Trainer:
     samples = Samples.of_windows(ids, labels)
     trainer = assemble(run, pretrained, request.ds_config, samples, Consecutive(size), STEPS)
     if request.taught:
-        trainer._teacher = Teacher(pretrained, run.model, run.train, request.ds_config)
+        given = "sdpa", run.model.dtype, request.ds_config
+        trainer.teacher = build_inference_engine(pretrained, *given, head=False)
     return trainer
 
 
 def modules(trainer: Trainer) -> list[nn.Module]:
     """Lists the model and the teacher."""
-    teacher = trainer._teacher
-    return [trainer.model.module, *([teacher.engine.module] if teacher else [])]
+    return [trainer.model.module, *([trainer.teacher.module] if trainer.teacher else [])]
 
 
 @contextmanager

@@ -169,20 +169,11 @@ class MetricsLog(Sink):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
-            write_text(path, _complete_lines(path))  # or the next record would continue a killed process's half line
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
         self._file.write(_line(record))
         self._file.flush()
-
-    def truncate_to(self, step: int) -> None:
-        """Drops the lines after `step`, because a resumed run writes them again. 0 drops all lines."""
-        write_history(self.path, read_history(self.path, step) if step else History())  # later lines may be damaged
-        self._file.close()  # it still points to the replaced file
-        self._file = self.path.open("a", encoding="utf-8")
 
     def flush(self) -> None:
         os.fsync(self._file.fileno())

@@ -53,10 +53,6 @@ class Prepared:
     ds_config: dict[str, Any]  # with every "auto" replaced
     data: RunData
 
-    @property
-    def steps(self) -> int:
-        return self.pruning.steps
-
 
 def prepare(
     config: RunConfig,
@@ -158,7 +154,7 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
     lines = [
         f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {describe_dtype(config.model)}, "
         f"on {ranks} ({device_name()})",
-        f"{prepared.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens, "
+        f"{pruning.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens, "
         f"{len(pruning.schedule.cut_steps)} cuts to {format_percent(pruning.schedule.ratio)} of the decoder layers' "
         "linear parameters",
         config.recipe,

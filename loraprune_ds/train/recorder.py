@@ -8,13 +8,11 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
-from loraprune_ds.checkpoint.load import TrainingCheckpoint
-from loraprune_ds.config import LoggingConfig
-from loraprune_ds.files import write_text
+from loraprune_ds.config import RunConfig
 from loraprune_ds.report import records
 from loraprune_ds.report.reporters import SERVICES, ReportedRun, TensorBoardLog
 from loraprune_ds.units import format_bytes, format_percent, format_perplexity
@@ -129,30 +127,20 @@ def _can_show_live_line(stream: TextIO) -> bool:
 class RunRecorder(records.Recorder):
     """Records a run of our own trainer, also in metrics.jsonl and on the progress display. On rank 0 only."""
 
-    def __init__(
-        self,
-        folder: Path,
-        steps: int,
-        checkpoint: TrainingCheckpoint | None,
-        logging: LoggingConfig,
-        settings: dict[str, Any],
-        *,
-        active: bool,
-    ) -> None:
+    def __init__(self, config: RunConfig, steps: int, resumed_from: int | None = None, *, active: bool) -> None:
         super().__init__(records.History(), [])
         if not active:
             return
+        folder, report_to = Path(config.output_dir), config.logging.report_to
+        report_to = ["tensorboard"] if report_to is None else report_to
         metrics = records.MetricsLog(folder / records.METRICS_FILE)
-        first = checkpoint and checkpoint.state.step
-        metrics.truncate_to(first or 0)  # a killed run may have written later steps
         self.history = records.read_history(metrics.path)
         self.sinks.append(metrics)
-        report_to = ["tensorboard"] if logging.report_to is None else logging.report_to
         if "tensorboard" in report_to:
-            self.sinks.append(TensorBoardLog(folder / records.TENSORBOARD_FOLDER, first))
-        self.sinks.append(ProgressDisplay(steps, first=first or 0))
+            self.sinks.append(TensorBoardLog(folder / records.TENSORBOARD_FOLDER, resumed_from))
+        self.sinks.append(ProgressDisplay(steps, first=resumed_from or 0))
         services = [name for name in SERVICES if name in report_to]
-        self.sinks += [ReportedRun(name, folder, settings, self.show) for name in services]
+        self.sinks += [ReportedRun(name, folder, config.to_dict(), self.show) for name in services]
 
     def show(self, line: str) -> None:
         """Shows a line next to the progress."""
@@ -165,11 +153,3 @@ class RunRecorder(records.Recorder):
         for sink in self.sinks:
             if isinstance(sink, records.MetricsLog):
                 sink.flush()
-
-
-def take_over_metrics(checkpoint: TrainingCheckpoint, folder: Path) -> None:
-    """Checks the records of the steps before a checkpoint, and copies them if the run resumes in another folder."""
-    earlier, own = checkpoint.folder.parents[1] / records.METRICS_FILE, folder / records.METRICS_FILE
-    records.read_history(earlier, checkpoint.state.step)
-    if earlier.resolve() != own.resolve():
-        write_text(own, earlier.read_text(encoding="utf-8", errors="replace"))

@@ -24,17 +24,17 @@ from loraprune_ds.pruning.limits import shortfall
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products
-from loraprune_ds.report.records import MODEL_FOLDER, EvaluationRecord, export_folder
+from loraprune_ds.report import records
 from loraprune_ds.report.report import Outcome, write_results
 from loraprune_ds.train.checkpoints import RunContext, check_data, find_checkpoint
 from loraprune_ds.train.output import OutputFolder, RunStatus
 from loraprune_ds.train.prepare import CheckTokenizer, Prepared, describe_run, prepare
-from loraprune_ds.train.recorder import RunRecorder, take_over_metrics
+from loraprune_ds.train.recorder import RunRecorder
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
 from loraprune_ds.train.trainer import TrainingLoop, measure_held_out
 from loraprune_ds.zero.engine import build_inference_engine, release
 
-EXPORTED = f".{MODEL_FOLDER}.exported"  # not read back yet
+EXPORTED = f".{records.MODEL_FOLDER}.exported"  # not read back yet
 
 
 def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenizer = None) -> bool:
@@ -60,10 +60,13 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     def open_output() -> None:
         output.create(prepared.config)
         warnings.extend(drop_stale_requests(output.path))
-        if checkpoint:
-            take_over_metrics(checkpoint, output.path)
-        sizes, first = prepared.pruning.schedule.ends(), checkpoint.state.step if checkpoint else 0
-        warnings.extend(drop_later_models(output.path, sizes, prepared.steps, first))
+        first, history = 0, records.History()
+        if checkpoint:  # it may be in another folder, and later records may be damaged
+            first = checkpoint.state.step
+            history = records.read_history(checkpoint.folder.parents[1] / records.METRICS_FILE, first)
+        records.write_history(output.path / records.METRICS_FILE, history)
+        sizes = prepared.pruning.schedule.ends()
+        warnings.extend(drop_later_models(output.path, sizes, prepared.pruning.steps, first))
 
     comm.on_rank_0(open_output)
     output.check_shared(comm)
@@ -83,14 +86,13 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
 def _open_context(
     prepared: Prepared, checkpoint: TrainingCheckpoint | None, comm: Communicator
 ) -> Iterator[RunContext]:
-    config, steps, is_rank_0 = prepared.config, prepared.steps, comm.rank == 0
-    folder = Path(config.output_dir)
-    mark = comm.draw_mark()
-    first = checkpoint.state.step if checkpoint else 0
+    config, steps, is_rank_0 = prepared.config, prepared.pruning.steps, comm.rank == 0
+    folder, mark = Path(config.output_dir), comm.draw_mark()
+    first = checkpoint and checkpoint.state.step
     with (
         fast_half_products(config.model.dtype),
-        RunStatus(folder, steps, first=first, mark=mark, rank=comm.rank, ranks=comm.world_size) as status,
-        closing(RunRecorder(folder, steps, checkpoint, config.logging, config.to_dict(), active=is_rank_0)) as recorder,
+        RunStatus(folder, steps, first=first or 0, mark=mark, rank=comm.rank, ranks=comm.world_size) as status,
+        closing(RunRecorder(config, steps, first, active=is_rank_0)) as recorder,
         closing(RequestListener(folder, watches_files=is_rank_0)) as requests,
         _full_disk_in_one_line(folder),
     ):
@@ -112,7 +114,7 @@ def _train(context: RunContext) -> bool:
     """Trains and cuts the model, up to its last step. Returns False after a request to stop. Collective."""
     if context.stop_requested():
         return False
-    if context.status.step < context.prepared.steps:
+    if context.status.step < context.prepared.pruning.steps:
         loop = TrainingLoop(context)
         if not loop.run():
             return False
@@ -132,12 +134,12 @@ def drop_later_models(folder: Path, sizes: Mapping[int, str], last: int, first: 
 
 def _targets(sizes: Mapping[int, str], last: int) -> dict[int, list[str]]:
     """Returns the folder of the model of each step. That of the last step gets another name once it was read back."""
-    return {step: [export_folder(sizes, step)] for step in sizes} | {last: [EXPORTED, MODEL_FOLDER]}
+    return {step: [records.export_folder(sizes, step)] for step in sizes} | {last: [EXPORTED, records.MODEL_FOLDER]}
 
 
 def export_models(context: RunContext) -> bool:
     """Exports each size, then the last step, unless an earlier start did. False after a request to stop. Collective."""
-    for number, names in _targets(context.prepared.pruning.schedule.ends(), context.prepared.steps).items():
+    for number, names in _targets(context.prepared.pruning.schedule.ends(), context.prepared.pruning.steps).items():
         if any(context.comm.gather_objects((context.folder / name).exists())[0] for name in names):
             continue
         checkpoint = _open_step(context, number)
@@ -182,9 +184,9 @@ def measure_model(context: RunContext) -> str | None:
     Returns how far the run ends below its ratio, if it does.
     """
     config, prepared, folder, recorder = context.config, context.prepared, context.folder, context.recorder
-    checkpoint = _open_step(context, prepared.steps)
+    checkpoint = _open_step(context, prepared.pruning.steps)
     assert checkpoint is not None, "the model was exported from it"
-    exported, target, dense = folder / EXPORTED, folder / MODEL_FOLDER, prepared.pretrained.shape
+    exported, target, dense = folder / EXPORTED, folder / records.MODEL_FOLDER, prepared.pretrained.shape
     # An earlier start may have been killed right after it had named the folder.
     is_named = context.comm.gather_objects(target.exists())[0]
     model = target if is_named else exported
@@ -227,12 +229,12 @@ def measure_model(context: RunContext) -> str | None:
     return outcome.shortfall
 
 
-def _evaluate(folder: Path, context: RunContext) -> EvaluationRecord:
+def _evaluate(folder: Path, context: RunContext) -> records.EvaluationRecord:
     """Measures the exported model, read back from disk and sharded. Collective."""
     model, prepared, comm = context.config.model, context.prepared, context.comm
     # Every rank opens it. A rank that cannot shows that output_dir is not shared.
     pretrained = comm.all_or_raise(lambda: open_pretrained(folder))
     engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config)
-    record = measure_held_out(engine, prepared.held_out, comm, step=prepared.steps, name="pruned")
+    record = measure_held_out(engine, prepared.held_out, comm, step=prepared.pruning.steps, name="pruned")
     release(engine)  # `evaluate.after` needs the memory
     return record

@@ -16,10 +16,7 @@ from typing import Any
 import psutil
 
 NOTHING, SAVE, STOP = 0, 1, 2
-STOP_FILE = "STOP"
-SAVE_FILE = "SAVE"
-# A checkpoint removes the files of requests that it honours.
-REQUEST_FILES = {NOTHING: (), SAVE: (SAVE_FILE,), STOP: (STOP_FILE, SAVE_FILE)}
+FILES = {STOP: "STOP", SAVE: "SAVE"}
 # A parent is a launcher if it runs one of these programs. Other parents may end before the run: the shell of
 # `nohup ... &`, or a process outside of the container. RANK proves nothing: Kubeflow sets it in containers.
 LAUNCHERS = {
@@ -51,13 +48,13 @@ class RequestListener:
         """Returns NOTHING, SAVE or STOP."""
         if self._signalled:
             return STOP
-        files = ((STOP, STOP_FILE), (SAVE, SAVE_FILE)) if self._watches_files else ()
-        return next((request for request, name in files if (self._folder / name).exists()), NOTHING)
+        files = FILES if self._watches_files else {}
+        return next((request for request, name in files.items() if (self._folder / name).exists()), NOTHING)
 
     def clear(self, honoured: int) -> None:
-        """Removes the files of an honoured request. A file that came during the save stays for the next step."""
-        if self._watches_files:
-            for name in REQUEST_FILES[honoured]:
+        """Removes the files of an honoured request: to stop also saves. A larger request stays for the next step."""
+        for request, name in FILES.items():
+            if self._watches_files and request <= honoured:
                 (self._folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -78,7 +75,7 @@ class RequestListener:
 
 def drop_stale_requests(folder: Path) -> list[str]:
     """Removes the files of requests to an earlier process. Returns a line about each. On rank 0 only."""
-    stale = [folder / name for name in (STOP_FILE, SAVE_FILE) if (folder / name).exists()]
+    stale = [folder / name for name in FILES.values() if (folder / name).exists()]
     for path in stale:
         path.unlink(missing_ok=True)
     return [f"{path} was there before this start: removed" for path in stale]

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import RunTotals
-from loraprune_ds.config import Dtype, ModelConfig, TrainConfig
+from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import finite
 from loraprune_ds.model.logits import Distillation
 from loraprune_ds.model.perplexity import Labelled, measure_perplexity
-from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shape import needed_flops_per_token
 from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.step import Pruner
@@ -22,54 +21,38 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name, is_cpu, peak_flops, to_device
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, StepRecord, record_cut
 from loraprune_ds.train.checkpoints import RunContext, build_engine, save_checkpoint
-from loraprune_ds.train.data.samples import BatchOrder, Samples, rank_micro_batches, seed_dropout
+from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout
 from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.zero.engine import TrainingEngine, build_inference_engine, release
 from loraprune_ds.zero.steps import PruningSteps
 
 
-class Teacher:
-    """Holds the source's decoder in a separate sharded engine, stored by `model.frozen`, in evaluation mode.
-
-    It has no LoRA, is never scored, cut or saved, and draws no random numbers. It needs no head, because the
-    student's head is never cut.
-    """
-
-    def __init__(
-        self, pretrained: PretrainedModel, model: ModelConfig, train: TrainConfig, ds_config: dict[str, Any]
-    ) -> None:
-        self.engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, ds_config, head=False)
-        self._weight, self._temperature = train.distill_weight, train.distill_temperature
-
-    @torch.no_grad()
-    def distillation(self, inputs: dict[str, Any]) -> Distillation:
-        """Makes one forward pass. Returns the final hidden states of the supervised tokens. Collective."""
-        hidden = self.engine(**inputs).flatten(0, 1).index_select(0, inputs["supervised"])
-        return Distillation(hidden, self._weight, self._temperature)
-
-
 class Trainer:
-    """Trains LoRA on the sharded model and calls the pruner at every step. `dtype` is of the frozen weights."""
+    """Trains LoRA on the sharded model and calls the pruner at every step.
+
+    Args:
+        current_request: returns the request of this rank (stop.py).
+        teacher: a separate engine with the source's decoder, stored by `model.frozen`, in evaluation mode. It has no
+            LoRA, is never scored, cut or saved, and draws no random numbers. It needs no head, because the student's
+            head is never cut.
+    """
 
     def __init__(
         self,
         engine: TrainingEngine,
         pruner: Pruner,
         samples: Samples,
-        order: BatchOrder,
-        config: TrainConfig,
-        *,
-        dtype: Dtype,
-        seed: int,
-        current_request: Callable[[], int] = lambda: NOTHING,  # of this rank (stop.py)
-        teacher: Teacher | None = None,
+        order: SampleOrder,
+        config: RunConfig,
+        current_request: Callable[[], int] = lambda: NOTHING,
+        teacher: Any = None,
     ) -> None:
         self.engine, self.model, self.pruner = engine, engine.model, pruner
         self.samples, self.order, self.config = samples, order, config
         self.requested = NOTHING  # the largest request of any rank at the last step
-        self.pruning_steps = PruningSteps(self.model, pruner, dtype)
-        self._seed, self._current_request, self._teacher = seed, current_request, teacher
-        self._peak_flops = peak_flops(device_name(), dtype)
+        self.pruning_steps = PruningSteps(self.model, pruner, config.model.dtype)
+        self._current_request, self.teacher = current_request, teacher
+        self._peak_flops = peak_flops(device_name(), config.model.dtype)
 
     def step(self, step: int) -> StepRecord:
         """Makes an optimizer step, counted from 1: forward and backward passes, scores, update."""
@@ -111,10 +94,10 @@ class Trainer:
     def _accumulate(self, step: int, batch: Tensor, supervised: int) -> Tensor:
         """Makes the passes of this rank's micro-batches. Returns its part of the sum of token losses, in fp64."""
         engine, rank, world_size = self.engine, self.model.rank, self.model.world_size
-        micro_batches = rank_micro_batches(batch, self.config.micro_batch_size, rank, world_size)
+        micro_batches = rank_micro_batches(batch, self.config.train.micro_batch_size, rank, world_size)
         total = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for number, indices in micro_batches:
-            seed_dropout(self._seed, step, number)
+            seed_dropout(self.config.seed, step, number)
             inputs, masks = self._inputs(indices)
             with self.pruner.record_forward(*masks):
                 loss = engine.forward(**inputs).sum()
@@ -136,9 +119,15 @@ class Trainer:
         masks = [self.samples.attention_mask(indices)]
         if rows is not None:
             inputs["rows"], masks = rows._make(map(to_device, rows)), [rows.source_mask, rows.target_mask]
-        if self._teacher is not None:
-            inputs["distillation"] = self._teacher.distillation(inputs)
+        if self.teacher is not None:
+            inputs["distillation"] = self._distillation(inputs)
         return inputs, masks
+
+    @torch.no_grad()
+    def _distillation(self, inputs: dict[str, Any]) -> Distillation:
+        """Makes one forward pass of the teacher, for the final hidden states of the supervised tokens. Collective."""
+        hidden = self.teacher(**inputs).flatten(0, 1).index_select(0, inputs["supervised"])
+        return Distillation(hidden, self.config.train.distill_weight, self.config.train.distill_temperature)
 
 
 class TrainingLoop:
@@ -147,40 +136,30 @@ class TrainingLoop:
     def __init__(self, context: RunContext) -> None:
         self._context, self.recorder, self.status = context, context.recorder, context.status
         config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
-        self.config, self.prepared, self._requests = config, prepared, context.requests
-        self.engine = build_engine(prepared, checkpoint)
-        self.model, self._teacher = self.engine.model, None
+        self.config, self.prepared, self._schedule = config, prepared, prepared.pruning.schedule
+        engine, teacher = build_engine(prepared, checkpoint), None
         if config.train.distill_weight:
-            self._teacher = Teacher(prepared.pretrained, config.model, config.train, prepared.ds_config)
-        self._schedule = prepared.pruning.schedule
-        self.pruner = Pruner(self.model, prepared.pruning, config.seed)
+            stored = config.model.attn_implementation, config.model.dtype, prepared.ds_config
+            teacher = build_inference_engine(prepared.pretrained, *stored, head=False)
+        pruner = Pruner(engine.model, prepared.pruning, config.seed)
         if checkpoint:
-            checkpoint.restore_pruner(self.pruner)
-        self._trainer = Trainer(
-            self.engine,
-            self.pruner,
-            prepared.samples,
-            prepared.order,
-            config.train,
-            dtype=config.model.dtype,
-            seed=config.seed,
-            current_request=self._requests.current,
-            teacher=self._teacher,
-        )
+            checkpoint.restore_pruner(pruner)
+        samples, order, requests = prepared.samples, prepared.order, context.requests
+        self._trainer = Trainer(engine, pruner, samples, order, config, requests.current, teacher)
         self._totals = checkpoint.state.totals if checkpoint else RunTotals()
 
     def run(self) -> bool:
         """Makes all remaining steps. Returns False after a request to stop, which saves a checkpoint."""
         if not self._context.checkpoint:
             self._evaluate(0, "dense")
-        for step in range(self.status.step + 1, self.prepared.steps + 1):
+        for step in range(self.status.step + 1, self.prepared.pruning.steps + 1):
             self._step(step)
             request = self._trainer.requested
-            every = self.config.checkpoint.every or self.prepared.steps
+            every = self.config.checkpoint.every or self.prepared.pruning.steps
             if request != NOTHING or step % every == 0 or step == self._schedule.section(step).last:
-                save_checkpoint(self._context, self.engine, self.pruner, step, self._totals)
+                save_checkpoint(self._context, self._trainer.engine, self._trainer.pruner, step, self._totals)
             self.status.update(step)
-            self._requests.clear(request)
+            self._context.requests.clear(request)
             if request == STOP:
                 self.recorder.show(f"stopped at step {step}; go on with --resume auto")
                 return False
@@ -188,9 +167,9 @@ class TrainingLoop:
 
     def release(self) -> None:
         """Frees the model, its optimizer and the teacher."""
-        release(self.engine.deepspeed)
-        if self._teacher:
-            release(self._teacher.engine)
+        release(self._trainer.engine.deepspeed)
+        if self._trainer.teacher is not None:
+            release(self._trainer.teacher)
 
     def _step(self, step: int) -> None:
         record = self._trainer.step(step)
@@ -207,8 +186,8 @@ class TrainingLoop:
             self._evaluate(step, "step")
 
     def _evaluate(self, step: int, name: EvaluationName) -> None:
-        batches, comm = self.prepared.held_out, self.model.comm
-        record = measure_held_out(self.engine.infer, batches, comm, step=step, name=name)
+        batches, comm, infer = self.prepared.held_out, self._context.comm, self._trainer.engine.infer
+        record = measure_held_out(infer, batches, comm, step=step, name=name)
         self.recorder.write(record)
         measured = "perplexity_dense" if name == "dense" else "perplexity"
         self._totals = replace(self._totals, **{measured: finite(record.perplexity)})

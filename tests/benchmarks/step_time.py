@@ -28,8 +28,7 @@ class Timed(Trainer):
     def __init__(self, prepared: Prepared) -> None:
         config, engine = prepared.config, build_engine(prepared, None)
         pruner = Pruner(engine.model, prepared.pruning, config.seed)
-        data, settings = (prepared.samples, prepared.order), {"dtype": config.model.dtype, "seed": config.seed}
-        super().__init__(engine, pruner, *data, config.train, **settings)
+        super().__init__(engine, pruner, prepared.samples, prepared.order, config)
         self._observe = pruner.score
         self._next = 1
 

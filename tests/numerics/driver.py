@@ -26,9 +26,9 @@ from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
-from loraprune_ds.train.trainer import Teacher, Trainer
+from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import build_training_engine
+from loraprune_ds.zero.engine import build_inference_engine, build_training_engine
 from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
 from loraprune_ds.zero.params import collect_tensor
 from loraprune_ds.zero.sharded import ShardedModel
@@ -191,7 +191,7 @@ def build(job: Job) -> Trainer:
         if isinstance(module, LossHead):
             module.chunk_tokens = job.loss_chunk_tokens
     if job.distill_weight:
-        trainer._teacher = Teacher(pretrained, config.model, config.train, ds_config)
+        trainer.teacher = build_inference_engine(pretrained, "sdpa", job.dtype, ds_config, head=False)
     return trainer
 
 
@@ -205,7 +205,7 @@ def assemble(
     (only,) = plan.schedule.sections
     schedule = Schedule([section(**{field.name: getattr(only, field.name) for field in fields(only)})])
     pruner = Pruner(engine.model, replace(plan, schedule=schedule), config.seed)
-    return Trainer(engine, pruner, samples, order, config.train, dtype=config.model.dtype, seed=config.seed)
+    return Trainer(engine, pruner, samples, order, config)
 
 
 def make_samples(job: Job) -> Samples:

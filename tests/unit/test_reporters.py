@@ -16,7 +16,7 @@ import pytest
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from loraprune_ds.config import LoggingConfig
+from loraprune_ds.config import LoggingConfig, RunConfig
 from loraprune_ds.config_file import config_from_dict
 from loraprune_ds.hf.callback import find_reporters
 from loraprune_ds.report import reporters
@@ -34,14 +34,14 @@ def test_a_run_sends_its_config_records_and_pictures(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", wandb := MagicMock())
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     config = config_from_dict({"output_dir": str(tmp_path), "logging": {"report_to": ["wandb"]}})
-    recorder = RunRecorder(tmp_path, 10, None, config.logging, config.to_dict(), active=True)
+    recorder = RunRecorder(config, 10, active=True)
     history = small_run()
     for record in (*history.steps, *history.cuts):
         recorder.write(record)
     recorder.show_pictures([tmp_path / "training.png"])
     recorder.close()
     # Another rank, which reports nothing.
-    RunRecorder(tmp_path, 10, None, config.logging, config.to_dict(), active=False).close()
+    RunRecorder(config, 10, active=False).close()
     opened = {"config": config.to_dict(), "name": tmp_path.name, "project": "mine", "dir": str(tmp_path)}
     wandb.init.assert_called_once_with(**opened)
     wandb.define_metric.assert_called_once_with("*", step_metric=STEP_AXIS)
@@ -56,7 +56,8 @@ def test_a_run_sends_its_config_records_and_pictures(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize(("report_to", "written"), [(None, True), (["tensorboard"], True), ([], False)])
 def test_tensorboard_gets_the_records_by_default(report_to: Any, *, written: bool, tmp_path: Path) -> None:
-    RunRecorder(tmp_path, 10, None, LoggingConfig(report_to=report_to), {}, active=True).close()
+    config = RunConfig(output_dir=str(tmp_path), logging=LoggingConfig(report_to=report_to))
+    RunRecorder(config, 10, active=True).close()
     assert (tmp_path / "tensorboard").exists() == written
 
 

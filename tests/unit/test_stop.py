@@ -29,9 +29,9 @@ def requests(tmp_path: Path) -> Iterator[stop.RequestListener]:
 
 def test_a_stop_that_comes_while_a_save_is_honoured_is_not_lost(requests: stop.RequestListener, tmp_path: Path) -> None:
     assert requests.current() == stop.NOTHING
-    (tmp_path / stop.SAVE_FILE).touch()
+    (tmp_path / "SAVE").touch()
     assert requests.current() == stop.SAVE
-    (tmp_path / stop.STOP_FILE).touch()
+    (tmp_path / "STOP").touch()
     assert requests.current() == stop.STOP
     requests.clear(stop.SAVE)
     assert requests.current() == stop.STOP
@@ -40,12 +40,12 @@ def test_a_stop_that_comes_while_a_save_is_honoured_is_not_lost(requests: stop.R
 
 
 def test_only_one_rank_looks_at_files(tmp_path: Path) -> None:
-    (tmp_path / stop.STOP_FILE).touch()
+    (tmp_path / "STOP").touch()
     other = stop.RequestListener(tmp_path, watches_files=False)
     assert other.current() == stop.NOTHING
     other.clear(stop.STOP)
     other.close()
-    assert (tmp_path / stop.STOP_FILE).exists()
+    assert (tmp_path / "STOP").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -88,8 +88,8 @@ def test_usr1_is_caught_only_straight_under_srun(
 
 def test_requests_to_an_earlier_process_are_removed_and_told(tmp_path: Path) -> None:
     assert stop.drop_stale_requests(tmp_path) == []
-    (tmp_path / stop.STOP_FILE).touch()
-    assert stop.drop_stale_requests(tmp_path) == [f"{tmp_path / stop.STOP_FILE} was there before this start: removed"]
+    (tmp_path / "STOP").touch()
+    assert stop.drop_stale_requests(tmp_path) == [f"{tmp_path}/STOP was there before this start: removed"]
     assert list(tmp_path.iterdir()) == []
 
 

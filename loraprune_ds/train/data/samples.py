@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,10 +171,6 @@ def best_fit(lengths: list[int], window: int) -> list[list[int]]:
             insort(rooms, left)
         open_packs[left].append(pack)
     return packs
-
-
-class BatchOrder(Protocol):
-    def batch(self, step: int) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
