@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from loraprune_ds.config import LIST, ONE, DataSource, MixtureEntry, RunConfig, SourceKeys
 from loraprune_ds.config_sources import format_of
 from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.files import read_text
 
 SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_configs/, in a checkout and in a wheel
 RUN = TypeAdapter(RunConfig)
@@ -43,14 +44,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Reads only the given keys, from the YAML and the overrides. Raises UserError like `load_config`."""
     path = find_shipped(path)
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise UserError(f"config file {path} {what}")
+    text = read_text(path, "config file")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise UserError(f"config file {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or a number too long
+        raw = yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number too long
         raise UserError(f"{path} is not valid YAML: {one_line(error)}") from None
     require(isinstance(raw, dict), f"{path} must be a mapping of keys to values")
     for override in overrides:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from uuid import uuid4
 
 from loraprune_ds.errors import UserError, fail_point, one_line, require
@@ -104,6 +104,26 @@ def _lock(path: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)  # a waiting process finds the folder or makes another. Both are right
+
+
+@contextlib.contextmanager
+def open_text(path: Path, key: str) -> Iterator[TextIO]:
+    """Opens a UTF-8 file. Line ends of any kind become "\\n". Raises UserError, which names `key` and file."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise UserError(f"{key}: {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be read: {error.strerror}") from None
+
+
+def read_text(path: Path, key: str) -> str:
+    """Reads a file like `open_text`, which must not be blank."""
+    with open_text(path, key) as file:
+        text = file.read()
+    require(bool(text.strip()), f"{key}: {path} is empty")
+    return text
 
 
 def finite(value: Any) -> Any:

@@ -17,7 +17,8 @@ from pathlib import Path
 from loraprune_ds.arguments import Parser, at_least
 from loraprune_ds.cli.run import join_ranks
 from loraprune_ds.errors import leave, leave_on_error, require, run_command
-from loraprune_ds.evaluate.settings import read_prompts, read_text
+from loraprune_ds.evaluate.settings import EvaluationText, read_prompts
+from loraprune_ds.files import read_text
 from loraprune_ds.ranks import job
 
 
@@ -42,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     require(os.access(folder, os.W_OK), f"--out {out}: {folder} is not a writable folder")
     require(not (prompts and options.text), "--prompts and --text exclude each other")
     options.prompts = prompts and read_prompts(prompts, "--prompts", max_new_tokens=options.max_new_tokens)
-    options.text = options.text and read_text(options.text)
+    options.text = options.text and EvaluationText(options.text.name, None, read_text(options.text, "--text"))
     return options
 
 

@@ -35,7 +35,7 @@ from loraprune_ds.arguments import Parser, at_least, require_option
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, leave, leave_on_error, require, tell
 from loraprune_ds.evaluate import settings
-from loraprune_ds.files import finite, write_text
+from loraprune_ds.files import finite, read_text, write_text
 from loraprune_ds.ranks import job
 
 ROUND = fields(settings.SpeedSettings)  # one option each
@@ -143,7 +143,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
     chosen = comm.all_or_raise(
         lambda: settings.EvaluationSettings(
-            settings.PerplexityProtocol(arguments.window, arguments.max_windows),
+            arguments.window,
+            arguments.max_windows,
             text=read_evaluation_text(arguments),
             dtype=arguments.dtype,
             batch_size=arguments.batch_size,
@@ -174,7 +175,7 @@ def read_evaluation_text(arguments: argparse.Namespace) -> settings.EvaluationTe
     """Reads the text that the user names. The default is WikiText-2, or no text if another measurement is asked for."""
     require(not (arguments.text and arguments.split), "--split needs --dataset; --text is always read completely")
     if arguments.text:
-        return settings.read_text(arguments.text)
+        return settings.EvaluationText(arguments.text.name, None, read_text(arguments.text, "--text"))
     if not arguments.dataset and (arguments.tasks or arguments.answers or arguments.speed):
         for option, value in (("--split", arguments.split), ("--max-windows", arguments.max_windows)):
             require(value is None, f"{option} has no effect without --dataset or --text")

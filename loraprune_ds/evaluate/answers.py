@@ -102,7 +102,7 @@ def encode_prompts(
             with rendering(where, path, prompt.messages):
                 made: Any = tokenizer.apply_chat_template(prompt.messages, **of_template)
         else:
-            made = tokenizer(prompt.text)
+            made = tokenizer("\n\n".join(message["content"] for message in prompt.messages))
         encoded.append(list(made["input_ids"]))
         check_ids(max(encoded[-1], default=0), vocab_size, tokenizer, where)
         length, new = len(encoded[-1]), settings.max_new_tokens

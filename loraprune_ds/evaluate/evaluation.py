@@ -146,7 +146,7 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
         check_dtype(dtype)
         require(not source.adapter, f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
     most, vocab_size = source.pretrained.config.get("max_position_embeddings"), source.pretrained.shape.vocab_size
-    lengths = [settings.protocol.window] if settings.text else []
+    lengths = [settings.window] if settings.text else []
     if settings.speed:
         lengths.append(settings.speed.prompt + settings.speed.generated)
     for length in lengths:
@@ -156,7 +156,7 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     starts = text_starts(tokenizer, source.pretrained.shape.family, source.pretrained.config)
     batches, size = list[Labelled](), settings.actual_batch_size
     if text := settings.text:
-        window, most = settings.protocol.window, settings.protocol.max_windows
+        window, most = settings.window, settings.max_windows
         batches = split_batches(text.text, tokenizer, window, most, starts, size, vocab_size)
     prompts = encode_prompts(settings.answers, tokenizer, path, most, vocab_size) if settings.answers else []
     return PreparedModel(source, dtype, tokenizer, starts, batches, prompts)
@@ -224,7 +224,7 @@ def _measure(
         model_type=shape.model_type,
         dtype=prepared.dtype,
         removed_fraction=None if dense is None else 1 - shape.total_numel() / dense,
-        cost=count_cost(shape, source.pretrained.config, settings.protocol.window, element_size),
+        cost=count_cost(shape, source.pretrained.config, settings.window, element_size),
         perplexity=perplexity,
         tasks=tasks,
         speed=None,

@@ -83,7 +83,7 @@ def make_result(
         **_model_entries(measurements[0]),
         "dense": _model_entries(measurements[1]) if len(measurements) > 1 else None,
         "text": text and {"name": text.name, "split": text.split, "sha256": text.sha256},
-        "protocol": asdict(settings.protocol),
+        "protocol": {"window": settings.window, "max_windows": settings.max_windows},
         "batch_size": settings.actual_batch_size,
         "world_size": world_size,
         "sharded": settings.sharded,

@@ -31,54 +31,32 @@ class EvaluationText:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class TextDataset:
-    """A text data set of the Hugging Face hub, with one line in each row."""
-
-    path: str
-    config: str | None
-    revision: str | None
-    column: str
-    raw_line: Callable[[str], str]  # a row's text -> the line of the raw file, with its end
-
-
-DATASETS = {
+# By name: how to load the rows, their column, and the line of the raw file that a row is, with its end.
+DATASETS: dict[str, tuple[dict[str, Any], str, Callable[[str], str]]] = {
     # Rows keep spaces and line ends. Only blank lines, " \n" in wiki.*.raw, are empty rows.
-    "wikitext2": TextDataset("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", lambda row: row or " \n"),
+    "wikitext2": ({"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"}, "text", lambda row: row or " \n"),
     # `datasets` no longer runs the published script. The hub keeps the script's output on this branch.
     # ptb.*.txt has a space before and after every sentence, which the rows lack.
-    "ptb": TextDataset(
-        "ptb-text-only/ptb_text_only", None, "refs/convert/parquet", "sentence", lambda row: f" {row} \n"
+    "ptb": (
+        {"path": "ptb-text-only/ptb_text_only", "revision": "refs/convert/parquet"},
+        "sentence",
+        lambda row: f" {row} \n",
     ),
 }
-
-
-def read_text(path: Path) -> EvaluationText:
-    """Reads a UTF-8 file. Line ends of any kind become "\\n"."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"--text: {path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"--text: {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--text: {path} is not UTF-8 text: byte {error.start} is wrong") from None
-    require(bool(text), f"--text: {path} is empty")
-    return EvaluationText(path.name, None, text)
 
 
 def load_dataset_text(name: str, split: str) -> EvaluationText:
     """Loads a data set of `DATASETS` by name and joins its rows to the text of its raw file."""
     import datasets
 
-    dataset = DATASETS[name]
+    options, column, raw_line = DATASETS[name]
     datasets.disable_progress_bars()
     try:
-        rows: Any = datasets.load_dataset(dataset.path, dataset.config, revision=dataset.revision, split=split)
+        rows: Any = datasets.load_dataset(**options, split=split)
     except Exception as error:  # noqa: BLE001  # `datasets` passes on the errors of four libraries
         advice = "cannot be loaded (offline? then --text FILE)"
-        raise UserError(f"--dataset {name}: {dataset.path}, split {split}, {advice}: {one_line(error)}") from None
-    return EvaluationText(name, split, "".join(dataset.raw_line(row) for row in rows[dataset.column]))
+        raise UserError(f"--dataset {name}: {options['path']}, split {split}, {advice}: {one_line(error)}") from None
+    return EvaluationText(name, split, "".join(map(raw_line, rows[column])))
 
 
 @dataclass(frozen=True)
@@ -90,11 +68,6 @@ class Prompt:
     kind: str | None = None  # a word such as chat or code
     expected: str | None = None
     target: str | None = None  # the one right answer
-
-    @property
-    def text(self) -> str:
-        """Returns the messages as plain text, for a model without a chat template."""
-        return "\n\n".join(message["content"] for message in self.messages)
 
 
 @dataclass(frozen=True)
@@ -165,14 +138,6 @@ TOKENS_PER_BATCH = 2048  # the default: enough work for one pass, and logits of 
 
 
 @dataclass(frozen=True)
-class PerplexityProtocol:
-    """Perplexity on adjacent windows of `window` tokens."""
-
-    window: int = 128
-    max_windows: int | None = None
-
-
-@dataclass(frozen=True)
 class TaskSettings:
     """The tasks, from lm-eval or reasoning-gym."""
 
@@ -202,7 +167,8 @@ class SpeedSettings:
 class EvaluationSettings:
     """Selects what to measure. Text, tasks, answers and speed are not measured if they are None."""
 
-    protocol: PerplexityProtocol
+    window: int = 128  # tokens of the adjacent windows for perplexity
+    max_windows: int | None = None
     text: EvaluationText | None = None
     dtype: str | None = None  # None: each model's own
     batch_size: int | None = None  # windows, or requests of a task, per pass and rank. None: about TOKENS_PER_BATCH
@@ -218,7 +184,7 @@ class EvaluationSettings:
     @property
     def actual_batch_size(self) -> int:
         """Returns `batch_size` or its default."""
-        return self.batch_size or max(1, TOKENS_PER_BATCH // self.protocol.window)
+        return self.batch_size or max(1, TOKENS_PER_BATCH // self.window)
 
     @property
     def needs_models_together(self) -> bool:

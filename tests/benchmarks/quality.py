@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from loraprune_ds.evaluate.result import mean_metric
-from loraprune_ds.evaluate.settings import read_text
-from loraprune_ds.files import read_json, write_json, write_text
+from loraprune_ds.files import read_json, read_text, write_json, write_text
 from loraprune_ds.model.sources import embedded_model_dir, embedded_text
 from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERMILION, picture
 from loraprune_ds.report.records import read_history
@@ -85,7 +84,7 @@ def prepare_texts(arguments: argparse.Namespace) -> dict[str, Path]:
             write_text(arguments.other, topics)  # not again: another process may measure from the same folder
     texts = {"tune": arguments.tune, "test": arguments.test, "other": arguments.other}
     for path in texts.values():
-        read_text(path)  # finds all its errors before the first run
+        read_text(path, "--text")  # finds all its errors before the first run
     return texts
 
 

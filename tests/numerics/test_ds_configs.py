@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.evaluate import evaluation
-from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText, PerplexityProtocol
+from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
@@ -163,7 +163,7 @@ def bytes_between_models(folder: Path) -> tuple[int, int]:
     alive: list[int] = []
     shards: list[int] = []
     text = EvaluationText("a text", None, "It is long enough for some windows of eight tokens. " * 2)
-    settings = EvaluationSettings(PerplexityProtocol(window=8), text=text, dtype="float32", sharded=True)
+    settings = EvaluationSettings(window=8, text=text, dtype="float32", sharded=True)
     with recording(engine, live_bytes(), alive, shards):
         first, second = evaluation.evaluate([str(folder)] * 2, settings, Communicator())
     assert first.perplexity == second.perplexity

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from loraprune_ds.evaluate.answers import encode_prompts, measure_closeness, repetition, write_answers
 from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.result import answers_page
-from loraprune_ds.evaluate.settings import AnswerSettings, read_prompts
+from loraprune_ds.evaluate.settings import AnswerSettings, Prompt, read_prompts
 from loraprune_ds.export.model_card import answers_section
 from loraprune_ds.model.logits import output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX
@@ -60,8 +60,8 @@ def load(folder: Path, settings: AnswerSettings, template: str | None = None) ->
 def test_a_row_is_a_text_or_messages(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     found = read_prompts(written(tmp_path, {"prompt": "ä", "expected": "b", "id": 7}, "", {"prompt": messages}))
-    assert [(p.row, p.text, p.expected) for p in found.prompts] == [(1, "ä", "b"), (3, "Be brief.\n\nWhy?", None)]
-    assert (found.name, found.prompts[1].messages) == ("prompts.jsonl", messages)
+    first = Prompt(1, [{"role": "user", "content": "ä"}], expected="b")
+    assert (found.name, found.prompts) == ("prompts.jsonl", (first, Prompt(3, messages)))
 
 
 @pytest.mark.parametrize(

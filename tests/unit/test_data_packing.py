@@ -297,5 +297,5 @@ def test_the_embedded_chats_are_those_that_were_read() -> None:
     assert source.format == "chat"
     assert len(rows) == len({row["prompt"] for row in rows}) == sum(part["shipped"] for part in settings["parts"])
     assert all(row["prompt"].strip() and row["completion"].strip() for row in rows)
-    asked = {prompt.text for name in PROMPTS.values() for prompt in read_prompts(name).prompts}
+    asked = {prompt.messages[-1]["content"] for name in PROMPTS.values() for prompt in read_prompts(name).prompts}
     assert not asked & {row["prompt"] for row in rows}

@@ -12,8 +12,9 @@ import pytest
 from loraprune_ds.cli.evaluate import parse_arguments, read_evaluation_text
 from loraprune_ds.evaluate import settings, tasks
 from loraprune_ds.evaluate.result import mean_metric
-from loraprune_ds.evaluate.settings import EvaluationSettings, PerplexityProtocol, TaskSettings
+from loraprune_ds.evaluate.settings import EvaluationSettings, TaskSettings
 from loraprune_ds.evaluate.tasks import PAPER_TASKS, check_tasks
+from loraprune_ds.files import read_text
 from tests.refusals import must_name
 
 TASK = "task: my_own\ndataset_path: json\noutput_type: multiple_choice\n"
@@ -26,17 +27,14 @@ needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, 
 def test_a_file_is_one_text_whatever_its_line_ends(tmp_path: Path) -> None:
     (tmp_path / "unix.txt").write_bytes("one\n\ntwo é\n".encode())
     (tmp_path / "windows.raw").write_bytes(b"\xef\xbb\xbf" + "one\r\n\r\ntwo é\r\n".encode())
-    unix, windows = settings.read_text(tmp_path / "unix.txt"), settings.read_text(tmp_path / "windows.raw")
-    assert unix.text == windows.text == "one\n\ntwo é\n"
-    assert unix.sha256 == windows.sha256
-    assert (unix.name, unix.split) == ("unix.txt", None)
+    assert {read_text(tmp_path / name, "--text") for name in ("unix.txt", "windows.raw")} == {"one\n\ntwo é\n"}
 
 
 @pytest.mark.parametrize("name", ["no.txt", "empty.txt", "latin.txt", ""])
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    must_name(f"--text {tmp_path / name}", settings.read_text, tmp_path / name)
+    must_name(f"--text {tmp_path / name}", read_text, tmp_path / name, "--text")
 
 
 @pytest.mark.parametrize(
@@ -47,14 +45,14 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
             "text",
             ["", " = Title = \n", "", " A sentence . \n", " Another . \n", ""],
             " \n = Title = \n \n A sentence . \n Another . \n \n",
-            ("Salesforce/wikitext", "wikitext-2-raw-v1", "validation"),
+            {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1"},
         ),
         (
             "ptb",
             "sentence",
             ["no it was n't black monday", "but while <unk>"],
             " no it was n't black monday \n but while <unk> \n",
-            ("ptb-text-only/ptb_text_only", None, "validation"),
+            {"path": "ptb-text-only/ptb_text_only", "revision": ANY},
         ),
     ],
 )
@@ -64,7 +62,7 @@ def test_a_data_set_is_joined_to_its_raw_file(
     monkeypatch.setattr(datasets, "load_dataset", load_dataset := Mock(return_value={column: rows}))
     found = settings.load_dataset_text(name, "validation")
     assert (found.text, found.name, found.split) == (text, name, "validation")
-    load_dataset.assert_called_once_with(*asked[:2], revision=ANY, split=asked[2])
+    load_dataset.assert_called_once_with(**asked, split="validation")
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,4 +120,4 @@ def test_wrong_numbers_name_their_option(given: str, monkeypatch: pytest.MonkeyP
 
 def test_a_sharded_model_has_no_tasks() -> None:
     tasks = TaskSettings(("a",))
-    must_name("--sharded --tasks", EvaluationSettings, PerplexityProtocol(), tasks=tasks, sharded=True)
+    must_name("--sharded --tasks", EvaluationSettings, tasks=tasks, sharded=True)

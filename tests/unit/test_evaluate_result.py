@@ -18,13 +18,7 @@ from loraprune_ds.evaluate import evaluation
 from loraprune_ds.evaluate.answers import Answers, Closeness, Generation, Means
 from loraprune_ds.evaluate.evaluation import CACHE, Measurement, Speed, count_cost, measure_speed
 from loraprune_ds.evaluate.result import make_result, result_table
-from loraprune_ds.evaluate.settings import (
-    AnswerSettings,
-    EvaluationSettings,
-    EvaluationText,
-    PerplexityProtocol,
-    SpeedSettings,
-)
+from loraprune_ds.evaluate.settings import AnswerSettings, EvaluationSettings, EvaluationText, SpeedSettings
 from loraprune_ds.model.classes import causal_lm_class, config_class
 from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.perplexity import Perplexity
@@ -66,7 +60,7 @@ PRUNED = replace(
     speed=Speed(1500.0, 30.0, 1_500_000),
 )
 WIKITEXT = EvaluationText("wikitext2", "test", "text")
-SETTINGS = EvaluationSettings(PerplexityProtocol(128, 160), text=WIKITEXT, speed=SpeedSettings())
+SETTINGS = EvaluationSettings(128, 160, text=WIKITEXT, speed=SpeedSettings())
 WINDOW = 24
 
 
@@ -157,7 +151,7 @@ def test_answers_have_tables_rows_and_a_line_about_drafts() -> None:
 
 def test_measurements_that_were_not_made_have_no_row() -> None:
     bare = replace(PRUNED, perplexity=None, tasks=None, speed=None, removed_fraction=None)
-    table = result_table(make_result([bare], EvaluationSettings(PerplexityProtocol()), 1, {}))
+    table = result_table(make_result([bare], EvaluationSettings(), 1, {}))
     assert all(word not in table for word in ("perplexity", "tokens/s", "removed"))
     assert rows(table)["parameters"] == ["99,125,568"]
 
@@ -177,7 +171,7 @@ def test_the_object_has_the_first_models_values_on_top() -> None:
     assert again["text"]["split"] == "test"
     assert (again["world_size"], again["batch_size"], again["versions"]) == (2, 16, {"torch": "2"})
     assert again["speed_plan"] == {"prompt": 512, "generated": 32, "rounds": 5}
-    result = make_result([replace(PRUNED, perplexity=None)], EvaluationSettings(PerplexityProtocol()), 1, {})
+    result = make_result([replace(PRUNED, perplexity=None)], EvaluationSettings(), 1, {})
     assert [result[key] for key in ("perplexity", "tokens", "windows", "text", "dense")] == [None] * 5
 
 

@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.config import DataConfig, DataSource
 from loraprune_ds.config_sources import JSON_SUFFIXES, files_of
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.files import file_identity, make_once
+from loraprune_ds.files import file_identity, make_once, read_text
 from loraprune_ds.model.tokenizer import Starts, check_ids
 from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples, mix, pack_samples
-from loraprune_ds.train.data.sources import TextRow, TextRows, read_rows, read_text_file, source_identity
+from loraprune_ds.train.data.sources import TextRow, TextRows, read_rows, source_identity
 from loraprune_ds.train.data.tokens import (
     ChatTemplate,
     Instruction,
@@ -238,7 +238,7 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start
     if path.resolve() in [file.resolve() for source in config.sources for file in files_of(source) or []]:
         raise UserError(f"data.held_out: {config.held_out} is also a part of data.path, which is tuned on")
     if path.suffix not in JSON_SUFFIXES:
-        return read_text_file(path, "data.held_out")
+        return read_text(path, "data.held_out")
     (source,) = dataclasses.replace(config, path=str(path), packing=False).sources  # whose format may be text
     text, rows = FORMATS[source.format](source, tokenizer, starts).text, enumerate(read_rows(source), start=1)
     return "\n\n".join(_each(text, rows, "data.held_out", str(path)))

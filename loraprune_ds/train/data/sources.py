@@ -3,17 +3,16 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic_core import from_json
 
 from loraprune_ds.config import DataConfig, DataSource
 from loraprune_ds.config_sources import FIELD_SETTINGS, files_of, refuse_hub_settings
 from loraprune_ds.errors import UserError, first_line, require
-from loraprune_ds.files import file_identity
+from loraprune_ds.files import file_identity, open_text, read_text
 from loraprune_ds.model.sources import EMBEDDED, HUB_ERRORS, embedded_text
 from loraprune_ds.train.data.tokens import chat_fields
 
@@ -66,23 +65,6 @@ def at_commits(config: DataConfig, commits: Mapping[str, str]) -> DataConfig:
     return replace(config, path=[replace(x, revision=commits.get(s.section, s.revision)) for x, s in entries])
 
 
-def read_text_file(path: Path, key: str) -> str:
-    """Reads a text file. Raises UserError if it is not UTF-8 or blank. The line names the `key`."""
-    with _utf8(path) as file:
-        text = file.read()
-    require(bool(text.strip()), f"{key}: {path} is empty")
-    return text
-
-
-@contextmanager
-def _utf8(path: Path) -> Iterator[TextIO]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
 def _text_fields(source: DataSource) -> dict[str, str]:
     """Maps the text fields that a row must have to the settings that name them."""
     keys = {getattr(source, key): f"{source.section}.{key}" for key in FIELD_SETTINGS[source.format]}
@@ -104,12 +86,12 @@ def _read_rows_of_file(path: Path, source: DataSource) -> list[TextRow]:
 def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
     """Yields the rows of a file with their place. `datasets` would not name the line, and would parse dates."""
     if path.suffix == ".jsonl":
-        with _utf8(path) as lines:
+        with open_text(path, source.section) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{path}, line {number}", _parse_json(line.rstrip(), path, number)
         return
-    text = read_text_file(path, source.section)
+    text = read_text(path, source.section)
     if path.suffix == ".json":
         items = _parse_json(text, path, 1)
         refusal = f"{path} must hold a list of objects (one object per line goes into a .jsonl file)"
