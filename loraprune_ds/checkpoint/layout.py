@@ -6,7 +6,7 @@ README.md in this folder describes a step's files.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -156,11 +156,6 @@ def state_text(state: RunState | ResumeState) -> str:
     return json.dumps(asdict(state)) + "\n"
 
 
-def read_state(folder: Path) -> RunState:
-    """Reads the state of a step like `read_record`."""
-    return read_record(folder / STATE_FILE, RunState)
-
-
 def read_resume_state(folder: Path) -> ResumeState:
     """Reads the counters of a step like `read_record`."""
     path = folder / RESUME_FOLDER / STATE_FILE
@@ -194,13 +189,20 @@ def _damage_in_one_line(path: Path) -> Iterator[None]:
 
 def newest_state(root: Path) -> RunState | None:
     """Reads the newest state under `root` without verifying the checkpoint, to see whose run it is."""
-    for number in reversed(numbered(root, "step")):
+    return newest_usable(root, numbered(root, "step"), lambda folder: read_record(folder / STATE_FILE, RunState))
+
+
+def newest_usable(
+    root: Path, steps: list[int], read: Callable[[Path], T], warn: Callable[[str], object] = lambda line: None
+) -> T | None:
+    """Reads the last of the `steps` that is not damaged, and warns of those after it. Raises CheckpointMismatch."""
+    for step in reversed(steps):
         try:
-            return read_state(step_folder(root, number))
+            return read(step_folder(root, step))
         except CheckpointMismatch:
             raise
-        except UserError:
-            continue
+        except UserError as error:
+            warn(f"checkpoint step-{step} cannot be used: {error}")
     return None
 
 

@@ -1,7 +1,7 @@
 """Finds the newest undamaged step, reads its parts, and is the model that exports read. Needs no DeepSpeed."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, read_state, recorded_config
+from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, recorded_config
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
@@ -111,21 +111,6 @@ class TrainingCheckpoint:
         return {name: weights.read_full(name, dtype) for name in names}
 
 
-def find_newest(
-    root: Path, comm: Ranks, dense: PretrainedModel, warn: Callable[[str], None]
-) -> TrainingCheckpoint | None:
-    """Opens the newest undamaged step under `root`, read by all ranks. Collective. Raises CheckpointMismatch."""
-    numbers = comm.gather_objects(layout.numbered(root, "step"))[0]
-    for number in reversed(numbers):
-        try:
-            return open_checkpoint(layout.step_folder(root, number), comm, dense, resume=True)
-        except CheckpointMismatch:
-            raise
-        except UserError as error:
-            warn(f"checkpoint step-{number} cannot be used: {error}")
-    return None
-
-
 def open_checkpoint(
     folder: Path, ranks: Ranks, dense: PretrainedModel | None = None, *, resume: bool = False
 ) -> TrainingCheckpoint:
@@ -139,7 +124,7 @@ def open_checkpoint(
     """
 
     def check() -> TrainingCheckpoint:
-        state = read_state(folder)
+        state = layout.read_record(folder / layout.STATE_FILE, RunState)
         if resume:
             layout.read_resume_state(folder)
         for files in (folder, folder / layout.RESUME_FOLDER) if resume else (folder,):

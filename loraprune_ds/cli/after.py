@@ -27,7 +27,10 @@ def check_after(config: RunConfig) -> None:
     if tasks := _tasks(names):
         from loraprune_ds.evaluate.tasks import check_tasks
 
-        _named(lambda: check_tasks(TaskSettings(tasks)), "--tasks")
+        try:
+            check_tasks(TaskSettings(tasks))
+        except UserError as error:
+            raise UserError(str(error).replace("--tasks", "evaluate.after", 1)) from None
     if names and config.model.adapter:
         from loraprune_ds.evaluate.models import find_model
 
@@ -42,16 +45,8 @@ def check_prompts(
         from loraprune_ds.evaluate.answers import encode_prompts
         from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, read_prompts
 
-        prompts = read_prompts(DEFAULT_PROMPTS)
-        _named(lambda: encode_prompts(prompts, tokenizer, config.model.path, positions, vocab_size), "--answers")
-
-
-def _named(check: Callable[[], object], option: str) -> None:
-    """Runs a check of launch/evaluate.py. Its UserError then names the setting, not the option."""
-    try:
-        check()
-    except UserError as error:
-        raise UserError(str(error).replace(option, "evaluate.after", 1)) from None
+        prompts, limits = read_prompts(DEFAULT_PROMPTS), (config.model.path, positions, vocab_size)
+        encode_prompts(prompts, tokenizer, *limits, option="evaluate.after")
 
 
 def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object]) -> None:

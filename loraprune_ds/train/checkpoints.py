@@ -3,17 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loraprune_ds.checkpoint.layout import (
-    CHECKPOINTS_FOLDER,
-    STATE_FILE,
-    ResumeState,
-    RunState,
-    RunTotals,
-    newest_state,
-    read_resume_state,
-    recorded_config,
-)
-from loraprune_ds.checkpoint.load import TrainingCheckpoint, find_newest, keep_to_lists, open_checkpoint
+from loraprune_ds.checkpoint import layout
+from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_to_lists, open_checkpoint
 from loraprune_ds.checkpoint.save import drop_old, save_step
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import differences
@@ -71,15 +62,20 @@ def find_checkpoint(
     `warnings` gets a line for each unusable checkpoint. Raises UserError if a given path has no usable one of this run.
     """
     config, path = output.config, output.resume_path
+
+    def open_step(folder: Path) -> TrainingCheckpoint:
+        return open_checkpoint(folder, comm, dense, resume=True)
+
     # A step's folder, even if it lost its state. A run may have any name, even step-1.
-    if path is not None and ((path / STATE_FILE).is_file() or path.parent.name == CHECKPOINTS_FOLDER):
-        checkpoint = open_checkpoint(path, comm, dense, resume=True)
+    if path is not None and ((path / layout.STATE_FILE).is_file() or path.parent.name == layout.CHECKPOINTS_FOLDER):
+        checkpoint = open_step(path)
     else:
         root = path or output.path
-        root = root if root.resolve().name == CHECKPOINTS_FOLDER else root / CHECKPOINTS_FOLDER
+        root = root if root.resolve().name == layout.CHECKPOINTS_FOLDER else root / layout.CHECKPOINTS_FOLDER
         # This comes before full reads, and before another run's checkpoints are called damaged.
-        comm.all_or_raise(lambda: _check_settings(newest_state(root), root, config))
-        checkpoint = find_newest(root, comm, dense, warnings.append)
+        comm.all_or_raise(lambda: _check_settings(layout.newest_state(root), root, config))
+        steps = comm.gather_objects(layout.numbered(root, "step"))[0]
+        checkpoint = layout.newest_usable(root, steps, open_step, warnings.append)
         if checkpoint is None and path is not None:
             because = f" ({warnings[-1]})" if warnings else ""
             raise UserError(f"--resume {path}: no usable checkpoint there{because}")
@@ -90,9 +86,9 @@ def find_checkpoint(
     return checkpoint
 
 
-def _check_settings(state: RunState | None, folder: Path, config: RunConfig) -> None:
+def _check_settings(state: layout.RunState | None, folder: Path, config: RunConfig) -> None:
     if state is not None:
-        different = ", ".join(differences(recorded_config(state.config, folder), config, MAY_DIFFER))
+        different = ", ".join(differences(layout.recorded_config(state.config, folder), config, MAY_DIFFER))
         require(not different, f"{folder} belongs to a run with other settings: {different}")
 
 
@@ -114,19 +110,21 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     engine = build_training_engine(frozen, prepared.ds_config, prepared.pruning.schedule.cycles(), config)
     if checkpoint is None:
         return engine
-    counters = read_resume_state(checkpoint.folder)
+    counters = layout.read_resume_state(checkpoint.folder)
     model = engine.model
     model.optimizer_state.restore(model.lora_parameters(), checkpoint.read_flat, counters.adam_step, model.comm)
     engine.restore_counters(checkpoint.state.step, counters.schedule, counters.loss_scale)
     return engine
 
 
-def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner, step: int, totals: RunTotals) -> None:
+def save_checkpoint(
+    context: RunContext, engine: TrainingEngine, pruner: Pruner, step: int, totals: layout.RunTotals
+) -> None:
     """Publishes `step-{step}`, then removes files that no later start needs. Collective."""
-    root, config, prepared = context.folder / CHECKPOINTS_FOLDER, context.config, context.prepared
+    root, config, prepared = context.folder / layout.CHECKPOINTS_FOLDER, context.config, context.prepared
     model, saved, (schedule, loss_scale) = engine.model, pruner.state(), engine.counters()
     earlier = context.checkpoint and context.checkpoint.state
-    state = RunState(
+    state = layout.RunState(
         step=step,
         totals=totals,
         kept=keep_to_lists(saved.kept_of_dense, model.shape.kinds),
@@ -138,7 +136,7 @@ def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner,
         accelerator=device_name(),
         peak_bytes=model.comm.gather_objects(peak_bytes()),
     )
-    resume = ResumeState(
+    resume = layout.ResumeState(
         adam_step=model.optimizer_state.adam_step,
         schedule=schedule,
         loss_scale=loss_scale,

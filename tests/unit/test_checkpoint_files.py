@@ -163,10 +163,10 @@ def test_old_steps_go_and_that_of_a_size_stays_for_exports(
 def test_the_state_is_read_or_refused_in_one_line(tmp_path: Path, change: dict[str, object], words: str) -> None:
     state = make_state(7)
     (tmp_path / layout.STATE_FILE).write_text(layout.state_text(state))
-    assert layout.read_state(tmp_path) == state
+    assert layout.read_record(tmp_path / layout.STATE_FILE, layout.RunState) == state
     raw = json.loads(layout.state_text(state)) | change
     (tmp_path / layout.STATE_FILE).write_text(json.dumps(raw))
-    message = refused(layout.read_state, tmp_path)
+    message = refused(layout.read_record, tmp_path / layout.STATE_FILE, layout.RunState)
     assert str(tmp_path / layout.STATE_FILE) in message
     assert words in message
 
