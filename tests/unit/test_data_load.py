@@ -193,7 +193,7 @@ def test_too_few_samples_and_a_tokenizer_of_another_model_are_told(tmp_path: Pat
         ("a.txt", "", "a.txt"),
         ("a.json", '{"text": "w1"}', "a.json"),
         ("a.json", '[\n{"text": "w1"},\n{"text": }]', "a.json 3 10"),  # line and column
-        ("a.jsonl", '{"text": "w1"}\n\n{"text"\n', "a.jsonl 3 8"),
+        ("a.jsonl", '{"text": "w1"}\n\n{"text"\n', "a.jsonl 3 7"),
         ("a.jsonl", '{"text": "w1"}\n"w2"', "a.jsonl 2"),
         ("a.json", '[{"text": "w1"}, 3]', "a.json 1"),
         ("a.json", '[{"body": "w1"}]', "data.text_field a.json 'text' body"),

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -105,25 +106,16 @@ def _values(path: Path, source: DataSource) -> Iterator[tuple[str, Any]]:
 
 def _parse_json(text: str, path: Path, first_line: int) -> Any:
     try:
-        value = json.loads(text)
-        if HALF.search(text):  # no tokenizer accepts a surrogate
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
-        return value
-    except json.JSONDecodeError as error:
-        reason, line, column = error.msg, error.lineno, error.colno
-    except (ValueError, RecursionError):
-        reason, line, column = _beyond_limits(text)
-    raise UserError(f"{path}, line {first_line + line - 1}, column {column}: not valid JSON: {reason}")
-
-
-def _beyond_limits(text: str) -> tuple[str, int, int]:
-    """Finds what Python's parser cannot hold, such as an integer of 5,000 digits: the reason, line and column."""
-    try:
-        from_json(text)
+        return from_json(text)
     except ValueError as error:
-        if found := re.fullmatch(r"(.+) at line (\d+) column (\d+)", str(error)):
-            return found[1], int(found[2]), int(found[3])
-    return "a number is too long, or it is nested too deep", 1, 1
+        found = re.fullmatch(r"(.+) at line (\d+) column (\d+)", str(error))
+    if HALF.search(text):  # no tokenizer accepts a surrogate
+        with suppress(ValueError, RecursionError):
+            value = json.dumps(json.loads(text), ensure_ascii=False)
+            return from_json(value.encode(errors="replace"))
+    assert found, "pydantic names the place of an error"
+    where = f"{path}, line {first_line + int(found[2]) - 1}, column {found[3]}"
+    raise UserError(f"{where}: not valid JSON: {found[1]}")
 
 
 def _read_fields(source: DataSource, known: set[str]) -> list[str]:
