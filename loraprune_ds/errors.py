@@ -94,12 +94,12 @@ def tell(error: UserError, *, agreed: bool = True) -> None:
     sys.stderr.flush()
 
 
-def run_command(work: Callable[[], int | None]) -> int:
-    """Returns the exit code of `work`: 0 if it returns None, 2 for unusable input."""
+def run_command(work: Callable[[], int | None], *, agreed: bool = True) -> int:
+    """Returns the exit code of `work`: 0 if it returns None, 2 for unusable input. `agreed` is as for `tell`."""
     try:
         return work() or 0
     except UserError as error:
-        tell(error)
+        tell(error, agreed=agreed)
         return error.exit_code
 
 

@@ -26,14 +26,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from loraprune_ds.arguments import Parser, at_least, require_option
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError, leave, leave_on_error, require, tell
+from loraprune_ds.errors import leave, leave_on_error, require, run_command
 from loraprune_ds.evaluate import settings
 from loraprune_ds.files import finite, read_text, write_text
 from loraprune_ds.ranks import job
@@ -79,15 +79,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Returns the exit code: 0, or 2 for unusable input."""
     job.adopt_srun_ranks()
-    try:
-        arguments = parse_arguments()
-        stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")  # only for the result
-        os.dup2(2, 1)  # other prints, also from C, go to stderr
-        result = measure(arguments)
-    except UserError as error:
-        tell(error, agreed=False)  # lm-eval can fail on one rank alone
-        return error.exit_code
-    if is_rank_0():
+    return run_command(lambda: show(parse_arguments()), agreed=False)  # lm-eval can fail on one rank alone
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Measures, and prints the result on rank 0. Collective."""
+    stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")  # only for the result
+    os.dup2(2, 1)  # other prints, also from C, go to stderr
+    result = measure(arguments)
+    if os.environ.get("RANK", "0") == "0":
         from loraprune_ds.evaluate.result import answers_page, result_table
 
         text = json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if arguments.json else result_table(result)
@@ -96,11 +96,6 @@ def main() -> int:
         if arguments.page:
             write_text(arguments.page, answers_page(result))
             print(f"page: {arguments.page}", file=sys.stderr)
-    return 0
-
-
-def is_rank_0() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -122,6 +117,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
     # Heavy imports come after the check of arguments, so a typo does not cost ten seconds.
+    from tqdm import tqdm
+
     from loraprune_ds.evaluate.evaluation import evaluate
     from loraprune_ds.evaluate.models import find_model
     from loraprune_ds.evaluate.result import make_result
@@ -152,7 +149,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             **measured,
         )
     )
-    measurements = evaluate(models, chosen, comm, show_progress)
+    bar = partial(tqdm, unit="batch", leave=False, disable=None if comm.rank == 0 else True)  # None: on a terminal
+    measurements = evaluate(models, chosen, comm, bar)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}
     result = make_result(measurements, chosen, comm.world_size, provenance)
     stop_ranks()  # not after an error, because NCCL would wait for ranks that wait for this one
@@ -181,13 +179,6 @@ def read_evaluation_text(arguments: argparse.Namespace) -> settings.EvaluationTe
             require(value is None, f"{option} has no effect without --dataset or --text")
         return None
     return settings.load_dataset_text(arguments.dataset or DEFAULT_DATASET, arguments.split or DEFAULT_SPLIT)
-
-
-def show_progress(rounds: Iterable[int], what: str) -> Iterable[int]:
-    """Draws a bar on the terminal of rank 0."""
-    from tqdm import tqdm
-
-    return tqdm(rounds, desc=what, unit="batch", leave=False, disable=None if is_rank_0() else True)
 
 
 if __name__ == "__main__":

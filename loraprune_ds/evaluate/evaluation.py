@@ -207,9 +207,10 @@ def _measure(
     """Measures all but answers and speed. Returns the model for these two, which need all models in memory."""
     source, shape = prepared.source, prepared.source.pretrained.shape
     perplexity = tasks = model = None
+    is_kept = settings.answers or settings.speed
     if settings.sharded and prepared.batches:
         perplexity = _measure_sharded(prepared, comm, progress)
-    elif prepared.batches or settings.tasks or settings.needs_models_together:
+    elif prepared.batches or settings.tasks or is_kept:
         model = comm.all_or_raise(lambda: load_model(source, prepared.dtype, comm.device))
         if prepared.batches:
             perplexity = measure_perplexity(losses_of(model), prepared.batches, comm, progress)
@@ -229,7 +230,7 @@ def _measure(
         tasks=tasks,
         speed=None,
     )
-    return measurement, model if settings.needs_models_together else None
+    return measurement, model if is_kept else None
 
 
 def _measure_sharded(prepared: PreparedModel, comm: Ranks, progress: Progress) -> Perplexity:

@@ -185,8 +185,3 @@ class EvaluationSettings:
     def actual_batch_size(self) -> int:
         """Returns `batch_size` or its default."""
         return self.batch_size or max(1, TOKENS_PER_BATCH // self.window)
-
-    @property
-    def needs_models_together(self) -> bool:
-        """True if all models must stay in memory after their perplexity and tasks."""
-        return bool(self.answers or self.speed)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
@@ -134,9 +134,16 @@ class OutputFolder:
         """Checks that all ranks see the folder that rank 0 made. The error names a rank that does not. Collective."""
         token = self.path / f".shared-{comm.draw_mark()}"
         unseen = f"output_dir {self.path} is not the folder of rank 0; it must be on a shared file system"
+
+        def wait() -> None:
+            deadline = time.monotonic() + SHARED_WAIT
+            while not token.exists():
+                require(time.monotonic() <= deadline, unseen)
+                time.sleep(0.1)
+
         comm.on_rank_0(token.touch)
         try:
-            comm.all_or_raise(lambda: require(wait_until_seen(token.exists), unseen))
+            comm.all_or_raise(wait)
         finally:
             if comm.rank == 0:
                 token.unlink(missing_ok=True)
@@ -186,16 +193,6 @@ def _unreadable_in_one_line(folder: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"output_dir {folder} cannot be read: {error.strerror}") from None
-
-
-def wait_until_seen(is_seen: Callable[[], bool]) -> bool:
-    """Waits until this rank sees a file of another rank. Returns False after `SHARED_WAIT`."""
-    deadline = time.monotonic() + SHARED_WAIT
-    while not is_seen():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 class RunStatus:

@@ -1,5 +1,6 @@
 """Prepares a run, and finds every error in its input before any long work."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,12 +56,7 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig,
-    comm: Communicator,
-    commits: dict[str, str] | None = None,
-    *,
-    is_first_on_node: bool,
-    check_tokenizer: CheckTokenizer = None,
+    config: RunConfig, comm: Communicator, commits: dict[str, str] | None = None, check_tokenizer: CheckTokenizer = None
 ) -> Prepared:
     """Checks the whole input on every rank. All ranks raise the same UserError. Collective.
 
@@ -74,7 +70,7 @@ def prepare(
     own = partial(_prepare, config, found or {}, comm.world_size, comm.ranks_per_node(), check_tokenizer)
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
-        first = waiting.all_or_raise(lambda: own() if is_first_on_node else None)
+        first = waiting.all_or_raise(lambda: own() if os.environ["LOCAL_RANK"] == "0" else None)
         prepared = waiting.all_or_raise(lambda: first or own())
     rank = comm.differing_rank(prepared.data)
     same = "model.path and data.path must be the same everywhere"

@@ -6,7 +6,6 @@ measure   reads that folder back, writes the report, and names the folder model/
 """
 
 import errno
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -50,8 +49,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     config = output.config
     resumes = output.start == "resume"  # every rank reads this before rank 0 makes the folder
     torch.use_deterministic_algorithms(config.train.deterministic)
-    is_first = os.environ["LOCAL_RANK"] == "0"
-    prepared = prepare(config, comm, output.commits, is_first_on_node=is_first, check_tokenizer=check_tokenizer)
+    prepared = prepare(config, comm, output.commits, check_tokenizer)
     warnings: list[str] = []
     checkpoint = find_checkpoint(output, comm, prepared.pretrained, warnings) if resumes else None
     if checkpoint:

@@ -70,10 +70,10 @@ def main() -> None:
     config = short_run(arguments.model, prune, 4 * arguments.steps + 8)
     quiet_deepspeed()
     comm = start_ranks()
-    prepared = prepare(config, comm, is_first_on_node=comm.rank == 0)
+    prepared = prepare(config, comm)
     dense, small = Timed(prepared), Timed(prepared)
     config_int8 = replace(config, model=replace(config.model, frozen="int8"))
-    int8 = Timed(prepare(config_int8, comm, is_first_on_node=comm.rank == 0))
+    int8 = Timed(prepare(config_int8, comm))
     small.timed_step(scoring=True)
     small.pruner.schedule = replace(small.pruner.schedule, start=0, end=1)  # all of it in one cut: the largest there is
     cut_record = small.cut(1)

@@ -139,7 +139,7 @@ def prepare_counting_reads(config: RunConfig, log: Path) -> None:
         return read_rows(source)
 
     with patch.object(loading, "read_rows", read):
-        prepare(config, comm, is_first_on_node=comm.rank == 0)
+        prepare(config, comm)
 
 
 def test_one_rank_of_a_node_makes_the_tokens_and_the_others_find_them(ranks: RankPool, tmp_path: Path) -> None:

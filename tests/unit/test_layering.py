@@ -25,7 +25,8 @@ MOST_LOADED = 60  # without the families, which a table names
 # A module imports from layers before its own, never from its own layer's other packages.
 LAYERS = (
     ("errors",),
-    ("files", "units", "config", "arguments"),
+    ("files",),
+    ("units", "config", "arguments"),
     ("ranks",),
     ("model",),
     ("pruning",),

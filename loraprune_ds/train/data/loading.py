@@ -23,18 +23,9 @@ from loraprune_ds.config_sources import JSON_SUFFIXES, files_of
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import file_identity, make_once, read_text
 from loraprune_ds.model.tokenizer import Starts, check_ids
+from loraprune_ds.train.data import tokens
 from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples, mix, pack_samples
 from loraprune_ds.train.data.sources import TextRow, TextRows, read_rows, source_identity
-from loraprune_ds.train.data.tokens import (
-    ChatTemplate,
-    Instruction,
-    TokenizedRow,
-    collect_rows,
-    make_instruction,
-    pack_documents,
-    read_chat,
-    tokenize_instructions,
-)
 
 SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"
 LONGEST_EPOCH = 1_000_000_000  # samples of a mixture, of 8 bytes each
@@ -48,7 +39,7 @@ class RowFormat(NamedTuple):
 
     text: Callable[[TextRow], str]
     read: Callable[[TextRow], Any]  # an input of `tokenize`, or a document
-    tokenize: Callable[[Iterable[Any]], Iterator[TokenizedRow]] | None = None  # None: documents fill windows
+    tokenize: Callable[[Iterable[Any]], Iterator[tokens.TokenizedRow]] | None = None  # None: documents fill windows
     check: Callable[[TextRow], None] | None = None  # checks all rows in seconds, before minutes of tokenising
 
 
@@ -59,10 +50,12 @@ def _documents(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: S
     return RowFormat(read, read)
 
 
-def _pairs(read: Callable[[TextRow], Instruction], tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
+def _pairs(
+    read: Callable[[TextRow], tokens.Instruction], tokenizer: PreTrainedTokenizerBase, starts: Starts
+) -> RowFormat:
     """Reads rows as prompt and answer: source and target of an encoder-decoder, where both must have text."""
 
-    tokenize = partial(tokenize_instructions, tokenizer=tokenizer, start=starts.target)
+    tokenize = partial(tokens.tokenize_instructions, tokenizer=tokenizer, start=starts.target)
 
     def named(row: TextRow) -> dict[str, str]:
         return dict(zip(("source", "target"), read(row), strict=True))
@@ -82,22 +75,22 @@ def _seq2seq(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Sta
 
 
 def _instructions(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
-    def read(row: TextRow) -> Instruction:
+    def read(row: TextRow) -> tokens.Instruction:
         about = "" if source.input_field is None else _text_of(row, source.input_field)
-        return make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
+        return tokens.make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
 
     return _pairs(read, tokenizer, starts)
 
 
 def _conversations(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
-    template = ChatTemplate(tokenizer)
+    template = tokens.ChatTemplate(tokenizer)
     if starts.target is not None:
-        return _pairs(lambda row: template.last_turn(read_chat(row)), tokenizer, starts)
+        return _pairs(lambda row: template.last_turn(tokens.read_chat(row)), tokenizer, starts)
     return RowFormat(
-        lambda row: template.render(read_chat(row)),
-        lambda row: template.mark(read_chat(row)),
+        lambda row: template.render(tokens.read_chat(row)),
+        lambda row: template.mark(tokens.read_chat(row)),
         template.tokenize,
-        lambda row: template.check_roles(read_chat(row)),
+        lambda row: template.check_roles(tokens.read_chat(row)),
     )
 
 
@@ -194,10 +187,10 @@ def _make(
         tuning, held_out, numbers = _hold_out(rows, source, row_format, config.held_out_fraction)
         read = _each(row_format.read, tuning, *named)
         if row_format.tokenize is None:
-            samples = pack_documents(read, tokenizer, config.window, config.max_samples, starts.window)
+            samples = tokens.pack_documents(read, tokenizer, config.window, config.max_samples, starts.window)
         else:
             places = (f"row {number} of {source.path}" for number in numbers)
-            samples = collect_rows(row_format.tokenize(read), config.window, config.max_samples, places)
+            samples = tokens.collect_rows(row_format.tokenize(read), config.window, config.max_samples, places)
             samples = pack_samples(samples) if config.packing else samples
         parts.append(samples)
         held_out_texts.append("\n\n".join(_each(row_format.text, held_out, *named)))
