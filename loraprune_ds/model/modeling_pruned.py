@@ -78,6 +78,15 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
             """Does nothing. A Phi-3 of transformers 4 checks its long rotary factors by hidden_size / heads."""
 
     class PerLayer:
+        def __init__(self, config: Any) -> None:
+            one_size = layer_config(config, 0)
+            super().__init__(one_size)  # pyright: ignore[reportCallIssue]  # a base that only runs know
+            model: Any = self
+            for module in (model, model.base_model):  # the same, without a head
+                give_config(module, one_size, config)
+            rebuild_layers(model.base_model, config)
+            model.post_init()
+
         @classmethod
         def _can_set_attn_implementation(cls) -> bool:
             """Asks the stock class. transformers looks for attention in the file of a class, not in this one."""
@@ -94,23 +103,8 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
     class PrunedModel(PerLayer, base_model):
         config_class = PrunedConfig
 
-        def __init__(self, config: Any) -> None:
-            one_size = layer_config(config, 0)
-            super().__init__(one_size)  # pyright: ignore[reportCallIssue]  # a base that only runs know
-            give_config(self, one_size, config)
-            rebuild_layers(self, config)
-            self.post_init()
-
     class PrunedLanguageModel(PerLayer, base_lm):
         config_class = PrunedConfig
-
-        def __init__(self, config: Any) -> None:
-            one_size = layer_config(config, 0)
-            super().__init__(one_size)  # pyright: ignore[reportCallIssue]
-            for module in (self, self.base_model):
-                give_config(module, one_size, config)
-            rebuild_layers(self.base_model, config)
-            self.post_init()
 
     share_conversions(family, PrunedConfig.model_type)
     # transformers writes this name into config.json, under `architectures`.

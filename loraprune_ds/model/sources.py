@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from loraprune_ds.config import ModelConfig
-from loraprune_ds.errors import UserError, first_line, one_line
+from loraprune_ds.errors import UserError, first_line, one_line, run_command
 from loraprune_ds.files import make_once, read_json, user_cache, write_json
 
 EMBEDDED = "embedded"
@@ -134,16 +134,10 @@ def _config_json(config: Any) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main() -> None:
     """Prints the folder of the embedded model, after a conversion if needed."""
-    try:
-        folder = embedded_model_dir()
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code
-    sys.stdout.write(f"SmolLM2-135M-Instruct is in {folder}\n")
-    return 0
+    sys.stdout.write(f"SmolLM2-135M-Instruct is in {embedded_model_dir()}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

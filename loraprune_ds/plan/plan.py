@@ -17,7 +17,6 @@ from loraprune_ds.pruning.compensate import numel_sent
 from loraprune_ds.pruning.target import describe_target, on_a_server
 
 MOST_NODES = 512  # limit of --smallest without --nodes
-COSTS = ("step", "last_step", "first_cut")
 ONE, AGAIN = {"micro_batch_size": 1}, {"gradient_checkpointing": True}
 PINNED = {"device": "cpu", "pin_memory": True}  # as the shipped configs offload
 
@@ -32,23 +31,20 @@ class Plan:
     stages: list[Stage]
 
     @cached_property
-    def step(self) -> Cost:
-        """The cost of a step before the first cut that scores and measures."""
-        return step_cost(self.request, self.request.shape, (True, True))
-
-    @cached_property
-    def last_step(self) -> Cost:
-        return step_cost(self.request, self.final, (False, False))
-
-    @cached_property
-    def first_cut(self) -> Cost:
-        return cut_cost(self.request, self.request.shape, self.after)
+    def costs(self) -> dict[str, Cost]:
+        """The costs of a dense step that scores and measures, of a step after the last cut, and of the first cut."""
+        request, dense = self.request, self.request.shape
+        return {
+            "step": step_cost(request, dense, (True, True)),
+            "last_step": step_cost(request, self.final, (False, False)),
+            "first_cut": cut_cost(request, dense, self.after),
+        }
 
     @cached_property
     def in_all(self) -> Total:
         """The total of the run. Every cut counts as the first, which costs most."""
         cuts, steps = len(self.request.pruning.schedule.cut_steps), all_steps(self.request, self.final)
-        return Total(*(step + cuts * cut for step, cut in zip(steps, self.first_cut.total, strict=True)))
+        return Total(*(step + cuts * cut for step, cut in zip(steps, self.costs["first_cut"].total, strict=True)))
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -174,7 +170,7 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         "host_bytes_per_node": plan.host_bytes,
         "host_bytes_available": cluster.host_bytes,
         "stages": [asdict(stage) | {"peak": stage.peak, "peak_phase": stage.peak_phase} for stage in plan.stages],
-        "costs": {name: asdict(getattr(plan, name)) | getattr(plan, name).total._asdict() for name in COSTS},
+        "costs": {name: asdict(cost) | cost.total._asdict() for name, cost in plan.costs.items()},
         "in_all": plan.in_all._asdict(),
         "disk_bytes": {"checkpoint": plan.checkpoint_bytes},
         "steps": request.pruning.steps,
@@ -203,7 +199,8 @@ def notes(plan: Plan) -> list[str]:
         lines.append(f"the run counts epochs of absent data, so its steps are assumed ({known})")
     if request.config.prune.ranking != "uniform":
         lines.append("the plan of prune.ranking global removes the same from all layers")
-    if plan.step.communication > plan.step.compute and nodes > 1 and request.fetch.zero_hpz_partition_size == 1:
+    step, groups = plan.costs["step"], request.fetch.zero_hpz_partition_size
+    if step.communication > step.compute and nodes > 1 and groups == 1:
         setting = "--set deepspeed=ds_configs/zero3_multinode_hpz.json"
         lines.append(f"sending takes longer than the arithmetic; {setting} keeps a copy of the weights on every node")
     lines.append("gathered weights and bytes sent are upper bounds; seconds are estimates, not measurements")

@@ -128,7 +128,7 @@ def test_eager_attention_checkpointing_and_recovery_cost_what_they_change() -> N
     kept = [stage(plan, "dense").phases["training"]["activations"] for plan in plans]
     assert 2 * kept[0] < kept[1] < kept[2]
     assert usual.step.compute < min(x.step.compute for x in (again, eager, taught))
-    added = 30 * usual.last_step.total.at_least
+    added = 30 * usual.costs["last_step"].total.at_least
     assert longer.in_all.at_least == pytest.approx(usual.in_all.at_least + added)
 
 
@@ -175,7 +175,7 @@ def test_a_refit_costs_memory_traffic_and_disk() -> None:
     settings = ({"compensate": "none"}, {"compensate": "least_squares", "compensate_steps": 2})
     without, refit = (make_plan(changed(plain, prune=prune)) for prune in settings)
     assert refit.stages[1].peak_phase == "refit"
-    assert refit.first_cut.sent["cut"] > without.first_cut.sent["cut"]
+    assert refit.costs["first_cut"].sent["cut"] > without.costs["first_cut"].sent["cut"]
     halves = 4 * ((512**2 + 1376**2) // 2 + 512 * 512 // 2 + 1) * 4  # of each of the four layers that may be cut
     assert refit.checkpoint_bytes > without.checkpoint_bytes + halves
 

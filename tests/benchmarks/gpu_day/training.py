@@ -41,7 +41,7 @@ def steps(found: Found) -> None:
                     _timed(trainer, found, f"{name}, plain: s per step")
                     found.row(f"{name}, plain: kernels' part of the time", **_profiled(trainer))
             name = f"{name}, {criterion}"
-            last = _timed(trainer, found, f"{name}: s per step", plan.step.total.at_most)
+            last = _timed(trainer, found, f"{name}: s per step", plan.costs["step"].total.at_most)
             found.row(f"{name}: peak GiB", peak_bytes() / GIB, plan.stages[0].peak / GIB)
             if last.mfu is not None:
                 found.row(f"{name}: MFU", last.mfu)
@@ -53,7 +53,7 @@ def cuts(found: Found) -> None:
     _start()
     size = sizes("llama-7b")
     trainer, request = make_trainer(size, micro_batch_size=size.micro_batches[-1])
-    _timed(trainer, found, "dense: s per step", make_plan(request).step.total.at_most)
+    _timed(trainer, found, "dense: s per step", make_plan(request).costs["step"].total.at_most)
     _cuts(trainer, found, size, size.cuts, "host" if is_cpu() else "allocated")
     _timed(trainer, found, "at a multiple: s per step")
     with Profile() as profiler:
@@ -70,7 +70,7 @@ def offload(found: Found) -> None:
     _start()
     size = sizes("llama-13b")
     trainer, request = make_trainer(size, deepspeed="ds_configs/zero3_offload.json")
-    _timed(trainer, found, "s per step", make_plan(request).step.total.at_most)
+    _timed(trainer, found, "s per step", make_plan(request).costs["step"].total.at_most)
     _cuts(trainer, found, size, min(3, size.cuts), "host")
 
 
