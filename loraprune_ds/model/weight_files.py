@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -67,9 +66,8 @@ def have_equal_values(name: str, other: str, headers: Headers) -> bool:
         return False
     rows = max(1, READ_CHUNK // math.prod(size[1:]))
     with safe_open(file, framework="pt") as one, safe_open(other_file, framework="pt") as two:
-        views: Any = one.get_slice(name), two.get_slice(other)
-        chunks = ([view[i : i + rows].float() for view in views] for i in range(0, size[0], rows))
-        return all(torch.equal(*pair) for pair in chunks)
+        chunks = zip(one.get_tensor(name).split(rows), two.get_tensor(other).split(rows), strict=True)
+        return all(torch.equal(a.float(), b.float()) for a, b in chunks)
 
 
 def weight_file_names(folder: Path) -> list[str]:
