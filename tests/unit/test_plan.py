@@ -52,7 +52,7 @@ def test_offload_moves_bytes_from_the_gpu_to_the_host() -> None:
     moved = ("weights", "lora", "lora_masters", "lora_moments", "lora_gradients")
     assert not set(moved) & set(host.state)
     assert {term: host.host[term] for term in moved} == {term: dense.state[term] for term in moved}
-    assert make_plan(offloaded).step.host_copies > 0
+    assert make_plan(offloaded).costs["step"].host_copies > 0
     tight = make_plan(request(Cluster(1, 8, host_memory=8)))
     assert (tight.device_bytes <= tight.request.cluster.gpu_bytes, tight.fits) == (True, False)
 
@@ -127,7 +127,7 @@ def test_eager_attention_checkpointing_and_recovery_cost_what_they_change() -> N
     taught = make_plan(changed(plain, train={"distill_weight": 0.5}))
     kept = [stage(plan, "dense").phases["training"]["activations"] for plan in plans]
     assert 2 * kept[0] < kept[1] < kept[2]
-    assert usual.step.compute < min(x.step.compute for x in (again, eager, taught))
+    assert usual.costs["step"].compute < min(x.costs["step"].compute for x in (again, eager, taught))
     added = 30 * usual.costs["last_step"].total.at_least
     assert longer.in_all.at_least == pytest.approx(usual.in_all.at_least + added)
 
@@ -183,10 +183,11 @@ def test_a_refit_costs_memory_traffic_and_disk() -> None:
 def test_hpz_keeps_its_gathers_inside_whole_nodes(tmp_path: Path) -> None:
     one, two = Cluster(1, 4), Cluster(2, 4)
     plain, copied = make_plan(request(two)), make_plan(with_hpz(tmp_path, "auto", two))
-    assert copied.step.communication < plain.step.communication
-    assert copied.step.sent["weights"] == 7 * (sum(SMALL.lora_numel(8)) // 8 * 2)  # LoRA, which is new in every step
+    assert copied.costs["step"].communication < plain.costs["step"].communication
+    lora = 7 * (sum(SMALL.lora_numel(8)) // 8 * 2)  # which is new in every step
+    assert copied.costs["step"].sent["weights"] == lora
     assert ["hpz.json" in " ".join(notes(plan)) for plan in (plain, copied)] == [True, False]
     alone = with_hpz(tmp_path, "auto", one)  # where it means nothing
-    assert make_plan(alone).step == make_plan(request(one)).step
+    assert make_plan(alone).costs["step"] == make_plan(request(one)).costs["step"]
     assert [changed(alone, Cluster(2, n)).fetch.zero_hpz_partition_size for n in (2, 8)] == [2, 8]
     must_name("zero_hpz_partition_size 4 6", with_hpz, tmp_path, 4, Cluster(2, 6), global_batch_size=24)
