@@ -79,8 +79,7 @@ class GgufTensor:
     name: str
     shape: tuple[int, ...]  # (out_features, in_features), perhaps with experts first, or (n,)
     type: GGMLQuantizationType
-    start: int = 0  # as in SourcePart
-    slices: Slices | None = None
+    part: SourcePart  # that it stores
     heads: int = 0  # query or key heads whose rows are stored in llama.cpp's order. 0 for all other tensors
     offset: float = 0.0
     factor: float = 1.0
@@ -113,8 +112,7 @@ def plan_tensors(
                     name,
                     part_shape,
                     _type(name, part_shape, precision),
-                    part.start,
-                    part.slices,
+                    part,
                     heads=part_shape[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
                     offset=architecture.norm_offset if inner.endswith("norm") and inner != GATED_NORM else 0.0,
                     factor=architecture.attention_factor(config, shape) if inner == architecture.scaled else 1.0,
@@ -131,9 +129,8 @@ def plan_tensors(
 
 def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
     """Reads a tensor in the layout of the GGUF file. Q8_0 gives bytes."""
-    read = partial(pretrained.weights.read_flat, tensor.source, dtype=torch.float32)
-    end = tensor.start + math.prod(tensor.shape)
-    flat = tensor.slices.read(read) if tensor.slices else read(tensor.start, end)
+    read, part = partial(pretrained.weights.read_flat, tensor.source, dtype=torch.float32), tensor.part
+    flat = part.slices.read(read) if part.slices else read(part.start, part.start + math.prod(part.shape))
     values = flat.view(tensor.shape).numpy()
     if tensor.heads:
         values = permute(values, tensor.heads)
