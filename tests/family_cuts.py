@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrained
 
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.export.huggingface import begin, publish, write_model
+from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers, shrink_on_meta
 from loraprune_ds.model.experts import Experts, stack_experts
@@ -26,7 +27,6 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.ranks.job import Ranks
 from tests.export_cases import InMemory, model_card
 from tests.families import SIZES, is_seq2seq, layers_with, norms_are_wide, tiny_model
-from tests.plain_model import PlainModel
 
 PROMPT = torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(5))
 SOURCE = PROMPT.flip(1)[:, :11]  # what an encoder reads
@@ -50,7 +50,7 @@ class Network:
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Cuts by the package's own specs, as a run in one process does."""
-        plain = PlainModel(self.model, self.shape)
+        plain = LocalModel(self.model, self.shape)
         plain.cut(keep)
         self.shape = plain.shape
 

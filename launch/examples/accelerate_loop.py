@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds import PruneConfig, Pruning
 
-name, data, out, ds_config = sys.argv[1:]
-accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config))
+name, data, out, *ds_config = sys.argv[1:]  # without DeepSpeed's JSON: one process or DDP
+accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=ds_config[0]) if ds_config else None)
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), LoraConfig(target_modules="all-linear"))
 optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -25,6 +25,7 @@ for batch in loader:
     pruning.begin_step()
     accelerator.backward(model(**batch, labels=batch["input_ids"]).loss)
     optimizer.step()
+    optimizer.zero_grad()
     pruning.end_step()
 pruning.save_model(f"{out}/model", tokenizer)
 pruning.save_base(f"{out}/base", tokenizer=tokenizer)

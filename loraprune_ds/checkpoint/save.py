@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Container, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,15 +14,17 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import RESUME_FOLDER, STATE_FILE, ResumeState, RunState, state_text
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import begin_folder, flush, publish_folder, remove_folder, remove_leftovers, staging_of
-from loraprune_ds.model.adapters import lora_linear
+from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning.compensate import refitted_linears
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import empty_cache
 from loraprune_ds.ranks.flat import owner_rounds
 from loraprune_ds.ranks.job import LocalWrites
-from loraprune_ds.zero.params import collect_stored
-from loraprune_ds.zero.sharded import ShardedModel
+
+if TYPE_CHECKING:
+    from loraprune_ds.zero.sharded import ShardedModel
 
 
 class Staging(AbstractContextManager["Staging"]):
@@ -75,7 +77,7 @@ class Staging(AbstractContextManager["Staging"]):
         fail_point(f"save.{self._kind}_after_rename")
 
 
-def save_step(model: ShardedModel, root: Path, state: RunState, resume: ResumeState, pruner: Pruner) -> Path:
+def save_step(model: "ShardedModel", root: Path, state: RunState, resume: ResumeState, pruner: Pruner) -> Path:
     """Publishes `step-{state.step}`. Each layer is written by its owner, which has its input moments. Collective."""
     apart, parameters = f"{RESUME_FOLDER}/", model.lora_parameters()
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
@@ -96,12 +98,12 @@ def save_step(model: ShardedModel, root: Path, state: RunState, resume: ResumeSt
     return staging.target
 
 
-def write_refits(staging: Staging, pruner: Pruner, model: ShardedModel, layers: Iterable[int]) -> None:
+def write_refits(staging: Staging, pruner: Pruner, model: PrunableModel, layers: Iterable[int]) -> None:
     """Writes the refitted linears of a round of layers, each on its owner, in their storage format. Collective."""
     collected = {layer: dict[str, Tensor]() for layer in layers if pruner.compensator}
     for layer, tensors in collected.items():
         for name in refitted_linears(pruner.limits.dense, model.shape, layer):
-            stored = collect_stored(lora_linear(model.layers[layer], name), model.owner(layer), model.comm)
+            stored = model.collect_stored(LinearId(layer, name))
             tensors |= {f"{model.shape.prefix(layer)}{name}.{part}": tensor for part, tensor in stored.items()}
     for layer, tensors in collected.items():  # all owners write in parallel
         write_layer(staging, "refit", layer, tensors)

@@ -58,7 +58,7 @@ PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads only tokenizer.json, in tran
 
 
 class LayerSource(Protocol):
-    """A pruned model, read layer by layer: a step (checkpoint/load.py), or a live one (zero/external_engine.py)."""
+    """A pruned model, read layer by layer: a step (checkpoint/load.py), or a live one (hf/layers.py)."""
 
     @property
     def shape(self) -> ModelShape: ...

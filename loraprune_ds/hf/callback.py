@@ -26,8 +26,6 @@ from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
-from loraprune_ds.zero.ds_config import check_reshardable
-from loraprune_ds.zero.external_engine import find_zero_optimizer
 
 REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
 LIMIT = "_save_total_limit"  # key in the Trainer's arguments for the user's value during a training
@@ -109,6 +107,8 @@ class LoraPruneCallback(TrainerCallback):
         """Refuses what DeepSpeed would fail on without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
         if (ds_config := _ds_config(args)) is not None:
+            from loraprune_ds.zero.ds_config import check_reshardable  # DeepSpeed, once it is needed
+
             check_reshardable("the DeepSpeed config", ds_config)  # some settings fail at DeepSpeed's start
         if isinstance(model := more.get("model"), nn.Module):
             check_one_dtype(model)
@@ -121,7 +121,6 @@ class LoraPruneCallback(TrainerCallback):
         """Checks the training, then attaches to the model and its optimizer."""
         require(self._pruning is None, "LoraPruneCallback serves one training; make a new one for the next")
         model, checkpoint = cast(nn.Module, more["model"]), self._checkpoint
-        find_zero_optimizer(more["optimizer"])
         check_arguments(args, model)
         if self._guard is not None:
             self._guard.remove()

@@ -7,10 +7,13 @@ The trainer saves LoRA, its optimizer and its own state. `pruning/` is written l
 """
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from peft import PeftModel
 from torch import nn
 
 from loraprune_ds.checkpoint import layout
@@ -21,13 +24,16 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import read_json
 from loraprune_ds.hf.live import find_peft_model, live_shape
+from loraprune_ds.local.model import LocalModel
+from loraprune_ds.model.adapters import base_parameter
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.pretrained import ModelWeights
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape, held, is_sharded
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import owner_rounds
+from loraprune_ds.ranks.flat import owned_range, owner_rounds
 from loraprune_ds.report.records import METRICS_FILE, History, read_history, write_history
-from loraprune_ds.zero.external_engine import cut_without_engine, overwrite_weights
-from loraprune_ds.zero.sharded import ShardedModel
 
 FOLDER = "pruning"
 TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes
@@ -47,6 +53,7 @@ class PruningState:
     updates_since_cut: int
     moment_tokens: float
     resumed_from: list[int]
+    zero: bool = True  # ZeRO-3 has saved the rest of the checkpoint
     format: int = layout.FORMAT
 
 
@@ -65,7 +72,7 @@ class PruningCheckpoint:
         return read_history(folder / METRICS_FILE)
 
 
-def write_pruning(folder: Path, state: PruningState, pruner: Pruner, model: ShardedModel, history: History) -> None:
+def write_pruning(folder: Path, state: PruningState, pruner: Pruner, model: PrunableModel, history: History) -> None:
     """Writes `folder`/pruning. Each rank adds the input moments and refits of its layers. Collective."""
     with Staging(model.comm, folder / FOLDER, "pruning") as staging:
         if model.rank == 0:
@@ -81,7 +88,7 @@ def write_pruning(folder: Path, state: PruningState, pruner: Pruner, model: Shar
 def cut_to_checkpoint(
     model: nn.Module, folder: Path, config: PruneConfig, comm: Communicator
 ) -> PruningCheckpoint | None:
-    """Cuts a dense PEFT model to match a checkpoint, before DeepSpeed wraps it. None without a checkpoint. Collective.
+    """Cuts a dense PEFT model to match a checkpoint, before its training begins. None without a checkpoint. Collective.
 
     Arguments and errors are those of `LoraPruneCallback.resume`. The weights may already be sharded.
     """
@@ -93,14 +100,31 @@ def cut_to_checkpoint(
     dense = live_shape(peft_model)
     require(group_counts(dense) == state.dense, f"{checkpoint} belongs to another model: its layers have other sizes")
     keep = keep_from_lists(state.kept, dense.kinds)
-    cut_without_engine(peft_model, dense, keep)
-    overwrite_weights(peft_model, open_refits(dense.after(keep), checkpoint / FOLDER))
+    if any(map(is_sharded, peft_model.parameters())):
+        from loraprune_ds.zero.external_engine import cut_shards
+
+        cut_shards(peft_model, dense, keep, comm)
+    LocalModel(peft_model, dense).cut(keep)
+    _overwrite(peft_model, open_refits(dense.after(keep), checkpoint / FOLDER), comm)
     return PruningCheckpoint(checkpoint, state, dense)
 
 
 def group_counts(shape: ModelShape) -> list[list[int]]:
     """Returns per layer the number of groups of each kind."""
     return [[layer[kind] for kind in shape.kinds] for layer in shape.counts]
+
+
+@torch.no_grad()
+def _overwrite(model: PeftModel, weights: ModelWeights, comm: Communicator) -> None:
+    """Reads those linears again that `weights` has. A shard was replaced by the cut, so it has no second copy (hpZ)."""
+    layers = decoder_layers(model)
+    for i, linear in weights.shape.linears():
+        name = f"{weights.shape.prefix(i)}{linear.name}"
+        if name in weights.files:
+            parameter = base_parameter(layers[i], linear.name)
+            numel = math.prod(full_shape(parameter))
+            start, end = owned_range(numel, comm.world_size, comm.rank) if is_sharded(parameter) else (0, numel)
+            held(parameter).view(-1)[: end - start].copy_(weights.read_flat(name, start, end, parameter.dtype))
 
 
 def _find(folder: Path) -> Path | None:
@@ -126,7 +150,7 @@ def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None
     ranks, defaults, saved = state.world_size, asdict(PruneConfig()), asdict(state.prune)
     needed = f"{folder} was saved by {ranks} ranks, so DeepSpeed needs {ranks} ranks to load it"
-    require(ranks == comm.world_size, needed)
+    require(ranks == comm.world_size or not state.zero, needed)
     different = [  # settings with their default value come from the checkpoint
         key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])
     ]

@@ -14,6 +14,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.config import Dtype
@@ -26,9 +27,8 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import LayerCounts, LayerSpec
 from loraprune_ds.model.read_shape import read_model, shape_from_config
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape
 from loraprune_ds.pruning.step import Pruner
-from loraprune_ds.zero.params import full_shape
-from loraprune_ds.zero.sharded import ShardedModel
 
 
 def linear_names(model: PreTrainedModel | str | Path) -> list[str]:
@@ -129,6 +129,8 @@ GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")  # others have the 
 ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
     ("load_best_model_at_end", bool, "the best checkpoint may be from before a cut, and then does not fit the model"),
     ("auto_find_batch_size", bool, "a second attempt would begin with a pruned model"),
+    ("fsdp", bool, "FSDP's flat shards cannot be cut; use DDP, or DeepSpeed ZeRO-3"),
+    ("n_gpu", lambda count: (count or 0) > 1, "DataParallel copies the model in each pass; start a process per GPU"),
     ("torch_compile", bool, "compiled code keeps the sizes from before a cut"),
     ("use_vllm", bool, "vLLM holds the dense model and cannot load smaller weights; generate with transformers"),
     ("use_transformers_continuous_batching", bool, "its cache has the dense number of heads"),
@@ -256,15 +258,13 @@ class ForwardWatch:
         active: an optimizer step is open.
     """
 
-    def __init__(self, peft_model: PeftModel, model: ShardedModel, pruner: Pruner) -> None:
+    def __init__(self, peft_model: PeftModel, model: PrunableModel, pruner: Pruner) -> None:
         self.active = False
-        self._model, self._pruner = model, pruner
-        self._tokens = torch.zeros((), dtype=torch.int64, device=self._model.device)
-        self._trained = True  # in the last forward pass
+        self._pruner = pruner
+        self._tokens = torch.zeros((), dtype=torch.int64, device=model.device)
         self._recording = ExitStack()
         self._layer_lists = model.shape.family.layer_lists
-        # The first hook comes before DeepSpeed's.
-        self._hooks = [peft_model.register_forward_pre_hook(self._note_mode, prepend=True)]
+        self._hooks: list[RemovableHandle] = []
         for layers in self._layer_lists:
             module = peft_model.get_base_model().get_submodule(layers.path.rpartition(".")[0])
             self._hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
@@ -279,12 +279,6 @@ class ForwardWatch:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
-
-    def _note_mode(self, module: nn.Module, args: Any) -> None:
-        """Forgets the order of modules between training and evaluation (`TrainingEngine.infer`)."""
-        if module.training != self._trained:
-            self._model.forget_trace()
-            self._trained = module.training
 
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self.active and decoder.training and torch.is_grad_enabled()):

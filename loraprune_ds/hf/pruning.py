@@ -7,7 +7,7 @@
         del loss, outputs       a live graph keeps the sizes from before a cut
         pruning.end_step()
 
-Scores are computed right before ZeRO-3's own update, from averaged gradients before clipping.
+Scores are computed right before the update, from averaged gradients before clipping.
 """
 
 import logging
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -27,6 +27,8 @@ from loraprune_ds.config import Dtype, PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, remove_folder, remove_leftovers, staging_of, write_json
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
+from loraprune_ds.hf.engines import find_engine
+from loraprune_ds.hf.layers import LiveModel
 from loraprune_ds.hf.live import (
     ForwardWatch,
     base_config,
@@ -34,38 +36,29 @@ from loraprune_ds.hf.live import (
     base_shape,
     check_model,
     find_peft_model,
-    live_shape,
     model_name,
-    warn_of_rounded_gradients,
 )
+from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.weight_files import drop_auto_maps
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.pruning.steps import PruningSteps, RankNumbers
 from loraprune_ds.pruning.target import describe_target, resolve
 from loraprune_ds.ranks.device import device_name, peak_bytes
 from loraprune_ds.report import records
-from loraprune_ds.zero.ds_config import check_reshardable
-from loraprune_ds.zero.external_engine import (
-    LiveModel,
-    before_each_update,
-    find_zero_optimizer,
-    gradient_norm,
-    reduced_dtypes,
-    share_model,
-)
-from loraprune_ds.zero.steps import PruningSteps, RankNumbers
 
 log = logging.getLogger(__name__)
 
 
 class Pruning:
-    """Scores and cuts a model that an external loop trains on ZeRO-3, and exports it.
+    """Scores and cuts a model that an external loop trains, and exports it: on ZeRO-3, on DDP or in one process.
 
     Args:
-        model: DeepSpeed's engine, or the PEFT model inside it, ready to train.
-        optimizer: returned by `accelerator.prepare` or `deepspeed.initialize`.
+        model: DeepSpeed's engine, DistributedDataParallel, or the PEFT model inside, ready to train.
+        optimizer: torch's, or returned by `accelerator.prepare` or `deepspeed.initialize`. A loss scaler of your own
+            must be its attribute `scaler`, as in accelerate.
         steps: optimizer steps of the whole training. The schedule is a fraction of them.
         checkpoint: returned by `cut_to_checkpoint`.
         ds_config: DeepSpeed's JSON, if `model` is not the engine.
@@ -91,12 +84,11 @@ class Pruning:
         if saved:  # with others the training would make other cuts
             require(saved.steps == steps, f"the checkpoint's schedule has {saved.steps} steps, not {steps}")
             require(saved.seed == seed, f"the checkpoint's seed is {saved.seed}, not {seed}")
-        zero, peft_model = find_zero_optimizer(optimizer), find_peft_model(model)
-        ds_config = ds_config or getattr(model, "config", None)
-        if isinstance(ds_config, dict):
-            check_reshardable("the DeepSpeed config", ds_config, {p.element_size() for p in peft_model.parameters()})
+        self.peft_model = peft_model = find_peft_model(model)
         check_model(peft_model, base_shape(peft_model))
-        self.peft_model, self.model = peft_model, share_model(peft_model, zero, live_shape(peft_model))
+        self.model = find_engine(model, peft_model, optimizer, ds_config)
+        if saved and saved.zero == isinstance(self.model, LocalModel):  # the optimizer's state has another form
+            raise UserError(f"the checkpoint was saved with{'' if saved.zero else 'out'} ZeRO-3, and goes on only so")
         dense = checkpoint.dense if checkpoint else self.model.shape
         self.pruner = Pruner(self.model, plan_pruning(*resolve(config, dense), steps), seed)
         self.dtype: Dtype = base_dtype(peft_model, dense)  # of the frozen weights
@@ -104,15 +96,13 @@ class Pruning:
         self.step = saved.step if saved else 0  # the last completed step
         self.resumed_from = [*saved.resumed_from, self.step] if saved else []
         history, is_first = checkpoint.restore(self.pruner) if checkpoint else records.History(), self.model.rank == 0
-        if is_first:
-            warn_of_rounded_gradients(reduced_dtypes(zero))
         self.recorder = records.Recorder(history, sinks if is_first else ())
-        self._scorer = PruningSteps(self.model, self.pruner, self.dtype)
+        self._scorer = PruningSteps(self.model, self.pruner, "float16" if self.model.skips_updates else self.dtype)
         self._forward = ForwardWatch(peft_model, self.model, self.pruner)
         self._recording = ExitStack()
         self._began = 0.0
         self._update: tuple[float, RankNumbers] | None = None  # learning rate and rank numbers of the open step
-        self._detach = before_each_update(zero, self._score)
+        self._detach = self.model.before_each_update(self._score)
 
     @property
     def cuts(self) -> list[records.CutRecord]:
@@ -138,6 +128,8 @@ class Pruning:
             RunError: see `Pruner.cut`.
         """
         step, seconds = self.step + 1, time.perf_counter() - self._began
+        if self._update is None and self.model.skips_updates:  # a gradient overflowed
+            self._update, self._scorer.scored = self._exchange(), False
         if self._update is None:
             raise UserError(f"end_step was called in step {step}, but the optimizer has made no update")
         learning_rate, numbers = self._update
@@ -150,7 +142,7 @@ class Pruning:
                 step=step,
                 loss=loss,
                 learning_rate=learning_rate,
-                grad_norm=None if skipped else gradient_norm(self.model.zero_optimizer),
+                grad_norm=None if skipped else self.model.gradient_norm(),
                 sparsity=self.reached,
                 tokens=tokens,
                 seconds=seconds,
@@ -176,6 +168,7 @@ class Pruning:
             step=self.step,
             steps=self.steps,
             world_size=model.world_size,
+            zero=not isinstance(model, LocalModel),
             seed=self.seed,
             prune=pruner.config,
             dense=group_counts(dense),
@@ -258,11 +251,15 @@ class Pruning:
         step = self.step + 1
         require(self._forward.active, f"step {step}: the optimizer made an update without a begin_step")
         require(self._update is None, f"step {step}: the optimizer made two updates between begin_step and end_step")
-        numbers = self._scorer.exchange(self._forward.take_tokens())
+        _, numbers = self._update = self._exchange()
         unseen = f"step {step}: no forward pass was in training mode, so none was recorded; call model.train() before"
         require(any(numbers.own), unseen)
         self._scorer.score(step, numbers)
-        self._update = float(self.model.zero_optimizer.optimizer.param_groups[0]["lr"]), numbers
+
+    def _exchange(self) -> tuple[float, RankNumbers]:
+        """Returns the learning rate, and how the step went on each rank. Collective."""
+        learning_rate = float(cast(Any, self.model.optimizer).param_groups[0]["lr"])
+        return learning_rate, self._scorer.exchange(self._forward.take_tokens())
 
     def _export(self, folder: Path, tokenizer: Any, *, merge: bool) -> None:
         """Writes a Hugging Face model. Collective."""

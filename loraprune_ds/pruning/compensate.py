@@ -144,7 +144,7 @@ class InputMoments:
             value.mul_(decay)
         yield
         own = torch.tensor([self._own_tokens], dtype=torch.int64, device=self._model.device)
-        self.tokens = decay * self.tokens + self._weight * int(self._model.sum_over_ranks(own))
+        self.tokens = decay * self.tokens + self._weight * int(self._model.comm.all_reduce(own))
 
     @contextmanager
     def record_forward(self, *masks: Tensor | None) -> Generator[None]:
@@ -192,7 +192,7 @@ class InputMoments:
             self._own_tokens += len(rows)
         with tf32_for_halves(x.dtype, x.device):
             part = half_of_product(rows)
-        total = self._model.reduce_to(self._model.owner(linear_id.layer), part)
+        total = self._model.comm.reduce_to(self._model.owner(linear_id.layer), part)
         if total is not None:
             if linear_id not in self.sums:
                 self.sums[linear_id] = total.new_zeros(x.shape[-1], x.shape[-1])

@@ -92,7 +92,7 @@ def add_over_ranks(
     model: PrunableModel, linears: Sequence[tuple[int, TensorSpec]], partial: list[Tensor], step: int
 ) -> GroupSums:
     """Sums the ranks' scores of all runs."""
-    totals = model.sum_over_ranks(torch.cat(partial))
+    totals = model.comm.all_reduce(torch.cat(partial))
     return GroupSums(model.shape, linears, torch.split(totals, [len(scores) for scores in partial]), step)
 
 

@@ -1,20 +1,25 @@
-"""The protocol of a model that can be pruned, the values that pass through it, and hooks on the inputs of its linears.
+"""A model that can be pruned while it trains, the values that pass through it, and hooks on the inputs of its linears.
 
-zero/sharded.py implements it on the ranks of ZeRO-3, tests/plain_model.py in one process.
+There are two engines: zero/sharded.py on the ranks of ZeRO-3, and local/model.py in one process or DDP's.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.adapters import lora_linear
-from loraprune_ds.model.frozen import DENSE, StorageFormat
-from loraprune_ds.model.groups import LayerKeep, TensorSpec
+from loraprune_ds.model.adapters import ADAPTER, base_parameter, lora_linear, lora_weights, set_attributes, set_features
+from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.frozen import DENSE, StorageFormat, holds_int8, storage_format
+from loraprune_ds.model.groups import LayerKeep, LayerSpec, Slice, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import storage_bytes
+from loraprune_ds.ranks.flat import layer_owner
 
 
 @dataclass(frozen=True)
@@ -87,51 +92,201 @@ class CollectedLinear:
 ComputeWeight = Callable[[LinearId, CollectedLinear], Tensor]
 
 
-class PrunableModel(Protocol):
-    """The model under pruning. Unless a method says otherwise, it is collective: every rank calls it, in one order."""
+class PrunableModel(ABC):
+    """A PEFT model under pruning. Unless a method says otherwise, it is collective: every rank calls it, in one order.
 
-    shape: ModelShape
-    world_size: int
-    rank: int
-    device: torch.device
-    layers: nn.ModuleList
+    Attributes:
+        skips_updates: a loss scaler may leave out an update without a call of the optimizer.
+    """
 
+    optimizer: torch.optim.Optimizer | None  # torch's, whose learning rate counts
+    skips_updates = False
+
+    def __init__(self, module: nn.Module, shape: ModelShape, comm: Communicator) -> None:
+        self.module, self.shape, self.comm = module, shape, comm
+        self.world_size, self.rank, self.device = comm.world_size, comm.rank, comm.device
+        self.layers = decoder_layers(module)
+
+    # Scoring
+
+    @abstractmethod
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         """Yields the LoRA of each layer's linears by name, between a step's last backward and its update."""
-        ...
 
+    @abstractmethod
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
-        """Returns the shard of the frozen weight that this rank owns. Collective only for int8 weights."""
-        ...
+        """Returns the shard of the frozen weight that this rank scores. Collective only for int8 weights."""
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Sums a small tensor over all ranks, in place."""
-        ...
+    @property
+    @abstractmethod
+    def loss_scale(self) -> float:
+        """The factor on gradients during a backward: 1 unless fp16. Not collective."""
 
-    def differing_rank(self, value: object) -> int | None:
-        """Returns the first rank whose value differs from rank 0's. None if all ranks have the same."""
-        ...
+    # A cut
 
     def owner(self, layer: int) -> int:
         """Returns the rank that holds the full tensors of a layer. Not collective."""
-        ...
+        return layer_owner(layer, self.world_size)
 
-    def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
-        """Sums over all ranks on rank `owner`; None elsewhere. Overwrites `values`."""
-        ...
-
-    @property
-    def loss_scale(self) -> float:
-        """The factor on gradients during a backward: 1 unless fp16. Not collective."""
-        ...
-
+    @torch.no_grad()
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
-        """Replaces frozen weights. Each is computed on the owner of its layer. Owners work in parallel."""
-        ...
+        """Gathers every linear on the owner of its layer, computes its new weight there, and sends it to all ranks.
 
+        A round has one linear from each of `world_size` layers, so all owners compute in parallel. All ranks raise the
+        UserError of `compute`.
+        """
+        grouped: dict[tuple[int, str], list[LinearId]] = {}
+        for linear_id in linear_ids:
+            grouped.setdefault((linear_id.layer // self.world_size, linear_id.name), []).append(linear_id)
+        for ids_of_round in grouped.values():
+            collected: dict[LinearId, CollectedLinear] = {}
+            for linear_id in ids_of_round:
+                linear = self.collect_linear(linear_id)
+                if linear is not None:
+                    collected[linear_id] = linear
+                del linear  # only `collected` keeps it, until the results of the round exist
+            results = self.comm.all_or_raise(
+                lambda collected=collected: {each: compute(each, linear) for each, linear in collected.items()}
+            )
+            collected.clear()
+            for linear_id in ids_of_round:
+                self._replace(linear_id, results.pop(linear_id, None))
+
+    def _replace(self, linear_id: LinearId, weight: Tensor | None) -> None:
+        """Overwrites a weight on all ranks by that of its owner, in its storage format."""
+        base, owner = self._module(linear_id).base_layer, self.owner(linear_id.layer)
+        stored_as = storage_format(base)
+        tensors: dict[str, Tensor] = {} if weight is None else {**stored_as.split(weight, weight.dtype)}
+        del weight
+        for name in stored_as.tensors:
+            self.overwrite(getattr(base, name), owner, tensors.pop(name, None))
+
+    @abstractmethod
+    def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:
+        """Overwrites a parameter on all ranks by the `tensor` of rank `owner`, which is None elsewhere."""
+
+    @abstractmethod
     def cut(self, keep: list[LayerKeep]) -> int:
-        """Removes all other groups from weights, biases, LoRA, masters and moments. Returns the bytes sent in all."""
-        ...
+        """Removes all other groups from weights, biases, LoRA, masters and moments. Returns the bytes sent in all.
+
+        No loss graph may be alive, because autograd keeps the old shapes.
+        """
+
+    # Checkpoints and exports
+
+    @abstractmethod
+    def collect(self, parameter: nn.Parameter, owner: int, *, master: bool = False) -> Tensor | None:
+        """Returns a full parameter, or its fp32 master, on rank `owner`. None elsewhere."""
+
+    def collect_named(self, named: dict[str, nn.Parameter], owner: int) -> dict[str, Tensor]:
+        """Returns full parameters on rank `owner`. Empty elsewhere."""
+        tensors = {name: self.collect(parameter, owner) for name, parameter in named.items()}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def collect_stored(self, linear_id: LinearId) -> dict[str, Tensor]:
+        """Returns a frozen weight in its storage format, on the owner of its layer. Empty elsewhere."""
+        base = self._module(linear_id).base_layer
+        stored = {name: getattr(base, name) for name in storage_format(base).tensors}
+        return self.collect_named(stored, self.owner(linear_id.layer))
+
+    def collect_linear(self, linear_id: LinearId) -> CollectedLinear | None:
+        """Returns a full linear on the owner of its layer. None elsewhere."""
+        module, owner = self._module(linear_id), self.owner(linear_id.layer)
+        stored, base = self.collect_stored(linear_id), module.base_layer
+        bias = None if base.bias is None else self.collect(base.bias, owner)
+        a, b = (cast(Tensor, self.collect(factor, owner, master=True)) for factor in lora_weights(module))
+        if self.rank != owner:
+            return None
+        return CollectedLinear(stored, bias, a, b, module.scaling[ADAPTER], storage_format(base))
+
+    def weight_bytes(self) -> list[int]:
+        """Gathers the bytes of the weights that each rank holds: (world_size,)."""
+        return self.comm.gather_objects(storage_bytes(map(held, self.module.parameters())))
+
+    # Training
+
+    def lora_parameters(self) -> list[dict[str, nn.Parameter]]:
+        """Returns A and B of each linear of each layer, in this order, as "{linear}.lora_A". Not collective."""
+        parameters = [dict[str, nn.Parameter]() for _ in self.layers]
+        for layer, linear in self.shape.linears():
+            a, b = lora_weights(lora_linear(self.layers[layer], linear.linear))
+            parameters[layer] |= {f"{linear.linear}.lora_A": a, f"{linear.linear}.lora_B": b}
+        return parameters
+
+    @abstractmethod
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """Returns this rank's part of an averaged LoRA gradient in fp32, scaled in fp16. Not collective."""
+
+    @abstractmethod
+    def gradient_sum(self) -> Tensor:
+        """Returns a number that is finite if all averaged LoRA gradients of this rank are. Not collective."""
+
+    @abstractmethod
+    def gradient_norm(self) -> float:
+        """Returns the norm of all gradients at the last update, before clipping. Not collective."""
+
+    def nonfinite_layer(self) -> int | None:
+        """Returns the first layer with an inf or NaN in this rank's averaged LoRA gradients. Not collective."""
+        if torch.isfinite(self.gradient_sum()):  # one pass in the usual case
+            return None
+        return first_nonfinite(map(self.gradient, layer.values()) for layer in self.lora_parameters())
+
+    def nonfinite_weights(self) -> int | None:
+        """Returns the first layer with an inf or NaN in this rank's weights, frozen or LoRA. Not collective."""
+        return first_nonfinite(map(held, layer.parameters()) for layer in self.layers)
+
+    # Inside another trainer
+
+    @abstractmethod
+    def before_each_update(self, action: Callable[[], None]) -> Callable[[], None]:
+        """Runs `action` right before each update, on averaged gradients without clipping. Returns an undo."""
+
+    def _module(self, linear_id: LinearId) -> Any:
+        return lora_linear(self.layers[linear_id.layer], linear_id.name)
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Returns whether ZeRO-3 holds the parameter."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def held(parameter: nn.Parameter) -> Tensor:
+    """Returns what this rank holds of a parameter: its shard under ZeRO-3, otherwise all of it."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def full_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Returns the shape of the full parameter, sharded or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def unscale(gradient: Tensor, loss_scale: float) -> Tensor:
+    """Returns the gradient of the unscaled loss. The criterion is not linear in it (gB·gA)."""
+    return gradient if loss_scale == 1 else gradient / loss_scale
+
+
+def first_nonfinite(layers: Iterable[Iterable[Tensor]]) -> int | None:
+    """Returns the index of the first layer with an inf or a NaN in its tensors. None if all are finite."""
+    return next((i for i, layer in enumerate(layers) if not all(torch.isfinite(x).all() for x in layer)), None)
+
+
+def parameter_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep) -> Iterator[tuple[nn.Parameter, Slice]]:
+    """Yields the parameters of a layer that get smaller. `spec` is from before the cut."""
+    for name, kept, linear in spec.cuts(keep, int8=holds_int8(layer)):
+        yield base_parameter(layer, name), kept
+        if linear:
+            module: Any = lora_linear(layer, linear.linear)
+            for adapter in module.lora_A:  # the reference model of DPO or GRPO may be a second adapter
+                factors = lora_weights(module, adapter)
+                for which, factor_kept in linear.lora_cuts(module.r[adapter], kept, keep):
+                    yield factors[which], factor_kept
+
+
+def set_sizes(layer: nn.Module, after: LayerSpec) -> None:
+    """Gives the modules of a layer their sizes after the cut."""
+    for linear in after.linears:
+        set_features(lora_linear(layer, linear.linear), *linear.matrix)
+    set_attributes(layer, after.attributes)
 
 
 # (linear, its input; for a stack also the tokens of each expert) -> a replacement for the input, or None to keep it.

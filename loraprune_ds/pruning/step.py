@@ -177,7 +177,7 @@ class Pruner:
 def check_same_mask(keep: list[LayerKeep], model: PrunableModel, step: int) -> None:
     """Raises RunError on every rank if one is about to keep other groups than rank 0. Collective."""
     kept = [cast(Any, groups).tolist() for layer in keep for groups in layer.values()]
-    rank = model.differing_rank(hashlib.sha256(str(kept).encode()).digest())
+    rank = model.comm.differing_rank(hashlib.sha256(str(kept).encode()).digest())
     if rank is not None:
         raise RunError(f"step {step}: rank {rank} computed another mask than rank 0")
 

@@ -19,13 +19,17 @@ PATIENCE = timedelta(days=7)
 
 
 class Communicator(Ranks):
-    """Runs collectives over the ranks that share the model's weights. Counts the bytes that this rank sends."""
+    """Runs collectives over the ranks that train one model. Counts the bytes that this rank sends.
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    Without a process group there is one rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
         self.group = group
-        self.device = current_device()
-        self.world_size: int = dist.get_world_size(group)
-        self.rank: int = dist.get_rank(group)
+        self.device = device or current_device()
+        joined = dist.is_available() and dist.is_initialized()
+        self.world_size: int = dist.get_world_size(group) if joined else 1
+        self.rank: int = dist.get_rank(group) if joined else 0
         self.bytes_sent = 0
 
     def all_gather(self, local: Tensor) -> Tensor:
@@ -67,6 +71,12 @@ class Communicator(Ranks):
             self._count(0 if self.rank == owner else values.numel(), values.element_size())
         return values if self.rank == owner else None
 
+    def broadcast_from(self, owner: int, tensor: Tensor) -> None:
+        """Overwrites the tensor of every rank by that of `owner`."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, owner, group=self.group)
+            self._count(tensor.numel() * (self.world_size - 1) if self.rank == owner else 0, tensor.element_size())
+
     def scatter_from(self, owner: int, flat: Tensor | None, shard: Tensor) -> None:
         """Fills the `shard` of every rank from a flat tensor on `owner`. Padding becomes zero."""
         parts = None
@@ -81,8 +91,9 @@ class Communicator(Ranks):
         self._count(len(shard) * (self.world_size - 1) if parts else 0, shard.element_size())
 
     def gather_objects(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value, group=self.group)
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def ranks_per_node(self) -> int:
@@ -112,7 +123,8 @@ class Communicator(Ranks):
         self.bytes_sent = before
 
     def barrier(self) -> None:
-        dist.barrier(group=self.group)
+        if self.world_size > 1:
+            dist.barrier(group=self.group)
 
     def _count(self, numel: int, element_size: int) -> None:
         self.bytes_sent += numel * element_size

@@ -19,7 +19,7 @@ from loraprune_ds.units import format_bytes, format_duration, format_percent
 
 if TYPE_CHECKING:  # reading records needs neither torch nor DeepSpeed
     from loraprune_ds.pruning.step import Cut
-    from loraprune_ds.zero.steps import PruningSteps
+    from loraprune_ds.pruning.steps import PruningSteps
 
 REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.jsonl"

@@ -17,6 +17,7 @@ from loraprune_ds.model.perplexity import Labelled, measure_perplexity
 from loraprune_ds.model.shape import needed_flops_per_token
 from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.pruning.steps import PruningSteps
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name, is_cpu, peak_flops, to_device
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, StepRecord, record_cut
@@ -24,7 +25,6 @@ from loraprune_ds.train.checkpoints import RunContext, build_engine, save_checkp
 from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout
 from loraprune_ds.train.stop import NOTHING, STOP
 from loraprune_ds.zero.engine import TrainingEngine, build_inference_engine, release
-from loraprune_ds.zero.steps import PruningSteps
 
 
 class Trainer:

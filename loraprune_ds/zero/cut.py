@@ -9,13 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.adapters import base_parameter, lora_linear, lora_weights, set_attributes, set_features
-from loraprune_ds.model.frozen import holds_int8
 from loraprune_ds.model.groups import LayerKeep, LayerSpec
+from loraprune_ds.pruning.prunable_model import full_shape, parameter_cuts, set_sizes
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
 from loraprune_ds.zero.optimizer import OptimizerState
-from loraprune_ds.zero.params import full_shape, install_shard
+from loraprune_ds.zero.params import install_shard
 
 ParameterCut = tuple[nn.Parameter, ReshardPlan]
 ShardCut = tuple[Tensor, ReshardPlan]  # a flat shard of that tensor, padding allowed
@@ -24,7 +23,7 @@ ShardCut = tuple[Tensor, ReshardPlan]  # a flat shard of that tensor, padding al
 def cut_layer(layer: nn.Module, spec: LayerSpec, keep: LayerKeep, state: OptimizerState, comm: Communicator) -> None:
     """Keeps the groups in `keep` of a layer. `spec` is from before the cut. Collective."""
     # New shards of the optimizer state go into the old slots. `OptimizerState.rebuild` shortens these later.
-    cuts = parameter_cuts(layer, spec, keep, comm)
+    cuts = shard_cuts(layer, spec, keep, comm)
     if not cuts:
         return
     carried = [(p, plan, key) for p, plan in cuts if p.requires_grad for key in state.keys()]
@@ -35,23 +34,15 @@ def cut_layer(layer: nn.Module, spec: LayerSpec, keep: LayerKeep, state: Optimiz
         state.shard(parameter, key).copy_(shard)
 
 
-def parameter_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep, comm: Communicator) -> list[ParameterCut]:
-    """Lists the parameters of a layer that get smaller. `spec` is from before the cut."""
+def shard_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep, comm: Communicator) -> list[ParameterCut]:
+    """Lists the parameters of a layer that get smaller, with the plan of the exchange."""
     plans: dict[tuple[tuple[int, ...], int, int], ReshardPlan] = {}
     cuts: list[ParameterCut] = []
-    for name, kept, linear in spec.cuts(keep, int8=holds_int8(layer)):
-        affected = [(base_parameter(layer, name), kept)]
-        if linear:
-            module = lora_linear(layer, linear.linear)
-            for adapter in module.lora_A:  # the reference model of DPO or GRPO may be a second adapter
-                factors = lora_weights(module, adapter)
-                for which, factor_kept in linear.lora_cuts(module.r[adapter], kept, keep):
-                    affected.append((factors[which], factor_kept))
-        for parameter, stays in affected:
-            key = (full_shape(parameter), stays.axis, id(stays.keep))
-            if key not in plans:
-                plans[key] = ReshardPlan(AxisCut(full_shape(parameter), *stays), comm.world_size, comm.rank)
-            cuts.append((parameter, plans[key]))
+    for parameter, stays in parameter_cuts(layer, spec, keep):
+        key = (full_shape(parameter), stays.axis, id(stays.keep))
+        if key not in plans:
+            plans[key] = ReshardPlan(AxisCut(full_shape(parameter), *stays), comm.world_size, comm.rank)
+        cuts.append((parameter, plans[key]))
     return cuts
 
 
@@ -60,13 +51,6 @@ def cut_parameters(cuts: list[ParameterCut], comm: Communicator) -> None:
     shards = [(cast(Any, parameter).ds_tensor.detach().to(comm.device), plan) for parameter, plan in cuts]
     for (parameter, plan), shard in zip(cuts, reshard(shards, comm), strict=True):
         install_shard(parameter, shard, plan.cut.new_shape)
-
-
-def set_sizes(layer: nn.Module, after: LayerSpec) -> None:
-    """Gives the modules of a layer their sizes after the cut."""
-    for linear in after.linears:
-        set_features(lora_linear(layer, linear.linear), *linear.matrix)
-    set_attributes(layer, after.attributes)
 
 
 @torch.no_grad()

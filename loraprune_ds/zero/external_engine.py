@@ -1,35 +1,19 @@
-"""Connects the pruner with the engine of another trainer, and with its PEFT model before there is an engine.
+"""Connects the pruner with the ZeRO-3 engine of another trainer, and with its sharded model before that."""
 
-`LiveModel` reads the whole model from the ranks, for an export.
-"""
-
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from torch import Tensor, nn
+from torch import nn
 
-from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.model.adapters import base_parameter, lora_linear, plain_parameter
 from loraprune_ds.model.classes import decoder_layers
-from loraprune_ds.model.exported_config import ExportedConfig
-from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.model.lora_product import merge_lora
-from loraprune_ds.model.pretrained import ModelWeights
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.prunable_model import CollectedLinear
+from loraprune_ds.pruning.prunable_model import is_sharded
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import owned_range, owner_rounds
-from loraprune_ds.ranks.job import Ranks
-from loraprune_ds.zero.cut import cut_parameters, parameter_cuts, set_sizes
-from loraprune_ds.zero.device import settle_shards
-from loraprune_ds.zero.params import collect_linear, collect_named, overwrite_shard, pad
+from loraprune_ds.zero.cut import cut_parameters, shard_cuts
 from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
 
@@ -66,102 +50,9 @@ def reduced_dtypes(zero: DeepSpeedZeroOptimizer_Stage3) -> set[torch.dtype]:
     return {zero.communication_data_type, zero.gradient_accumulation_dtype}
 
 
-def gradient_norm(zero: DeepSpeedZeroOptimizer_Stage3) -> float:
-    """Returns the norm of all gradients at the last update, before clipping."""
-    return float(zero._global_grad_norm)
-
-
-def before_each_update(zero: DeepSpeedZeroOptimizer_Stage3, action: Callable[[], None]) -> Callable[[], None]:
-    """Runs `action` right before each update, on averaged gradients before clipping. Returns an undo."""
-    step = zero.step
-
-    def act_and_step(*args: Any, **kwargs: Any) -> Any:
-        action()
-        result = step(*args, **kwargs)
-        settle_shards()  # orders the updated shards of LoRA before the trainer's next forward pass gathers them
-        return result
-
-    zero.step = act_and_step
-    return partial(setattr, zero, "step", step)
-
-
 @torch.no_grad()
-def cut_without_engine(module: nn.Module, shape: ModelShape, keep: list[LayerKeep]) -> None:
-    """Cuts a PEFT model before an engine wraps it. Its base may already be sharded. Collective."""
-    comm = Communicator()
+def cut_shards(module: nn.Module, shape: ModelShape, keep: list[LayerKeep], comm: Communicator) -> None:
+    """Cuts those parameters of a PEFT model that are sharded, before an engine wraps it. Collective."""
     for layer, spec, layer_keep in zip(decoder_layers(module), shape.layers, keep, strict=True):
-        cuts = parameter_cuts(layer, spec, layer_keep, comm)
-        cut_parameters([(p, plan) for p, plan in cuts if hasattr(p, "ds_tensor")], comm)
-        for parameter, plan in cuts:
-            if not hasattr(parameter, "ds_tensor"):
-                parameter.data = parameter.data.index_select(plan.cut.axis, plan.cut.keep.to(parameter.device))
-        if cuts:
-            set_sizes(layer, spec.resized(layer_keep.counts))
-
-
-@torch.no_grad()
-def overwrite_weights(module: nn.Module, weights: ModelWeights) -> None:
-    """Reads those linears again that `weights` has, before an engine wraps the PEFT model."""
-    comm, layers = Communicator(), decoder_layers(module)
-    for i, linear in weights.shape.linears():
-        name = f"{weights.shape.prefix(i)}{linear.name}"
-        if name not in weights.files:
-            continue
-        parameter: Any = base_parameter(layers[i], linear.name)
-        if hasattr(parameter, "ds_tensor"):
-            start, end = owned_range(parameter.ds_numel, comm.world_size, comm.rank)
-            flat = weights.read_flat(name, start, end, parameter.dtype)
-            overwrite_shard(parameter, pad(flat, parameter.ds_numel, comm.world_size))
-        else:
-            parameter.copy_(weights.read_full(name, parameter.dtype))
-
-
-class LiveModel:
-    """A model that another trainer trains, wherever it came from: a `LayerSource` (export/huggingface.py).
-
-    No rank ever holds more than one layer, or the embedding and head.
-
-    Args:
-        dense_folder: has config.json, tokenizer and settings of the dense model.
-    """
-
-    tower = None
-
-    def __init__(self, model: ShardedModel, exported: ExportedConfig, dense_folder: Path, dtype: Dtype) -> None:
-        self._model, self._dtype = model, DTYPES[dtype]
-        self.exported, self.dense_folder = exported, dense_folder
-
-    @property
-    def shape(self) -> ModelShape:
-        return self._model.shape
-
-    def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yields merged layers with the learned copies of PEFT's modules_to_save, others with the initial ones."""
-        for indices in owner_rounds(len(self.shape.layers) + 1, ranks.world_size):
-            gathered = ((k, self._gather(k, merge)) for k in indices)
-            own = [(k, tensors) for k, tensors in gathered if tensors]
-            while own:  # the owners of a round work in parallel. None keeps its layer until the next round
-                yield own.pop()
-
-    def _gather(self, k: int, merge: bool) -> dict[str, Tensor]:
-        """Gathers a layer, or after the last one the parameters outside, on its owner. Empty elsewhere. Collective."""
-        model, shape, owner, tensors = self._model, self.shape, self._model.owner(k), dict[str, Tensor]()
-        parent, prefix, others = cast(Any, model.module).get_base_model(), "", shape.outer
-        if k < len(shape.layers):
-            parent, prefix, others = model.layers[k], shape.prefix(k), shape.layers[k].others
-            for linear in shape.layers[k].linears:
-                collected = collect_linear(lora_linear(parent, linear.linear), owner, model.comm)
-                if collected is not None:  # converted before the next linear arrives
-                    tensors |= self._convert(f"{prefix}{linear.linear}", collected, merge)
-                del collected
-        found = collect_named(
-            {x.name: plain_parameter(parent, x.name, trained=merge) for x in others}, owner, model.comm
-        )
-        for tensor in others if found else ():
-            value = found[tensor.name]
-            tensors[prefix + tensor.name] = value if tensor.keep_fp32 else value.to(self._dtype)
-        return tensors
-
-    def _convert(self, name: str, x: CollectedLinear, merge: bool) -> dict[str, Tensor]:
-        weight = merge_lora(x.weight, x.lora_A, x.lora_B, x.scaling, self._dtype) if merge else x.weight.to(self._dtype)
-        return {f"{name}.weight": weight} | ({} if x.bias is None else {f"{name}.bias": x.bias.to(self._dtype)})
+        cuts = shard_cuts(layer, spec, layer_keep, comm)
+        cut_parameters([(parameter, plan) for parameter, plan in cuts if is_sharded(parameter)], comm)

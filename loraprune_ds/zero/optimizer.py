@@ -1,15 +1,12 @@
-"""The optimizer state of LoRA: fp32 masters, Adam moments and averaged gradients as flat shards; fp16's overflow."""
+"""The optimizer state of LoRA: fp32 masters, Adam moments and averaged gradients as flat shards."""
 
 import copy
-import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.config import Dtype
-from loraprune_ds.errors import RunError
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.zero import private
@@ -130,30 +127,3 @@ class OptimizerState:
 def unscale(gradient: Tensor, loss_scale: float) -> Tensor:
     """Returns the gradient of the unscaled loss. The criterion is not linear in it (gB·gA)."""
     return gradient if loss_scale == 1 else gradient / loss_scale
-
-
-def first_nonfinite(layers: Iterable[Iterable[Tensor]]) -> int | None:
-    """Returns the index of the first layer with an inf or a NaN in its tensors. None if all are finite."""
-    return next((i for i, layer in enumerate(layers) if not all(torch.isfinite(x).all() for x in layer)), None)
-
-
-def decide(bad_layers: list[int | None], losses: list[float], *, dtype: Dtype, step: int) -> Literal["update", "skip"]:
-    """Decides whether a step's gradients can be scored and applied. fp16 skips a step with overflowed gradients.
-
-    Args:
-        bad_layers: per rank, the first layer with a non-finite LoRA gradient, or with a non-finite weight if the loss
-            is not finite.
-
-    Raises:
-        RunError: a loss is not finite, or a gradient is not finite in a dtype without a loss scale.
-    """
-    if lost := [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]:
-        weights = [layer for rank in lost if (layer := bad_layers[rank]) is not None]
-        where = f"; the weights of layer {min(weights)} are not finite" if weights else ""
-        raise RunError(f"step {step}: the loss is {losses[lost[0]]} on rank {lost[0]}{where}")
-    overflowed = [layer for layer in bad_layers if layer is not None]
-    if not overflowed:
-        return "update"
-    if dtype == "float16":
-        return "skip"
-    raise RunError(f"step {step}: the LoRA gradient of layer {min(overflowed)} is not finite")

@@ -9,26 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.errors import fail_point
-from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
-from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.adapters import ADAPTER, lora_linear
 from loraprune_ds.model.frozen import Dense, storage_format
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.prunable_model import ComputeWeight, LinearId, LoraFactors, OwnedShard
+from loraprune_ds.pruning.prunable_model import (
+    ComputeWeight,
+    LinearId,
+    LoraFactors,
+    OwnedShard,
+    PrunableModel,
+    full_shape,
+    held,
+    unscale,
+)
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.device import storage_bytes
-from loraprune_ds.ranks.flat import GATHERED_NUMEL, gather_rounds, layer_owner
+from loraprune_ds.ranks.flat import GATHERED_NUMEL, gather_rounds
 from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
-from loraprune_ds.zero.optimizer import OptimizerState, first_nonfinite, unscale
-from loraprune_ds.zero.params import decode_int8, full_shape, owned_flat, replace_weights
+from loraprune_ds.zero.optimizer import OptimizerState
+from loraprune_ds.zero.params import collect_tensor, decode_int8, overwrite_shard, owned_flat
 from loraprune_ds.zero.releases import decide_releases
 
 
-class ShardedModel:
+class ShardedModel(PrunableModel):
     """A PEFT LoRA model that ZeRO-3 has sharded. Any trainer may train it.
-
-    pruning/prunable_model.py documents the methods of the protocol `PrunableModel`.
 
     Under CPU offload the shards and the optimizer state are on the host. Scoring and cutting copy them to the device
     and back.
@@ -41,15 +46,12 @@ class ShardedModel:
     def __init__(
         self, module: nn.Module, zero_optimizer: Any, shape: ModelShape, empty_partition_cache: Callable[[], None]
     ) -> None:
-        self.module = module
-        self.zero_optimizer = zero_optimizer
-        self.shape = shape
-        self.comm = Communicator()
-        self.world_size, self.rank, self.device = self.comm.world_size, self.comm.rank, self.comm.device
-        self.layers = decoder_layers(module)
+        super().__init__(module, shape, Communicator())
+        self.zero_optimizer, self.optimizer = zero_optimizer, zero_optimizer.optimizer
         self.optimizer_state = OptimizerState(zero_optimizer, [p for p in module.parameters() if p.requires_grad])
         self._releases = decide_releases(zero_optimizer.parameter_offload.get_param_coordinator())
         self._empty_partition_cache = empty_partition_cache
+        self._trained = True  # in the last forward pass
 
     # Scoring
 
@@ -62,7 +64,7 @@ class ShardedModel:
         for layers in gather_rounds(sizes, GATHERED_NUMEL):
             of_round = [p for layer in layers for p in parameters[layer]]
             masters = [self.optimizer_state.shard(p, "master") for p in of_round]
-            gradients = [unscale(self.optimizer_state.gradient(p), self.loss_scale) for p in of_round]
+            gradients = [unscale(self.gradient(p), self.loss_scale) for p in of_round]
             gathered = self._gather(masters + gradients, of_round + of_round)
             weight, gradient = iter(gathered[: len(of_round)]), iter(gathered[len(of_round) :])
             for layer in layers:
@@ -82,33 +84,24 @@ class ShardedModel:
             return owned
         return replace(owned, decode=decode_int8(stored_as, base.weight_scale, shape, self.comm))
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        return self.comm.all_reduce(values)
-
     @property
     def loss_scale(self) -> float:
         return float(self.zero_optimizer.loss_scale)
 
     # A cut
 
-    def differing_rank(self, value: object) -> int | None:
-        return self.comm.differing_rank(value)
-
-    def owner(self, layer: int) -> int:
-        return layer_owner(layer, self.world_size)
-
-    def reduce_to(self, owner: int, values: Tensor) -> Tensor | None:
-        return self.comm.reduce_to(owner, values)
-
     def replace_weights(self, linear_ids: Sequence[LinearId], compute: ComputeWeight) -> None:
         self._empty_partition_cache()
-        replace_weights(self.layers, linear_ids, compute, self.comm)
+        super().replace_weights(linear_ids, compute)
+        settle_shards()  # orders the refitted weights before the next gather, also without the cut that follows
+
+    def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:
+        shard = torch.empty_like(held(parameter), device=self.device)
+        self.comm.scatter_from(owner, None if tensor is None else tensor.reshape(-1), shard)
+        overwrite_shard(parameter, shard)
 
     def cut(self, keep: list[LayerKeep]) -> int:
-        """Cuts one decoder layer at a time, then rebuilds the optimizer's flat buffers.
-
-        No loss graph may be alive, because autograd keeps the old shapes.
-        """
+        """Cuts one decoder layer at a time, then rebuilds the optimizer's flat buffers."""
         before = self.comm.bytes_sent
         self._empty_partition_cache()
         for i, layer_keep in enumerate(keep):
@@ -123,40 +116,49 @@ class ShardedModel:
         settle_shards()  # orders the smaller shards and flat buffers before the next gather
         return sum(self.comm.gather_objects(self.comm.bytes_sent - before))
 
-    def weight_bytes(self) -> list[int]:
-        """Gathers the bytes of the weights that each rank holds: (world_size,)."""
-        return self.comm.gather_objects(storage_bytes(cast(Any, p).ds_tensor for p in self.module.parameters()))
+    def collect(self, parameter: nn.Parameter, owner: int, *, master: bool = False) -> Tensor | None:
+        fp32 = self.optimizer_state.shard(parameter, "master") if master else None
+        return collect_tensor(parameter, owner, self.comm, fp32)
 
     # Training
 
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        return self.optimizer_state.gradient(parameter)
+
     def gradient_sum(self) -> Tensor:
-        """Returns the sum of this rank's shards of averaged LoRA gradients. It is finite if all of them are."""
         return self.zero_optimizer.grad_partitions_flat_buffer.sum()
 
-    def nonfinite_layer(self) -> int | None:
-        """Returns the first layer with an inf or NaN in this rank's shards of averaged LoRA gradients."""
-        if torch.isfinite(self.gradient_sum()):  # one pass in the usual case
-            return None
-        gradient = self.optimizer_state.gradient
-        return first_nonfinite(map(gradient, layer.values()) for layer in self.lora_parameters())
+    def gradient_norm(self) -> float:
+        return float(self.zero_optimizer._global_grad_norm)
 
-    def nonfinite_weights(self) -> int | None:
-        """Returns the first layer with an inf or NaN in this rank's shards of weights, frozen or LoRA."""
-        return first_nonfinite((cast(Any, p).ds_tensor for p in layer.parameters()) for layer in self.layers)
+    def before_each_update(self, action: Callable[[], None]) -> Callable[[], None]:
+        step = self.zero_optimizer.step
+
+        def act_and_step(*args: Any, **kwargs: Any) -> Any:
+            action()
+            result = step(*args, **kwargs)
+            settle_shards()  # orders the updated shards of LoRA before the trainer's next forward pass gathers them
+            return result
+
+        def undo() -> None:
+            self.zero_optimizer.step = step
+            hook.remove()
+
+        self.zero_optimizer.step = act_and_step
+        hook = self.module.register_forward_pre_hook(self._note_mode, prepend=True)  # before DeepSpeed's
+        return undo
+
+    def _note_mode(self, module: nn.Module, args: Any) -> None:
+        """Forgets the order of modules between training and evaluation (`TrainingEngine.infer`)."""
+        if module.training != self._trained:
+            self.forget_trace()
+            self._trained = module.training
 
     def forget_trace(self) -> None:
         """Makes ZeRO-3 record the order of modules again, by which it prefetches."""
         coordinator = self.zero_optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
-
-    def lora_parameters(self) -> list[dict[str, nn.Parameter]]:
-        """Returns A and B of each linear of each layer, in this order, as "{linear}.lora_A"."""
-        parameters = [dict[str, nn.Parameter]() for _ in self.layers]
-        for layer, linear in self.shape.linears():
-            a, b = lora_weights(lora_linear(self.layers[layer], linear.linear))
-            parameters[layer] |= {f"{linear.linear}.lora_A": a, f"{linear.linear}.lora_B": b}
-        return parameters
 
     def _gather(self, shards: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor]:
         """Gathers the fp32 shards of several parameters into full tensors, coalesced into one all-gather."""

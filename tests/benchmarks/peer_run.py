@@ -92,7 +92,7 @@ class InputSizes(StepRecorder):
         parts: list[Tensor] = []
         for layer, linear in self._linears:
             linear_id = LinearId(layer, linear.linear)
-            tokens, sums = model.sum_over_ranks(self._recorded[linear_id]).tensor_split([1])
+            tokens, sums = model.comm.all_reduce(self._recorded[linear_id]).tensor_split([1])
             shard = model.owned_weight(linear_id)
             columns = score_shard(shard, factors[layer][linear.linear], self._metric.element, axis=1)
             scores = columns * self._metric.size(tokens, *sums.chunk(2))

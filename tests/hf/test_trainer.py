@@ -139,9 +139,11 @@ def test_a_resume_across_a_cut_after_a_broken_save_changes_no_bit(
     assert ([cut["step"] for cut in report["prune_steps"]], report["resumed_from"]) == ([3, 5, 7], [4])
 
 
-def resume_and_compare(ranks: RankPool, job: Job, run: Run, out: Path, step: int, setup: Setup = PLAIN) -> None:
+def resume_and_compare(
+    pool: RankPool, job: Job, run: Run, out: Path, step: int, setup: Setup = PLAIN, ranks: int = 2, **more: Any
+) -> None:
     checkpoint = str(run.out / f"checkpoint-{step}")
-    again, resumed = ranks.run(2, train_with_callback, job, out, {}, checkpoint, setup)[0]
+    again, resumed = pool.run(ranks, train_with_callback, job, out, more, checkpoint, setup)[0]
     assert course(again) == course(run.rows[step:])
     assert run.rows[step - 1]["kept"] != run.rows[-1]["kept"]
     assert_equal_tensors(resumed, run.weights)

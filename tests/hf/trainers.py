@@ -25,9 +25,10 @@ from trl.trainer.utils import use_adapter
 from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names, unshare_bias
 from loraprune_ds.files import read_json
 from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.ranks.comm import Communicator
 from tests.integration.launching import ROOT
 from tests.numerics.cutting import recorded_collectives
-from tests.numerics.driver import Job, build, gather_everywhere
+from tests.numerics.driver import Job, build
 from tests.refusals import refused
 
 KINDS = ("heads", "channels")
@@ -155,7 +156,7 @@ class Watch(TrainerCallback):
 
 
 def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
-    size, world_size = len(job.batches[0][0]), torch.distributed.get_world_size()
+    size, world_size = len(job.batches[0][0]), Communicator().world_size
     return transformers.Seq2SeqTrainingArguments(
         output_dir=str(out),
         use_cpu=True,
@@ -243,7 +244,7 @@ def run_example(script: str, argv: list[str], ids: torch.Tensor) -> torch.Tensor
 def train_with_callback(
     job: Job, out: Path, more: dict[str, Any], checkpoint: str | None = None, setup: Setup = PLAIN
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Trains to the end, from the start or from a checkpoint. Returns the rows, and all weights of the model."""
+    """Trains to the end, from the start or from a checkpoint. Returns the rows, and on rank 0 the model's weights."""
     with fresh_accelerate():
         callback = LoraPruneCallback(PruneConfig(**job.prune))
         watch = Watch(callback)
@@ -254,7 +255,7 @@ def train_with_callback(
             callback.save_model(out / "model")
             callback.save_base(out / "base")
         model = callback.pruning.model
-        return watch.rows, {name: gather_everywhere(model, p) for name, p in model.module.named_parameters()}
+        return watch.rows, {name: model.collect(p, 0) for name, p in model.module.named_parameters()}
 
 
 def train_pairs_with_callback(job: Job, out: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.model.shape import LinearId, needed_flops_per_token
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero import engine, optimizer, params
+from loraprune_ds.zero import engine, optimizer, params, sharded
 from loraprune_ds.zero.device import accelerator
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, build, tiny_job
@@ -115,7 +115,7 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
 
     with (
         patch.object(params, "_install", watched.writing(params._install)),
-        patch.object(params, "overwrite_shard", watched.writing(params.overwrite_shard)),
+        patch.object(sharded, "overwrite_shard", watched.writing(params.overwrite_shard)),
         patch.object(optimizer, "overwrite_shard", watched.writing(params.overwrite_shard)),
         patch.object(engine, "optimizer_step", watched.writing(engine.optimizer_step)),
         patch.object(accelerator(), "synchronize", watched.settle),
@@ -143,7 +143,7 @@ READS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_sel
 METHODS = ("tolist", "cpu", "numpy")
 OTHERS = ("deepspeed/", "transformers/")
 
-ONCE = "zero/steps.py:exchange"
+ONCE = "pruning/steps.py:exchange"
 SETTLES = "zero/device.py:settle_shards"
 SETTLED = ("zero/engine.py:update", "pruning/importance.py:check")  # the norm, and whether scores are finite
 THEIRS = {

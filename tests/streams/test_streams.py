@@ -13,7 +13,7 @@ from tests.streams.scenarios import make_job, prune_alone, prune_mended, prune_o
 
 GATHER = "partition_parameters.py _all_gather_dtype"
 DEEPSPEEDS_OWN = ("stage3.py _reassign_or_swap_out_partitioned_parameters", GATHER)  # zero/README.md
-UPDATE = "external_engine.py act_and_step"
+UPDATE = "sharded.py act_and_step"
 FETCH = "partitioned_param_coordinator.py _fetch_sub_module_impl"
 REDUCE = "stage3.py independent_gradient_partition_epilogue"
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import LoraConfig, PruneConfig
+from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import add_lora
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import open_pretrained
@@ -20,7 +21,6 @@ from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.pruning.target import resolve
 from tests.family_cuts import reopened
-from tests.plain_model import PlainModel
 
 Batch = tuple[Tensor, Tensor]
 
@@ -80,7 +80,7 @@ class PlainRun:
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trainable, lr=self.learning_rate, eps=self.epsilon, weight_decay=0.0)
         shape = open_pretrained(self.folder).shape
-        self.prunable = PlainModel(self.model, shape, self.optimizer)
+        self.prunable = LocalModel(self.model, shape, self.optimizer)
         self.plan = plan_pruning(*resolve(self.prune, shape), self.steps)
         self.pruner = Pruner(cast(Any, self.prunable), self.plan, seed=0)
 

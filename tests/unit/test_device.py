@@ -54,7 +54,8 @@ def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.M
     monkeypatch.setattr(compensate, "tf32_for_halves", asked := Mock(wraps=compensate.tf32_for_halves))
     monkeypatch.setattr(prunable_model, "lora_linear", lambda layer, linear: nn.Identity())
     shape = make_shape([(1, 4)])
-    model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, reduce_to=lambda owner, part: part)
+    comm = SimpleNamespace(reduce_to=lambda owner, part: part)
+    model: Any = SimpleNamespace(layers=[None], shape=shape, owner=lambda layer: 0, comm=comm)
     moments = InputMoments(model, [0], decay=0.0)
     with moments.record_forward(None):
         moments._record(LinearId(0, shape.input_linears()[0][1].linear), torch.randn(1, 5, 4).bfloat16())

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loraprune_ds.config import PruneConfig
+from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
@@ -29,7 +30,6 @@ from tests.families import tiny_model
 from tests.family_cuts import PROMPT, dense, difference, find_experts, find_router, sparse_layers
 from tests.oracle.models import make_batches
 from tests.paper import PAPER
-from tests.plain_model import PlainModel
 from tests.refusals import must_name
 from tests.unit.plain_training import PlainRun, fresh_lora
 from tests.unit.test_experts import KINDS, TOLERANCE, factors
@@ -110,7 +110,7 @@ def test_experts_that_do_nothing_go_first(family: str, criterion: str, tmp_path:
 def test_fisher_is_the_gradient_of_a_mask_on_each_experts_output(family: str) -> None:
     """A mask is put on every token and expert, and autograd gives its gradient."""
     network, masks = dense(family), dict[int, Tensor]()
-    recorder = MaskGradients(cast(Any, PlainModel(network.model, network.shape)))
+    recorder = MaskGradients(cast(Any, LocalModel(network.model, network.shape)))
 
     counts, linears = dict[int, list[int]](), network.shape.input_linears()
 

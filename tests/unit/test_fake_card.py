@@ -94,8 +94,8 @@ def test_scores_and_refits_stay_on_their_device(
     expected = scored_and_refitted(on_host, device=torch.device("cpu"))
     put_module(on_card.model)
     cast(Any, on_card.prunable).device = CARD
-    for name in ("sum_over_ranks", "reduce_to"):
-        monkeypatch.setattr(on_card.prunable, name, send_by_nccl)
+    for name in ("all_reduce", "reduce_to"):
+        monkeypatch.setattr(on_card.prunable.comm, name, send_by_nccl)
     with fake_card():
         found = scored_and_refitted(on_card, device=CARD)
     assert len(found) == len(expected)

@@ -1,7 +1,6 @@
 """The callback's checkpoints, its view of a foreign training, and the update, until it lets go."""
 
 import json
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +8,6 @@ from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
-import torch
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import PruneConfig
@@ -17,7 +15,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.hf import checkpoint
 from loraprune_ds.hf.checkpoint import PruningCheckpoint
 from loraprune_ds.hf.pruning import Pruning
-from loraprune_ds.zero.external_engine import before_each_update
+from loraprune_ds.zero.sharded import ShardedModel
 from tests.refusals import must_name
 
 COMM = cast(Any, SimpleNamespace(world_size=2, rank=0))
@@ -101,63 +99,8 @@ def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(tmp_path: Path) 
 def test_an_update_comes_after_the_scores_and_alone_when_pruning_has_let_go() -> None:
     calls: list[str] = []
     zero = SimpleNamespace(step=lambda: calls.append("update"))
-    take_back = before_each_update(cast(Any, zero), lambda: calls.append("scores"))
+    take_back = ShardedModel.before_each_update(Mock(zero_optimizer=zero), lambda: calls.append("scores"))
     zero.step()
     take_back()
     zero.step()
     assert calls == ["scores", "update", "update"]
-
-
-def attach(
-    monkeypatch: pytest.MonkeyPatch, *, overflow: bool = False, tokens: float = 5.0
-) -> tuple[Pruning, Mock, Any]:
-    """Returns a `Pruning` over stand-ins, their parts, and what it does right before an update."""
-    overflowed, taken = torch.tensor(float("inf") if overflow else 1.0), torch.tensor(tokens)
-    watch, update, pruner = Mock(active=False, take_tokens=lambda: taken), Mock(), Mock(schedule=Mock(last_cut=0))
-    model = Mock(device="cpu", rank=0, zero_optimizer=Mock(optimizer=Mock(param_groups=[{"lr": 0.1}])))
-    model.gradient_sum.return_value, model.nonfinite_layer.return_value = overflowed, 0
-    model.weight_bytes.return_value, model.comm.gather_objects = [1], lambda layer: [layer]
-    model.comm.all_gather = lambda row: row[None]
-    pruner.record_step, pruner.reached.return_value, pruner.cut.return_value = lambda _: nullcontext(), 0.0, None
-    results = {"find_zero_optimizer": model.zero_optimizer, "share_model": model, "Pruner": pruner}
-    results |= {"base_dtype": "float16", "resolve": (None, None), "ForwardWatch": watch, "gradient_norm": 1.0}
-    for name in ("find_peft_model", "check_model", "base_shape", "live_shape", "plan_pruning", "reduced_dtypes"):
-        results[name] = Mock(parameters=list)
-    for name, result in results.items():
-        monkeypatch.setattr(f"loraprune_ds.hf.pruning.{name}", lambda *_, result=result: result)
-    monkeypatch.setattr("loraprune_ds.hf.pruning.before_each_update", update)
-    monkeypatch.setattr("loraprune_ds.hf.pruning.warn_of_rounded_gradients", Mock())
-    pruning = Pruning(Mock(), Mock(), PruneConfig(), steps=9)
-    parts = Mock(pruner=pruner, let_go=[watch.close, update.return_value])
-    return pruning, parts, update.call_args.args[1]
-
-
-@pytest.mark.parametrize("overflow", [False, True])
-def test_a_step_that_overflowed_gives_no_scores(monkeypatch: pytest.MonkeyPatch, *, overflow: bool) -> None:
-    pruning, parts, before_update = attach(monkeypatch, overflow=overflow)
-    pruning.begin_step()
-    before_update()
-    pruning.end_step(loss=3.0)
-    parts.pruner.cut.assert_called_once_with(1, scored=not overflow)
-    assert parts.pruner.score.called != overflow
-    (record,) = pruning.recorder.history.steps
-    assert (record.step, record.loss, record.tokens, record.skipped) == (1, 3.0, 5, overflow)
-    assert record.grad_norm == (None if overflow else 1.0)
-    pruning.close()
-    assert all(let_go.called for let_go in parts.let_go)
-
-
-def test_calls_out_of_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pruning, _, before_update = attach(monkeypatch)
-    must_name("begin_step", before_update)
-    pruning.begin_step()
-    must_name("begin_step step 1", pruning.begin_step)
-    must_name("end_step step 1", pruning.end_step)
-    before_update()
-    must_name("begin_step end_step", before_update)
-
-
-def test_a_loop_that_forgot_train_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    pruning, _, before_update = attach(monkeypatch, tokens=0.0)
-    pruning.begin_step()
-    must_name("step 1 model.train()", before_update)

@@ -159,7 +159,7 @@ def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
 
 @pytest.mark.parametrize("name", [name for name, *_ in ARGUMENTS] + ["generation_config.cache_implementation"])
 def test_an_argument_that_does_not_allow_cuts_is_named(name: str) -> None:
-    model, value = base(), "static" if "cache" in name else 2 if "size" in name else True
+    model, value = base(), "static" if "cache" in name else 2 if "size" in name or name == "n_gpu" else True
     args = SimpleNamespace(cache_implementation=None, parallelism_config=SimpleNamespace(sp_size=1, cp_size=1))
     value = {"cache_implementation": "static"} if name == "generation_kwargs" else value
     check_arguments(args, model)
@@ -190,8 +190,8 @@ def begins_with(
     state, zero = TrainerState(global_step=step, max_steps=10), SimpleNamespace(optimizer=inner, dp_process_group="g")
     given = cast(Any, SimpleNamespace(output_dir="unused", report_to=[], **args))
     begin = (callback or LoraPruneCallback(PruneConfig())).on_train_begin
-    for module in ("callback", "pruning"):
-        patch.setattr(f"loraprune_ds.hf.{module}.find_zero_optimizer", lambda zero: zero)
+    patch.setattr("loraprune_ds.hf.engines.is_deepspeed", lambda optimizer: True)
+    patch.setattr("loraprune_ds.zero.external_engine.find_zero_optimizer", lambda zero: zero)
     must_name(names, begin, given, state, CONTROL, model=model, optimizer=zero)
 
 

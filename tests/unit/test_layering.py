@@ -30,7 +30,7 @@ LAYERS = (
     ("ranks",),
     ("model",),
     ("pruning",),
-    ("zero",),
+    ("zero", "local"),
     ("checkpoint", "report"),
     ("export",),
     ("train", "hf", "evaluate", "plan"),

@@ -10,8 +10,9 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import Dtype, TrainConfig
+from loraprune_ds.pruning.prunable_model import first_nonfinite, unscale
+from loraprune_ds.pruning.steps import decide
 from loraprune_ds.zero.engine import learning_rate_factor, optimizer_step
-from loraprune_ds.zero.optimizer import decide, first_nonfinite, unscale
 from tests.refusals import must_name
 
 ALL: tuple[Dtype, ...] = ("float16", "bfloat16", "float32")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from loraprune_ds.config import Criterion, PruneConfig, Ranking
+from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.groups import Kind, LayerKeep
 from loraprune_ds.model.groups import cut as cut_tensor
 from loraprune_ds.model.pretrained import open_pretrained
@@ -22,7 +23,6 @@ from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.formula import cut_gap
 from tests.oracle.models import make_batches, make_lora, make_tiny_llama
 from tests.paper import PAPER
-from tests.plain_model import PlainModel
 from tests.refusals import must_name
 from tests.unit.plain_training import Batch, PlainRun, fresh_lora
 from tests.unit.shapes_and_scores import uniform_counts
@@ -211,8 +211,8 @@ def test_a_step_that_overflowed_leaves_its_cut_to_the_next(gqa: Tiny) -> None:
 
 def test_scoring_stops_after_the_last_cut(gqa: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = []
-    lora_factors = PlainModel.lora_factors
-    monkeypatch.setattr(PlainModel, "lora_factors", lambda *args: scored.append(step) or lora_factors(*args))
+    lora_factors = LocalModel.lora_factors
+    monkeypatch.setattr(LocalModel, "lora_factors", lambda *args: scored.append(step) or lora_factors(*args))
     run = gqa.plain(replace(UNIFORM, cooldown_fraction=0.5))
     for step, batch in enumerate(gqa.batches, start=1):
         run.step(step, batch)
@@ -224,7 +224,7 @@ def test_a_rank_with_another_mask_is_named(gqa: Tiny) -> None:
     model: Any = gqa.plain().prunable
     keep = [LayerKeep(heads=k["heads"][1:], channels=k["channels"][::2]) for k in all_groups(model.shape)]
     digests: list[bytes] = []
-    model.differing_rank = lambda digest: digests.append(digest) or (None if digest == digests[0] else 2)
+    model.comm.differing_rank = lambda digest: digests.append(digest) or (None if digest == digests[0] else 2)
     for _ in range(2):
         check_same_mask(keep, model, 7)
     other = [LayerKeep(heads=keep[0]["heads"], channels=keep[0]["channels"][1:]), *keep[1:]]

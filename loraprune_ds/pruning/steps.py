@@ -3,15 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.config import Dtype
+from loraprune_ds.errors import RunError
+from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Cut, Pruner
 from loraprune_ds.ranks.device import reserved_bytes, resident_bytes, to_device
-from loraprune_ds.zero.optimizer import decide
-from loraprune_ds.zero.sharded import ShardedModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class RankNumbers:
 class PruningSteps:
     """Scores and cuts after each step, for our trainer and for the callback. `dtype` is of the frozen weights."""
 
-    def __init__(self, model: ShardedModel, pruner: Pruner, dtype: Dtype) -> None:
+    def __init__(self, model: PrunableModel, pruner: Pruner, dtype: Dtype) -> None:
         self.weight_bytes = self.weight_bytes_before = model.weight_bytes()  # (world_size,), before the last cut
         self.model, self.pruner = model, pruner
         self._dtype: Dtype = dtype
@@ -44,7 +45,7 @@ class PruningSteps:
         on_device = torch.stack([own, self.model.gradient_sum().to(own)])
         on_host = torch.tensor([resident_bytes(), reserved_bytes(), request], dtype=torch.float64)
         gathered = self.model.comm.all_gather(torch.cat([on_device, to_device(on_host)]))
-        own_numbers, gradient_sums, *counts = gathered.T.tolist()
+        own_numbers, gradient_sums, *counts = cast(list[list[float]], cast(Any, gathered).T.tolist())
         return RankNumbers(own_numbers, gradient_sums, *([int(x) for x in row] for row in counts))
 
     def score(self, step: int, numbers: RankNumbers, losses: Sequence[float] = ()) -> None:
@@ -67,3 +68,25 @@ class PruningSteps:
         is_finite = math.isfinite(numbers.own[self.model.rank])
         find = self.model.nonfinite_layer if is_finite else self.model.nonfinite_weights
         return self.model.comm.gather_objects(find())
+
+
+def decide(bad_layers: list[int | None], losses: list[float], *, dtype: Dtype, step: int) -> Literal["update", "skip"]:
+    """Decides whether a step's gradients can be scored and applied. fp16 skips a step with overflowed gradients.
+
+    Args:
+        bad_layers: per rank, the first layer with a non-finite LoRA gradient, or with a non-finite weight if the loss
+            is not finite.
+
+    Raises:
+        RunError: a loss is not finite, or a gradient is not finite in a dtype without a loss scale.
+    """
+    if lost := [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]:
+        weights = [layer for rank in lost if (layer := bad_layers[rank]) is not None]
+        where = f"; the weights of layer {min(weights)} are not finite" if weights else ""
+        raise RunError(f"step {step}: the loss is {losses[lost[0]]} on rank {lost[0]}{where}")
+    overflowed = [layer for layer in bad_layers if layer is not None]
+    if not overflowed:
+        return "update"
+    if dtype == "float16":
+        return "skip"
+    raise RunError(f"step {step}: the LoRA gradient of layer {min(overflowed)} is not finite")

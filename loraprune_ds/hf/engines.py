@@ -1,0 +1,53 @@
+"""Chooses the engine of a training by what holds its weights: ZeRO-3's shards, or each process by itself."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from loraprune_ds.errors import require
+from loraprune_ds.hf.live import live_shape, warn_of_rounded_gradients
+from loraprune_ds.local.model import LocalModel, find_torch_optimizer
+from loraprune_ds.pruning.prunable_model import PrunableModel
+
+
+def find_engine(
+    model: nn.Module, peft_model: PeftModel, optimizer: Any, ds_config: dict[str, Any] | None
+) -> PrunableModel:
+    """Connects the pruner with the weights and the optimizer of a training. Raises UserError if they cannot be cut."""
+    ds_config = ds_config or getattr(model, "config", None)  # of DeepSpeed's engine. PEFT's has another type
+    if isinstance(ds_config, dict) or is_deepspeed(optimizer):
+        return _find_sharded(peft_model, optimizer, ds_config)
+    kind = type(model).__name__
+    replicated = not isinstance(model, nn.DataParallel) and not kind.startswith(("FSDP", "FullySharded"))
+    require(replicated, f"{kind} cannot be cut; use DistributedDataParallel or DeepSpeed ZeRO-3")
+    devices = sorted({str(parameter.device) for parameter in peft_model.parameters()})
+    require(len(devices) == 1, f"the model is spread over {', '.join(devices)}; load it onto one device, or use ZeRO-3")
+    halves = {p.dtype for n, p in peft_model.named_parameters() if ".lora_" in n and p.requires_grad} - {torch.float32}
+    require(
+        not halves,
+        f"LoRA is in {', '.join(map(str, halves))} without ZeRO-3's fp32 copies, so small updates would be lost; "
+        "call get_peft_model with autocast_adapter_dtype=True",
+    )
+    return LocalModel(peft_model, live_shape(peft_model), *find_torch_optimizer(optimizer))
+
+
+def is_deepspeed(optimizer: Any) -> bool:
+    """Returns whether DeepSpeed made the optimizer, without an import of DeepSpeed."""
+    while optimizer is not None and not type(optimizer).__module__.startswith("deepspeed."):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer is not None
+
+
+def _find_sharded(peft_model: PeftModel, optimizer: Any, ds_config: Any) -> PrunableModel:
+    from loraprune_ds.zero.ds_config import check_reshardable  # DeepSpeed, once it is needed
+    from loraprune_ds.zero.external_engine import find_zero_optimizer, reduced_dtypes, share_model
+
+    zero = find_zero_optimizer(optimizer)
+    if isinstance(ds_config, dict):
+        check_reshardable("the DeepSpeed config", ds_config, {p.element_size() for p in peft_model.parameters()})
+    sharded = share_model(peft_model, zero, live_shape(peft_model))
+    if sharded.rank == 0:
+        warn_of_rounded_gradients(reduced_dtypes(zero))
+    return sharded

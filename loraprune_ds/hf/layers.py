@@ -1,0 +1,66 @@
+"""Reads the layers of a model that another trainer trains, for an export."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from loraprune_ds.config import Dtype
+from loraprune_ds.model.adapters import plain_parameter
+from loraprune_ds.model.exported_config import ExportedConfig
+from loraprune_ds.model.frozen import DTYPES
+from loraprune_ds.model.lora_product import merge_lora
+from loraprune_ds.model.shape import LinearId, ModelShape
+from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel
+from loraprune_ds.ranks.flat import owner_rounds
+from loraprune_ds.ranks.job import Ranks
+
+
+class LiveModel:
+    """A model that another trainer trains, wherever it came from: a `LayerSource` (export/huggingface.py).
+
+    No rank ever holds more than one layer, or the embedding and head.
+
+    Args:
+        dense_folder: has config.json, tokenizer and settings of the dense model.
+    """
+
+    tower = None
+
+    def __init__(self, model: PrunableModel, exported: ExportedConfig, dense_folder: Path, dtype: Dtype) -> None:
+        self._model, self._dtype = model, DTYPES[dtype]
+        self.exported, self.dense_folder = exported, dense_folder
+
+    @property
+    def shape(self) -> ModelShape:
+        return self._model.shape
+
+    def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yields merged layers with the learned copies of PEFT's modules_to_save, others with the initial ones."""
+        for indices in owner_rounds(len(self.shape.layers) + 1, ranks.world_size):
+            gathered = ((k, self._gather(k, merge)) for k in indices)
+            own = [(k, tensors) for k, tensors in gathered if tensors]
+            while own:  # the owners of a round work in parallel. None keeps its layer until the next round
+                yield own.pop()
+
+    def _gather(self, k: int, merge: bool) -> dict[str, Tensor]:
+        """Gathers a layer, or after the last one the parameters outside, on its owner. Empty elsewhere. Collective."""
+        model, shape, owner, tensors = self._model, self.shape, self._model.owner(k), dict[str, Tensor]()
+        parent, prefix, others = cast(Any, model.module).get_base_model(), "", shape.outer
+        if k < len(shape.layers):
+            parent, prefix, others = model.layers[k], shape.prefix(k), shape.layers[k].others
+            for linear in shape.layers[k].linears:
+                collected = model.collect_linear(LinearId(k, linear.linear))
+                if collected is not None:  # converted before the next linear arrives
+                    tensors |= self._convert(f"{prefix}{linear.linear}", collected, merge)
+                del collected
+        found = model.collect_named({x.name: plain_parameter(parent, x.name, trained=merge) for x in others}, owner)
+        for tensor in others if found else ():
+            value = found[tensor.name]
+            tensors[prefix + tensor.name] = value if tensor.keep_fp32 else value.to(self._dtype)
+        return tensors
+
+    def _convert(self, name: str, x: CollectedLinear, merge: bool) -> dict[str, Tensor]:
+        weight = merge_lora(x.weight, x.lora_A, x.lora_B, x.scaling, self._dtype) if merge else x.weight.to(self._dtype)
+        return {f"{name}.weight": weight} | ({} if x.bias is None else {f"{name}.bias": x.bias.to(self._dtype)})

@@ -1,0 +1,199 @@
+"""The model under pruning in one process, or as a replica of DistributedDataParallel. Only scores and refits travel.
+
+After a backward pass every rank has all averaged gradients. Each scores the part of a weight that ZeRO-3 would give it,
+so both engines remove the same groups.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from loraprune_ds.errors import fail_point, require
+from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
+from loraprune_ds.model.groups import LayerKeep, Slice
+from loraprune_ds.model.shape import LinearId, ModelShape
+from loraprune_ds.pruning.prunable_model import (
+    LoraFactors,
+    OwnedShard,
+    PrunableModel,
+    is_sharded,
+    parameter_cuts,
+    set_sizes,
+    unscale,
+)
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.flat import owned_range
+
+AUTOGRAD: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
+# Names of torch without an underscore's promise. Every start checks them.
+PRIVATE = ((AUTOGRAD, "queue_callback"), (DistributedDataParallel, "_get_active_ddp_module"))
+OTHER_STATE = ("Adafactor", "LBFGS", "SparseAdam")  # their state has other shapes than the parameter
+
+
+class LocalModel(PrunableModel):
+    """A PEFT model whose parameters are whole, and the torch optimizer of its LoRA.
+
+    Args:
+        optimizer: None before there is one.
+        scaler: fp16's `torch.amp.GradScaler`, if the trainer has one.
+    """
+
+    def __init__(
+        self, module: nn.Module, shape: ModelShape, optimizer: torch.optim.Optimizer | None = None, scaler: Any = None
+    ) -> None:
+        super().__init__(module, shape, Communicator(device=next(module.parameters()).device))
+        self.optimizer = optimizer
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.skips_updates = self._scaler is not None
+        self._ddp: Any = None  # found in the first forward pass
+        # One walk over the modules: a cut keeps the parameters.
+        self._lora = [parameter for layer in self.lora_parameters() for parameter in layer.values()]
+        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._gradients: dict[nn.Parameter, Tensor] = {}  # of the last backward pass, before the trainer clips them
+        self._norm = torch.zeros((), device=self.device)
+
+    # Scoring
+
+    @torch.no_grad()
+    def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
+        for layer, spec in zip(self.layers, self.shape.layers, strict=True):
+            factors = {}
+            for linear in spec.linears:
+                module = lora_linear(layer, linear.linear)
+                pair = lora_weights(module)
+                gradients = (unscale(self.gradient(factor), self.loss_scale) for factor in pair)
+                weights = (factor.detach().float() for factor in pair)
+                factors[linear.linear] = LoraFactors(*weights, *gradients, scaling=module.scaling[ADAPTER])
+            yield factors
+
+    def owned_weight(self, linear_id: LinearId) -> OwnedShard:
+        weight = self._module(linear_id).base_layer.weight.detach()
+        start, end = owned_range(weight.numel(), self.world_size, self.rank)
+        return OwnedShard(weight.reshape(-1)[start:end], start, tuple(weight.shape))
+
+    @property
+    def loss_scale(self) -> float:
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
+    # A cut
+
+    def overwrite(self, parameter: nn.Parameter, owner: int, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            parameter.copy_(tensor)
+        self.comm.broadcast_from(owner, parameter.data)
+
+    @torch.no_grad()
+    def cut(self, keep: list[LayerKeep]) -> int:
+        """Cuts in place. The optimizer and the trainer keep their parameters."""
+        with _without_reducer(self._ddp):
+            for layer, spec, layer_keep in zip(self.layers, self.shape.layers, keep, strict=True):
+                cuts = list(parameter_cuts(layer, spec, layer_keep))
+                for parameter, kept in cuts:
+                    if not is_sharded(parameter):  # a base may be, before DeepSpeed has an engine
+                        self._select(parameter, kept)
+                if cuts:
+                    set_sizes(layer, spec.resized(layer_keep.counts))
+                fail_point("cut.layer")
+            self.shape = self.shape.after(keep)
+        return 0
+
+    def _select(self, parameter: nn.Parameter, kept: Slice) -> None:
+        state: dict[str, Any] = {} if self.optimizer is None else self.optimizer.state.get(parameter, {})
+        indices = kept.keep.to(parameter.device)
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = value.index_select(kept.axis, indices)
+        parameter.grad = None
+        parameter.data = parameter.data.index_select(kept.axis, indices)
+
+    # Checkpoints and exports
+
+    def collect(self, parameter: nn.Parameter, owner: int, *, master: bool = False) -> Tensor | None:
+        if self.rank != owner:
+            return None
+        return parameter.detach().float() if master else parameter.detach()
+
+    # Training
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        gradient = self._gradients.get(parameter, parameter.grad)
+        return torch.zeros_like(parameter) if gradient is None else gradient.float()
+
+    def gradient_sum(self) -> Tensor:
+        return self._norm
+
+    def gradient_norm(self) -> float:
+        return float(self._norm)
+
+    def before_each_update(self, action: Callable[[], None]) -> Callable[[], None]:
+        def act(*_: Any) -> None:
+            self._norm /= self.loss_scale
+            action()
+            self._gradients.clear()
+
+        undo, model = ExitStack(), cast(PeftModel, self.module)
+        undo.enter_context(cast(torch.optim.Optimizer, self.optimizer).register_step_pre_hook(act))
+        undo.enter_context(model.register_forward_pre_hook(self._find_ddp))
+        for layers in self.shape.family.layer_lists:
+            stack = model.get_base_model().get_submodule(layers.path.rpartition(".")[0])
+            undo.enter_context(stack.register_forward_hook(self._watch_backward))
+        return undo.close
+
+    def _find_ddp(self, module: nn.Module, args: Any) -> None:
+        """Finds DDP in the first forward pass, because a trainer hands the model inside it to its callbacks."""
+        if self._ddp is None and module.training and torch.is_grad_enabled():
+            ddp = self._ddp = DistributedDataParallel._get_active_ddp_module()
+            if ddp is None:
+                require(self.world_size == 1, f"{self.world_size} processes train without DistributedDataParallel")
+                return
+            require(not ddp.static_graph, "static_graph=True: DDP would keep the sizes from before a cut")
+            require(not ddp._comm_hooks, "a communication hook of DDP would be lost in a cut")
+
+    def _watch_backward(self, stack: nn.Module, args: Any, output: Any) -> None:
+        """Notes the gradients at the end of a backward pass, after the averaging of DDP, which is queued meanwhile."""
+        queue = AUTOGRAD.queue_callback
+        if output[0].requires_grad:
+            output[0].register_hook(lambda _: queue(lambda: queue(self._note_gradients)))
+
+    @torch.no_grad()
+    def _note_gradients(self) -> None:
+        self._gradients = {p: p.grad.clone() for p in self._lora if p.grad is not None}
+        self._norm = get_total_norm([p.grad for p in self._trained if p.grad is not None])
+
+
+@contextmanager
+def _without_reducer(ddp: Any) -> Generator[None]:
+    """Makes DDP lay out its buckets again, as after a pickle. Its reducer keeps the old sizes of gradients alive."""
+    if ddp is None:
+        yield
+        return
+    state = ddp.__getstate__()
+    del ddp.reducer, ddp.logger
+    yield
+    ddp.__setstate__(state)
+
+
+def find_torch_optimizer(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
+    """Finds torch's optimizer and the loss scaler under the wrappers of accelerate.
+
+    Raises:
+        UserError: a cut does not know the optimizer's state, or torch lacks a private name.
+    """
+    for holder, name in PRIVATE:
+        require(hasattr(holder, name), f"torch {torch.__version__} lacks {name}; install one of pyproject.toml")
+    inner, scaler = optimizer, getattr(optimizer, "scaler", None)
+    while hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    kind = type(inner)
+    known = isinstance(inner, torch.optim.Optimizer) and kind.__module__.startswith("torch.optim")
+    require(
+        known and kind.__name__ not in OTHER_STATE,
+        f"the optimizer state of {kind.__module__}.{kind.__name__} cannot be cut along with LoRA; use torch's AdamW",
+    )
+    return inner, scaler

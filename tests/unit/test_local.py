@@ -1,0 +1,157 @@
+"""Pruning in a plain loop without DeepSpeed: what a trainer does to gradients after a backward changes no score."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn, optim
+from transformers import AutoModelForCausalLM
+
+from loraprune_ds import PruneConfig, Pruning, linear_names
+from loraprune_ds.report.records import StepRecord
+from tests.integration.launching import ROOT
+from tests.oracle.models import make_batches, make_tiny_llama
+from tests.paper import PAPER
+from tests.refusals import must_name
+
+PRUNE = PruneConfig(**PAPER | {"ratio": 0.2, "prune_every": 2, "channel_multiple": 1})
+STEPS = 5  # cuts after 2 and 4
+Make = Callable[..., optim.Optimizer]
+Rows = list[tuple[list[Any], list[Any]]]  # per step: scores, kept groups
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, hidden=32, ffn=48, layers=3, vocab=97)
+
+
+def make_model(folder: Path) -> Any:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return get_peft_model(base, LoraConfig(r=4, target_modules=linear_names(base), init_lora_weights=False))
+
+
+def train(
+    model: Any, make: Make = optim.SGD, lr: float = 0.0, scale: float = 0.0, parts: int = 1, **at: Any
+) -> tuple[Rows, Any, list[StepRecord]]:
+    """Trains on the same batches. With a learning rate of 0 only cuts change weights. `at`: `clip`, and `overflow`."""
+    optimizer = make(trained := [p for p in model.parameters() if p.requires_grad], lr=lr)
+    scaler: Any = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale > 0)
+    cast(Any, optimizer).scaler = scaler
+    pruning, rows = Pruning(model.train(), optimizer, PRUNE, STEPS), Rows()
+    for step, (ids, _) in enumerate(make_batches(steps=STEPS, samples=4, tokens=8, vocab=97, seed=3), 1):
+        pruning.begin_step()
+        share = math.inf if step == at.get("overflow") else 1 / parts
+        for part in ids.chunk(parts):
+            scaler.scale(model(input_ids=part, labels=part).loss * share).backward()
+        if at.get("clip"):
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained, 1e-3)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        pruning.end_step()
+        scores = [x for layer in pruning.pruner.average.scores or [] for x in layer.values()]
+        kept = [x.tolist() for layer in pruning.pruner.kept_of_dense for x in layer.values()]
+        rows.append((scores, kept))
+    pruning.close()
+    return rows, optimizer, pruning.recorder.history.steps
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Rows:
+    return train(make_model(folder))[0]
+
+
+def same(rows: Rows, others: Rows, **close: Any) -> None:
+    for (scores, kept), (other_scores, other_kept) in zip(rows, others, strict=True):
+        assert kept == other_kept
+        torch.testing.assert_close(scores, other_scores, **close)
+
+
+BITWISE: dict[str, Any] = {"rtol": 0.0, "atol": 0.0}
+
+
+def test_neither_clipping_nor_a_loss_scaler_changes_a_bit_of_a_score(folder: Path, plain: Rows) -> None:
+    assert plain[0][1] != plain[-1][1]
+    cases: tuple[dict[str, Any], ...] = ({"clip": True}, {"scale": 4096.0}, {"scale": 4096.0, "clip": True})
+    for settings in cases:
+        same(train(make_model(folder), **settings)[0], plain, **BITWISE)
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_micro_batches_and_checkpointing_add_up(folder: Path, plain: Rows, reentrant: bool | None) -> None:
+    model = make_model(folder)
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    same(train(model, parts=2, clip=True)[0], plain, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("make", [optim.SGD, partial(optim.AdamW, fused=True)])  # a scaler calls fused ones anyway
+def test_a_step_that_the_scaler_skips_is_not_scored(folder: Path, make: Make) -> None:
+    rows, _, steps = train(make_model(folder), make, scale=4096.0, overflow=3)
+    assert [(step.skipped, step.grad_norm is None) for step in steps] == [(i == 3, i == 3) for i in range(1, 6)]
+    torch.testing.assert_close(rows[2][0], rows[1][0], **BITWISE)
+
+
+def test_calls_out_of_order_are_refused_until_pruning_has_ended(folder: Path) -> None:
+    model = make_model(folder)
+    optimizer = optim.SGD(model.parameters(), lr=0.0)
+    pruning = Pruning(model, optimizer, PRUNE, STEPS)
+    must_name("begin_step", optimizer.step)
+    pruning.begin_step()
+    must_name("begin_step step 1", pruning.begin_step)
+    must_name("end_step step 1", pruning.end_step)
+    must_name("step 1 model.train()", optimizer.step)
+    must_name("begin_step end_step", optimizer.step)
+    pruning.close()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("make", [optim.AdamW, optim.Adagrad, optim.NAdam, lambda p, lr: optim.SGD(p, lr, 0.9)])
+def test_the_state_of_torch_s_optimizers_is_cut(folder: Path, make: Make) -> None:
+    _, optimizer, _ = train(make_model(folder), make, lr=1e-3)
+    shapes = {p: {x.shape for x in state.values() if getattr(x, "ndim", 0)} for p, state in optimizer.state.items()}
+    assert shapes == {p: {p.shape} for p in shapes}
+    assert shapes
+
+
+@pytest.mark.parametrize(
+    ("wrap", "make", "names"),
+    [
+        (nn.DataParallel, optim.SGD, "DataParallel"),
+        (lambda model: model, optim.Adafactor, "Adafactor"),
+        (lambda model: model.bfloat16(), optim.SGD, "bfloat16 autocast_adapter_dtype"),
+        (lambda model: model, lambda p, lr: SimpleNamespace(), "SimpleNamespace"),
+    ],
+)
+def test_a_training_that_cannot_be_cut_is_named(
+    folder: Path, wrap: Callable[[Any], Any], make: Callable[..., Any], names: str
+) -> None:
+    model = make_model(folder)
+    must_name(names, Pruning, wrap(model), make(list(model.parameters()), lr=0.1), PRUNE, STEPS)
+
+
+WITHOUT_DEEPSPEED = """
+import sys
+sys.modules["deepspeed"] = None  # makes an import fail
+from pathlib import Path
+from tests.unit.test_local import make_model, train
+from loraprune_ds import LoraPruneCallback
+rows, *_ = train(make_model(Path(sys.argv[1])))
+assert rows[0][1] != rows[-1][1]
+assert not any(name.startswith(("deepspeed.", "loraprune_ds.zero")) for name in sys.modules)
+"""
+
+
+def test_a_training_needs_no_deepspeed(folder: Path) -> None:
+    assert subprocess.run([sys.executable, "-c", WITHOUT_DEEPSPEED, str(folder)], cwd=ROOT).returncode == 0
