@@ -59,9 +59,10 @@ def test_scores_are_those_of_an_explicit_mask(tmp_path: Path, family: str) -> No
     assert all(relative(a, b) < TOLERANCE for a, b in zip(found, expected, strict=True))
 
 
-def test_the_loss_scale_leaves_no_trace_and_nothing_is_kept(tmp_path: Path) -> None:
+def test_the_loss_scale_leaves_no_trace_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run, batch = tiny_run(tmp_path, "llama")
-    run.prunable.loss_scale, run.prunable.world_size = 1024.0, 4
+    monkeypatch.setattr(type(run.prunable), "loss_scale", 1024.0)
+    run.prunable.world_size = 4
     masks = run.pruner.recorder
     assert isinstance(masks, criterion.MaskGradients)
     plain = masked_scores(run, batch)
