@@ -18,6 +18,7 @@ from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Budget, Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way, uniform_goal
 from loraprune_ds.pruning.target import resolve
+from tests.families import LLAMA_LINEARS
 from tests.paper import PAPER
 
 KINDS = ("heads", "channels")
@@ -29,6 +30,13 @@ def make_layer(marks: Iterable[TensorSpec | Attribute], hidden: int) -> LayerSpe
     tensors = [resize(mark, hidden) for mark in marks if isinstance(mark, TensorSpec)]
     tensors += [TensorSpec(f"{name}_layernorm.weight", shape=(hidden,)) for name in ("input", "post_attention")]
     return LayerSpec(0, tuple(tensors), tuple(mark for mark in marks if isinstance(mark, Attribute)))
+
+
+def llama_marks(config: SimpleNamespace) -> list[TensorSpec | Attribute]:
+    """The marks of a LLaMA's tensors. The family has names of other MLPs, too."""
+    names = {linear.name for linear in LLAMA_LINEARS}
+    marks = FAMILIES["llama"].layer(config, 0)
+    return [mark for mark in marks if not isinstance(mark, TensorSpec) or mark.linear in names]
 
 
 def resize(mark: TensorSpec, hidden: int) -> TensorSpec:
@@ -52,7 +60,7 @@ def make_shape(
         )
         for heads, channels in layers
     }
-    made = {counts: make_layer(FAMILIES["llama"].layer(c, 0), hidden) for counts, c in configs.items()}
+    made = {counts: make_layer(llama_marks(c), hidden) for counts, c in configs.items()}
     return ModelShape(
         model_type="llama",
         kinds=KINDS,

@@ -56,7 +56,7 @@ class SplitModel:
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         return owned_shard(self.layers[linear_id.layer][linear_id.name][0], self.world_size, self.rank)
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         self.partial = values
         return values if self.total is None else self.total
 
@@ -68,6 +68,7 @@ def scores_over_ranks(
 
     def score(rank: int, total: Tensor | None = None) -> tuple[Any, list[LayerScores]]:
         model: Any = SplitModel(shape, layers, world_size, rank, total)
+        model.comm = model
         sums = score_groups(model, "lora", step=1)
         sums.check()
         return model, sums.by_layer(normalization)
