@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import loraprune_ds
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.files import read_json
-from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
 from tests import family_table, settings_table
 from tests.integration.heavy.families import VLLM
 from tests.integration.heavy.results import FILE
@@ -160,19 +158,6 @@ def test_the_first_readme_is_short_and_shows_settings_and_files() -> None:
     rows = dict(ROW.findall(text))
     assert rows
     assert rows.items() <= defaults().items()
-
-
-def test_the_picture_of_a_cut_is_what_flat_py_computes() -> None:
-    keep, ranks, lines = torch.tensor([0, 2, 3, 5]), range(3), FIRST.read_text().splitlines()
-    for name, shape, axis, sent in (("up_proj", (6, 4), 0, [2, 0]), ("down_proj", (4, 6), 1, [1, 1])):
-        plans = [ReshardPlan(AxisCut(shape, axis, keep), len(ranks), rank) for rank in ranks]
-        stays = torch.zeros(shape).index_fill_(axis, keep, 1).flatten()
-        old = ["".join("█" if x else "░" for x in stays[slice(*plan.owned)]) for plan in plans]
-        new = [("█" * sum(plan.receive.values())).ljust(plan.new_partition, "·") for plan in plans]
-        shown = [re.findall("[█░·]+", line.partition("   a ")[0])[:3] for line in lines if line.startswith(name)]
-        assert shown == [old, new]
-        assert [plan.send.get(rank, 0) for rank, plan in enumerate(plans[1:])] == sent
-    assert any("2+1" in line and "0+1" in line for line in lines)
 
 
 def test_llama_cpp_and_vllm_were_asked_about_every_family_that_the_table_says_they_serve() -> None:

@@ -95,11 +95,6 @@ def test_tasks_of_the_paper_and_local_ones_are_found(tmp_path: Path) -> None:
     must_name("--tasks helaswag hellaswag", check_tasks, TaskSettings(("helaswag",), include_path=tmp_path))
 
 
-def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    must_name("--tasks lm-eval[hf]", check_tasks, TaskSettings(("piqa",)))
-
-
 def test_mean_metric_is_over_the_tasks_that_have_one() -> None:
     results = {"a": {"acc,none": 0.5, "acc_norm,none": 0.9}, "b": {"acc,none": 0.25}, "c": {"perplexity,none": 7.0}}
     assert mean_metric({"results": results}, "acc") == 0.375

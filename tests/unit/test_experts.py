@@ -24,7 +24,6 @@ from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.pretrained import open_for_pruning, open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import active_numel
@@ -136,14 +135,6 @@ def factors(experts: int, rows: int, columns: int, r: int) -> LoraFactors:
     generator = torch.Generator().manual_seed(4)
     sizes = ((experts * r, columns), (experts * rows, r)) * 2
     return LoraFactors(*(torch.randn(size, generator=generator) for size in sizes), scaling=2.0)
-
-
-def test_a_stack_merges_expert_by_expert() -> None:
-    lora, whole = factors(5, 6, 7, 3), torch.randn(30, 7, generator=torch.Generator().manual_seed(3))
-    found = merge_lora(whole, lora.A, lora.B, 2.0, torch.float32)
-    for e in range(5):
-        rows, of_a = slice(6 * e, 6 * e + 6), slice(3 * e, 3 * e + 3)
-        torch.testing.assert_close(found[rows], whole[rows] + 2.0 * lora.B[rows] @ lora.A[of_a])
 
 
 @pytest.mark.parametrize("family", KINDS)

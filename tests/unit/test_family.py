@@ -16,7 +16,7 @@ from loraprune_ds.model.family import FAMILIES, REFUSED
 from loraprune_ds.model.groups import LayerCounts, Run, TensorSpec
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape, cached_numel, state_numel
-from tests.families import CAUSAL, EQUAL, SIZES, TINY, changed, kinds, layers_with, marks, tiny_config
+from tests.families import CAUSAL, EQUAL, SIZES, changed, kinds, layers_with, marks, tiny_config
 from tests.refusals import must_name
 
 # Counts of each kind. 6 query heads divide hidden_size 60, which some stock classes ask for.
@@ -58,10 +58,6 @@ def stock_parameters(family: str, **changes: Any) -> dict[str, tuple[int, ...]]:
 
 
 # Names, shapes and axes
-
-
-def test_every_family_has_a_tiny_model() -> None:
-    assert TINY.keys() == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("family", [x for x in CAUSAL if x not in EQUAL])

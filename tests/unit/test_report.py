@@ -3,7 +3,6 @@
 import json
 import math
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ from matplotlib.figure import Figure
 from loraprune_ds.cli.run import summary_table
 from loraprune_ds.config import RunConfig
 from loraprune_ds.files import read_json, write_json
-from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
 from loraprune_ds.report.report import RESULTS, Outcome, commit, make_report, write_kept_groups
@@ -166,7 +163,6 @@ def test_a_commit_is_that_of_its_own_checkout_and_dirty_if_a_file_but_no_result_
 
 # The pictures show the records: curves, strips, bars and labels are read back from the figure
 
-Counts = Sequence[tuple[int, int]]  # of heads and channels, per layer
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib only warns when a layout collapses
 
 
@@ -188,26 +184,19 @@ def curve(axes: Any, label: str) -> tuple[list[float], list[float]]:
     return list(line.get_xdata()), list(line.get_ydata())
 
 
-def kept_of(shape: ModelShape, counts: Counts) -> list[LayerKeep]:
-    """The last groups of each layer."""
-    return [
-        LayerKeep(heads=torch.arange(layer["heads"] - heads, layer["heads"]), channels=torch.arange(channels))
-        for layer, (heads, channels) in zip(shape.counts, counts, strict=True)
-    ]
-
-
 def test_kept_groups_has_a_strip_per_layer_and_kind(tmp_path: Path, figures: list[Any]) -> None:
-    draw_kept_groups(tmp_path / "run" / "kept_groups.png", DENSE, kept_of(DENSE, [(4, 96), (2, 40), (3, 50)]))
+    kept = keep_of([([0, 1, 2, 3], [*range(96)]), ([2, 3], [*range(40)]), ([1, 2, 3], [*range(50)])])
+    draw_kept_groups(tmp_path / "run" / "kept_groups.png", DENSE, kept)
     assert is_png(tmp_path / "run" / "kept_groups.png")
     heads, head_counts, channels, channel_counts = figures[0].axes
     assert heads.get_images()[0].get_array().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
     strips = channels.get_images()[0].get_array()
     assert strips.shape == (3, 96)
     assert strips[1].tolist() == [1] * 40 + [0] * 56
-    for axes, had, kept in ((head_counts, [4, 4, 4], [4, 2, 3]), (channel_counts, [96, 96, 96], [96, 40, 50])):
+    for axes, had, left in ((head_counts, [4, 4, 4], [4, 2, 3]), (channel_counts, [96, 96, 96], [96, 40, 50])):
         dense_bars, kept_bars = axes.containers
         assert [bar.get_width() for bar in dense_bars] == had
-        assert [bar.get_width() for bar in kept_bars] == kept
+        assert [bar.get_width() for bar in kept_bars] == left
 
 
 def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list[Any]) -> None:
@@ -224,7 +213,6 @@ def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list
     assert memory.get_lines()[0].get_ydata()[0] == pytest.approx(5.1, abs=1e-6)  # the fullest rank
 
 
-# Perplexities after each of 10 cuts, the dense model's first. Then the exported model's.
 def test_pictures_of_odd_runs_are_drawn(tmp_path: Path, figures: list[Any]) -> None:
     """Nothing happened yet; one step with a lost loss and a model that fell apart."""
     odd = History(steps=[step_record(1, loss=math.nan)], evaluations=[EvaluationRecord(1, "pruned", math.inf, 1, 1)])

@@ -1,25 +1,20 @@
 """Sizes read from config.json, and the arithmetic of groups against a count of tensors."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from loraprune_ds.model.families.base import Family, Marks
-from loraprune_ds.model.families.blocks import attention, columns, mlp, rows
-from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.groups import LayerCounts, LayerKeep, Run
-from loraprune_ds.model.read_shape import _kinds, shape_from_config
+from loraprune_ds.model.groups import LayerCounts
+from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape, needed_flops_per_token
 from loraprune_ds.pruning.importance import random_scores
-from loraprune_ds.pruning.ranking import rank_global, rank_uniform, uniform_goal
-from loraprune_ds.pruning.step import all_groups
-from tests.families import LLAMA_LINEARS
+from loraprune_ds.pruning.ranking import rank_global
+from tests.families import LLAMA_LINEARS, tiny_config
 from tests.published import sizes_of
 from tests.refusals import must_name
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_layer, make_shape, resolved
+from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, resolved
 
 LLAMA_CONFIG = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
 REQUIRED = sorted(LLAMA_CONFIG.keys() - {"model_type", "num_key_value_heads"})
@@ -120,64 +115,29 @@ def test_the_operations_of_a_step_product_by_product() -> None:
     assert needed_flops_per_token(LLAMA_7B, 512) == pytest.approx(4 * 6.5e9, rel=0.05)
 
 
-# A made-up family with a third kind of groups goes through shapes, limits and ranking by its marks alone
+# Three kinds of groups go through shapes and ranking by their marks alone
 
 
-class Three(Family):
-    def layer(self, c: Any, i: int) -> Marks:
-        run = Run("experts", 6, 4)
-        return [*attention(c), rows("moe.up_proj", run), columns("moe.down_proj", run), *mlp(60)]
-
-
-THREE = SimpleNamespace(hidden_size=16, head_dim=4, num_attention_heads=8, num_key_value_heads=4)
-LAYER = LayerCounts(heads=4, experts=6, channels=60)
-
-
-@pytest.fixture
-def three(monkeypatch: pytest.MonkeyPatch) -> ModelShape:
-    family = Three()
-    monkeypatch.setitem(FAMILIES, "three", family)
-    layers, marks = (make_layer(family.layer(THREE, 0), 16),) * 4, list(family.layer(THREE, 0))
-    return ModelShape("three", _kinds(marks, layers), layers, (), THREE)
-
-
-def test_kinds_come_in_the_order_of_the_forward_and_counts_in_any_order(three: ModelShape) -> None:
-    assert three.kinds == ("heads", "experts", "channels")
-    assert three.counts == (LAYER,) * 4
-    assert len({LAYER, LayerCounts(channels=60, experts=6, heads=4)}) == 1
-    assert LAYER != LayerCounts(heads=4, experts=5, channels=60)
-
-
-def test_equal_layers_stay_one_object(three: ModelShape) -> None:
-    """A plan of many layers looks at each sort once."""
-    left = three.resized([LAYER, *[LayerCounts({**LAYER, "heads": 2})] * 3])
-    assert len({id(layer) for layer in three.layers}) == 1
+def test_equal_layers_stay_one_object() -> None:
+    """A plan of many layers looks at each sort once. The order of kinds does not matter."""
+    shape = make_shape([(4, 60)] * 4)
+    left = shape.resized([LayerCounts(channels=60, heads=4), *[LayerCounts(heads=2, channels=60)] * 3])
+    assert len({id(layer) for layer in shape.layers}) == 1
     assert [id(layer) == id(left.layers[1]) for layer in left.layers] == [False, True, True, True]
 
 
-def test_a_group_of_the_third_kind_leaves_with_its_rows(three: ModelShape) -> None:
-    keep = LayerKeep(heads=torch.arange(4), experts=torch.tensor([0, 2]), channels=torch.arange(60))
-    cuts = {name: (kept.axis, kept.keep.tolist()) for name, kept, _ in three.layers[0].cuts(keep)}
-    rows = [0, 1, 2, 3, 8, 9, 10, 11]
-    assert cuts == {"moe.up_proj.weight": (0, rows), "moe.down_proj.weight": (1, rows)}
-    left = three.after([keep, *all_groups(three)[1:]])
-    assert left.counts[0] == LayerCounts(heads=4, experts=2, channels=60)
-    assert three.linear_numel() - left.linear_numel() == 4 * three.group_numel["experts"] == 4 * 2 * 4 * 16
+SORTS = ["linear_attention", "full_attention"]
 
 
-def test_each_ranking_reaches_the_target(three: ModelShape) -> None:
-    (limits, budget), scores = resolved(three, ratio=0.5, protected_first=1), random_scores(three, 0)
-    left = three.after(rank_uniform(scores, three, limits, uniform_goal(limits, budget)))
-    assert left.counts[0] == LAYER  # protected
-    assert len(set(left.counts[1:])) == 1
-    assert all(left.counts[1][kind] < LAYER[kind] for kind in three.kinds)
-    assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= 3 * three.group_numel["channels"] / 2
-    limits, budget = resolved(three, ratio=0.5, protected_first=1, ranking="global")
-    left = three.after(rank_global(scores, three, limits, budget))
-    assert abs(gone(left, three) - 0.5 * three.linear_numel()) <= max(three.group_numel.values())
-    for kind in ("heads", "experts"):  # each gives its share, the channels the rest
-        of_kind = sum(LAYER[kind] - layer[kind] for layer in left.counts) * three.group_numel[kind]
-        share = budget.shares[kind] * gone(left, three)
-        assert abs(of_kind - share) <= three.group_numel[kind]
-    narrowest = {tuple(layer.values()) for layer in limits.narrowest(limits.bounds)}
-    assert narrowest == {(h, e, 1) for h in range(1, 5) for e in range(1, 7)}
+def test_each_kind_of_a_hybrid_gives_its_share() -> None:
+    shape = shape_from_config(
+        tiny_config("qwen3_5_text", num_hidden_layers=4, layer_types=SORTS * 2).to_dict(), "a hybrid"
+    )
+    assert shape.kinds == ("heads", "delta", "channels")
+    limits, budget = resolved(shape, ratio=0.5, ranking="global")
+    left = shape.after(rank_global(random_scores(shape, 0), shape, limits, budget))
+    removed = gone(left, shape)
+    assert abs(removed - 0.5 * shape.linear_numel()) <= max(shape.group_numel.values())
+    for kind in ("heads", "delta"):  # each gives its share, the channels the rest
+        fewer = sum(a[kind] - b[kind] for a, b in zip(shape.counts, left.counts, strict=True))
+        assert abs(fewer * shape.group_numel[kind] - budget.shares[kind] * removed) <= shape.group_numel[kind]

@@ -40,8 +40,9 @@ def rank_of(world_size: int, rank: int, others: tuple[dict[int, str], ...] = ())
 # Which tasks there are
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    must_name("--tasks lm-eval[hf]", tasks.check_tasks, TaskSettings(("piqa",)))
     must_name("--tasks reasoning-gym", tasks.check_tasks, TaskSettings(("reasoning_gym:chain_sum",), limit=1))
     given = TaskSettings(("reasoning_gym:chain_sum",), include_path=Path())
     must_name("--include-path reasoning_gym", tasks.check_tasks, given)

@@ -2,19 +2,17 @@
 
 import math
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
 
 from loraprune_ds.model.logits import Distillation, Head, LogitsTransform
-from loraprune_ds.model.token_loss import IGNORE_INDEX, LossHead, token_losses, with_token_losses
-from tests.oracle.models import make_tiny_llama
+from loraprune_ds.model.token_loss import IGNORE_INDEX, token_losses
+from tests.unit.test_logits import worst
 
 BATCH, WINDOW, HIDDEN, VOCAB = 3, 17, 24, 131
 NONE = LogitsTransform()
@@ -44,12 +42,6 @@ def straightforward(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 def gradient_of(losses: Tensor, hidden: Tensor, upstream: Tensor) -> Tensor:
     (found,) = torch.autograd.grad((losses * upstream).sum(), hidden)
     return found
-
-
-def worst(found: Tensor, expected: Tensor) -> float:
-    """Returns the largest error relative to the largest element. Other elements can be zero but for rounding."""
-    found, expected = found.detach().double(), expected.detach().double()
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
@@ -152,24 +144,6 @@ def test_logits_per_chunk(chunk: int | None, at_once: int, expected: int, monkey
     token_losses(hidden, Head(weight, NONE, chunk), labels).sum().backward()
     assert max(rows) == expected
     assert sum(rows) == BATCH * (WINDOW - 1)
-
-
-@pytest.mark.parametrize("settings", [{}, {"tie": True}, {"model_type": "mistral"}], ids=str)
-def test_a_model_with_token_losses(tmp_path: Path, settings: dict[str, Any]) -> None:
-    folder = make_tiny_llama(tmp_path, **settings)
-    stock, model = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
-    names = [name for name, _ in model.named_parameters()]
-    model = with_token_losses(model, chunk_tokens=7).requires_grad_(False)
-    assert [name for name, _ in model.named_parameters()] == names
-    assert isinstance(model.lm_head, LossHead)
-    assert (model.lm_head.weight is model.get_input_embeddings().weight) == bool(settings.get("tie"))
-    ids = torch.randint(3, 97, (2, 16), generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        logits = stock(input_ids=ids).logits
-        assert torch.equal(model(input_ids=ids).logits, logits)
-        losses = model(input_ids=ids, labels=ids)
-    expected = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
 
 
 # The distilled loss and its gradient against autograd in fp64, by the definition
