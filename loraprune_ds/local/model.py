@@ -31,9 +31,9 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range
 
 AUTOGRAD: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
-# Names of torch without an underscore's promise. Every start checks them.
+# Private names of torch, beside `_comm_hooks` of DDP. Every start checks them.
 PRIVATE = ((AUTOGRAD, "queue_callback"), (DistributedDataParallel, "_get_active_ddp_module"))
-OTHER_STATE = ("Adafactor", "LBFGS", "SparseAdam")  # their state has other shapes than the parameter
+OTHER_STATE = ("Adafactor", "LBFGS", "SparseAdam")  # with other shapes than the parameter has
 
 
 class LocalModel(PrunableModel):
