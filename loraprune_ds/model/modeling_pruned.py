@@ -82,9 +82,10 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
             one_size = layer_config(config, 0)
             super().__init__(one_size)  # pyright: ignore[reportCallIssue]  # a base that only runs know
             model: Any = self
-            for module in (model, model.base_model):  # the same, without a head
+            inner = getattr(model, "model", model)  # base_model has no layers in a Gemma 3 of 4.57
+            for module in (model, inner):
                 give_config(module, one_size, config)
-            rebuild_layers(model.base_model, config)
+            rebuild_layers(inner, config)
             model.post_init()
 
         @classmethod
