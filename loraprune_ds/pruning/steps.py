@@ -1,4 +1,4 @@
-"""Scores and cuts after each step, for our trainer and for the callback, when all ranks know how the step went."""
+"""Exchanges how a step went between the ranks, and decides whether it counts."""
 
 import math
 from collections.abc import Sequence

@@ -18,6 +18,7 @@ from typing import Any
 
 from loraprune_ds.config_sources import CHATS_FILE
 from loraprune_ds.evaluate.result import mean_metric
+from loraprune_ds.evaluate.settings import read_prompts
 from loraprune_ds.files import read_json, write_text
 from loraprune_ds.model.sources import embedded_model_dir, embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
@@ -76,8 +77,9 @@ def main() -> None:
     add("dense", "embedded", texts)
     for folder in arguments.runs:
         add(folder.name, str(folder), texts)
-    trimmed = trimmed_chats(arguments.work / "trimmed.jsonl")
-    settings = {} if arguments.runs else arms(arguments.wikitext, trimmed, arguments.unread)
+    settings = dict[str, list[str]]()
+    if not arguments.runs:
+        settings = arms(arguments.wikitext, trimmed_chats(arguments.work / "trimmed.jsonl"), arguments.unread)
     for seed in arguments.seeds:
         for name in arguments.arms or settings:
             folder = arguments.work / f"{name}-s{seed}"
@@ -88,17 +90,14 @@ def main() -> None:
 def held_out_chats(path: Path) -> Path:
     """Writes the other prompts with the dense model's answers, as its chat template has them."""
     tokenizer = load_tokenizer(embedded_model_dir())
-    prompts = [json.loads(line)["prompt"] for line in (ROOT / PROMPTS["other"]).read_text().splitlines()]
+    prompts = read_prompts(str(ROOT / PROMPTS["other"])).prompts
     answers = read_json(RESULT)["dense"]["answers"]["other"]["texts"]
-    pairs = (
-        [message("user", prompt), message("assistant", text)] for prompt, text in zip(prompts, answers, strict=True)
-    )
-    write_text(path, "".join(str(tokenizer.apply_chat_template(pair, tokenize=False)) for pair in pairs))
+    chats = [
+        [*prompt.messages, {"role": "assistant", "content": answer}]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    write_text(path, "".join(str(tokenizer.apply_chat_template(chat, tokenize=False)) for chat in chats))
     return path
-
-
-def message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def trimmed_chats(path: Path) -> Path:
