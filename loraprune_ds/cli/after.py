@@ -94,19 +94,18 @@ def _evaluate(folder: Path, arguments: list[str]) -> str:
 
 
 def _measured(result: dict[str, Any]) -> dict[str, Any]:
-    """Returns the part of an evaluation for report.json."""
-    plan = result["answers_plan"] and {key: value for key, value in result["answers_plan"].items() if key != "prompts"}
-    return {"answers_plan": plan} | _without_texts(result) | {"dense": _without_texts(result["dense"])}
+    """Returns the part of an evaluation for report.json, without texts, which evaluation.json keeps."""
+    pruned, dense = (
+        {key: _without_texts(model[key]) for key in (TASKS, ANSWERS)} for model in (result, result["dense"])
+    )
+    return {"answers_plan": _without_texts(result["answers_plan"])} | pruned | {"dense": dense}
 
 
 def _tasks(names: list[str]) -> tuple[str, ...]:
     return tuple(GYM if name == TASKS else name for name in names if name != ANSWERS)
 
 
-def _without_texts(model: dict[str, Any]) -> dict[str, Any]:
-    """Returns the tasks and answers of a model, without the texts, which evaluation.json keeps."""
-    answers = model["answers"] and {
-        kind: {key: value for key, value in part.items() if key != "texts"} if isinstance(part, dict) else part
-        for kind, part in model["answers"].items()
-    }
-    return {"tasks": model["tasks"], "answers": answers}
+def _without_texts(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    return {key: _without_texts(value) for key, value in part.items() if key not in ("prompts", "texts")}

@@ -200,11 +200,12 @@ def read_history(path: Path, last_step: int | None = None) -> History:
         UserError: the file does not exist, a line is damaged, or a step is missing. The message names file and line.
     """
     try:
-        lines = _complete_lines(path).splitlines()
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    complete = text[: text.rfind("\n") + 1]  # a killed process may have left half a line after it
     records: list[Record] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(complete.splitlines(), start=1):
         try:
             records.append(READERS[json.loads(line)["kind"]].validate_json(line))
         except (ValueError, KeyError, TypeError):
@@ -221,12 +222,6 @@ def read_history(path: Path, last_step: int | None = None) -> History:
     if missing := set(range(1, last + 1)) - steps:
         raise UserError(f"{path} is damaged: the line of step {min(missing)} is missing")
     return history
-
-
-def _complete_lines(path: Path) -> str:
-    """Reads the text up to its last newline. A killed process may have left half a line after it."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return text[: text.rfind("\n") + 1]
 
 
 def export_folder(sizes: Mapping[int, str], step: int) -> str:

@@ -3,7 +3,6 @@
 Nothing is gathered. Every rank computes from the mask which of its elements go to which rank (flat.py).
 """
 
-from collections import Counter
 from typing import Any, cast
 
 import torch
@@ -73,10 +72,7 @@ def reshard(cuts: list[ShardCut], comm: Communicator) -> list[Tensor]:
 
 def _totals_by_rank(counts: list[dict[int, int]], world_size: int) -> list[int]:
     """Adds up the elements of several plans for each rank."""
-    totals = Counter[int]()
-    for count in counts:
-        totals.update(count)
-    return [totals[rank] for rank in range(world_size)]
+    return [sum(count.get(rank, 0) for count in counts) for rank in range(world_size)]
 
 
 def _by_destination(cuts: list[ShardCut]) -> Tensor:

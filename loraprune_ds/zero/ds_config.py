@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
@@ -91,7 +92,7 @@ def resolve_ds_config(
     """
     path, model = find_shipped(config.deepspeed), config.model
     require(path.is_file(), f"deepspeed: {path} {'is not a file' if path.exists() else 'does not exist'}")
-    resolved = read_json(path, unique_keys=True)
+    resolved = read_json(path, pairs_hook=dict_raise_error_on_duplicate_keys)
     stored = shape.stored(DTYPES[model.dtype].itemsize, int8=model.frozen == "int8")
     check_reshardable(str(path), resolved, {tensor.element_size for tensor in stored.values()})
     _refuse(str(path), resolved, OWNED)

@@ -4,9 +4,10 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -68,7 +69,7 @@ def start_ranks() -> Communicator:
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout  # pyright: ignore[reportPrivateImportUsage]
     try:
-        with quiet_stdout():
+        with redirect_stdout(StringIO()):  # drops the lines that DeepSpeed and ninja print
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     except torch.distributed.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -83,13 +84,6 @@ def stop_ranks() -> None:
     """Leaves the process group, which joins gloo's threads before the interpreter exits."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-@contextmanager
-def quiet_stdout() -> Iterator[None]:
-    """Drops the lines that DeepSpeed and ninja print while this is open."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        yield
 
 
 class TrainingEngine:
@@ -196,7 +190,7 @@ def build_training_engine(
 ) -> TrainingEngine:
     """Builds the sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
     model, lora, train = config.model, config.lora, config.train
-    with quiet_stdout():
+    with redirect_stdout(StringIO()):
         base = _sharded_base(pretrained, model.attn_implementation, model.dtype, ds_config)
         peft_model = add_lora(base, pretrained.shape, lora, config.seed)
         if model.adapter:
@@ -224,7 +218,7 @@ def build_inference_engine(
     pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any], *, head: bool = True
 ) -> Any:
     """Builds the sharded model without an optimizer. Without `head` it returns `final_hidden`. Collective."""
-    with quiet_stdout():
+    with redirect_stdout(StringIO()):
         model = _sharded_base(pretrained, attn_implementation, dtype, ds_config, head=head)
         _gather_as_one(model, pretrained.shape)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)

@@ -122,8 +122,3 @@ class OptimizerState:
     def _flat(self, group: int, key: str) -> Tensor:
         master = self.zero.fp32_partitioned_groups_flat[group]
         return master.detach() if key == "master" else self.zero.optimizer.state[master][key]
-
-
-def unscale(gradient: Tensor, loss_scale: float) -> Tensor:
-    """Returns the gradient of the unscaled loss. The criterion is not linear in it (gB·gA)."""
-    return gradient if loss_scale == 1 else gradient / loss_scale

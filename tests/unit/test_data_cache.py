@@ -42,7 +42,7 @@ def reads(path: Path, *arguments: Any, **settings: Any) -> bool:
 def test_what_is_found_is_what_was_made(form: str, tmp_path: Path, cache: Path) -> None:
     path = write_json(tmp_path / "data.jsonl", documents(40) if form == "text" else INSTRUCTIONS)
     config = DataConfig(path=str(path), window=40, format=form, held_out_fraction=0.2)  # pyright: ignore[reportArgumentType]
-    formats = [loading.FORMATS[source.format](source, TOKENIZER, NO_STARTS) for source in config.sources]
+    formats = [loading.make_format(source, TOKENIZER, NO_STARTS) for source in config.sources]
     made = loading._make(config, TOKENIZER, formats, NO_STARTS)
     load(path, window=40, format=form, held_out_fraction=0.2)
     with patch.object(loading, "read_rows"):  # a call would fail

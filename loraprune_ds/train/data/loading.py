@@ -43,11 +43,28 @@ class RowFormat(NamedTuple):
     check: Callable[[TextRow], None] | None = None  # checks all rows in seconds, before minutes of tokenising
 
 
-def _documents(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
-    key = f"{source.section}.format"
-    require(starts.target is None, f"{key} text: an encoder needs sources with targets; use {key} seq2seq")
-    read = partial(_text_of, field=source.text_field)
-    return RowFormat(read, read)
+def make_format(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
+    """Makes the format of a source. Raises UserError if the tokenizer or the model does not fit it."""
+    make_pairs = partial(_pairs, tokenizer=tokenizer, starts=starts)
+    match source.format:
+        case "text":
+            key = f"{source.section}.format"
+            require(starts.target is None, f"{key} text: an encoder needs sources with targets; use {key} seq2seq")
+            read = partial(_text_of, field=source.text_field)
+            return RowFormat(read, read)
+        case "seq2seq":
+            return make_pairs(lambda row: (_text_of(row, source.source_field), _text_of(row, source.target_field)))
+        case "instruction":
+            return make_pairs(partial(_instruction, source=source))
+    template = tokens.ChatTemplate(tokenizer)
+    if starts.target is not None:
+        return make_pairs(lambda row: template.last_turn(tokens.read_chat(row)))
+    return RowFormat(
+        lambda row: template.render(tokens.read_chat(row)),
+        lambda row: template.mark(tokens.read_chat(row)),
+        template.tokenize,
+        lambda row: template.check_roles(tokens.read_chat(row)),
+    )
 
 
 def _pairs(
@@ -69,32 +86,11 @@ def _pairs(
     return RowFormat(lambda row: json.dumps(named(row)), read, tokenize, check)
 
 
-def _seq2seq(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
-    fields = source.source_field, source.target_field
-    return _pairs(lambda row: (_text_of(row, fields[0]), _text_of(row, fields[1])), tokenizer, starts)
+def _instruction(row: TextRow, source: DataSource) -> tokens.Instruction:
+    about = "" if source.input_field is None else _text_of(row, source.input_field)
+    return tokens.make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
 
 
-def _instructions(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
-    def read(row: TextRow) -> tokens.Instruction:
-        about = "" if source.input_field is None else _text_of(row, source.input_field)
-        return tokens.make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
-
-    return _pairs(read, tokenizer, starts)
-
-
-def _conversations(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> RowFormat:
-    template = tokens.ChatTemplate(tokenizer)
-    if starts.target is not None:
-        return _pairs(lambda row: template.last_turn(tokens.read_chat(row)), tokenizer, starts)
-    return RowFormat(
-        lambda row: template.render(tokens.read_chat(row)),
-        lambda row: template.mark(tokens.read_chat(row)),
-        template.tokenize,
-        lambda row: template.check_roles(tokens.read_chat(row)),
-    )
-
-
-FORMATS = {"text": _documents, "instruction": _instructions, "seq2seq": _seq2seq, "chat": _conversations}
 NO_STARTS = Starts()
 
 
@@ -111,7 +107,7 @@ def load_samples(
         UserError: the data cannot be read, does not fit the model, or is shorter than one global batch.
     """
     # An error here comes before a long download.
-    formats = [FORMATS[source.format](source, tokenizer, starts) for source in config.sources]
+    formats = [make_format(source, tokenizer, starts) for source in config.sources]
     loaded = cached(config, tokenizer, starts, lambda: _make(config, tokenizer, formats, starts))
     samples = loaded.samples
     if loaded.epoch_length < minimum:
@@ -233,7 +229,7 @@ def _read_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase, start
     if path.suffix not in JSON_SUFFIXES:
         return read_text(path, "data.held_out")
     (source,) = dataclasses.replace(config, path=str(path), packing=False).sources  # whose format may be text
-    text, rows = FORMATS[source.format](source, tokenizer, starts).text, enumerate(read_rows(source), start=1)
+    text, rows = make_format(source, tokenizer, starts).text, enumerate(read_rows(source), start=1)
     return "\n\n".join(_each(text, rows, "data.held_out", str(path)))
 
 
