@@ -100,7 +100,7 @@ def save_step(model: "ShardedModel", root: Path, state: RunState, resume: Resume
 
 def write_refits(staging: Staging, pruner: Pruner, model: PrunableModel, layers: Iterable[int]) -> None:
     """Writes the refitted linears of a round of layers, each on its owner, in their storage format. Collective."""
-    collected = {layer: dict[str, Tensor]() for layer in layers if pruner.compensator}
+    collected = {layer: dict[str, Tensor]() for layer in layers if pruner.moments}
     for layer, tensors in collected.items():
         for name in refitted_linears(pruner.limits.dense, model.shape, layer):
             stored = model.collect_stored(LinearId(layer, name))
@@ -115,9 +115,9 @@ def write_pruner(staging: Staging, pruner: Pruner, folder: str = "") -> None:
     tensors = {f"{i}.{kind}": groups for i, layer in layers for kind, groups in layer.items()}
     if tensors:
         staging.write(folder + layout.SCORES_FILE, lambda path: save_file(tensors, path))
-    if pruner.compensator is not None:
+    if pruner.moments is not None:
         for layer in range(len(pruner.model.layers)):
-            write_layer(staging, f"{folder}inputs", layer, pruner.compensator.moments.halves(layer))
+            write_layer(staging, f"{folder}inputs", layer, pruner.moments.halves(layer))
 
 
 def write_layer(staging: Staging, part: str, layer: int, tensors: dict[str, Tensor]) -> None:

@@ -11,60 +11,19 @@ C is symmetric, so ranks compute and send only half of it, as tiles on and right
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.groups import LayerKeep, TensorSpec, cut
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel, hook_inputs
-from loraprune_ds.pruning.schedule import Schedule
 
 RIDGE = 0.05  # 0.01 was also measured: tests/benchmarks/README.md
 TILE_ROWS = 1024  # rows of a second moment that are computed at a time
-
-
-class Compensator:
-    """Records the inputs before each cut, and makes up for the removed ones."""
-
-    def __init__(
-        self, model: PrunableModel, config: PruneConfig, schedule: Schedule, open_layers: Sequence[int]
-    ) -> None:
-        self._model, self._config, self._schedule = model, config, schedule
-        self.moments = InputMoments(model, open_layers, config.compensate_decay)
-        self._records = False
-
-    def record_step(self, step: int) -> AbstractContextManager[None]:
-        """Records the inputs of this step if a cut follows within `prune.compensate_steps`."""
-        self._records = self._schedule.precedes_cut(step, self._config.compensate_steps)
-        return self.moments.record_step() if self._records else nullcontext()
-
-    def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
-        """Records one micro-batch. A mask, (batch, window), is False at padding. An encoder's is first."""
-        return self.moments.record_forward(*masks) if self._records else nullcontext()
-
-    def compensate(self, keep: list[LayerKeep], step: int) -> None:
-        """Refits the weights that lose inputs in the cut to `keep`, right before it. Collective."""
-        measured = measured_linears(self._model.shape)
-        shrinking = {LinearId(i, x.linear): x for i, x in measured if x.shrinks(keep[i])}
-
-        def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
-            moment = self.moments.sums[linear_id]
-            _, kept = cut(shrinking[linear_id], keep[linear_id.layer])
-            try:
-                return refit(linear, moment, kept.to(moment.device))
-            except RunError as error:
-                raise RunError(f"step {step}: layer {linear_id.layer} {linear_id.name}: {error}") from None
-
-        self._model.replace_weights(list(shrinking), compute)
-        if step == self._schedule.last_cut:
-            self.moments.clear()
-        else:
-            self.moments.cut(keep)
 
 
 def refit(linear: CollectedLinear, moment: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
@@ -148,12 +107,30 @@ class InputMoments:
 
     @contextmanager
     def record_forward(self, *masks: Tensor | None) -> Generator[None]:
-        """Records one micro-batch. Close it before the backward pass, which may run the forward again."""
+        """Records one micro-batch. Close it before the backward pass, which may run the forward again.
+
+        A mask, (batch, window), is False at padding. An encoder's is first.
+        """
         self._masks = masks
         try:
             yield
         finally:
             self._masks = None
+
+    def compensate(self, keep: list[LayerKeep], step: int) -> None:
+        """Refits the weights that lose inputs in the cut to `keep`, right before it. Collective."""
+        measured = measured_linears(self._model.shape)
+        shrinking = {LinearId(i, x.linear): x for i, x in measured if x.shrinks(keep[i])}
+
+        def compute(linear_id: LinearId, linear: CollectedLinear) -> Tensor:
+            moment = self.sums[linear_id]
+            _, kept = cut(shrinking[linear_id], keep[linear_id.layer])
+            try:
+                return refit(linear, moment, kept.to(moment.device))
+            except RunError as error:
+                raise RunError(f"step {step}: layer {linear_id.layer} {linear_id.name}: {error}") from None
+
+        self._model.replace_weights(list(shrinking), compute)
 
     def cut(self, keep: list[LayerKeep]) -> None:
         """Cuts the sums along with the groups. Call it before the model is cut."""

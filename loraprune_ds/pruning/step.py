@@ -40,7 +40,7 @@ from torch import Tensor
 from loraprune_ds.errors import RunError, fail_point
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.compensate import Compensator
+from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.pruning.criterion import MaskGradients
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -75,11 +75,12 @@ class Pruner:
 
     def __init__(self, model: PrunableModel, plan: PruningPlan, seed: int) -> None:
         self.model = model
-        self.config, self.limits, self.schedule = config, limits, schedule = plan.config, plan.limits, plan.schedule
+        self.config, self.limits, self.schedule = config, limits, _ = plan.config, plan.limits, plan.schedule
         self.average = MovingAverage(config.moving_average)
         self.kept_of_dense = all_groups(limits.dense)
         compensates = config.compensate != "none"
-        self.compensator = Compensator(model, config, schedule, limits.open_layers) if compensates else None
+        self.moments = InputMoments(model, limits.open_layers, config.compensate_decay) if compensates else None
+        self._measures = False  # the moments record this step
         self.recorder = MaskGradients(model) if config.criterion == "fisher" else None
         self._random = random_scores(limits.dense, seed)
         self._unchecked: GroupSums | None = None
@@ -88,15 +89,16 @@ class Pruner:
     def record_step(self, step: int) -> Generator[None]:
         """Lets hooks record for `fisher` and a refit. Open it around all passes and `score`."""
         with ExitStack() as recordings:
-            if self.compensator is not None:
-                recordings.enter_context(self.compensator.record_step(step))
+            self._measures = self.schedule.precedes_cut(step, self.config.compensate_steps)
+            if self.moments is not None and self._measures:
+                recordings.enter_context(self.moments.record_step())
             if self.recorder is not None and self.schedule.is_scored(step):
                 recordings.enter_context(self.recorder.record())
             yield
 
     def record_forward(self, *masks: Tensor | None) -> AbstractContextManager[None]:
-        """Records one micro-batch, around its forward pass alone. `masks`: (batch, window), an encoder's first."""
-        return nullcontext() if self.compensator is None else self.compensator.record_forward(*masks)
+        """Records one micro-batch, around its forward pass alone. `masks` as in `InputMoments.record_forward`."""
+        return self.moments.record_forward(*masks) if self.moments is not None and self._measures else nullcontext()
 
     def score(self, step: int) -> None:
         """Scores all groups, if due. Call it after the last backward, before gradients are clipped."""
@@ -134,8 +136,12 @@ class Pruner:
         if self.model.shape.after(keep).counts == self.model.shape.counts:
             return None
         fail_point("cut.agreed")
-        if self.compensator is not None:
-            self.compensator.compensate(keep, step)
+        if self.moments is not None:
+            self.moments.compensate(keep, step)
+            if step == self.schedule.last_cut:
+                self.moments.clear()
+            else:
+                self.moments.cut(keep)
             fail_point("cut.compensated")
         sent = self.model.cut(keep)
         self.average.cut(keep)
@@ -144,7 +150,7 @@ class Pruner:
 
     def state(self) -> PrunerState:
         """Returns what `restore` needs to go on from here."""
-        tokens = 0.0 if self.compensator is None else self.compensator.moments.tokens
+        tokens = 0.0 if self.moments is None else self.moments.tokens
         return PrunerState(self.kept_of_dense, self.average.on_host(), self.average.updates_since_cut, tokens)
 
     def restore(self, state: PrunerState, read_moments: Callable[[int], dict[str, Tensor]]) -> None:
@@ -152,8 +158,8 @@ class Pruner:
         self.kept_of_dense = state.kept_of_dense
         self.average.scores = state.scores
         self.average.updates_since_cut = state.updates_since_cut
-        if self.compensator is not None:
-            self.compensator.moments.restore(read_moments, state.moment_tokens)
+        if self.moments is not None:
+            self.moments.restore(read_moments, state.moment_tokens)
 
     def reached(self) -> float:
         """Returns the fraction of the dense decoder-layer linear parameters that is gone."""

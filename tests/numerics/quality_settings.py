@@ -34,8 +34,7 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
         attention_mask[:] = [ids != PADDING_ID if padded else torch.ones_like(ids).bool()]
 
     def see(key: str, module: Any, inputs: tuple[Any, ...]) -> None:
-        compensator = trainer.pruner.compensator
-        if compensator is not None and compensator.moments._masks is not None:
+        if trainer.pruner.moments is not None and trainer.pruner.moments._masks is not None:
             seen.setdefault(key, []).append(inputs[0].detach()[attention_mask[0]].clone())
 
     handles = [trainer.engine.deepspeed.register_forward_pre_hook(see_ids, with_kwargs=True)]
@@ -66,8 +65,8 @@ def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str,
 def compensate_once(job: Job, *kept: list[int]) -> dict[str, Any]:
     """Makes two measured steps, a refit for a cut of nothing, and one for a cut of layers 1 and 2 to `kept`."""
     trainer = build(job)
-    compensator = trainer.pruner.compensator
-    assert compensator is not None
+    moments = trainer.pruner.moments
+    assert moments is not None
     steps: list[dict[str, Tensor]] = []
     for step in (1, 2):
         with seen_inputs(trainer) as seen:
@@ -77,14 +76,15 @@ def compensate_once(job: Job, *kept: list[int]) -> dict[str, Any]:
         steps.append({key: torch.cat([part[key] for part in parts]) for key in mine})
     before = whole_layers(trainer)
     everything = all_groups(trainer.model.shape)
-    compensator.compensate(everything, 1)
+    moments.compensate(everything, 1)
     untouched = whole_layers(trainer)
     chosen = LayerKeep(zip(trainer.model.shape.kinds, map(torch.tensor, kept), strict=True))
     keep = [chosen if i in CUT_LAYERS else k for i, k in enumerate(everything)]
-    held = storage_bytes(compensator.moments.sums.values())
-    owned = {f"{linear_id.layer}.{linear_id.name}" for linear_id in compensator.moments.sums}
-    compensator.compensate(keep, 1)
+    held = storage_bytes(moments.sums.values())
+    owned = {f"{linear_id.layer}.{linear_id.name}" for linear_id in moments.sums}
+    moments.compensate(keep, 1)
     after = whole_layers(trainer)
+    moments.cut(keep)
     trainer.model.cut(keep)
     trainer.pruner.average.cut(keep)
     return {
@@ -94,10 +94,7 @@ def compensate_once(job: Job, *kept: list[int]) -> dict[str, Any]:
         "after": after,
         "owned": owned,
         "moment_bytes": held,
-        "moments": {
-            f"{key.layer}.{key.name}": value / compensator.moments.tokens
-            for key, value in compensator.moments.sums.items()
-        },
+        "moments": {f"{key.layer}.{key.name}": value / moments.tokens for key, value in moments.sums.items()},
         "next_loss": trainer.step(3).loss,
     }
 

@@ -61,12 +61,12 @@ def read_left(job: Job, outcome: Outcome) -> dict[str, Tensor]:
 def refit_once(job: Job) -> dict[str, Tensor]:
     """Makes two measured steps and a refit for a cut of layers 1 and 2. Returns all tensors after it."""
     trainer = build(job)
-    compensator = trainer.pruner.compensator
-    assert compensator is not None
+    moments = trainer.pruner.moments
+    assert moments is not None
     for step in (1, 2):
         trainer.step(step)
     chosen = LayerKeep(heads=torch.tensor([0, 2]), channels=torch.arange(0, 173, 2))
-    compensator.compensate([chosen if i in CUT_LAYERS else k for i, k in enumerate(all_groups(trainer.model.shape))], 1)
+    moments.compensate([chosen if i in CUT_LAYERS else k for i, k in enumerate(all_groups(trainer.model.shape))], 1)
     return whole_state(trainer)
 
 

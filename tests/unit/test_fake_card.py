@@ -50,8 +50,8 @@ def scored_and_refitted(run: PlainRun, *, device: torch.device) -> list[Tensor]:
     scores = pruner.average.on_host()
     assert scores is not None
     keep = pruner._rank(scores, pruner.schedule.last_cut)
-    if pruner.compensator is not None:
-        pruner.compensator.compensate(keep, 1)
+    if pruner.moments is not None:
+        pruner.moments.compensate(keep, 1)
     pruner.average.cut(keep)
     left = [layer[kind] for layer in pruner.average.scores or [] for kind in layer]
     changed = [p for name, p in run.model.named_parameters() if name.endswith("base_layer.weight")]
