@@ -50,7 +50,7 @@ from loraprune_ds.model.weight_files import (
     write_index,
     write_weight_file,
 )
-from loraprune_ds.pruning.importance import GroupSums
+from loraprune_ds.pruning.importance import GroupSums, sums_of_runs
 from loraprune_ds.pruning.ranking import keep_best
 from loraprune_ds.ranks.job import LocalWrites, Ranks
 
@@ -258,8 +258,7 @@ def _largest(weights: ModelWeights, counts: LayerCounts) -> list[LayerKeep]:
     for i, linear in linears:
         weight = weights.read_full(f"{LAYERS}{i}.{linear.name}", torch.float32)
         squares = weight.square_().sum(1 - linear.axis, dtype=torch.float64)
-        of_runs = torch.split(squares, [run.size for run in linear.runs])
-        sums += (x.view(-1, run.width).sum(1) for run, x in zip(linear.runs, of_runs, strict=True))
+        sums += sums_of_runs(linear, squares)
     scores = GroupSums(shape, linears, sums, step=0).by_layer("none")
     return keep_best(scores, [counts] * len(scores), shape)
 

@@ -11,7 +11,6 @@ Shapes: W (out_features, in_features), A (r, in_features), B (out_features, r); 
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -58,24 +57,29 @@ def score_shard(shard: OwnedShard, factors: LoraFactors, criterion: ElementCrite
     """Sums the importance of the owned elements per row (axis 0) or per column (axis 1) of the full weight.
 
     Blocks of rows are scored in fp32 and added up in float64: (out_features,) or (in_features,). Only owned elements
-    count in the first and last row, so the sums of the ranks add up to the sums of the weight.
+    count in the first and last row, so the sums of the ranks add up to the sums of the weight. A block has rows of one
+    expert, because each expert of a stack has separate factors.
     """
-    columns = shard.shape[1]
+    experts = len(factors.A) // factors.B.shape[1]  # a linear that is not a stack counts as one
+    rows, columns = shard.shape[0] // experts, shard.shape[1]
     total = torch.zeros(shard.shape[axis], dtype=torch.float64, device=shard.flat.device)
     start, end = shard.start, shard.start + len(shard.flat)
     if start == end:
         return total
     block_numel = CPU_BLOCK_NUMEL if shard.flat.device.type == "cpu" else DEVICE_BLOCK_NUMEL
-    last_row, block_rows = (end - 1) // columns + 1, max(1, block_numel // columns)
-    for row in range(start // columns, last_row, block_rows):
-        stop = min(row + block_rows, last_row)
+    of_experts = list(zip(factors.A.chunk(experts), factors.grad_A.chunk(experts), strict=True))
+    row, last_row, block_rows = start // columns, (end - 1) // columns + 1, max(1, block_numel // columns)
+    while row < last_row:
+        expert = row // rows
+        stop = min(row + block_rows, last_row, (expert + 1) * rows)
         low, high = max(start, row * columns), min(end, stop * columns)  # the owned part of these rows
         head, tail = low - row * columns, stop * columns - high
         owned = shard.flat[low - start : high - start]
         # Zeros fill the first and the last row.
         stored = (pad(owned, (head, tail)) if head or tail else owned).view(-1, columns)
-        factors_of_rows = replace(factors, B=factors.B[row:stop], grad_B=factors.grad_B[row:stop])
-        importance = criterion(shard.decode(stored, row), factors_of_rows)
+        a, grad_a = of_experts[expert]
+        of_rows = LoraFactors(a, factors.B[row:stop], grad_a, factors.grad_B[row:stop], factors.scaling)
+        importance = criterion(shard.decode(stored, row), of_rows)
         if head or tail:
             flat = importance.view(-1)
             flat[:head] = 0
@@ -83,6 +87,7 @@ def score_shard(shard: OwnedShard, factors: LoraFactors, criterion: ElementCrite
         sums = importance.abs_().sum(1 - axis).double()  # on a CPU a tenth of vector_norm's time
         part = total[row:stop] if axis == 0 else total
         part += sums
+        row = stop
     return total
 
 

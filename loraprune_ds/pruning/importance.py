@@ -12,7 +12,7 @@ from loraprune_ds.errors import RunError
 from loraprune_ds.model.groups import Kind, LayerKeep, LayerTensors, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
-from loraprune_ds.pruning.prunable_model import PrunableModel, split_experts
+from loraprune_ds.pruning.prunable_model import PrunableModel
 
 
 class LayerScores(LayerTensors):
@@ -79,13 +79,15 @@ def score_groups(
     for layer, factors in enumerate(model.lora_factors()):
         for linear in (x for x in shape.layers[layer].linears if x.runs):
             owned = model.owned_weight(LinearId(layer, linear.linear))
-            experts = split_experts(owned, factors[linear.linear])
-            element, axis = ELEMENT_CRITERIA[criterion], linear.axis
-            sums = torch.cat([score_shard(shard, lora, element, axis) for shard, lora in experts])
-            of_runs = torch.split(sums, [run.size for run in linear.runs])
-            for run, rows in zip(linear.runs, of_runs, strict=True):
-                partial.append(rows.view(-1, run.width).sum(1))  # (groups,)
+            sums = score_shard(owned, factors[linear.linear], ELEMENT_CRITERIA[criterion], linear.axis)
+            partial += sums_of_runs(linear, sums)
     return add_over_ranks(model, shape.linears(), partial, step)
+
+
+def sums_of_runs(linear: TensorSpec, values: Tensor) -> list[Tensor]:
+    """Adds up values (rows,) or (columns,) of a linear: (groups,) of each run."""
+    parts = torch.split(values, [run.size for run in linear.runs])
+    return [part.view(-1, run.width).sum(1) for run, part in zip(linear.runs, parts, strict=True)]
 
 
 def add_over_ranks(

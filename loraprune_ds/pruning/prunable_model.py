@@ -53,24 +53,6 @@ class OwnedShard:
     decode: Decode = in_fp32
 
 
-def split_experts(shard: OwnedShard, factors: LoraFactors) -> Iterator[tuple[OwnedShard, LoraFactors]]:
-    """Yields this rank's part of each expert's linear. A linear that is not a stack counts as one expert."""
-    experts = len(factors.A) // factors.B.shape[1]
-    rows, columns = shard.shape[0] // experts, shard.shape[1]
-    split = (tensor.chunk(experts) for tensor in (factors.A, factors.B, factors.grad_A, factors.grad_B))
-    for i, of_expert in enumerate(zip(*split, strict=True)):
-        origin = shard.start - i * rows * columns  # start of the shard, counted from the first element of the expert
-        low = min(max(origin, 0), rows * columns)
-        high = max(low, min(origin + len(shard.flat), rows * columns))
-        own = slice(low - origin, high - origin)
-
-        def decode(stored: Tensor, first: int, above: int = i * rows) -> Tensor:
-            return shard.decode(stored, above + first)
-
-        owned = OwnedShard(shard.flat[own], low, (rows, columns), decode)
-        yield owned, LoraFactors(*of_expert, scaling=factors.scaling)
-
-
 @dataclass(frozen=True)
 class CollectedLinear:
     """Holds a full linear: the tensors that store its frozen weight, its bias, and its LoRA in fp32."""

@@ -20,7 +20,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
-from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, split_experts
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.pruning.target import resolve
@@ -43,7 +43,7 @@ def find_stock(model: nn.Module, layer: int) -> Any:
 
 
 def scores(owned: OwnedShard, lora: LoraFactors) -> Tensor:
-    return torch.cat([score_shard(s, f, ELEMENT_CRITERIA["lora"], 0) for s, f in split_experts(owned, lora)])
+    return score_shard(owned, lora, ELEMENT_CRITERIA["lora"], 0)
 
 
 def test_shards_of_a_stack_score_as_the_experts_do() -> None:
