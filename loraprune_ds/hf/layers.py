@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from loraprune_ds.config import Dtype
-from loraprune_ds.model.adapters import plain_parameter
+from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.exported_config import ExportedConfig
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.lora_product import merge_lora
@@ -55,7 +55,7 @@ class LiveModel:
                 if collected is not None:  # converted before the next linear arrives
                     tensors |= self._convert(f"{prefix}{linear.linear}", collected, merge)
                 del collected
-        found = model.collect_named({x.name: plain_parameter(parent, x.name, trained=merge) for x in others}, owner)
+        found = model.collect_named({x.name: base_parameter(parent, x.name, trained=merge) for x in others}, owner)
         for tensor in others if found else ():
             value = found[tensor.name]
             tensors[prefix + tensor.name] = value if tensor.keep_fp32 else value.to(self._dtype)

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.model.adapters import ADAPTER, base_parameter, last_names, lora_weights, plain_parameter
+from loraprune_ds.model.adapters import ADAPTER, base_parameter, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.base import Family
 from loraprune_ds.model.family import find_family
@@ -81,7 +81,7 @@ def base_config(model: PeftModel) -> dict[str, Any]:
 def _tied(base: Any) -> dict[str, bool]:
     """Returns the setting for a head tied to the embedding. The config may claim it although the files have both."""
     ends = base.get_output_embeddings(), base.get_input_embeddings()
-    head, embedding = (plain_parameter(module, "weight", trained=False) for module in ends)
+    head, embedding = (base_parameter(module, "weight") for module in ends)
     return {"tie_word_embeddings": head is embedding}
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
-from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft, from_peft
+from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft
 from loraprune_ds.model.groups import Attribute, TensorSpec
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shape import ModelShape
@@ -122,7 +122,7 @@ def _check_tensors(path: Path, r: int, shape: ModelShape) -> None:
     expected = {
         name_in_file(shape, layer, name): tuple(factor.shape)
         for layer in range(len(shape.layers))
-        for name, factor in _factors_in_peft(_with_lora(shape, layer, on_disk), shape, layer, r).items()
+        for name, factor in _factors_in_peft(_with_lora(shape, layer, on_disk), r).items()
     }
     if different := sorted(expected.keys() ^ on_disk.keys()):
         verb = "lacks" if different[0] in expected else "has"
@@ -139,7 +139,7 @@ def _with_lora(shape: ModelShape, layer: int, names: Collection[str]) -> list[Te
     ]
 
 
-def _factors_in_peft(linears: Iterable[TensorSpec], shape: ModelShape, layer: int, r: int) -> dict[str, Tensor]:
+def _factors_in_peft(linears: Iterable[TensorSpec], r: int) -> dict[str, Tensor]:
     factors = {
         f"{linear.linear}.lora_{which}": torch.empty(size, device="meta")
         for linear in linears
@@ -153,9 +153,9 @@ def load_adapter(model: PeftModel, folder: Path, shape: ModelShape, r: int) -> N
     saved, own = load_file(folder / ADAPTER_WEIGHTS), dict[str, Tensor]()
     for layer in range(len(shape.layers)):
         linears = _with_lora(shape, layer, saved)
-        factors = {name: saved[name_in_file(shape, layer, name)] for name in _factors_in_peft(linears, shape, layer, r)}
-        factors = from_peft(factors, linears, r)
-        own |= {name_in_file(shape, layer, name): factor for name, factor in factors.items()}
+        factors = {name: saved[name_in_file(shape, layer, name)] for name in _factors_in_peft(linears, r)}
+        ours = as_in_peft(factors, linears, back=True)
+        own |= {name_in_file(shape, layer, name): factor for name, factor in ours.items()}
     result = set_peft_model_state_dict(model, own)
     assert not result.unexpected_keys, result.unexpected_keys
 
@@ -182,18 +182,17 @@ def last_names(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def base_parameter(layer: nn.Module, name: str) -> nn.Parameter:
-    """Returns a parameter of a decoder layer by its name in the weight files, past PEFT's wrappers."""
-    path, _, attribute = name.rpartition(".")
-    module = layer.get_submodule(path)
-    return cast(nn.Parameter, getattr(module.base_layer if isinstance(module, LoraLinear) else module, attribute))
+def base_parameter(module: nn.Module, name: str, *, trained: bool = False) -> nn.Parameter:
+    """Returns a parameter by its name in the weight files, past PEFT's wrappers.
 
-
-def plain_parameter(module: nn.Module, name: str, *, trained: bool) -> nn.Parameter:
-    """Returns a parameter without LoRA. For a module in `modules_to_save`, `trained` selects its trained copy."""
+    Args:
+        trained: takes the trained copy of a module in `modules_to_save`.
+    """
     path, _, attribute = name.rpartition(".")
     owner = module.get_submodule(path)
-    if isinstance(owner, ModulesToSaveWrapper):
+    if isinstance(owner, LoraLinear):
+        owner = owner.base_layer
+    elif isinstance(owner, ModulesToSaveWrapper):
         owner = owner.modules_to_save[ADAPTER] if trained else owner.original_module
     return cast(nn.Parameter, getattr(owner, attribute))
 

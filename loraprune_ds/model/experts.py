@@ -200,36 +200,26 @@ def _path_in_peft(linear: TensorSpec) -> str:
     return experts if last == "down" else f"{experts}.base_layer"
 
 
-def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec]) -> dict[str, Tensor]:
+def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec], *, back: bool = False) -> dict[str, Tensor]:
     """Renames and reorders the LoRA of a decoder layer ("{linear}.lora_A") for PEFT's `target_parameters`.
 
     A stack's A is the same there, (experts * r, in_features). B is (out_features, r * experts), with the columns of the
     experts interleaved. PEFT's A always has the inputs, so the factors of a transposed stack are swapped.
+
+    Args:
+        back: turns PEFT's names and order into ours.
     """
     tensors: dict[str, Tensor] = {}
     for linear in linears:
-        a, b = (lora[f"{linear.linear}.lora_{which}"] for which in "AB")
-        path = _path_in_peft(linear)
+        ours, path = linear.linear, _path_in_peft(linear)
+        a, b = (lora[f"{path if back else ours}.lora_{which}"] for which in "AB")
         if linear.stack:
-            lora_rank = b.shape[1]
-            of_a, of_b = a.unflatten(0, (-1, lora_rank)), b.unflatten(0, (len(a) // lora_rank, -1))
+            split = (linear.matrices, -1)
+            of_a = a.unflatten(0, split)
+            of_b = b.unflatten(1, split[::-1]).permute(2, 0, 1) if back else b.unflatten(0, split)
             if linear.stack.transposed:
-                of_a, of_b = of_b.transpose(1, 2), of_a.transpose(1, 2)
-            a, b = of_a.flatten(0, 1), of_b.permute(1, 2, 0).flatten(1)
-        tensors |= {f"{path}.lora_A": a.contiguous(), f"{path}.lora_B": b.contiguous()}
-    return tensors
-
-
-def from_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec], lora_rank: int) -> dict[str, Tensor]:
-    """Undoes `as_in_peft`."""
-    tensors: dict[str, Tensor] = {}
-    for linear in linears:
-        path = _path_in_peft(linear)
-        a, b = (lora[f"{path}.lora_{which}"] for which in "AB")
-        if linear.stack:
-            of_a, of_b = a.unflatten(0, (-1, lora_rank)), b.unflatten(1, (lora_rank, -1)).permute(2, 0, 1)
-            if linear.stack.transposed:
-                of_a, of_b = of_b.transpose(1, 2), of_a.transpose(1, 2)
-            a, b = of_a.flatten(0, 1), of_b.flatten(0, 1)
-        tensors |= {f"{linear.linear}.lora_A": a.contiguous(), f"{linear.linear}.lora_B": b.contiguous()}
+                of_a, of_b = of_b.mT, of_a.mT
+            a, b = of_a.flatten(0, 1), of_b.flatten(0, 1) if back else of_b.permute(1, 2, 0).flatten(1)
+        to = ours if back else path
+        tensors |= {f"{to}.lora_A": a.contiguous(), f"{to}.lora_B": b.contiguous()}
     return tensors
