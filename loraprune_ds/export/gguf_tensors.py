@@ -26,6 +26,7 @@ from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.shape import ModelShape
 
 Array = np.ndarray[Any, Any]
+Step = Callable[[Array], Array]
 Precision = Literal["f16", "q8_0"]
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 RELATIVE_BIAS = ".attn_rel_b"
@@ -38,53 +39,34 @@ BIAS = "_proj_bias"  # end of the names of biases with a row per expert
 EXPERT_PARTS = {"gate_up": ("mlp.experts.gate_proj", "mlp.experts.up_proj"), "down": ("mlp.experts.down_proj",)}
 
 
-class Slices(NamedTuple):
-    """Takes the same slice from each matrix of a sequence, with one matrix per expert or head."""
-
-    count: int
-    shape: tuple[int, ...]  # shape of one matrix in the source
-    take: tuple[slice, ...]  # slices along its axes
-    transposed: bool  # transposes each slice
-
-    def read(self, read_flat: Callable[[int, int], Tensor]) -> Tensor:
-        """Returns (count, rows, ...). `read_flat`: (start, end) -> these elements of the source."""
-        numel = math.prod(self.shape)
-        parts = (read_flat(i * numel, (i + 1) * numel).view(self.shape)[self.take] for i in range(self.count))
-        return torch.stack([part.T if self.transposed else part for part in parts])
-
-
 class SourcePart(NamedTuple):
-    """A part of a source tensor that is a tensor in llama.cpp. `start` is its first element in the flat source."""
+    """A part of a source tensor that is a tensor in llama.cpp: the same slice of each matrix in a sequence of them."""
 
     name: str
     shape: tuple[int, ...]
-    start: int = 0
-    slices: Slices | None = None
+    one: tuple[int, ...]  # shape of one matrix in the source
+    take: tuple[slice, ...] = ()  # slices along its axes
+    count: int = 1  # matrices, one per expert or head
+    transposed: bool = False  # transposes each slice
 
-
-class ValueHeads(NamedTuple):
-    """Describes the value heads in a tensor of a gated delta net: `each` adjacent ones per key head."""
-
-    keys: int
-    each: int
-    start: int  # rows before the heads
-    columns: bool  # the heads are columns, not rows
+    def read(self, read_flat: Callable[[int, int], Tensor]) -> Tensor:
+        """Reads the part. `read_flat`: (start, end) -> these elements of the source."""
+        numel = math.prod(self.one)
+        parts = (read_flat(i * numel, (i + 1) * numel).view(self.one)[self.take] for i in range(self.count))
+        parts = [part.T if self.transposed else part for part in parts]
+        return (torch.stack(parts) if len(parts) > 1 else parts[0]).reshape(self.shape)
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file. Its values are (value + offset) · factor."""
+    """One tensor of the file."""
 
     source: str  # name in the pretrained model
     name: str
     shape: tuple[int, ...]  # (out_features, in_features), perhaps with experts first, or (n,)
     type: GGMLQuantizationType
     part: SourcePart  # that it stores
-    heads: int = 0  # query or key heads whose rows are stored in llama.cpp's order. 0 for all other tensors
-    offset: float = 0.0
-    factor: float = 1.0
-    value_heads: ValueHeads | None = None
-    decay: bool = False  # llama.cpp has -exp(value)
+    steps: tuple[Step, ...]  # from its values to those of llama.cpp
 
 
 def plan_tensors(
@@ -106,70 +88,69 @@ def plan_tensors(
             part_shape = (part.shape[0], *part.shape[2:]) if any(x in name for x in CONVOLUTIONS) else part_shape
             module = part_name.rpartition(".")[0]
             inner = module.split(".", 3)[-1] if module.startswith("model.layers.") else module
-            tensors.append(
-                GgufTensor(
-                    source,
-                    name,
-                    part_shape,
-                    _type(name, part_shape, precision),
-                    part,
-                    heads=part_shape[0] // shape.head_dim if architecture.neighbours and inner in ROTARY else 0,
-                    offset=architecture.norm_offset if inner.endswith("norm") and inner != GATED_NORM else 0.0,
-                    factor=architecture.attention_factor(config, shape) if inner == architecture.scaled else 1.0,
-                    value_heads=_value_heads(spec, config),
-                    decay=source.endswith(A_LOG),
-                )
-            )
+            steps = tuple(_steps(spec, inner, architecture, config, shape))
+            tensors.append(GgufTensor(source, name, part_shape, _type(name, part_shape, precision), part, steps))
     if getattr(config, "scale_decoder_outputs", False):  # the head has that scale, untied from the embedding
         named = {tensor.name: tensor for tensor in tensors}
-        head = replace(named.get(OUTPUT, named[EMBEDDING]), name=OUTPUT, factor=shape.hidden_size**-0.5)
+        scale = partial(shift, offset=0.0, factor=shape.hidden_size**-0.5)
+        head = replace(named.get(OUTPUT, named[EMBEDDING]), name=OUTPUT, steps=(scale,))
         tensors = list((named | {OUTPUT: head}).values())
     return tensors
 
 
 def read_tensor(pretrained: PretrainedModel, tensor: GgufTensor) -> Array:
     """Reads a tensor in the layout of the GGUF file. Q8_0 gives bytes."""
-    read, part = partial(pretrained.weights.read_flat, tensor.source, dtype=torch.float32), tensor.part
-    flat = part.slices.read(read) if part.slices else read(part.start, part.start + math.prod(part.shape))
-    values = flat.view(tensor.shape).numpy()
-    if tensor.heads:
-        values = permute(values, tensor.heads)
-    if tensor.value_heads:
-        values = tile(values, tensor.value_heads)
-    if tensor.decay:
-        values = -np.exp(values)
-    if (tensor.offset, tensor.factor) != (0.0, 1.0):
-        values = (values + np.float32(tensor.offset)) * np.float32(tensor.factor)
+    read = partial(pretrained.weights.read_flat, tensor.source, dtype=torch.float32)
+    values: Array = tensor.part.read(read).view(tensor.shape).numpy()
+    for step in tensor.steps:
+        values = step(values)
     if tensor.type is GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
         where = f"{pretrained.weights.files[tensor.source]}: {tensor.source}"
         raise UserError(f"{where} has values beyond 65504, the limit of f16; {FORMATS_LEFT}")
     return quants.quantize(values, tensor.type)
 
 
-def permute(rows: Array, heads: int) -> Array:
+def permute(rows: Array, head_dim: int) -> Array:
     """Puts the rows (heads * head_dim, ...) of q_proj or k_proj in the order of llama.cpp's `llama` and similar ones.
 
     The two rows of a rotary pair are half a head apart in transformers, and adjacent in llama.cpp.
     """
-    split = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    split = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return np.ascontiguousarray(split.swapaxes(1, 2).reshape(rows.shape))
 
 
-def tile(values: Array, heads: ValueHeads) -> Array:
-    """Puts value heads in the order of llama.cpp: the first of each key head, then the second of each."""
-    rows = values.T if heads.columns else values
-    split = rows[heads.start :].reshape(heads.keys, heads.each, -1, *rows.shape[1:])
-    tiled = np.concatenate([rows[: heads.start], split.swapaxes(0, 1).reshape(-1, *rows.shape[1:])])
-    return np.ascontiguousarray(tiled.T if heads.columns else tiled)
+def tile(values: Array, keys: int, each: int, start: int, columns: bool) -> Array:
+    """Puts the value heads of a gated delta net in the order of llama.cpp: the first of each key head, then the second.
+
+    Args:
+        each: adjacent value heads per key head.
+        start: rows before the heads.
+        columns: the heads are columns, not rows.
+    """
+    rows = values.T if columns else values
+    split = rows[start:].reshape(keys, each, -1, *rows.shape[1:])
+    tiled = np.concatenate([rows[:start], split.swapaxes(0, 1).reshape(-1, *rows.shape[1:])])
+    return np.ascontiguousarray(tiled.T if columns else tiled)
 
 
-def _value_heads(spec: TensorSpec, config: Any) -> ValueHeads | None:
-    """Returns None for a tensor without value heads."""
-    if DELTA_NET not in spec.name or not spec.runs:
-        return None
-    start = sum(run.size for run in spec.runs[:-1])  # queries and keys come before the values
-    each = config.linear_num_value_heads // config.linear_num_key_heads
-    return ValueHeads(spec.runs[0].groups, each, start, spec.axis == 1)
+def shift(values: Array, offset: float, factor: float) -> Array:
+    return (values + np.float32(offset)) * np.float32(factor)
+
+
+def _steps(spec: TensorSpec, module: str, architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[Step]:
+    """Yields the changes of the values of a tensor. `module` is the name of its module inside the layer."""
+    if architecture.neighbours and module in ROTARY:
+        yield partial(permute, head_dim=shape.head_dim)
+    if DELTA_NET in spec.name and spec.runs:
+        start = sum(run.size for run in spec.runs[:-1])  # queries and keys come before the values
+        each = config.linear_num_value_heads // config.linear_num_key_heads
+        yield partial(tile, keys=spec.runs[0].groups, each=each, start=start, columns=spec.axis == 1)
+    if spec.name.endswith(A_LOG):  # llama.cpp has -exp(value)
+        yield lambda values: -np.exp(values)
+    offset = architecture.norm_offset if module.endswith("norm") and module != GATED_NORM else 0.0
+    factor = architecture.attention_factor(config, shape) if module == architecture.scaled else 1.0
+    if (offset, factor) != (0.0, 1.0):
+        yield partial(shift, offset=offset, factor=factor)
 
 
 def _parts(prefix: str, spec: TensorSpec, config: Any, in_turn: bool) -> Iterable[SourcePart]:
@@ -178,27 +159,25 @@ def _parts(prefix: str, spec: TensorSpec, config: Any, in_turn: bool) -> Iterabl
     if linear == "self_attn.kv_b_proj":
         return _latent_parts(prefix, spec, config.qk_nope_head_dim)
     if linear in PARTS:
-        rows = [run.size for run in spec.runs]
-        return _fused_parts([f"{prefix}{part}.{last}" for part in PARTS[linear]], rows, spec.shape[1:])
+        return _fused_parts([f"{prefix}{part}.{last}" for part in PARTS[linear]], spec)
     if spec.stack or spec.name.endswith(BIAS):
         return _expert_parts(prefix, spec, in_turn)
-    return [SourcePart(prefix + spec.name, spec.shape)]
+    return [SourcePart(prefix + spec.name, spec.shape, spec.shape)]
 
 
 def _latent_parts(prefix: str, spec: TensorSpec, keys: int) -> Iterator[SourcePart]:
     """Splits the projection of latent keys and values, of which `keys` rows of each head are keys."""
     heads, both, rank = spec.runs[0].groups, spec.runs[0].width, spec.shape[1]
-    one = (both, rank)
-    name = f"{prefix}self_attn.{{}}_b_proj.weight".format
-    yield SourcePart(name("k"), (heads, rank, keys), slices=Slices(heads, one, (slice(0, keys),), True))
-    yield SourcePart(name("v"), (heads, both - keys, rank), slices=Slices(heads, one, (slice(keys, both),), False))
+    name, one = f"{prefix}self_attn.{{}}_b_proj.weight".format, (both, rank)
+    yield SourcePart(name("k"), (heads, rank, keys), one, (slice(0, keys),), heads, transposed=True)
+    yield SourcePart(name("v"), (heads, both - keys, rank), one, (slice(keys, both),), heads)
 
 
-def _fused_parts(names: list[str], rows: list[int], columns: tuple[int, ...]) -> Iterator[SourcePart]:
+def _fused_parts(names: list[str], spec: TensorSpec) -> Iterator[SourcePart]:
     start = 0
-    for name, count in zip(names, rows, strict=True):
-        yield SourcePart(name, (count, *columns), start)
-        start += count * math.prod(columns)
+    for name, run in zip(names, spec.runs, strict=True):
+        yield SourcePart(name, (run.size, *spec.shape[1:]), spec.shape, (slice(start, start + run.size),))
+        start += run.size
 
 
 def _expert_parts(prefix: str, spec: TensorSpec, in_turn: bool) -> Iterator[SourcePart]:
@@ -211,8 +190,11 @@ def _expert_parts(prefix: str, spec: TensorSpec, in_turn: bool) -> Iterator[Sour
     each = outputs // len(parts)
     for i, part in enumerate(parts):
         take = slice(i, None, len(parts)) if in_turn else slice(i * each, (i + 1) * each)
-        slices = Slices(experts, one, (slice(None), take) if transposed else (take,), transposed)
-        yield SourcePart(f"{prefix}{part}.{'bias' if is_bias else 'weight'}", (experts, each, *inputs), slices=slices)
+        name, along = (
+            f"{prefix}{part}.{'bias' if is_bias else 'weight'}",
+            (slice(None), take) if transposed else (take,),
+        )
+        yield SourcePart(name, (experts, each, *inputs), one, along, experts, transposed)
 
 
 def _on_disk(source: str, pieces: Mapping[str, Pieces]) -> str:
