@@ -43,7 +43,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": moe.Mixtral(**LOCAL),
     "minimax_m2": moe.MiniMax(**LOCAL),
     "qwen3_moe": moe.QwenMoe(),
-    "qwen2_moe": moe.Qwen2Moe(),
+    "qwen2_moe": moe.QwenMoe(),
     "olmoe": moe.Olmoe(size="intermediate_size", fixed=("heads",)),  # its class has hidden_size weights in the norms
     "gpt_oss": moe.GptOss(eager_only="attention sinks", packs=False, **LOCAL),
     **dict.fromkeys(("glm4_moe", "dots1"), moe.GlmMoe(best_of_group=2, **ROUTED)),

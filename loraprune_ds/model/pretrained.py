@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
-from loraprune_ds.model.frozen import READ_CHUNK, SCALE, WEIGHT, Int8, Matrix, NotFinite, Pieces, StoredTensor, fill
+from loraprune_ds.model.frozen import DENSE, READ_CHUNK, SCALE, WEIGHT, Int8, NotFinite, Pieces, StoredTensor, fill
 from loraprune_ds.model.groups import LayerKeep, Slice, TensorSpec
 from loraprune_ds.model.read_shape import check_depth, check_family, read_family, read_model
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, text_config, text_tensors
+from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, text_config
 from loraprune_ds.model.weight_files import Headers, have_equal_values, read_headers
 
 HEAD = "lm_head.weight"
@@ -119,13 +119,14 @@ class ModelWeights:
         """Reads a tensor of `ModelShape.stored` like `read_flat`. int8 and fp32 parameters ignore `dtype`."""
         path, _, tensor = name.rpartition(".")
         weight = f"{path}.{WEIGHT}"
-        if weight not in self._int8 or tensor not in Int8.tensors:
+        spec = self._tensors.get(weight)
+        stored_as = spec.format(self.int8) if spec else DENSE
+        if not spec or not isinstance(stored_as, Int8) or tensor not in Int8.tensors:
             keeps_fp32 = name in self._tensors and self._tensors[name].keep_fp32
             return self.read_flat(name, start, end, torch.float32 if keeps_fp32 else dtype)
         if f"{path}.{SCALE}" in self.files:
             return self.read_flat(name, start, end, torch.int8 if tensor == WEIGHT else dtype)
-        stored_as, shape = self._int8[weight]
-        read_weight = partial(self.read_flat, weight, dtype=torch.float32)
+        shape, read_weight = spec.matrix, partial(self.read_flat, weight, dtype=torch.float32)
         try:
             return stored_as.read(tensor, shape, start, end, read_weight, dtype)
         except NotFinite:
@@ -136,21 +137,14 @@ class ModelWeights:
 
     def read_full(self, name: str, dtype: torch.dtype) -> Tensor:
         """Returns one of `ModelShape.parameters`, dequantised."""
-        shape = self._tensors[name].shape
-        if name not in self._int8:
-            return self.read_stored(name, 0, math.prod(shape), dtype).view(shape)
-        stored_as, matrix = self._int8[name]
-        path, sizes = name.removesuffix(WEIGHT), {x: size for x, (size, _) in stored_as.stored(matrix, 1).items()}
-        return stored_as.join(self.read_stored(path + x, 0, math.prod(n), dtype).view(n) for x, n in sizes.items())
+        tensor = self._tensors[name]
+        prefix, stored = name.removesuffix(tensor.name), tensor.stored(1, self.int8)
+        parts = (self.read_stored(prefix + x, 0, math.prod(n), dtype).view(n) for x, (n, _) in stored.items())
+        return tensor.format(self.int8).join(parts)
 
     @cached_property
     def _tensors(self) -> dict[str, TensorSpec]:
         return dict(self.shape.tensors())
-
-    @cached_property
-    def _int8(self) -> dict[str, tuple[Int8, Matrix]]:
-        formats = ((name, x.format(self.int8), x) for name, x in self._tensors.items())
-        return {name: (stored_as, x.matrix) for name, stored_as, x in formats if isinstance(stored_as, Int8)}
 
 
 def check_weights(folder: Path, headers: Headers, names: Mapping[str, str], shape: ModelShape) -> ModelWeights:
@@ -227,10 +221,10 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     full = read_json(folder / "config.json")
     config = text_config(full, where)
     family, headers = read_family(config, where), read_headers(folder)
-    names, tower = {family.name_in_class(name): name for name in headers}, None
+    names, tower = {family.layout.name_in_class(name): name for name in headers}, None
     if full.get("model_type") in MULTIMODAL:
         layout = find_layout(headers, where)
-        names = text_tensors(headers, layout)
+        names = {layout.name_in_class(name): name for name in headers if name.startswith(layout)}
         others = {name: file for name, (_, _, file) in headers.items() if not name.startswith((*layout, MTP))}
         tower = Tower(full, layout, others)
     check_depth(config, family, names, where)

@@ -65,17 +65,13 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
         made, modules = config_object(config), build_on_meta(config)
     configs = [_layer_config(made, family, i) for i in range(sum(counts))]
     shapes: dict[str, Shape] = {name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
-    prefixes = [
-        (number, f"{names.path}.{i}.")
-        for number, (names, count) in enumerate(zip(family.layer_lists, counts, strict=True))
-        for i in range(count)
-    ]
     layers, marks = list[LayerSpec](), [list(family.layer(c, i)) for i, c in enumerate(configs)]
     equal = dict[LayerSpec, LayerSpec]()
-    for (number, prefix), of_layer in zip(prefixes, marks, strict=True):
-        inside = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-        layer = _layer(number, of_layer, inside, f"{where}: {prefix}")
-        layers.append(equal.setdefault(layer, layer))
+    for number, (names, count) in enumerate(zip(family.layer_lists, counts, strict=True)):
+        for prefix in (f"{names.path}.{i}." for i in range(count)):
+            inside = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+            layer = _layer(number, marks[len(layers)], inside, f"{where}: {prefix}")
+            layers.append(equal.setdefault(layer, layer))
     paths = tuple(f"{names.path}." for names in family.layer_lists)
     outer = tuple(TensorSpec(name, shape=shape) for name, shape in shapes.items() if not name.startswith(paths))
     kinds = _kinds(marks[0], layers)

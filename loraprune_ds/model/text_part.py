@@ -15,6 +15,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import config_class, config_object, parameters_on_meta, refused_in_one_line
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import multimodal_config
+from loraprune_ds.model.families.base import Layout
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.groups import EQUAL_LAYERS
 from loraprune_ds.model.shape import ModelShape
@@ -31,14 +32,12 @@ STANDS_FOR: dict[str, dict[str, Any]] = {
 }
 TRANSPOSED = ("qwen3_vl_moe",)  # their files have the experts of a layer in one tensor, each expert transposed
 OF_ROWS = ("mrope_section", "mrope_interleaved")
-Layout = tuple[str, str]  # prefix of the decoder, prefix of the head
-OF_TEXT: Layout = ("model.", "lm_head.")
 # transformers saves the first one or two, and reads all.
-LAYOUTS: tuple[Layout, ...] = (
-    ("language_model.model.", "language_model.lm_head."),
-    ("model.language_model.", "lm_head."),
-    ("model.text_model.", "lm_head."),
-    ("model.", "lm_head."),
+LAYOUTS = (
+    Layout("language_model.model.", "language_model.lm_head."),
+    Layout("model.language_model."),
+    Layout("model.text_model."),
+    Layout(),
 )
 # Published text configs omit sizes that are defaults of their class.
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
@@ -62,15 +61,10 @@ class Tower:
     layout: Layout
     files: Mapping[str, Path]
 
-    def name_on_disk(self, name: str) -> str:
-        """Returns the name in the weight files for a tensor of the text class."""
-        decoder, head = self.layout
-        return decoder + name.removeprefix("model.") if name.startswith("model.") else head + name.split(".", 1)[1]
-
     @property
     def key_mapping(self) -> dict[str, str]:
         """The option with which transformers' `from_pretrained` loads the text class."""
-        return {f"^{re.escape(prefix)}": text for prefix, text in zip(self.layout, OF_TEXT, strict=True)}
+        return {f"^{re.escape(prefix)}": text for prefix, text in zip(self.layout, Layout(), strict=True)}
 
 
 def in_files(tensors: Mapping[str, Tensor], shape: ModelShape, tower: Tower | None) -> dict[str, Tensor]:
@@ -78,7 +72,7 @@ def in_files(tensors: Mapping[str, Tensor], shape: ModelShape, tower: Tower | No
 
     Copies of a bias that layers share are left out.
     """
-    name_on_disk = (tower or shape.family).name_on_disk
+    name_on_disk = (tower or shape.family).layout.name_on_disk
     transposed, copies = tower is not None and tower.config["model_type"] in TRANSPOSED, shape.shared_tensors
     tensors = {name: x for name, x in tensors.items() if name not in copies}
     return as_on_disk(tensors, shape.pieces(transposed=transposed), name_on_disk)
@@ -111,19 +105,9 @@ def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:
 def find_layout(stored: Collection[str], where: str) -> Layout:
     """Returns the layout of the weight files that hold the tensors `stored` of a multimodal model."""
     for layout in LAYOUTS:
-        if f"{layout[0]}embed_tokens.weight" in stored:
+        if f"{layout.decoder}embed_tokens.weight" in stored:
             return layout
     raise UserError(f"{where}: its weight files have no text part under {' or '.join(x for x, _ in LAYOUTS)}")
-
-
-def text_tensors(stored: Collection[str], layout: Layout) -> dict[str, str]:
-    """Maps names of the text class to the `stored` names in the weight files of a multimodal model."""
-    return {
-        text + name.removeprefix(prefix): name
-        for name in stored
-        for prefix, text in zip(layout, OF_TEXT, strict=True)
-        if name.startswith(prefix)
-    }
 
 
 def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -> None:

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from loraprune_ds.model.groups import Attribute, Kind, LayerCounts, LayerSpec, TensorSpec
 
 PRUNED = "pruned_"  # prefix of the `model_type` of an export whose layers have different widths
-MODEL = "model."
 Marks = Iterable[TensorSpec | Attribute]
 
 
@@ -36,6 +35,26 @@ class Attention(NamedTuple):
     width: float  # of all heads. Scores, and again sums, take this many multiply-adds for a token and one that it reads
     cached: int  # elements that a token adds to the KV cache
     state: int = 0  # elements of a state that does not grow
+
+
+class Layout(NamedTuple):
+    """Holds the prefixes of names in weight files where a text class has the defaults."""
+
+    decoder: str = "model."
+    head: str = "lm_head."
+
+    def name_on_disk(self, name: str) -> str:
+        """Returns the name in weight files of a tensor of the class."""
+        return _with_prefix(name, Layout(), self)
+
+    def name_in_class(self, name: str) -> str:
+        """Undoes `name_on_disk`."""
+        return _with_prefix(name, self, Layout())
+
+
+def _with_prefix(name: str, old: Layout, new: Layout) -> str:
+    prefixes = zip(old, new, strict=True)
+    return next((to + name.removeprefix(prefix) for prefix, to in prefixes if name.startswith(prefix)), name)
 
 
 class LayerList(NamedTuple):
@@ -60,7 +79,7 @@ class Family:
     vllm: Literal["auto", "transformers"] = "auto"  # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
 
     layer_lists: ClassVar[tuple[LayerList, ...]] = (LayerList(),)  # an encoder's comes first
-    on_disk: ClassVar[str] = MODEL  # how names in weight files begin that begin with MODEL in the class
+    layout: ClassVar[Layout] = Layout()
     in_memory: ClassVar[Mapping[str, Any]] = {}  # fields of config.json that its modules have otherwise in memory
     per_layer: ClassVar[str] = "per_layer_config"  # the field of a pruned export with the sizes of each layer
     # A kind, and another whose counts equal it in each layer of a stock class.
@@ -81,14 +100,6 @@ class Family:
     def layer(self, c: Any, i: int) -> Marks:
         """Marks tensors of layer `i`, in the order of the forward, and counts that its forward reads."""
         raise NotImplementedError
-
-    def name_on_disk(self, name: str) -> str:
-        """Returns the name in weight files of a tensor of the class."""
-        return self.on_disk + name.removeprefix(MODEL) if name.startswith(MODEL) else name
-
-    def name_in_class(self, name: str) -> str:
-        """Undoes `name_on_disk`."""
-        return MODEL + name.removeprefix(self.on_disk) if name.startswith(self.on_disk) else name
 
     def head_dim(self, c: Any) -> int:
         return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from loraprune_ds.model.families.base import Attention, Attribute, Family, Marks, Mixture
+from loraprune_ds.model.families.base import Attention, Attribute, Family, Layout, Marks, Mixture
 from loraprune_ds.model.families.blocks import attention, columns, head_runs, mlp, per_expert, rows, stacks, whole
-from loraprune_ds.model.families.moe import Moe, Qwen2Moe
+from loraprune_ds.model.families.moe import Moe, QwenMoe
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Run, TensorSpec
 
 NET = "linear_attn"
@@ -61,17 +61,15 @@ class Qwen35(Delta):
         return [*self.mixer(c), *mlp(c.intermediate_size)]
 
 
-class Qwen35Moe(Delta, Qwen2Moe):
-    """Takes `mixer` from Delta and the rest from Qwen2Moe. It has no dense layers."""
-
-    dense_mlp = ()
+class Qwen35Moe(Delta, QwenMoe):
+    """Takes `mixer` from Delta and the rest from QwenMoe. It has no dense layers."""
 
     def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
         return {}
 
 
-class Qwen3Next(Delta, Qwen2Moe):
-    """Has all of a key head together. Takes `mixer` from Delta and the rest from Qwen2Moe."""
+class Qwen3Next(Delta, QwenMoe):
+    """Has all of a key head together. Takes `mixer` from Delta and the rest from QwenMoe."""
 
     def net(self, keys: Run, values: Run, each: Run) -> Marks:
         return [
@@ -91,7 +89,7 @@ class NemotronH(Moe):
     """
 
     optional = True
-    on_disk: ClassVar[str] = "backbone."
+    layout: ClassVar[Layout] = Layout("backbone.")
 
     def layer(self, c: Any, i: int) -> Marks:
         run, inputs = self.run(c), c.moe_latent_size or c.hidden_size

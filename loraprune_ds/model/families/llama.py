@@ -1,7 +1,7 @@
 """Dense decoders: LLaMA, and those that differ from it in a few words."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from loraprune_ds.model.families.base import PRUNED, Attribute, Family, Marks
 from loraprune_ds.model.families.blocks import attention, columns, head_runs, mlp, rows, whole, wide_norms
@@ -44,12 +44,22 @@ class Phi3(Family):
         ]
 
 
-class Lfm2(Family):
-    """Its short convolutions are as wide as the residual stream."""
+class Lfm3(Family):
+    """Each query head has a gate. Its short convolutions are as wide as the residual stream."""
+
+    out: ClassVar[str] = "o_proj"
 
     def layer(self, c: Any, i: int) -> Marks:
+        each = Run("heads", c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads)
+        gates = TensorSpec("self_attn.g_proj.weight", (each,), on_disk="self_attn.gate_proj.weight")
         convolution = whole("conv", "in_proj", "out_proj")
-        return [*attention(c, "out_proj"), *convolution, *mlp(c.intermediate_size, "feed_forward")]
+        return [*attention(c, self.out), *convolution, *mlp(c.intermediate_size, "feed_forward"), gates]
+
+
+class Lfm2(Lfm3):
+    """Has no gates."""
+
+    out = "out_proj"
 
     def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
         """Writes the width of the MLP, which the class computes from other fields."""
@@ -60,16 +70,6 @@ class Lfm2(Family):
             width = width if factor is None else multiple * -(-int(factor * width) // multiple)
         rest = {key: value for key, value in config.items() if key != "block_ff_dim"}
         return rest | {"intermediate_size": width, "block_auto_adjust_ff_dim": False}
-
-
-class Lfm3(Family):
-    """Each query head has a gate. Its short convolutions are as wide as the residual stream."""
-
-    def layer(self, c: Any, i: int) -> Marks:
-        each = Run("heads", c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads)
-        gates = TensorSpec("self_attn.g_proj.weight", (each,), on_disk="self_attn.gate_proj.weight")
-        convolution = whole("conv", "in_proj", "out_proj")
-        return [*attention(c), *convolution, *mlp(c.intermediate_size, "feed_forward"), gates]
 
 
 class GraniteHybrid(Family):

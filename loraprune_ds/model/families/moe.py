@@ -18,6 +18,7 @@ from loraprune_ds.model.families.blocks import (
 )
 from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
+SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # names of the MLP that all tokens pass
 NEW_COUNT = "num_local_experts"  # transformers 5 writes the number of experts under this name, and reads the old ones
 
 
@@ -32,8 +33,6 @@ class Moe(Family):
 
     has_experts = True
     optional: ClassVar[bool] = False  # some models of the family have none
-    dense_mlp: ClassVar[tuple[TensorSpec, ...]] = ()  # of a layer without experts
-    shared: ClassVar[tuple[TensorSpec, ...]] = ()  # the linears that all tokens pass
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -52,9 +51,14 @@ class Moe(Family):
         return attention(c)
 
     def mlp(self, c: Any) -> Marks:
-        """Marks the experts of a sparse layer, and the MLP of a dense one."""
-        experts = stacks("mlp.experts", self.run(c), c.hidden_size, each_expert())
-        return [*experts, *self.dense_mlp, *self.shared, per_expert("mlp.gate.weight", self.run(c))]
+        """Marks the experts of a sparse layer, the MLP of a dense one, and the linears that all tokens pass."""
+        return [
+            *stacks("mlp.experts", self.run(c), c.hidden_size, each_expert()),
+            *whole("mlp", *MLP),
+            *(linear for x in SHARED for linear in whole(f"mlp.{x}", *MLP)),
+            *whole("mlp", "shared_expert_gate"),
+            per_expert("mlp.gate.weight", self.run(c)),
+        ]
 
     def mixture(self, c: Any) -> Mixture | None:
         run, per_token = self.run(c), getattr(c, self.chosen)
@@ -83,14 +87,8 @@ class MiniMax(Mixtral):
 
 
 class QwenMoe(Moe):
-    dense_mlp = tuple(whole("mlp", *MLP))
-
     def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
         return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
-
-
-class Qwen2Moe(QwenMoe):
-    shared = (*whole("mlp.shared_expert", *MLP), *whole("mlp", "shared_expert_gate"))
 
 
 class Olmoe(Moe):
@@ -101,7 +99,6 @@ class Olmoe(Moe):
 class GlmMoe(QwenMoe):
     """Its router may have a correction for each expert."""
 
-    shared = tuple(whole("mlp.shared_experts", *MLP))
     correction_in_files: ClassVar[str | None] = None  # its name there, if it differs
 
     def mlp(self, c: Any) -> Marks:
@@ -127,8 +124,6 @@ class ExaoneMoe(LayerTypes, GlmMoe):
 
 
 class HunyuanMoe(Moe):
-    shared = tuple(whole("mlp.shared_mlp", *MLP))
-
     def layer(self, c: Any, i: int) -> Marks:
         return [*super().layer(c, i), per_expert("mlp.gate.wg.weight", self.run(c), keep_fp32=True)]
 
@@ -159,8 +154,6 @@ class Lfm2Moe(Moe):
 
 class ErnieMoe(Moe):
     """Its router is fp32. The correction, (1, experts), has another name in files."""
-
-    dense_mlp, shared = QwenMoe.dense_mlp, GlmMoe.shared
 
     def layer(self, c: Any, i: int) -> Marks:
         run, bias = self.run(c), "moe_statics.e_score_correction_bias"
