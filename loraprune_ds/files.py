@@ -15,7 +15,6 @@ from uuid import uuid4
 
 from loraprune_ds.errors import UserError, fail_point, one_line, require
 
-PairsHook = Callable[[list[tuple[str, Any]]], Any]
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from a file system without locks, such as some Lustre
 
 
@@ -149,10 +148,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, *, pairs_hook: PairsHook | None = None, missing_ok: bool = False) -> dict[str, Any]:
-    """Reads a JSON file that must hold one object. With `missing_ok`, a missing file counts as an empty object.
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{repeated[0]} is given twice")
+    return dict(pairs)
 
-    `pairs_hook` is json's `object_pairs_hook`. Its ValueError counts as invalid JSON.
+
+def read_json(path: Path, *, unique_keys: bool = False, missing_ok: bool = False) -> dict[str, Any]:
+    """Reads a JSON file that must hold one object. With `unique_keys`, a key given twice is an error.
+
+    With `missing_ok`, a missing file counts as an empty object.
 
     Raises:
         UserError: the file is missing, unreadable or holds no object. The message names it.
@@ -161,7 +167,7 @@ def read_json(path: Path, *, pairs_hook: PairsHook | None = None, missing_ok: bo
         return {}
     require(path.is_file(), f"{path} does not exist")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs_hook)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique if unique_keys else None)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8 or not JSON

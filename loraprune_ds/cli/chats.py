@@ -55,14 +55,16 @@ def main() -> int:
 
 def write(options: argparse.Namespace) -> None:
     """Writes the chats and prints what they are like. Collective."""
-    comm = join_ranks()
+    job.check_ranks(os.environ)
+    job.silence_libraries()
     # These imports take seconds.
     from loraprune_ds.evaluate.chats import collect
     from loraprune_ds.evaluate.models import find_model
-    from loraprune_ds.zero.engine import stop_ranks
+    from loraprune_ds.ranks.comm import Communicator, stop_ranks
 
+    comm = join_ranks() if job.several_ranks(os.environ) else Communicator()
     with comm.patient() as waiting:  # the first rank of each node downloads
-        waiting.all_or_raise(lambda: find_model(options.model) if os.environ["LOCAL_RANK"] == "0" else None)
+        waiting.all_or_raise(lambda: find_model(options.model) if os.environ.get("LOCAL_RANK", "0") == "0" else None)
     selection = collect(options, comm)
     stop_ranks()
     if comm.rank == 0:

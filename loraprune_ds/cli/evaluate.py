@@ -28,6 +28,7 @@ import os
 import sys
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -100,8 +101,10 @@ def show(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
-    job.check_ranks(os.environ)  # before DeepSpeed is imported
+    job.check_ranks(os.environ)  # before the slow imports
     job.collective_timeout(os.environ)
+    sharded = arguments.sharded or job.several_ranks(os.environ)
+    require(not sharded or find_spec("deepspeed") is not None, "--sharded and several ranks need DeepSpeed; install it")
     require_option(arguments, "tasks", "include_path", "num_fewshot", "limit")
     require_option(arguments, "speed", *(field.name for field in ROUND))
     require_option(arguments, "answers", "max_new_tokens", "page")
@@ -123,15 +126,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from loraprune_ds.evaluate.models import find_model
     from loraprune_ds.evaluate.result import make_result
     from loraprune_ds.evaluate.tasks import check_tasks
+    from loraprune_ds.ranks.comm import Communicator, stop_ranks
     from loraprune_ds.ranks.device import device_name
     from loraprune_ds.report.report import hardware, versions
-    from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
 
-    if not arguments.verbose:
-        quiet_deepspeed()
-    comm = start_ranks()
+    comm = Communicator()
+    if sharded:
+        from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
+
+        if not arguments.verbose:
+            quiet_deepspeed()
+        comm = start_ranks()
     # One rank per node downloads or converts. The others find the result in the node's cache.
-    is_first = os.environ["LOCAL_RANK"] == "0"
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     models = [arguments.model, *([arguments.dense] if arguments.dense else [])]
     if tasks:
         comm.all_or_raise(lambda: check_tasks(tasks))

@@ -144,10 +144,10 @@ def join_ranks() -> "Communicator":
 
 def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> bool:
     """Runs on all ranks. Returns False after a request to stop. Collective."""
+    from loraprune_ds.ranks.comm import stop_ranks
     from loraprune_ds.ranks.device import empty_cache
     from loraprune_ds.train.run import run
     from loraprune_ds.train.watch import Watch
-    from loraprune_ds.zero.engine import stop_ranks
 
     gc.freeze()  # DeepSpeed collects garbage over all objects twice per cut, and imports left none
     watch = Watch(comm, job.longest_silence(os.environ), launchers)

@@ -30,6 +30,7 @@ from loraprune_ds.evaluate.settings import AnswerSettings, Message, Prompt
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.tokenizer import load_tokenizer, rendering, token_ids
+from loraprune_ds.ranks.device import fast_half_products
 from loraprune_ds.ranks.job import Ranks
 from loraprune_ds.units import aligned, format_percent
 
@@ -252,8 +253,6 @@ def collect(options: Namespace, ranks: Ranks) -> Selection:
 
     `options` are those of cli/chats.py. A killed command goes on: every draw is a flushed line of a journal.
     """
-    from loraprune_ds.ranks.device import fast_half_products  # DeepSpeed, once it is needed
-
     source = ranks.all_or_raise(lambda: find_model(options.model))
     tokenizer = ranks.all_or_raise(lambda: load_tokenizer(source.tokenizer_folder))
     drawer, selection = Drawer(options, source, tokenizer, ranks), Selection(options)

@@ -28,6 +28,7 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.perplexity import Labelled, Perplexity, Progress, measure_perplexity, split_batches
 from loraprune_ds.model.shape import ModelShape, active_numel, attention_product, cached_numel
 from loraprune_ds.model.tokenizer import Starts, load_tokenizer, text_starts
+from loraprune_ds.ranks.device import fast_half_products
 from loraprune_ds.ranks.job import Ranks
 
 # transformers renamed this argument within the range that pyproject.toml allows.
@@ -101,8 +102,6 @@ def evaluate(
     paths: list[str], settings: EvaluationSettings, comm: Ranks, progress: Progress = lambda rounds, _: rounds
 ) -> list[Measurement]:
     """Measures a model, and a second, dense one. Collective. Tasks, answers and speed are on rank 0 only."""
-    from loraprune_ds.ranks.device import fast_half_products  # DeepSpeed, once it is needed
-
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
     dense = models[1].source.pretrained.shape.total_numel() if len(models) > 1 else None
     measurements: list[Measurement] = []

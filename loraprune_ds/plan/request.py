@@ -21,7 +21,7 @@ from loraprune_ds.pruning.compensate import measured_linears
 from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.flat import partition_numel
-from loraprune_ds.zero.ds_config import HPZ, DeepSpeedZeroConfig, resolve_ds_config, zero_settings
+from loraprune_ds.zero.ds_config import HPZ, ZeroSettings, resolve_ds_config, zero_settings
 
 ASSUMED_STEPS = 1000  # for a run that counts epochs of absent data
 
@@ -87,8 +87,7 @@ class Request:
         return DTYPES[self.config.model.dtype].itemsize
 
     @cached_property
-    def fetch(self) -> DeepSpeedZeroConfig:
-        """DeepSpeed's settings of ZeRO, in elements. `zero_hpz_partition_size` ranks share a second copy."""
+    def fetch(self) -> ZeroSettings:
         return zero_settings(self.ds_config)
 
     def measured(self, shape: ModelShape) -> list[tuple[int, TensorSpec]]:

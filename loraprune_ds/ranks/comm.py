@@ -18,6 +18,12 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=7)
 
 
+def stop_ranks() -> None:
+    """Leaves the process group, if there is one, which joins gloo's threads before the interpreter exits."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class Communicator(Ranks):
     """Runs collectives over the ranks that train one model. Counts the bytes that this rank sends.
 
@@ -103,6 +109,9 @@ class Communicator(Ranks):
     @contextmanager
     def patient(self) -> Iterator["Communicator"]:
         """Yields the same ranks with a time limit of days, for a download or conversion on one of them. Collective."""
+        if self.world_size == 1:
+            yield self
+            return
         group: Any = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         try:
             yield Communicator(group)

@@ -184,6 +184,11 @@ def check_ranks(environment: Mapping[str, str]) -> None:
     require(rank < size, f"RANK is {rank}, but WORLD_SIZE is {size}; ranks are counted from 0")
 
 
+def several_ranks(environment: Mapping[str, str]) -> bool:
+    """Returns whether a launcher has started more than one rank."""
+    return environment.get("WORLD_SIZE", "1") != "1"
+
+
 def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
     """Checks that this rank sees its device. DeepSpeed takes the one with the number LOCAL_RANK."""
     rank, local_rank = environment["RANK"], environment["LOCAL_RANK"]

@@ -1,14 +1,14 @@
-"""DeepSpeed's JSON. This module fills in the settings of the run config, which are "auto" in the JSON."""
+"""DeepSpeed's JSON. This module fills in the settings of the run config, which are "auto" in the JSON.
+
+It imports DeepSpeed only to check values, so a plan needs none.
+"""
 
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
-from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import dotted_values, find_shipped
@@ -68,14 +68,18 @@ ONE_DTYPE = (
 )
 HPZ = "zero_hpz_partition_size"
 FLAGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "disable_python_gc")
-SECTIONS = {
-    "zero_optimization": DeepSpeedZeroConfig,
-    "bf16": DeepSpeedBF16Config,
-    "fp16": DeepSpeedFP16Config,
-    "timers.throughput": DeepSpeedThroughputTimerConfig,
-}
 # Values that change nothing.
 NEUTRAL = {"gradient_predivide_factor": 1, "sequence_parallel_size": 1}
+
+
+class ZeroSettings(BaseModel, populate_by_name=True):
+    """Holds the settings of ZeRO that a plan reads, in elements, with DeepSpeed's names and defaults."""
+
+    zero_hpz_partition_size: int = 1  # ranks that share a second copy
+    reduce_bucket_size: int = 500_000_000
+    prefetch_bucket_size: int = Field(50_000_000, alias="stage3_prefetch_bucket_size")
+    max_live_parameters: int = Field(1_000_000_000, alias="stage3_max_live_parameters")
+    max_reuse_distance: int = Field(1_000_000_000, alias="stage3_max_reuse_distance")
 
 
 def resolve_ds_config(
@@ -92,7 +96,7 @@ def resolve_ds_config(
     """
     path, model = find_shipped(config.deepspeed), config.model
     require(path.is_file(), f"deepspeed: {path} {'is not a file' if path.exists() else 'does not exist'}")
-    resolved = read_json(path, pairs_hook=dict_raise_error_on_duplicate_keys)
+    resolved = read_json(path, unique_keys=True)
     stored = shape.stored(DTYPES[model.dtype].itemsize, int8=model.frozen == "int8")
     check_reshardable(str(path), resolved, {tensor.element_size for tensor in stored.values()})
     _refuse(str(path), resolved, OWNED)
@@ -197,8 +201,16 @@ def _fill(path: Path, resolved: dict[str, Any], keys: tuple[str, ...], value: An
 
 
 def _validate(path: Path, resolved: dict[str, Any]) -> None:
-    """Makes DeepSpeed check its sections before the model is loaded."""
-    for name, section in SECTIONS.items():
+    """Makes DeepSpeed check its sections before the model is loaded. Without DeepSpeed only the plan's are checked."""
+    sections: dict[str, type[BaseModel]] = {"zero_optimization": ZeroSettings}
+    if find_spec("deepspeed") is not None:
+        from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+        from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+        sections = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+        sections |= {"timers.throughput": DeepSpeedThroughputTimerConfig}
+    for name, section in sections.items():
         try:
             section(**_look_up(resolved, tuple(name.split("."))))
         except ValidationError as error:
@@ -207,6 +219,6 @@ def _validate(path: Path, resolved: dict[str, Any]) -> None:
             raise UserError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from None
 
 
-def zero_settings(ds_config: dict[str, Any]) -> DeepSpeedZeroConfig:
-    """Reads the ZeRO section of a resolved config, with DeepSpeed's defaults."""
-    return DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+def zero_settings(ds_config: dict[str, Any]) -> ZeroSettings:
+    """Reads the ZeRO section of a resolved config."""
+    return ZeroSettings(**ds_config["zero_optimization"])

@@ -80,12 +80,6 @@ def start_ranks() -> Communicator:
     return comm
 
 
-def stop_ranks() -> None:
-    """Leaves the process group, which joins gloo's threads before the interpreter exits."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 class TrainingEngine:
     """Trains the sharded `model` through `deepspeed`, a `DeepSpeedEngine`. Every method is collective."""
 

@@ -14,11 +14,12 @@ from dataclasses import replace
 from loraprune_ds.config import DataConfig, EvaluateConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.ranks.comm import stop_ranks
 from loraprune_ds.ranks.device import device_name
 from loraprune_ds.train.checkpoints import build_engine
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks, stop_ranks
+from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
 from tests.benchmarks.running import make_parser, record
 
 

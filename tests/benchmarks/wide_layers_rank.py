@@ -19,12 +19,12 @@ from loraprune_ds.export.huggingface import write_model
 from loraprune_ds.export.model_card import card_of_step
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.pruning.schedule import Section
-from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.comm import Communicator, stop_ranks
 from loraprune_ds.ranks.device import device_name
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import build_inference_engine, quiet_deepspeed, start_ranks, stop_ranks
+from loraprune_ds.zero.engine import build_inference_engine, quiet_deepspeed, start_ranks
 from tests.benchmarks.memory import Peak, tell
 from tests.benchmarks.running import make_parser
 from tests.numerics.driver import Consecutive, assemble, save

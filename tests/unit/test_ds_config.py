@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import Dtype, Frozen, ModelConfig, RunConfig, TrainConfig
@@ -15,7 +16,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.zero.ds_config import MAX_BUCKET, OWNED, REFUSED_KEYS, bucket_numel, resolve_ds_config
+from loraprune_ds.zero.ds_config import MAX_BUCKET, OWNED, REFUSED_KEYS, ZeroSettings, bucket_numel, resolve_ds_config
 from tests.families import MIXTURES, tiny_config
 from tests.integration.launching import ROOT
 from tests.refusals import must_name
@@ -200,3 +201,10 @@ def test_the_gradient_bucket_holds_all_of_lora_or_one_layer() -> None:
     assert bucket_numel(LLAMA_7B, 64) == MAX_BUCKET
     huge = make_shape([(64, 28672)] * 2, hidden=8192, head_dim=128)
     assert bucket_numel(huge, 512) == 512 * (4 * 2 * 8192 + 3 * (8192 + 28672)) > MAX_BUCKET
+
+
+@pytest.mark.parametrize("settings", [{}, *(json.loads(path.read_text())["zero_optimization"] for path in SHIPPED)])
+def test_a_plan_without_deepspeed_reads_what_deepspeed_reads(settings: dict[str, Any]) -> None:
+    settings = {key: value for key, value in settings.items() if value != "auto"}
+    own, theirs = ZeroSettings(**settings), DeepSpeedZeroConfig(**settings)
+    assert own.model_dump() == {name: getattr(theirs, name) for name in ZeroSettings.model_fields}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn, optim
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds import PruneConfig, Pruning, linear_names
 from loraprune_ds.report.records import StepRecord
@@ -42,7 +42,7 @@ def make_model(folder: Path) -> Any:
 def train(
     model: Any, make: Make = optim.SGD, lr: float = 0.0, scale: float = 0.0, parts: int = 1, **at: Any
 ) -> tuple[Rows, Any, list[StepRecord]]:
-    """Trains on the same batches. With a learning rate of 0 only cuts change weights. `at`: `clip`, and `overflow`."""
+    """Trains on the same batches. With a rate of 0 only cuts change weights. `at`: `clip`, `overflow`, `out`."""
     optimizer = make(trained := [p for p in model.parameters() if p.requires_grad], lr=lr)
     scaler: Any = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale > 0)
     cast(Any, optimizer).scaler = scaler
@@ -63,6 +63,8 @@ def train(
         kept = [x.tolist() for layer in pruning.pruner.kept_of_dense for x in layer.values()]
         rows.append((scores, kept))
     pruning.close()
+    if out := at.get("out"):
+        pruning.save_model(out, AutoTokenizer.from_pretrained(model.get_base_model().config._name_or_path))
     return rows, optimizer, pruning.recorder.history.steps
 
 
@@ -142,16 +144,32 @@ def test_a_training_that_cannot_be_cut_is_named(
 
 
 WITHOUT_DEEPSPEED = """
-import sys
+import json, sys
 sys.modules["deepspeed"] = None  # makes an import fail
 from pathlib import Path
 from tests.unit.test_local import make_model, train
 from loraprune_ds import LoraPruneCallback
-rows, *_ = train(make_model(Path(sys.argv[1])))
+from loraprune_ds.cli import compare, evaluate, export, plan, run
+dense, out = map(Path, sys.argv[1:])
+def call(function, *words):
+    sys.argv[1:] = map(str, words)
+    return function()
+rows, *_ = train(make_model(dense), out=out)
 assert rows[0][1] != rows[-1][1]
-assert not any(name.startswith(("deepspeed.", "loraprune_ds.zero")) for name in sys.modules)
+assert call(plan.main, "llama-7b", "--gpu-memory", 80) == 0
+assert call(export.main, out, "--format", "gguf-f16", "--out", out / "gguf") == 0
+result = call(lambda: evaluate.measure(evaluate.parse_arguments()), out, "--dense", dense, "--text", "README.md")
+(out / "result.json").write_text(json.dumps(result))
+assert call(compare.main, out / "result.json") == 0
+assert not any(name.startswith(("deepspeed.", "loraprune_ds.zero.sharded")) for name in sys.modules)
+quickstart = ("--config", "launch/configs/quickstart.yaml", "--set", f"output_dir={out}/run")
+assert [call(run.main, *quickstart), call(evaluate.main, out, "--sharded")] == [2, 2]
 """
 
 
-def test_a_training_needs_no_deepspeed(folder: Path) -> None:
-    assert subprocess.run([sys.executable, "-c", WITHOUT_DEEPSPEED, str(folder)], cwd=ROOT).returncode == 0
+def test_all_but_zero_3_needs_no_deepspeed(folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_DEEPSPEED, str(folder), str(tmp_path / "model")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert ["deepspeed" in line.lower() for line in errors] == [True, True]

@@ -14,11 +14,12 @@ from torch.profiler import profile
 from loraprune_ds.config import Criterion
 from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.pruning.prunable_model import LayerKeep
+from loraprune_ds.ranks.comm import stop_ranks
 from loraprune_ds.ranks.device import is_cpu, peak_bytes
 from loraprune_ds.report.records import StepRecord
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator
-from loraprune_ds.zero.engine import quiet_deepspeed, release, start_ranks, stop_ranks
+from loraprune_ds.zero.engine import quiet_deepspeed, release, start_ranks
 from tests.benchmarks.gpu_day.engine import Sizes, device_bytes, make_trainer, sizes
 from tests.benchmarks.gpu_day.found import Found
 
