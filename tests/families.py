@@ -152,7 +152,7 @@ TINY: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "granitemoehybrid": SCALED
     | {
-        "layer_types": ["linear_attention", "full_attention"],
+        "layer_types": ["mamba", "attention"],
         "num_local_experts": 0,
         "shared_intermediate_size": 23,
         "mamba_n_heads": 10,

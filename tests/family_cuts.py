@@ -26,7 +26,7 @@ from loraprune_ds.model.read_shape import read_model, shape_from_config
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.ranks.job import Ranks
 from tests.export_cases import InMemory, model_card
-from tests.families import SIZES, is_seq2seq, layers_with, norms_are_wide, tiny_model
+from tests.families import SIZES, TINY, is_seq2seq, layers_with, norms_are_wide, tiny_model
 
 PROMPT = torch.randint(3, SIZES["vocab_size"], (2, 17), generator=torch.Generator().manual_seed(5))
 SOURCE = PROMPT.flip(1)[:, :11]  # what an encoder reads
@@ -70,6 +70,7 @@ def with_lora(model: PreTrainedModel, config: dict[str, Any], where: str) -> Net
 def dense(family: str, **changes: Any) -> Network:
     model = tiny_model(family, **changes, **(TINY_EPSILON if norms_are_wide(family) else {}))
     config = json.loads(model.config.to_json_string(use_diff=False))
+    config |= {key: value for key, value in TINY[family].items() if key == "layer_types"}  # as published
     return with_lora(in_memory(model, config, family), config, family)
 
 

@@ -93,6 +93,11 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
             """Asks the stock class. transformers looks for attention in the file of a class, not in this one."""
             return base_lm._can_set_attn_implementation()
 
+        @classmethod
+        def _supports_default_dynamic_cache(cls) -> bool:
+            """Asks the stock class. transformers 4.57 knows by the class's name that an LFM2 has its own cache."""
+            return base_lm._supports_default_dynamic_cache()
+
         def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
             """Sets the implementation in every layer, because each has a separate config."""
             super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
