@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 from tests.streams.detector import HOST, READ, WRITE, Access, Detector
 
 CARD, CPU = torch.device("cpu:0"), torch.device("cpu")
+DEVICE: Any = Tensor.device.__get__  # type: ignore[attr-defined]
 DETECTOR = Detector()
 
 # Streams and waits
@@ -89,7 +90,7 @@ def is_card(tensor: Tensor) -> bool:
 
 
 def device_of(tensor: Tensor) -> torch.device:
-    return CARD if tensors(tensor) and is_card(tensor) else tensor.device
+    return CARD if tensors(tensor) and is_card(tensor) else DEVICE(tensor)
 
 
 def to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
@@ -150,7 +151,7 @@ def make(function: Callable[..., Tensor], *args: Any, device: Any = CPU, **kwarg
 
 
 METHODS: dict[Any, Callable[..., Any]] = {
-    Tensor.device.__get__: device_of,  # type: ignore[attr-defined]
+    DEVICE: device_of,
     Tensor.to: to,
     Tensor.cpu: lambda tensor, *_, **__: to(tensor, CPU),
     Tensor.pin_memory: pin_memory,

@@ -1,30 +1,35 @@
-"""The method with its model on a separate device. It finds operations on tensors of two devices, as a GPU would."""
+"""The method with its model on a virtual card. It finds operations on tensors of two devices, as a GPU would."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.model import experts
 from loraprune_ds.model.frozen import Int8, Int8Linear
 from loraprune_ds.model.logits import Distillation, Head, LogitsTransform
 from loraprune_ds.model.token_loss import supervised_positions, token_losses
 from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
-from tests.fake_card import CARD, OnCard, fake_card, put, put_module, take
 from tests.families import SIZES, tiny_model
 from tests.numerics.driver import random_lora
 from tests.oracle.models import make_batches
+from tests.streams.virtual_card import CARD, CPU, device_of, is_card, watching
 from tests.unit.plain_training import Batch, PlainRun
 
 SAMPLES, WINDOW, PADDED = 6, 12, 3  # tokens at the end of every second sample
 REFIT: dict[str, Any] = {"compensate": "least_squares", "compensate_steps": 1}
 RATIO = 0.2  # which experts alone can give
-# The device's blocks are larger than a CPU's, so sums are in another order.
-CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-7}
+
+
+@contextmanager
+def on_virtual_card() -> Iterator[None]:
+    with watching(), patch.object(Tensor, "device", property(device_of)):  # a backward pass sees only the second
+        yield
 
 
 def padded_batch() -> tuple[Batch, Tensor]:
@@ -35,7 +40,7 @@ def padded_batch() -> tuple[Batch, Tensor]:
     return (batch[0], batch[1].masked_fill(~mask, -100)), mask
 
 
-def scored_and_refitted(run: PlainRun, *, device: torch.device) -> list[Tensor]:
+def scored_and_refitted(run: PlainRun, device: torch.device) -> list[Tensor]:
     """Makes one step and prepares a cut. Returns scores and refitted weights."""
     (ids, labels), mask = padded_batch()
     pruner = run.pruner
@@ -55,19 +60,13 @@ def scored_and_refitted(run: PlainRun, *, device: torch.device) -> list[Tensor]:
     pruner.average.cut(keep)
     left = [layer[kind] for layer in pruner.average.scores or [] for kind in layer]
     changed = [p for name, p in run.model.named_parameters() if name.endswith("base_layer.weight")]
-    found = [*(layer[kind] for layer in scores for kind in layer), *left, *changed]
-    return [take(tensor).clone() for tensor in found]
+    return [x.detach().cpu().clone() for x in (*(layer[kind] for layer in scores for kind in layer), *left, *changed)]
 
 
 def send_by_nccl(*given: Any) -> Tensor:
     """Stands for a collective of one rank. NCCL takes no tensor of the host."""
-    assert isinstance(given[-1], OnCard)
+    assert is_card(given[-1])
     return given[-1]
-
-
-def count_tokens(chosen: Tensor, count: int) -> list[int]:
-    """Counts the tokens of each expert, which the package does not do on the meta device."""
-    return torch.bincount(take(chosen), minlength=count).tolist()
 
 
 @pytest.mark.parametrize(
@@ -86,21 +85,20 @@ def count_tokens(chosen: Tensor, count: int) -> list[int]:
 def test_scores_and_refits_stay_on_their_device(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, family: str, settings: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(experts, "tokens_per_expert", count_tokens)
     tiny_model(family, seed=1).save_pretrained(tmp_path)
     settings |= {"ratio": RATIO, "warmup_fraction": 0.0, "prune_every": 1}
     prune = PruneConfig(protected_first=0, channel_multiple=1, **settings)
     on_host, on_card = (PlainRun(tmp_path, random_lora(tmp_path), prune, 10) for _ in range(2))
-    expected = scored_and_refitted(on_host, device=torch.device("cpu"))
-    put_module(on_card.model)
-    cast(Any, on_card.prunable).device = CARD
+    expected = scored_and_refitted(on_host, CPU)
     for name in ("all_reduce", "reduce_to"):
         monkeypatch.setattr(on_card.prunable.comm, name, send_by_nccl)
-    with fake_card():
-        found = scored_and_refitted(on_card, device=CARD)
+    with on_virtual_card():
+        on_card.model.to(CARD)  # pyright: ignore[reportArgumentType]
+        cast(Any, on_card.prunable).device = CARD
+        found = scored_and_refitted(on_card, CARD)
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -111,20 +109,20 @@ def test_losses_stay_on_their_device(*, distilled: bool) -> None:
     positions = supervised_positions(labels)
     teacher = torch.randn(len(positions), 8, generator=generator)
 
-    def losses(place: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        distillation = Distillation(place(teacher), 0.5) if distilled else None
-        states = place(hidden).requires_grad_()
-        head = Head(place(weight), LogitsTransform(softcap=4.0), 3)
-        found = token_losses(states, head, place(labels), distillation, place(positions))
+    def losses(device: torch.device) -> tuple[Tensor, Tensor]:
+        distillation = Distillation(teacher.to(device), 0.5) if distilled else None
+        states = hidden.to(device, copy=True).requires_grad_()
+        head = Head(weight.to(device), LogitsTransform(softcap=4.0), 3)
+        found = token_losses(states, head, labels.to(device), distillation, positions.to(device))
         found.sum().backward()
         assert states.grad is not None
-        return take(found), take(states.grad)
+        return found.detach(), states.grad
 
-    expected = losses(lambda tensor: tensor.clone())
-    with fake_card():
-        found = losses(put)
+    expected = losses(CPU)
+    with on_virtual_card():
+        found = losses(CARD)
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -134,12 +132,12 @@ def test_int8_weights_stay_on_their_device(axis: int) -> None:
     for name, tensor in form.split(stock.weight.detach(), torch.float32).items():
         linear._parameters[name] = torch.nn.Parameter(tensor, requires_grad=False)
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
-    expected, rows = linear(x), linear.weight[5:9]
-    decoded = form.decode(rows, 5, linear.weight_scale, 0)
-    put_module(linear)
-    with fake_card():
-        assert torch.equal(take(linear(put(x))), expected)
-        assert torch.equal(take(form.decode(linear.weight[5:9], 5, linear.weight_scale, 0)), decoded)
+    expected, decoded = linear(x), form.decode(linear.weight[5:9], 5, linear.weight_scale, 0)
+    with on_virtual_card():
+        linear.to(CARD)
+        found = linear(x.to(CARD)).cpu(), form.decode(linear.weight[5:9], 5, linear.weight_scale, 0).cpu()
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], decoded)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -148,6 +146,6 @@ def test_shards_are_taken_on_their_device(axis: int) -> None:
     for rank in range(3):
         plan = ReshardPlan(AxisCut((6, 7), axis, keep), 3, rank)
         shard = whole.flatten()[rank * 14 : (rank + 1) * 14]
-        with fake_card():
-            found = plan.take(put(shard))
-        assert torch.equal(take(found), ReshardPlan(AxisCut((6, 7), axis, keep), 3, rank).take(shard))
+        with on_virtual_card():
+            found = plan.take(shard.to(CARD)).cpu()
+        assert torch.equal(found, ReshardPlan(AxisCut((6, 7), axis, keep), 3, rank).take(shard))
