@@ -132,10 +132,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     comm = Communicator()
     if sharded:
-        from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
+        from loraprune_ds.zero.engine import start_ranks
 
-        if not arguments.verbose:
-            quiet_deepspeed()
         comm = start_ranks()
     # One rank per node downloads or converts. The others find the result in the node's cache.
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"

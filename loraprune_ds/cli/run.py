@@ -57,7 +57,7 @@ SummaryRow = tuple[str, ...]  # four cells
 
 def parse_arguments(*more: argparse.ArgumentParser) -> argparse.Namespace:
     """Reads the command line, with options from `more` parsers."""
-    parser = Parser(__doc__, more)
+    parser = Parser(__doc__, parents=more)
     parser.add_argument("--config", required=True, help="YAML file of the run, or a shipped launch/configs/*.yaml")
     value = "override a value, e.g. --set prune.ratio=0.3; may be repeated"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=value)
@@ -132,10 +132,8 @@ def join_ranks() -> "Communicator":
     job.silence_libraries()
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
-        from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
-
-        quiet_deepspeed()
         import loraprune_ds.train.run  # noqa: F401  # reports a missing package before other ranks wait
+        from loraprune_ds.zero.engine import start_ranks
     except ImportError as error:  # or DeepSpeed lacks a private module
         versions = "install the versions that pyproject.toml names, as launch/quickstart.sh does"
         raise UserError(f"{error}; {versions}") from None

@@ -129,7 +129,8 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-    # DeepSpeed's logger prints to stdout from its import on, and sets its own level.
+    logging.getLogger("deepspeed").setLevel(logging.ERROR)
+    # DeepSpeed's other logger prints to stdout from its import on, and sets its own level.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 

@@ -1,6 +1,5 @@
 """Starts DeepSpeed: the process group, then a model that is born sharded in a ZeRO-3 engine, and its training steps."""
 
-import logging
 import math
 import os
 from collections import defaultdict
@@ -21,7 +20,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import Dtype, RunConfig, TrainConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, first_line
 from loraprune_ds.model.adapters import add_lora, differentiate_input, leaf_modules, load_adapter
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DTYPES
@@ -38,12 +37,6 @@ from loraprune_ds.zero.releases import decide_releases
 from loraprune_ds.zero.sharded import ShardedModel
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-
-
-def quiet_deepspeed() -> None:
-    """Makes DeepSpeed log errors only. By default its logger prints to stdout at INFO."""
-    for name in ("DeepSpeed", "deepspeed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def start_ranks() -> Communicator:
@@ -74,7 +67,7 @@ def start_ranks() -> Communicator:
     except torch.distributed.DistError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         hint = "if another run uses that port, give the launcher another --master_port"
-        raise UserError(f"the ranks cannot meet at {where} ({hint}): {str(error).splitlines()[0]}") from None
+        raise UserError(f"the ranks cannot meet at {where} ({hint}): {first_line(error)}") from None
     comm = Communicator()
     comm.warm_up()
     return comm
@@ -194,13 +187,8 @@ def build_training_engine(
         _gather_as_one(peft_model, pretrained.shape)
         for layers in pretrained.shape.layer_lists:
             differentiate_input(decoder_layers(peft_model)[layers[0]])
-        optimizer = AdamW(
-            [p for p in peft_model.parameters() if p.requires_grad],
-            lr=train.learning_rate,
-            betas=(0.9, 0.999),
-            eps=train.adam_epsilon,
-            weight_decay=0.0,
-        )
+        trainable = [p for p in peft_model.parameters() if p.requires_grad]
+        optimizer = AdamW(trainable, lr=train.learning_rate, eps=train.adam_epsilon, weight_decay=0.0)
         schedule: Any = LambdaLR(optimizer, lambda step: learning_rate_factor(train, cycles, step))
         engine, *_ = deepspeed.initialize(
             model=peft_model, optimizer=optimizer, lr_scheduler=schedule, config=ds_config, dist_init_required=False

@@ -26,9 +26,8 @@ def find_zero_optimizer(optimizer: Any) -> DeepSpeedZeroOptimizer_Stage3:
     while zero is not None and not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         zero = getattr(zero, "optimizer", None)
     if zero is None:
-        raise UserError(
-            f"pruning needs DeepSpeed ZeRO-3 (zero_optimization.stage 3); the optimizer is {type(optimizer).__name__}"
-        )
+        needed = "pruning needs DeepSpeed ZeRO-3 (zero_optimization.stage 3)"
+        raise UserError(f"{needed}; the optimizer is {type(optimizer).__name__}")
     return zero
 
 

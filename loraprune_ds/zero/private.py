@@ -19,7 +19,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import groups
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import require
 
 # Lists that describe the flat buffers. They are emptied before the optimizer lays out new ones.
 FLAT_LISTS = (
@@ -113,8 +113,5 @@ def check_private_attributes() -> None:
         code = getattr(getattr(cls, function, None), "__code__", None)
         assigned = code.co_names if code else ()
         missing += [f"{holder}.{name}" for name in names if name not in assigned]
-    if missing:
-        raise UserError(
-            f"deepspeed {deepspeed.__version__} lacks names that in-place pruning needs ({', '.join(missing)}); "
-            "install a version that pyproject.toml allows"
-        )
+    lacks = f"deepspeed {deepspeed.__version__} lacks names that in-place pruning needs ({', '.join(missing)})"
+    require(not missing, f"{lacks}; install a version that pyproject.toml allows")

@@ -16,10 +16,11 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import stop_ranks
 from loraprune_ds.ranks.device import device_name
+from loraprune_ds.ranks.job import silence_libraries
 from loraprune_ds.train.checkpoints import build_engine
 from loraprune_ds.train.prepare import Prepared, prepare
 from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero.engine import quiet_deepspeed, start_ranks
+from loraprune_ds.zero.engine import start_ranks
 from tests.benchmarks.running import make_parser, record
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     prune = PruneConfig(ratio=0.5, channel_multiple=1, prune_every=1, warmup_fraction=0, cooldown_fraction=0)
     config = short_run(arguments.model, prune, 4 * arguments.steps + 8)
-    quiet_deepspeed()
+    silence_libraries()
     comm = start_ranks()
     prepared = prepare(config, comm)
     dense, small = Timed(prepared), Timed(prepared)

@@ -21,10 +21,11 @@ from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, ope
 from loraprune_ds.pruning.schedule import Section
 from loraprune_ds.ranks.comm import Communicator, stop_ranks
 from loraprune_ds.ranks.device import device_name
+from loraprune_ds.ranks.job import silence_libraries
 from loraprune_ds.train.data.samples import Samples
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import build_inference_engine, quiet_deepspeed, start_ranks
+from loraprune_ds.zero.engine import build_inference_engine, start_ranks
 from tests.benchmarks.memory import Peak, tell
 from tests.benchmarks.running import make_parser
 from tests.numerics.driver import Consecutive, assemble, save
@@ -81,7 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder, rank = arguments.folder, int(os.environ["RANK"])
     tell(folder, rank)
-    quiet_deepspeed()
+    silence_libraries()
     comm = start_ranks()
     config, phases = make_config(folder, comm.world_size, int8=arguments.int8), Phases()
     pretrained = open_for_pruning(folder / "model", config.model)

@@ -16,10 +16,11 @@ from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.pruning.prunable_model import LayerKeep
 from loraprune_ds.ranks.comm import stop_ranks
 from loraprune_ds.ranks.device import is_cpu, peak_bytes
+from loraprune_ds.ranks.job import silence_libraries
 from loraprune_ds.report.records import StepRecord
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator
-from loraprune_ds.zero.engine import quiet_deepspeed, release, start_ranks
+from loraprune_ds.zero.engine import release, start_ranks
 from tests.benchmarks.gpu_day.engine import Sizes, device_bytes, make_trainer, sizes
 from tests.benchmarks.gpu_day.found import Found
 
@@ -79,7 +80,7 @@ def one_of_two_ranks() -> None:
     """Runs one rank of `runs.two_ranks`. Prints the loss after a cut."""
     if not is_cpu():
         accelerator().communication_backend_name = lambda: "gloo"  # NCCL takes no two ranks on one card
-    quiet_deepspeed()
+    silence_libraries()
     comm = start_ranks()
     trainer, _ = make_trainer(SMALL, ranks=2, micro_batch_size=2)
     trainer.step(1)
@@ -92,7 +93,7 @@ def one_of_two_ranks() -> None:
 
 
 def _start() -> None:
-    quiet_deepspeed()
+    silence_libraries()
     start_ranks()
 
 
