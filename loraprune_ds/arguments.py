@@ -3,8 +3,8 @@
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from loraprune_ds.errors import UserError, leave, leave_on_error, require, tell
 
@@ -37,11 +37,9 @@ def main() -> NoReturn:
 class Parser(argparse.ArgumentParser):
     """A parser that reports wrong arguments like other wrong input. Its help shows the command as typed."""
 
-    def __init__(
-        self, description: str | None, parents: Sequence[argparse.ArgumentParser] = (), *, add_help: bool = True
-    ) -> None:
+    def __init__(self, description: str | None, **options: Any) -> None:
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(sys.argv[0], description=description, formatter_class=raw, parents=parents, add_help=add_help)
+        super().__init__(sys.argv[0], description=description, formatter_class=raw, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)

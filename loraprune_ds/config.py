@@ -289,10 +289,8 @@ class TrainConfig:
         micro_batches = self.global_batch_size // self.micro_batch_size
         if micro_batches % world_size:
             fit = ", ".join(str(ranks) for ranks in range(1, micro_batches + 1) if micro_batches % ranks == 0)
-            raise UserError(
-                f"train.global_batch_size {self.global_batch_size} in micro-batches of {self.micro_batch_size} cannot "
-                f"be split over {world_size} ranks; world sizes that fit: {fit}"
-            )
+            batch = f"train.global_batch_size {self.global_batch_size} in micro-batches of {self.micro_batch_size}"
+            raise UserError(f"{batch} cannot be split over {world_size} ranks; world sizes that fit: {fit}")
         return micro_batches // world_size
 
 

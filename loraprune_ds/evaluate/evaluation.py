@@ -94,7 +94,7 @@ class Measurement:
     cost: ModelCost
     perplexity: Perplexity | None
     tasks: dict[str, Any] | None
-    speed: Speed | None
+    speed: Speed | None = None
     answers: Generation | None = None
 
 
@@ -104,22 +104,20 @@ def evaluate(
     """Measures a model, and a second, dense one. Collective. Tasks, answers and speed are on rank 0 only."""
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
     dense = models[1].source.pretrained.shape.total_numel() if len(models) > 1 else None
-    measurements: list[Measurement] = []
-    loaded: list[PreTrainedModel] = []
+    measurements, writers = list[Measurement](), list[Writer]()
     for prepared in models:
         with fast_half_products(prepared.dtype):  # speed is measured outside, by torch's own products
-            measurement, model = _measure(prepared, dense, settings, comm, progress)
+            measurement, writer = _measure(prepared, dense, settings, comm, progress)
         measurements.append(measurement)
-        loaded += [model] if model else []
+        writers += [writer] if writer else []
     if plan := settings.answers:
-        writers = [Writer(m, p.tokenizer, p.prompts, p.starts.target) for m, p in zip(loaded, models, strict=True)]
         on_device = ((ids.to(comm.device), labels.to(comm.device)) for ids, labels in models[0].batches)
         text = settings.text and (settings.text.name, on_device)
         with fast_half_products(models[0].dtype):
             made = write_answers(writers, plan, settings.batch_size, text, progress)
         measurements = [replace(one, answers=answers) for one, answers in zip(measurements, made, strict=True)]
     if speed := settings.speed:
-        speeds = comm.on_rank_0(lambda: measure_speed(loaded, speed)) or [None] * len(models)
+        speeds = comm.on_rank_0(lambda: measure_speed([x.model for x in writers], speed)) or [None] * len(models)
         measurements = [replace(one, speed=speed) for one, speed in zip(measurements, speeds, strict=True)]
     return measurements
 
@@ -202,19 +200,20 @@ def _mean_context(window: int, sliding_window: int | None) -> float:
 
 def _measure(
     prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Ranks, progress: Progress
-) -> tuple[Measurement, PreTrainedModel | None]:
+) -> tuple[Measurement, Writer | None]:
     """Measures all but answers and speed. Returns the model for these two, which need all models in memory."""
     source, shape = prepared.source, prepared.source.pretrained.shape
-    perplexity = tasks = model = None
+    perplexity = tasks = writer = None
     is_kept = settings.answers or settings.speed
     if settings.sharded and prepared.batches:
         perplexity = _measure_sharded(prepared, comm, progress)
     elif prepared.batches or settings.tasks or is_kept:
         model = comm.all_or_raise(lambda: load_model(source, prepared.dtype, comm.device))
+        writer = Writer(model, prepared.tokenizer, prepared.prompts, prepared.starts.target)
         if prepared.batches:
             perplexity = measure_perplexity(losses_of(model), prepared.batches, comm, progress)
         if settings.tasks:
-            tasks = run_tasks(settings.tasks, Writer(model, prepared.tokenizer), settings.actual_batch_size, comm)
+            tasks = run_tasks(settings.tasks, writer, settings.actual_batch_size, comm)
     dense = dense or source.dense_parameters
     element_size = DTYPES[prepared.dtype].itemsize
     measurement = Measurement(
@@ -227,9 +226,8 @@ def _measure(
         cost=count_cost(shape, source.pretrained.config, settings.window, element_size),
         perplexity=perplexity,
         tasks=tasks,
-        speed=None,
     )
-    return measurement, model if is_kept else None
+    return measurement, writer if is_kept else None
 
 
 def _measure_sharded(prepared: PreparedModel, comm: Ranks, progress: Progress) -> Perplexity:

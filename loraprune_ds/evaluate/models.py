@@ -71,9 +71,8 @@ def open_result(folder: str | Path) -> PruningResult:
     is_model = (folder / "config.json").is_file() and not (folder / layout.STATUS_FILE).exists()
     run = folder.absolute().parent if is_model and folder.absolute().name == records.MODEL_FOLDER else folder
     report, status = run / records.REPORT_FILE, layout.read_status(run)
-    if status and status.state != "finished":
-        unfinished = f"an unfinished run ({status}), which has no {records.MODEL_FOLDER}/ yet"
-        raise UserError(f"{folder} holds {unfinished}; {EXPORT_FIRST}")
+    unfinished = f"an unfinished run ({status}), which has no {records.MODEL_FOLDER}/ yet"
+    require(not status or status.state == "finished", f"{folder} holds {unfinished}; {EXPORT_FIRST}")
     require(bool(is_model or status or report.is_file()), f"{folder} holds no finished run and no exported model")
     pretrained = open_pretrained(folder if is_model else folder / records.MODEL_FOLDER)
     return PruningResult(pretrained, read_json(report) if status or report.is_file() else None, run)

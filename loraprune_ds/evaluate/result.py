@@ -40,13 +40,9 @@ MEASURES = {
     "agreement": Measure(format_percent, format_percent),
     "overlap": Measure("{:.3f}".format, "{:.3f}".format),
 }
-ANSWER_MEASURES = {  # those that show a model which no longer answers come first
-    "ended": format_percent,
-    "repetition": format_percent,
-    "empty": format_percent,
-    "dense_perplexity": format_perplexity,
-    "tokens": "{:.1f}".format,
-}
+# Those that show a model which no longer answers come first.
+ANSWER_MEASURES = {key: MEASURES[key].cell for key in ("ended", "repetition", "empty")}
+ANSWER_MEASURES |= {"dense_perplexity": MEASURES["answer perplexity"].cell, "tokens": "{:.1f}".format}
 
 
 def mean_metric(tasks: dict[str, Any], metric: str) -> float | None:
@@ -102,8 +98,10 @@ def _model_entries(model: "Measurement") -> dict[str, Any]:
 def result_table(result: dict[str, Any]) -> str:
     """Builds plain text of about 100 columns at most. The dense model is on the left."""
     models = [model for model in (result["dense"], result) if model]
-    parts = (_size_rows, _task_rows, _answer_rows, _speed_rows)
-    rows = [row for part in parts for row in part(models)]
+    rows = [*_size_rows(models)]
+    for key, rows_of in (("tasks", _task_rows), ("answers", _answer_rows), ("speed", _speed_rows)):
+        if models[0][key] is not None:
+            rows += rows_of([model[key] for model in models])
     names = ["dense", "model"] if len(models) > 1 else ["model"]
     lines: list[str] = []
     for name, model in zip(names, models, strict=True):
@@ -151,11 +149,9 @@ def _size_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
         yield "perplexity", [format_perplexity(value, 3) for value in values], ratio
 
 
-def _task_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
+def _task_rows(tasks: list[dict[str, Any]]) -> Iterable[Row]:
     """Yields every metric of every task, with the standard error of lm-eval."""
-    if models[0]["tasks"] is None:
-        return
-    results = [model["tasks"]["results"] for model in models]
+    results = [one["results"] for one in tasks]
     for task, metrics in results[0].items():
         for key in metrics:
             metric, _, filtered = key.partition(",")
@@ -163,8 +159,8 @@ def _task_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
                 name = f"{task} {metric}" + (f" ({filtered})" if filtered != "none" else "")
                 yield name, [_metric(result[task], metric, filtered) for result in results], ""
     for metric in ("acc", "exact_match"):
-        means = [mean_metric(model["tasks"], metric) for model in models]
-        if len(tasks_with(models[0]["tasks"], metric)) > 1:
+        means = [mean_metric(one, metric) for one in tasks]
+        if len(tasks_with(tasks[0], metric)) > 1:
             yield f"mean {metric}", [f"{mean:.4f}" for mean in means], ""
 
 
@@ -173,15 +169,13 @@ def _metric(metrics: dict[str, Any], metric: str, filtered: str) -> str:
     return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
 
 
-def _answer_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
-    if models[0]["answers"] is None:
-        return
+def _answer_rows(answers: list[dict[str, Any]]) -> Iterable[Row]:
     for kind in KINDS:
-        answers = [model["answers"][kind] for model in models]
-        if answers[0]["exact_match"] is not None:
-            yield f"{kind} answers, exact match", [format_percent(one["exact_match"]) for one in answers], ""
-            yield "  ROUGE-L", [f"{one['rouge_l']:.3f}" for one in answers], ""
-    if closeness := models[-1]["answers"]["closeness"]:
+        of_kind = [one[kind] for one in answers]
+        if of_kind[0]["exact_match"] is not None:
+            yield f"{kind} answers, exact match", [format_percent(one["exact_match"]) for one in of_kind], ""
+            yield "  ROUGE-L", [f"{one['rouge_l']:.3f}" for one in of_kind], ""
+    if closeness := answers[-1]["closeness"]:
         yield "same most probable token", ["-", format_percent(closeness["agreement"])], f"on {closeness['text']}"
         yield "overlap, Σ min(p, q)", ["-", f"{closeness['overlap']:.3f}"], ""
         yield "KL(dense ‖ model), nats", ["-", f"{closeness['kl']:.3f}"], ""
@@ -192,10 +186,7 @@ def _answer_tables(models: list[dict[str, Any]]) -> Iterator[str]:
         yield from ("", *answers_table(f"{kind} answers", [model["answers"][kind] for model in models]))
 
 
-def _speed_rows(models: list[dict[str, Any]]) -> Iterable[Row]:
-    speeds = [model["speed"] for model in models]
-    if speeds[0] is None:
-        return
+def _speed_rows(speeds: list[dict[str, Any]]) -> Iterable[Row]:
     for name in ("prefill", "decode"):
         values = [speed[f"{name}_tokens_per_second"] for speed in speeds]
         ratio = f"{values[1] / values[0]:.2f} times as fast" if len(values) > 1 else ""

@@ -89,9 +89,8 @@ class AnswerSettings:
 
     def __post_init__(self) -> None:
         count = len(self.targets)
-        require(
-            count in (0, len(self.prompts)), f"--answers: {self.name} has {count} targets; give each row one, or none"
-        )
+        some = f"--answers: {self.name} has {count} targets; give each row one, or none"
+        require(count in (0, len(self.prompts)), some)
         installed = importlib.util.find_spec("rouge_score") is not None
         require(not count or installed, "--answers with targets needs the package rouge-score: pip install rouge-score")
 

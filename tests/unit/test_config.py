@@ -1,7 +1,6 @@
 """A run config is accepted, or refused in one line that names the key."""
 
 import dataclasses
-import errno
 from pathlib import Path
 
 import pytest
@@ -110,19 +109,6 @@ def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_config(tmp_path: Path, text: str, message: str) -> None:
     assert message in refused(load, tmp_path, text)
-
-
-def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "run.yaml"
-    assert str(path) in refused(load_config, path)
-    path.write_bytes(b"output_dir: \xff\xfe")
-    assert f"{path} is not UTF-8 text" in refused(load_config, path)
-
-    def deny(path: Path, **arguments: str) -> str:  # by hand, because root may read everything
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(Path, "open", deny)
-    assert refused(load_config, path).endswith(f"{path} cannot be read: Permission denied")
 
 
 # --set

@@ -134,7 +134,7 @@ PACKED = {
 @pytest.mark.parametrize(("template", "eos", "expected"), PACKED.values(), ids=PACKED.keys())
 def test_documents_are_packed_with_eos_and_no_tail(template: str, eos: str | None, expected: list[list[int]]) -> None:
     documents = [words(1, 2), "", words(3, 5), words(6, 11)]
-    samples = tokens.pack_documents(documents, make_tokenizer(template=template, eos=eos), 4, None)
+    samples = tokens.pack_documents(documents, make_tokenizer(template=template, eos=eos), 4, None, None)
     ids, labels = rows(samples)
     assert ids[: len(expected)] == expected
     assert labels == ids
@@ -145,7 +145,7 @@ def test_documents_are_packed_with_eos_and_no_tail(template: str, eos: str | Non
 def test_every_window_can_begin_with_bos() -> None:
     """Nothing predicts the token whose place it takes."""
     tokenizer = make_tokenizer(template="<s> $A")
-    samples = tokens.pack_documents([words(1, 2), words(3, 11)], tokenizer, 4, None, start=BOS)
+    samples = tokens.pack_documents([words(1, 2), words(3, 11)], tokenizer, 4, None, BOS)
     assert rows(samples)[0] == [[BOS, 11, 12, EOS], [BOS, 13, 14, 15], [BOS, 17, 18, 19]]
 
 
@@ -157,19 +157,20 @@ def test_max_samples_takes_the_first_windows_and_reads_no_further_than_it_must()
             read.append(i)
             yield words(1, 3)
 
-    whole = tokens.pack_documents([words(1, 3)] * 3 * tokens.TEXTS_AT_ONCE, make_tokenizer(), 4, None)
-    samples = tokens.pack_documents(documents(), make_tokenizer(), 4, 5)
+    whole = tokens.pack_documents([words(1, 3)] * 3 * tokens.TEXTS_AT_ONCE, make_tokenizer(), 4, None, None)
+    samples = tokens.pack_documents(documents(), make_tokenizer(), 4, 5, None)
     assert len(whole) == (4 * 3 * tokens.TEXTS_AT_ONCE - 1) // 4
     assert rows(samples)[0] == rows(whole)[0][:5]
     assert len(read) == tokens.TEXTS_AT_ONCE
     for too_little in ([words(1, 3)], []):
-        assert len(tokens.pack_documents(too_little, make_tokenizer(), 4, 2)) == 0
+        assert len(tokens.pack_documents(too_little, make_tokenizer(), 4, 2, None)) == 0
 
 
 def mask_prompts(
     pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, window: int, max_samples: int | None = None
 ) -> Samples:
-    return tokens.collect_rows(tokens.tokenize_instructions(pairs, tokenizer), window, max_samples)
+    tokenized = tokens.tokenize_instructions(pairs, tokenizer)
+    return tokens.collect_rows(tokenized, window, max_samples, itertools.repeat(""))
 
 
 MASKED = {

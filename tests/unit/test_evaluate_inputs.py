@@ -37,6 +37,11 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path, name: str) -> None:
     must_name(f"--text {tmp_path / name}", read_text, tmp_path / name, "--text")
 
 
+def test_a_file_that_may_not_be_read_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "open", Mock(side_effect=PermissionError(13, "Permission denied")))  # root may read all
+    must_name("--text a.txt denied", read_text, Path("a.txt"), "--text")
+
+
 @pytest.mark.parametrize(
     ("name", "column", "rows", "text", "asked"),
     [

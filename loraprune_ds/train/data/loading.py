@@ -110,14 +110,12 @@ def load_samples(
     formats = [make_format(source, tokenizer, starts) for source in config.sources]
     loaded = cached(config, tokenizer, starts, lambda: _make(config, tokenizer, formats, starts))
     samples = loaded.samples
-    if loaded.epoch_length < minimum:
-        raise UserError(
-            f"data.path {' + '.join(source.path for source in config.sources)} is too short: {loaded.epoch_length} "
-            f"samples of {config.window} tokens (data.window); one global batch needs {minimum} "
-            "(train.global_batch_size)"
-            + ("" if config.max_samples is None else f"; data.max_samples is {config.max_samples}")
-            + (f"; {samples.left_out} more have no answer within data.window" if samples.left_out else "")
-        )
+    found = f"{loaded.epoch_length} samples of {config.window} tokens (data.window)"
+    needed = f"one global batch needs {minimum} (train.global_batch_size)"
+    needed += "" if config.max_samples is None else f"; data.max_samples is {config.max_samples}"
+    needed += f"; {samples.left_out} more have no answer within data.window" if samples.left_out else ""
+    paths = " + ".join(source.path for source in config.sources)
+    require(loaded.epoch_length >= minimum, f"data.path {paths} is too short: {found}; {needed}")
     check_ids(int(samples.columns["input_ids"].max()), vocab_size, tokenizer, "data.path")
     return loaded
 
@@ -211,11 +209,8 @@ def _epoch(sources: list[DataSource], parts: list[Samples]) -> Tensor | None:
     for source, part in zip(sources, parts, strict=True):
         require(len(part) > 0, f"{source.section}.path: {source.path} gives no sample, so it cannot have a weight")
     length = max(len(part) / weight for part, weight in zip(parts, weights, strict=True)) * sum(weights)
-    require(
-        length <= LONGEST_EPOCH,
-        f"data.path: these weights make an epoch of {length:.2g} samples, to see each at least once; the limit is "
-        f"{LONGEST_EPOCH:.2g}",
-    )
+    long = f"data.path: these weights make an epoch of {length:.2g} samples, to see each at least once"
+    require(length <= LONGEST_EPOCH, f"{long}; the limit is {LONGEST_EPOCH:.2g}")
     return mix([len(part) for part in parts], weights)
 
 
@@ -249,11 +244,8 @@ def _hold_out(
         left_out = set(chosen)
         tuning = ((i + 1, row) for i, row in enumerate(rows) if i not in left_out)
         return tuning, ((i + 1, rows[i]) for i in chosen), (i + 1 for i in range(len(rows)) if i not in left_out)
-    if not are_documents:
-        raise UserError(
-            f"data.held_out_fraction {fraction} of the {len(rows)} rows in {source.path} is none; raise it "
-            "or give data.held_out"
-        )
+    none = f"data.held_out_fraction {fraction} of the {len(rows)} rows in {source.path} is none"
+    require(are_documents, f"{none}; raise it or give data.held_out")
     parts = [_split_tail(row_format.text(row), fraction) for row in rows]
     heads, tails = ([{source.text_field: pair[half]} for pair in parts] for half in (0, 1))
     return enumerate(heads, start=1), enumerate(tails, start=1), range(1, len(parts) + 1)

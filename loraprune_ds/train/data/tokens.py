@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -48,7 +48,7 @@ def pack_documents(
     tokenizer: PreTrainedTokenizerBase,
     window: int,
     max_samples: int | None,
-    start: int | None = None,
+    start: int | None,
 ) -> Samples:
     """Concatenates all documents, with the tokenizer's EOS between them, and splits them into windows.
 
@@ -68,9 +68,7 @@ def pack_documents(
     return Samples.of_windows(begin_with(_tensor(stream[: count * window]).view(count, window), start))
 
 
-def collect_rows(
-    rows: Iterable[TokenizedRow], window: int, max_samples: int | None, places: Iterable[str] | None = None
-) -> Samples:
+def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | None, places: Iterable[str]) -> Samples:
     """Makes one sample from each row, cut at the window. Rows without predictions are left out.
 
     `places` name the origins of the rows.
@@ -78,7 +76,7 @@ def collect_rows(
     ids, labels = array("i"), array("i")
     starts = array("q", [0])
     left_out, first = 0, ""
-    for (row_ids, row_labels), place in zip(rows, repeat("") if places is None else places, strict=False):
+    for (row_ids, row_labels), place in zip(rows, places, strict=False):
         if all(label == IGNORE_INDEX for label in row_labels[1:window]):  # no token predicts the first
             left_out, first = left_out + 1, first or place
             continue
@@ -139,10 +137,8 @@ def chat_fields(known: Iterable[str], source: DataSource) -> list[str]:
     present = set(known)
     fields = next((fields for fields in CHAT_FIELDS if present.issuperset(fields)), None)
     if fields is None:
-        raise UserError(
-            f"{source.section}.format chat: {source.path} has none of messages, conversations, and prompt with "
-            f"completion; it has {', '.join(sorted(present))}"
-        )
+        lacking = f"{source.path} has none of messages, conversations, and prompt with completion"
+        raise UserError(f"{source.section}.format chat: {lacking}; it has {', '.join(sorted(present))}")
     return [*fields, *present.intersection([TOOLS])]
 
 
@@ -198,11 +194,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.name = tokenizer.name_or_path or "the tokenizer"
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"data.format chat needs a chat template, and the tokenizer of {self.name} has none; "
-                "write chat_template.jinja next to the tokenizer, or use data.format instruction"
-            )
+        lacking = f"data.format chat needs a chat template, and the tokenizer of {self.name} has none"
+        advice = "write chat_template.jinja next to the tokenizer, or use data.format instruction"
+        require(bool(tokenizer.chat_template), f"{lacking}; {advice}")
         require(bool(tokenizer.is_fast), f"data.format chat needs a fast tokenizer; {self.name} has a slow one")
         self._tokenizer = tokenizer
 
