@@ -73,7 +73,7 @@ def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
 
 def all_steps(request: Request, final: ModelShape) -> Total:
     """Adds up all steps. Costs fall linearly with the parameters from the dense to the final shape."""
-    prune, schedule, total = request.config.prune, request.pruning.schedule, Total(0, 0, 0)
+    prune, schedule, total = request.config.prune, request.pruning, Total(0, 0, 0)
     kinds: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
     known = {kind: [step_cost(request, x, kind).total for x in (request.shape, final)] for kind in kinds}
     for n in range(1, request.pruning.steps + 1):

@@ -18,7 +18,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import MULTIMODAL, check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
-from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
+from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.zero.ds_config import HPZ, ZeroSettings, resolve_ds_config, zero_settings
@@ -62,7 +62,7 @@ class Request:
     shape: ModelShape
     config: RunConfig
     cluster: Cluster
-    pruning: PruningPlan
+    pruning: Schedule
     ds_config: dict[str, Any]  # with every "auto" replaced
     samples: int | None = None  # in the training data, if known
 
@@ -139,7 +139,7 @@ class Request:
 
     def shape_at(self, step: int) -> ModelShape:
         """Returns the shape after a step. `global` is planned with equal losses."""
-        limits, section, dense = self.pruning.limits, self.pruning.schedule.section(step), self.shape
+        limits, section, dense = self.pruning.limits, self.pruning.section(step), self.shape
         if counts := section.counts(step):
             return limits.with_equal(counts, dense)
         layers, numel, budget = list(dense.counts), limits.numel(dense.counts), section.budget(step)

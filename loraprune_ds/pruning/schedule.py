@@ -1,4 +1,4 @@
-"""The plan of a run's pruning: its limits, the steps of its cuts, and their targets."""
+"""The schedule of a run's pruning: its limits, the steps of its cuts, and their targets."""
 
 import math
 from bisect import bisect_left
@@ -74,9 +74,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a run: a section for each size."""
+    """Holds the decisions about pruning before the first step, with a section of steps for each size."""
 
+    config: PruneConfig
+    limits: Limits
     sections: list[Section]
+
+    @property
+    def steps(self) -> int:
+        """The steps of the run, recoveries included."""
+        return self.sections[-1].last
 
     @property
     def ratio(self) -> float:
@@ -127,23 +134,9 @@ def steps_for_epochs(epochs: float, samples: int, global_batch_size: int) -> int
     return max(1, math.floor(epochs * samples / global_batch_size + 1e-9))  # 0.29 * 100 is 29, not 28.999...
 
 
-@dataclass(frozen=True)
-class PruningPlan:
-    """Holds the decisions about pruning before the first step."""
-
-    config: PruneConfig
-    limits: Limits
-    schedule: Schedule
-
-    @property
-    def steps(self) -> int:
-        """The steps of the run, recoveries included."""
-        return self.schedule.sections[-1].last
-
-
 def plan_pruning(
     config: PruneConfig, limits: Limits, sizes: Sequence[Size], steps: int, recovery: Sequence[int] = ()
-) -> PruningPlan:
+) -> Schedule:
     """Plans the pruning of a run, with the values of `resolve`.
 
     Args:
@@ -169,4 +162,4 @@ def plan_pruning(
         require(bool(section.cut_steps), f"{small} {config.channel_multiple}")
         sections.append(section)
         before, first = section.ratio, last
-    return PruningPlan(config, limits, Schedule(sections))
+    return Schedule(config, limits, sections)

@@ -45,7 +45,7 @@ from loraprune_ds.pruning.criterion import MaskGradients
 from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
-from loraprune_ds.pruning.schedule import PruningPlan
+from loraprune_ds.pruning.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class PrunerState:
 class Pruner:
     """Scores groups while the model trains, and removes the least important ones on a schedule."""
 
-    def __init__(self, model: PrunableModel, plan: PruningPlan, seed: int) -> None:
-        self.model = model
-        self.config, self.limits, self.schedule = config, limits, _ = plan.config, plan.limits, plan.schedule
+    def __init__(self, model: PrunableModel, schedule: Schedule, seed: int) -> None:
+        self.model, self.schedule = model, schedule
+        self.config, self.limits = config, limits = schedule.config, schedule.limits
         self.average = MovingAverage(config.moving_average)
         self.kept_of_dense = all_groups(limits.dense)
         compensates = config.compensate != "none"

@@ -107,7 +107,7 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     if checkpoint is not None:
         config = replace(config, model=replace(config.model, adapter=None))  # the checkpoint has its LoRA
         frozen = checkpoint.frozen_model
-    engine = build_training_engine(frozen, prepared.ds_config, prepared.pruning.schedule.cycles(), config)
+    engine = build_training_engine(frozen, prepared.ds_config, prepared.pruning.cycles(), config)
     if checkpoint is None:
         return engine
     counters = layout.read_resume_state(checkpoint.folder)
@@ -131,7 +131,7 @@ def save_checkpoint(
         source=str(prepared.pretrained.folder.resolve()),
         config=config.to_dict(),
         data=prepared.data,
-        asked=prepared.pruning.schedule.section(step).ratio,
+        asked=prepared.pruning.section(step).ratio,
         resumed_from=[*earlier.resumed_from, earlier.step] if earlier else [],
         accelerator=device_name(),
         peak_bytes=model.comm.gather_objects(peak_bytes()),
@@ -147,5 +147,5 @@ def save_checkpoint(
     context.recorder.flush()  # a checkpoint must not outlive the records of the steps before it
     save_step(model, root, state, resume, pruner)
     context.check_owner()
-    keep_last, sizes = config.checkpoint.keep_last, prepared.pruning.schedule.ends()
+    keep_last, sizes = config.checkpoint.keep_last, prepared.pruning.ends()
     LocalWrites(model.comm, root).do_on_rank_0(lambda: drop_old(root, step, keep_last, sizes))

@@ -24,7 +24,7 @@ from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import MTP, check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, text_starts
-from loraprune_ds.pruning.schedule import PruningPlan, plan_pruning, steps_for_epochs
+from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name
@@ -50,7 +50,7 @@ class Prepared:
     samples: Samples
     order: SampleOrder
     held_out: list[Labelled]  # batches of the held-out text
-    pruning: PruningPlan
+    pruning: Schedule
     ds_config: dict[str, Any]  # with every "auto" replaced
     data: RunData
 
@@ -116,7 +116,7 @@ def _prepare(
     order = SampleOrder(loaded.epoch_length, global_batch_size, config.seed, loaded.epoch, lengths)
     pruning_steps = train.steps or steps_for_epochs(train.epochs or 1, loaded.epoch_length, global_batch_size)
     pruning = plan_pruning(prune, limits, sizes, pruning_steps, config.recovery)
-    train.check_warmup(pruning.schedule.cycles()[0])
+    train.check_warmup(pruning.cycles()[0])
     window, most, size = config.evaluate.window, config.evaluate.max_windows, config.evaluate.batch_size
     held_out = split_batches(loaded.held_out, tokenizer, window, most, starts, size, vocab_size)
     digests = loaded.samples.digest(), loaded.held_out_digest(), source_digest(pretrained.folder)
@@ -151,11 +151,11 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
         f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {describe_dtype(config.model)}, "
         f"on {ranks} ({device_name()})",
         f"{pruning.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens, "
-        f"{len(pruning.schedule.cut_steps)} cuts to {format_percent(pruning.schedule.ratio)} of the decoder layers' "
+        f"{len(pruning.cut_steps)} cuts to {format_percent(pruning.ratio)} of the decoder layers' "
         "linear parameters",
         config.recipe,
     ]
-    if ends := pruning.schedule.ends():
+    if ends := pruning.ends():
         sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
         lines.append(f"keeps a checkpoint of each size, and exports all at the end: {sizes}")
     if attention := describe_attention(config.model.attn_implementation, dense.family):

@@ -63,7 +63,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
             first = checkpoint.state.step
             history = records.read_history(checkpoint.folder.parents[1] / records.METRICS_FILE, first)
         records.write_history(output.path / records.METRICS_FILE, history)
-        sizes = prepared.pruning.schedule.ends()
+        sizes = prepared.pruning.ends()
         warnings.extend(drop_later_models(output.path, sizes, prepared.pruning.steps, first))
 
     comm.on_rank_0(open_output)
@@ -137,7 +137,7 @@ def _targets(sizes: Mapping[int, str], last: int) -> dict[int, list[str]]:
 
 def export_models(context: RunContext) -> bool:
     """Exports each size, then the last step, unless an earlier start did. False after a request to stop. Collective."""
-    for number, names in _targets(context.prepared.pruning.schedule.ends(), context.prepared.pruning.steps).items():
+    for number, names in _targets(context.prepared.pruning.ends(), context.prepared.pruning.steps).items():
         if any(context.comm.gather_objects((context.folder / name).exists())[0] for name in names):
             continue
         checkpoint = _open_step(context, number)
@@ -207,9 +207,9 @@ def measure_model(context: RunContext) -> str | None:
         accelerator=checkpoint.state.accelerator,
         peak_bytes=checkpoint.state.peak_bytes,
         target=describe_target(config.prune, dense, pruned),
-        sizes=pruning.schedule.ends(),
-        asked=pruning.schedule.ratio,
-        shortfall=shortfall(pruning.limits, pruning.schedule.ratio, reached),
+        sizes=pruning.ends(),
+        asked=pruning.ratio,
+        shortfall=shortfall(pruning.limits, pruning.ratio, reached),
     )
     context.check_owner()
 

@@ -136,7 +136,7 @@ class TrainingLoop:
     def __init__(self, context: RunContext) -> None:
         self._context, self.recorder, self.status = context, context.recorder, context.status
         config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
-        self.config, self.prepared, self._schedule = config, prepared, prepared.pruning.schedule
+        self.config, self.prepared, self._schedule = config, prepared, prepared.pruning
         engine, teacher = build_engine(prepared, checkpoint), None
         if config.train.distill_weight:
             stored = config.model.attn_implementation, config.model.dtype, prepared.ds_config

@@ -77,7 +77,8 @@ def main() -> None:
     config_int8 = replace(config, model=replace(config.model, frozen="int8"))
     int8 = Timed(prepare(config_int8, comm))
     small.timed_step(scoring=True)
-    small.pruner.schedule = replace(small.pruner.schedule, start=0, end=1)  # all of it in one cut: the largest there is
+    sections = [replace(section, start=0, end=1) for section in small.pruner.schedule.sections]
+    small.pruner.schedule = replace(small.pruner.schedule, sections=sections)  # all in one cut: the largest there is
     cut_record = small.cut(1)
     assert cut_record is not None
     kinds = {"plain": (dense, False), "scoring": (dense, True), "pruned": (small, False), "int8": (int8, False)}

@@ -20,7 +20,7 @@ from loraprune_ds.model.frozen import holds_int8
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.schedule import Schedule, Section, plan_pruning
+from loraprune_ds.pruning.schedule import Section, plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.device import storage_bytes
@@ -202,9 +202,9 @@ def assemble(
     """Puts a trainer together over a fresh engine."""
     engine = build_training_engine(pretrained, ds_config, [steps], config)
     plan = plan_pruning(*resolve(config.prune, pretrained.shape), steps)
-    (only,) = plan.schedule.sections
-    schedule = Schedule([section(**{field.name: getattr(only, field.name) for field in fields(only)})])
-    pruner = Pruner(engine.model, replace(plan, schedule=schedule), config.seed)
+    (only,) = plan.sections
+    own = section(**{field.name: getattr(only, field.name) for field in fields(only)})
+    pruner = Pruner(engine.model, replace(plan, sections=[own]), config.seed)
     return Trainer(engine, pruner, samples, order, config)
 
 

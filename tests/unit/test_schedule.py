@@ -20,7 +20,7 @@ from tests.unit.shapes_and_scores import LLAMA_7B
 def make_schedule(config: PruneConfig, steps: int) -> Schedule:
     """The schedule on a model so large that each cut changes a width."""
     config = replace(config, channel_multiple=1)
-    return plan_pruning(*resolve(config, LLAMA_7B), steps).schedule
+    return plan_pruning(*resolve(config, LLAMA_7B), steps)
 
 
 def test_target_is_the_oracles_where_the_borders_are_whole_steps() -> None:
@@ -62,7 +62,7 @@ def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
 @pytest.mark.parametrize(("name", "most"), [("llama-7b", 80), ("llama-65b", 200)])
 def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, most: int, ranking: Ranking) -> None:
     config = replace(load_config(ROOT / f"launch/configs/paper/{name}.yaml").prune, ranking=ranking)
-    schedule = plan_pruning(*resolve(config, shape_from_config(read_model_config(name), name)), 40_312).schedule
+    schedule = plan_pruning(*resolve(config, shape_from_config(read_model_config(name), name)), 40_312)
     section, cuts = schedule.sections[0], schedule.cut_steps
     assert 30 < len(cuts) <= most
     if ranking == "global":
@@ -95,6 +95,6 @@ def test_every_step_up_to_the_last_cut_scores() -> None:
     assert [step for step in range(1, 11) if schedule.is_scored(step)] == list(range(1, 10))
     assert [step for step in range(1, 11) if schedule.precedes_cut(step, within=2)] == [3, 4, 6, 7, 8, 9]
     config = PruneConfig(ranking="uniform", ratio=0.01, channel_multiple=128)
-    seldom = plan_pruning(*resolve(config, LLAMA_7B), 100).schedule  # the last steps change no width
+    seldom = plan_pruning(*resolve(config, LLAMA_7B), 100)  # the last steps change no width
     assert 10 < seldom.last_cut < 90
     assert [step for step in range(1, 101) if seldom.is_scored(step)] == list(range(1, seldom.last_cut + 1))
