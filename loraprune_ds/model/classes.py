@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -74,23 +75,24 @@ def check_flash_attention(config: ModelConfig) -> None:
 
 
 def build_on_meta(config: dict[str, Any], attn_implementation: str = "eager") -> PreTrainedModel:
-    """Builds the modules with all parameters on the meta device, without memory. Buffers are real.
+    """Builds the modules with all parameters on the meta device, without memory.
 
-    Experts become our stacks (experts.py).
+    Buffers are real, because weight files lack rotary frequencies and an embedding's scale. Experts become our stacks
+    (experts.py).
     """
     family = FAMILIES[family_name(config["model_type"])]
     config = {**config, **family.in_memory}
     made = config_object(config)
     made.use_cache = False
     made._attn_implementation = attn_implementation
-    with parameters_on_meta():
+    with init_empty_weights(include_buffers=False):
         model = causal_lm_class(config["model_type"])(made)
-        if family.has_encoder and not config.get("tie_word_embeddings", True):
-            # transformers 5 ties the head in any case.
-            tied: dict[str, str] = model._tied_weights_keys  # type: ignore[assignment]
-            model._tied_weights_keys = {name: to for name, to in tied.items() if name != "lm_head.weight"}
-            model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone())
         stack_experts(model)
+    if family.has_encoder and not config.get("tie_word_embeddings", True):
+        # transformers 5 ties the head in any case.
+        tied: dict[str, str] = model._tied_weights_keys  # type: ignore[assignment]
+        model._tied_weights_keys = {name: to for name, to in tied.items() if name != "lm_head.weight"}
+    model.tie_weights()  # each had become a parameter of its own on the meta device
     return model
 
 
@@ -131,26 +133,6 @@ def refused_in_one_line(where: str, advice: str = "") -> Iterator[None]:
     except Exception as error:  # a config.json can hold anything
         reason = f"{type(error).__name__}: {one_line(error)[:200].rstrip('.')}"  # some messages list all model types
         raise UserError(f"{where}: transformers cannot build this model from config.json: {reason}{advice}") from error
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Moves every parameter to the meta device when a module gets it, before its memory is written.
-
-    Buffers stay real, because weight files lack rotary frequencies and an embedding's scale.
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None and not parameter.is_meta:  # a tied parameter stays the same object
-            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.classes import config_class, config_object, parameters_on_meta, refused_in_one_line
+from loraprune_ds.model.classes import config_class, config_object, refused_in_one_line
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import multimodal_config
 from loraprune_ds.model.families.base import Layout
@@ -123,7 +124,7 @@ def check_tower(config: dict[str, Any], pruned: ModelShape | None, where: str) -
         raise UserError(f"{where}: a stock class with a tower needs layers of one size: set {EQUAL_LAYERS}, {OR_TEXT}")
     full = multimodal_config(config, pruned, "float32")
     advice = f"; for another number of heads set prune.tensor_parallel or prune.head_ratio, {OR_TEXT}"
-    with refused_in_one_line(where, advice), parameters_on_meta():
+    with refused_in_one_line(where, advice), init_empty_weights(include_buffers=False):
         made = config_object(full)
         stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(made)]
         decoder: nn.Module = stock._from_config(made, dtype=torch.float32).get_decoder()
