@@ -102,7 +102,7 @@ class Pruning:
         self._recording = ExitStack()
         self._began = 0.0
         self._update: tuple[float, RankNumbers] | None = None  # learning rate and rank numbers of the open step
-        self._detach = self.model.before_each_update(self._score)
+        self._detach = self.model.before_each_update(self._score, reads_gradients=config.criterion == "lora")
 
     @property
     def cuts(self) -> list[records.CutRecord]:

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
 from loraprune_ds.errors import fail_point, require
 from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
@@ -22,6 +22,7 @@ from loraprune_ds.pruning.prunable_model import (
     LoraFactors,
     OwnedShard,
     PrunableModel,
+    first_nonfinite,
     is_sharded,
     parameter_cuts,
     set_sizes,
@@ -32,7 +33,7 @@ from loraprune_ds.ranks.flat import owned_range
 
 AUTOGRAD: Any = torch.autograd.Variable._execution_engine  # pyright: ignore
 # Private names of torch, beside `_comm_hooks` of DDP. Every start checks them.
-PRIVATE = ((AUTOGRAD, "queue_callback"), (DistributedDataParallel, "_get_active_ddp_module"))
+PRIVATE = ((AUTOGRAD, "queue_callback"), (torch, "_foreach_norm"), (DistributedDataParallel, "_get_active_ddp_module"))
 OTHER_STATE = ("Adafactor", "LBFGS", "SparseAdam")  # with other shapes than the parameter has
 
 
@@ -55,8 +56,11 @@ class LocalModel(PrunableModel):
         # One walk over the modules: a cut keeps the parameters.
         self._lora = [parameter for layer in self.lora_parameters() for parameter in layer.values()]
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._gradients: dict[nn.Parameter, Tensor] = {}  # of the last backward pass, before the trainer clips them
-        self._norm = torch.zeros((), device=self.device)
+        # Of the last backward pass, before the trainer clips: copies, if a criterion reads them, and the norm of each.
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._norms: Tensor | None = None
+        self._norm = self._zero = torch.zeros((), device=self.device)
+        self._copies = self._queued = False
 
     # Scoring
 
@@ -126,23 +130,28 @@ class LocalModel(PrunableModel):
         return torch.zeros_like(parameter) if gradient is None else gradient.float()
 
     def gradient_sum(self) -> Tensor:
-        return self._norm
+        return vector_norm(self._gradient_norms() if self._norms is None else self._norms)
+
+    def nonfinite_layer(self) -> int | None:
+        norms = dict(zip(self._trained, self._gradient_norms() if self._norms is None else self._norms, strict=True))
+        return first_nonfinite(map(norms.__getitem__, layer.values()) for layer in self.lora_parameters())
 
     def gradient_norm(self) -> float:
         return float(self._norm)
 
-    def before_each_update(self, action: Callable[[], None]) -> Callable[[], None]:
+    def before_each_update(self, action: Callable[[], None], *, reads_gradients: bool = True) -> Callable[[], None]:
         def act(*_: Any) -> None:
-            self._norm /= self.loss_scale
+            self._norm = self.gradient_sum() / self.loss_scale
             action()
             self._gradients.clear()
+            self._norms = None
 
+        self._copies = reads_gradients
         undo, model = ExitStack(), cast(PeftModel, self.module)
         undo.enter_context(cast(torch.optim.Optimizer, self.optimizer).register_step_pre_hook(act))
         undo.enter_context(model.register_forward_pre_hook(self._find_ddp))
-        for layers in self.shape.family.layer_lists:
-            stack = model.get_base_model().get_submodule(layers.path.rpartition(".")[0])
-            undo.enter_context(stack.register_forward_hook(self._watch_backward))
+        decoder = model.get_base_model().get_submodule(self.shape.family.layer_lists[-1].path.rpartition(".")[0])
+        undo.enter_context(decoder.register_forward_hook(self._watch_backward))
         return undo.close
 
     def _find_ddp(self, module: nn.Module, args: Any) -> None:
@@ -155,16 +164,27 @@ class LocalModel(PrunableModel):
             require(not ddp.static_graph, "static_graph=True: DDP would keep the sizes from before a cut")
             require(not ddp._comm_hooks, "a communication hook of DDP would be lost in a cut")
 
-    def _watch_backward(self, stack: nn.Module, args: Any, output: Any) -> None:
-        """Notes the gradients at the end of a backward pass, after the averaging of DDP, which is queued meanwhile."""
-        queue = AUTOGRAD.queue_callback
+    def _watch_backward(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        self._queued = False  # in case a backward pass failed
         if output[0].requires_grad:
-            output[0].register_hook(lambda _: queue(lambda: queue(self._note_gradients)))
+            output[0].register_hook(self._await_gradients)
+
+    def _await_gradients(self, _: Tensor) -> None:
+        """Waits for the end of the backward pass, and of the averaging of DDP, which is queued meanwhile."""
+        if not self._queued:  # several forward passes may share one backward pass
+            self._queued, queue = True, AUTOGRAD.queue_callback
+            queue(lambda: queue(self._note_gradients))
 
     @torch.no_grad()
     def _note_gradients(self) -> None:
-        self._gradients = {p: p.grad.clone() for p in self._lora if p.grad is not None}
-        self._norm = get_total_norm([p.grad for p in self._trained if p.grad is not None])
+        self._queued, self._norms = False, self._gradient_norms()
+        if self._copies:
+            self._gradients = {p: p.grad.clone() for p in self._lora if p.grad is not None}
+
+    def _gradient_norms(self) -> Tensor:
+        """Returns the norm of each trained parameter's gradient: (parameters,)."""
+        gradients = (p.grad for p in self._trained)
+        return torch.stack(torch._foreach_norm([self._zero if g is None else g for g in gradients]))
 
 
 @contextmanager

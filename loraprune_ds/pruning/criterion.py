@@ -132,6 +132,7 @@ class MaskGradients:
         self._model = model
         self._active = False
         self._squares: dict[LinearId, Tensor] = {}
+        self._widths = {LinearId(i, linear.linear): linear.group_width for i, linear in self.linears}
         hook_inputs(model, self.linears, self._tap)
 
     @contextmanager
@@ -162,7 +163,7 @@ class MaskGradients:
 
     def _receive(self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor) -> None:
         if counts is None:
-            squares = squared_gradients(inputs, gradient, self._model.shape.linear(linear_id).group_width)
+            squares = squared_gradients(inputs, gradient, self._widths[linear_id])
         else:
             of_experts = zip(inputs.split(counts), gradient.split(counts), strict=True)
             squares = torch.cat([squared_gradients(x, g, x.shape[1]) for x, g in of_experts])
@@ -173,11 +174,13 @@ def squared_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Tensor:
     """Returns Σ_t s_tg², (groups,) fp32, from x and ∂L/∂x, (..., groups · width)."""
     inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
     columns, block_numel = inputs.shape[1], CPU_INPUTS if inputs.device.type == "cpu" else DEVICE_BLOCK_NUMEL
-    tokens = min(len(inputs), max(1, block_numel // columns))
-    squares = torch.zeros(tokens, columns // width, dtype=torch.float32, device=inputs.device)
+    squares, tokens = None, max(1, block_numel // columns)
     for x, g in zip(inputs.split(tokens), gradient.split(tokens), strict=True):
         product = x.float().mul_(g.float()) if x.dtype != torch.float32 else x * g
         if width > 1:
             product = product.unflatten(1, (-1, width)).sum(2)
-        squares[: len(product)].addcmul_(product, product)
-    return squares.sum(0)
+        if squares is None:  # the first block is the largest
+            squares = product.square()
+        else:
+            squares[: len(product)].addcmul_(product, product)
+    return cast(Tensor, squares).sum(0)

@@ -37,10 +37,10 @@ class GroupSums:
         """
         of_runs, zeros = self.of_runs, self.of_runs[0].new_zeros
         if normalization == "l2":
-            of_runs = [_divided(scores, cast(Any, scores).norm()) for scores in of_runs]
+            of_runs = [scores / _divisor(cast(Any, scores).norm()) for scores in of_runs]
         elif normalization == "step":
-            total = self._sum()
-            of_runs = [_divided(scores, total) for scores in of_runs]
+            total = _divisor(self._sum())
+            of_runs = [scores / total for scores in of_runs]
         layers = [{kind: zeros(count) for kind, count in layer.items()} for layer in self.shape.counts]
         for (layer, _, kind), scores in zip(self._places(), of_runs, strict=True):
             layers[layer][kind] = layers[layer][kind] + scores
@@ -61,9 +61,9 @@ class GroupSums:
         return ((layer, linear.linear, run.kind) for layer, linear in self.linears for run in linear.runs)
 
 
-def _divided(scores: Tensor, by: Tensor) -> Tensor:
-    """Divides, unless all scores are zero."""
-    return scores / by.where(by > 0, 1.0)
+def _divisor(total: Tensor) -> Tensor:
+    """Returns the total, or 1 if all scores are zero."""
+    return total.where(total > 0, 1.0)
 
 
 def score_groups(

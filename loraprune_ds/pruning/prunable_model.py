@@ -220,8 +220,12 @@ class PrunableModel(ABC):
     # Inside another trainer
 
     @abstractmethod
-    def before_each_update(self, action: Callable[[], None]) -> Callable[[], None]:
-        """Runs `action` right before each update, on averaged gradients without clipping. Returns an undo."""
+    def before_each_update(self, action: Callable[[], None], *, reads_gradients: bool = True) -> Callable[[], None]:
+        """Runs `action` right before each update, on averaged gradients without clipping. Returns an undo.
+
+        Args:
+            reads_gradients: `action` calls `gradient` or `lora_factors`.
+        """
 
     def _module(self, linear_id: LinearId) -> Any:
         return lora_linear(self.layers[linear_id.layer], linear_id.name)

@@ -131,7 +131,7 @@ class ShardedModel(PrunableModel):
     def gradient_norm(self) -> float:
         return float(self.zero_optimizer._global_grad_norm)
 
-    def before_each_update(self, action: Callable[[], None]) -> Callable[[], None]:
+    def before_each_update(self, action: Callable[[], None], *, reads_gradients: bool = True) -> Callable[[], None]:
         step = self.zero_optimizer.step
 
         def act_and_step(*args: Any, **kwargs: Any) -> Any:
