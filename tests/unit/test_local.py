@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,11 +43,12 @@ def make_model(folder: Path) -> Any:
 def train(
     model: Any, make: Make = optim.SGD, lr: float = 0.0, scale: float = 0.0, parts: int = 1, **at: Any
 ) -> tuple[Rows, Any, list[StepRecord]]:
-    """Trains on the same batches. With a rate of 0 only cuts change weights. `at`: `clip`, `overflow`, `out`."""
+    """Trains on the same batches. At a rate of 0 only cuts change weights. `at`: `criterion` and more."""
     optimizer = make(trained := [p for p in model.parameters() if p.requires_grad], lr=lr)
     scaler: Any = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale > 0)
     cast(Any, optimizer).scaler = scaler
-    pruning, rows = Pruning(model.train(), optimizer, PRUNE, STEPS), Rows()
+    prune = replace(PRUNE, criterion=at.get("criterion", "lora"))
+    pruning, rows = Pruning(model.train(), optimizer, prune, STEPS), Rows()
     for step, (ids, _) in enumerate(make_batches(steps=STEPS, samples=4, tokens=8, vocab=97, seed=3), 1):
         pruning.begin_step()
         share = math.inf if step == at.get("overflow") else 1 / parts
@@ -87,6 +89,16 @@ def test_neither_clipping_nor_a_loss_scaler_changes_a_bit_of_a_score(folder: Pat
     cases: tuple[dict[str, Any], ...] = ({"clip": True}, {"scale": 4096.0}, {"scale": 4096.0, "clip": True})
     for settings in cases:
         same(train(make_model(folder), **settings)[0], plain, **BITWISE)
+
+
+@pytest.mark.parametrize("criterion", ["lora", "fisher"])
+def test_clipping_hides_neither_the_norm_nor_the_layer_of_a_nan(folder: Path, criterion: str) -> None:
+    clipped, not_clipped = (train(make_model(folder), criterion=criterion, clip=clip)[2] for clip in (True, False))
+    assert [step.grad_norm for step in clipped] == [step.grad_norm for step in not_clipped]
+    model = make_model(folder)
+    layer = model.get_base_model().model.layers[2]
+    layer.mlp.up_proj.lora_A.default.weight.register_hook(lambda gradient: gradient * math.nan)
+    must_name("layer 2", train, model, criterion=criterion, clip=True)
 
 
 @pytest.mark.parametrize("reentrant", [None, True, False])
