@@ -6,7 +6,7 @@ from pathlib import Path
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.families.base import Family
 from loraprune_ds.model.family import FAMILIES, REFUSED
-from tests.families import heads_divide_hidden, kinds, marks, norms_are_wide
+from tests.families import heads_divide_hidden, kinds, marks, norms_are_wide, tiny_config, tiny_model
 from tests.integration.heavy.families import VLLM, VLLM_ANY_LAYERS
 from tests.multimodal import TOWERS
 
@@ -37,7 +37,8 @@ def family_rows() -> list[tuple[str, ...]]:
 
 
 def describe(name: str, family: Family) -> tuple[str, ...]:
-    whole = [x.linear for x in marks(name) if not x.runs]
+    there = weights(name)
+    whole = [x.linear for x in marks(name) if not x.runs and x.linear in there]
     stays = [*family.fixed, *(words for part, words in STAYS.items() if any(part in x for x in whole))]
     stored = "stock if heads divide hidden_size" if heads_divide_hidden(name) else "stock"
     found = ARCHITECTURES.get(name)
@@ -47,6 +48,12 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
     leaves = [kind for kind in kinds(name) if kind not in family.fixed]
     cells = (", ".join(leaves), ", ".join(stays), "stock alone" if family.equal_layers else stored, gguf, vllm, towers)
     return *cells, "; ".join(notes(name, family))
+
+
+def weights(name: str) -> str:
+    """Names the weights of a model, which has a dense layer if its config can ask for one."""
+    dense = {"mlp_only_layers": [0]} if getattr(tiny_config(name), "mlp_only_layers", None) is not None else {}
+    return " ".join(tiny_model(name, **dense).state_dict())
 
 
 def notes(name: str, family: Family) -> Iterator[str]:
