@@ -31,10 +31,10 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     """
     shape, folder = pretrained.shape, str(pretrained.folder)
     config: Any = config_object(pretrained.config)  # with the defaults that config.json omits
-    architecture = architecture_of(config, shape, folder)
-    tensors = plan_tensors(architecture, config, shape, precision, folder)
+    architecture, arch = architecture_of(config, shape, folder)
+    tensors = plan_tensors(architecture, arch, config, shape, precision, folder)
     logging.getLogger("gguf").setLevel(logging.WARNING)  # otherwise it logs every step
-    writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture.of(shape)])
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(LlamaFileType[f"MOSTLY_{precision.upper()}"])

@@ -80,20 +80,6 @@ class Architecture:
     lite: tuple[int, ...] = ()  # models with these numbers of layers have no latent queries, all others must have them
     short: bool = False  # a layer without key-value heads is a short convolution
 
-    def of(self, shape: ModelShape) -> MODEL_ARCH:
-        """Returns the architecture for layers of these sizes. `architecture_of` has checked that it exists."""
-        arch = self.uniform if shape.is_uniform else self.unequal
-        assert arch is not None
-        return arch
-
-    def attention_factor(self, config: Any, shape: ModelShape) -> float:
-        """Returns the factor on queries that turns llama.cpp's attention scale into transformers'."""
-        if self.scaled is None:
-            return 1.0
-        queries = config.num_attention_heads
-        divisor = shape.hidden_size // queries if len(shape.layers) == self.odd_depth else shape.head_dim
-        return (divisor / config.query_pre_attn_scalar) ** 0.5
-
 
 LLAMA_ARCH = Architecture(
     MODEL_ARCH.LLAMA, MODEL_ARCH.DECI, neighbours=True, biases=LINEARS, ropes=("default", "linear", "llama3")
@@ -191,23 +177,24 @@ def attention_interval(config: Any) -> int:
 def architecture_name(config: dict[str, Any], shape: ModelShape) -> str | None:
     """Returns llama.cpp's name of the architecture for a model, or None. `config` belongs to the export."""
     try:
-        return MODEL_ARCH_NAMES[architecture_of(config_object(text_config(config, "")), shape, "").of(shape)]
+        return MODEL_ARCH_NAMES[architecture_of(config_object(text_config(config, "")), shape, "")[1]]
     except UserError:
         return None
 
 
-def architecture_of(config: Any, shape: ModelShape, where: str) -> Architecture:
-    """Returns the architecture of a model. `config` is transformers' object, with all defaults."""
+def architecture_of(config: Any, shape: ModelShape, where: str) -> tuple[Architecture, MODEL_ARCH]:
+    """Returns the architecture of a model, and gguf-py's key of it. `config` is transformers' object with defaults."""
     architecture = ARCHITECTURES.get(family_name(shape.model_type))
     if architecture is None:
         checked = f"{', '.join(ARCHITECTURES)}, not for {shape.model_type}"
         raise UserError(f"{where}: GGUF is tested in llama.cpp for {checked}; {FORMATS_LEFT}")
     name = MODEL_ARCH_NAMES[architecture.uniform]
-    if not shape.is_uniform and architecture.unequal is None:
+    arch = architecture.uniform if shape.is_uniform else architecture.unequal
+    if arch is None:
         raise UserError(f"{where}: llama.cpp's {name} needs layers of one size, but these differ; {FORMATS_LEFT}")
     for missing in _missing(architecture, config, shape):
         raise UserError(f"{where}: GGUF cannot hold {missing} in llama.cpp's {name}; {FORMATS_LEFT}")
-    return architecture
+    return architecture, arch
 
 
 def _missing(architecture: Architecture, config: Any, shape: ModelShape) -> Iterator[str]:

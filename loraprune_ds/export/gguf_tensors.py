@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, get_tensor_name_map, quants
-from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
+from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES
 from torch import Tensor
 
 from loraprune_ds.errors import UserError
@@ -70,14 +70,13 @@ class GgufTensor:
 
 
 def plan_tensors(
-    architecture: Architecture, config: Any, shape: ModelShape, precision: Precision, where: str
+    architecture: Architecture, arch: MODEL_ARCH, config: Any, shape: ModelShape, precision: Precision, where: str
 ) -> list[GgufTensor]:
     """Plans all tensors in file order, under gguf-py's names. Matrices get `precision`. Norms and biases stay fp32."""
-    arch, pieces = architecture.of(shape), shape.pieces()
-    names = get_tensor_name_map(arch, len(shape.layers))
+    pieces, names = shape.pieces(), get_tensor_name_map(arch, len(shape.layers))
     tensors = []
-    for source, spec in shape.tensors():
-        prefix = source.removesuffix(spec.name)
+    for prefix, spec in shape.tensors():
+        source = prefix + spec.name
         for part in _parts(prefix, spec, config, architecture.in_turn):
             part_name = _on_disk(source, pieces) if part.name == source else part.name
             name = names.get_name(part_name, try_suffixes=(".weight", ".bias"))
@@ -148,7 +147,10 @@ def _steps(spec: TensorSpec, module: str, architecture: Architecture, config: An
     if spec.name.endswith(A_LOG):  # llama.cpp has -exp(value)
         yield lambda values: -np.exp(values)
     offset = architecture.norm_offset if module.endswith("norm") and module != GATED_NORM else 0.0
-    factor = architecture.attention_factor(config, shape) if module == architecture.scaled else 1.0
+    factor = 1.0
+    if module == architecture.scaled:  # turns llama.cpp's attention scale into transformers'
+        is_odd, of_heads = len(shape.layers) == architecture.odd_depth, shape.hidden_size // config.num_attention_heads
+        factor = ((of_heads if is_odd else shape.head_dim) / config.query_pre_attn_scalar) ** 0.5
     if (offset, factor) != (0.0, 1.0):
         yield partial(shift, offset=offset, factor=factor)
 

@@ -133,8 +133,7 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
         if exported.renamed or is_text_part:  # the class has another model type
             _pin_tokenizer(dense, folder)
     write_json(folder / "config.json", exported.config)
-    if exported.modelling_file:
-        _write_modelling_file(folder, exported.config["model_type"])
+    _write_modelling_file(folder, exported.config["model_type"])
     write_model_card(folder, card, exported)
 
 
@@ -147,12 +146,13 @@ def copy_model(model: PretrainedModel, out: Path) -> None:
     config = read_json(out / "config.json")
     if (renamed := name_our_code(config)) != config:
         write_json(out / "config.json", renamed)
-    if model.shape.model_type.startswith(PRUNED):
-        _write_modelling_file(out, model.shape.model_type)
+    _write_modelling_file(out, model.shape.model_type)
 
 
 def _write_modelling_file(folder: Path, model_type: str) -> None:
-    """Writes our modelling file with the name of the family."""
+    """Writes our modelling file with the name of the family, for a model that needs it."""
+    if not model_type.startswith(PRUNED):
+        return
     code = resources.files("loraprune_ds.model").joinpath(MODELLING_FILE).read_text(encoding="utf-8")
     code = code.replace(f'FAMILY = "{FAMILY}"', f'FAMILY = "{family_name(model_type)}"')
     (folder / MODELLING_FILE).write_text(code, encoding="utf-8")

@@ -89,7 +89,7 @@ def multimodal_config(source: dict[str, Any], shape: ModelShape, dtype: str) -> 
         for key in _dropped(shape):
             part.pop(key, None)
         part |= {"dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": shape.tie_word_embeddings}
-    text |= _sizes(shape) | _no_next_tokens(text)
+    text |= _sizes(text, shape)
     return config | {"transformers_version": version("transformers")}
 
 
@@ -109,8 +109,8 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
     if model_type == "mistral" and model_type != shape.model_type:
         dropped |= {"attention_bias", "mlp_bias"}  # a Mistral never has these
     config = {key: value for key, value in shape.family.explicit(source).items() if key not in dropped}
-    config |= _sizes(shape) | _rope(source, shape) | _explicit_options(shape, model_type)
-    config |= _no_next_tokens(source) | {
+    config |= _sizes(source, shape) | _rope(source, shape) | _explicit_options(shape, model_type)
+    config |= {
         "architectures": [causal_lm_class(model_type).__name__],
         "model_type": model_type,
         "tie_word_embeddings": shape.tie_word_embeddings,
@@ -126,11 +126,7 @@ def _dropped(shape: ModelShape) -> set[str]:
     return DROPPED | {shape.family.per_layer} | ({NEW_COUNT} if shape.family.has_experts else set())
 
 
-def _no_next_tokens(config: dict[str, Any]) -> dict[str, Any]:
-    return {NEXT_TOKENS: 0} if config.get(NEXT_TOKENS) else {}
-
-
-def _sizes(shape: ModelShape) -> dict[str, Any]:
+def _sizes(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     """Returns the sizes of each layer, and the largest as global sizes, which suffice for readers of only these."""
     family, made = shape.family, shape.config
     counted = family.counted(made, shape.layers)
@@ -143,7 +139,7 @@ def _sizes(shape: ModelShape) -> dict[str, Any]:
     sizes = {"vocab_size": shape.vocab_size, **family.model_fields(made, counted), **depths, **fields(widest)}
     if not shape.is_uniform:
         sizes[family.per_layer] = {str(i): fields(layer) for i, layer in enumerate(counted)}
-    return sizes
+    return sizes | ({NEXT_TOKENS: 0} if source.get(NEXT_TOKENS) else {})
 
 
 def _rope(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
