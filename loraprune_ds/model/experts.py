@@ -192,14 +192,6 @@ def _multiply_into(
     return out
 
 
-def _path_in_peft(linear: TensorSpec) -> str:
-    """Returns where PEFT has LoRA. It wraps down_proj around gate_up_proj, which is then its `base_layer`."""
-    if not linear.stack:
-        return linear.linear
-    experts, _, last = linear.linear.rpartition(".")
-    return experts if last == "down" else f"{experts}.base_layer"
-
-
 def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec], *, back: bool = False) -> dict[str, Tensor]:
     """Renames and reorders the LoRA of a decoder layer ("{linear}.lora_A") for PEFT's `target_parameters`.
 
@@ -211,8 +203,11 @@ def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec], *, bac
     """
     tensors: dict[str, Tensor] = {}
     for linear in linears:
-        ours, path = linear.linear, _path_in_peft(linear)
-        a, b = (lora[f"{path if back else ours}.lora_{which}"] for which in "AB")
+        ours = theirs = linear.linear
+        if linear.stack:  # PEFT wraps down_proj around gate_up_proj, which is then its `base_layer`
+            experts, _, last = ours.rpartition(".")
+            theirs = experts if last == "down" else f"{experts}.base_layer"
+        a, b = (lora[f"{theirs if back else ours}.lora_{which}"] for which in "AB")
         if linear.stack:
             split = (linear.matrices, -1)
             of_a = a.unflatten(0, split)
@@ -220,6 +215,6 @@ def as_in_peft(lora: Mapping[str, Tensor], linears: Iterable[TensorSpec], *, bac
             if linear.stack.transposed:
                 of_a, of_b = of_b.mT, of_a.mT
             a, b = of_a.flatten(0, 1), of_b.flatten(0, 1) if back else of_b.permute(1, 2, 0).flatten(1)
-        to = ours if back else path
+        to = ours if back else theirs
         tensors |= {f"{to}.lora_A": a.contiguous(), f"{to}.lora_B": b.contiguous()}
     return tensors

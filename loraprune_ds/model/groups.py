@@ -179,10 +179,6 @@ class TensorSpec:
         outputs, inputs = self.matrix
         return (self.matrices * rank, inputs), (outputs, rank)
 
-    def lora_numel(self, rank: int) -> list[int]:
-        """Returns the elements of A and B."""
-        return [math.prod(shape) for shape in self.lora_shapes(rank)]
-
     def lora_cuts(self, rank: int, weight: Slice, keep: LayerKeep) -> list[tuple[int, Slice]]:
         """Lists the LoRA factors that a cut makes smaller, 0 for A or 1 for B, and what stays of each.
 
@@ -285,7 +281,7 @@ class LayerSpec:
 
     def lora_numel(self, rank: int) -> list[int]:
         """Returns the elements of A, then B, of each linear."""
-        return [numel for linear in self.linears for numel in linear.lora_numel(rank)]
+        return [math.prod(shape) for linear in self.linears for shape in linear.lora_shapes(rank)]
 
     def shapes(self) -> dict[str, Shape]:
         return {tensor.name: tensor.shape for tensor in self.tensors}

@@ -61,9 +61,10 @@ class Head:
         """Maps (tokens, hidden_size) to (tokens, vocabulary), as the stock model does, in its dtype."""
         return self.transform.apply_(hidden @ self.weight.t())
 
-    def chunk(self, *, buffers: int) -> int:
+    def chunk(self, distillation: "Distillation | None") -> int:
         """Returns the tokens of a chunk of a loss that may be differentiated."""
         # A cap's slope is computed from the logits. fp32 logits are one more buffer. 16-bit logits reuse a later one.
+        buffers = 1 if distillation is None else BUFFERS
         chunk = self.chunk_tokens or chunk_size(len(self.weight), buffers=buffers)
         is_larger = self.transform.softcap is not None and self.weight.dtype == torch.float32
         return max(1, chunk // 2) if is_larger else chunk
@@ -100,10 +101,34 @@ def chunk_size(vocab_size: int, *, buffers: int = BUFFERS) -> int:
     return max(1, LOGITS_AT_ONCE // (buffers * vocab_size))
 
 
-def distilled_losses(
-    hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None, distillation: Distillation, rows: slice
+def chunk_losses(
+    hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None, distillation: Distillation | None, rows: slice
 ) -> Tensor:
     """Returns the losses (tokens,) of a chunk with labels (tokens, 1), and writes their gradient into `gradient`."""
+    if distillation is None:
+        return _cross_entropies(hidden, head, labels, gradient)
+    return _distilled_losses(hidden, head, labels, gradient, distillation, rows)
+
+
+def _cross_entropies(hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None) -> Tensor:
+    keep = gradient is not None and head.transform.softcap is not None  # the slope of a cap is computed from the logits
+    logits = head.logits(hidden)
+    probabilities = logits.to(torch.float32, copy=keep)
+    largest, label_logits = probabilities.amax(1, keepdim=True), probabilities.gather(1, labels)
+    exponentials = probabilities.sub_(largest).exp_()
+    total = exponentials.sum(1, keepdim=True)
+    exponentials.div_(total)
+    if gradient is not None:
+        probabilities.scatter_add_(1, labels, torch.full_like(label_logits, -1))
+        head.transform.uncap_(probabilities, logits)
+        del logits  # before the gradient is rounded
+        gradient.copy_(probabilities.to(head.weight.dtype) @ head.weight)
+    return (total.log() + largest - label_logits)[:, 0]
+
+
+def _distilled_losses(
+    hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None, distillation: Distillation, rows: slice
+) -> Tensor:
     w, temperature, transform = distillation.weight, distillation.temperature, head.transform
     logits = head.logits(hidden).float()
     log_probs = logits.log_softmax(1)

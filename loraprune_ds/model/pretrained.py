@@ -144,7 +144,7 @@ class ModelWeights:
 
     @cached_property
     def _tensors(self) -> dict[str, TensorSpec]:
-        return dict(self.shape.tensors())
+        return {prefix + tensor.name: tensor for prefix, tensor in self.shape.tensors()}
 
 
 def check_weights(folder: Path, headers: Headers, names: Mapping[str, str], shape: ModelShape) -> ModelWeights:

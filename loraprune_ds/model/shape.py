@@ -103,22 +103,20 @@ class ModelShape:
         return frozenset(x.linear for layer in self.layers for x in layer.linears if f"{x.linear}.bias" in names)
 
     def tensors(self) -> Iterator[tuple[str, TensorSpec]]:
-        """Yields all parameters by their names in the weight files. A tied head is the embedding."""
+        """Yields all parameters, each with the prefix of its layer's names. A tied head is the embedding."""
         embedding, *rest = self.outer
-        yield embedding.name, embedding
+        yield "", embedding
         for i, layer in enumerate(self.layers):
-            prefix = self.prefix(i)
-            yield from ((prefix + tensor.name, tensor) for tensor in layer.tensors)
-        yield from ((tensor.name, tensor) for tensor in rest)
+            yield from ((self.prefix(i), tensor) for tensor in layer.tensors)
+        yield from (("", tensor) for tensor in rest)
 
     def parameters(self) -> dict[str, Shape]:
         """Returns the shapes of all parameters by their names in the weight files."""
-        return {name: tensor.shape for name, tensor in self.tensors()}
+        return {prefix + tensor.name: tensor.shape for prefix, tensor in self.tensors()}
 
     def pieces(self, fused: bool = False, transposed: bool = False) -> dict[str, Pieces]:
         """Returns the tensors on disk of each parameter that has another name or shape there (`TensorSpec.pieces`)."""
-        every = ((name, name.removesuffix(tensor.name), tensor) for name, tensor in self.tensors())
-        found = ((name, tensor.pieces(prefix, fused, transposed)) for name, prefix, tensor in every)
+        found = ((prefix + x.name, x.pieces(prefix, fused, transposed)) for prefix, x in self.tensors())
         return {name: pieces for name, pieces in found if pieces}
 
     @property
@@ -130,11 +128,8 @@ class ModelShape:
 
     def stored(self, element_size: int, *, int8: bool) -> dict[str, StoredTensor]:
         """Returns the frozen tensors that ZeRO-3 shards, by name."""
-        stored = dict[str, StoredTensor]()
-        for name, tensor in self.tensors():
-            prefix = name.removesuffix(tensor.name)
-            stored |= {prefix + own: value for own, value in tensor.stored(element_size, int8).items()}
-        return stored
+        stored = ((prefix, x.stored(element_size, int8)) for prefix, x in self.tensors())
+        return {prefix + name: tensor for prefix, of_one in stored for name, tensor in of_one.items()}
 
     def total_numel(self) -> int:
         return sum(tensor.numel for layer in self.layers for tensor in layer.tensors) + sum(x.numel for x in self.outer)

@@ -14,15 +14,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from loraprune_ds.model.classes import attn_implementation, refused_in_one_line, shrink_on_meta, store_as_int8
-from loraprune_ds.model.logits import (
-    BUFFERS,
-    Distillation,
-    Head,
-    LogitsTransform,
-    distilled_losses,
-    logits_transform,
-    output_head,
-)
+from loraprune_ds.model.logits import Distillation, Head, LogitsTransform, chunk_losses, logits_transform, output_head
 from loraprune_ds.model.pretrained import PretrainedModel
 
 IGNORE_INDEX = -100  # label of an unsupervised token, as in torch's cross_entropy
@@ -112,16 +104,13 @@ class _ChunkedLosses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Head, labels: Tensor, distillation: Distillation | None, differentiate: bool
     ) -> Tensor:
-        chunk = head.chunk(buffers=1 if distillation is None else BUFFERS)
+        chunk = head.chunk(distillation)
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if differentiate else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            part = hidden[rows], head, labels[rows, None], None if gradient is None else gradient[rows]
-            if distillation is None:
-                losses[rows] = _cross_entropies(*part)
-            else:
-                losses[rows] = distilled_losses(*part, distillation, rows)
+            of_rows = None if gradient is None else gradient[rows]
+            losses[rows] = chunk_losses(hidden[rows], head, labels[rows, None], of_rows, distillation, rows)
         ctx.save_for_backward(gradient)
         ctx.transform = head.transform
         return losses
@@ -134,31 +123,11 @@ class _ChunkedLosses(torch.autograd.Function):
         return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None, None
 
 
-def _cross_entropies(hidden: Tensor, head: Head, labels: Tensor, gradient: Tensor | None) -> Tensor:
-    """Returns the losses (tokens,) of a chunk with labels (tokens, 1), and writes their gradient into `gradient`."""
-    keep = gradient is not None and head.transform.softcap is not None  # the slope of a cap is computed from the logits
-    logits = head.logits(hidden)
-    probabilities = logits.to(torch.float32, copy=keep)
-    largest, label_logits = probabilities.amax(1, keepdim=True), probabilities.gather(1, labels)
-    exponentials = probabilities.sub_(largest).exp_()
-    total = exponentials.sum(1, keepdim=True)
-    exponentials.div_(total)
-    if gradient is not None:
-        probabilities.scatter_add_(1, labels, torch.full_like(label_logits, -1))
-        head.transform.uncap_(probabilities, logits)
-        del logits  # before the gradient is rounded
-        gradient.copy_(probabilities.to(head.weight.dtype) @ head.weight)
-    return (total.log() + largest - label_logits)[:, 0]
-
-
 class LossHead(nn.Linear):
     """A head that returns token losses for labels. ZeRO-3 gathers its weight only within this forward."""
 
-    def __init__(self, head: nn.Linear, transform: LogitsTransform, chunk_tokens: int | None) -> None:
-        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
-        self.weight = head.weight  # the same parameter, perhaps tied to the embedding
-        self.transform = transform
-        self.chunk_tokens = chunk_tokens
+    transform: LogitsTransform
+    chunk_tokens: int | None
 
     def forward(
         self,
@@ -201,7 +170,8 @@ class TokenLosses:
 
 def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -> PreTrainedModel:
     """Makes `model(input_ids=…, labels=…)` return token losses. Parameters keep their names."""
-    model.lm_head = LossHead(output_head(model), logits_transform(model.config), chunk_tokens)
+    head: Any = output_head(model)
+    head.__class__, head.transform, head.chunk_tokens = LossHead, logits_transform(model.config), chunk_tokens
     stock = type(model)
     model.__class__ = type(stock.__name__, (TokenLosses, stock), {"__module__": __name__})
     return model

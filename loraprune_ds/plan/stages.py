@@ -166,7 +166,7 @@ def _largest(request: Request, shape: ModelShape) -> tuple[int, int, int]:
     if shape.hidden_size <= LEAF_LAYER_HIDDEN:
         module = max(module, layer)
     for x in (linear for layer_spec in one_of_each for linear in layer_spec.linears):
-        module = max(module, full_bytes(request.stored_as(x)) + e * sum(x.lora_numel(r)))
+        module = max(module, full_bytes(request.stored_as(x)) + e * sum(map(math.prod, x.lora_shapes(r))))
         dequantised = max(dequantised, request.int8 * e * x.numel // x.matrices)
     return layer, module, dequantised
 

@@ -30,10 +30,11 @@ def head_runs(c: Any) -> tuple[Run, Run]:
     return Run("heads", heads, c.num_attention_heads // heads * width), Run("heads", heads, width)
 
 
-def attention(c: Any, out: str = "o_proj", path: str = "self_attn") -> list[TensorSpec]:
+def attention(c: Any, out: str = "o_proj", path: str = "self_attn", *, gated: bool = False) -> list[TensorSpec]:
+    """Marks attention. If gated, the query of each head comes with the gate of its output."""
     queries, keys = head_runs(c)
-    inputs = [rows(f"{path}.{x}_proj", run) for x, run in (("q", queries), ("k", keys), ("v", keys))]
-    return [*inputs, columns(f"{path}.{out}", queries)]
+    inputs = (("q", queries._replace(width=(1 + gated) * queries.width)), ("k", keys), ("v", keys))
+    return [*(rows(f"{path}.{x}_proj", run) for x, run in inputs), columns(f"{path}.{out}", queries)]
 
 
 def wide_norms(c: Any) -> list[TensorSpec]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from loraprune_ds.model.families.base import Attention, Attribute, Family, Layout, Marks, Mixture
-from loraprune_ds.model.families.blocks import attention, columns, head_runs, mlp, per_expert, rows, stacks, whole
+from loraprune_ds.model.families.blocks import attention, columns, mlp, per_expert, rows, stacks, whole
 from loraprune_ds.model.families.moe import Moe, QwenMoe
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Run, TensorSpec
 
@@ -16,11 +16,7 @@ class Delta(Family):
     """Qwen's gated delta nets: layers without attention. A group is one key head with its value heads."""
 
     def mixer(self, c: Any) -> Marks:
-        """Marks attention, where the query of each head comes with the gate of its output, and the net of others."""
-        queries, keys = head_runs(c)
-        inputs = (("q", queries._replace(width=2 * queries.width)), ("k", keys), ("v", keys))
-        attention = (*(rows(f"self_attn.{x}_proj", run) for x, run in inputs), columns("self_attn.o_proj", queries))
-        return [*attention, *self.net(*delta_runs(c))]
+        return [*attention(c, gated=True), *self.net(*delta_runs(c))]
 
     def net(self, keys: Run, values: Run, each: Run) -> Marks:
         return [
