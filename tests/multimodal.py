@@ -86,6 +86,13 @@ def multimodal(outer: str) -> transformers.PreTrainedModel:
     return model.eval()
 
 
+def load_whole(folder: Path, auto: Any = transformers.AutoModelForImageTextToText, **settings: Any) -> Any:
+    """Loads an export by a stock class. No tensor may be missing, surplus or of another shape."""
+    model, info = auto.from_pretrained(folder, output_loading_info=True, **settings)
+    assert not any(info.values()), info
+    return model
+
+
 def save_gemma3(folder: Path) -> None:
     """Writes a whole Gemma 3 with tokenizer and processor, whose image tokens are letters."""
     multimodal("gemma3").save_pretrained(folder)

@@ -16,8 +16,8 @@ from loraprune_ds.model.groups import Attribute, LayerCounts, LayerKeep, LayerSp
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import Budget, Limits
-from loraprune_ds.pruning.ranking import counts_on_the_way, uniform_goal
-from loraprune_ds.pruning.target import resolve
+from loraprune_ds.pruning.ranking import counts_on_the_way, rank_global, rank_uniform, uniform_goal
+from loraprune_ds.pruning.target import Size, resolve
 from tests.families import LLAMA_LINEARS
 from tests.paper import PAPER
 
@@ -116,6 +116,13 @@ def random_settings(draw: random.Random, *, uniform: bool, **drawn: list[Any]) -
             return resolved(random_shape(draw, uniform=uniform), **prune)
         except UserError:
             continue
+
+
+def keep_at_end(scores: list[LayerScores], shape: ModelShape, limits: Limits, size: Size) -> list[LayerKeep]:
+    """The groups that the ranking of a run keeps when it reaches a size."""
+    if size.bounds:
+        return rank_uniform(scores, shape, limits, size.bounds[0])
+    return rank_global(scores, shape, limits, size.budget)
 
 
 def keep_of(kept: Iterable[tuple[list[int], list[int]]]) -> list[LayerKeep]:

@@ -20,8 +20,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.limits import make_limits
-from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
-from loraprune_ds.pruning.ranking import rank_global, rank_uniform
+from loraprune_ds.pruning.prunable_model import OwnedShard
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.flat import owned_range
@@ -32,6 +31,7 @@ from tests.oracle.models import make_batches
 from tests.paper import PAPER
 from tests.refusals import must_name
 from tests.unit.plain_training import PlainRun, fresh_lora
+from tests.unit.shapes_and_scores import keep_at_end
 from tests.unit.test_experts import KINDS, TOLERANCE, factors
 
 
@@ -42,8 +42,7 @@ def find_stock(model: nn.Module, layer: int) -> Any:
     )
 
 
-def scores(owned: OwnedShard, lora: LoraFactors) -> Tensor:
-    return score_shard(owned, lora, ELEMENT_CRITERIA["lora"], 0)
+scores = partial(score_shard, criterion=ELEMENT_CRITERIA["lora"], axis=0)
 
 
 def test_shards_of_a_stack_score_as_the_experts_do() -> None:
@@ -163,10 +162,7 @@ def test_every_group_loses_as_many(ranking: Any) -> None:
         for layer in shape.counts
     ]
     _, limits, (size,) = resolve(config, shape)
-    if size.bounds:
-        keep = rank_uniform(scores, shape, limits, size.bounds[0])
-    else:
-        keep = rank_global(scores, shape, limits, size.budget)
+    keep = keep_at_end(scores, shape, limits, size)
     assert not len(keep[0]["experts"])
     for layer_keep, layer in zip(keep[1:], scores[1:], strict=True):
         experts = layer_keep["experts"]

@@ -226,9 +226,3 @@ def test_published_mixtures_have_the_parameters_that_are_published(name: str) ->
     routers = shape.hidden_size * sum(layer["experts"] for layer in shape.counts)
     met = active_numel(shape) + routers + sum(math.prod(size) for size in others.values())
     assert met / 1e9 == pytest.approx(active, rel=0.02)
-
-
-def test_servers_divide_the_channels_of_an_expert() -> None:
-    shape = dense("mixtral").shape  # 8 channels, 5 heads
-    config = PruneConfig(tensor_parallel=5, protected_first=0, protected_last=0)
-    must_name("prune.tensor_parallel 5 8 expert", resolve, config, shape)

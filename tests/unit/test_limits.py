@@ -12,13 +12,12 @@ from loraprune_ds.config import PruneConfig, Ranking
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.limits import Limits, make_limits, shortfall
-from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.target import resolve
 from tests.families import tiny_config
 from tests.paper import PAPER
 from tests.published import PUBLISHED
 from tests.refusals import must_name, refused
-from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_shape
+from tests.unit.shapes_and_scores import SMOLLM2, gone, keep_at_end, make_shape, random_scores_of, random_shape
 
 
 def limits_of(shape: ModelShape, **prune: Any) -> Limits:
@@ -61,8 +60,10 @@ def test_floors_are_multiples() -> None:
     ],
 )
 def test_too_large_a_multiple_is_refused(layer: tuple[int, int], prune: dict[str, Any], names: str) -> None:
-    """Layers 0 and 2 are protected. A server has to divide what they keep, too."""
+    """Layers 0 and 2 are protected. A server has to divide what they keep, too, and the channels of an expert."""
     must_name(names, resolve, PruneConfig(**PAPER | {"ratio": 0.01, **prune}), make_shape([layer] * 3))
+    mixture = shape_from_config(tiny_config("mixtral").to_dict(), "mixtral")  # 8 channels, 5 heads
+    must_name("prune.tensor_parallel 5 8 expert", resolve, PruneConfig(tensor_parallel=5), mixture)
     common = PruneConfig(**PAPER | {"ratio": 0.01, "channel_multiple": 96, "tensor_parallel": 4})
     assert make_limits(common, make_shape([(4, 128)] * 3)).multiples == {"heads": 4, "channels": 96}
 
@@ -105,13 +106,9 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
         reached_something += 1
         config = replace(config, ratio=most)
         _, limits, (size,) = resolve(config, shape)
-        scores = random_scores_of(shape, generator)
-        if size.bounds:
-            keep = rank_uniform(scores, shape, limits, size.bounds[0])
-            step = len(limits.open_layers) * limits.multiples["channels"] * shape.group_numel["channels"] / 2
-        else:
-            keep = rank_global(scores, shape, limits, size.budget)
-            step = max(multiple * shape.group_numel[kind] for kind, multiple in limits.multiples.items())
+        keep = keep_at_end(random_scores_of(shape, generator), shape, limits, size)
+        steps = {kind: multiple * shape.group_numel[kind] for kind, multiple in limits.multiples.items()}
+        step = len(limits.open_layers) * steps["channels"] / 2 if limits.uniform else max(steps.values())
         # The stated ratio has four digits, rounded down.
         short = most * shape.linear_numel() - gone(shape.after(keep), shape)
         assert short <= step + 1e-9, (config, shape)

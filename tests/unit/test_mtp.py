@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loraprune_ds.export import formats
 from loraprune_ds.export.formats import find_source
@@ -29,7 +29,7 @@ from loraprune_ds.model.weight_files import INDEX_FILE
 from tests.families import SIZES, tiny_model
 from tests.family_cuts import FEW, MANY, cut_and_export, difference, load, logits, reopened, with_lora
 from tests.integration.resuming import read_tensors
-from tests.multimodal import multimodal
+from tests.multimodal import load_whole, multimodal
 from tests.refusals import edit, must_name
 from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
 
@@ -122,9 +122,7 @@ def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, tmp_p
     assert index["metadata"]["total_size"] == sum(x.numel() * x.element_size() for x in found.values())
     config = read_json(out / "config.json")
     assert config.get("text_config", config).get(FIELD) == (None if name == NEXT else count)
-    stock: Any = AutoModelForImageTextToText if name == "qwen3_5" else type(whole)
-    _, info = stock.from_pretrained(out, output_loading_info=True)
-    assert not any(info.values()), info
+    load_whole(out, *(() if name == "qwen3_5" else [type(whole)]))
 
     # The layers as the stock class of the exported config takes them
     text = open_pretrained(out).config
@@ -135,8 +133,7 @@ def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, tmp_p
     tensors = {f"model.{x.removeprefix('mtp.')}": tensor for x, tensor in found.items() if x.startswith("mtp.layers")}
     tensors |= {x: p.detach() for x, p in head.named_parameters() if "layers" not in x}
     save_file(tensors, alone / "model.safetensors", metadata={"format": "pt"})
-    _, info = cast(Any, type(head)).from_pretrained(alone, output_loading_info=True)
-    assert not any(info.values()), info
+    load_whole(alone, type(head))
     whole_logits = logits(head.double())
     shape = shape_from_config(json.loads(head.config.to_json_string(use_diff=False)), name)
     keep = [largest(layer, *FEW) for layer in decoder_layers(head)]

@@ -82,10 +82,6 @@ def test_layers_of_several_sorts_have_equal_counts(family: str, ratio: float, he
     gave = {kind: 1 - max(x[kind] for x in left.counts) / count for kind, count in most.items()}
     asked = head_ratio or (0 if dense.mixture else ratio)
     assert all(abs(gave[kind] - asked) < 0.11 for kind in dense.kinds[:-1])  # half a group of five
-
-
-def test_what_equal_counts_of_a_hybrid_cannot_reach_is_one_line() -> None:
-    dense = shape_from_config(tiny_config("qwen3_5_text").to_dict(), "somewhere")
     must_name("prune.ratio 0.99", resolved, dense, ratio=0.99)
 
 

@@ -12,13 +12,22 @@ from loraprune_ds.model.shape import ModelShape, attention_product
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.request import build_request
 from loraprune_ds.pruning.limits import Budget, Limits, make_limits
-from loraprune_ds.pruning.ranking import rank_global, rank_uniform, uniform_goal
+from loraprune_ds.pruning.ranking import rank_global, uniform_goal
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import describe_target, measure, on_a_server, resolve, server_memory
 from tests.families import EQUAL, MIXTURES, tiny_config
 from tests.paper import PAPER
 from tests.refusals import must_name, refused
-from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, random_scores_of, resolved, uniform_counts
+from tests.unit.shapes_and_scores import (
+    LLAMA_7B,
+    SMOLLM2,
+    gone,
+    keep_at_end,
+    make_shape,
+    random_scores_of,
+    resolved,
+    uniform_counts,
+)
 
 GIB = 2**30
 LIMITS: list[dict[str, Any]] = [{}, {"channel_multiple": 1}, {"channel_multiple": 128}]
@@ -28,10 +37,7 @@ def cut_to(shape: ModelShape, seed: int = 0, **prune: Any) -> ModelShape:
     """Returns the shape after a cut with random scores."""
     config = PruneConfig(**PAPER | prune)
     _, limits, (size,) = resolve(config, shape)
-    scores = random_scores_of(shape, torch.Generator().manual_seed(seed))
-    if size.bounds:
-        return shape.after(rank_uniform(scores, shape, limits, size.bounds[0]))
-    return shape.after(rank_global(scores, shape, limits, size.budget))
+    return shape.after(keep_at_end(random_scores_of(shape, torch.Generator().manual_seed(seed)), shape, limits, size))
 
 
 def uniform_step(shape: ModelShape, prune: dict[str, Any], of_weight: float = 1, of_a_head: float = 0) -> float:
@@ -200,16 +206,13 @@ def test_a_delta_net_has_a_state_in_place_of_a_cache() -> None:
 def test_sizes_are_reached_one_after_another_and_no_count_grows(sizes: list[str], ranking: Ranking) -> None:
     config = PruneConfig(sizes=sizes, ranking=ranking, head_ratio=0.3)
     plan = plan_pruning(*resolve(config, LLAMA_7B), 400, [10, 20, 30])
-    sections = plan.schedule.sections
+    sections = plan.sections
     assert [section.size.name for section in sections] == [sizes[1], sizes[2], sizes[0]]  # by what they remove
     assert [section.last - section.recovery for section in sections] == [20, 30, 10]
     assert plan.steps == 460
     scores, current = random_scores_of(LLAMA_7B, torch.Generator().manual_seed(0)), LLAMA_7B
     for section in sections:
-        if counts := section.counts(section.end):
-            keep = rank_uniform(scores, current, plan.limits, counts)
-        else:
-            keep = rank_global(scores, current, plan.limits, section.budget(section.end))
+        keep = keep_at_end(scores, current, plan.limits, section.size)
         current = current.after(keep)
         scores = [layer.select(kept) for layer, kept in zip(scores, keep, strict=True)]
         assert section.size.name

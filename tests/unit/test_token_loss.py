@@ -30,12 +30,15 @@ def material(dtype: torch.dtype = torch.float32, *, supervised: float = 0.7) -> 
     return hidden, weight, labels
 
 
+def logits_of(hidden: Tensor, head: Head) -> Tensor:
+    """Returns (..., vocabulary) fp64, from the same numbers."""
+    logits = hidden.double() @ head.weight.double().T * (head.transform.scale or 1) / (head.transform.divisor or 1)
+    return logits if (cap := head.transform.softcap) is None else cap * torch.tanh(logits / cap)
+
+
 def straightforward(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """Returns the losses in fp64, from the same numbers."""
-    logits = hidden[:, :-1].double() @ head.weight.double().t()
-    logits = logits * (head.transform.scale or 1) / (head.transform.divisor or 1)
-    if cap := head.transform.softcap:
-        logits = cap * torch.tanh(logits / cap)
+    """Returns the losses in fp64."""
+    logits = logits_of(hidden[:, :-1], head)
     return cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=IGNORE_INDEX, reduction="none")
 
 
@@ -160,12 +163,6 @@ def made_up() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     student, teacher = (torch.randn(TOKENS, WIDTH, generator=generator) for _ in range(2))
     head = torch.randn(VOCABULARY, WIDTH, generator=generator) / WIDTH**0.5
     return student, teacher, head, torch.randint(VOCABULARY, (TOKENS,), generator=generator)
-
-
-def logits_of(hidden: Tensor, head: Head) -> Tensor:
-    """Returns (tokens, vocabulary) fp64."""
-    logits = hidden.double() @ head.weight.double().T * (head.transform.scale or 1) / (head.transform.divisor or 1)
-    return logits if (cap := head.transform.softcap) is None else cap * torch.tanh(logits / cap)
 
 
 def dense(student: Tensor, teacher: Tensor, head: Head, labels: Tensor, w: float, t: float) -> Tensor:

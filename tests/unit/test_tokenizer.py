@@ -59,13 +59,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_sentencepiece_gives_its_own_tokens(config: dict[str, Any], sentencepiece_model: bytes, tmp_path: Path) -> None:
+def test_sentencepiece_gives_its_own_tokens_in_source_and_export(
+    config: dict[str, Any], sentencepiece_model: bytes, tmp_path: Path
+) -> None:
+    """AutoTokenizer reads other tokens from tokenizer.model alone."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
     reference = SentencePieceProcessor(model_proto=sentencepiece_model)
-    tokenizer = load_tokenizer(write_folder(tmp_path, sentencepiece_model, **config))
+    tokenizer = load_tokenizer(write_folder(source, sentencepiece_model, **config))
     for text in TEXTS:
         assert tokenizer(text)["input_ids"] == [BOS, *reference.encode(text)], text
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == reference.encode(text), text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, 2)
+    copy_tokenizer(source, out)
+    (out / "config.json").write_text((source / "config.json").read_text())
+    exported = AutoTokenizer.from_pretrained(out)
+    for text in (*TEXTS, "a</s>b  c", "</s> x"):
+        assert exported(text)["input_ids"] == tokenizer(text)["input_ids"], text
 
 
 def test_a_config_without_bos_gets_none(sentencepiece_model: bytes, tmp_path: Path) -> None:
@@ -88,21 +99,6 @@ def test_a_broken_tokenizer_is_one_line_that_names_the_folder(files: dict[str, s
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     must_name(str(tmp_path), load_tokenizer, tmp_path)
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_texts_begin_as_in_the_source(tmp_path: Path, sentencepiece_model: bytes, config: dict[str, Any]) -> None:
-    """AutoTokenizer reads other tokens from tokenizer.model alone."""
-    source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir()
-    out.mkdir()
-    write_folder(source, sentencepiece_model, **config)
-    copy_tokenizer(source, out)
-    (out / "config.json").write_text((source / "config.json").read_text())
-    exported, dense = AutoTokenizer.from_pretrained(out), load_tokenizer(source)
-    for text in (*TEXTS, "a</s>b  c", "</s> x"):
-        assert exported(text)["input_ids"] == dense(text)["input_ids"], text
-    assert exported("x")["input_ids"][0] == BOS
 
 
 # The keys of tokenizers in GGUF files
