@@ -70,7 +70,7 @@ def with_lora(model: PreTrainedModel, config: dict[str, Any], where: str) -> Net
 def dense(family: str, **changes: Any) -> Network:
     model = tiny_model(family, **changes, **(TINY_EPSILON if norms_are_wide(family) else {}))
     config = json.loads(model.config.to_json_string(use_diff=False))
-    config |= {key: value for key, value in TINY[family].items() if key == "layer_types"}  # as published
+    config |= {key: value for key, value in (TINY[family] | changes).items() if key == "layer_types"}  # as published
     return with_lora(in_memory(model, config, family), config, family)
 
 
