@@ -183,8 +183,8 @@ class LocalModel(PrunableModel):
 
     def _gradient_norms(self) -> Tensor:
         """Returns the norm of each trained parameter's gradient: (parameters,)."""
-        gradients = (p.grad for p in self._trained)
-        return torch.stack(torch._foreach_norm([self._zero if g is None else g for g in gradients]))
+        gradients = [self._zero if p.grad is None else p.grad for p in self._trained]
+        return torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
 
 
 @contextmanager

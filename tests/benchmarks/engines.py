@@ -70,9 +70,9 @@ class Work:
 def prepare(folder: Path, batch: tuple[int, int], vocab: int, steps: int, after: int, multiple: int) -> Work:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=linear_names(base), task_type="CAUSAL_LM")
-    get_peft_model(base, lora).save_pretrained(adapter := Path(tempfile.mkdtemp()))
+    get_peft_model(base, lora).save_pretrained(adapter := tempfile.mkdtemp())
     torch.manual_seed(0)
-    return Work(folder, adapter, list(torch.randint(3, vocab, (steps, *batch))), after, multiple)
+    return Work(folder, Path(adapter), list(torch.randint(3, vocab, (steps, *batch))), after, multiple)
 
 
 def peft_steps(work: Work, criterion: str | None, sharded: bool) -> Step:
@@ -81,9 +81,8 @@ def peft_steps(work: Work, criterion: str | None, sharded: bool) -> Step:
     model = PeftModel.from_pretrained(base, work.adapter, is_trainable=True).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer: Any = AdamW(trained, lr=1e-4)
-    engine: Any = None
+    engine, size = None, len(work.batches[0])
     if sharded:
-        size = len(work.batches[0])
         train = TrainConfig(steps=1, global_batch_size=size, micro_batch_size=size, max_grad_norm=1.0)
         config = resolve_ds_config(RunConfig("unused", train=train), open_pretrained(work.folder).shape, 1)
         config["bf16"]["enabled"] = False
@@ -93,8 +92,7 @@ def peft_steps(work: Work, criterion: str | None, sharded: bool) -> Step:
     def step(i: int) -> None:
         if pruning:
             pruning.begin_step()
-        ids = work.batches[i]
-        loss = (engine or model)(input_ids=ids, labels=ids).loss
+        loss = (engine or model)(input_ids=work.batches[i], labels=work.batches[i]).loss
         if engine:
             engine.backward(loss)
             engine.step()
@@ -113,15 +111,15 @@ def peft_steps(work: Work, criterion: str | None, sharded: bool) -> Step:
 
 def own_steps(work: Work) -> Step:
     """Trains with our trainer on one rank of ZeRO-3."""
-    settings = {"micro_batch_size": len(work.batches[0]), "max_grad_norm": 1.0, "lora_r": 8, "lora_alpha": 16}
+    settings: dict[str, Any] = {
+        "micro_batch_size": len(work.batches[0]),
+        "max_grad_norm": 1.0,
+        "lora_r": 8,
+        "lora_alpha": 16,
+    }
     batches = [(ids, ids) for ids in work.batches]
     trainer = build(Job(work.folder, work.adapter, batches, work.prune("fisher"), **settings))
-
-    def step(i: int) -> None:
-        trainer.step(i + 1)
-        trainer.cut(i + 1)
-
-    return step
+    return lambda i: (trainer.step(i + 1), trainer.cut(i + 1))
 
 
 def measure(work: Work, names: list[str], warm: int) -> dict[str, Any]:
@@ -149,7 +147,7 @@ def measure(work: Work, names: list[str], warm: int) -> dict[str, Any]:
                 found[name]["before" if i < cut_at else "after"].append(seconds)
             print(f"{i} {name}: {seconds:.3f} s", flush=True)
     for name, times in found.items():
-        before, its = times["before"], found.get(ARMS[name][0], times)["before"]
+        before, its = times["before"], found.get(ARMS[name][0] or name, times)["before"]
         times |= {f"median_{when}": statistics.median(times[when]) for when in ("before", "after") if times[when]}
         times["over_partner"] = statistics.median(map(truediv, before, its))  # in pairs
         times |= {"least_before": min(before), "least_over_partner": min(before) / min(its)}
@@ -162,7 +160,12 @@ def main() -> None:
     parser.add_argument("--machine", default="", help="what else computed meanwhile, for the result")
     rounds, machine = (arguments := parser.parse_args()).rounds, arguments.machine
     start_deepspeed(0, 1, Path(tempfile.mkdtemp()))
-    sizes = {"hidden_size": 72, "intermediate_size": 192, "num_attention_heads": 9, "num_key_value_heads": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 72,
+        "intermediate_size": 192,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
     config = LlamaConfig(vocab_size=128, num_hidden_layers=30, head_dim=8, tie_word_embeddings=True, **sizes)
     LlamaForCausalLM(config).save_pretrained(narrow := Path(tempfile.mkdtemp()))
     names = list(ARMS)
