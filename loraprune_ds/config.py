@@ -330,7 +330,7 @@ class RunConfig:
     output_dir: str  # folder of the results: new, or of this same run
     # seeds the order of samples, LoRA's start, dropout and `random` scores
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    deepspeed: str = "ds_configs/zero3.json"  # DeepSpeed's JSON
+    deepspeed: str | None = "ds_configs/zero3.json"  # DeepSpeed's JSON. None: one process without DeepSpeed
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -341,6 +341,9 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        for key, value in (("dtype", "float16"), ("frozen", "int8")):
+            only_sharded = f"model.{key} {value} needs DeepSpeed's ZeRO-3, but deepspeed is null"
+            require(self.deepspeed is not None or getattr(self.model, key) != value, only_sharded)
         attention = self.model.attn_implementation
         packs = self.data.packing and attention.startswith("flash_attention") and self.train.micro_batch_size > 1
         require(not packs, f"data.packing with model.attn_implementation {attention} needs train.micro_batch_size 1")

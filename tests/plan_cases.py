@@ -28,11 +28,10 @@ from loraprune_ds.plan.stages import split_state, training_stage
 from loraprune_ds.ranks.device import resident_bytes, storage_bytes
 from loraprune_ds.ranks.flat import AxisCut
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.engine import build_inference_engine
 from tests.benchmarks.memory import Peak
 from tests.numerics.cutting import watched_collectives
-from tests.numerics.driver import Consecutive, assemble
+from tests.numerics.driver import Consecutive, ShardedTrainer, assemble
 from tests.zero_bytes import elements_sent, second_copies, state_tensors, weight_shards
 
 STEPS = 4  # the cut follows the second
@@ -80,7 +79,7 @@ class Case:
         return build_request(name, source, shape_from_config(source, name), run, where)
 
 
-def build(request: Request) -> Trainer:
+def build(request: Request) -> ShardedTrainer:
     """Builds the package's trainer on random tokens."""
     run = request.config
     pretrained = open_for_pruning(Path(run.model.path), run.model)
@@ -98,7 +97,7 @@ def build(request: Request) -> Trainer:
     return trainer
 
 
-def modules(trainer: Trainer) -> list[nn.Module]:
+def modules(trainer: ShardedTrainer) -> list[nn.Module]:
     """Lists the model and the teacher."""
     return [trainer.model.module, *([trainer.teacher.module] if trainer.teacher else [])]
 
@@ -177,7 +176,7 @@ def run_with_second_copy(case: Case) -> dict[str, Any]:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
 
-def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
+def _state_row(name: str, request: Request, trainer: ShardedTrainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
     gc.collect()
     terms, _ = split_state(request, trainer.model.shape, stepped=stepped)
     terms.pop("second_copy", None)  # no pass has gathered weights of this shape yet
@@ -190,7 +189,7 @@ def _state_row(name: str, request: Request, trainer: Trainer, *, stepped: bool, 
     }
 
 
-def _measured_step(step: int, request: Request, trainer: Trainer, baseline: int) -> dict[str, Any]:
+def _measured_step(step: int, request: Request, trainer: ShardedTrainer, baseline: int) -> dict[str, Any]:
     shape, world_size, rank = trainer.model.shape, request.world_size, trainer.model.rank
     comm, before = trainer.model.comm, trainer.model.comm.bytes_sent
     with counted_bytes(world_size, rank) as sent, Peak() as peak:

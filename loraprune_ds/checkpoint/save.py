@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Container, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,13 +18,11 @@ from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning.compensate import refitted_linears
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.pruning.training import OptimizerState
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import empty_cache
 from loraprune_ds.ranks.flat import owner_rounds
 from loraprune_ds.ranks.job import LocalWrites
-
-if TYPE_CHECKING:
-    from loraprune_ds.zero.sharded import ShardedModel
 
 
 class Staging(AbstractContextManager["Staging"]):
@@ -77,15 +75,15 @@ class Staging(AbstractContextManager["Staging"]):
         fail_point(f"save.{self._kind}_after_rename")
 
 
-def save_step(model: "ShardedModel", root: Path, state: RunState, resume: ResumeState, pruner: Pruner) -> Path:
+def save_step(pruner: Pruner, adam: OptimizerState, root: Path, state: RunState, resume: ResumeState) -> Path:
     """Publishes `step-{state.step}`. Each layer is written by its owner, which has its input moments. Collective."""
-    apart, parameters = f"{RESUME_FOLDER}/", model.lora_parameters()
+    model, apart, parameters = pruner.model, f"{RESUME_FOLDER}/", pruner.model.lora_parameters()
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
             staging.write(apart + STATE_FILE, lambda path: path.write_text(state_text(resume)))
         for layers in owner_rounds(len(model.layers), model.world_size):
-            collected = {i: model.optimizer_state.collect(parameters[i], model.owner(i), model.comm) for i in layers}
+            collected = {i: adam.collect(parameters[i], model.owner(i), model.comm) for i in layers}
             for layer, (masters, moments) in collected.items():  # both empty but on the owner
                 write_layer(staging, "lora", layer, masters)
                 write_layer(staging, f"{apart}adam", layer, moments)

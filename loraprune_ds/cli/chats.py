@@ -62,7 +62,7 @@ def write(options: argparse.Namespace) -> None:
     from loraprune_ds.evaluate.models import find_model
     from loraprune_ds.ranks.comm import Communicator, stop_ranks
 
-    comm = join_ranks() if job.several_ranks(os.environ) else Communicator()
+    comm = join_ranks(sharded=True) if job.several_ranks(os.environ) else Communicator()
     with comm.patient() as waiting:  # the first rank of each node downloads
         waiting.all_or_raise(lambda: find_model(options.model) if os.environ.get("LOCAL_RANK", "0") == "0" else None)
     selection = collect(options, comm)

@@ -18,7 +18,7 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.cli.after import check_after, check_prompts, measure_after
 from loraprune_ds.config import read_amount
 from loraprune_ds.config_file import config_value, read_config
-from loraprune_ds.errors import ShortfallError, UserError, leave, leave_on_error, tell
+from loraprune_ds.errors import ShortfallError, UserError, leave, leave_on_error, require, tell
 from loraprune_ds.evaluate.result import answers_table, mean_metric, tasks_with
 from loraprune_ds.files import read_json
 from loraprune_ds.ranks import job
@@ -83,7 +83,7 @@ def main() -> int:
         if output.start != "finished":
             if output.config.train.deterministic:
                 os.environ |= job.DETERMINISTIC
-            comm = join_ranks()
+            comm = join_ranks(sharded=output.config.deepspeed is not None)
             joined = True
             if not prune(output, comm, launchers):
                 return STOPPED_EXIT_CODE
@@ -105,18 +105,20 @@ def main() -> int:
 
 
 def launch() -> int:
-    """Checks the arguments of `loraprune-ds run`, then becomes DeepSpeed's launcher, which runs `main` on all ranks."""
+    """Checks the arguments of `loraprune-ds run`, then runs `main`, on all ranks unless `deepspeed` is null."""
     own = Parser(None, add_help=False)
     own.add_argument("--ranks", type=at_least(1), metavar="N", help="processes on this machine (default: one per GPU)")
     try:
         chosen, arguments = own.parse_known_args()
         options = parse_arguments(own)
         launcher = job.launcher_command(__name__, chosen.ranks, os.environ)
-        OutputFolder(read_config(options.config, options.set), options.resume)  # before launchers and ranks print
+        config = OutputFolder(read_config(options.config, options.set), options.resume).config  # before ranks print
+        alone = config.deepspeed is None
+        require(not alone or chosen.ranks in (None, 1), f"--ranks {chosen.ranks}: deepspeed: null has one rank")
     except UserError as error:
         tell(error)
         return error.exit_code
-    if options.show is not None:
+    if options.show is not None or alone:
         sys.argv[1:] = arguments
         return main()
     if chosen.ranks is not None:  # otherwise each rank on a CPU would use all cores
@@ -124,8 +126,8 @@ def launch() -> int:
     os.execv(launcher[0], [*launcher, *arguments])
 
 
-def join_ranks() -> "Communicator":
-    """Starts the process group, after all imports. Collective."""
+def join_ranks(*, sharded: bool) -> "Communicator":
+    """Starts the process group, if there is one, after all imports. Collective."""
     job.check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
     job.collective_timeout(os.environ)
     job.longest_silence(os.environ)
@@ -133,11 +135,13 @@ def join_ranks() -> "Communicator":
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         import loraprune_ds.train.run  # noqa: F401  # reports a missing package before other ranks wait
-        from loraprune_ds.zero.engine import start_ranks
+        from loraprune_ds.train.engine import find_engines
+
+        engines = find_engines(sharded)
     except ImportError as error:  # or DeepSpeed lacks a private module
         versions = "install the versions that pyproject.toml names, as launch/quickstart.sh does"
         raise UserError(f"{error}; {versions}") from None
-    return start_ranks()
+    return engines.start_ranks()
 
 
 def prune(output: OutputFolder, comm: "Communicator", launchers: list[int]) -> bool:
@@ -164,8 +168,8 @@ def summary_table(report: dict[str, Any], folder: Path) -> str:
     """Makes the table of a report.json in plain ASCII, at most 100 columns wide unless the folder's name is long."""
     head = ("", "dense", "pruned", "")
     rows = [head, *_size_rows(report), *_quality_rows(report), *_cost_rows(report)]
-    cuts, ranks = len(report["prune_steps"]), report["world_size"]
-    title = f"{report['steps']} steps, {_plural(cuts, 'cut')}, {_plural(ranks, 'ZeRO-3 rank')}"
+    where = "one process" if report["config"]["deepspeed"] is None else _plural(report["world_size"], "ZeRO-3 rank")
+    title = f"{report['steps']} steps, {_plural(len(report['prune_steps']), 'cut')}, {where}"
     table = aligned(rows, "<>><")
     shelf = _shelf_rows(report.get("shelf") or [])
     gpus, groups = (", ".join(map(str, report["serving"][key])) for key in ("tensor_parallel", "quantisation_groups"))

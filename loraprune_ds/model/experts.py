@@ -63,7 +63,7 @@ class ExpertLora(LoraLinear):
             return result
         transposed = cast(ExpertStack, self.base_layer).transposed
         for name in self.active_adapters:
-            a, b = (cast(Tensor, factors[name].weight) for factors in (self.lora_A, self.lora_B))
+            a, b = (cast(Tensor, factors[name].weight).to(x.dtype) for factors in (self.lora_A, self.lora_B))
             first, second = (b, a) if transposed else (a, b)
             inside = multiply(self.lora_dropout[name](x), counts, transposed, DENSE, first)
             result = result + multiply(inside, counts, transposed, DENSE, second) * self.scaling[name]

@@ -24,7 +24,7 @@ class FusedLoraLinear(LoraLinear):
         if self.disable_adapters:
             return base(x)
         (adapter,) = self.active_adapters
-        a, b = (cast(nn.Linear, factors[adapter]).weight for factors in (self.lora_A, self.lora_B))
+        a, b = (cast(nn.Linear, factors[adapter]).weight.to(x.dtype) for factors in (self.lora_A, self.lora_B))
         dropout = self.lora_dropout[adapter]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         stored = stored_tensors(base)

@@ -4,7 +4,7 @@ Weights are checked by the headers of their files, and read in parts, so that no
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraprune_ds.config import ModelConfig
@@ -251,3 +251,17 @@ def open_for_pruning(folder: Path, model: ModelConfig, *, packing: bool = False)
     check_family(pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing)
     weights = replace(pretrained.weights, int8=model.frozen == "int8")
     return replace(pretrained, weights=weights, tower=None if model.text_only else pretrained.tower)
+
+
+def replace_parameters(model: nn.Module, make: Callable[[str, Tensor], nn.Parameter], device: torch.device) -> None:
+    """Replaces every parameter by the one that `make` returns for its name, once if it is tied, and moves buffers."""
+    made: dict[int, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = make(f"{module_name}.{name}" if module_name else name, parameter)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)

@@ -202,6 +202,7 @@ def build_request(
     config = replace(config, prune=prune)
     pruning = plan_pruning(prune, limits, sizes, steps, config.recovery)
     per_node = cluster.gpus_per_node
+    require(config.deepspeed is not None, "deepspeed is null, but a plan needs ds_configs/zero3.json or another")
     ds_config = resolve_ds_config(config, shape, cluster.world_size, per_node)
     size = zero_settings(ds_config).zero_hpz_partition_size
     bad = f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"

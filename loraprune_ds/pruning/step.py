@@ -4,7 +4,7 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
 
     with pruner.record_step(step):
         for each micro-batch:
-            with pruner.record_forward(mask): loss = engine.forward(...)    a refit records inputs (compensate.py)
+            with pruner.record_forward(mask): loss = engine.module(...)     a refit records inputs (compensate.py)
             engine.backward(loss)             `fisher` records the gradients of masks on groups (criterion.py)
         pruner.score(step)                    sums the squared gradients over the ranks, then averages the sums over
                                               steps (importance.py)

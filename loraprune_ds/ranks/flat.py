@@ -27,6 +27,12 @@ def owned_range(numel: int, world_size: int, rank: int) -> tuple[int, int]:
     return min(rank * size, numel), min((rank + 1) * size, numel)
 
 
+def pad(shard: Tensor, numel: int, world_size: int) -> Tensor:
+    """Pads a shard with zeros to the length that all ranks share."""
+    size = partition_numel(numel, world_size)
+    return shard if len(shard) == size else torch.cat([shard, shard.new_zeros(size - len(shard))])
+
+
 def layer_owner(layer: int, world_size: int) -> int:
     """Returns the rank that holds the full tensors of a layer: moments, refits, files of a checkpoint."""
     return layer % world_size

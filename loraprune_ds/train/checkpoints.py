@@ -11,6 +11,7 @@ from loraprune_ds.config_file import differences
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.pruning.training import TrainingEngine
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name, peak_bytes
 from loraprune_ds.ranks.job import LocalWrites
@@ -18,7 +19,6 @@ from loraprune_ds.train.output import MAY_DIFFER, OutputFolder, RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import RunRecorder
 from loraprune_ds.train.stop import STOP, RequestListener
-from loraprune_ds.zero.engine import TrainingEngine, build_training_engine
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,18 @@ def check_data(checkpoint: TrainingCheckpoint, prepared: Prepared) -> None:
 
 
 def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> TrainingEngine:
-    """Builds the sharded training model, fresh or from a checkpoint. Collective."""
+    """Builds the training engine, fresh or from a checkpoint. Collective."""
     config, frozen = prepared.config, prepared.pretrained
     if checkpoint is not None:
         config = replace(config, model=replace(config.model, adapter=None))  # the checkpoint has its LoRA
         frozen = checkpoint.frozen_model
-    engine = build_training_engine(frozen, prepared.ds_config, prepared.pruning.cycles(), config)
+    cycles = prepared.pruning.cycles()
+    engine: TrainingEngine = prepared.engines.build_training_engine(frozen, prepared.ds_config, cycles, config)
     if checkpoint is None:
         return engine
     counters = layout.read_resume_state(checkpoint.folder)
     model = engine.model
-    model.optimizer_state.restore(model.lora_parameters(), checkpoint.read_flat, counters.adam_step, model.comm)
+    engine.optimizer_state.restore(model.lora_parameters(), checkpoint.read_flat, counters.adam_step, model.comm)
     engine.restore_counters(checkpoint.state.step, counters.schedule, counters.loss_scale)
     return engine
 
@@ -122,7 +123,7 @@ def save_checkpoint(
 ) -> None:
     """Publishes `step-{step}`, then removes files that no later start needs. Collective."""
     root, config, prepared = context.folder / layout.CHECKPOINTS_FOLDER, context.config, context.prepared
-    model, saved, (schedule, loss_scale) = engine.model, pruner.state(), engine.counters()
+    model, saved = engine.model, pruner.state()
     earlier = context.checkpoint and context.checkpoint.state
     state = layout.RunState(
         step=step,
@@ -137,15 +138,15 @@ def save_checkpoint(
         peak_bytes=model.comm.gather_objects(peak_bytes()),
     )
     resume = layout.ResumeState(
-        adam_step=model.optimizer_state.adam_step,
-        schedule=schedule,
-        loss_scale=loss_scale,
+        adam_step=engine.optimizer_state.adam_step,
+        schedule=engine.schedule.state_dict(),
+        loss_scale=engine.loss_scale(),
         updates_since_cut=saved.updates_since_cut,
         moment_tokens=saved.moment_tokens,
     )
     context.check_owner()
     context.recorder.flush()  # a checkpoint must not outlive the records of the steps before it
-    save_step(model, root, state, resume, pruner)
+    save_step(pruner, engine.optimizer_state, root, state, resume)
     context.check_owner()
     keep_last, sizes = config.checkpoint.keep_last, prepared.pruning.ends()
     LocalWrites(model.comm, root).do_on_rank_0(lambda: drop_old(root, step, keep_last, sizes))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -32,10 +33,9 @@ from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import SampleOrder, Samples
 from loraprune_ds.train.data.sources import at_commits, resolve_commits
+from loraprune_ds.train.engine import find_engines
 from loraprune_ds.units import format_count, format_percent
-from loraprune_ds.zero.device import check_dtype
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.private import check_private_attributes
 
 # Checks a tokenizer with the positions and the vocabulary of its model.
 CheckTokenizer = Callable[[RunConfig, PreTrainedTokenizerBase, int | None, int], None] | None
@@ -51,7 +51,8 @@ class Prepared:
     order: SampleOrder
     held_out: list[Labelled]  # batches of the held-out text
     pruning: Schedule
-    ds_config: dict[str, Any]  # with every "auto" replaced
+    engines: ModuleType  # `find_engines`
+    ds_config: dict[str, Any]  # with every "auto" replaced. Empty without DeepSpeed
     data: RunData
 
 
@@ -70,7 +71,7 @@ def prepare(
     own = partial(_prepare, config, found or {}, comm.world_size, comm.ranks_per_node(), check_tokenizer)
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
-        first = waiting.all_or_raise(lambda: own() if os.environ["LOCAL_RANK"] == "0" else None)
+        first = waiting.all_or_raise(lambda: own() if os.environ.get("LOCAL_RANK", "0") == "0" else None)
         prepared = waiting.all_or_raise(lambda: first or own())
     rank = comm.differing_rank(prepared.data)
     same = "model.path and data.path must be the same everywhere"
@@ -80,8 +81,7 @@ def prepare(
 
 def _check_before_download(config: RunConfig, world_size: int) -> None:
     """Makes the checks that need no model, because its download may take an hour."""
-    check_private_attributes()
-    check_dtype(config.model.dtype)
+    find_engines(config.deepspeed is not None).check_device(config.model.dtype)
     check_flash_attention(config.model)
     config.train.gradient_accumulation_steps(world_size)
     check_installed(config.logging.report_to or ())
@@ -127,6 +127,7 @@ def _prepare(
         order=order,
         held_out=held_out,
         pruning=pruning,
+        engines=find_engines(config.deepspeed is not None),
         ds_config=ds_config,
         data=RunData(pruning.steps, *digests, commits),
     )
@@ -146,7 +147,7 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 def describe_run(prepared: Prepared, world_size: int) -> str:
     """Describes the model, the ranks and the cuts of a run, in two or three lines."""
     config, dense, pruning = prepared.config, prepared.pretrained.shape, prepared.pruning
-    ranks = f"{world_size} ranks" if world_size > 1 else "1 rank"
+    ranks = "one process" if config.deepspeed is None else f"{world_size} rank{'s' * (world_size > 1)}"
     lines = [
         f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {describe_dtype(config.model)}, "
         f"on {ranks} ({device_name()})",
@@ -175,6 +176,6 @@ def describe_run(prepared: Prepared, world_size: int) -> str:
     if left_out := prepared.samples.left_out:
         such = f"such as {prepared.samples.first_left_out}"
         lines.append(f"{left_out:,} rows have no answer in data.window {config.data.window}, {such}; they are left out")
-    if world_size == 1:
+    if world_size == 1 and config.deepspeed is not None:
         lines.append("world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)")
     return "\n".join(lines)

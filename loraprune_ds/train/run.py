@@ -31,7 +31,6 @@ from loraprune_ds.train.prepare import CheckTokenizer, Prepared, describe_run, p
 from loraprune_ds.train.recorder import RunRecorder
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
 from loraprune_ds.train.trainer import TrainingLoop, measure_held_out
-from loraprune_ds.zero.engine import build_inference_engine, release
 
 EXPORTED = f".{records.MODEL_FOLDER}.exported"  # not read back yet
 
@@ -228,11 +227,12 @@ def measure_model(context: RunContext) -> str | None:
 
 
 def _evaluate(folder: Path, context: RunContext) -> records.EvaluationRecord:
-    """Measures the exported model, read back from disk and sharded. Collective."""
+    """Measures the exported model, read back from disk. Collective."""
     model, prepared, comm = context.config.model, context.prepared, context.comm
     # Every rank opens it. A rank that cannot shows that output_dir is not shared.
     pretrained = comm.all_or_raise(lambda: open_pretrained(folder))
-    engine = build_inference_engine(pretrained, model.attn_implementation, model.dtype, prepared.ds_config)
+    engines, stored = prepared.engines, (model.attn_implementation, model.dtype, prepared.ds_config)
+    engine = engines.build_inference_engine(pretrained, *stored)
     record = measure_held_out(engine, prepared.held_out, comm, step=prepared.pruning.steps, name="pruned")
-    release(engine)  # `evaluate.after` needs the memory
+    engines.release(engine)  # `evaluate.after` needs the memory
     return record

@@ -18,17 +18,17 @@ from loraprune_ds.model.shape import needed_flops_per_token
 from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.steps import PruningSteps
+from loraprune_ds.pruning.training import TrainingEngine
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name, is_cpu, peak_flops, to_device
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, StepRecord, record_cut
 from loraprune_ds.train.checkpoints import RunContext, build_engine, save_checkpoint
 from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout
 from loraprune_ds.train.stop import NOTHING, STOP
-from loraprune_ds.zero.engine import TrainingEngine, build_inference_engine, release
 
 
 class Trainer:
-    """Trains LoRA on the sharded model and calls the pruner at every step.
+    """Trains LoRA and calls the pruner at every step.
 
     Args:
         current_request: returns the request of this rank (stop.py).
@@ -60,7 +60,7 @@ class Trainer:
         batch = self.order.batch(step - 1)
         texts, supervised = self.samples.text_lengths(batch), self.samples.count_supervised(batch)
         tokens = sum(texts)
-        learning_rate, sparsity = self.engine.learning_rate, self.pruner.reached()  # read before the step changes them
+        rate, sparsity = self.engine.schedule.get_last_lr()[0], self.pruner.reached()  # before the step changes them
         flops = tokens * needed_flops_per_token(self.model.shape, sum(length**2 for length in texts) / tokens)
         with self.pruner.record_step(step):
             loss = self._accumulate(step, batch, supervised)
@@ -73,7 +73,7 @@ class Trainer:
         return StepRecord(
             step=step,
             loss=sum(numbers.own) / supervised,
-            learning_rate=learning_rate,
+            learning_rate=float(rate),
             grad_norm=grad_norm,
             sparsity=sparsity,
             tokens=tokens,
@@ -100,14 +100,13 @@ class Trainer:
             seed_dropout(self.config.seed, step, number)
             inputs, masks = self._inputs(indices)
             with self.pruner.record_forward(*masks):
-                loss = engine.forward(**inputs).sum()
+                loss = engine.module(**inputs).sum()
             fail_point("forward")
             total += loss.detach()
-            engine.backward(loss * (world_size / supervised))  # ZeRO-3 averages gradients over the ranks
+            # Gradients are averaged over the ranks.
+            engine.backward(loss * (world_size / supervised), last=number == micro_batches[-1][0])
             fail_point("backward")
             del loss  # a live graph would keep the shapes from before a cut
-            if number < micro_batches[-1][0]:
-                engine.end_micro_batch()
         return total
 
     def _inputs(self, indices: Tensor) -> tuple[dict[str, Any], Sequence[Tensor | None]]:
@@ -131,7 +130,7 @@ class Trainer:
 
 
 class TrainingLoop:
-    """Owns the sharded model while it trains."""
+    """Owns the model while it trains."""
 
     def __init__(self, context: RunContext) -> None:
         self._context, self.recorder, self.status = context, context.recorder, context.status
@@ -140,7 +139,7 @@ class TrainingLoop:
         engine, teacher = build_engine(prepared, checkpoint), None
         if config.train.distill_weight:
             stored = config.model.attn_implementation, config.model.dtype, prepared.ds_config
-            teacher = build_inference_engine(prepared.pretrained, *stored, head=False)
+            teacher = prepared.engines.build_inference_engine(prepared.pretrained, *stored, head=False)
         pruner = Pruner(engine.model, prepared.pruning, config.seed)
         if checkpoint:
             checkpoint.restore_pruner(pruner)
@@ -167,9 +166,9 @@ class TrainingLoop:
 
     def release(self) -> None:
         """Frees the model, its optimizer and the teacher."""
-        release(self._trainer.engine.deepspeed)
+        self._trainer.engine.release()
         if self._trainer.teacher is not None:
-            release(self._trainer.teacher)
+            self.prepared.engines.release(self._trainer.teacher)
 
     def _step(self, step: int) -> None:
         record = self._trainer.step(step)

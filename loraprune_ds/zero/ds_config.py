@@ -94,6 +94,8 @@ def resolve_ds_config(
         UserError: the file is absent or not ZeRO-3. A setting does not allow a cut. A value contradicts the run
             config, which may lack one for an "auto". DeepSpeed does not know a key or value.
     """
+    if config.deepspeed is None:
+        return {}
     path, model = find_shipped(config.deepspeed), config.model
     require(path.is_file(), f"deepspeed: {path} {'is not a file' if path.exists() else 'does not exist'}")
     resolved = read_json(path, unique_keys=True)

@@ -1,39 +1,30 @@
 """The optimizer state of LoRA: fp32 masters, Adam moments and averaged gradients as flat shards."""
 
-import copy
-from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import owned_range
+from loraprune_ds.pruning.training import MOMENTS, OptimizerState
 from loraprune_ds.zero import private
 from loraprune_ds.zero.device import settle_shards
-from loraprune_ds.zero.params import collect_tensor, overwrite_shard, pad
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-# (layer, "{linear}.lora_A", key of the state, start, end) -> flat fp32 elements [start, end)
-ReadState = Callable[[int, str, str, int, int], Tensor]
+from loraprune_ds.zero.params import overwrite_shard
 
 
-class OptimizerState:
+class ShardedState(OptimizerState):
     """Carries the flat buffers of DeepSpeed's stage-3 optimizer through a cut.
 
     Smaller shards are written into the old slots, so there is no second copy. `rebuild` then lays out smaller buffers.
     """
 
     def __init__(self, zero_optimizer: Any, parameters: list[nn.Parameter]) -> None:
-        self.zero = zero_optimizer
-        self.parameters = parameters
+        super().__init__(zero_optimizer.optimizer)
+        self.zero, self.parameters = zero_optimizer, parameters
 
-    def keys(self) -> tuple[str, ...]:
-        """Names the tensors that are cut along with a parameter. Adam creates the moments at its first step."""
-        return ("master", *MOMENTS) if self.zero.optimizer.state else ("master",)
+    def masters(self) -> list[Tensor]:
+        return self.zero.fp32_partitioned_groups_flat
 
     def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """Returns a view of this rank's (padded) fp32 shard of `master`, `exp_avg` or `exp_avg_sq`."""
         group, offset = self._slot(parameter)
         return self._flat(group, key).narrow(0, offset, parameter.ds_tensor.ds_numel)  # type: ignore[attr-defined]
 
@@ -69,50 +60,10 @@ class OptimizerState:
                 new = self.shard(parameter, key)
                 new.copy_(old_flats[group][key].narrow(0, offset, new.numel()))
 
-    def create_moments(self, others: dict[str, Any]) -> None:
-        """Creates zero moments for every flat buffer, and a copy of `others`, such as the counts of updates."""
-        for flat in self.zero.fp32_partitioned_groups_flat:
-            moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-            self.zero.optimizer.state[flat] = copy.deepcopy(others) | moments
-
-    @property
-    def adam_step(self) -> int:
-        """The updates that Adam has counted."""
-        states = list(self.zero.optimizer.state.values())
-        return int(states[0]["step"]) if states else 0
-
-    def collect(
-        self, parameters: dict[str, nn.Parameter], owner: int, comm: Communicator
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Gathers a layer's state on its owner: masters by "{linear}.lora_A", moments by "{linear}.lora_A.exp_avg".
-
-        Both are empty elsewhere. Collective.
-        """
-        masters, moments = dict[str, Tensor](), dict[str, Tensor]()
-        for name, parameter in parameters.items():
-            for key in self.keys():
-                tensor = collect_tensor(parameter, owner, comm, self.shard(parameter, key))
-                if tensor is not None:
-                    to, own = (masters, name) if key == "master" else (moments, f"{name}.{key}")
-                    to[own] = tensor
-        return masters, moments
-
-    @torch.no_grad()
-    def restore(
-        self, layers: Iterable[dict[str, nn.Parameter]], read: ReadState, adam_step: int, comm: Communicator
-    ) -> None:
-        """Reads this rank's shards of the state. The low-precision parameters are set from their masters."""
-        if adam_step:
-            self.create_moments({"step": torch.tensor(float(adam_step))})
-        for layer, parameters in enumerate(layers):
-            for name, parameter in parameters.items():
-                numel: int = parameter.ds_numel  # type: ignore[attr-defined]
-                start, end = owned_range(numel, comm.world_size, comm.rank)
-                for key in self.keys():
-                    shard = pad(read(layer, name, key, start, end).to(comm.device), numel, comm.world_size)
-                    self.shard(parameter, key).copy_(shard)
-                    if key == "master":
-                        overwrite_shard(parameter, shard)
+    def restore(self, *given: Any) -> None:
+        super().restore(*given)
+        for parameter in self.parameters:  # LoRA in the model's dtype
+            overwrite_shard(parameter, self.shard(parameter, "master"))
         settle_shards()  # orders the restored shards of LoRA before the first gather
 
     def _slot(self, parameter: nn.Parameter) -> tuple[int, int]:

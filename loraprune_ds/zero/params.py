@@ -13,9 +13,9 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from loraprune_ds.model.frozen import Int8, Matrix
-from loraprune_ds.pruning.prunable_model import full_shape
+from loraprune_ds.model.pretrained import replace_parameters
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import overlap, owned_range, partition_numel
+from loraprune_ds.ranks.flat import overlap, owned_range, pad
 from loraprune_ds.zero.device import accelerator, settle_shards
 
 ReadFlat = Callable[[str, int, int, torch.dtype], Tensor]
@@ -26,8 +26,7 @@ def shard_at_birth(
 ) -> None:
     """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads only its own shards from disk.
 
-    Tied parameters stay one parameter. Buffers go to the device, because DeepSpeed leaves them on the host, and each
-    forward pass would wait for a copy.
+    Buffers go to the device, because DeepSpeed leaves them on the host, and each forward pass would wait for a copy.
 
     Args:
         read_flat: (name, start, end, dtype) -> the flat elements [start, end) of a tensor on disk.
@@ -37,19 +36,13 @@ def shard_at_birth(
     init = Init(config_dict_or_path=ds_config, enabled=True, zero_param_parallel_group=node_group)
     with init:  # from now on autograd keeps no view of a gathered weight
         pass
-    sharded: dict[int, nn.Parameter] = {}
-    for module_name, module in model.named_modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if id(parameter) not in sharded:
-                start, end = owned_range(parameter.numel(), comm.world_size, comm.rank)
-                full_name = f"{module_name}.{name}" if module_name else name
-                shard = pad(read_flat(full_name, start, end, dtype), parameter.numel(), comm.world_size)
-                sharded[id(parameter)] = _zero_parameter(init, parameter.shape, shard)
-            module._parameters[name] = sharded[id(parameter)]
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(init.local_device)
+
+    def read(name: str, like: Tensor) -> nn.Parameter:
+        start, end = owned_range(like.numel(), comm.world_size, comm.rank)
+        shard = pad(read_flat(name, start, end, dtype), like.numel(), comm.world_size)
+        return _zero_parameter(init, like.shape, shard)
+
+    replace_parameters(model, read, init.local_device)
     settle_shards()  # orders the shards that were read before the first gather, of a teacher or an evaluation, too
 
 
@@ -61,12 +54,6 @@ def _zero_parameter(init: Init, shape: torch.Size, shard: Tensor) -> nn.Paramete
     shard = shard.to(init.remote_device)  # the host under parameter offload, otherwise this rank's device
     _install(parameter, accelerator().pin_memory(shard) if init.pin_memory else shard, tuple(shape))
     return parameter
-
-
-def pad(shard: Tensor, numel: int, world_size: int) -> Tensor:
-    """Pads a shard with zeros to the length that all ranks share."""
-    size = partition_numel(numel, world_size)
-    return shard if len(shard) == size else torch.cat([shard, shard.new_zeros(size - len(shard))])
 
 
 def install_shard(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> None:
@@ -152,14 +139,3 @@ def decode_int8(int8: Int8, scale: Any, shape: Matrix, comm: Communicator) -> Ca
 
 def decode_rows(int8: Int8, scales: Tensor, first_band: int, rows: Tensor, first: int) -> Tensor:
     return int8.decode(rows, first, scales, first_band).float()
-
-
-@torch.no_grad()
-def collect_tensor(parameter: Tensor, owner: int, comm: Communicator, shard: Tensor | None = None) -> Tensor | None:
-    """Gathers a parameter, or its fp32 state by each rank's `shard`, on rank `owner`. None elsewhere. Collective."""
-    local = parameter.ds_tensor if shard is None else shard  # type: ignore[attr-defined]
-    gathered = comm.gather_to(owner, local.detach().to(comm.device))  # an offloaded shard is on the host
-    if gathered is None:
-        return None
-    shape = full_shape(parameter)
-    return gathered.reshape(-1)[: torch.Size(shape).numel()].view(shape)

@@ -23,12 +23,13 @@ from loraprune_ds.pruning.prunable_model import (
     held,
     unscale,
 )
+from loraprune_ds.pruning.training import collect_shards
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import GATHERED_NUMEL, gather_rounds
 from loraprune_ds.zero.cut import cut_layer
 from loraprune_ds.zero.device import empty_host_cache, settle_shards
-from loraprune_ds.zero.optimizer import OptimizerState
-from loraprune_ds.zero.params import collect_tensor, decode_int8, overwrite_shard, owned_flat
+from loraprune_ds.zero.optimizer import ShardedState
+from loraprune_ds.zero.params import decode_int8, overwrite_shard, owned_flat
 from loraprune_ds.zero.releases import decide_releases
 
 
@@ -48,7 +49,7 @@ class ShardedModel(PrunableModel):
     ) -> None:
         super().__init__(module, shape, Communicator())
         self.zero_optimizer, self.optimizer = zero_optimizer, zero_optimizer.optimizer
-        self.optimizer_state = OptimizerState(zero_optimizer, [p for p in module.parameters() if p.requires_grad])
+        self.optimizer_state = ShardedState(zero_optimizer, [p for p in module.parameters() if p.requires_grad])
         self._releases = decide_releases(zero_optimizer.parameter_offload.get_param_coordinator())
         self._empty_partition_cache = empty_partition_cache
         self._trained = True  # in the last forward pass
@@ -117,8 +118,8 @@ class ShardedModel(PrunableModel):
         return sum(self.comm.gather_objects(self.comm.bytes_sent - before))
 
     def collect(self, parameter: nn.Parameter, owner: int, *, master: bool = False) -> Tensor | None:
-        fp32 = self.optimizer_state.shard(parameter, "master") if master else None
-        return collect_tensor(parameter, owner, self.comm, fp32)
+        shard = self.optimizer_state.shard(parameter, "master") if master else held(parameter)
+        return collect_shards(shard, full_shape(parameter), owner, self.comm)
 
     # Training
 
@@ -149,7 +150,7 @@ class ShardedModel(PrunableModel):
         return undo
 
     def _note_mode(self, module: nn.Module, args: Any) -> None:
-        """Forgets the order of modules between training and evaluation (`TrainingEngine.infer`)."""
+        """Forgets the order of modules between training and evaluation (`ShardedEngine.infer`)."""
         if module.training != self._trained:
             self.forget_trace()
             self._trained = module.training

@@ -23,12 +23,11 @@ from loraprune_ds.ranks.comm import Communicator, stop_ranks
 from loraprune_ds.ranks.device import device_name
 from loraprune_ds.ranks.job import silence_libraries
 from loraprune_ds.train.data.samples import Samples
-from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine, start_ranks
 from tests.benchmarks.memory import Peak, tell
 from tests.benchmarks.running import make_parser
-from tests.numerics.driver import Consecutive, assemble, save
+from tests.numerics.driver import Consecutive, ShardedTrainer, assemble, save
 from tests.paper import PAPER
 
 STEPS, WINDOW = 3, 16
@@ -130,7 +129,7 @@ def train_and_export(
     return {"losses": losses, "loss_trained": trained, "layers_at_the_end": layers, "checkpoint_bytes": saved}
 
 
-def train(trainer: Trainer, phases: Phases) -> list[float]:
+def train(trainer: ShardedTrainer, phases: Phases) -> list[float]:
     observe, losses = trainer.pruner.score, []
     for step in range(1, STEPS + 1):
         trainer.pruner.score = lambda s: phases.measure(f"scoring {s}", lambda: observe(s))  # type: ignore[method-assign]

@@ -12,24 +12,21 @@ import torch
 import torch.distributed
 from deepspeed import comm as ds_comm
 from deepspeed.utils import safe_set_local_grad
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor
 
 from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shape import LinearId
+from loraprune_ds.pruning import training
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import check_same_mask
 from loraprune_ds.ranks import comm
-from loraprune_ds.ranks.flat import GATHERED_NUMEL, owned_range
-from loraprune_ds.train.trainer import Trainer
-from loraprune_ds.zero import engine, sharded
-from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
-from loraprune_ds.zero.params import pad
+from loraprune_ds.ranks.flat import GATHERED_NUMEL, owned_range, pad
+from loraprune_ds.zero import sharded
+from loraprune_ds.zero.optimizer import MOMENTS, ShardedState
 from tests.families import LLAMA_LINEARS, LlamaLinear
-from tests.numerics.driver import Job, as_pair, build, gather_everywhere
+from tests.numerics.driver import Job, ShardedTrainer, as_pair, build, gather_everywhere
 from tests.refusals import refused
 
 COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_to_all_single")
@@ -71,7 +68,7 @@ def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
         yield calls
 
 
-def after_backward(job: Job, step: int = 1) -> Trainer:
+def after_backward(job: Job, step: int = 1) -> ShardedTrainer:
     """A trainer that has the gradients of a step and has not applied them."""
     trainer = build(job)
     for done in range(1, step):
@@ -104,18 +101,18 @@ def score_shards_and_whole(job: Job, corrupt: bool = False, gathered_numel: int 
     }
 
 
-def _weight(trainer: Trainer, layer: int, linear: LlamaLinear) -> Any:
+def _weight(trainer: ShardedTrainer, layer: int, linear: LlamaLinear) -> Any:
     return lora_linear(trainer.model.layers[layer], linear.name).base_layer.weight
 
 
-def _trainable(trainer: Trainer) -> list[Any]:
+def _trainable(trainer: ShardedTrainer) -> list[Any]:
     return [p for p in trainer.model.module.parameters() if p.requires_grad]
 
 
-def whole_state(trainer: Trainer) -> dict[str, Tensor]:
+def whole_state(trainer: ShardedTrainer) -> dict[str, Tensor]:
     """Gathers every tensor that a cut carries: frozen weights, LoRA copies, masters and moments."""
     model = trainer.model
-    state = OptimizerState(trainer.model.zero_optimizer, _trainable(trainer))
+    state = ShardedState(trainer.model.zero_optimizer, _trainable(trainer))
     found = {}
     for name, parameter in trainer.model.module.named_parameters():
         found[name] = gather_everywhere(model, parameter)
@@ -125,7 +122,7 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     return found
 
 
-def some_keep(trainer: Trainer, heads: list[int], channels: list[int]) -> list[LayerKeep]:
+def some_keep(trainer: ShardedTrainer, heads: list[int], channels: list[int]) -> list[LayerKeep]:
     """Keeps these groups in layers 1 and 2, and everything in the others."""
     dense = trainer.model.shape.counts
     chosen = LayerKeep(heads=torch.tensor(heads), channels=torch.tensor(channels))
@@ -166,7 +163,7 @@ def cut_once_with_fp32_lora(job: Job, heads: list[int], channels: list[int]) -> 
             parameter.data = parameter.data.float()
         return model
 
-    with patch.object(engine, "add_lora", add_fp32_lora), patch.object(FusedLoraLinear, "forward", LoraLinear.forward):
+    with patch.object(training, "add_lora", add_fp32_lora):
         return cut_once(job, heads, channels)
 
 
@@ -181,7 +178,7 @@ def shards_at_each_emptying(job: Job, heads: list[int], channels: list[int]) -> 
     return alive
 
 
-def _replaced_tensors(trainer: Trainer) -> list[Tensor]:
+def _replaced_tensors(trainer: ShardedTrainer) -> list[Tensor]:
     zero = trainer.model.zero_optimizer
     cut_weights = [_weight(trainer, i, linear).ds_tensor for i in (1, 2) for linear in LLAMA_LINEARS]
     moments = [state[key] for state in zero.optimizer.state.values() for key in MOMENTS]
@@ -212,7 +209,7 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
     return {"gradients": whole, "masks": [(k["heads"].tolist(), k["channels"].tolist()) for k in keep]}
 
 
-def _lora_in_order(trainer: Trainer) -> list[Any]:
+def _lora_in_order(trainer: ShardedTrainer) -> list[Any]:
     linears = (lora_linear(layer, linear.name) for layer in trainer.model.layers for linear in LLAMA_LINEARS)
     return [weight for linear in linears for weight in lora_weights(linear)]
 

@@ -20,17 +20,18 @@ from loraprune_ds.model.frozen import holds_int8
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
 from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape, held
 from loraprune_ds.pruning.schedule import Section, plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.target import resolve
+from loraprune_ds.pruning.training import MOMENTS, collect_shards
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
+from loraprune_ds.train.engine import find_engines
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
-from loraprune_ds.zero.engine import build_inference_engine, build_training_engine
-from loraprune_ds.zero.optimizer import MOMENTS, OptimizerState
-from loraprune_ds.zero.params import collect_tensor
+from loraprune_ds.zero.engine import ShardedEngine
 from loraprune_ds.zero.sharded import ShardedModel
 from tests.families import SIZES, is_seq2seq, tiny_model
 from tests.oracle.dense_trainer import DenseTrainer, Settings
@@ -55,7 +56,7 @@ class Job:
     max_grad_norm: float = 0.0
     gradient_checkpointing: bool = False
     loss_chunk_tokens: int | None = None
-    deepspeed: str = "ds_configs/zero3.json"
+    deepspeed: str | None = "ds_configs/zero3.json"
     lora_dropout: float = 0.0
     learning_rate: float = 5e-3
     adam_epsilon: float = 1e-3
@@ -180,32 +181,41 @@ def config_of(job: Job) -> RunConfig:
     )
 
 
-def build(job: Job) -> Trainer:
+class ShardedTrainer(Trainer):
+    """A trainer over ZeRO-3's engine, unless the job has no DeepSpeed."""
+
+    engine: ShardedEngine
+    model: ShardedModel
+
+
+def build(job: Job) -> ShardedTrainer:
     """Builds the package's trainer over a fresh engine."""
     gc.freeze()  # DeepSpeed collects garbage twice per cut: over all that torch has imported that takes a second
     world_size, size, config = torch.distributed.get_world_size(), len(job.batches[0][0]), config_of(job)
     pretrained = open_for_pruning(job.folder, config.model)
     ds_config = resolve_ds_config(config, pretrained.shape, world_size)
     trainer = assemble(config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches))
-    for module in trainer.engine.deepspeed.module.modules():
+    for module in trainer.model.module.modules():
         if isinstance(module, LossHead):
             module.chunk_tokens = job.loss_chunk_tokens
     if job.distill_weight:
-        trainer.teacher = build_inference_engine(pretrained, "sdpa", job.dtype, ds_config, head=False)
+        given, engines = (pretrained, "sdpa", job.dtype, ds_config), find_engines(job.deepspeed is not None)
+        trainer.teacher = engines.build_inference_engine(*given, head=False)
     return trainer
 
 
 def assemble(
     config: RunConfig, pretrained: PretrainedModel, ds_config: dict[str, Any], samples: Samples, order: Any, steps: int,
     section: type[Section] = Section,
-) -> Trainer:  # fmt: skip
+) -> ShardedTrainer:  # fmt: skip
     """Puts a trainer together over a fresh engine."""
-    engine = build_training_engine(pretrained, ds_config, [steps], config)
+    engines = find_engines(config.deepspeed is not None)
+    engine = engines.build_training_engine(pretrained, ds_config, [steps], config)
     plan = plan_pruning(*resolve(config.prune, pretrained.shape), steps)
     (only,) = plan.sections
     own = section(**{field.name: getattr(only, field.name) for field in fields(only)})
     pruner = Pruner(engine.model, replace(plan, sections=[own]), config.seed)
-    return Trainer(engine, pruner, samples, order, config)
+    return ShardedTrainer(engine, pruner, samples, order, config)
 
 
 def make_samples(job: Job) -> Samples:
@@ -234,7 +244,8 @@ def save(trainer: Trainer, config: RunConfig, root: Path) -> TrainingCheckpoint:
         accelerator="",
         peak_bytes=[],
     )
-    folder = save_step(model, root, state, ResumeState(0, {}, {}, 0, 0.0), trainer.pruner)
+    given = trainer.pruner, trainer.engine.optimizer_state, root, state
+    folder = save_step(*given, ResumeState(0, {}, {}, 0, 0.0))
     return TrainingCheckpoint(folder, state, config, dense.folder, dense)
 
 
@@ -267,7 +278,7 @@ def train(job: Job) -> Outcome:
     return run_steps(build(job), job)
 
 
-def run_steps(trainer: Trainer, job: Job) -> Outcome:
+def run_steps(trainer: ShardedTrainer, job: Job) -> Outcome:
     """Makes all steps of a trainer that has made none yet."""
     model, pruner = trainer.model, trainer.pruner
     outcome = Outcome()
@@ -277,8 +288,9 @@ def run_steps(trainer: Trainer, job: Job) -> Outcome:
         if trainer.cut(step):
             outcome.cut_steps.append(step)
         outcome.kept.append([tuple(x.tolist() for x in keep.values()) for keep in pruner.kept_of_dense])
-        outcome.state_bytes.append((storage_bytes(state_tensors(model)), expected_bytes(job, model)))
-    collect_into(outcome, model)
+        if job.deepspeed is not None:
+            outcome.state_bytes.append((storage_bytes(state_tensors(model)), expected_bytes(job, model)))
+    collect_into(outcome, trainer)
     return outcome
 
 
@@ -300,10 +312,9 @@ def as_pair(scores: LayerScores) -> tuple[Tensor, ...]:
     return tuple(values.clone() for values in scores.values())
 
 
-def collect_into(outcome: Outcome, model: ShardedModel) -> None:
+def collect_into(outcome: Outcome, trainer: Trainer) -> None:
     """Adds whole tensors by the oracle's names."""
-    trainable = [p for p in model.module.parameters() if p.requires_grad]
-    state = OptimizerState(model.zero_optimizer, trainable)
+    model, state = trainer.model, trainer.engine.optimizer_state
     for name, parameter in model.module.named_parameters():
         whole = gather_everywhere(model, parameter)
         if not parameter.requires_grad:
@@ -316,12 +327,11 @@ def collect_into(outcome: Outcome, model: ShardedModel) -> None:
         outcome.moments[key] = (first, second)
 
 
-def gather_everywhere(model: ShardedModel, parameter: Any, shard: Tensor | None = None) -> Tensor:
+def gather_everywhere(model: PrunableModel, parameter: Any, shard: Tensor | None = None) -> Tensor:
     """Gathers a whole tensor on every rank, by a broadcast of what rank 0 collected."""
-    whole = collect_tensor(parameter, 0, model.comm, shard)
-    if whole is None:
-        source = parameter.ds_tensor if shard is None else shard
-        whole = torch.empty(tuple(parameter.ds_shape), dtype=source.dtype)
+    source = held(parameter) if shard is None else shard
+    whole = collect_shards(source, full_shape(parameter), 0, model.comm)
+    whole = torch.empty(full_shape(parameter), dtype=source.dtype) if whole is None else whole
     whole = whole.clone(memory_format=torch.contiguous_format)
-    torch.distributed.broadcast(whole, 0)
+    model.comm.broadcast_from(0, whole)
     return whole

@@ -14,16 +14,15 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.train.data.samples import PADDING_ID
-from loraprune_ds.train.trainer import Trainer
 from tests.numerics.cutting import whole_state
-from tests.numerics.driver import Job, as_pair, build, gather_everywhere
+from tests.numerics.driver import Job, ShardedTrainer, as_pair, build, gather_everywhere
 
 INPUTS = ("self_attn.o_proj", "mlp.down_proj")
 CUT_LAYERS = (1, 2)
 
 
 @contextmanager
-def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
+def seen_inputs(trainer: ShardedTrainer) -> Iterator[dict[str, list[Tensor]]]:
     """Yields what enters o_proj and down_proj in the measured passes, without padding, by hooks of our own."""
     seen: dict[str, list[Tensor]] = {}
     attention_mask: list[Tensor] = []
@@ -50,7 +49,7 @@ def seen_inputs(trainer: Trainer) -> Iterator[dict[str, list[Tensor]]]:
         handle.remove()
 
 
-def whole_layers(trainer: Trainer, names: tuple[str, ...] = INPUTS) -> dict[str, dict[str, Tensor]]:
+def whole_layers(trainer: ShardedTrainer, names: tuple[str, ...] = INPUTS) -> dict[str, dict[str, Tensor]]:
     """Gathers weight, bias and LoRA of linears of all layers, by names like "1.mlp.down_proj"."""
     found = {}
     for i, linear in ((i, x) for i, x in trainer.model.shape.linears() if x.linear in names):

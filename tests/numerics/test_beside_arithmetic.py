@@ -17,17 +17,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.model.shape import LinearId, needed_flops_per_token
-from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero import engine, optimizer, params, sharded
 from loraprune_ds.zero.device import accelerator
 from tests.numerics.cutting import recorded_collectives
-from tests.numerics.driver import Job, build, tiny_job
+from tests.numerics.driver import Job, ShardedTrainer, build, tiny_job
 from tests.ranks import RankPool
 
 # The record of the modules' order outlives a cut, and equals a new recording
 
 
-def record_of(trainer: Trainer) -> list[tuple[int, int]]:
+def record_of(trainer: ShardedTrainer) -> list[tuple[int, int]]:
     """Returns (parameter, position) of all that is prefetched, in order."""
     coordinator = trainer.model.zero_optimizer.parameter_offload.get_param_coordinator()
     assert coordinator.is_complete_trace()
@@ -35,7 +34,7 @@ def record_of(trainer: Trainer) -> list[tuple[int, int]]:
     return [(use.param.ds_id, use.step_id_last_used_at) for use in order]
 
 
-def gathers(trainer: Trainer, step: int) -> list[int]:
+def gathers(trainer: ShardedTrainer, step: int) -> list[int]:
     """Makes a step. Returns the elements of its all-gathers before the reports, in order."""
     with recorded_collectives() as calls:
         trainer.step(step)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.ranks.flat import GATHERED_NUMEL, partition_numel
-from loraprune_ds.zero.optimizer import OptimizerState
+from loraprune_ds.zero.optimizer import ShardedState
 from tests.families import LLAMA_LINEARS
 from tests.numerics import cutting
 from tests.numerics.driver import Job, equal_scores, tiny_job
@@ -194,5 +194,5 @@ def test_dropped_moments_would_be_noticed(ranks: RankPool, job: Job) -> None:
 
 
 def cut_without_moments(job: Job) -> dict:
-    with patch.object(OptimizerState, "keys", lambda self: ("master",)):
+    with patch.object(ShardedState, "keys", lambda self: ("master",)):
         return cutting.cut_once(job, KEPT_HEADS, KEPT_CHANNELS)

@@ -17,7 +17,6 @@ from loraprune_ds.evaluate.settings import EvaluationSettings, EvaluationText
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import storage_bytes
-from loraprune_ds.train import run
 from loraprune_ds.zero import engine
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import build_inference_engine, release
@@ -132,9 +131,9 @@ def recording(module: Any, live: Callable[[], int], alive: list[int], shards: li
     """Patches the module's `build_inference_engine`. Records the bytes alive just before, and its shards."""
     build_engine = module.build_inference_engine
 
-    def building(*args: Any) -> Any:
+    def building(*args: Any, **settings: Any) -> Any:
         alive.append(live())
-        built = build_engine(*args)
+        built = build_engine(*args, **settings)
         shards.append(storage_bytes(weight_shards(built)))
         return built
 
@@ -145,9 +144,9 @@ def bytes_beside_the_export(config: RunConfig) -> tuple[int, int]:
     """Returns the bytes of the exported model's shards, and those alive when it is read back in a run."""
     alive: list[int] = []
     shards: list[int] = []
-    with recording(run, live_bytes(), alive, shards):
+    with recording(engine, live_bytes(), alive, shards):
         assert run_here(config)
-    return shards[0], alive[0]
+    return shards[-1], alive[-1]  # an earlier one was the teacher's
 
 
 @pytest.mark.parametrize("train", [{}, {"distill_weight": 0.5}], ids=["plain", "distilled"])

@@ -69,7 +69,7 @@ def prune_outside(job: Job) -> None:
     base, lora = AutoModelForCausalLM.from_pretrained(job.folder), LoraConfig(r=4, target_modules="all-linear")
     model = get_peft_model(base, lora)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    config = json.loads(Path(job.deepspeed).read_text())
+    config = json.loads(Path(str(job.deepspeed)).read_text())
     config |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     config |= {"gradient_clipping": 1.0, "timers": {"throughput": {"enabled": False}}}  # its clock waits for the card
     config["bf16"] = config["fp16"] = {"enabled": False}

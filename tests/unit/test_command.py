@@ -15,7 +15,9 @@ import torch
 
 from launch import quickstart_answers, quickstart_steps
 from loraprune_ds.arguments import require_option
+from loraprune_ds.cli import run
 from loraprune_ds.errors import RankError, UserError, tell
+from loraprune_ds.local.engine import start_ranks
 from loraprune_ds.ranks.job import (
     LAUNCHED,
     adopt_srun_ranks,
@@ -159,6 +161,15 @@ def test_a_start_looks_for_its_device_before_it_meets_the_others(monkeypatch: py
         monkeypatch.setenv(name, value)
     must_name("rank 1 LOCAL_RANK --gpu-bind", engine.start_ranks)
     check_local_rank(RANK_1_OF_2, devices=2)
+
+
+def test_one_process_is_not_several(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    given = ["--config", "launch/configs/quickstart.yaml", "--set", "deepspeed=null", "--ranks", "2"]
+    monkeypatch.setattr(sys, "argv", ["run", *given])
+    assert run.launch() == 2
+    assert "--ranks 2: deepspeed: null" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    must_name("deepspeed: null 2 ranks", start_ranks)
 
 
 def start_alone(rank: int, world_size: int, folder: Path) -> None:

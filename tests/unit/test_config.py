@@ -25,7 +25,7 @@ def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
 def test_shipped_configs_load_and_a_resolved_one_reads_back_as_itself(path: Path, tmp_path: Path) -> None:
     config = load_config(path, ["train.adam_epsilon=1e-9", "prune.normalize=none", "model.revision='1'"])
     assert load(tmp_path, yaml.safe_dump(config.to_dict())) == config
-    assert (ROOT / config.deepspeed).is_file()
+    assert (ROOT / str(config.deepspeed)).is_file()
     assert config.output_dir == f"runs/{path.stem}"
 
 
@@ -82,6 +82,11 @@ def test_a_file_takes_the_place_of_the_part_that_is_held_out(tmp_path: Path) -> 
 def test_a_setting_that_nothing_reads_is_named(tmp_path: Path, setting: str) -> None:
     must_name(setting.partition("=")[0], load, tmp_path, BASE, setting)
     load(tmp_path, BASE, setting, "data.format=chat", "prune.target=24GiB")
+
+
+@pytest.mark.parametrize("setting", ["model.dtype=float16", "model.frozen=int8"])
+def test_a_setting_that_needs_deepspeed_is_named(tmp_path: Path, setting: str) -> None:
+    must_name(f"{setting.replace('=', ' ')} deepspeed", load, tmp_path, BASE, setting, "deepspeed=null")
 
 
 # Keys and files

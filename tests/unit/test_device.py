@@ -202,7 +202,7 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, bool]:
 def test_the_environment_has_it_before_ranks_join(monkeypatch: pytest.MonkeyPatch, config: tuple[Path, bool]) -> None:
     found: list[str | None] = []
 
-    def join_ranks() -> None:
+    def join_ranks(sharded: bool) -> None:
         found.extend(os.environ.get(name) for name in NAMES)
         raise Reached("far enough")
 

@@ -12,7 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from loraprune_ds.config import Dtype, TrainConfig
 from loraprune_ds.pruning.prunable_model import first_nonfinite, unscale
 from loraprune_ds.pruning.steps import decide
-from loraprune_ds.zero.engine import learning_rate_factor, optimizer_step
+from loraprune_ds.pruning.training import learning_rate_factor
+from loraprune_ds.zero.engine import optimizer_step
 from tests.refusals import must_name
 
 ALL: tuple[Dtype, ...] = ("float16", "bfloat16", "float32")

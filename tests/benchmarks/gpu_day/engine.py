@@ -17,8 +17,8 @@ from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel
 from loraprune_ds.model.read_shape import LLAMA_SIZES, read_model, read_model_config
 from loraprune_ds.plan.request import Request
 from loraprune_ds.ranks.device import current_device, is_cpu
-from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator
+from tests.numerics.driver import ShardedTrainer
 from tests.plan_cases import Case, build
 from tests.published import sizes_of
 
@@ -62,7 +62,9 @@ def open_random(folder: Path, _: ModelConfig) -> PretrainedModel:
     return PretrainedModel(folder, config, modules, RandomWeights(shape, {}, {}, {}))
 
 
-def make_trainer(size: Sizes, *, ranks: int = 1, deepspeed: str = OVERLAP, **settings: Any) -> tuple[Trainer, Request]:
+def make_trainer(
+    size: Sizes, *, ranks: int = 1, deepspeed: str = OVERLAP, **settings: Any
+) -> tuple[ShardedTrainer, Request]:
     """Builds an engine with a trainer, and what the planner needs. The ranks have been started."""
     config = sizes_of("llama", size.hidden, size.channels, size.layers, size.heads, vocab_size=size.vocab)
     with tempfile.TemporaryDirectory() as name, patch("tests.plan_cases.open_for_pruning", open_random):

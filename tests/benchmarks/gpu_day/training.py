@@ -18,11 +18,11 @@ from loraprune_ds.ranks.comm import stop_ranks
 from loraprune_ds.ranks.device import is_cpu, peak_bytes
 from loraprune_ds.ranks.job import silence_libraries
 from loraprune_ds.report.records import StepRecord
-from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.device import accelerator
 from loraprune_ds.zero.engine import release, start_ranks
 from tests.benchmarks.gpu_day.engine import Sizes, device_bytes, make_trainer, sizes
 from tests.benchmarks.gpu_day.found import Found
+from tests.numerics.driver import ShardedTrainer
 
 CRITERIA: tuple[Criterion, ...] = ("lora", "fisher")
 TIMED = 3  # steps, after one that is not
@@ -97,7 +97,7 @@ def _start() -> None:
     start_ranks()
 
 
-def _timed(trainer: Trainer, found: Found, what: str, planned: float | None = None) -> StepRecord:
+def _timed(trainer: ShardedTrainer, found: Found, what: str, planned: float | None = None) -> StepRecord:
     """Adds the row of a few steps. Returns the record of the last one."""
     accelerator().reset_peak_memory_stats()
     _, *records = [trainer.step(1) for _ in range(1 + TIMED)]
@@ -107,7 +107,7 @@ def _timed(trainer: Trainer, found: Found, what: str, planned: float | None = No
     return last
 
 
-def _profiled(trainer: Trainer) -> dict[str, Any]:
+def _profiled(trainer: ShardedTrainer) -> dict[str, Any]:
     """Measures the kernels' part of the time of two steps, and counts the waits for the device."""
     began = time.perf_counter()
     with profile() as profiler:
@@ -120,7 +120,7 @@ def _profiled(trainer: Trainer) -> dict[str, Any]:
     return {"measured": kernels / seconds, "seconds": seconds, "waits": waits}
 
 
-def _cuts(trainer: Trainer, found: Found, size: Sizes, count: int, where: str) -> None:
+def _cuts(trainer: ShardedTrainer, found: Found, size: Sizes, count: int, where: str) -> None:
     """Cuts `size.multiple` channels from every layer so often, and adds the rows of that."""
     made = [_cut(trainer, size.multiple) for _ in range(count)]
     shape, last = trainer.model.shape, made[-1]
@@ -129,7 +129,7 @@ def _cuts(trainer: Trainer, found: Found, size: Sizes, count: int, where: str) -
     found.row(f"  of GB that it frees ({where})", (last["before"][where] - last["after"][where]) / GB, freed / GB)
 
 
-def _cut(trainer: Trainer, channels: int) -> dict[str, Any]:
+def _cut(trainer: ShardedTrainer, channels: int) -> dict[str, Any]:
     """Takes the last `channels` of every layer."""
     before = device_bytes()
     keep = [

@@ -1,0 +1,107 @@
+"""Trains and measures a model that one process holds whole, without DeepSpeed."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from loraprune_ds.config import Dtype, RunConfig
+from loraprune_ds.errors import require
+from loraprune_ds.local.model import LocalModel
+from loraprune_ds.model.frozen import DTYPES
+from loraprune_ds.model.pretrained import PretrainedModel, replace_parameters
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.token_loss import build_for_losses
+from loraprune_ds.pruning.training import OptimizerState, TrainingEngine, build_lora
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.device import current_device, empty_cache
+
+
+def start_ranks() -> Communicator:
+    """Returns the one rank. Raises UserError if a launcher has started more."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    require(ranks == "1", f"deepspeed: null trains in one process, but a launcher has started {ranks} ranks")
+    return Communicator()
+
+
+def check_device(dtype: str) -> None:
+    """Raises UserError if the GPU would only emulate bf16, slower than fp32."""
+    slow = dtype == "bfloat16" and current_device().type == "cuda" and not torch.cuda.is_bf16_supported(False)
+    require(not slow, f"model.dtype {dtype} is not supported by the cuda device")
+
+
+class WholeState(OptimizerState):
+    """The state of AdamW over fp32 LoRA, which is its own master."""
+
+    def masters(self) -> list[Tensor]:
+        return self.optimizer.param_groups[0]["params"]
+
+    def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
+        whole = parameter.detach() if key == "master" else self.optimizer.state[parameter][key]
+        return whole.view(-1)
+
+
+class LocalEngine(TrainingEngine):
+    """Trains a PEFT model with fp32 LoRA by torch's AdamW."""
+
+    def __init__(self, module: Any, shape: ModelShape, optimizer: AdamW, schedule: LambdaLR, max_norm: float) -> None:
+        super().__init__(module.train(), LocalModel(module, shape, optimizer), WholeState(optimizer), schedule)
+        self._optimizer, self._max_norm = optimizer, max_norm or math.inf
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def update(self, *, skipped: bool) -> float | None:
+        trained = self.optimizer_state.masters()
+        for parameter in (p for p in trained if p.grad is None):  # whose moments decay, as under ZeRO-3
+            parameter.grad = torch.zeros_like(parameter)
+        norm = clip_grad_norm_(trained, self._max_norm)
+        self._optimizer.step()
+        self.schedule.step()
+        self._optimizer.zero_grad()
+        return float(norm)
+
+    def release(self) -> None:
+        self._optimizer.state.clear()
+        release(self.module)
+
+
+def build_training_engine(
+    pretrained: PretrainedModel, _: dict[str, Any], cycles: Sequence[int], config: RunConfig
+) -> LocalEngine:
+    """Builds the model with fp32 LoRA, ready to train. Its products are in `model.dtype`, as under ZeRO-3."""
+    base = build_inference_engine(pretrained, config.model.attn_implementation, config.model.dtype, {})
+    peft_model, optimizer, schedule = build_lora(base, pretrained.shape, config, cycles)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.data = parameter.data.float()
+    return LocalEngine(peft_model, pretrained.shape, optimizer, schedule, config.train.max_grad_norm)
+
+
+def build_inference_engine(
+    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, _: dict[str, Any], *, head: bool = True
+) -> nn.Module:
+    """Builds the frozen model in evaluation mode. Without `head` it returns `final_hidden`."""
+    model: Any = build_for_losses(pretrained, attn_implementation)
+    device = current_device()
+    if not head:
+        model.lm_head = None
+
+    def read(name: str, like: Tensor) -> nn.Parameter:
+        flat = pretrained.weights.read_stored(name, 0, like.numel(), DTYPES[dtype])
+        return nn.Parameter(flat.view(like.shape).to(device), requires_grad=False)
+
+    replace_parameters(model, read, device)
+    return model.eval()
+
+
+def release(model: nn.Module) -> None:
+    """Frees the weights, even if they are still referenced. The model is unusable then."""
+    for parameter in model.parameters():
+        parameter.data, parameter.grad = parameter.data.new_empty(0), None
+    empty_cache()
