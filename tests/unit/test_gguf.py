@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, get_tensor_name_map
 from gguf.quants import dequantize
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,20 +21,6 @@ from tests.export_cases import CASES, LLAMA3, VOCAB, Case, dense_model, export, 
 from tests.gguf_cases import byte_level_tokenizer
 from tests.refusals import edit, edit_tensors, must_name
 
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 FACTORS = "rope_freqs.weight"
 
 
@@ -62,10 +48,9 @@ def tensors_of(model: Path) -> dict[str, Tensor]:
     return {name: t for path in model.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
-def hugging_face_name(name: str) -> str:
-    *block, module, kind = name.split(".")
-    layer = f"model.layers.{block[1]}." if block else ""
-    return f"{layer}{NAMES[module]}.{kind}"
+def named_as_in_llama_cpp(model: Path) -> dict[str | None, Tensor]:
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, 100)
+    return {names.get_name(name, (".weight", ".bias")): tensor for name, tensor in tensors_of(model).items()}
 
 
 def value(reader: GGUFReader, key: str) -> Any:
@@ -73,9 +58,9 @@ def value(reader: GGUFReader, key: str) -> Any:
     return None if field is None else field.contents()
 
 
-def wanted_values(name: str, expected: dict[str, Tensor], head_dim: int) -> np.ndarray:
+def wanted_values(name: str, expected: dict[str | None, Tensor], head_dim: int) -> np.ndarray:
     """Orders rows one by one: llama.cpp's 2i and 2i + 1 of a head are transformers' i and i + head_dim / 2."""
-    rows = expected[hugging_face_name(name)].float().numpy()
+    rows = expected[name].float().numpy()
     if ".attn_q." not in name and ".attn_k." not in name:
         return rows
     starts, half = range(0, len(rows), head_dim), head_dim // 2
@@ -85,9 +70,9 @@ def wanted_values(name: str, expected: dict[str, Tensor], head_dim: int) -> np.n
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_tensor_and_size_is_there(case: Case, models: dict[str, Path], tmp_path: Path) -> None:
     reader, _ = convert(models[case.name], tmp_path / "m.gguf")
-    expected = tensors_of(models[case.name])
+    expected = named_as_in_llama_cpp(models[case.name])
     tensors = [tensor for tensor in reader.tensors if tensor.name != FACTORS]
-    assert {hugging_face_name(tensor.name) for tensor in tensors} == expected.keys()
+    assert {tensor.name for tensor in tensors} == expected.keys()
     for tensor in tensors:
         want = wanted_values(tensor.name, expected, case.sizes["head_dim"])
         dtype = np.float16 if want.ndim == 2 else np.float32
@@ -122,7 +107,7 @@ def test_q8_0_is_within_half_a_step_and_odd_rows_stay_f16(tmp_path: Path) -> Non
     sizes = heads | {"hidden_size": 64, "intermediate_size": 96}
     model = make_model(Case("q8", "llama", sizes, [(4, 64), (2, 37), (3, 96)], "pruned_llama"), tmp_path)
     reader, remarks = convert(model, tmp_path / "m.gguf", "q8_0")
-    expected, halves = tensors_of(model), set()
+    expected, halves = named_as_in_llama_cpp(model), set()
     for tensor in reader.tensors:
         if tensor.tensor_type == GGMLQuantizationType.F16:
             halves.add(tensor.name)
