@@ -17,7 +17,7 @@ from loraprune_ds.checkpoint import layout, save
 from loraprune_ds.checkpoint.save import drop_old
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import begin_folder, make_once, publish_folder, remove_folder
-from tests.refusals import flip_bit, refused
+from tests.refusals import edit, flip_bit, must_name, refused
 
 
 def make_state(step: int) -> layout.RunState:
@@ -150,25 +150,30 @@ def test_old_steps_go_and_that_of_a_size_stays_for_exports(
         assert resumable or "resume" in refused(layout.read_resume_state, tmp_path / f"step-{step}")
 
 
+STATE = json.loads(layout.state_text(make_state(7)))
+CHANGES: list[tuple[dict[str, object], str]] = [
+    *(({"format": other}, f"has format {other}") for other in (layout.FORMAT + 1, layout.FORMAT - 1)),
+    ({"format": None}, "damaged"),
+    ({"surprise": 1}, "surprise"),
+    ({"kept": 3}, "damaged"),
+    ({"step": "7"}, "step"),
+    ({"source": {}}, "source"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("content", "words"),
     [
-        *(({"format": other}, f"has format {other}") for other in (layout.FORMAT + 1, layout.FORMAT - 1)),
-        ({"format": None}, "damaged"),
-        ({"surprise": 1}, "surprise"),
-        ({"kept": 3}, "damaged"),
-        ({"source": {}}, "source"),
+        *((content, "damaged") for content in (b"", b"\xff\xfe\x00", b'{"step": 7', b"[]")),
+        *((json.dumps(STATE | change).encode(), words) for change, words in CHANGES),
     ],
 )
-def test_the_state_is_read_or_refused_in_one_line(tmp_path: Path, change: dict[str, object], words: str) -> None:
-    state = make_state(7)
-    (tmp_path / layout.STATE_FILE).write_text(layout.state_text(state))
-    assert layout.read_record(tmp_path / layout.STATE_FILE, layout.RunState) == state
-    raw = json.loads(layout.state_text(state)) | change
-    (tmp_path / layout.STATE_FILE).write_text(json.dumps(raw))
-    message = refused(layout.read_record, tmp_path / layout.STATE_FILE, layout.RunState)
-    assert str(tmp_path / layout.STATE_FILE) in message
-    assert words in message
+def test_the_state_is_read_or_refused_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / layout.STATE_FILE
+    file.write_text(layout.state_text(make_state(7)))
+    assert layout.read_record(file, layout.RunState) == make_state(7)
+    file.write_bytes(content)
+    must_name(f"{file} {words}", layout.read_record, file, layout.RunState)
 
 
 def test_device_memory_is_given_back_before_the_ranks_gather(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -193,27 +198,10 @@ def test_status_comes_back_as_it_was(tmp_path: Path) -> None:
     assert layout.read_status(tmp_path) == status
     assert datetime.fromisoformat(status.updated).tzinfo is not None
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
-
-
-GOOD = {"state": "running", "step": 1, "steps": 2, "error": None, "updated": "2026-11-25T01:02:03+00:00"}
-GOOD |= {"mark": "a", "job": None, "format": layout.FORMAT}
-CHANGES = [{"state": "walking"}, {"state": ["running"]}, {"step": "1"}, {"error": 3}, {"mark": None}]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\xff\xfe\x00",
-        b'{"state": "runn',
-        b"[]",
-        json.dumps({"state": "running", "step": 1, "steps": 2}).encode(),
-        *(json.dumps(GOOD | change).encode() for change in (*CHANGES, {"format": layout.FORMAT - 1})),
-    ],
-)
-def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "status.json").write_bytes(content)
-    assert str(tmp_path / "status.json") in refused(layout.read_status, tmp_path)
+    for wrong in ({"state": "walking"}, {"mark": None}):
+        layout.write_status(tmp_path, status)
+        edit("status.json", **wrong)(tmp_path)
+        must_name(f"{tmp_path / 'status.json'} {next(iter(wrong))}", layout.read_status, tmp_path)
 
 
 # What is made once for a node, also where its file system has no locks
@@ -227,23 +215,20 @@ def refuse(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(code, "no lock")))
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_without_locks_it_is_made_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_locks_the_first_that_makes_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     refuse(monkeypatch, code)
-    make_once(tmp_path / "made", fill)
-    make_once(tmp_path / "made", lambda folder: pytest.fail("it is there already"))
-    assert [path.name for path in tmp_path.iterdir()] == ["made"]
-
-
-def test_of_two_that_make_it_without_a_lock_the_first_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse(monkeypatch, errno.ENOSYS)
 
     def slower(folder: Path) -> None:
         make_once(tmp_path / "made", fill)
         (folder / "file").write_text("later")
 
     make_once(tmp_path / "made", slower)
+    make_once(tmp_path / "made", lambda folder: pytest.fail("it is there already"))
     assert (tmp_path / "made" / "file").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_another_error_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
