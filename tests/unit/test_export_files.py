@@ -60,23 +60,13 @@ def test_weight_files_can_be_written_in_any_order_from_views_of_one_buffer(tmp_p
         write_index(tmp_path, [names[0], names[0]])
 
 
-def test_nothing_is_visible_before_publish(tmp_path: Path) -> None:
-    out = tmp_path / "run" / "model"
-    staging = begin(out)
-    (staging / "leftover").touch()
-    assert not out.exists()
-    assert staging.parent == out.parent
-    assert staging.name.startswith(".")
-    staging = begin(out)  # after a crash
-    assert not list(staging.iterdir())
-    (staging / "config.json").touch()
+def test_an_export_needs_a_new_or_an_empty_folder(tmp_path: Path) -> None:
+    (out := tmp_path / "out").mkdir()
+    (begin(out) / "config.json").touch()
     publish(out)
-    assert [path.name for path in out.iterdir()] == ["config.json"]
-    assert [path.name for path in out.parent.iterdir()] == ["model"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     must_name(str(out), begin, out)
-    (tmp_path / "empty").mkdir()
-    begin(tmp_path / "empty")
-    publish(tmp_path / "empty")
+    assert begin(tmp_path / "new" / "model").is_dir()
 
 
 def test_tokenizer_files_are_copied_unchanged(tmp_path: Path) -> None:
