@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -23,10 +23,12 @@ from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning.criterion import Tap
 from tests.families import LLAMA_LINEARS
 from tests.oracle.models import make_lora, make_tiny_llama
-from tests.refusals import edit, must_name, truncate
+from tests.refusals import Spoil, edit, edit_tensors, must_name, remove, truncate
 
 CONFIG = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.0)
 LAYERS = 2
+WEIGHTS, UP_B = "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+THIRD = UP_B.replace("layers.1", "layers.2")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_an_existing_adapter_is_loaded(folder: Path, adapter: Path, dtype: torch
     adapters.check_adapter(adapter, CONFIG, shape)
     model = wrap(folder, dtype=dtype)
     adapters.load_adapter(model, adapter, shape, CONFIG.r)
-    saved = load_file(adapter / "adapter_model.safetensors")
+    saved = load_file(adapter / WEIGHTS)
     for name, tensor in lora_of(model).items():
         assert tensor.dtype == dtype
         assert torch.equal(tensor, saved[name.replace(".default", "")].to(dtype)), name
@@ -130,26 +132,20 @@ def test_a_config_that_does_not_fit(folder: Path, adapter: Path, values: dict[st
     check(folder, adapter, names)
 
 
-def test_missing_and_damaged_files(folder: Path, adapter: Path) -> None:
-    truncate("adapter_model.safetensors", -1)(adapter)
-    check(folder, adapter, "adapter_model.safetensors")
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        (adapter / name).unlink()
-        check(folder, adapter, name)
-
-
-def test_tensors_that_do_not_fit(folder: Path, adapter: Path) -> None:
-    weights = adapter / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-    third = name.replace("layers.1", "layers.2")
-    for found, names in (
-        ({key: tensor for key, tensor in tensors.items() if key != name}, name),
-        (tensors | {name: tensors[name][:5].clone()}, f"{name} [5, 4] [37, 4]"),
-        (tensors | {third: tensors[name].clone()}, third),
-    ):
-        save_file(found, weights)
-        check(folder, adapter, names)
+@pytest.mark.parametrize(
+    ("spoil", "names"),
+    [
+        (truncate(WEIGHTS, -1), WEIGHTS),
+        (remove(WEIGHTS), WEIGHTS),
+        (remove("adapter_config.json"), "adapter_config.json"),
+        (edit_tensors(lambda tensors: tensors.pop(UP_B), WEIGHTS), UP_B),
+        (edit_tensors(lambda tensors: tensors.update({UP_B: torch.ones(5, 4)}), WEIGHTS), f"{UP_B} [5, 4] [37, 4]"),
+        (edit_tensors(lambda tensors: tensors.update({THIRD: tensors[UP_B].clone()}), WEIGHTS), THIRD),
+    ],
+)
+def test_files_that_do_not_fit(folder: Path, adapter: Path, spoil: Spoil, names: str) -> None:
+    spoil(adapter)
+    check(folder, adapter, names)
 
 
 # A linear with LoRA as one operation against PEFT's linear with the same parameters, in fp64

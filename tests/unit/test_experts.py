@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from loraprune_ds.config import DataConfig, LoraConfig, PruneConfig, RunConfig
+from loraprune_ds.config import LoraConfig, ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import _adapter_config
 from loraprune_ds.model.adapters import check_adapter, load_adapter, lora_linear, lora_weights
@@ -149,22 +149,21 @@ def test_a_token_keeps_as_many_experts_as_it_chooses(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "settings", "reason"),
+    ("family", "changes", "packing", "reason"),
     [
-        ("mixtral", {"router_jitter_noise": 0.1}, {}, "router_jitter_noise"),
+        ("mixtral", {"router_jitter_noise": 0.1}, False, "router_jitter_noise"),
         # It makes its masks without positions. tests/unit/test_data_packing.py shows the others.
-        ("gpt_oss", {}, {"data": DataConfig(packing=True, format="chat")}, "data.packing"),
-        ("gpt_oss", {}, {}, None),
-        ("qwen3_5_moe_text", {}, {"data": DataConfig(packing=True, format="chat")}, "data.packing"),
+        ("gpt_oss", {}, True, "data.packing"),
+        ("gpt_oss", {}, False, None),
+        ("qwen3_5_moe_text", {}, True, "data.packing"),
     ],
 )
 def test_a_run_that_a_mixture_cannot_do_is_refused(
-    family: str, changes: dict[str, Any], settings: dict[str, Any], reason: str | None, tmp_path: Path
+    family: str, changes: dict[str, Any], packing: bool, reason: str | None, tmp_path: Path
 ) -> None:
     saved(family, tmp_path, **changes)
     with pytest.raises(UserError, match=reason) if reason else nullcontext():
-        config = RunConfig("unused", **settings)
-        open_for_pruning(tmp_path, config.model, packing=config.data.packing)
+        open_for_pruning(tmp_path, ModelConfig(), packing=packing)
 
 
 def test_a_refit_is_chosen_where_heads_or_channels_leave() -> None:

@@ -135,14 +135,9 @@ def test_dense_layers_among_sparse_ones_have_no_experts(family: str, changes: di
     assert shape_from_config(exported, "an export") == shape
 
 
-def test_a_mixture_without_experts_is_refused() -> None:
-    must_name("somewhere experts", read, "qwen2_moe", mlp_only_layers=[0, 1])
-
-
 def test_a_list_of_equal_choices_is_one_number() -> None:
     """Published Hunyuan mixtures say for each layer how many experts a token chooses."""
     assert read("hunyuan_v1_moe", moe_topk=[3, 3]) == read("hunyuan_v1_moe")
-    must_name("somewhere size list", read, "hunyuan_v1_moe", moe_topk=[3, 2])
 
 
 def test_what_layers_keep_of_earlier_tokens() -> None:
@@ -210,18 +205,23 @@ def test_a_wrong_mark_is_named(family: str, wrong: TensorSpec, exists: bool, mon
 # Models of other kinds
 
 
-@pytest.mark.parametrize("model_type", [*REFUSED, "llama4_text", "jamba"])
-def test_models_of_other_kinds_are_refused(model_type: str) -> None:
-    must_name(f"somewhere '{model_type}' llama", shape_from_config, {"model_type": model_type}, "somewhere")
+# Some remote modelling code goes by the name of the family that it started from.
+OF_OTHERS = ("num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank")
 
 
-@pytest.mark.parametrize("key", ["num_local_experts", "num_experts", "n_routed_experts", "kv_lora_rank"])
-def test_experts_and_latent_attention_under_the_name_of_a_family(key: str) -> None:
-    """Some remote modelling code goes by the name of the family that it started from."""
-    must_name(f"somewhere {key}", shape_from_config, config_json("llama") | {key: 8}, "somewhere")
-    assert shape_from_config(config_json("llama") | {key: None}, "somewhere") == read("llama")
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        *(({"model_type": x}, f"'{x}' llama") for x in (*REFUSED, "llama4_text", "jamba")),
+        *((config_json("llama") | {key: 8}, key) for key in OF_OTHERS),
+        (config_json("qwen2_moe", mlp_only_layers=[0, 1]), "experts"),
+        (config_json("hunyuan_v1_moe", moe_topk=[3, 2]), "size list"),
+        (config_json("t5") | {"architectures": ["T5EncoderModel"]}, "encoder"),  # of an image model
+    ],
+)
+def test_models_of_other_kinds_are_refused(config: dict[str, Any], names: str) -> None:
+    must_name(f"somewhere {names}", shape_from_config, config, "somewhere")
 
 
-def test_the_text_encoder_of_an_image_model_is_refused_as_that() -> None:
-    config = config_json("t5") | {"architectures": ["T5EncoderModel"]}
-    must_name("somewhere encoder", shape_from_config, config, "somewhere")
+def test_what_is_null_makes_no_model_of_another_kind() -> None:
+    assert shape_from_config(config_json("llama") | dict.fromkeys(OF_OTHERS), "somewhere") == read("llama")
