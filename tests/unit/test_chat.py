@@ -29,9 +29,6 @@ CHATML = """{%- for message in messages %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 LLAMA3 = trl_templates.llama3_chat_template
 GEMMA = trl_templates.gemma_chat_template
-FORGETFUL = """{%- for message in messages %}{%- if loop.last or message.role == 'user' %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 COUNTING = "{{ messages|length }}" + CHATML
 ENDLESS = "'' }}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ ''"
 SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
@@ -112,9 +109,7 @@ def test_qwen3_learns_the_last_answer_of_a_conversation() -> None:
     """Its template takes the thinking out of earlier turns, so a prefix of a conversation is not a prefix."""
     tokenizer = tokenizer_with(trl_templates.qwen3_chat_template)
     assert learnt(Chat(TALKS[1]), tokenizer) == "<think>\n\n</think>\n\ntwo<|im_end|>\n"
-    assert learnt(Chat(TALKS[1]), tokenizer_with(FORGETFUL)) == "two<|im_end|>\n"
     assert learnt(Chat(TALKS[0]), tokenizer) == "<think>\n\n</think>\n\nYes.\n\nIt\tworks \n<|im_end|>\n"
-    assert learnt(Chat(TALKS[0]), tokenizer_with(FORGETFUL)) == "Yes.\n\nIt\tworks \n<|im_end|>\n"
     must_name("4 5", labels_of, Chat(TALKS[2]), tokenizer)  # messages: after the last answer comes a question
 
 
@@ -138,7 +133,6 @@ def test_the_template_alone_brings_special_tokens() -> None:
 def test_only_the_assistants_turns_are_learnt_with_what_ends_them() -> None:
     tokenizer = tokenizer_with(CHATML)
     assert learnt(Chat([{"role": "system", "content": "s"}, *TALKS[1]]), tokenizer) == "two<|im_end|>\n"
-    assert learnt(Chat(TALKS[2]), tokenizer) == "<|im_start|> user\nmodel<|im_end|>\n<|im_end|>\n"
     assert learnt(Chat([assistant("hello"), *TALKS[1]]), tokenizer) == "two<|im_end|>\n"  # nothing prompts the first
     assert learnt(Chat([user("a"), user("b")]), tokenizer) == ""
     assert labels_of(Chat([]), tokenizer) == ([], [])

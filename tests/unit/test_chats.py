@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -210,16 +211,12 @@ def run(options: Namespace) -> str:
     return options.out.read_text()
 
 
-def kill(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def test_a_killed_command_goes_on_where_it_was(
     options: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(changed(options, out=tmp_path / "whole.jsonl"))
     with monkeypatch.context() as patch:
-        patch.setattr(chats.tqdm, "update", kill)
+        patch.setattr(chats.tqdm, "update", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(options)
     journal = tmp_path / "chats.draws.jsonl"

@@ -70,18 +70,15 @@ def test_what_a_rank_met_alone_it_tells_itself(
     assert capfd.readouterr().err == line
 
 
-def test_an_unexpected_error_ends_the_process_even_if_nothing_reads_its_traceback() -> None:
-    process = subprocess.Popen([sys.executable, "-c", BLOCKED], cwd=ROOT, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    process.stderr.close()
-    assert process.wait(timeout=30) == 1
-
-
 def test_an_unexpected_error_ends_the_process_right_after_its_traceback() -> None:
     ended = run_to_end([sys.executable, "-c", BLOCKED], cwd=ROOT, timeout=30)
     assert ended.code == 1
     assert ended.err.startswith("Traceback (most recent call last):")
     assert ended.err.endswith("RuntimeError: out of memory\n")
+    process = subprocess.Popen([sys.executable, "-c", BLOCKED], cwd=ROOT, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    process.stderr.close()  # so nothing reads the traceback
+    assert process.wait(timeout=30) == 1
 
 
 # What ranks take from the environment

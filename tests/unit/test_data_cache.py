@@ -88,9 +88,8 @@ def test_all_that_the_tokens_depend_on_makes_them_again(tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
-    must_name(
-        "data.text_field 'body'", load, path := write_json(tmp_path / "data.jsonl", documents(40)), text_field="body"
-    )
+    path = write_json(tmp_path / "data.jsonl", documents(40))
+    must_name("data.text_field 'body'", load, path, text_field="body")
     assert list(cache.iterdir()) == []
     cache.rmdir()
     cache.write_text("a file")

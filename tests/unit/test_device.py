@@ -32,14 +32,6 @@ from tests.integration.launching import write_config
 from tests.unit.shapes_and_scores import make_shape
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Fakes the accelerator as far as it is used."""
-    fake = SimpleNamespace(device_name=lambda: "cuda")
-    monkeypatch.setattr(device, "accelerator", lambda: fake)
-    return fake
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
 def test_tf32_is_for_products_of_halves_on_a_gpu_alone(dtype: torch.dtype, name: str) -> None:
@@ -63,8 +55,10 @@ def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("emulates", [True, False])
-def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch, gpu: SimpleNamespace, emulates: bool) -> None:
+def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch, emulates: bool) -> None:
+    gpu = SimpleNamespace(device_name=lambda: "cuda")
     gpu.is_fp16_supported = gpu.is_bf16_supported = lambda: True  # DeepSpeed takes emulation for support
+    monkeypatch.setattr(device, "accelerator", lambda: gpu)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulates
     )
