@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from loraprune_ds.export.gguf_architecture import ARCHITECTURES
 from loraprune_ds.model.families.base import Family
@@ -52,7 +53,8 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
 
 def weights(name: str) -> str:
     """Names the weights of a model, which has a dense layer if its config can ask for one."""
-    dense = {"mlp_only_layers": [0]} if getattr(tiny_config(name), "mlp_only_layers", None) is not None else {}
+    asked: dict[str, Any] = {"mlp_only_layers": [0]}
+    dense = asked if getattr(tiny_config(name), "mlp_only_layers", None) is not None else {}
     return " ".join(tiny_model(name, **dense).state_dict())
 
 

@@ -147,10 +147,10 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 def describe_run(prepared: Prepared, world_size: int) -> str:
     """Describes the model, the ranks and the cuts of a run, in two or three lines."""
     config, dense, pruning = prepared.config, prepared.pretrained.shape, prepared.pruning
-    ranks = "one process" if config.deepspeed is None else f"{world_size} rank{'s' * (world_size > 1)}"
+    where = "in one process" if config.deepspeed is None else f"on {world_size} rank{'s' * (world_size > 1)}"
     lines = [
         f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {describe_dtype(config.model)}, "
-        f"on {ranks} ({device_name()})",
+        f"{where} ({device_name()})",
         f"{pruning.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens, "
         f"{len(pruning.cut_steps)} cuts to {format_percent(pruning.ratio)} of the decoder layers' "
         "linear parameters",
