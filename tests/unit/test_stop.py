@@ -86,13 +86,6 @@ def test_usr1_is_caught_only_straight_under_srun(
     requests.close()
 
 
-def test_requests_to_an_earlier_process_are_removed_and_told(tmp_path: Path) -> None:
-    assert stop.drop_stale_requests(tmp_path) == []
-    (tmp_path / "STOP").touch()
-    assert stop.drop_stale_requests(tmp_path) == [f"{tmp_path}/STOP was there before this start: removed"]
-    assert list(tmp_path.iterdir()) == []
-
-
 # Launchers and other ranks that are gone
 
 SCRIPT = """
