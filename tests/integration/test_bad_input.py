@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +120,6 @@ def be_nobody() -> None:
 
 
 def test_a_read_only_folder_is_told_before_the_data_is_read(material: Path, tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory() as shared:  # pytest's own folders are closed to others
-        os.chmod(shared, 0o555)
-        given = arguments(material, tmp_path, f"output_dir={shared}/me/out", "data.path=/nowhere.txt")
-        (ended,) = fork_ranks(given, tmp_path, before=be_nobody)
-    assert_refused(ended, f"output_dir {shared}/me/out")
+    given = arguments(material, tmp_path, "output_dir=/proc/me/out", "data.path=/nowhere.txt")
+    (ended,) = fork_ranks(given, tmp_path, before=be_nobody)
+    assert_refused(ended, "output_dir /proc/me/out: /proc is not writable")

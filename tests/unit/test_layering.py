@@ -105,21 +105,19 @@ def test_no_file_imports_itself_through_others() -> None:
     TopologicalSorter(imports).prepare()  # raises a CycleError that names the files
 
 
+EXPORT_AND_EVALUATE = [module_of(path) for path in FILES if part_of_file(path) in ("export", "evaluate")]
+
+
 @pytest.mark.parametrize(
     ("line", "unwanted"),
     [
-        ("import loraprune_ds.pruning.step; from loraprune_ds.evaluate.models import open_result", ["deepspeed"]),
+        (f"import loraprune_ds.pruning.step, {', '.join(EXPORT_AND_EVALUATE)}", ["deepspeed"]),
         ("from loraprune_ds import PruneConfig", ["torch", "deepspeed"]),
     ],
+    ids=["exports and evaluations", "settings"],
 )
 def test_an_import_does_not_wait_for_packages_it_does_not_need(line: str, unwanted: list[str]) -> None:
     code = f"{line}; import sys; sys.exit(any(name in sys.modules for name in {unwanted}))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_exports_and_evaluations_are_made_without_deepspeed() -> None:
-    modules = {module_of(path) for path in FILES if part_of_file(path) in ("export", "evaluate")}
-    code = f"import sys, {', '.join(sorted(modules))}; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -117,16 +117,7 @@ def test_the_stated_ratio_is_reached_whatever_the_scores(ranking: Ranking) -> No
 
 
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
-def test_an_end_far_below_the_ratio_is_told(ranking: Ranking) -> None:
-    config = PruneConfig(ratio=0.37, ranking=ranking)
-    line = shortfall(make_limits(config, SMOLLM2), 0.37, 0.188)
-    assert line is not None
-    assert "18.8 %" in line
-    assert "37.0 %" in line
-
-
-@pytest.mark.parametrize("ranking", ["uniform", "global"])
-def test_a_ratio_above_it_is_refused(ranking: Ranking) -> None:
+def test_a_ratio_above_it_is_refused_and_an_end_far_below_is_told(ranking: Ranking) -> None:
     """Not only the absurd one: anything further off than what either ranking promises to come within."""
     prune = {"ranking": ranking, "protected_first": 1, "protected_last": 0}
     most = largest_ratio(PruneConfig(ratio=0.99, channel_multiple=1, **prune), SMOLLM2)
@@ -136,13 +127,13 @@ def test_a_ratio_above_it_is_refused(ranking: Ranking) -> None:
     resolve(PruneConfig(channel_multiple=1, ratio=most, **prune), SMOLLM2)
     more = PruneConfig(channel_multiple=1, ratio=most + 0.005, **prune)
     must_name(f"prune.ratio {most}", resolve, more, SMOLLM2)
-
-
-@pytest.mark.parametrize("ranking", ["uniform", "global"])
-def test_limits_that_let_nothing_go_are_refused(ranking: Ranking) -> None:
     nothing = {"ratio": 1e-9, "channel_multiple": 1536, "tensor_parallel": 3}
     must_name("prune.ratio 0.0", limits_of, SMOLLM2, ranking=ranking, **nothing)
     must_name("prune.protected_first prune.protected_last 30", limits_of, SMOLLM2, ranking=ranking, protected_first=29)
+    line = shortfall(make_limits(PruneConfig(ratio=0.37, ranking=ranking), SMOLLM2), 0.37, 0.188)
+    assert line is not None
+    assert "18.8 %" in line
+    assert "37.0 %" in line
 
 
 def test_open_layers_that_lack_a_kind_are_one_line() -> None:

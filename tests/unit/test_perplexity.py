@@ -145,15 +145,11 @@ def test_only_the_beginning_of_a_long_text_is_tokenised_if_it_has_enough_tokens(
     assert windows.flatten().tolist() == [65 + i % 50 for i in range(40)]
 
 
-def test_a_text_shorter_than_a_window_is_refused() -> None:
-    tokenizer = make_tokenizer(VOCAB + 200)
-    must_name("text 5 6", split_windows, "hello", tokenizer, 6, None)
-    assert split_windows("hello", tokenizer, 5, None).shape == (1, 5)
-
-
-def test_a_text_with_ids_that_the_embedding_lacks_is_refused() -> None:
+def test_a_text_shorter_than_a_window_or_with_ids_that_the_embedding_lacks_is_refused() -> None:
     """A tokenizer may have more ids than the text."""
     tokenizer, text = make_tokenizer(VOCAB + 200), "hello, é"
+    must_name("text 5 6", split_windows, "hello", tokenizer, 6, None)
+    assert split_windows("hello", tokenizer, 5, None).shape == (1, 5)
     largest = max(tokenizer(text)["input_ids"])
     split_batches(text, tokenizer, 2, 3, Starts(), 2, VOCAB)
     given = text, tokenizer, 3, None, Starts(), 2

@@ -94,11 +94,15 @@ def test_heads_give_their_share_where_channels_can_make_up_for_the_rest() -> Non
         assert error(limits, goal, ratio) <= SMOLLM2.group_numel["channels"] / 2
 
 
-def test_the_papers_model() -> None:
+def test_the_papers_model_and_both_kinds_in_proportion_on_the_way() -> None:
     limits, budget = resolved(LLAMA_7B, **PAPER, ratio=0.5)  # 27 of 32 layers are open
     goal = uniform_goal(limits, budget)
     assert goal["heads"] == 13  # (1 − 0.5 · 32/27) · 32 = 13.04
     assert error(limits, goal, 0.5) <= LLAMA_7B.group_numel["channels"] / 2
+    halfway = uniform_counts(limits, 0.25, budget)
+    assert all(abs(halfway[kind] - (dense + goal[kind]) / 2) <= 0.5 for kind, dense in LLAMA_7B.counts[0].items())
+    reached = gone(limits.with_equal(halfway, LLAMA_7B), LLAMA_7B) / LLAMA_7B.linear_numel()
+    assert reached == pytest.approx(0.25, abs=0.005)  # half a head in every layer
     rounded = uniform_goal(*resolved(LLAMA_7B, **PAPER, ratio=0.5, channel_multiple=64))
     assert (rounded["heads"], rounded["channels"]) == (13, 4480)
 
@@ -120,16 +124,6 @@ def test_counts_never_grow_on_the_way_and_end_exactly() -> None:
             closed = set(range(len(shape.layers))) - set(limits.open_layers)
             assert all(shape.counts[i] == limits.dense.counts[i] for i in closed)
         assert counts == goal
-
-
-def test_on_the_way_both_kinds_are_cut_in_proportion() -> None:
-    limits, budget = resolved(LLAMA_7B, **PAPER, ratio=0.5)
-    counts = uniform_counts(limits, 0.25, budget)
-    goal = uniform_goal(limits, budget)
-    assert abs(counts["heads"] - (32 + goal["heads"]) / 2) <= 0.5
-    assert abs(counts["channels"] - (11008 + goal["channels"]) / 2) <= 0.5
-    reached = gone(limits.with_equal(counts, LLAMA_7B), LLAMA_7B) / LLAMA_7B.linear_numel()
-    assert reached == pytest.approx(0.25, abs=0.005)  # half a head in every layer
 
 
 def test_the_best_of_each_layer_by_its_own_scores_stay() -> None:

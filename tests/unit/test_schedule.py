@@ -76,13 +76,9 @@ def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, 
     assert all(section.counts(step) in counts for step in due[::50])  # no width of the schedule is left out
 
 
-def test_a_ratio_that_changes_no_width_is_refused() -> None:
+def test_a_ratio_that_changes_no_width_and_a_run_too_short_to_cut_are_refused() -> None:
     config = PruneConfig(ranking="uniform", ratio=1e-4, channel_multiple=128)
-    names = "prune.ratio 0.0001 prune.channel_multiple 128"
-    must_name(names, plan_pruning, *resolve(config, LLAMA_7B), 100)
-
-
-def test_a_run_too_short_to_cut_is_refused() -> None:
+    must_name("prune.ratio 0.0001 prune.channel_multiple 128", plan_pruning, *resolve(config, LLAMA_7B), 100)
     config = PruneConfig(warmup_fraction=0.5, cooldown_fraction=0.49)
     assert make_schedule(config, 1).cut_steps == [1]
     config = replace(config, cooldown_fraction=0.5 - 1e-15)
