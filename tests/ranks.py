@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
+# Collectives of this package by their names since torch 2.13, and before. DeepSpeed calls the older.
+RENAMED = {"all_gather_single": "all_gather_into_tensor"}
 Setup = Callable[[int, int, Path], None]  # (rank, world_size, folder the ranks of this set share)
 
 START_TIMEOUT = 120.0  # imports take 2 s on an idle core

@@ -42,7 +42,8 @@ class Communicator(Ranks):
         if self.world_size == 1:
             return local[None]
         gathered = torch.empty(self.world_size * local.numel(), dtype=local.dtype, device=local.device)
-        dist.all_gather_into_tensor(gathered, local.contiguous(), group=self.group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        gather(gathered, local.contiguous(), group=self.group)
         self._count(local.numel() * (self.world_size - 1), local.element_size())
         return gathered.view(self.world_size, -1)
 

@@ -15,6 +15,7 @@ import torch
 
 from tests.integration.bad_input import STEPS, arguments, assert_refused, copy_of_model, poison
 from tests.integration.launching import ROOT, fork_ranks, launch, read_json, write_config, write_text
+from tests.ranks import RENAMED
 
 
 @pytest.fixture
@@ -165,8 +166,10 @@ def log_collectives() -> None:
             log.write(name + "\n")
         return original(*args, **kwargs)
 
-    for name in (*NAMES, "all_gather_object"):
-        setattr(torch.distributed, name, partial(logged, name, getattr(torch.distributed, name)))
+    originals = {name: getattr(torch.distributed, name) for name in (*NAMES, "all_gather_object")}
+    for name in (*originals, *RENAMED):
+        old = RENAMED.get(name, name)
+        setattr(torch.distributed, name, partial(logged, old, originals[old]))
 
 
 def test_all_kinds_of_collectives_run_before_the_input_is_looked_at(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from loraprune_ds.zero import sharded
 from loraprune_ds.zero.optimizer import MOMENTS, ShardedState
 from tests.families import LLAMA_LINEARS, LlamaLinear
 from tests.numerics.driver import Job, ShardedTrainer, as_pair, build, gather_everywhere
+from tests.ranks import RENAMED
 from tests.refusals import refused
 
 COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_to_all_single")
@@ -47,6 +48,7 @@ def watched_collectives(see: Callable[[str, list[Tensor], Any], None]) -> Iterat
 
     watched: dict[str, Any] = {name: watching(name, getattr(backend, name)) for name in COLLECTIVES}
     own = {name: watching(name, getattr(torch.distributed, name)) for name in COLLECTIVES}
+    own |= {new: own[old] for new, old in RENAMED.items()}
     with (
         patch.multiple(backend, **watched),
         patch.object(comm, "dist", SimpleNamespace(**vars(torch.distributed) | own)),

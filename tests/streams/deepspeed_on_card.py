@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from loraprune_ds.ranks import device
-from tests.ranks import start_deepspeed
+from tests.ranks import RENAMED, start_deepspeed
 from tests.streams import virtual_card as card
 from tests.streams.detector import READ, WRITE
 from tests.streams.virtual_card import CARD, DETECTOR
@@ -71,6 +71,8 @@ def start_on_card(rank: int, world_size: int, folder: Path) -> None:
         function = getattr(torch.distributed, name)
         given = (function, inspect.signature(function), *places)
         setattr(torch.distributed, name, functools.wraps(function)(functools.partial(collective, *given)))
+    for new, old in RENAMED.items():
+        setattr(torch.distributed, new, getattr(torch.distributed, old))
     from deepspeed.accelerator import set_accelerator  # only here: DeepSpeed must see these collectives
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
