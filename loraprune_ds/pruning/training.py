@@ -83,7 +83,7 @@ class OptimizerState(ABC):
 def collect_shards(shard: Tensor, shape: Sequence[int], owner: int, comm: Communicator) -> Tensor | None:
     """Gathers a tensor of `shape` from the flat, padded shards of all ranks, on rank `owner`. Collective."""
     gathered = comm.gather_to(owner, shard.detach().to(comm.device))  # an offloaded shard is on the host
-    return None if gathered is None else gathered.reshape(-1)[: math.prod(shape)].view(*shape)
+    return None if gathered is None else gathered.reshape(-1)[: math.prod(shape)].view(tuple(shape))
 
 
 class TrainingEngine(ABC):
