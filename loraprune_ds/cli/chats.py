@@ -55,14 +55,12 @@ def main() -> int:
 
 def write(options: argparse.Namespace) -> None:
     """Writes the chats and prints what they are like. Collective."""
-    job.check_ranks(os.environ)
-    job.silence_libraries()
+    comm = join_ranks(sharded=job.several_ranks(os.environ))
     # These imports take seconds.
     from loraprune_ds.evaluate.chats import collect
     from loraprune_ds.evaluate.models import find_model
-    from loraprune_ds.ranks.comm import Communicator, stop_ranks
+    from loraprune_ds.ranks.comm import stop_ranks
 
-    comm = join_ranks(sharded=True) if job.several_ranks(os.environ) else Communicator()
     with comm.patient() as waiting:  # the first rank of each node downloads
         waiting.all_or_raise(lambda: find_model(options.model) if os.environ.get("LOCAL_RANK", "0") == "0" else None)
     selection = collect(options, comm)

@@ -21,12 +21,13 @@ from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.pruning.training import OptimizerState, TrainingEngine, build_lora
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import current_device, empty_cache
+from loraprune_ds.ranks.job import several_ranks
 
 
 def start_ranks() -> Communicator:
     """Returns the one rank. Raises UserError if a launcher has started more."""
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    require(ranks == "1", f"deepspeed: null trains in one process, but a launcher has started {ranks} ranks")
+    started = f"a launcher has started {os.environ.get('WORLD_SIZE')} ranks"
+    require(not several_ranks(os.environ), f"deepspeed: null trains in one process, but {started}")
     return Communicator()
 
 
