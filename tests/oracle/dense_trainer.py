@@ -169,8 +169,6 @@ class DenseTrainer:
         return total
 
     def _layer_scores(self, i: int, gradients: Mapping[str, Tensor]) -> Pair:
-        if self.kept[i] == ([], []):
-            return self.averages[i]
         tensors = {}
         for linear in HEAD_LINEARS + CHANNEL_LINEARS:
             a, b = f"layers.{i}.{linear}.lora_A", f"layers.{i}.{linear}.lora_B"
@@ -184,9 +182,6 @@ class DenseTrainer:
     # The cut
 
     def _cut_layer(self, i: int, cut: LayerCut) -> None:
-        if cut == (0, 0):
-            self._drop_layer(i)
-            return
         heads, channels = (
             keep_best(average, wanted) if isinstance(wanted, int) else [kept.index(group) for group in sorted(wanted)]
             for average, wanted, kept in zip(self.averages[i], cut, self.kept[i], strict=True)
@@ -199,14 +194,6 @@ class DenseTrainer:
         self.averages[i] = (self.averages[i][0][heads], self.averages[i][1][channels])
         old_heads, old_channels = self.kept[i]
         self.kept[i] = ([old_heads[j] for j in heads], [old_channels[j] for j in channels])
-
-    def _drop_layer(self, i: int) -> None:
-        """Lets a layer pass its input on, and forgets its LoRA."""
-        self.layers[i].forward = lambda hidden_states, *args, **named: hidden_states
-        for name in [name for name in self.copies if name.startswith(f"layers.{i}.")]:
-            del self.copies[name]
-            self.master.pop(name).grad = None  # the optimizer passes over it
-        self.kept[i], self.averages[i] = ([], []), (torch.empty(0), torch.empty(0))
 
     def _cut_linear(self, i: int, linear: str, groups: list[int], width: int) -> None:
         index = torch.tensor([group * width + j for group in groups for j in range(width)])
