@@ -23,7 +23,7 @@ from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import Tower
-from loraprune_ds.ranks.job import Ranks
+from loraprune_ds.ranks.comm import Communicator
 from tests.published import LLAMA_3
 
 VOCAB = 400
@@ -136,7 +136,7 @@ class InMemory:
     dense_folder: Path
     tower: Tower | None = None
 
-    def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def files(self, ranks: Communicator, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
         tensors = dict(self.model.named_parameters())  # a tied head appears once, as the embedding
         for k in range(len(self.shape.layers)):
             yield k, {name: tensors.pop(name) for name in list(tensors) if name.startswith(self.shape.prefix(k))}
@@ -146,7 +146,8 @@ class InMemory:
 def export(model: PreTrainedModel, case: Case, source: Path, out: Path) -> ExportedConfig:
     """Writes the cut model with the package's functions. `source` is the folder of the tokenizer."""
     exported, dense, pruned = exported_config(model, case)
-    write_model(InMemory(cut(model, case), pruned, exported, source), begin(out), model_card(dense, pruned), Ranks())
+    card, comm = model_card(dense, pruned), Communicator()
+    write_model(InMemory(cut(model, case), pruned, exported, source), begin(out), card, comm)
     publish(out)
     return exported
 

@@ -24,7 +24,7 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import read_model, shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.ranks.job import Ranks
+from loraprune_ds.ranks.comm import Communicator
 from tests.export_cases import InMemory, model_card
 from tests.families import SIZES, TINY, is_seq2seq, layers_with, norms_are_wide, tiny_model
 
@@ -141,7 +141,7 @@ def cut_and_export(
     tower = source.tower if source else None
     exported, staging = export_config(network.config, network.shape, "float32", tower and tower.config), begin(folder)
     written = InMemory(merged, network.shape, exported, source.folder if source else staging, tower)
-    write_model(written, staging, model_card(before, network.shape), Ranks())
+    write_model(written, staging, model_card(before, network.shape), Communicator())
     publish(folder)
     return Export(folder, exported, network.shape, logits(merged), merged)
 

@@ -25,8 +25,8 @@ from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import Tower
 from loraprune_ds.model.weight_files import read_header, weight_file_names
 from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.step import Pruner, PrunerState
-from loraprune_ds.ranks.job import Ranks
+from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.ranks.comm import Communicator
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TrainingCheckpoint:
     def tower(self) -> Tower | None:
         return self.dense.tower
 
-    def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def files(self, ranks: Communicator, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
         layers = len(self.shape.layers)
         for k in range(ranks.rank, layers + 1, ranks.world_size):
             yield k, self._layer(k, merge) if k < layers else self._read(tensor.name for tensor in self.shape.outer)
@@ -108,7 +108,7 @@ class TrainingCheckpoint:
 
 
 def open_checkpoint(
-    folder: Path, ranks: Ranks, dense: PretrainedModel | None = None, *, resume: bool = False
+    folder: Path, ranks: Communicator, dense: PretrainedModel | None = None, *, resume: bool = False
 ) -> TrainingCheckpoint:
     """Verifies a step, with `resume` to go on from it. Ranks share the reading and raise one error. Collective.
 
@@ -177,15 +177,20 @@ def keep_from_lists(lists: list[list[list[int]]], kinds: tuple[Kind, ...]) -> li
 def restore_pruner(
     pruner: Pruner, folder: Path, kept: list[list[list[int]]], updates_since_cut: int, moment_tokens: float
 ) -> None:
-    """Restores the pruner of a model that has been cut. `folder` has its moving averages and input moments, if any."""
+    """Restores the pruner of a model that has been cut, on any number of ranks.
+
+    `folder` has its moving averages and input moments, if any.
+    """
     kinds, path = pruner.limits.dense.kinds, folder / layout.SCORES_FILE
     tensors = load_file(path) if path.exists() else {}
     layers = range(len(tensors) // len(kinds))
     scores = [LayerScores({kind: tensors[f"{i}.{kind}"] for kind in kinds}) for i in layers]
+    pruner.kept_of_dense = keep_from_lists(kept, kinds)
+    pruner.average.scores, pruner.average.updates_since_cut = scores or None, updates_since_cut
 
     def read_moments(layer: int) -> dict[str, Tensor]:
         path = folder / layout.layer_file("inputs", layer)
         return load_file(path) if path.exists() else {}
 
-    kept_of_dense = keep_from_lists(kept, kinds)
-    pruner.restore(PrunerState(kept_of_dense, scores or None, updates_since_cut, moment_tokens), read_moments)
+    if pruner.moments is not None:
+        pruner.moments.restore(read_moments, moment_tokens)

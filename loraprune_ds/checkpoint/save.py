@@ -19,10 +19,9 @@ from loraprune_ds.pruning.compensate import refitted_linears
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.training import OptimizerState
-from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.comm import Communicator, LocalWrites
 from loraprune_ds.ranks.device import empty_cache
 from loraprune_ds.ranks.flat import owner_rounds
-from loraprune_ds.ranks.job import LocalWrites
 
 
 class Staging(AbstractContextManager["Staging"]):
@@ -109,7 +108,7 @@ def write_refits(staging: Staging, pruner: Pruner, model: PrunableModel, layers:
 
 def write_pruner(staging: Staging, pruner: Pruner, folder: str = "") -> None:
     """Writes the moving averages in float64, on rank 0, and half of the input moments of each layer, on its owner."""
-    layers = enumerate((pruner.state().scores if pruner.model.rank == 0 else None) or [])
+    layers = enumerate((pruner.average.on_host() if pruner.model.rank == 0 else None) or [])
     tensors = {f"{i}.{kind}": groups for i, layer in layers for kind, groups in layer.items()}
     if tensors:
         staging.write(folder + layout.SCORES_FILE, lambda path: save_file(tensors, path))

@@ -30,8 +30,8 @@ from loraprune_ds.evaluate.settings import AnswerSettings, Message, Prompt
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.tokenizer import load_tokenizer, rendering, token_ids
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products
-from loraprune_ds.ranks.job import Ranks
 from loraprune_ds.units import aligned, format_percent
 
 DATA = read_json(Path(__file__).with_name("chats.json"))
@@ -76,7 +76,7 @@ class Drawer:
     options: Namespace  # of cli/chats.py
     source: ModelSource
     tokenizer: PreTrainedTokenizerBase
-    ranks: Ranks
+    ranks: Communicator
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class Selection:
         yield f"\n{len(self.kept):,} rows of {self.tokens:,} tokens are in {self.options.out}"
 
 
-def collect(options: Namespace, ranks: Ranks) -> Selection:
+def collect(options: Namespace, ranks: Communicator) -> Selection:
     """Draws until the kept rows have enough tokens, and writes them. Collective.
 
     `options` are those of cli/chats.py. A killed command goes on: every draw is a flushed line of a journal.

@@ -28,8 +28,8 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.perplexity import Labelled, Perplexity, Progress, measure_perplexity, split_batches
 from loraprune_ds.model.shape import ModelShape, active_numel, attention_product, cached_numel
 from loraprune_ds.model.tokenizer import Starts, load_tokenizer, text_starts
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products
-from loraprune_ds.ranks.job import Ranks
 
 # transformers renamed this argument within the range that pyproject.toml allows.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -99,7 +99,7 @@ class Measurement:
 
 
 def evaluate(
-    paths: list[str], settings: EvaluationSettings, comm: Ranks, progress: Progress = lambda rounds, _: rounds
+    paths: list[str], settings: EvaluationSettings, comm: Communicator, progress: Progress = lambda rounds, _: rounds
 ) -> list[Measurement]:
     """Measures a model, and a second, dense one. Collective. Tasks, answers and speed are on rank 0 only."""
     models = comm.all_or_raise(lambda: prepare_models(paths, settings))
@@ -199,7 +199,7 @@ def _mean_context(window: int, sliding_window: int | None) -> float:
 
 
 def _measure(
-    prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Ranks, progress: Progress
+    prepared: PreparedModel, dense: int | None, settings: EvaluationSettings, comm: Communicator, progress: Progress
 ) -> tuple[Measurement, Writer | None]:
     """Measures all but answers and speed. Returns the model for these two, which need all models in memory."""
     source, shape = prepared.source, prepared.source.pretrained.shape
@@ -230,7 +230,7 @@ def _measure(
     return measurement, writer if is_kept else None
 
 
-def _measure_sharded(prepared: PreparedModel, comm: Ranks, progress: Progress) -> Perplexity:
+def _measure_sharded(prepared: PreparedModel, comm: Communicator, progress: Progress) -> Perplexity:
     """Measures a model that ZeRO-3 shards while it is loaded."""
     from loraprune_ds.zero.engine import build_inference_engine, release
 

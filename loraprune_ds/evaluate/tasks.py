@@ -23,7 +23,7 @@ from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.models import Ids, Writer
 from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
 from loraprune_ds.model.tokenizer import check_ids, rendering
-from loraprune_ds.ranks.job import Ranks
+from loraprune_ds.ranks.comm import Communicator
 
 ResultsAndSettings = tuple[dict[str, Any], dict[str, Any]]  # task -> metric -> value, and settings for the result
 # The seven of the LoRAPrune paper (Zhang et al., Findings of ACL 2024), by their names in lm-eval.
@@ -75,7 +75,7 @@ def check_tasks(settings: TaskSettings) -> None:
             raise UserError(f"--tasks: lm-eval knows no task {name}{hint}")
 
 
-def run_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ranks) -> dict[str, Any] | None:
+def run_tasks(settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator) -> dict[str, Any] | None:
     """Runs all tasks. Collective.
 
     Returns:
@@ -97,7 +97,7 @@ def _split(settings: TaskSettings) -> tuple[TaskSettings, TaskSettings]:
     return replace(settings, names=gym, include_path=None), replace(settings, names=others)
 
 
-def _run_lm_eval(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ranks) -> ResultsAndSettings:
+def _run_lm_eval(settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator) -> ResultsAndSettings:
     """Runs the tasks. Rank r takes documents r, r + world_size, and so on. Empty but on rank 0. Collective."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
@@ -126,7 +126,7 @@ def _run_lm_eval(settings: TaskSettings, writer: Writer, batch_size: int, comm: 
     return answer["results"], reported
 
 
-def _model_on_ranks(writer: Writer, batch_size: int, comm: Ranks) -> Any:
+def _model_on_ranks(writer: Writer, batch_size: int, comm: Communicator) -> Any:
     """Wraps a loaded model for lm-eval, which deals documents out to ranks only under `accelerate launch`."""
     base: Any = _lm_eval(".models.huggingface").HFLM
 
@@ -224,7 +224,7 @@ def _load(name: str, fewshot: int, count: int) -> GymTask:
     return GymTask(f"{GYM}:{name}", dataset, questions, examples[:fewshot])
 
 
-def _run_gym(settings: TaskSettings, writer: Writer, batch_size: int, comm: Ranks) -> ResultsAndSettings:
+def _run_gym(settings: TaskSettings, writer: Writer, batch_size: int, comm: Communicator) -> ResultsAndSettings:
     """Runs the tasks. Rank r takes batches r, r + world_size, and so on. Collective."""
     tasks = load_tasks(settings)
     results = {}
@@ -246,7 +246,7 @@ def _run_gym(settings: TaskSettings, writer: Writer, batch_size: int, comm: Rank
     return results, reported
 
 
-def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Ranks) -> list[str]:
+def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Communicator) -> list[str]:
     """Answers all questions of a task, in order. The batches do not depend on the number of ranks. Collective."""
     model, tokenizer = writer.model, writer.tokenizer
     prompts = [_prompt(task, question["question"], tokenizer) for question in task.questions]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -26,7 +27,7 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import MTP
 from loraprune_ds.model.weight_files import read_headers
-from loraprune_ds.ranks.job import Ranks
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report import records
 from loraprune_ds.units import format_bytes
 
@@ -65,12 +66,17 @@ def find_source(path: Path) -> ExportSource:
     raise UserError(f"{path} {'holds no run, checkpoint or model' if path.is_dir() else 'is no folder'}")
 
 
+def one_rank() -> Communicator:
+    """Returns this process as the only rank. It looks for no GPU."""
+    return Communicator(device=torch.device("cpu"))
+
+
 def open_newest(checkpoints: list[Path]) -> tuple[TrainingCheckpoint, list[str]]:
     """Opens the first undamaged checkpoint. Also returns remarks about it and the damaged ones."""
     remarks: list[str] = []
     for path in checkpoints:
         try:
-            return open_checkpoint(path, Ranks()), [*remarks, f"taken from {path.name}"]
+            return open_checkpoint(path, one_rank()), [*remarks, f"taken from {path.name}"]
         except UserError as error:
             remarks.append(f"{path.name} cannot be used: {error}")
     raise UserError(remarks[0])
@@ -134,7 +140,7 @@ def _write_huggingface(source: ExportSource, folder: Path) -> list[str]:
         free = shutil.disk_usage(folder).free
         sizes = f"{format_bytes(needed)} in {folder.parent}, where {format_bytes(free)} are free"
         require(needed <= free, f"the merged model needs {sizes}")
-        write_model(step, folder, card_of_step(step), Ranks())
+        write_model(step, folder, card_of_step(step), one_rank())
     else:
         pretrained, remarks = open_pretrained(source.model), list[str]()
         has_them = source.mtp and any(name.startswith(MTP) for name in read_headers(source.model))
@@ -152,7 +158,7 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
     step = replace(step, dense=replace(step.dense, tower=None))  # an adapter has the names of the text class
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     base.mkdir()
-    write_model(step, base, card_of_step(step), Ranks(), merge=False)
+    write_model(step, base, card_of_step(step), one_rank(), merge=False)
     copy_model_card(base, base, "This base has no LoRA in it: see the folder above.\n")
     adapter.mkdir()
     write_adapter(step, adapter)

@@ -52,7 +52,7 @@ from loraprune_ds.model.weight_files import (
 )
 from loraprune_ds.pruning.importance import GroupSums, sums_of_runs
 from loraprune_ds.pruning.ranking import keep_best
-from loraprune_ds.ranks.job import LocalWrites, Ranks
+from loraprune_ds.ranks.comm import Communicator, LocalWrites
 
 PORTABLE_CLASS = "PreTrainedTokenizerFast"  # reads only tokenizer.json, in transformers 4 and 5
 
@@ -72,7 +72,7 @@ class LayerSource(Protocol):
     @property
     def tower(self) -> Tower | None: ...
 
-    def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def files(self, ranks: Communicator, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yields this rank's layers r, r + ranks, ... Embedding, norm and head follow the last layer, like one more.
 
         Tensors have the names of the text class and the model's dtype. Collective: each rank reads to the end.
@@ -90,7 +90,7 @@ def begin(out: Path, mark: str = "") -> Path:
     return begin_folder(out, mark)
 
 
-def write_model(source: LayerSource, folder: Path, card: ModelCard, ranks: Ranks, *, merge: bool = True) -> None:
+def write_model(source: LayerSource, folder: Path, card: ModelCard, ranks: Communicator, *, merge: bool = True) -> None:
     """Fills a staging folder. Rank r writes files r, r + ranks, ... Each holds a layer. Collective.
 
     Args:

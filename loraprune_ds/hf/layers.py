@@ -13,8 +13,8 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import CollectedLinear, PrunableModel
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owner_rounds
-from loraprune_ds.ranks.job import Ranks
 
 
 class LiveModel:
@@ -36,7 +36,7 @@ class LiveModel:
     def shape(self) -> ModelShape:
         return self._model.shape
 
-    def files(self, ranks: Ranks, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def files(self, ranks: Communicator, *, merge: bool = True) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Yields merged layers with the learned copies of PEFT's modules_to_save, others with the initial ones."""
         for indices in owner_rounds(len(self.shape.layers) + 1, ranks.world_size):
             gathered = ((k, self._gather(k, merge)) for k in indices)

@@ -163,7 +163,7 @@ class Pruning:
         folder, model, pruner = Path(folder), self.model, self.pruner
         if model.rank == 0:
             remove_leftovers(folder)
-        saved, dense = pruner.state(), pruner.limits.dense
+        dense = pruner.limits.dense
         state = PruningState(
             step=self.step,
             steps=self.steps,
@@ -172,9 +172,9 @@ class Pruning:
             seed=self.seed,
             prune=pruner.config,
             dense=group_counts(dense),
-            kept=keep_to_lists(saved.kept_of_dense, dense.kinds),
-            updates_since_cut=saved.updates_since_cut,
-            moment_tokens=saved.moment_tokens,
+            kept=keep_to_lists(pruner.kept_of_dense, dense.kinds),
+            updates_since_cut=pruner.average.updates_since_cut,
+            moment_tokens=pruner.moment_tokens,
             resumed_from=self.resumed_from,
         )
         write_pruning(folder, state, pruner, model, self.recorder.history)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from loraprune_ds.errors import require
 from loraprune_ds.model.token_loss import IGNORE_INDEX
 from loraprune_ds.model.tokenizer import Starts, begin_with, check_ids, tokenize_pairs
-from loraprune_ds.ranks.job import Ranks
+from loraprune_ds.ranks.comm import Communicator
 
 CHARACTERS_PER_TOKEN = 32  # far more than a tokenizer reaches on prose
 Labelled = tuple[Tensor, Tensor]  # input_ids and labels, both (rows, length). IGNORE_INDEX: not predicted
@@ -113,7 +113,7 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase, needed: int | None) 
 
 @torch.no_grad()
 def measure_perplexity(
-    losses: Losses, batches: Sequence[Labelled], ranks: Ranks, progress: Progress = lambda rounds, _: rounds
+    losses: Losses, batches: Sequence[Labelled], ranks: Communicator, progress: Progress = lambda rounds, _: rounds
 ) -> Perplexity:
     """Measures the batches, dealt to the ranks in turn. The result does not depend on the number of ranks. Collective.
 

@@ -29,7 +29,7 @@ micro-batches, and each rank scores its shard of W (criterion.py).
 
 import hashlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -58,16 +58,6 @@ class Cut:
     keep: list[LayerKeep]
     bytes_sent: int  # by all ranks together
     seconds: float
-
-
-@dataclass(frozen=True)
-class PrunerState:
-    """The pruner's part of a checkpoint. The input moments are apart: each rank writes the moments of its layers."""
-
-    kept_of_dense: list[LayerKeep]
-    scores: list[LayerScores] | None  # None: nothing was scored yet
-    updates_since_cut: int
-    moment_tokens: float = 0.0  # that the input moments are sums over
 
 
 class Pruner:
@@ -148,18 +138,10 @@ class Pruner:
         self.kept_of_dense = [kept.select(k) for kept, k in zip(self.kept_of_dense, keep, strict=True)]
         return Cut(step, target, self.reached(), keep, sent, time.perf_counter() - began)
 
-    def state(self) -> PrunerState:
-        """Returns what `restore` needs to go on from here."""
-        tokens = 0.0 if self.moments is None else self.moments.tokens
-        return PrunerState(self.kept_of_dense, self.average.on_host(), self.average.updates_since_cut, tokens)
-
-    def restore(self, state: PrunerState, read_moments: Callable[[int], dict[str, Tensor]]) -> None:
-        """Goes on from a saved state, on any number of ranks. `read_moments` as in `InputMoments.restore`."""
-        self.kept_of_dense = state.kept_of_dense
-        self.average.scores = state.scores
-        self.average.updates_since_cut = state.updates_since_cut
-        if self.moments is not None:
-            self.moments.restore(read_moments, state.moment_tokens)
+    @property
+    def moment_tokens(self) -> float:
+        """The tokens that the input moments are sums over."""
+        return 0.0 if self.moments is None else self.moments.tokens
 
     def reached(self) -> float:
         """Returns the fraction of the dense decoder-layer linear parameters that is gone."""

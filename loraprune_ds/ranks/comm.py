@@ -1,18 +1,24 @@
-"""The collectives of pruning, with a count of sent bytes. DeepSpeed makes the gathers of a training step."""
+"""The collectives of pruning, with a count of sent bytes, and how ranks agree on values and errors.
+
+DeepSpeed makes the gathers of a training step.
+"""
 
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
+from loraprune_ds.errors import RunError, UserError, one_line
 from loraprune_ds.ranks.device import current_device
-from loraprune_ds.ranks.job import Ranks
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
@@ -24,7 +30,7 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
-class Communicator(Ranks):
+class Communicator:
     """Runs collectives over the ranks that train one model. Counts the bytes that this rank sends.
 
     Without a process group there is one rank.
@@ -39,6 +45,7 @@ class Communicator(Ranks):
         self.bytes_sent = 0
 
     def all_gather(self, local: Tensor) -> Tensor:
+        """Gathers (n,) from every rank. Returns (world_size, n)."""
         if self.world_size == 1:
             return local[None]
         gathered = torch.empty(self.world_size * local.numel(), dtype=local.dtype, device=local.device)
@@ -48,6 +55,7 @@ class Communicator(Ranks):
         return gathered.view(self.world_size, -1)
 
     def all_reduce(self, values: Tensor) -> Tensor:
+        """Sums over ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values, group=self.group)
             self._count(values.numel(), values.element_size())
@@ -98,10 +106,46 @@ class Communicator(Ranks):
         self._count(len(shard) * (self.world_size - 1) if parts else 0, shard.element_size())
 
     def gather_objects(self, value: T) -> list[T]:
+        """Gathers a small picklable value from every rank, in rank order."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def differing_rank(self, value: object) -> int | None:
+        """Returns the first rank whose value differs from rank 0's. None if all ranks have the same. Collective."""
+        values = self.gather_objects(value)
+        return next((rank for rank, other in enumerate(values) if other != values[0]), None)
+
+    def draw_mark(self) -> str:
+        """Returns eight random hexadecimal digits, the same on all ranks. Collective."""
+        return self.gather_objects(uuid4().hex[:8])[0]
+
+    def all_or_raise(self, action: Callable[[], T]) -> T:
+        """Runs `action` on every rank. If it fails on some, all raise the error of the lowest of these.
+
+        Ranks agree on an error by this call. Otherwise a rank with bad input would leave, and the others would wait for
+        it in the next collective.
+
+        Raises:
+            UserError: raised by `action`, or in place of its OSError. The error of another rank names that rank.
+        """
+        result, error = None, None
+        try:
+            result = action()
+        except UserError as caught:
+            error = caught
+        except OSError as caught:
+            error = UserError(one_line(caught))
+        failed = [(rank, e) for rank, e in enumerate(self.gather_objects(error)) if e is not None]
+        if failed:
+            rank, first = failed[0]
+            raise first if rank == 0 else type(first)(f"rank {rank}: {first}")
+        return cast(T, result)
+
+    def on_rank_0(self, action: Callable[[], T]) -> T | None:
+        """Runs `action` on rank 0 alone and waits for it. Returns None elsewhere. Raises like `all_or_raise`."""
+        return self.all_or_raise(lambda: action() if self.rank == 0 else None)
 
     def ranks_per_node(self) -> int:
         """Counts the ranks on the node with the most ranks. Collective."""
@@ -138,3 +182,35 @@ class Communicator(Ranks):
 
     def _count(self, numel: int, element_size: int) -> None:
         self.bytes_sent += numel * element_size
+
+
+class LocalWrites:
+    """Makes this rank's writes into `folder` between collectives. After a failure it stops, until `agree` raises."""
+
+    def __init__(self, comm: Communicator, folder: Path) -> None:
+        self._comm, self._folder = comm, folder
+        self._error: UserError | None = None
+
+    def do(self, write: Callable[[], object]) -> None:
+        if self._error is not None:
+            return
+        try:
+            write()
+        except UserError as error:
+            self._error = error
+        except (OSError, SafetensorError) as error:
+            self._error = RunError(f"{self._folder} cannot be written: {one_line(error)}")
+
+    def do_on_rank_0(self, write: Callable[[], object]) -> None:
+        """Makes a write on rank 0 alone. Then raises like `agree`. Collective."""
+        if self._comm.rank == 0:
+            self.do(write)
+        self.agree()
+
+    def agree(self) -> None:
+        """Raises the same error on all ranks if a write failed on one of them. RunError for a full disk. Collective."""
+        self._comm.all_or_raise(self._raise_own_error)
+
+    def _raise_own_error(self) -> None:
+        if self._error is not None:
+            raise self._error

@@ -12,9 +12,8 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.training import TrainingEngine
-from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.ranks.comm import Communicator, LocalWrites
 from loraprune_ds.ranks.device import device_name, peak_bytes
-from loraprune_ds.ranks.job import LocalWrites
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder, RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import RunRecorder
@@ -123,12 +122,12 @@ def save_checkpoint(
 ) -> None:
     """Publishes `step-{step}`, then removes files that no later start needs. Collective."""
     root, config, prepared = context.folder / layout.CHECKPOINTS_FOLDER, context.config, context.prepared
-    model, saved = engine.model, pruner.state()
+    model = engine.model
     earlier = context.checkpoint and context.checkpoint.state
     state = layout.RunState(
         step=step,
         totals=totals,
-        kept=keep_to_lists(saved.kept_of_dense, model.shape.kinds),
+        kept=keep_to_lists(pruner.kept_of_dense, model.shape.kinds),
         source=str(prepared.pretrained.folder.resolve()),
         config=config.to_dict(),
         data=prepared.data,
@@ -141,8 +140,8 @@ def save_checkpoint(
         adam_step=engine.optimizer_state.adam_step,
         schedule=engine.schedule.state_dict(),
         loss_scale=engine.loss_scale(),
-        updates_since_cut=saved.updates_since_cut,
-        moment_tokens=saved.moment_tokens,
+        updates_since_cut=pruner.average.updates_since_cut,
+        moment_tokens=pruner.moment_tokens,
     )
     context.check_owner()
     context.recorder.flush()  # a checkpoint must not outlive the records of the steps before it

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from traceback import format_exception_only
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -17,7 +17,9 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, differences, merge
 from loraprune_ds.errors import RankError, RunError, UserError, is_shared, one_line, require
 from loraprune_ds.files import remove_leftovers, write_text
-from loraprune_ds.ranks.job import Ranks
+
+if TYPE_CHECKING:
+    from loraprune_ds.ranks.comm import Communicator
 
 CONFIG_FILE = "config.yaml"
 # Settings that may differ in the same run: how it is shown and measured, and where.
@@ -130,7 +132,7 @@ class OutputFolder:
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be written: {error.strerror}") from None
 
-    def check_shared(self, comm: Ranks) -> None:
+    def check_shared(self, comm: "Communicator") -> None:
         """Checks that all ranks see the folder that rank 0 made. The error names a rank that does not. Collective."""
         token = self.path / f".shared-{comm.draw_mark()}"
         unseen = f"output_dir {self.path} is not the folder of rank 0; it must be on a shared file system"

@@ -19,7 +19,7 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from loraprune_ds.ranks.job import Ranks
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.stop import is_alive
 
 INTERVAL = 1.0  # seconds
@@ -37,7 +37,7 @@ class Watch(threading.Thread):
         launchers: process ids, found before the imports, so the death of a launcher during imports is noticed, too.
     """
 
-    def __init__(self, comm: Ranks, silence: float, launchers: Sequence[int]) -> None:
+    def __init__(self, comm: Communicator, silence: float, launchers: Sequence[int]) -> None:
         super().__init__(name="watch", daemon=True)
         self._rank, self._silence, self._launchers = comm.rank, silence, launchers
         self._silent_for, self._contacts = 0.0, 0
@@ -107,7 +107,7 @@ class Heartbeat(threading.Thread):
     looks, not seconds, so a job that Slurm suspends and continues loses no rank. A rank is lost after `silence` s.
     """
 
-    def __init__(self, comm: Ranks, silence: float) -> None:
+    def __init__(self, comm: Communicator, silence: float) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self.contacts = 0  # beats that the store has answered
         self.lost: str | None = None  # the lost rank, once rank 0 has named it

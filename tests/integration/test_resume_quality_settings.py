@@ -14,7 +14,7 @@ from loraprune_ds.cli.run import summary_table
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import read_json
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.ranks.job import Ranks
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import exported_sizes
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import drop_later_models
@@ -145,7 +145,7 @@ def test_the_step_of_a_size_stays_for_exports_alone(straight: Path, tmp_path: Pa
     )
     (tmp_path / "out").mkdir()
     again = config_for(straight.parent / "config.yaml", tmp_path / "other")
-    assert "resume" in refused(open_checkpoint, step, Ranks(), resume=True)
+    assert "resume" in refused(open_checkpoint, step, Communicator(), resume=True)
     assert OutputFolder(again.to_dict(), str(step)).config.prune == again.prune
 
 

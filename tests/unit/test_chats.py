@@ -21,7 +21,7 @@ from loraprune_ds.evaluate import chats, models
 from loraprune_ds.evaluate.chats import FREE, Draw, Drawer, Selection, collect
 from loraprune_ds.evaluate.models import Ids, Writer, find_model, leave_one, load_model, sample_by_vllm
 from loraprune_ds.evaluate.settings import EvaluationText, read_prompts
-from loraprune_ds.ranks.job import Ranks
+from loraprune_ds.ranks.comm import Communicator
 from tests.oracle.models import make_tiny_llama
 from tests.refusals import must_name
 
@@ -118,7 +118,7 @@ def drawer_of(options: Namespace, *texts: str) -> tuple[Drawer, list[str]]:
     A text ends with </s>, or is cut off.
     """
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
-    drawer, read = Drawer(options, find_model(options.model), tokenizer, Ranks()), list[str]()
+    drawer, read = Drawer(options, find_model(options.model), tokenizer, Communicator()), list[str]()
     left = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
     def sample(prompts: Sequence[Ids], seeds: Sequence[int], how: GenerationConfig) -> list[Ids]:
@@ -207,7 +207,7 @@ def test_near_duplicates_common_openings_and_declining_answers_are_capped(option
 
 
 def run(options: Namespace) -> str:
-    collect(options, Ranks())
+    collect(options, Communicator())
     return options.out.read_text()
 
 

@@ -83,8 +83,7 @@ def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(monkeypatch: pytes
     state = SimpleNamespace(kept=[], updates_since_cut=3, moment_tokens=7.0, step=5)
     resumed = PruningCheckpoint(tmp_path, cast(Any, state), cast(Any, SimpleNamespace(kinds=())))
     resumed.restore(pruner := Mock(**{"limits.dense.kinds": ("heads",)}))
-    given = pruner.restore.call_args.args[0]
-    assert (given.updates_since_cut, given.moment_tokens) == (3, 7.0)
+    assert (pruner.average.updates_since_cut, pruner.moments.restore.call_args.args[1]) == (3, 7.0)
 
 
 def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(tmp_path: Path) -> None:
