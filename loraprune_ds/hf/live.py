@@ -14,7 +14,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.config import Dtype
@@ -112,12 +111,11 @@ def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
     """Returns the dtype of the frozen weights. Raises UserError if no export can have that dtype."""
     name = shape.layers[0].linears[0].name
     dtype = base_parameter(decoder_layers(model)[0], name).dtype
-    for key, value in DTYPES.items():
-        if value == dtype:
-            overflows = key == "float16" and shape.family.has_encoder
-            require(not overflows, f"hidden states of a {shape.model_type} overflow float16; load it in bfloat16")
-            return cast(Dtype, key)
-    raise UserError(f"layer 0 {name} is {dtype}; only a base in {', '.join(DTYPES)} can be pruned")
+    known = next((key for key, value in DTYPES.items() if value == dtype), None)
+    require(known is not None, f"layer 0 {name} is {dtype}; only a base in {', '.join(DTYPES)} can be pruned")
+    overflows = known == "float16" and shape.family.has_encoder
+    require(not overflows, f"hidden states of a {shape.model_type} overflow float16; load it in bfloat16")
+    return cast(Dtype, known)
 
 
 log = logging.getLogger(__name__)
@@ -181,11 +179,12 @@ def check_one_dtype(model: nn.Module) -> None:
     )
 
 
-def check_model(model: PeftModel, shape: ModelShape) -> None:
+def check_model(model: PeftModel) -> None:
     """Checks that a live model has the LoRA that the criterion needs, and that the rest allows a cut.
 
-    `shape` comes from the config. UserError names the layer and linear, or PEFT's setting.
+    UserError names the layer and linear, or PEFT's setting.
     """
+    shape = base_shape(model)
     family = shape.family
     refuse_mixture(family, shape.model_type)
     shared = f"the layers of a {shape.model_type} share one bias, so their heads cannot differ"
@@ -264,11 +263,11 @@ class ForwardWatch:
         self._tokens = torch.zeros((), dtype=torch.int64, device=model.device)
         self._recording = ExitStack()
         self._layer_lists = model.shape.family.layer_lists
-        self._hooks: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         for layers in self._layer_lists:
             module = peft_model.get_base_model().get_submodule(layers.path.rpartition(".")[0])
-            self._hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(self._end, always_call=True))
+            self._hooks.enter_context(module.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._hooks.enter_context(module.register_forward_hook(self._end, always_call=True))
 
     def take_tokens(self) -> Tensor:
         """Returns this rank's tokens since the last call, without padding: one fp64 number on the device."""
@@ -277,8 +276,7 @@ class ForwardWatch:
         return tokens
 
     def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.close()
 
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self.active and decoder.training and torch.is_grad_enabled()):

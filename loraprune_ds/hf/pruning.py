@@ -29,15 +29,7 @@ from loraprune_ds.files import read_json, remove_folder, remove_leftovers, stagi
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
 from loraprune_ds.hf.engines import find_engine
 from loraprune_ds.hf.layers import LiveModel
-from loraprune_ds.hf.live import (
-    ForwardWatch,
-    base_config,
-    base_dtype,
-    base_shape,
-    check_model,
-    find_peft_model,
-    model_name,
-)
+from loraprune_ds.hf.live import ForwardWatch, base_config, base_dtype, check_model, find_peft_model, model_name
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
@@ -85,7 +77,7 @@ class Pruning:
             require(saved.steps == steps, f"the checkpoint's schedule has {saved.steps} steps, not {steps}")
             require(saved.seed == seed, f"the checkpoint's seed is {saved.seed}, not {seed}")
         self.peft_model = peft_model = find_peft_model(model)
-        check_model(peft_model, base_shape(peft_model))
+        check_model(peft_model)
         self.model = find_engine(model, peft_model, optimizer, ds_config)
         if saved and saved.zero == isinstance(self.model, LocalModel):  # the optimizer's state has another form
             raise UserError(f"the checkpoint was saved with{'' if saved.zero else 'out'} ZeRO-3, and goes on only so")

@@ -15,19 +15,10 @@ from torch.linalg import vector_norm
 from torch.nn.parallel import DistributedDataParallel
 
 from loraprune_ds.errors import fail_point, require
-from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights
+from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_sizes
 from loraprune_ds.model.groups import LayerKeep, Slice
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.prunable_model import (
-    LoraFactors,
-    OwnedShard,
-    PrunableModel,
-    first_nonfinite,
-    is_sharded,
-    parameter_cuts,
-    set_sizes,
-    unscale,
-)
+from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, PrunableModel, is_sharded, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range
 
@@ -71,7 +62,7 @@ class LocalModel(PrunableModel):
             for linear in spec.linears:
                 module = lora_linear(layer, linear.linear)
                 pair = lora_weights(module)
-                gradients = (unscale(self.gradient(factor), self.loss_scale) for factor in pair)
+                gradients = map(self.unscaled_gradient, pair)
                 weights = (factor.detach().float() for factor in pair)
                 factors[linear.linear] = LoraFactors(*weights, *gradients, scaling=module.scaling[ADAPTER])
             yield factors
@@ -134,7 +125,7 @@ class LocalModel(PrunableModel):
 
     def nonfinite_layer(self) -> int | None:
         norms = dict(zip(self._trained, self._gradient_norms() if self._norms is None else self._norms, strict=True))
-        return first_nonfinite(map(norms.__getitem__, layer.values()) for layer in self.lora_parameters())
+        return self.first_nonfinite(map(norms.__getitem__, layer.values()) for layer in self.lora_parameters())
 
     def gradient_norm(self) -> float:
         return float(self._norm)

@@ -18,7 +18,7 @@ from loraprune_ds.config import LoraConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.experts import ExpertLora, ExpertStack, as_in_peft
-from loraprune_ds.model.groups import Attribute, TensorSpec
+from loraprune_ds.model.groups import LayerSpec, TensorSpec
 from loraprune_ds.model.lora_product import FusedLoraLinear
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS, read_header
@@ -197,9 +197,14 @@ def base_parameter(module: nn.Module, name: str, *, trained: bool = False) -> nn
     return cast(nn.Parameter, getattr(owner, attribute))
 
 
-def set_attributes(layer: nn.Module, attributes: Iterable[Attribute]) -> None:
-    """Sets the counts that the forward of a live layer reads. A config that layers share is copied first."""
-    for attribute in attributes:
+def set_sizes(layer: nn.Module, spec: LayerSpec) -> None:
+    """Gives the modules of a layer, with or without LoRA, the sizes of a smaller one.
+
+    A config that layers share is copied first, because the forward reads counts from it.
+    """
+    for linear in spec.linears:
+        _set_features(layer.get_submodule(linear.linear), *linear.matrix)
+    for attribute in spec.attributes:
         path, _, last = attribute.module.rpartition(".")
         holder = layer.get_submodule(path)
         owner: Any = getattr(holder, last)
@@ -209,11 +214,11 @@ def set_attributes(layer: nn.Module, attributes: Iterable[Attribute]) -> None:
         setattr(owner, attribute.name, attribute.run.size)
 
 
-def set_features(module: LoraLinear, out_features: int, in_features: int) -> None:
-    """Sets the sizes after a cut, which PEFT reads in repr, merge and save."""
-    for holder in (cast(nn.Linear, module.base_layer), module):
+def _set_features(module: Any, out_features: int, in_features: int) -> None:
+    """Sets the sizes, which PEFT reads in repr, merge and save."""
+    for holder in (getattr(module, "base_layer", module), module):
         holder.out_features, holder.in_features = out_features, in_features
-    for adapter in module.lora_A:
+    for adapter in getattr(module, "lora_A", ()):
         lora_a, lora_b = (cast(nn.Linear, factors[adapter]) for factors in (module.lora_A, module.lora_B))
         lora_a.in_features, lora_b.out_features = in_features, out_features
         if isinstance(module, ExpertLora):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.model.adapters import base_parameter, set_attributes
+from loraprune_ds.model.adapters import base_parameter, set_sizes
 from loraprune_ds.model.experts import ExpertStack, stack_experts
 from loraprune_ds.model.families.base import PRUNED, Family
 from loraprune_ds.model.family import FAMILIES, LLAMA, family_name
@@ -117,10 +117,7 @@ def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:
             continue
         for parameter, size in parameters:
             parameter.data = parameter.new_empty(size)
-        for linear in spec.linears:
-            module = cast(nn.Linear, layer.get_submodule(linear.linear))
-            module.out_features, module.in_features = linear.matrix
-        set_attributes(layer, spec.attributes)
+        set_sizes(layer, spec)
 
 
 @contextmanager

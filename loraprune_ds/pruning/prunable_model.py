@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from loraprune_ds.model.adapters import ADAPTER, base_parameter, lora_linear, lora_weights, set_attributes, set_features
+from loraprune_ds.model.adapters import ADAPTER, base_parameter, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.frozen import DENSE, StorageFormat, holds_int8, storage_format
 from loraprune_ds.model.groups import LayerKeep, LayerSpec, Slice, TensorSpec
@@ -199,6 +199,10 @@ class PrunableModel(ABC):
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         """Returns this rank's part of an averaged LoRA gradient in fp32, scaled in fp16. Not collective."""
 
+    def unscaled_gradient(self, parameter: nn.Parameter) -> Tensor:
+        """Returns `gradient` of the unscaled loss. The criterion is not linear in it (gB·gA). Not collective."""
+        return self.gradient(parameter) if self.loss_scale == 1 else self.gradient(parameter) / self.loss_scale
+
     @abstractmethod
     def gradient_sum(self) -> Tensor:
         """Returns a number that is finite if all averaged LoRA gradients of this rank are. Not collective."""
@@ -211,11 +215,16 @@ class PrunableModel(ABC):
         """Returns the first layer with an inf or NaN in this rank's averaged LoRA gradients. Not collective."""
         if torch.isfinite(self.gradient_sum()):  # one pass in the usual case
             return None
-        return first_nonfinite(map(self.gradient, layer.values()) for layer in self.lora_parameters())
+        return self.first_nonfinite(map(self.gradient, layer.values()) for layer in self.lora_parameters())
 
     def nonfinite_weights(self) -> int | None:
         """Returns the first layer with an inf or NaN in this rank's weights, frozen or LoRA. Not collective."""
-        return first_nonfinite(map(held, layer.parameters()) for layer in self.layers)
+        return self.first_nonfinite(map(held, layer.parameters()) for layer in self.layers)
+
+    @staticmethod
+    def first_nonfinite(layers: Iterable[Iterable[Tensor]]) -> int | None:
+        """Returns the index of the first layer with an inf or a NaN in its tensors. None if all are finite."""
+        return next((i for i, layer in enumerate(layers) if not all(torch.isfinite(x).all() for x in layer)), None)
 
     # Inside another trainer
 
@@ -246,16 +255,6 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def unscale(gradient: Tensor, loss_scale: float) -> Tensor:
-    """Returns the gradient of the unscaled loss. The criterion is not linear in it (gB·gA)."""
-    return gradient if loss_scale == 1 else gradient / loss_scale
-
-
-def first_nonfinite(layers: Iterable[Iterable[Tensor]]) -> int | None:
-    """Returns the index of the first layer with an inf or a NaN in its tensors. None if all are finite."""
-    return next((i for i, layer in enumerate(layers) if not all(torch.isfinite(x).all() for x in layer)), None)
-
-
 def parameter_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep) -> Iterator[tuple[nn.Parameter, Slice]]:
     """Yields the parameters of a layer that get smaller. `spec` is from before the cut."""
     for name, kept, linear in spec.cuts(keep, int8=holds_int8(layer)):
@@ -266,13 +265,6 @@ def parameter_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep) -> Iterat
                 factors = lora_weights(module, adapter)
                 for which, factor_kept in linear.lora_cuts(module.r[adapter], kept, keep):
                     yield factors[which], factor_kept
-
-
-def set_sizes(layer: nn.Module, after: LayerSpec) -> None:
-    """Gives the modules of a layer their sizes after the cut."""
-    for linear in after.linears:
-        set_features(lora_linear(layer, linear.linear), *linear.matrix)
-    set_attributes(layer, after.attributes)
 
 
 # (linear, its input; for a stack also the tokens of each expert) -> a replacement for the input, or None to keep it.

@@ -8,8 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, LayerSpec
-from loraprune_ds.pruning.prunable_model import full_shape, parameter_cuts, set_sizes
+from loraprune_ds.pruning.prunable_model import full_shape, parameter_cuts
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
 from loraprune_ds.zero.optimizer import ShardedState

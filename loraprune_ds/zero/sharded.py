@@ -12,17 +12,8 @@ from loraprune_ds.errors import fail_point
 from loraprune_ds.model.adapters import ADAPTER, lora_linear
 from loraprune_ds.model.frozen import Dense, storage_format
 from loraprune_ds.model.groups import LayerKeep
-from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.prunable_model import (
-    ComputeWeight,
-    LinearId,
-    LoraFactors,
-    OwnedShard,
-    PrunableModel,
-    full_shape,
-    held,
-    unscale,
-)
+from loraprune_ds.model.shape import LinearId, ModelShape
+from loraprune_ds.pruning.prunable_model import ComputeWeight, LoraFactors, OwnedShard, PrunableModel, full_shape, held
 from loraprune_ds.pruning.training import collect_shards
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import GATHERED_NUMEL, gather_rounds
@@ -65,7 +56,7 @@ class ShardedModel(PrunableModel):
         for layers in gather_rounds(sizes, GATHERED_NUMEL):
             of_round = [p for layer in layers for p in parameters[layer]]
             masters = [self.optimizer_state.shard(p, "master") for p in of_round]
-            gradients = [unscale(self.gradient(p), self.loss_scale) for p in of_round]
+            gradients = [*map(self.unscaled_gradient, of_round)]
             gathered = self._gather(masters + gradients, of_round + of_round)
             weight, gradient = iter(gathered[: len(of_round)]), iter(gathered[len(of_round) :])
             for layer in layers:

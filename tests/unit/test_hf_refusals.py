@@ -24,7 +24,7 @@ from loraprune_ds.hf.live import (
     live_shape,
     unshare_bias,
 )
-from loraprune_ds.model.adapters import set_features
+from loraprune_ds.model.adapters import _set_features
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.zero.external_engine import find_zero_optimizer, share_model
 from tests.families import LLAMA_LINEARS, tiny_model
@@ -51,7 +51,7 @@ def test_plain_lora_passes_also_beside_another_adapter_and_an_untied_head_that_t
     assert live_shape(model) == base_shape(model)
     assert base_dtype(model, base_shape(model)) == "float32"
     module = cast(Any, model.get_base_model()).model.layers[0].mlp.up_proj
-    set_features(module, 20, 12)  # a cut tells all adapters their sizes
+    _set_features(module, 20, 12)  # a cut tells all adapters their sizes
     for adapter in ("default", "ref"):
         assert (module.lora_B[adapter].out_features, module.lora_A[adapter].in_features) == (20, 12)
     assert (module.out_features, module.base_layer.in_features) == (20, 12)
@@ -96,9 +96,8 @@ def test_a_t5_passes_once_each_layer_has_its_bias(caplog: pytest.LogCaptureFixtu
 
 def check(model: torch.nn.Module) -> None:
     peft_model = find_peft_model(model)
-    shape = base_shape(peft_model)
-    base_dtype(peft_model, shape)
-    check_model(peft_model, shape)
+    base_dtype(peft_model, base_shape(peft_model))
+    check_model(peft_model)
 
 
 def olmo2_that_trains_a_norm() -> PeftModel:

@@ -10,7 +10,6 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import Dtype, TrainConfig
-from loraprune_ds.pruning.prunable_model import first_nonfinite, unscale
 from loraprune_ds.pruning.steps import decide
 from loraprune_ds.pruning.training import learning_rate_factor
 from loraprune_ds.zero.engine import optimizer_step
@@ -39,20 +38,6 @@ def test_how_a_step_ends(dtypes: Iterable[Dtype], bad: list[int | None], losses:
             assert decide(bad, losses, dtype=dtype, step=3) == expected
         else:
             must_name(expected, decide, bad, losses, dtype=dtype, step=3)
-
-
-def test_first_nonfinite() -> None:
-    fine, nan, inf = torch.ones(3), torch.tensor([1.0, math.nan]), torch.tensor([[-math.inf]])
-    assert first_nonfinite([[fine, fine[:0]], []]) is None
-    assert first_nonfinite([[fine], [], [fine, nan], [inf]]) == 2
-    assert first_nonfinite([[inf], [nan]]) == 0
-
-
-def test_unscale_gives_the_gradient_of_the_unscaled_loss() -> None:
-    gradient = torch.tensor([6.0 * 4096, -4.0 * 4096])
-    assert unscale(gradient, 4096.0).tolist() == [6.0, -4.0]
-    assert gradient.tolist() == [6.0 * 4096, -4.0 * 4096]  # the optimizer divides it itself
-    assert unscale(gradient, 1.0) is gradient
 
 
 CONFIG = TrainConfig(steps=8, recovery_steps=4, learning_rate=5e-3)
