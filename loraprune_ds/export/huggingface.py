@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.export.model_card import ModelCard, write_model_card
 from loraprune_ds.files import begin_folder, flush, publish_folder, read_json, staging_of, write_json
+from loraprune_ds.model import weight_files
 from loraprune_ds.model.exported_config import MODELLING_FILE, NEXT_TOKENS, ExportedConfig, name_our_code
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.family import family_name
@@ -33,23 +34,6 @@ from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, check_w
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, in_files
 from loraprune_ds.model.tokenizer import SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE, load_tokenizer
-from loraprune_ds.model.weight_files import (
-    AUTO_MAP,
-    DOCUMENTS,
-    INDEX_FILE,
-    PROCESSOR_FILES,
-    TOKENIZER_CONFIG,
-    TOKENIZER_FILES,
-    as_on_disk,
-    copy_named,
-    copy_tensors,
-    drop_auto_maps,
-    read_headers,
-    weight_file_name,
-    weight_file_names,
-    write_index,
-    write_weight_file,
-)
 from loraprune_ds.pruning.importance import GroupSums, sums_of_runs
 from loraprune_ds.pruning.ranking import keep_best
 from loraprune_ds.ranks.comm import Communicator, LocalWrites
@@ -101,18 +85,19 @@ def write_model(source: LayerSource, folder: Path, card: ModelCard, ranks: Commu
     """
     shape, tower = source.shape, source.tower
     own = len(shape.layers) + 1
-    paths = [folder / weight_file_name(k, own + (tower is not None)) for k in range(own + (tower is not None))]
+    count = own + (tower is not None)
+    paths = [folder / weight_files.weight_file_name(k, count) for k in range(count)]
     writes, files = LocalWrites(ranks, folder), source.files(ranks, merge=merge)
 
     def write_files() -> None:
         for k, tensors in files:
-            write_weight_file(paths[k], in_files(tensors, shape, tower))
+            weight_files.write_weight_file(paths[k], in_files(tensors, shape, tower))
             del tensors  # before the next layer
         if tower and own % ranks.world_size == ranks.rank:
-            copy_tensors(tower.files, paths[own])
+            weight_files.copy_tensors(tower.files, paths[own])
 
     def complete() -> None:
-        write_index(folder, [path.name for path in paths])
+        weight_files.write_index(folder, [path.name for path in paths])
         finish_folder(folder, source.exported, source.dense_folder, card)
 
     writes.do(write_files)
@@ -126,8 +111,8 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
     """Writes all but the weights: config, modelling file, card, and the `dense` folder's tokenizer and settings."""
     copy_tokenizer(dense, folder)
     if exported.multimodal:
-        copy_named(dense, folder, PROCESSOR_FILES)
-        drop_auto_maps(folder)
+        weight_files.copy_named(dense, folder, weight_files.PROCESSOR_FILES)
+        weight_files.drop_auto_maps(folder)
     elif has_tokenizer(folder):
         is_text_part = read_json(dense / "config.json", missing_ok=True).get("model_type") in MULTIMODAL
         if exported.renamed or is_text_part:  # the class has another model type
@@ -139,9 +124,10 @@ def finish_folder(folder: Path, exported: ExportedConfig, dense: Path, card: Mod
 
 def copy_model(model: PretrainedModel, out: Path) -> None:
     """Fills the folder `out` with a model's files of known names. Our modelling file is the only code in the copy."""
-    for name in weight_file_names(model.folder):
+    for name in weight_files.weight_file_names(model.folder):
         shutil.copyfile(model.folder / name, out / name)
-    copy_named(model.folder, out, ("config.json", INDEX_FILE, *PROCESSOR_FILES, *DOCUMENTS))
+    named = ("config.json", weight_files.INDEX_FILE, *weight_files.PROCESSOR_FILES, *weight_files.DOCUMENTS)
+    weight_files.copy_named(model.folder, out, named)
     copy_tokenizer(model.folder, out)
     config = read_json(out / "config.json")
     if (renamed := name_our_code(config)) != config:
@@ -171,24 +157,25 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     Class names of transformers 5 become older ones. AutoTokenizer would tokenise differently from a sentencepiece file
     alone, so the files that the run derived from it are written, too.
     """
-    copy_named(source, out, TOKENIZER_FILES)
+    weight_files.copy_named(source, out, weight_files.TOKENIZER_FILES)
     sentencepiece = any((source / name).is_file() for name in (SENTENCEPIECE_FILE, T5_SENTENCEPIECE_FILE))
     is_alone = sentencepiece and not (source / "tokenizer.json").is_file()
     if is_alone:
         load_tokenizer(source).save_pretrained(out)
-    names_code = AUTO_MAP in read_json(out / TOKENIZER_CONFIG, missing_ok=True)
+    path = out / weight_files.TOKENIZER_CONFIG
+    names_code = weight_files.AUTO_MAP in read_json(path, missing_ok=True)
     # Without the class name AutoTokenizer may choose another class.
     if is_alone or (names_code and has_tokenizer(out)):
         _pin_tokenizer(source, out)
-    drop_auto_maps(out)
-    config = read_json(out / TOKENIZER_CONFIG, missing_ok=True)
+    weight_files.drop_auto_maps(out)
+    config = read_json(path, missing_ok=True)
     portable = dict(config)
     if config.get("tokenizer_class") == "TokenizersBackend":
         portable["tokenizer_class"] = PORTABLE_CLASS
     if isinstance(config.get("extra_special_tokens"), list):
         portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
     if portable != config:
-        write_json(out / TOKENIZER_CONFIG, portable)
+        write_json(path, portable)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -208,7 +195,8 @@ def _pin_tokenizer(source: Path, out: Path) -> None:
         "padding_side": tokenizer.padding_side,
         "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
     }
-    write_json(out / TOKENIZER_CONFIG, read_json(out / TOKENIZER_CONFIG, missing_ok=True) | settings)
+    path = out / weight_files.TOKENIZER_CONFIG
+    write_json(path, read_json(path, missing_ok=True) | settings)
 
 
 MTP_FILE = "mtp.safetensors"
@@ -225,7 +213,7 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
             sizes. Also the errors of `check_weights`.
     """
     dense = open_pretrained(folder)
-    headers = {name: header for name, header in read_headers(folder).items() if name.startswith(MTP)}
+    headers = {name: header for name, header in weight_files.read_headers(folder).items() if name.startswith(MTP)}
     count, shape = dense.config.get(NEXT_TOKENS, 1), dense.shape
     require(FC in headers and count, f"{folder} has no layers that predict further tokens ({FC})")
     require(pruned.is_uniform, f"layers that predict further tokens ({MTP}*) need layers of one size: {EQUAL_LAYERS}")
@@ -268,9 +256,9 @@ def add_mtp(weights: ModelWeights, folder: Path) -> str:
     with safe_open(weights.files[FC], framework="pt") as file:
         dtype = file.get_tensor(FC).dtype
     tensors = {name: weights.read_full(name, dtype) for name in weights.shape.parameters()}
-    on_disk = as_on_disk(tensors, weights.shape.pieces(), lambda name: name.replace(LAYERS, IN_FILE))
-    write_weight_file(folder / MTP_FILE, on_disk)
-    write_index(folder, [*weight_file_names(folder), MTP_FILE])
+    on_disk = weight_files.as_on_disk(tensors, weights.shape.pieces(), lambda name: name.replace(LAYERS, IN_FILE))
+    weight_files.write_weight_file(folder / MTP_FILE, on_disk)
+    weight_files.write_index(folder, [*weight_files.weight_file_names(folder), MTP_FILE])
     config = read_json(folder / "config.json")
     text = config.get("text_config", config)
     if NEXT_TOKENS in text:

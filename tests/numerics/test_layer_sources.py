@@ -12,6 +12,7 @@ from loraprune_ds.errors import RunError
 from loraprune_ds.export import huggingface
 from loraprune_ds.export.model_card import card_of_step
 from loraprune_ds.hf.layers import LiveModel
+from loraprune_ds.model import weight_files
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.numerics.driver import Job, build, config_of, family_job, save, tiny_job
 from tests.ranks import RankPool
@@ -35,7 +36,7 @@ def compare(job: Job, root: Path) -> Counter[str]:
             found.update("equal" if torch.equal(x, others[k][name]) else name for name, x in tensors.items())
     full = Mock(side_effect=OSError("No space left on device")) if model.rank == model.world_size - 1 else Mock()
     for source in (step, live):  # no rank waits for the last one, which cannot write
-        with patch.object(huggingface, "write_weight_file", full), pytest.raises(RunError, match=f"{root}.*No space"):
+        with patch.object(weight_files, "write_weight_file", full), pytest.raises(RunError, match=f"{root}.*No space"):
             huggingface.write_model(source, root, card_of_step(step), model.comm)
     return found
 
