@@ -178,7 +178,7 @@ class Int8:
         return range(first, self._band_of((end - 1) // shape[1]) + 1 if end > start else first)
 
     def decode(self, rows: Tensor, first: int, scales: Tensor, first_band: int) -> Tensor:
-        """Returns some rows of the weight, in the dtype of the scales.
+        """Returns some rows of the weight in fp32, with the values that they have in the dtype of the scales.
 
         Args:
             rows: (rows, columns) int8, from row `first` of the weight.
@@ -186,7 +186,8 @@ class Int8:
         """
         bands = self._band_of(torch.arange(first, first + len(rows), device=rows.device))
         scales = scales.index_select(0, bands - first_band)
-        return dequantise(rows, scales, 0) if self.axis == 0 else rows.to(scales.dtype).mul_(scales)
+        decoded = dequantise(rows, scales, 0) if self.axis == 0 else rows.to(scales.dtype).mul_(scales)
+        return decoded.float()
 
     def _quantise(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         hidden = 1 - self.axis

@@ -52,12 +52,6 @@ def rebuild_encoder_decoder(model: Any, config: Any) -> None:
                 coder.block[i].layer[1] = type(layer.layer[1])(cross, layer_idx=i)
 
 
-def give_config(model: Any, one_size: Any, config: Any) -> None:
-    """Gives a model its config. It was built with one size, because transformers 5 warns when a global size is read."""
-    config._attn_implementation = one_size._attn_implementation  # chosen by transformers
-    model.config = config
-
-
 def pruned_classes(family: str) -> tuple[Any, Any, Any]:
     """Derives the config, the model without its head and the language model of a family from its stock classes."""
     base_config: Any = CONFIG_MAPPING[family]
@@ -83,8 +77,9 @@ def pruned_classes(family: str) -> tuple[Any, Any, Any]:
             super().__init__(one_size)  # pyright: ignore[reportCallIssue]  # a base that only runs know
             model: Any = self
             inner = getattr(model, "model", model)  # base_model has no layers in a Gemma 3 of 4.57
-            for module in (model, inner):
-                give_config(module, one_size, config)
+            config._attn_implementation = one_size._attn_implementation  # chosen by transformers
+            # It was built with one size, because transformers 5 warns when a global size is read.
+            model.config = inner.config = config
             rebuild_layers(inner, config)
             model.post_init()
 

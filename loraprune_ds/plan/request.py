@@ -192,9 +192,8 @@ def build_request(
     require(samples is None or samples >= train.global_batch_size, few)
     if samples is None and isinstance(config.data.path, str):
         samples = config.data.max_samples
-    steps = train.steps or ASSUMED_STEPS
-    if train.steps is None and samples is not None:
-        steps = steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
+    of_epochs = samples and steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
+    steps = train.steps or of_epochs or ASSUMED_STEPS
     tower = whole.get("model_type") in MULTIMODAL and not config.model.text_only
     prune, limits, sizes = resolve(config.prune, shape, tower=tower)
     if tower:

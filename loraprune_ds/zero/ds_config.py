@@ -4,9 +4,10 @@ It imports DeepSpeed only to check values, so a plan needs none.
 """
 
 from collections.abc import Collection
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, Field, ValidationError
 
@@ -149,10 +150,7 @@ def bucket_numel(shape: ModelShape, lora_rank: int) -> int:
 
 
 def _look_up(raw: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    value: Any = raw
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+    return reduce(lambda value, key: value.get(key) if isinstance(value, dict) else None, keys, cast(Any, raw))
 
 
 def check_reshardable(where: str, raw: dict[str, Any], element_sizes: Collection[int] = ()) -> None:

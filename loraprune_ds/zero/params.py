@@ -113,29 +113,21 @@ def owned_flat(parameter: Tensor, world_size: int, rank: int) -> tuple[Tensor, i
     return state.ds_tensor.detach()[: end - start], start
 
 
-class ScalePlan:
-    """Holds which scales of an int8 weight each rank needs to read its shard, and which ranks have them."""
-
-    def __init__(self, int8: Int8, shape: Matrix, world_size: int) -> None:
-        rows, columns = int8.scale_shape(shape)
-        ranks = range(world_size)
-        bands = [int8.bands(shape, *owned_range(shape[0] * shape[1], world_size, rank)) for rank in ranks]
-        # (world_size, 2) start and end of the flat scales for each rank's shard of the weight, in complete rows
-        self.needed = torch.tensor([[band.start * columns, band.stop * columns] for band in bands])
-        owned = torch.tensor([owned_range(rows * columns, world_size, rank) for rank in ranks])
-        # (world_size, world_size) scales that a rank (row) has and another (column) needs
-        self.sent = overlap(owned[:, None, 0], owned[:, None, 1], self.needed[None, :, 0], self.needed[None, :, 1])
+def needed_scales(int8: Int8, shape: Matrix, world_size: int) -> Tensor:
+    """Returns start and end of the flat scales for each rank's shard of a weight, in complete rows: (world_size, 2)."""
+    columns, numel = int8.scale_shape(shape)[1], math.prod(shape)
+    bands = [int8.bands(shape, *owned_range(numel, world_size, rank)) for rank in range(world_size)]
+    return torch.tensor([[band.start * columns, band.stop * columns] for band in bands])
 
 
 def decode_int8(int8: Int8, scale: Any, shape: Matrix, comm: Communicator) -> Callable[[Tensor, int], Tensor]:
     """Fetches the scales that this rank needs. Returns `OwnedShard.decode` of a weight of `shape`. Collective."""
-    plan, columns = ScalePlan(int8, shape, comm.world_size), int8.scale_shape(shape)[1]
+    needed, (rows, columns) = needed_scales(int8, shape, comm.world_size), int8.scale_shape(shape)
+    owned = torch.tensor([owned_range(rows * columns, comm.world_size, rank) for rank in range(comm.world_size)])
+    # (world_size, world_size) scales that a rank (row) has and another (column) needs
+    sent = overlap(owned[:, None, 0], owned[:, None, 1], needed[None, :, 0], needed[None, :, 1])
     flat, start = owned_flat(scale, comm.world_size, comm.rank)
-    parts = [flat[max(0, low - start) : max(0, high - start)] for low, high in plan.needed.tolist()]
-    send, receive = plan.sent[comm.rank].tolist(), plan.sent[:, comm.rank].tolist()
+    parts = [flat[max(0, low - start) : max(0, high - start)] for low, high in needed.tolist()]
+    send, receive = sent[comm.rank].tolist(), sent[:, comm.rank].tolist()
     scales = comm.all_to_all(torch.cat(parts).to(comm.device), send, receive).view(-1, columns)
-    return partial(decode_rows, int8, scales, int(plan.needed[comm.rank, 0]) // columns)
-
-
-def decode_rows(int8: Int8, scales: Tensor, first_band: int, rows: Tensor, first: int) -> Tensor:
-    return int8.decode(rows, first, scales, first_band).float()
+    return partial(int8.decode, scales=scales, first_band=int(needed[comm.rank, 0]) // columns)

@@ -26,7 +26,9 @@ class Releases:
     def __init__(self, coordinator: Any) -> None:
         self._coordinator = coordinator
         self._decided: dict[tuple[nn.Module, int], set[int]] = {}
-        self._uses: _Uses | None = None
+        self._record: Sequence[nn.Module] | None = None  # whose uses are listed
+        self._before: list[int] = []  # elements before each of its modules
+        self._positions: dict[int, list[int]] = {}  # of the modules that use a parameter
 
     def __call__(self, module: nn.Module, step: int) -> set[int]:
         """Returns the ids of the parameters to free after `module`, the `step`-th of a pass."""
@@ -35,20 +37,34 @@ class Releases:
             record = coordinator._PartitionedParameterCoordinator__submodule_order
             reach = coordinator._PartitionedParameterCoordinator__max_reuse_dist_in_numel
             fetched_for = coordinator._PartitionedParameterCoordinator__most_recent_step_id_param_fetched_for
-            if self._uses is None or self._uses.record is not record:
-                self._uses = _Uses(record)
+            if self._record is not record:
+                self._list_uses(record)
             self._decided[module, step] = {
                 parameter.ds_id
                 for parameter in fetched_by(module)
                 if not parameter.ds_persist
                 and fetched_for[parameter] <= step
-                and not self._uses.come_within(reach, parameter.ds_id, step)
+                and not self._is_used(parameter.ds_id, step, reach)
             }
         return self._decided[module, step]
 
     def sizes_changed(self) -> None:
         """Makes new decisions use the current sizes."""
-        self._uses = None
+        self._record = None
+
+    def _list_uses(self, record: Sequence[nn.Module]) -> None:
+        self._record, self._before, self._positions = record, [0], defaultdict(list)
+        for position, module in enumerate(record):
+            parameters = list(fetched_by(module))
+            for parameter in parameters:
+                self._positions[parameter.ds_id].append(position)
+            self._before.append(self._before[-1] + sum(parameter.ds_numel for parameter in parameters))
+
+    def _is_used(self, parameter_id: int, step: int, reach: int) -> bool:
+        """Returns True if a module from position `step` on uses the parameter, less than `reach` elements away."""
+        positions = self._positions[parameter_id]
+        later = bisect_left(positions, step)
+        return later < len(positions) and self._before[positions[later]] - self._before[step] < reach
 
 
 def fetched_by(module: nn.Module) -> Iterator[Any]:
@@ -65,27 +81,6 @@ def listed_once(module: nn.Module, recurse: bool = False) -> Iterator[Any]:
         module.__dict__[LISTED] = list(module.parameters())
     external = cast(Any, module).ds_external_parameters()
     return chain(module.__dict__[LISTED], (parameter for _, parameter in external))
-
-
-class _Uses:
-    """Lists where a recorded pass uses each parameter, and the elements before each of its modules."""
-
-    def __init__(self, record: Sequence[nn.Module]) -> None:
-        self.record = record
-        self._before = [0]
-        self._positions: dict[int, list[int]] = defaultdict(list)
-        for position, module in enumerate(record):
-            numel = 0
-            for parameter in fetched_by(module):
-                self._positions[parameter.ds_id].append(position)
-                numel += parameter.ds_numel
-            self._before.append(self._before[-1] + numel)
-
-    def come_within(self, reach: int, parameter_id: int, step: int) -> bool:
-        """Returns True if a module from position `step` on uses the parameter, less than `reach` elements away."""
-        positions = self._positions[parameter_id]
-        later = bisect_left(positions, step)
-        return later < len(positions) and self._before[positions[later]] - self._before[step] < reach
 
 
 def decide_releases(coordinator: Any) -> Releases:

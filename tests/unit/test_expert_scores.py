@@ -24,7 +24,7 @@ from loraprune_ds.pruning.prunable_model import OwnedShard
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.flat import owned_range
-from loraprune_ds.zero.params import ScalePlan, decode_rows
+from loraprune_ds.zero.params import needed_scales
 from tests.families import tiny_model
 from tests.family_cuts import PROMPT, dense, difference, find_experts, find_router, sparse_layers
 from tests.oracle.models import make_batches
@@ -71,10 +71,10 @@ def test_shards_of_int8_weights_score_as_the_weights_they_stand_for(form: Int8, 
     of_weight = form.join(held.values()).flatten()
     for rank in range(world_size):
         start, end = owned_range(shape[0] * shape[1], world_size, rank)
-        low, high = ScalePlan(form, shape, world_size).needed[rank].tolist()
+        low, high = needed_scales(form, shape, world_size)[rank].tolist()
         columns = held[SCALE].shape[1]
         scales = held[SCALE].flatten()[low:high].view(-1, columns)
-        decode = partial(decode_rows, form, scales, low // columns)
+        decode = partial(form.decode, scales=scales, first_band=low // columns)
         found = scores(OwnedShard(held[WEIGHT].flatten()[start:end], start, shape, decode), lora)
         assert torch.equal(found, scores(OwnedShard(of_weight[start:end], start, shape), lora))
 
