@@ -15,7 +15,7 @@ from torch.linalg import vector_norm
 from torch.nn.parallel import DistributedDataParallel
 
 from loraprune_ds.errors import fail_point, require
-from loraprune_ds.model.adapters import ADAPTER, lora_linear, lora_weights, set_sizes
+from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, Slice
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, PrunableModel, is_sharded, parameter_cuts
@@ -57,15 +57,9 @@ class LocalModel(PrunableModel):
 
     @torch.no_grad()
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        for layer, spec in zip(self.layers, self.shape.layers, strict=True):
-            factors = {}
-            for linear in spec.linears:
-                module = lora_linear(layer, linear.linear)
-                pair = lora_weights(module)
-                gradients = map(self.unscaled_gradient, pair)
-                weights = (factor.detach().float() for factor in pair)
-                factors[linear.linear] = LoraFactors(*weights, *gradients, scaling=module.scaling[ADAPTER])
-            yield factors
+        for i, layer in enumerate(self.lora_parameters()):
+            weights = (factor.detach().float() for factor in layer.values())
+            yield self._named_factors(i, weights, map(self.unscaled_gradient, layer.values()))
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         weight = self._module(linear_id).base_layer.weight.detach()

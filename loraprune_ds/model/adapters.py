@@ -200,10 +200,16 @@ def base_parameter(module: nn.Module, name: str, *, trained: bool = False) -> nn
 def set_sizes(layer: nn.Module, spec: LayerSpec) -> None:
     """Gives the modules of a layer, with or without LoRA, the sizes of a smaller one.
 
-    A config that layers share is copied first, because the forward reads counts from it.
+    PEFT reads those of linears in repr, merge and save, the forward reads the counts. A config that layers share is
+    copied first.
     """
     for linear in spec.linears:
-        _set_features(layer.get_submodule(linear.linear), *linear.matrix)
+        module: Any = layer.get_submodule(linear.linear)
+        for holder in (module, getattr(module, "base_layer", module)):
+            holder.out_features, holder.in_features = linear.matrix
+        for adapter in getattr(module, "lora_A", ()):
+            a, b = module.lora_A[adapter], module.lora_B[adapter]
+            (a.out_features, a.in_features), (b.out_features, b.in_features) = linear.lora_shapes(b.in_features)
     for attribute in spec.attributes:
         path, _, last = attribute.module.rpartition(".")
         holder = layer.get_submodule(path)
@@ -212,14 +218,3 @@ def set_sizes(layer: nn.Module, spec: LayerSpec) -> None:
             owner = copy.copy(owner)
             setattr(holder, last, owner)
         setattr(owner, attribute.name, attribute.run.size)
-
-
-def _set_features(module: Any, out_features: int, in_features: int) -> None:
-    """Sets the sizes, which PEFT reads in repr, merge and save."""
-    for holder in (getattr(module, "base_layer", module), module):
-        holder.out_features, holder.in_features = out_features, in_features
-    for adapter in getattr(module, "lora_A", ()):
-        lora_a, lora_b = (cast(nn.Linear, factors[adapter]) for factors in (module.lora_A, module.lora_B))
-        lora_a.in_features, lora_b.out_features = in_features, out_features
-        if isinstance(module, ExpertLora):
-            lora_a.out_features = cast(ExpertStack, module.base_layer).experts * lora_b.in_features

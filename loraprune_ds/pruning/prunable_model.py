@@ -95,6 +95,14 @@ class PrunableModel(ABC):
     def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
         """Yields the LoRA of each layer's linears by name, between a step's last backward and its update."""
 
+    def _named_factors(self, layer: int, weights: Iterator[Tensor], grads: Iterator[Tensor]) -> dict[str, LoraFactors]:
+        """Names the factors of a layer. The iterators give A and B of each linear, in turn. Not collective."""
+        factors = dict[str, LoraFactors]()
+        for name in (linear.linear for linear in self.shape.layers[layer].linears):
+            a_and_b = (next(weights), next(weights), next(grads), next(grads))
+            factors[name] = LoraFactors(*a_and_b, scaling=self._module(LinearId(layer, name)).scaling[ADAPTER])
+        return factors
+
     @abstractmethod
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
         """Returns the shard of the frozen weight that this rank scores. Collective only for int8 weights."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from loraprune_ds.errors import fail_point
-from loraprune_ds.model.adapters import ADAPTER, lora_linear
 from loraprune_ds.model.frozen import Dense, storage_format
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import LinearId, ModelShape
@@ -58,17 +57,11 @@ class ShardedModel(PrunableModel):
             masters = [self.optimizer_state.shard(p, "master") for p in of_round]
             gradients = [*map(self.unscaled_gradient, of_round)]
             gathered = self._gather(masters + gradients, of_round + of_round)
-            weight, gradient = iter(gathered[: len(of_round)]), iter(gathered[len(of_round) :])
-            for layer in layers:
-                factors = {}
-                for linear in self.shape.layers[layer].linears:
-                    scaling = lora_linear(self.layers[layer], linear.linear).scaling[ADAPTER]
-                    a_and_b = (next(weight), next(weight), next(gradient), next(gradient))
-                    factors[linear.linear] = LoraFactors(*a_and_b, scaling=scaling)
-                yield factors
+            weights, grads = iter(gathered[: len(of_round)]), iter(gathered[len(of_round) :])
+            yield from (self._named_factors(layer, weights, grads) for layer in layers)
 
     def owned_weight(self, linear_id: LinearId) -> OwnedShard:
-        base = cast(nn.Linear, lora_linear(self.layers[linear_id.layer], linear_id.name).base_layer)
+        base = self._module(linear_id).base_layer
         flat, start = owned_flat(base.weight, self.world_size, self.rank)
         shape, stored_as = cast(tuple[int, int], full_shape(base.weight)), storage_format(base)
         owned = OwnedShard(flat.to(self.device), start, shape)

@@ -24,8 +24,9 @@ from loraprune_ds.hf.live import (
     live_shape,
     unshare_bias,
 )
-from loraprune_ds.model.adapters import _set_features
+from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.groups import LayerCounts
 from loraprune_ds.zero.external_engine import find_zero_optimizer, share_model
 from tests.families import LLAMA_LINEARS, tiny_model
 from tests.refusals import must_name
@@ -50,11 +51,13 @@ def test_plain_lora_passes_also_beside_another_adapter_and_an_untied_head_that_t
     check(model)
     assert live_shape(model) == base_shape(model)
     assert base_dtype(model, base_shape(model)) == "float32"
-    module = cast(Any, model.get_base_model()).model.layers[0].mlp.up_proj
-    _set_features(module, 20, 12)  # a cut tells all adapters their sizes
+    layer, smaller = decoder_layers(model)[0], LayerCounts(heads=1, channels=20)
+    set_sizes(layer, base_shape(model).layers[0].resized(smaller))  # a cut tells all adapters their sizes
     for adapter in ("default", "ref"):
-        assert (module.lora_B[adapter].out_features, module.lora_A[adapter].in_features) == (20, 12)
-    assert (module.out_features, module.base_layer.in_features) == (20, 12)
+        module = cast(Any, layer).mlp.up_proj
+        assert (module.lora_B[adapter].out_features, module.lora_A[adapter].in_features) == (20, 16)
+        assert (module.lora_A[adapter].out_features, module.base_layer.out_features) == (module.r[adapter], 20)
+        assert cast(Any, layer).mlp.down_proj.lora_A[adapter].in_features == 20
 
 
 def test_a_head_of_its_own_is_seen_though_the_config_calls_it_tied() -> None:
