@@ -21,7 +21,7 @@ from loraprune_ds.pruning.compensate import measured_linears
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.flat import partition_numel
-from loraprune_ds.zero.ds_config import HPZ, ZeroSettings, resolve_ds_config, zero_settings
+from loraprune_ds.zero.ds_config import HPZ, ZeroSettings, resolve_ds_config
 
 ASSUMED_STEPS = 1000  # for a run that counts epochs of absent data
 
@@ -88,7 +88,7 @@ class Request:
 
     @cached_property
     def fetch(self) -> ZeroSettings:
-        return zero_settings(self.ds_config)
+        return ZeroSettings(**self.ds_config["zero_optimization"])
 
     def measured(self, shape: ModelShape) -> list[tuple[int, TensorSpec]]:
         """Lists the linears whose inputs `prune.compensate` measures."""
@@ -203,7 +203,7 @@ def build_request(
     per_node = cluster.gpus_per_node
     require(config.deepspeed is not None, "deepspeed is null, but a plan needs ds_configs/zero3.json or another")
     ds_config = resolve_ds_config(config, shape, cluster.world_size, per_node)
-    size = zero_settings(ds_config).zero_hpz_partition_size
+    size = ZeroSettings(**ds_config["zero_optimization"]).zero_hpz_partition_size
     bad = f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
     require(size % per_node == 0 or per_node % size == 0, bad)
     return Request(name, source, shape, config, cluster, pruning, ds_config, samples)

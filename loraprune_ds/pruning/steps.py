@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class PruningSteps:
 
     def score(self, step: int, numbers: RankNumbers, losses: Sequence[float] = ()) -> None:
         """Scores the groups, unless the step must be skipped. `numbers` come from `exchange`."""
-        self.scored = decide(self._find_bad_layers(numbers), list(losses), dtype=self._dtype, step=step) == "update"
+        self.scored = can_update(self._find_bad_layers(numbers), losses, dtype=self._dtype, step=step)
         if self.scored:
             self.pruner.score(step)
 
@@ -70,7 +70,7 @@ class PruningSteps:
         return self.model.comm.gather_objects(find())
 
 
-def decide(bad_layers: list[int | None], losses: list[float], *, dtype: Dtype, step: int) -> Literal["update", "skip"]:
+def can_update(bad_layers: list[int | None], losses: Sequence[float], *, dtype: Dtype, step: int) -> bool:
     """Decides whether a step's gradients can be scored and applied. fp16 skips a step with overflowed gradients.
 
     Args:
@@ -85,8 +85,6 @@ def decide(bad_layers: list[int | None], losses: list[float], *, dtype: Dtype, s
         where = f"; the weights of layer {min(weights)} are not finite" if weights else ""
         raise RunError(f"step {step}: the loss is {losses[lost[0]]} on rank {lost[0]}{where}")
     overflowed = [layer for layer in bad_layers if layer is not None]
-    if not overflowed:
-        return "update"
-    if dtype == "float16":
-        return "skip"
-    raise RunError(f"step {step}: the LoRA gradient of layer {min(overflowed)} is not finite")
+    if overflowed and dtype != "float16":
+        raise RunError(f"step {step}: the LoRA gradient of layer {min(overflowed)} is not finite")
+    return not overflowed

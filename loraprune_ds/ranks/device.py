@@ -1,7 +1,7 @@
 """The device of this rank: its name, its memory, and half-precision products on a CPU."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -104,34 +104,26 @@ class ThroughFloat32(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        product = PRODUCTS.get(func)
-        if product is None or args[0].dtype not in HALF or args[0].device.type != "cpu":
-            return func(*args, **(kwargs or {}))
-        return product(*args, **(kwargs or {}))
-
-
-def _widened(operation: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `operation` on fp32 copies of half-precision activations. Attention's log-sum-exp stays fp32."""
-
-    def product(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        wide = operation(first.float(), *map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
+        kwargs = kwargs or {}
+        if func not in PRODUCTS or args[0].dtype not in HALF or args[0].device.type != "cpu":
+            return func(*args, **kwargs)
+        first: Tensor = args[0]
+        wide = func(*map(_widen, args), **{name: _widen(value) for name, value in kwargs.items()})
         if isinstance(wide, Tensor):
             return wide.to(first.dtype)
+        # Attention's log-sum-exp stays fp32.
         return tuple(result.to(first.dtype) if result.dim() == first.dim() else result for result in wide)
-
-    return product
 
 
 def _widen(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
-WIDENED = (
-    aten.mm,
-    aten.addmm,
-    aten.bmm,
-    aten.baddbmm,
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward,
-)
-PRODUCTS: dict[Any, Callable[..., Any]] = {operation.default: _widened(operation) for operation in WIDENED}
+PRODUCTS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+}

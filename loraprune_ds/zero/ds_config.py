@@ -113,7 +113,7 @@ def resolve_ds_config(
     leftover = next((keys for keys, value in dotted_values(resolved) if value == "auto"), None)
     require(not leftover, f'{path}: {leftover} is "auto", but the run config has no value for it; give one')
     _validate(path, resolved)
-    size = zero_settings(resolved).zero_hpz_partition_size
+    size = ZeroSettings(**zero).zero_hpz_partition_size
     if size < 1 or world_size % size:
         where = f"{path}: zero_optimization.{HPZ} is {size}"
         raise UserError(f"{where}, which does not divide {world_size} ranks; give the number of ranks per node")
@@ -217,8 +217,3 @@ def _validate(path: Path, resolved: dict[str, Any]) -> None:
             first = error.errors()[0]
             where = ".".join([name, *map(str, first["loc"])])
             raise UserError(f"{path}: {where}: {first['msg']}, got {first['input']!r}") from None
-
-
-def zero_settings(ds_config: dict[str, Any]) -> ZeroSettings:
-    """Reads the ZeRO section of a resolved config."""
-    return ZeroSettings(**ds_config["zero_optimization"])

@@ -86,16 +86,13 @@ class Family:
     as_many: ClassVar[Mapping[Kind, Kind]] = {}
     shared_bias: ClassVar[str | None] = None  # a tensor that files have once for all layers of an encoder or decoder
     has_experts: ClassVar[bool] = False
+    # The sizes that must stand in config.json, because the class would make them up.
+    required: ClassVar[tuple[str, ...]] = ("hidden_size", "vocab_size", "num_attention_heads", "intermediate_size")
 
     @property
     def has_encoder(self) -> bool:
         """True if an encoder before the decoder reads the source."""
         return len(self.layer_lists) > 1
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        """The sizes that must stand in config.json, because the class would make them up."""
-        return "hidden_size", "vocab_size", "num_attention_heads", "intermediate_size"
 
     def layer(self, c: Any, i: int) -> Marks:
         """Marks tensors of layer `i`, in the order of the forward, and counts that its forward reads."""

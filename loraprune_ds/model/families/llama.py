@@ -75,9 +75,7 @@ class Lfm2(Lfm3):
 class GraniteHybrid(Family):
     """The inner width of its Mamba is a multiple of hidden_size. Its fused kernels read `out_proj` past LoRA."""
 
-    @property
-    def required(self) -> tuple[str, ...]:
-        return *super().required[:3], "shared_intermediate_size"
+    required = (*Family.required[:3], "shared_intermediate_size")
 
     def layer(self, c: Any, i: int) -> Marks:
         mamba, run = whole("mamba", "in_proj"), Run("channels", c.shared_intermediate_size)

@@ -19,10 +19,7 @@ class Umt5(Family):
     in_memory: ClassVar[Mapping[str, Any]] = {"dropout_rate": 0.0}  # else results depend on the number of ranks
     per_layer = "layer_sizes"
     as_many: ClassVar[Mapping[Kind, Kind]] = {"cross_heads": "heads"}
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        return "d_model", "vocab_size", "num_heads", "d_ff"
+    required = ("d_model", "vocab_size", "num_heads", "d_ff")
 
     def layer(self, c: Any, i: int) -> Marks:
         """The MLP of a decoder layer comes after the attention to the encoder."""
