@@ -18,7 +18,6 @@ from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneCon
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.frozen import holds_int8
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
-from loraprune_ds.model.token_loss import LossHead
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape, held
 from loraprune_ds.pruning.schedule import Section, plan_pruning
@@ -55,7 +54,6 @@ class Job:
     micro_batch_size: int = 2
     max_grad_norm: float = 0.0
     gradient_checkpointing: bool = False
-    loss_chunk_tokens: int | None = None
     deepspeed: str | None = "ds_configs/zero3.json"
     lora_dropout: float = 0.0
     learning_rate: float = 5e-3
@@ -195,9 +193,6 @@ def build(job: Job) -> ShardedTrainer:
     pretrained = open_for_pruning(job.folder, config.model)
     ds_config = resolve_ds_config(config, pretrained.shape, world_size)
     trainer = assemble(config, pretrained, ds_config, make_samples(job), Consecutive(size), len(job.batches))
-    for module in trainer.model.module.modules():
-        if isinstance(module, LossHead):
-            module.chunk_tokens = job.loss_chunk_tokens
     if job.distill_weight:
         given, engines = (pretrained, "sdpa", job.dtype, ds_config), find_engines(job.deepspeed is not None)
         trainer.teacher = engines.build_inference_engine(*given, head=False)

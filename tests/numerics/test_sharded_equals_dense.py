@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.model.perplexity import measure_perplexity
-from tests.numerics.driver import Job, Outcome, assert_same_outcome, build, dense_twin, run_steps, tiny_job, train
+from tests.numerics.driver import Job, Outcome, assert_same_outcome, dense_twin, tiny_job, train
 from tests.oracle.dense_trainer import DenseTrainer, StepRecord
 from tests.oracle.formula import cut_gap
 from tests.ranks import RankPool
@@ -123,29 +122,3 @@ def test_global_ranking_reaches_its_target_on_any_number_of_ranks(ranks: RankPoo
     assert len({len(h) for h, _ in outcomes[0].kept[-1]} | {len(c) for _, c in outcomes[0].kept[-1]}) > 2
     for outcome in outcomes[1:]:
         assert outcome.kept == outcomes[0].kept
-
-
-def train_and_measure(job: Job) -> tuple[Outcome, float]:
-    trainer = build(job)
-    outcome = run_steps(trainer, job)
-    engine, comm = trainer.engine.deepspeed, trainer.model.comm
-    engine.eval()
-    batches = [(ids, ids) for ids in torch.cat([ids for ids, _ in job.batches])[:7].split(2)]
-    measured = measure_perplexity(lambda ids, labels: engine(input_ids=ids, labels=labels), batches, comm)
-    return outcome, measured.perplexity
-
-
-def test_a_loss_in_chunks(ranks: RankPool, base_job: Job) -> None:
-    """Nor do activations that are computed twice change a result. Products of other heights add up in another order."""
-    job = replace(base_job, batches=base_job.batches[:4], max_grad_norm=0.5)
-    whole, perplexity = ranks.run(2, train_and_measure, job)[0]
-    chunked, found = ranks.run(2, train_and_measure, replace(job, loss_chunk_tokens=5, gradient_checkpointing=True))[0]
-    assert whole.cut_steps
-    assert chunked.kept == whole.kept
-    assert chunked.losses == pytest.approx(whole.losses, abs=TOLERANCE)
-    for averages, expected in zip(chunked.averages, whole.averages, strict=True):
-        for ours, theirs in zip(averages, expected, strict=True):
-            assert all(((a - b).abs() / b.abs()).max() < TOLERANCE for a, b in zip(ours, theirs, strict=True))
-    for name, master in whole.masters.items():
-        assert (chunked.masters[name] - master).abs().max() < TOLERANCE, name
-    assert found == pytest.approx(perplexity, rel=TOLERANCE)

@@ -1,6 +1,6 @@
 """The whole method in one process: the package's pruner and a plain-tensor model in a loop with torch's AdamW."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -121,22 +121,15 @@ class PlainRun:
     def kept(self) -> list[tuple[list[int], ...]]:
         return [tuple(groups.tolist() for groups in keep.values()) for keep in self.pruner.kept_of_dense]
 
-    def logits(self, input_ids: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.model(input_ids=input_ids).logits
-
     def tensors(self) -> dict[str, Tensor]:
-        """Everything by the oracle's names: "layers.0.mlp.up_proj.lora_B", "layers.0.mlp.up_proj.weight", …"""
-        found = {}
-        for name, parameter in self.model.named_parameters():
-            short = name.removeprefix("base_model.model.").removeprefix("model.")
-            found[short.removesuffix(".default.weight").replace(".base_layer.", ".")] = parameter.detach()
-        return found
+        return {name: parameter.detach() for name, parameter in self._named()}
 
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        names = {id(p): name for name, p in self._named()}
-        return {names[id(p)]: (s["exp_avg"], s["exp_avg_sq"]) for p, s in self.optimizer.state.items()}
+        states = ((name, self.optimizer.state.get(parameter)) for name, parameter in self._named())
+        return {name: (state["exp_avg"], state["exp_avg_sq"]) for name, state in states if state}
 
-    def _named(self) -> list[tuple[str, Tensor]]:
-        named = ((n.removeprefix("base_model.model."), p) for n, p in self.model.named_parameters() if p.requires_grad)
-        return [(name.removeprefix("model.").removesuffix(".default.weight"), p) for name, p in named]
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything by the oracle's names: "layers.0.mlp.up_proj.lora_B", "layers.0.mlp.up_proj.weight", …"""
+        for name, parameter in self.model.named_parameters():
+            short = name.removeprefix("base_model.model.").removeprefix("model.")
+            yield short.removesuffix(".default.weight").replace(".base_layer.", "."), parameter

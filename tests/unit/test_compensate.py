@@ -38,14 +38,6 @@ def test_the_output_never_gets_worse(ridge: float) -> None:
         assert torch.equal(refitted[:, removed], linear.weight[:, removed]), seed  # they are about to go
 
 
-def test_any_multiple_of_the_second_moment_gives_the_same_refit() -> None:
-    """The recorded moments are sums over tokens, whatever their number."""
-    linear, inputs = made_up(5)
-    kept = torch.tensor([0, 2, 3, 7, 8])
-    mean, total = (refit(linear, inputs.T @ inputs * scale, kept, 0.05) for scale in (1 / TOKENS, 1.0))
-    torch.testing.assert_close(mean, total, rtol=1e-5, atol=1e-6)  # fp32 sums are rounded apart
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounding_does_not_make_it_worse_either(dtype: torch.dtype) -> None:
     """Rounding the weights of eight inputs with a large common part weighs more than what could be gained."""
@@ -61,25 +53,6 @@ def test_rounding_does_not_make_it_worse_either(dtype: torch.dtype) -> None:
     before = weight.double()
     plain, now = (before @ x.T - w.double()[:, kept] @ x[:, kept].T for w in (weight, refitted))
     assert (now.square().mean(1) <= plain.square().mean(1) * (1 + 1e-6)).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_removed_changes_no_bit(dtype: torch.dtype) -> None:
-    linear, inputs = made_up(1, dtype)
-    everything = torch.arange(IN)
-    refitted = refit(linear, inputs.T @ inputs, everything, 0.05)
-    assert refitted.dtype == dtype
-    assert torch.equal(refitted, linear.weight)
-
-
-def test_a_copied_input_is_taken_over_whole() -> None:
-    """Input 3 is twice input 0: with hardly a ridge the kept column takes over all that it did."""
-    linear, inputs = made_up(2)
-    inputs[:, 3] = 2 * inputs[:, 0]
-    kept = torch.tensor([i for i in range(IN) if i != 3])
-    refitted = refit(linear, inputs.T @ inputs / TOKENS, kept, 1e-9)
-    effective = linear.weight + linear.scaling * linear.lora_B @ linear.lora_A
-    torch.testing.assert_close(refitted[:, 0] - linear.weight[:, 0], 2 * effective[:, 3], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])

@@ -169,24 +169,6 @@ def edit_config(model: Path, copy: Path, **changes: Any) -> Path:
     return copy
 
 
-@pytest.mark.parametrize(
-    ("changes", "names"),
-    [
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope yarn"),
-        (
-            {"rope_scaling": None, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            "partial rotary",
-        ),
-    ],
-)
-def test_a_model_that_no_file_can_hold_is_refused(
-    changes: dict[str, Any], names: str, models: dict[str, Path], tmp_path: Path
-) -> None:
-    model = edit_config(models["mha"], tmp_path / "model", **changes)
-    must_name(f"{names} hf, adapter", convert, model, tmp_path / "m.gguf")
-
-
 def test_a_value_beyond_f16_is_named(models: dict[str, Path], tmp_path: Path) -> None:
     name, model = "model.layers.1.mlp.up_proj.weight", edit_config(models["mha"], tmp_path / "model")
     path = next(p for p in model.glob("*.safetensors") if name in load_file(p))

@@ -187,6 +187,9 @@ LINEARS_FIRST = ["full_attention", *["linear_attention"] * 4]
 @pytest.mark.parametrize(
     ("family", "counts", "changes", "names"),
     [
+        ("llama", (), {"hidden_act": "gelu"}, "llama hidden_act 'gelu'"),
+        ("llama", (), YARN, "rope yarn"),
+        ("llama", (), {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial rotary"),
         ("qwen3", ((2, 96), (3, 77)), {}, "qwen3 size"),
         ("qwen3", (), {"attention_bias": True}, "qwen3 self_attn.k_proj bias"),
         ("gemma2", (), deep(2, 1), "gemma2 layer_types"),

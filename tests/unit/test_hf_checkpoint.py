@@ -87,7 +87,7 @@ def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(monkeypatch: pytes
 
 
 def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(tmp_path: Path) -> None:
-    training = Mock(model=Mock(shape=SimpleNamespace(layers=[0], present=[0])))
+    training = Mock()
     on_rank_0 = training.model.comm.on_rank_0 = Mock(side_effect=[{"r": 4}, UserError("no space")])
     must_name("space", Pruning.save_base, training, tmp_path / "base", tmp_path)
     on_rank_0.call_args.args[0]()

@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraprune_ds.config import Criterion, PruneConfig, Ranking
+from loraprune_ds.config import Criterion, PruneConfig
 from loraprune_ds.local.model import LocalModel
-from loraprune_ds.model.groups import Kind, LayerKeep
-from loraprune_ds.model.groups import cut as cut_tensor
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import LinearId
 from tests.families import LLAMA_LINEARS
@@ -135,46 +133,6 @@ def test_uniform_heads_for_the_schedules_end_and_reports_what_it_reached(gqa: Ti
     left = sum(tensors[f"layers.{i}.{linear.name}.weight"].numel() for i in range(LAYERS) for linear in LLAMA_LINEARS)
     assert run.cuts[-1].reached == run.pruner.reached() == 1 - left / dense
     assert run.cuts[-1].reached == pytest.approx(0.3, abs=2 * limits.dense.group_numel["channels"] / dense)
-
-
-# Which groups go
-
-
-def plant(tiny: Tiny, folder: Path, *, layer: int, head: int, channel: int) -> Tiny:
-    """A kv group that writes nothing and a channel that is zero, LoRA included, in a copy of the model."""
-    run = tiny.plain()
-    shape, lora = run.prunable.shape, {name: t.clone() for name, t in tiny.lora.items()}
-    tensors = load_file(tiny.folder / "model.safetensors")
-    useless = LayerKeep(heads=torch.tensor([head]), channels=torch.tensor([channel]))
-    for linear in LLAMA_LINEARS:
-        _, rows = cut_tensor(shape.linear(LinearId(layer, linear.name)), useless)
-        factor = "lora_A" if linear.axis else "lora_B"
-        lora[f"layers.{layer}.{linear.name}.{factor}"].index_fill_(linear.axis, rows, 0)
-        if linear.kind == "channels" or linear.axis == 1:
-            tensors[f"model.layers.{layer}.{linear.name}.weight"].index_fill_(linear.axis, rows, 0)
-            if linear.axis == 0 and linear.name in shape.biases:
-                tensors[f"model.layers.{layer}.{linear.name}.bias"].index_fill_(0, rows, 0)
-    for path in tiny.folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return Tiny(folder, lora, tiny.batches)
-
-
-@pytest.mark.parametrize("ranking", ["uniform", "global"])
-@pytest.mark.parametrize("criterion", ["lora", "fisher"])
-def test_planted_useless_groups_go_first(tiny: Tiny, tmp_path: Path, ranking: Ranking, criterion: Criterion) -> None:
-    planted = plant(tiny, tmp_path, layer=1, head=2, channel=5)
-    prune = replace(UNIFORM, ratio=0.35, prune_every=1, ranking=ranking, criterion=criterion, warmup_fraction=0.2)
-    run = planted.plain(prune).run(planted.batches)
-    assert 2 in first_to_go(run, 1, "heads")
-    assert 5 in first_to_go(run, 1, "channels")
-
-
-def first_to_go(run: PlainRun, layer: int, kind: Kind) -> set[int]:
-    """Returns the groups that the first cut of a layer removed."""
-    count = run.pruner.limits.dense.counts[layer][kind]
-    kept = (set(cut.keep[layer][kind].tolist()) for cut in run.cuts)
-    return next(set(range(count)) - left for left in kept if len(left) < count)
 
 
 # The pruner's own promises
