@@ -61,9 +61,8 @@ def attn_implementation(requested: str, family: Family) -> str:
 def describe_attention(requested: str, family: Family) -> str | None:
     """Names the implementation that replaces the requested one. None if there is no replacement."""
     used = attn_implementation(requested, family)
-    if used == requested:
-        return None
-    return f"model.attn_implementation: {used} instead of {requested}, which lacks {family.eager_only}"
+    replaced = f"model.attn_implementation: {used} instead of {requested}, which lacks {family.eager_only}"
+    return None if used == requested else replaced
 
 
 def check_flash_attention(config: ModelConfig) -> None:

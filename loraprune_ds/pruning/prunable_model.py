@@ -209,7 +209,8 @@ class PrunableModel(ABC):
 
     def unscaled_gradient(self, parameter: nn.Parameter) -> Tensor:
         """Returns `gradient` of the unscaled loss. The criterion is not linear in it (gB·gA). Not collective."""
-        return self.gradient(parameter) if self.loss_scale == 1 else self.gradient(parameter) / self.loss_scale
+        gradient, scale = self.gradient(parameter), self.loss_scale
+        return gradient if scale == 1 else gradient / scale
 
     @abstractmethod
     def gradient_sum(self) -> Tensor:

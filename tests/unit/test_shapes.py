@@ -114,9 +114,8 @@ SORTS = ["linear_attention", "full_attention"]
 
 
 def test_each_kind_of_a_hybrid_gives_its_share() -> None:
-    shape = shape_from_config(
-        tiny_config("qwen3_5_text", num_hidden_layers=4, layer_types=SORTS * 2).to_dict(), "a hybrid"
-    )
+    config = tiny_config("qwen3_5_text", num_hidden_layers=4, layer_types=SORTS * 2)
+    shape = shape_from_config(config.to_dict(), "a hybrid")
     assert shape.kinds == ("heads", "delta", "channels")
     limits, budget = resolved(shape, ratio=0.5, ranking="global")
     left = shape.after(rank_global(random_scores(shape, 0), shape, limits, budget))
