@@ -4,7 +4,6 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
+
+from pydantic_core import to_jsonable_python
 
 from loraprune_ds.errors import UserError, fail_point, one_line, require
 
@@ -126,13 +127,9 @@ def read_text(path: Path, key: str) -> str:
     return text
 
 
-def finite(value: Any) -> Any:
-    """Replaces NaN and infinities in a nested value by None, because JSON cannot hold them."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def json_text(value: Any, **options: Any) -> str:
+    """Returns a nested value, also of dataclasses, as JSON. NaN and infinities become null, because JSON has none."""
+    return json.dumps(to_jsonable_python(value, inf_nan_mode="null"), **options) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,8 +141,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as JSON, like `write_text`."""
-    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Writes `json_text`, like `write_text`."""
+    write_text(path, json_text(value, indent=2, ensure_ascii=False))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -94,7 +94,7 @@ class Status:
 
 
 def write_status(folder: Path, status: Status) -> None:
-    write_json(folder / STATUS_FILE, asdict(status))
+    write_json(folder / STATUS_FILE, status)
 
 
 def read_status(folder: Path) -> Status | None:
@@ -150,10 +150,6 @@ class ResumeState:
     moment_tokens: float  # the number of tokens in the sums of the input moments
     format: int = FORMAT
     __pydantic_config__ = NO_MORE
-
-
-def state_text(state: RunState | ResumeState) -> str:
-    return json.dumps(asdict(state)) + "\n"
 
 
 def read_resume_state(folder: Path) -> ResumeState:

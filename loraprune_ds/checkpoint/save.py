@@ -10,10 +10,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraprune_ds import files
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.layout import RESUME_FOLDER, STATE_FILE, ResumeState, RunState, state_text
+from loraprune_ds.checkpoint.layout import RESUME_FOLDER, STATE_FILE, ResumeState, RunState
 from loraprune_ds.errors import fail_point
-from loraprune_ds.files import begin_folder, flush, publish_folder, remove_folder, remove_leftovers, staging_of
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning.compensate import refitted_linears
 from loraprune_ds.pruning.prunable_model import PrunableModel
@@ -32,12 +32,12 @@ class Staging(AbstractContextManager["Staging"]):
 
     def __init__(self, comm: Communicator, target: Path, kind: str) -> None:
         self._mark = comm.draw_mark()
-        self.target, self.folder = target, staging_of(target, self._mark)
+        self.target, self.folder = target, files.staging_of(target, self._mark)
         self._comm, self._kind = comm, kind
         self._writes = LocalWrites(comm, self.folder)
         self._sealed: dict[str, dict[str, Any]] = {}
         empty_cache()  # torch may hold memory that NCCL needs for the gathers
-        self._writes.do_on_rank_0(lambda: begin_folder(target, self._mark))
+        self._writes.do_on_rank_0(lambda: files.begin_folder(target, self._mark))
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if error is not None and self._comm.rank == 0:
@@ -66,11 +66,11 @@ class Staging(AbstractContextManager["Staging"]):
         for folder in {os.path.dirname(name) for name in sealed}:
             own = {os.path.basename(name): x for name, x in sealed.items() if os.path.dirname(name) == folder}
             layout.write_manifest(self.folder / folder, own)
-            flush(self.folder / folder)
+            files.flush(self.folder / folder)
         if self.target.exists():
-            remove_folder(self.target)
+            files.remove_folder(self.target)
         fail_point(f"save.{self._kind}_before_rename")
-        publish_folder(self.target, self._mark)
+        files.publish_folder(self.target, self._mark)
         fail_point(f"save.{self._kind}_after_rename")
 
 
@@ -79,8 +79,8 @@ def save_step(pruner: Pruner, adam: OptimizerState, root: Path, state: RunState,
     model, apart, parameters = pruner.model, f"{RESUME_FOLDER}/", pruner.model.lora_parameters()
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
-            staging.write(STATE_FILE, lambda path: path.write_text(state_text(state)))
-            staging.write(apart + STATE_FILE, lambda path: path.write_text(state_text(resume)))
+            staging.write(STATE_FILE, lambda path: path.write_text(files.json_text(state)))
+            staging.write(apart + STATE_FILE, lambda path: path.write_text(files.json_text(resume)))
         for layers in owner_rounds(len(model.layers), model.world_size):
             collected = {i: adam.collect(parameters[i], model.owner(i), model.comm) for i in layers}
             for layer, (masters, moments) in collected.items():  # both empty but on the owner
@@ -129,16 +129,16 @@ def drop_old(root: Path, step: int, keep_last: int, pinned: Container[int] = ())
 
     Also removes steps above `step`, which a start from an older checkpoint leaves, and the remains of killed saves.
     """
-    remove_leftovers(root)
+    files.remove_leftovers(root)
     folders = {number: layout.step_folder(root, number) for number in layout.numbered(root, "step")}
     whole = [n for n, folder in folders.items() if n <= step and (folder / RESUME_FOLDER).is_dir()]
     for number, folder in folders.items():
         if number in whole[-keep_last:]:
             continue
         if number > step or number not in pinned:
-            remove_folder(folder)
+            files.remove_folder(folder)
         else:
-            remove_leftovers(folder)
+            files.remove_leftovers(folder)
             if number in whole:
-                remove_folder(folder / RESUME_FOLDER)
+                files.remove_folder(folder / RESUME_FOLDER)
         fail_point("save.dropped")

@@ -7,11 +7,10 @@ was measured with --dense, or on a run.
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +20,7 @@ from loraprune_ds.checkpoint.layout import STATUS_FILE, read_status
 from loraprune_ds.errors import UserError, require, run_command
 from loraprune_ds.evaluate.result import MEASURES, mean_metric, tasks_with
 from loraprune_ds.evaluate.settings import GYM
-from loraprune_ds.files import read_json
+from loraprune_ds.files import json_text, read_json
 from loraprune_ds.report import pictures
 from loraprune_ds.report.records import REPORT_FILE, describe_method
 from loraprune_ds.units import aligned, format_perplexity
@@ -82,7 +81,7 @@ def compare(arguments: argparse.Namespace) -> None:
         draw_comparison(picture, models)
         print(f"picture: {picture}", file=sys.stderr)
     if arguments.json:
-        print(json.dumps({"results": [asdict(model) for model in models]}, indent=2, allow_nan=False))
+        print(json_text({"results": models}, indent=2), end="")
     else:
         print(comparison_table(models), end="")
 

@@ -23,7 +23,6 @@ answers.
 """
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import fields
@@ -36,7 +35,7 @@ from loraprune_ds.arguments import Parser, at_least, require_option
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import leave, leave_on_error, require, run_command
 from loraprune_ds.evaluate import settings
-from loraprune_ds.files import finite, read_text, write_text
+from loraprune_ds.files import json_text, read_text, write_text
 from loraprune_ds.ranks import job
 
 ROUND = fields(settings.SpeedSettings)  # one option each
@@ -91,7 +90,7 @@ def show(arguments: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") == "0":
         from loraprune_ds.evaluate.result import answers_page, result_table
 
-        text = json.dumps(finite(result), indent=2, allow_nan=False) + "\n" if arguments.json else result_table(result)
+        text = json_text(result, indent=2) if arguments.json else result_table(result)
         with stdout:
             stdout.write(text)
         if arguments.page:

@@ -11,7 +11,7 @@ import re
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from loraprune_ds.evaluate.answers import encode_prompts, repetition
 from loraprune_ds.evaluate.evaluation import choose_dtype
 from loraprune_ds.evaluate.models import Ids, ModelSource, Writer, end_ids, find_model, load_model, sample_by_vllm
 from loraprune_ds.evaluate.settings import AnswerSettings, Message, Prompt
-from loraprune_ds.files import read_json, write_json, write_text
+from loraprune_ds.files import json_text, read_json, write_json, write_text
 from loraprune_ds.model.families.base import PRUNED
 from loraprune_ds.model.tokenizer import load_tokenizer, rendering, token_ids
 from loraprune_ds.ranks.comm import Communicator
@@ -292,7 +292,7 @@ def _open_journal(journal: Path, out: Path, settings: dict[str, Any]) -> list[Dr
 
 def _append(journal: Path, draws: Sequence[Draw]) -> None:
     with journal.open("a", encoding="utf-8") as file:
-        file.write(_lines(*map(asdict, draws)))
+        file.write(_lines(*draws))
 
 
 def _write(selection: Selection, out: Path, settings: dict[str, Any]) -> None:
@@ -302,5 +302,5 @@ def _write(selection: Selection, out: Path, settings: dict[str, Any]) -> None:
     write_json(out.with_suffix(".settings.json"), settings | counts | refused)
 
 
-def _lines(*rows: dict[str, Any]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _lines(*rows: object) -> str:
+    return "".join(json_text(row, ensure_ascii=False) for row in rows)

@@ -6,7 +6,6 @@ checkpoint-120/pruning/    state.json, metrics.jsonl, manifest.json, and like a 
 The trainer saves LoRA, its optimizer and its own state. `pruning/` is written last, so it marks a complete checkpoint.
 """
 
-import json
 import math
 import re
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from loraprune_ds.checkpoint.load import keep_from_lists, open_refits, restore_p
 from loraprune_ds.checkpoint.save import Staging, write_pruner, write_refits
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, fail_point, require
-from loraprune_ds.files import read_json
+from loraprune_ds.files import json_text, read_json
 from loraprune_ds.hf.live import find_peft_model, live_shape
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import base_parameter
@@ -76,7 +75,7 @@ def write_pruning(folder: Path, state: PruningState, pruner: Pruner, model: Prun
     """Writes `folder`/pruning. Each rank adds the input moments and refits of its layers. Collective."""
     with Staging(model.comm, folder / FOLDER, "pruning") as staging:
         if model.rank == 0:
-            staging.write(STATE_FILE, lambda path: path.write_text(json.dumps(asdict(state)) + "\n"))
+            staging.write(STATE_FILE, lambda path: path.write_text(json_text(state)))
             staging.write(METRICS_FILE, lambda path: write_history(path, history))
         for layers in owner_rounds(len(model.layers), model.world_size):
             write_refits(staging, pruner, model, layers)

@@ -7,14 +7,14 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from pydantic import BeforeValidator, TypeAdapter
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.files import finite, write_text
+from loraprune_ds.files import json_text, write_text
 from loraprune_ds.units import format_bytes, format_duration, format_percent
 
 if TYPE_CHECKING:  # reading records needs neither torch nor DeepSpeed
@@ -188,7 +188,7 @@ def write_history(path: Path, history: History) -> None:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(finite({"kind": KINDS[type(record)], **asdict(record)}), allow_nan=False) + "\n"
+    return json_text({"kind": KINDS[type(record)], **vars(record)})
 
 
 def read_history(path: Path, last_step: int | None = None) -> History:

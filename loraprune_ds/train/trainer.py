@@ -11,7 +11,6 @@ from torch import Tensor
 from loraprune_ds.checkpoint.layout import RunTotals
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import fail_point
-from loraprune_ds.files import finite
 from loraprune_ds.model.logits import Distillation
 from loraprune_ds.model.perplexity import Labelled, measure_perplexity
 from loraprune_ds.model.shape import needed_flops_per_token
@@ -189,7 +188,7 @@ class TrainingLoop:
         record = measure_held_out(infer, batches, comm, step=step, name=name)
         self.recorder.write(record)
         measured = "perplexity_dense" if name == "dense" else "perplexity"
-        self._totals = replace(self._totals, **{measured: finite(record.perplexity)})
+        self._totals = replace(self._totals, **{measured: record.perplexity})
 
 
 def measure_held_out(

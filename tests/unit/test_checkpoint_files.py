@@ -16,7 +16,7 @@ from loraprune_ds import files
 from loraprune_ds.checkpoint import layout, save
 from loraprune_ds.checkpoint.save import drop_old
 from loraprune_ds.errors import UserError
-from loraprune_ds.files import begin_folder, make_once, publish_folder, remove_folder
+from loraprune_ds.files import begin_folder, json_text, make_once, publish_folder, remove_folder
 from tests.refusals import edit, flip_bit, must_name, refused
 
 
@@ -38,7 +38,7 @@ def make_state(step: int) -> layout.RunState:
 def make_step(root: Path, step: int) -> Path:
     target = layout.step_folder(root, step)
     staging = begin_folder(target)
-    (staging / layout.STATE_FILE).write_text(layout.state_text(make_state(step)))
+    (staging / layout.STATE_FILE).write_text(json_text(make_state(step)))
     layout.write_manifest(staging, {layout.STATE_FILE: layout.seal(staging / layout.STATE_FILE)})
     (staging / layout.RESUME_FOLDER).mkdir()
     publish_folder(target)
@@ -150,7 +150,7 @@ def test_old_steps_go_and_that_of_a_size_stays_for_exports(
         assert resumable or "resume" in refused(layout.read_resume_state, tmp_path / f"step-{step}")
 
 
-STATE = json.loads(layout.state_text(make_state(7)))
+STATE = json.loads(json_text(make_state(7)))
 CHANGES: list[tuple[dict[str, object], str]] = [
     *(({"format": other}, f"has format {other}") for other in (layout.FORMAT + 1, layout.FORMAT - 1)),
     ({"format": None}, "damaged"),
@@ -170,7 +170,7 @@ CHANGES: list[tuple[dict[str, object], str]] = [
 )
 def test_the_state_is_read_or_refused_in_one_line(tmp_path: Path, content: bytes, words: str) -> None:
     file = tmp_path / layout.STATE_FILE
-    file.write_text(layout.state_text(make_state(7)))
+    file.write_text(json_text(make_state(7)))
     assert layout.read_record(file, layout.RunState) == make_state(7)
     file.write_bytes(content)
     must_name(f"{file} {words}", layout.read_record, file, layout.RunState)

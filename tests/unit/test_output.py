@@ -14,7 +14,7 @@ import yaml
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import EvaluateConfig, LoggingConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.errors import RankError, RunError, UserError
-from loraprune_ds.files import read_json
+from loraprune_ds.files import json_text, read_json
 from loraprune_ds.train.output import OutputFolder, RunStatus
 from tests.refusals import must_name, refused
 
@@ -147,7 +147,7 @@ def save_state(folder: Path, **changes: Any) -> None:
     step.mkdir(parents=True)
     source, data = "a", layout.RunData(3, "a", "b", "c", {"data": "c0ffee"})
     state = layout.RunState(3, layout.RunTotals(), [], source, {}, data, 0.5, [], "cpu", [])
-    (step / "state.json").write_text(layout.state_text(dataclasses.replace(state, **changes)))
+    (step / "state.json").write_text(json_text(dataclasses.replace(state, **changes)))
 
 
 def test_a_config_that_a_crash_has_lost_is_in_the_checkpoint(config: RunConfig) -> None:
