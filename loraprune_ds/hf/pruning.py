@@ -37,7 +37,7 @@ from loraprune_ds.model.weight_files import drop_auto_maps
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.steps import PruningSteps, RankNumbers
-from loraprune_ds.pruning.target import describe_target, resolve
+from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.device import device_name, peak_bytes
 from loraprune_ds.report import records
 
@@ -204,22 +204,19 @@ class Pruning:
         """Writes report, kept groups, metrics and pictures. `settings` also go into the report. Collective."""
         from loraprune_ds.report.report import Outcome, write_results  # importing the callback must not load matplotlib
 
-        folder, pruner, dense, pruned = Path(folder), self.pruner, self.pruner.limits.dense, self.model.shape
+        folder, pruner = Path(folder), self.pruner
         model = {"path": model_name(self.peft_model), "dtype": self.dtype}
         config = {"seed": self.seed, "steps": self.steps, "model": model, "prune": asdict(pruner.config)}
         comm, history = self.model.comm, self.recorder.history
         outcome = Outcome(
             config=config | (settings or {}),
             history=history,
-            dense=dense,
-            pruned=pruned,
+            schedule=pruner.schedule,
+            pruned=self.model.shape,
             kept_of_dense=pruner.kept_of_dense,
             resumed_from=self.resumed_from,
             accelerator=device_name(),
             peak_bytes=comm.gather_objects(peak_bytes()),
-            target=describe_target(pruner.config, dense, pruned),
-            sizes=pruner.schedule.ends(),
-            asked=pruner.schedule.ratio,
         )
 
         def write() -> None:

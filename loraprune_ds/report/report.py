@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.groups import LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape, cached_numel
+from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report import records
 from loraprune_ds.report.pictures import draw_kept_groups, draw_shelf, draw_training
 
@@ -34,24 +36,23 @@ class Outcome:
 
     config: dict[str, Any]
     history: records.History
-    dense: ModelShape
+    schedule: Schedule
     pruned: ModelShape
     kept_of_dense: list[LayerKeep]  # per layer, the kept groups as indices into the dense model
     resumed_from: list[int]  # the steps at which the run was resumed
     accelerator: str  # the name of the ranks' device
-    peak_bytes: list[int] = field(default_factory=list)  # of each rank
-    target: dict[str, Any] | None = None  # `prune.target` and the reached size
-    sizes: dict[int, str] = field(default_factory=dict)  # last step -> name of each of `prune.sizes`
-    asked: float | None = None  # fraction of the decoder's linear parameters that was to leave
-    shortfall: str | None = None  # how far the run ends below it
+    peak_bytes: list[int]  # of each rank
+
+    @property
+    def dense(self) -> ModelShape:
+        return self.schedule.limits.dense
 
 
 def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     """Writes report, kept groups and pictures, and returns the pictures."""
     pictures = [folder / records.TRAINING_PICTURE, folder / records.KEPT_GROUPS_PICTURE]
     write_kept_groups(folder, outcome.kept_of_dense, outcome.dense)
-    outcome = replace(outcome, sizes=records.exported_sizes(folder, outcome.sizes))
-    report = make_report(outcome)
+    report = make_report(outcome, records.exported_sizes(folder, outcome.schedule.ends()))
     write_json(folder / records.REPORT_FILE, report)
     fail_point("finish.reported")
     draw_training(pictures[0], outcome.history)
@@ -62,8 +63,8 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     return pictures
 
 
-def make_report(outcome: Outcome) -> dict[str, Any]:
-    """Makes the content of report.json."""
+def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
+    """Makes the content of report.json. `sizes`: last step -> name of each of `prune.sizes` that was exported."""
     history, dense, pruned, resumed_from = outcome.history, outcome.dense, outcome.pruned, outcome.resumed_from
     steps, cuts = history.steps, history.cuts
     steps_before = [s for s in steps if not cuts or s.step <= cuts[0].step]
@@ -76,10 +77,10 @@ def make_report(outcome: Outcome) -> dict[str, Any]:
             "removed_fraction": 1 - pruned.total_numel() / dense.total_numel(),
             "linear_dense": dense.linear_numel(),
             "linear_pruned": pruned.linear_numel(),
-            "linear_asked_fraction": outcome.asked,
+            "linear_asked_fraction": outcome.schedule.ratio,
         },
-        "target": outcome.target,
-        "shelf": _shelf(dense, history, outcome.sizes),
+        "target": describe_target(outcome.schedule.config, dense, pruned),
+        "shelf": _shelf(dense, history, sizes),
         "serving": _serving(pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
         "world_size": len(outcome.peak_bytes),

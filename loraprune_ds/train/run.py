@@ -20,7 +20,6 @@ from loraprune_ds.export.model_card import card_of_step, write_model_card
 from loraprune_ds.files import flush, remove_folder, staging_of
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.limits import shortfall
-from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import fast_half_products
 from loraprune_ds.report import records
@@ -180,10 +179,10 @@ def measure_model(context: RunContext) -> str | None:
 
     Returns how far the run ends below its ratio, if it does.
     """
-    config, prepared, folder, recorder = context.config, context.prepared, context.folder, context.recorder
-    checkpoint = _open_step(context, prepared.pruning.steps)
+    config, pruning, folder, recorder = context.config, context.prepared.pruning, context.folder, context.recorder
+    checkpoint = _open_step(context, pruning.steps)
     assert checkpoint is not None, "the model was exported from it"
-    exported, target, dense = folder / EXPORTED, folder / records.MODEL_FOLDER, prepared.pretrained.shape
+    exported, target, dense = folder / EXPORTED, folder / records.MODEL_FOLDER, pruning.limits.dense
     # An earlier start may have been killed right after it had named the folder.
     is_named = context.comm.gather_objects(target.exists())[0]
     model = target if is_named else exported
@@ -194,21 +193,15 @@ def measure_model(context: RunContext) -> str | None:
             remove_folder(model)
         raise
     recorder.write(measured)
-    pruning, pruned = prepared.pruning, checkpoint.shape
-    reached = 1 - pruned.linear_numel() / dense.linear_numel()
     outcome = Outcome(
         config=config.to_dict(),
         history=recorder.history,
-        dense=dense,
-        pruned=pruned,
+        schedule=pruning,
+        pruned=checkpoint.shape,
         kept_of_dense=keep_from_lists(checkpoint.state.kept, dense.kinds),
         resumed_from=checkpoint.state.resumed_from,
         accelerator=checkpoint.state.accelerator,
         peak_bytes=checkpoint.state.peak_bytes,
-        target=describe_target(config.prune, dense, pruned),
-        sizes=pruning.ends(),
-        asked=pruning.ratio,
-        shortfall=shortfall(pruning.limits, pruning.ratio, reached),
     )
     context.check_owner()
 
@@ -223,7 +216,7 @@ def measure_model(context: RunContext) -> str | None:
     context.check_owner()  # if this process stood still, another one has renamed the folder by now
     if not is_named:
         context.comm.on_rank_0(name)
-    return outcome.shortfall
+    return shortfall(pruning.limits, pruning.ratio, 1 - checkpoint.shape.linear_numel() / dense.linear_numel())
 
 
 def _evaluate(folder: Path, context: RunContext) -> records.EvaluationRecord:

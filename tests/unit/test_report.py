@@ -11,8 +11,11 @@ import torch
 from matplotlib.figure import Figure
 
 from loraprune_ds.cli.run import summary_table
-from loraprune_ds.config import RunConfig
+from loraprune_ds.config import PruneConfig, RunConfig
 from loraprune_ds.files import read_json, write_json
+from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.pruning.schedule import plan_pruning
+from loraprune_ds.pruning.target import resolve
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
 from loraprune_ds.report.report import RESULTS, Outcome, commit, make_report, write_kept_groups
@@ -20,9 +23,12 @@ from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_re
 from tests.unit.shapes_and_scores import keep_of, make_shape
 
 
-def report_of(history: History, resumed_from: tuple[int, ...] = ()) -> dict[str, Any]:
+SCHEDULE = plan_pruning(*resolve(PruneConfig(ratio=0.375, channel_multiple=1), DENSE), 10)
+
+
+def report_of(history: History, resumed_from: tuple[int, ...] = (), pruned: ModelShape = PRUNED) -> dict[str, Any]:
     config = RunConfig(output_dir="runs/x", seed=7).to_dict()
-    return make_report(Outcome(config, history, DENSE, PRUNED, [], list(resumed_from), "cpu", [11, 12], asked=0.375))
+    return make_report(Outcome(config, history, SCHEDULE, pruned, [], list(resumed_from), "cpu", [11, 12]), {})
 
 
 def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
@@ -95,8 +101,7 @@ def test_answers_of_after_are_in_the_final_table_with_what_an_earlier_version_la
 )
 def test_what_a_server_does_with_the_result(layers: list[tuple[int, int]], gpus: list[int], groups: list[int]) -> None:
     pruned = make_shape(layers, hidden=256, head_dim=64, queries_per_group=2)
-    report = make_report(Outcome({"seed": 0}, small_run(), DENSE, pruned, [], [], "cpu", [1]))
-    assert report["serving"] == {"tensor_parallel": gpus, "quantisation_groups": groups}
+    assert report_of(small_run(), pruned=pruned)["serving"] == {"tensor_parallel": gpus, "quantisation_groups": groups}
 
 
 STEPS = [step_record(i, seconds=s) for i, s in enumerate([9.0, 2.0, 8.0, 2.0, 1.0], start=1)]
