@@ -121,8 +121,7 @@ def _held_out(data: dict[str, Any]) -> str:
     """Names the text that a run held out: a file, or a part of its sources."""
     if data["held_out"]:
         return data["held_out"]
-    entries = [{}] if isinstance(data["path"], str) else data["path"]
-    sources = [data | {key: value for key, value in entry.items() if value is not None} for entry in entries]
+    sources = [data] if isinstance(data["path"], str) else data["path"]
     names = [
         " ".join(source[key] for key in ("path", "name", "split") if source.get(key) and source[key] != "train")
         for source in sources

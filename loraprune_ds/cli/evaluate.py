@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from loraprune_ds.arguments import Parser, at_least, require_option
+from loraprune_ds.cli.run import join_ranks
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import leave, leave_on_error, require, run_command
 from loraprune_ds.evaluate import settings
@@ -100,8 +101,6 @@ def show(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Carries out the evaluation on all ranks. Collective."""
-    job.check_ranks(os.environ)  # before the slow imports
-    job.collective_timeout(os.environ)
     sharded = arguments.sharded or job.several_ranks(os.environ)
     require(not sharded or find_spec("deepspeed") is not None, "--sharded and several ranks need DeepSpeed; install it")
     require_option(arguments, "tasks", "include_path", "num_fewshot", "limit")
@@ -113,11 +112,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
     speed = settings.SpeedSettings(**rounds) if arguments.speed else None
     measured = {"tasks": tasks, "answers": answer_settings(arguments), "speed": speed}
-    if not arguments.verbose:
-        job.silence_libraries()  # progress bars stay on a terminal
+    if not arguments.verbose:  # progress bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")
+    comm = join_ranks(sharded=sharded, verbose=arguments.verbose)
     # Heavy imports come after the check of arguments, so a typo does not cost ten seconds.
     from tqdm import tqdm
 
@@ -125,15 +124,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from loraprune_ds.evaluate.models import find_model
     from loraprune_ds.evaluate.result import make_result
     from loraprune_ds.evaluate.tasks import check_tasks
-    from loraprune_ds.ranks.comm import Communicator, stop_ranks
+    from loraprune_ds.ranks.comm import stop_ranks
     from loraprune_ds.ranks.device import device_name
     from loraprune_ds.report.report import hardware, versions
 
-    comm = Communicator()
-    if sharded:
-        from loraprune_ds.zero.engine import start_ranks
-
-        comm = start_ranks()
     # One rank per node downloads or converts. The others find the result in the node's cache.
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     models = [arguments.model, *([arguments.dense] if arguments.dense else [])]

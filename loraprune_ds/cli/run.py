@@ -81,6 +81,7 @@ def main() -> int:
             print(config_value(output.config, arguments.show))
             return 0
         if output.start != "finished":
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
             if output.config.train.deterministic:
                 os.environ |= job.DETERMINISTIC
             comm = join_ranks(sharded=output.config.deepspeed is not None)
@@ -126,13 +127,13 @@ def launch() -> int:
     os.execv(launcher[0], [*launcher, *arguments])
 
 
-def join_ranks(*, sharded: bool) -> "Communicator":
-    """Starts the process group, if there is one, after all imports. Collective."""
+def join_ranks(*, sharded: bool, verbose: bool = False) -> "Communicator":
+    """Starts the process group, if there is one, after all imports. Collective. `verbose`: libraries may print."""
     job.check_ranks(os.environ)  # before DeepSpeed is imported, which takes seconds
     job.collective_timeout(os.environ)
     job.longest_silence(os.environ)
-    job.silence_libraries()
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not verbose:
+        job.silence_libraries()
     try:
         import loraprune_ds.train.run  # noqa: F401  # reports a missing package before other ranks wait
         from loraprune_ds.train.engine import find_engines

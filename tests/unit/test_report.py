@@ -22,7 +22,6 @@ from loraprune_ds.report.report import RESULTS, Outcome, commit, make_report, wr
 from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record
 from tests.unit.shapes_and_scores import keep_of, make_shape
 
-
 SCHEDULE = plan_pruning(*resolve(PruneConfig(ratio=0.375, channel_multiple=1), DENSE), 10)
 
 
