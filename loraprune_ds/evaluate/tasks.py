@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import UserError, one_line, require
-from loraprune_ds.evaluate.models import Ids, Writer
-from loraprune_ds.evaluate.settings import GYM, TaskSettings, did_you_mean
-from loraprune_ds.model.tokenizer import check_ids, rendering
+from loraprune_ds.evaluate.answers import encode_prompts
+from loraprune_ds.evaluate.models import Writer
+from loraprune_ds.evaluate.settings import GYM, AnswerSettings, Message, Prompt, TaskSettings, did_you_mean
 from loraprune_ds.ranks.comm import Communicator
 
 ResultsAndSettings = tuple[dict[str, Any], dict[str, Any]]  # task -> metric -> value, and settings for the result
@@ -249,14 +248,13 @@ def _run_gym(settings: TaskSettings, writer: Writer, batch_size: int, comm: Comm
 def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Communicator) -> list[str]:
     """Answers all questions of a task, in order. The batches do not depend on the number of ranks. Collective."""
     model, tokenizer = writer.model, writer.tokenizer
-    prompts = [_prompt(task, question["question"], tokenizer) for question in task.questions]
-    embedding: Any = model.get_input_embeddings()
-    check_ids(max(map(max, prompts)), len(embedding.weight), tokenizer, f"--tasks {task.name}")
     answers = tokenizer([entry["answer"] for entry in task.questions], add_special_tokens=False)["input_ids"]
     most = max(map(len, answers)) + ROOM
-    length, positions = max(map(len, prompts)) + most, getattr(model.config, "max_position_embeddings", None)
-    fits = positions is None or length <= positions
-    require(fits, f"--tasks {task.name}: a question with its examples and answer takes {length} of {positions} tokens")
+    chats = (_messages(task, entry["question"], bool(tokenizer.chat_template)) for entry in task.questions)
+    settings = AnswerSettings(task.name, task.digest, tuple(Prompt(*row) for row in enumerate(chats, 1)), most)
+    embedding: Any = model.get_input_embeddings()
+    limits = tokenizer.name_or_path, getattr(model.config, "max_position_embeddings", None), len(embedding.weight)
+    prompts = encode_prompts(settings, tokenizer, *limits, "--tasks", enable_thinking=False)
     mine: dict[int, str] = {}
     for first in range(comm.rank * batch_size, len(prompts), comm.world_size * batch_size):
         batch = prompts[first : first + batch_size]
@@ -267,17 +265,11 @@ def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Communi
     return [everyone[i] for i in range(len(prompts))]
 
 
-def _prompt(task: GymTask, question: str, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """Builds the token ids of the examples and a question: in the chat template, or else as plain paragraphs."""
-    if not tokenizer.chat_template:
+def _messages(task: GymTask, question: str, templated: bool) -> list[Message]:
+    """Returns the examples and a question: as turns for a chat template, or else as plain paragraphs."""
+    if not templated:
         shown = [f"{entry['question']}\n{entry['answer']}\n\n" for entry in task.examples]
-        return tokenizer("".join([*shown, f"{question}\n"]))["input_ids"]
-    turns = [
-        {"role": role, "content": entry[key]}
-        for entry in task.examples
-        for role, key in (("user", "question"), ("assistant", "answer"))
-    ]
-    chat: Any = [*turns, {"role": "user", "content": question}]
-    with rendering(f"--tasks {task.name}", tokenizer.name_or_path, chat):
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    return tokenizer(str(text), add_special_tokens=False)["input_ids"]
+        return [{"role": "user", "content": "".join([*shown, f"{question}\n"])}]
+    parts = (("user", "question"), ("assistant", "answer"))
+    turns = [{"role": role, "content": entry[key]} for entry in task.examples for role, key in parts]
+    return [*turns, {"role": "user", "content": question}]
