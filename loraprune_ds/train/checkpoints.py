@@ -117,16 +117,16 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     return engine
 
 
-def save_checkpoint(
-    context: RunContext, engine: TrainingEngine, pruner: Pruner, step: int, totals: layout.RunTotals
-) -> None:
+def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner, step: int) -> None:
     """Publishes `step-{step}`, then removes files that no later start needs. Collective."""
     root, config, prepared = context.folder / layout.CHECKPOINTS_FOLDER, context.config, context.prepared
-    model = engine.model
+    model, history = engine.model, context.recorder.history
     earlier = context.checkpoint and context.checkpoint.state
+    here = [e.perplexity for e in history.evaluations if e.step == step and e.name != "dense"]
     state = layout.RunState(
         step=step,
-        totals=totals,
+        # On rank 0, which writes them. Only its history has the records from before a resume.
+        totals=layout.RunTotals(sum(s.tokens for s in history.steps), history.perplexity("dense"), *here[-1:]),
         kept=keep_to_lists(pruner.kept_of_dense, model.shape.kinds),
         source=str(prepared.pretrained.folder.resolve()),
         config=config.to_dict(),

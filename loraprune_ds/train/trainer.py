@@ -2,13 +2,11 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.layout import RunTotals
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.logits import Distillation
@@ -144,7 +142,6 @@ class TrainingLoop:
             checkpoint.restore_pruner(pruner)
         samples, order, requests = prepared.samples, prepared.order, context.requests
         self._trainer = Trainer(engine, pruner, samples, order, config, requests.current, teacher)
-        self._totals = checkpoint.state.totals if checkpoint else RunTotals()
 
     def run(self) -> bool:
         """Makes all remaining steps. Returns False after a request to stop, which saves a checkpoint."""
@@ -155,7 +152,7 @@ class TrainingLoop:
             request = self._trainer.requested
             every = self.config.checkpoint.every or self.prepared.pruning.steps
             if request != NOTHING or step % every == 0 or step == self._schedule.section(step).last:
-                save_checkpoint(self._context, self._trainer.engine, self._trainer.pruner, step, self._totals)
+                save_checkpoint(self._context, self._trainer.engine, self._trainer.pruner, step)
             self.status.update(step)
             self._context.requests.clear(request)
             if request == STOP:
@@ -172,7 +169,6 @@ class TrainingLoop:
     def _step(self, step: int) -> None:
         record = self._trainer.step(step)
         self.recorder.write(record)
-        self._totals = replace(self._totals, tokens=self._totals.tokens + record.tokens, perplexity=None)
         if cut := self._trainer.cut(step):
             self.recorder.write(cut)
         every = self.config.evaluate.every
@@ -185,10 +181,7 @@ class TrainingLoop:
 
     def _evaluate(self, step: int, name: EvaluationName) -> None:
         batches, comm, infer = self.prepared.held_out, self._context.comm, self._trainer.engine.infer
-        record = measure_held_out(infer, batches, comm, step=step, name=name)
-        self.recorder.write(record)
-        measured = "perplexity_dense" if name == "dense" else "perplexity"
-        self._totals = replace(self._totals, **{measured: record.perplexity})
+        self.recorder.write(measure_held_out(infer, batches, comm, step=step, name=name))
 
 
 def measure_held_out(
