@@ -25,7 +25,7 @@ answers.
 import argparse
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,7 +111,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     tasks = settings.TaskSettings(names, *how) if names else None
     rounds = {field.name: getattr(arguments, field.name) for field in ROUND if hasattr(arguments, field.name)}
     speed = settings.SpeedSettings(**rounds) if arguments.speed else None
-    measured = {"tasks": tasks, "answers": answer_settings(arguments), "speed": speed}
+    given = {name: getattr(arguments, name) for name in ("window", "max_windows", "dtype", "batch_size", "sharded")}
+    chosen = settings.EvaluationSettings(**given, tasks=tasks, answers=answer_settings(arguments), speed=speed)
     if not arguments.verbose:  # progress bars stay on a terminal
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if not sys.stderr.isatty():
@@ -136,17 +137,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with comm.patient() as waiting:
         waiting.all_or_raise(lambda: list(map(find_model, models)) if is_first else None)
         waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
-    chosen = comm.all_or_raise(
-        lambda: settings.EvaluationSettings(
-            arguments.window,
-            arguments.max_windows,
-            text=read_evaluation_text(arguments),
-            dtype=arguments.dtype,
-            batch_size=arguments.batch_size,
-            sharded=arguments.sharded,
-            **measured,
-        )
-    )
+    chosen = replace(chosen, text=comm.all_or_raise(lambda: read_evaluation_text(arguments)))
     bar = partial(tqdm, unit="batch", leave=False, disable=None if comm.rank == 0 else True)  # None: on a terminal
     measurements = evaluate(models, chosen, comm, bar)
     provenance = {"versions": versions(), "hardware": hardware(device_name())}

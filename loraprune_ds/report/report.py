@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -80,7 +80,7 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
             "linear_asked_fraction": outcome.schedule.ratio,
         },
         "target": describe_target(outcome.schedule.config, dense, pruned),
-        "shelf": _shelf(dense, history, sizes),
+        "shelf": [*_shelf(dense, history, sizes)],
         "serving": _serving(pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
         "world_size": len(outcome.peak_bytes),
@@ -102,9 +102,8 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
     }
 
 
-def _shelf(dense: ModelShape, history: records.History, sizes: dict[int, str]) -> list[dict[str, Any]]:
-    """Returns a row per size, in order. KV bytes are per token, in 16 bits."""
-    rows = list[dict[str, Any]]()
+def _shelf(dense: ModelShape, history: records.History, sizes: dict[int, str]) -> Iterator[dict[str, Any]]:
+    """Yields a row per size, in order. KV bytes are per token, in 16 bits."""
     for step, size in sizes.items():
         cuts = [cut for cut in history.cuts if cut.step <= step]
         shape = dense  # there is no cut if no group could leave
@@ -113,19 +112,16 @@ def _shelf(dense: ModelShape, history: records.History, sizes: dict[int, str]) -
             shape = dense.resized([LayerCounts(zip(dense.kinds, counts, strict=True)) for counts in layers])
         name = "pruned" if step == max(sizes) else "size"
         measured = [e for e in history.evaluations if e.step == step and e.name == name]
-        rows.append(
-            {
-                "size": size,
-                "folder": records.export_folder(sizes, step),
-                "step": step,
-                "tokens": sum(s.tokens for s in history.steps if s.step <= step),
-                "parameters": shape.total_numel(),
-                "removed_fraction": 1 - shape.total_numel() / dense.total_numel(),
-                "kv_bytes_per_token": 2 * cached_numel(shape),
-                "perplexity": measured[-1].perplexity if measured else None,
-            }
-        )
-    return rows
+        yield {
+            "size": size,
+            "folder": records.export_folder(sizes, step),
+            "step": step,
+            "tokens": sum(s.tokens for s in history.steps if s.step <= step),
+            "parameters": shape.total_numel(),
+            "removed_fraction": 1 - shape.total_numel() / dense.total_numel(),
+            "kv_bytes_per_token": 2 * cached_numel(shape),
+            "perplexity": measured[-1].perplexity if measured else None,
+        }
 
 
 def _serving(pruned: ModelShape) -> dict[str, list[int]]:

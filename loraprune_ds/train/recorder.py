@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import TextIO
@@ -33,21 +32,13 @@ class ProgressDisplay(records.Sink):
     Args:
         steps: of the whole run.
         first: steps done before a resume.
-        stream: default standard error. A terminal gets a live line, any other stream plain lines.
+        stream: None: standard error. A terminal gets a live line, any other stream plain lines.
         every_seconds: least time between two step lines outside of a terminal.
     """
 
-    def __init__(
-        self,
-        steps: int,
-        *,
-        first: int = 0,
-        stream: TextIO | None = None,
-        every_seconds: float = 5.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, steps: int, *, first: int = 0, stream: TextIO | None = None, every_seconds: float = 5.0) -> None:
         self.steps, self._stream = steps, sys.stderr if stream is None else stream
-        self._every_seconds, self._clock, self._started = every_seconds, clock, clock()
+        self._every_seconds, self._started = every_seconds, time.monotonic()
         self._last_line = -math.inf  # when it was shown
         self._latest = deque[float](maxlen=LATEST)  # seconds of each step with its cut
         self._is_warm = False
@@ -93,12 +84,12 @@ class ProgressDisplay(records.Sink):
         if self._bar is not None:
             self._bar.set_description_str(self._step_line(record), refresh=False)
             self._bar.update(record.step - self._bar.n)
-        elif self._clock() - self._last_line >= self._every_seconds or record.step == self.steps:
-            self._last_line = self._clock()
+        elif time.monotonic() - self._last_line >= self._every_seconds or record.step == self.steps:
+            self._last_line = time.monotonic()
             self.show(self._step_line(record))
 
     def _step_line(self, record: records.StepRecord) -> str:
-        clock = tqdm.format_interval(self._clock() - self._started)
+        clock = tqdm.format_interval(time.monotonic() - self._started)
         if self._latest:
             clock += f", {tqdm.format_interval((self.steps - record.step) * fmean(self._latest))} left"
         parts = [

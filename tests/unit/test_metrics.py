@@ -8,6 +8,7 @@ import pty
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -141,13 +142,14 @@ class Terminal(io.StringIO):
 def shown(stream: io.StringIO, steps: int) -> str:
     """Makes steps of 2 s and a cut after the first one."""
     now = 0.0
-    progress = ProgressDisplay(steps, stream=stream, every_seconds=5, clock=lambda: now)
-    for step in range(1, steps + 1):
-        now += 2
-        progress.write(step_record(step, seconds=2))
-        if step == 1:
-            progress.write(cut_record(1, before=2000, after=1000, reached=0.2))
-    progress.close()
+    with patch.object(recorder.time, "monotonic", lambda: now):
+        progress = ProgressDisplay(steps, stream=stream, every_seconds=5)
+        for step in range(1, steps + 1):
+            now += 2
+            progress.write(step_record(step, seconds=2))
+            if step == 1:
+                progress.write(cut_record(1, before=2000, after=1000, reached=0.2))
+        progress.close()
     return stream.getvalue()
 
 
@@ -184,7 +186,8 @@ def clock(line: str) -> str:
 
 def test_time_left_follows_the_latest_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "LATEST", 4)
-    shown = ProgressDisplay(100, stream=(stream := io.StringIO()), every_seconds=0, clock=lambda: 0.0)
+    monkeypatch.setattr(recorder.time, "monotonic", lambda: 0.0)
+    shown = ProgressDisplay(100, stream=(stream := io.StringIO()), every_seconds=0)
     left = []
     for step, seconds in enumerate([30, 4, 4, 4, 4, 1, 1, 1, 1], start=1):  # the first one is a warm-up
         shown.write(step_record(step, seconds=seconds))

@@ -44,19 +44,15 @@ def make_instruction(prompt: str, about: str, response: str) -> Instruction:
 
 
 def pack_documents(
-    documents: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    window: int,
-    max_samples: int | None,
-    start: int | None,
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, window: int, max_samples: int | None, start: int | None
 ) -> Samples:
-    """Concatenates all documents, with the tokenizer's EOS between them, and splits them into windows.
+    """Concatenates all texts, with the tokenizer's EOS between them, and splits them into windows.
 
     An incomplete last window is dropped. `start` replaces each window's first id (`Starts.window`).
     """
     eos = eos_id(tokenizer)
     stream = array("i")
-    for batch in in_batches(document for document in documents if document):
+    for batch in in_batches(text for text in texts if text):
         for ids in token_ids(batch, tokenizer, special=True):
             if stream and eos is not None and stream[-1] != eos:  # some tokenizers add EOS
                 stream.append(eos)
