@@ -9,7 +9,7 @@ was measured with --dense, or on a run.
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
@@ -88,12 +88,12 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def read_results(paths: Sequence[Path]) -> list[ComparedModel]:
     """Reads all results and sorts them by text, then by size."""
-    models = [model for path in paths for model in (_read_run(path) if path.is_dir() else [_read_evaluation(path)])]
+    models = [model for path in paths for model in (_read_run if path.is_dir() else _read_evaluation)(path)]
     return sorted(models, key=lambda model: (model.text, model.removed_fraction or 0.0, model.name))
 
 
-def _read_run(folder: Path) -> list[ComparedModel]:
-    """Reads a run, or each size of its shelf."""
+def _read_run(folder: Path) -> Iterator[ComparedModel]:
+    """Reads a run, and each size of its shelf."""
     if (status := read_status(folder)) is None:
         raise UserError(f"{folder / STATUS_FILE} does not exist")
     require(status.state == "finished", f"{folder} holds an unfinished run ({status})")
@@ -106,13 +106,12 @@ def _read_run(folder: Path) -> list[ComparedModel]:
         measured = _tasks_and_answers(after, after.get("dense"))
         measured |= _value("perplexity", perplexity["pruned"], perplexity["dense"], text)
         method = describe_method(report)
-        models = [ComparedModel(folder.name, method, params["pruned"], params["removed_fraction"], measured)]
+        yield ComparedModel(folder.name, method, params["pruned"], params["removed_fraction"], measured)
         for row in report["shelf"][:-1]:  # the last one is the run's model
             of_size = _value("perplexity", row["perplexity"], perplexity["dense"], text)
             of_size |= _tasks_and_answers(row.get("after") or {}, None)
             name = f"{folder.name}/{row['folder']}"
-            models.append(ComparedModel(name, method, row["parameters"], row["removed_fraction"], of_size))
-        return models
+            yield ComparedModel(name, method, row["parameters"], row["removed_fraction"], of_size)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of another version: {error!r}") from None
 
@@ -129,7 +128,7 @@ def _held_out(data: dict[str, Any]) -> str:
     return f"a held-out {100 * data['held_out_fraction']:g} % of {' + '.join(names)}"
 
 
-def _read_evaluation(path: Path) -> ComparedModel:
+def _read_evaluation(path: Path) -> Iterator[ComparedModel]:
     result = read_json(path)
     try:
         text, dense = result["text"], result["dense"]
@@ -139,7 +138,7 @@ def _read_evaluation(path: Path) -> ComparedModel:
             basis = _describe(name, result["protocol"], result["dtype"])
             measured |= _value("perplexity", result["perplexity"], dense["perplexity"] if dense else None, basis)
         size = result["cost"]["parameters"]
-        return ComparedModel(path.stem, result["method"], size, result["removed_fraction"], measured)
+        yield ComparedModel(path.stem, result["method"], size, result["removed_fraction"], measured)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a result of launch/evaluate.py --json: {error!r}") from None
 

@@ -1,7 +1,7 @@
 """Prepares a run, and finds every error in its input before any long work."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -144,38 +144,35 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
         require(fits, f"{key} {window} is longer than the model's {positions} positions")
 
 
-def describe_run(prepared: Prepared, world_size: int) -> str:
-    """Describes the model, the ranks and the cuts of a run, in two or three lines."""
+def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
+    """Yields lines about the model, the ranks and the cuts of a run, and what a user may not expect."""
     config, dense, pruning = prepared.config, prepared.pretrained.shape, prepared.pruning
     where = "in one process" if config.deepspeed is None else f"on {world_size} rank{'s' * (world_size > 1)}"
-    lines = [
-        f"{model_name(config.model)}: {format_count(dense.total_numel())} parameters, {describe_dtype(config.model)}, "
-        f"{where} ({device_name()})",
-        f"{pruning.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens, "
-        f"{len(pruning.cut_steps)} cuts to {format_percent(pruning.ratio)} of the decoder layers' "
-        "linear parameters",
-        config.recipe,
-    ]
+    count, dtype = format_count(dense.total_numel()), describe_dtype(config.model)
+    yield f"{model_name(config.model)}: {count} parameters, {dtype}, {where} ({device_name()})"
+    steps = f"{pruning.steps} steps of {config.train.global_batch_size} x {config.data.window} tokens"
+    ratio = format_percent(pruning.ratio)
+    yield f"{steps}, {len(pruning.cut_steps)} cuts to {ratio} of the decoder layers' linear parameters"
+    yield config.recipe
     if ends := pruning.ends():
         sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
-        lines.append(f"keeps a checkpoint of each size, and exports all at the end: {sizes}")
+        yield f"keeps a checkpoint of each size, and exports all at the end: {sizes}"
     if attention := describe_attention(config.model.attn_implementation, dense.family):
-        lines.append(attention)
+        yield attention
     changed = dense.family.changed_in_memory(config_object(prepared.pretrained.config))
-    lines += [f"config.json's {name} {value} is {dense.family.in_memory[name]} here" for name, value in changed.items()]
+    for name, value in changed.items():
+        yield f"config.json's {name} {value} is {dense.family.in_memory[name]} here"
     if prepared.pretrained.tower:
-        lines.append("only the text part is tuned and cut. The vision tower is copied, so layers must stay of one size")
+        yield "only the text part is tuned and cut. The vision tower is copied, so layers must stay of one size"
     if prepared.pretrained.config.get(NEXT_TOKENS):
         gone = f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0"
-        lines.append(f"{gone}. launch/export.py --mtp keeps them, cut to fit")
+        yield f"{gone}. launch/export.py --mtp keeps them, cut to fit"
     if dense.mixture and config.prune.compensate != "none":
-        refit = f"prune.compensate: {config.prune.compensate}"
-        lines.append(f"{refit} refits o_proj. Removed experts cannot be compensated")
+        yield f"prune.compensate: {config.prune.compensate} refits o_proj. Removed experts cannot be compensated"
     if config.train.distill_weight and config.model.adapter:
-        lines.append("the teacher is model.path without model.adapter; merge the adapter first to keep it")
+        yield "the teacher is model.path without model.adapter; merge the adapter first to keep it"
     if left_out := prepared.samples.left_out:
         such = f"such as {prepared.samples.first_left_out}"
-        lines.append(f"{left_out:,} rows have no answer in data.window {config.data.window}, {such}; they are left out")
+        yield f"{left_out:,} rows have no answer in data.window {config.data.window}, {such}; they are left out"
     if world_size == 1 and config.deepspeed is not None:
-        lines.append("world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)")
-    return "\n".join(lines)
+        yield "world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)"

@@ -67,9 +67,8 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     comm.on_rank_0(open_output)
     output.check_shared(comm)
     with _open_context(prepared, checkpoint, comm) as context:
-        for line in warnings:
+        for line in (*warnings, *describe_run(prepared, comm.world_size)):
             context.recorder.show(line)
-        context.recorder.show(describe_run(prepared, comm.world_size))
         finished = _train(context) and export_models(context)
         error = measure_model(context) if finished else None
         context.check_owner()
