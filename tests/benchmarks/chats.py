@@ -11,7 +11,6 @@ Results: results/chats.json, a row per arm and seed. An interrupted command goes
 
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from loraprune_ds.evaluate.settings import read_prompts
 from loraprune_ds.files import read_json, write_text
 from loraprune_ds.model.sources import embedded_model_dir, embedded_text
 from loraprune_ds.model.tokenizer import load_tokenizer
-from tests.benchmarks.running import RESULTS, ROOT, add_to, cpu_environment, make_parser, run_base
+from tests.benchmarks.running import RESULTS, ROOT, add_to, evaluated, make_parser, run_base
 
 RESULT = RESULTS / "chats.json"
 PROMPTS = {"shipped": "default", "other": "tests/benchmarks/other_prompts.jsonl"}
@@ -161,12 +160,6 @@ def written(model: str, prompts: str) -> dict[str, Any]:
     means = {key: greedy[key] for key in ("ended", "repetition", "empty", "tokens", "dense_perplexity", "by_kind")}
     means["median_tokens"] = statistics.median(answer["tokens"] for answer in texts)
     return means | {"texts": [answer["text"] for answer in texts]}
-
-
-def evaluated(model: str, *options: str) -> dict[str, Any]:
-    command = [sys.executable, "launch/evaluate.py", model, *options, "--json"]
-    answer = subprocess.run(command, cwd=ROOT, check=True, env=cpu_environment(), stdout=subprocess.PIPE, text=True)
-    return json.loads(answer.stdout)
 
 
 if __name__ == "__main__":

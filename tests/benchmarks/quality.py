@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from loraprune_ds.report.pictures import BLUE, GREEN, ORANGE, PURPLE, TEXT, VERM
 from loraprune_ds.report.records import read_history
 from tests.benchmarks.expanded import expanded_model
 from tests.benchmarks.quality_settings import GONE, GROUPS, SETTINGS, Setting, select
-from tests.benchmarks.running import RESULTS, ROOT, cpu_environment, make_parser, run_base
+from tests.benchmarks.running import RESULTS, ROOT, evaluated, make_parser, run_base
 
 WINDOWS, VALIDATION_WINDOWS = 160, 64
 DENSE = "dense.json"
@@ -163,12 +162,6 @@ def writing(model: str) -> dict[str, float]:
     closeness = {key: answers["closeness"][key] for key in ("agreement", "overlap")}
     tasks = evaluated(model, "--tasks", "reasoning_gym")["tasks"]
     return greedy | closeness | {"exact_match": mean_metric(tasks, "exact_match") or 0.0}
-
-
-def evaluated(model: str, *options: str) -> dict[str, Any]:
-    command = [sys.executable, "launch/evaluate.py", model, *options, "--json"]
-    answer = subprocess.run(command, cwd=ROOT, check=True, env=cpu_environment(), stdout=subprocess.PIPE, text=True)
-    return json.loads(answer.stdout)
 
 
 def publish(work: Path) -> None:

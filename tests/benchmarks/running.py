@@ -1,6 +1,7 @@
 """Starts scripts and runs on CPU ranks, and writes results."""
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -38,6 +39,13 @@ def run_base(ranks: int, settings: Iterable[str], *arguments: str, peer: str = "
     changes = [word for setting in settings for word in ("--set", setting)]
     command = [*on_ranks(ranks), *script, "--config", "tests/benchmarks/base.yaml", *arguments, *changes]
     subprocess.run(command, check=True, cwd=ROOT, env=cpu_environment(), **options)
+
+
+def evaluated(model: str, *options: str) -> dict[str, Any]:
+    """Returns the object that launch/evaluate.py prints."""
+    command = [sys.executable, "launch/evaluate.py", model, *options, "--json"]
+    answer = subprocess.run(command, cwd=ROOT, check=True, env=cpu_environment(), stdout=subprocess.PIPE, text=True)
+    return json.loads(answer.stdout)
 
 
 def train_for(seconds: float, model: Any, loss_of_step: Callable[[], Any], rate: float, decay: float) -> None:

@@ -1,6 +1,5 @@
 """Starts scripts as users do, by a launcher. Many short starts use ranks forked after the imports."""
 
-import json
 import multiprocessing
 import os
 import runpy
@@ -16,6 +15,8 @@ from pydoc_data.topics import topics
 from typing import Any, Literal, TypeVar, cast
 
 import yaml
+
+from loraprune_ds.files import read_json
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "launch" / "run.py"
@@ -191,15 +192,3 @@ def step_of(out: Path) -> int:
     """Returns the optimizer steps done, by status.json, or -1 before there is one."""
     path = out / "status.json"
     return read_json(path)["step"] if path.exists() else -1
-
-
-def process_state(pid: int) -> str:
-    """Returns the letter of /proc, or "" once the process is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

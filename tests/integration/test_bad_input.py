@@ -32,11 +32,9 @@ class Wrong:
 MODEL, DS = "model.path={here}/model", "deepspeed={here}/ds.json"
 # Unit tests have more.
 WRONG = (
-    Wrong("unknown key", "prune.rato=0.5", ("prune.rato", "ratio")),
     Wrong("no such model", "model.path={here}/model", ("model.path",)),
     Wrong("model on no hub", "model.path=nobody/nothing", ("model.path", "nobody/nothing", "hub")),
     Wrong("no tokenizer", MODEL, ("tokenizer",), copy_of_model(bad_input.drop_tokenizer)),
-    Wrong("no data", "data.path={here}/text.txt", ("data.path",)),
     Wrong("text too short", "data.path={here}/short.txt", ("short.txt", "4"), file_at("short.txt", "Few words. " * 12)),
     Wrong("ranks, no download", "train.global_batch_size=6 model.path=nobody/nothing", ("2 ranks",), ranks=2),
     Wrong("LoRA rank", "lora.r=4096", ("lora.r 4096", "hidden_size 32")),
@@ -67,13 +65,8 @@ def test_wrong_input_is_one_line_before_anything_is_written(wrong: Wrong, materi
     assert sorted(here.rglob("*")) == before
 
 
-@pytest.mark.parametrize("given", ["", "--config {good} --set prune.ratio", "--config {here}", "--config {good}"])
-def test_wrong_arguments(given: str, material: Path, tmp_path: Path) -> None:
-    named = {"": "--config", "--config {good}": "output_dir", "--config {here}": str(tmp_path)}.get(
-        given, "prune.ratio"
-    )
-    (ended,) = fork_ranks(given.format(good=material / "run.yaml", here=tmp_path).split(), tmp_path)
-    assert_refused(ended, named)
+def test_a_config_must_be_named(tmp_path: Path) -> None:
+    assert_refused(fork_ranks([], tmp_path)[0], "--config")
 
 
 def test_a_python_without_the_package_is_told_as_such() -> None:

@@ -58,7 +58,3 @@ def test_the_step_of_a_size_is_exported(folder: Path, tmp_path: Path, form: str)
     export(find_source(step), form, model)
     exported = open_pretrained(model / "base" if form == "adapter" else model)
     assert exported.shape.total_numel() == EXPECTED["sizes"]["model-0.2"]
-
-
-def test_it_is_small() -> None:
-    assert sum(path.stat().st_size for path in KEPT.rglob("*") if path.is_file()) < 200_000

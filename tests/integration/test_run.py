@@ -170,6 +170,7 @@ def test_metrics_and_tensorboard_tell_the_same_story(run: Run) -> None:
     events.Reload()
     curve = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert curve == [(step["step"], pytest.approx(step["loss"], rel=1e-6)) for step in steps]
+    assert [event.step for event in events.Scalars("cut/reached")] == CUTS
     assert events.Scalars("perplexity/pruned")[-1].value == pytest.approx(named["pruned"], rel=1e-6)
     assert f"weight_bytes/rank_{run.case.ranks - 1}" in events.Tags()["scalars"]
 

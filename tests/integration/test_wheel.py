@@ -10,6 +10,7 @@ from zipfile import ZipFile
 
 import pytest
 
+from loraprune_ds.arguments import COMMANDS
 from tests.integration.bad_input import assert_refused
 from tests.integration.launching import ROOT, Ended, read_json, run_to_end, write_text
 
@@ -44,9 +45,6 @@ def install_wheel(wheel: Path, environment: Path) -> Path:
 def run_outside(*command: str, cwd: Path, timeout: float = 300) -> Ended:
     """Runs a command that finds nothing of this checkout."""
     return run_to_end(command, cwd=cwd, environment={"PYTHONPATH": ""}, timeout=timeout)
-
-
-COMMANDS = ("run", "plan", "evaluate", "export", "compare")
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,7 @@ def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
         message = refused(load, tmp_path, f"{key}:\n")
         assert message.startswith(f"unknown key {key}; known keys there: output_dir, seed, ")
     must_name("output_dir", load, tmp_path, "seed: 1")
+    must_name(str(tmp_path), load_config, tmp_path)  # a folder
 
 
 # --set
