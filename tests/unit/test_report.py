@@ -30,18 +30,10 @@ def report_of(history: History, resumed_from: tuple[int, ...] = (), pruned: Mode
     return make_report(Outcome(config, history, SCHEDULE, pruned, [], list(resumed_from), "cpu", [11, 12]), {})
 
 
-def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
-    write_json(tmp_path / "report.json", report_of(small_run(), resumed_from=(5,)))
-    report = read_json(tmp_path / "report.json")
-    # By hand: embedding and head 2·50·64, norms 64·(2·3 + 1); a head 8·64·(2 + 1 + 1 + 2), a channel 3·64.
-    dense = 6400 + 448 + 3 * (4 * 3072 + 96 * 192)
-    pruned = dense - 3 * 3072 - (56 + 46) * 192
-    params = report["params"]
-    assert params["linear_asked_fraction"] == 0.375
+def test_a_report_has_what_a_run_of_one_start_does_not_show(tmp_path: Path) -> None:
+    report = report_of(small_run(), resumed_from=(5,))
+    assert report["params"]["linear_asked_fraction"] == 0.375
     assert "(asked 37.5 %)" in summary_table(report, tmp_path)
-    assert (params["dense"], params["pruned"], params["removed_fraction"]) == (dense, pruned, 1 - pruned / dense)
-    assert report["perplexity"] == {"dense": 51.59, "after_last_cut": 103.2, "pruned": 74.23}
-    assert (report["world_size"], report["steps"], report["seed"]) == (2, 10, 7)
     assert report["resumed_from"] == [5]
     assert report["peak_memory_bytes"] == [11, 12]
     assert report["prune_steps"][1] == {
@@ -54,11 +46,9 @@ def test_report_has_every_key_that_is_promised(tmp_path: Path) -> None:
         "weight_bytes_before": [101_200_000, 101_199_900],
         "weight_bytes_after": [90_000_000, 89_999_900],
     }
-    assert {"torch", "deepspeed", "transformers", "peft", "python", "loraprune_ds", "commit"} <= set(report["versions"])
     # PyPI's metadata leaves out the build, which torch names itself: 2.13.0 and 2.13.0+cu130.
     assert report["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert report["hardware"]["accelerator"] == "cpu"
-    assert report["config"]["prune"]["ratio"] == 0.5
     assert report["resident_bytes"] == {
         "before": [4_999_999_996, 5_099_999_996],  # of the last step before the first cut
         "after": [4_999_999_990, 5_099_999_990],
