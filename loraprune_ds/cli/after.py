@@ -46,7 +46,7 @@ def check_prompts(
         from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, read_prompts
 
         prompts, limits = read_prompts(DEFAULT_PROMPTS), (config.model.path, positions, vocab_size)
-        encode_prompts(prompts, tokenizer, *limits, option="evaluate.after")
+        encode_prompts(prompts, tokenizer, limits, "evaluate.after")
 
 
 def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object]) -> None:

@@ -136,7 +136,7 @@ def join_ranks(*, sharded: bool, verbose: bool = False) -> "Communicator":
         job.silence_libraries()
     try:
         import loraprune_ds.train.run  # noqa: F401  # reports a missing package before other ranks wait
-        from loraprune_ds.train.engine import find_engines
+        from loraprune_ds.train.prepare import find_engines
 
         engines = find_engines(sharded)
     except ImportError as error:  # or DeepSpeed lacks a private module

@@ -29,6 +29,7 @@ from loraprune_ds.model.tokenizer import check_ids, rendering
 
 AT_ONCE = 32  # answers that are written together
 GRAM = 4
+Limits = tuple[str, int | None, int]  # of a model: its path, the most tokens that it reads, its vocab_size
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,14 @@ class Generation:
 
 
 def encode_prompts(
-    settings: AnswerSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    path: str,
-    most: int | None,
-    vocab_size: int,
-    option: str = "--answers",
-    **of_template: Any,
+    settings: AnswerSettings, tokenizer: PreTrainedTokenizerBase, limits: Limits, option: str, **of_template: Any
 ) -> list[Ids]:
-    """Returns the ids of each prompt: by the chat template of the model `path`, or as plain text if it has none."""
+    """Returns the ids of each prompt: by the model's chat template, or as plain text if it has none.
+
+    Raises:
+        UserError: the template refuses a prompt, or the model cannot read it. The line names `option`, file and row.
+    """
+    path, most, vocab_size = limits
     encoded: list[Ids] = []
     of_template |= {"add_generation_prompt": True, "return_dict": True}
     for prompt in settings.prompts:

@@ -143,7 +143,7 @@ class Drawer:
         """Returns the ids of prompts, without thinking where the template has that."""
         config, vocab_size = self.source.pretrained.config, self.source.pretrained.shape.vocab_size
         limits = self.options.model, config.get("max_position_embeddings"), vocab_size
-        return encode_prompts(settings, self.tokenizer, *limits, option, enable_thinking=False)
+        return encode_prompts(settings, self.tokenizer, limits, option, enable_thinking=False)
 
     def _prefixes(self, numbers: Sequence[int]) -> list[Ids]:
         """Returns the first ids of lines of the user's text, or BOS or EOS without a text."""

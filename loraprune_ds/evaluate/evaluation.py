@@ -142,7 +142,8 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
 
         check_dtype(dtype)
         require(not source.adapter, f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
-    most, vocab_size = source.pretrained.config.get("max_position_embeddings"), source.pretrained.shape.vocab_size
+    limits = path, source.pretrained.config.get("max_position_embeddings"), source.pretrained.shape.vocab_size
+    _, most, vocab_size = limits
     lengths = [settings.window] if settings.text else []
     if settings.speed:
         lengths.append(settings.speed.prompt + settings.speed.generated)
@@ -153,9 +154,9 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     starts = text_starts(tokenizer, source.pretrained.shape.family, source.pretrained.config)
     batches, size = list[Labelled](), settings.actual_batch_size
     if text := settings.text:
-        window, most = settings.window, settings.max_windows
-        batches = split_batches(text.text, tokenizer, window, most, starts, size, vocab_size)
-    prompts = encode_prompts(settings.answers, tokenizer, path, most, vocab_size) if settings.answers else []
+        how = settings.window, settings.max_windows
+        batches = split_batches(text.text, tokenizer, *how, starts, size, vocab_size)
+    prompts = encode_prompts(settings.answers, tokenizer, limits, "--answers") if settings.answers else []
     return PreparedModel(source, dtype, tokenizer, starts, batches, prompts)
 
 

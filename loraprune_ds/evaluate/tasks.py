@@ -254,7 +254,7 @@ def greedy_answers(task: GymTask, writer: Writer, batch_size: int, comm: Communi
     settings = AnswerSettings(task.name, task.digest, tuple(Prompt(*row) for row in enumerate(chats, 1)), most)
     embedding: Any = model.get_input_embeddings()
     limits = tokenizer.name_or_path, getattr(model.config, "max_position_embeddings", None), len(embedding.weight)
-    prompts = encode_prompts(settings, tokenizer, *limits, "--tasks", enable_thinking=False)
+    prompts = encode_prompts(settings, tokenizer, limits, "--tasks", enable_thinking=False)
     mine: dict[int, str] = {}
     for first in range(comm.rank * batch_size, len(prompts), comm.world_size * batch_size):
         batch = prompts[first : first + batch_size]

@@ -33,7 +33,6 @@ from loraprune_ds.report.reporters import check_installed
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import SampleOrder, Samples
 from loraprune_ds.train.data.sources import at_commits, resolve_commits
-from loraprune_ds.train.engine import find_engines
 from loraprune_ds.units import format_count, format_percent
 from loraprune_ds.zero.ds_config import resolve_ds_config
 
@@ -77,6 +76,15 @@ def prepare(
     same = "model.path and data.path must be the same everywhere"
     require(rank is None, f"rank {rank} reads another model or other training data than rank 0; {same}")
     return prepared
+
+
+def find_engines(sharded: bool) -> ModuleType:
+    """Returns zero/engine.py, or local/engine.py, which needs no DeepSpeed. They have the same functions."""
+    if sharded:
+        from loraprune_ds.zero import engine
+    else:
+        from loraprune_ds.local import engine
+    return engine
 
 
 def _check_before_download(config: RunConfig, world_size: int) -> None:

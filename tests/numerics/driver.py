@@ -27,7 +27,7 @@ from loraprune_ds.pruning.training import MOMENTS, collect_shards
 from loraprune_ds.ranks.device import storage_bytes
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.train.data.samples import PADDING_ID, Samples, starts_of
-from loraprune_ds.train.engine import find_engines
+from loraprune_ds.train.prepare import find_engines
 from loraprune_ds.train.trainer import Trainer
 from loraprune_ds.zero.ds_config import resolve_ds_config
 from loraprune_ds.zero.engine import ShardedEngine

@@ -12,9 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from loraprune_ds.evaluate.answers import encode_prompts, measure_closeness, repetition, write_answers
+from loraprune_ds.evaluate.evaluation import prepare_models
 from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.result import answers_page
-from loraprune_ds.evaluate.settings import AnswerSettings, Prompt, read_prompts
+from loraprune_ds.evaluate.settings import AnswerSettings, EvaluationSettings, EvaluationText, Prompt, read_prompts
 from loraprune_ds.export.model_card import answers_section
 from loraprune_ds.model.logits import output_head
 from loraprune_ds.model.token_loss import IGNORE_INDEX
@@ -51,7 +52,7 @@ def load(folder: Path, settings: AnswerSettings, template: str | None = None) ->
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = template
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
-    return Writer(model, tokenizer, encode_prompts(settings, tokenizer, "MODEL", 512, 100))
+    return Writer(model, tokenizer, encode_prompts(settings, tokenizer, ("MODEL", 512, 100), "--answers"))
 
 
 # Prompts
@@ -89,7 +90,13 @@ def test_a_file_without_prompts_and_a_prompt_without_room_are_refused(tmp_path: 
     path = written(tmp_path, {"prompt": "a"}, {"prompt": "b" * 501})
     must_name("prompts.jsonl 2 MODEL 512 501 12", load, folders[0], read_prompts(path, max_new_tokens=12))
     prompts, tokenizer = read_prompts(written(tmp_path, {"prompt": "a"}, {"prompt": "é"})), make_tokenizer(259)
-    must_name("prompts.jsonl 2 vocab_size 100", encode_prompts, prompts, tokenizer, "MODEL", None, 100)
+    must_name("prompts.jsonl 2 vocab_size 100", encode_prompts, prompts, tokenizer, ("MODEL", None, 100), "--answers")
+
+
+def test_a_limit_of_windows_is_none_of_prompts(settings: AnswerSettings, folders: list[Path]) -> None:
+    asked = EvaluationSettings(8, 1, text=EvaluationText("a", None, "the end " * 9), answers=settings)
+    (found,) = prepare_models([str(folders[0])], asked)
+    assert (len(found.batches), len(found.prompts)) == (1, 6)
 
 
 def test_the_models_template_is_used_and_may_refuse(tmp_path: Path, folders: list[Path]) -> None:

@@ -228,7 +228,8 @@ def test_a_template_that_fails_or_never_ends_is_named_with_the_row(
     rows = [{"messages": TALKS[1]}] * 3 + [{"messages": [user("bad"), assistant("b")]}] + [{"messages": TALKS[1]}] * 9
     must_name(f"data.path row 4 chats.jsonl {error}", load, write_json(tmp_path / "chats.jsonl", rows), tokenizer)
     prompts = read_prompts(str(write_json(tmp_path / "prompts.jsonl", [{"prompt": "a"}, {"prompt": "bad"}])))
-    must_name(f"prompts.jsonl row 2 MODEL {error}", encode_prompts, prompts, tokenizer, "MODEL", None, 10**6)
+    limits = "MODEL", None, 10**6
+    must_name(f"prompts.jsonl row 2 MODEL {error}", encode_prompts, prompts, tokenizer, limits, "--answers")
 
 
 def test_a_template_may_lack_and_may_name_more_roles(tmp_path: Path) -> None:

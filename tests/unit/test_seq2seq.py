@@ -168,7 +168,7 @@ def test_answers_are_those_of_generate_and_compared_with_targets(tmp_path: Path)
     texts: list[Any] = [TOKENIZER.decode(ids[:-1] if ids[-1] == EOS else ids) for ids in alone]
     rows = [{"source": x, "target": y} for x, y in zip(sources, [texts[0], "nothing", texts[2] + " w1"], strict=True)]
     settings = read_prompts(str(write_json(tmp_path / "prompts.jsonl", rows)), max_new_tokens=5)
-    prompts = encode_prompts(settings, TOKENIZER, "MODEL", None, 100)
+    prompts = encode_prompts(settings, TOKENIZER, ("MODEL", None, 100), "--answers")
     made, _ = write_answers([Writer(x, TOKENIZER, prompts, START) for x in (model, dense)], settings)
     assert [one.text for one in made.greedy.texts] == texts
     assert made.greedy.exact_match == pytest.approx(1 / 3)

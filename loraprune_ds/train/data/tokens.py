@@ -206,14 +206,8 @@ class ChatTemplate:
     def tokenize(self, marked: Iterable[Marked]) -> Iterator[TokenizedRow]:
         """Makes ids and labels from the results of `mark`. A token is learnt if any of its characters is in a span."""
         for batch in in_batches(marked):
-            texts, spans = zip(*batch, strict=True)
-            encoded: Any = self._tokenizer(
-                list(texts),
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_offsets_mapping=True,
-                verbose=False,
-            )
+            texts, spans = map(list, zip(*batch, strict=True))
+            encoded: Any = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             for ids, offsets, learnt in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
                 yield ids, mask_outside(ids, offsets, learnt)
 
