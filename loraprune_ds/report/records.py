@@ -117,8 +117,7 @@ READERS: dict[str, TypeAdapter[Record]] = {kind: TypeAdapter(record) for record,
 class Sink:
     """Takes records, for example metrics.jsonl. Some sinks show pictures, too."""
 
-    def write(self, record: Record) -> None:
-        raise NotImplementedError
+    def write(self, record: Record) -> None: ...
 
     def picture(self, path: Path) -> None: ...
 
@@ -227,11 +226,6 @@ def read_history(path: Path, last_step: int | None = None) -> History:
 def export_folder(sizes: Mapping[int, str], step: int) -> str:
     """Names the folder of the model that a run exports after a step. `sizes`: last step -> name."""
     return MODEL_FOLDER if step == max(sizes) else f"{MODEL_FOLDER}-{sizes[step].replace(' ', '')}"
-
-
-def exported_sizes(folder: Path, sizes: Mapping[int, str]) -> dict[int, str]:
-    """Returns the sizes whose models are in a run's folder, and the last one, which is the run's own model."""
-    return {n: size for n, size in sizes.items() if n == max(sizes) or (folder / export_folder(sizes, n)).is_dir()}
 
 
 def describe_method(report: dict[str, Any]) -> str:

@@ -43,20 +43,19 @@ class Outcome:
     accelerator: str  # the name of the ranks' device
     peak_bytes: list[int]  # of each rank
 
-    @property
-    def dense(self) -> ModelShape:
-        return self.schedule.limits.dense
-
 
 def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     """Writes report, kept groups and pictures, and returns the pictures."""
     pictures = [folder / records.TRAINING_PICTURE, folder / records.KEPT_GROUPS_PICTURE]
-    write_kept_groups(folder, outcome.kept_of_dense, outcome.dense)
-    report = make_report(outcome, records.exported_sizes(folder, outcome.schedule.ends()))
+    dense, ends = outcome.schedule.limits.dense, outcome.schedule.ends()
+    write_kept_groups(folder, outcome.kept_of_dense, dense)
+    # The last size is the run's own model.
+    made = {n: size for n, size in ends.items() if n == max(ends) or (folder / records.export_folder(ends, n)).is_dir()}
+    report = make_report(outcome, made)
     write_json(folder / records.REPORT_FILE, report)
     fail_point("finish.reported")
     draw_training(pictures[0], outcome.history)
-    draw_kept_groups(pictures[1], outcome.dense, outcome.kept_of_dense)
+    draw_kept_groups(pictures[1], dense, outcome.kept_of_dense)
     if shelf := report["shelf"]:
         pictures.append(folder / records.SHELF_PICTURE)
         draw_shelf(pictures[-1], shelf, report["perplexity"]["dense"])
@@ -65,8 +64,8 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
 
 def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
     """Makes the content of report.json. `sizes`: last step -> name of each of `prune.sizes` that was exported."""
-    history, dense, pruned, resumed_from = outcome.history, outcome.dense, outcome.pruned, outcome.resumed_from
-    steps, cuts = history.steps, history.cuts
+    dense, pruned, resumed_from = outcome.schedule.limits.dense, outcome.pruned, outcome.resumed_from
+    history, steps, cuts = outcome.history, outcome.history.steps, outcome.history.cuts
     steps_before = [s for s in steps if not cuts or s.step <= cuts[0].step]
     steps_after = [s for s in steps if cuts and s.step > cuts[-1].step]
     before, after = next(reversed(steps_before), None), steps[-1] if steps and cuts else None

@@ -1,6 +1,7 @@
 """Saves and resumes a run, with the state that its parts share. Connects the checkpoint format with the trainer."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from loraprune_ds.checkpoint import layout
@@ -61,10 +62,7 @@ def find_checkpoint(
     `warnings` gets a line for each unusable checkpoint. Raises UserError if a given path has no usable one of this run.
     """
     config, path = output.config, output.resume_path
-
-    def open_step(folder: Path) -> TrainingCheckpoint:
-        return open_checkpoint(folder, comm, dense, resume=True)
-
+    open_step = partial(open_checkpoint, ranks=comm, dense=dense, resume=True)
     # A step's folder, even if it lost its state. A run may have any name, even step-1.
     if path is not None and ((path / layout.STATE_FILE).is_file() or path.parent.name == layout.CHECKPOINTS_FOLDER):
         checkpoint = open_step(path)
