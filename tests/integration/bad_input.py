@@ -4,9 +4,6 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from tests.integration.launching import Ended, write_config, write_text
 from tests.oracle.models import make_tiny_llama
 from tests.paper import PAPER
@@ -56,20 +53,9 @@ def copy_of_model(change: Spoil) -> Make:
     return make
 
 
-def drop_tokenizer(model: Path) -> None:
-    for path in model.glob("tokenizer*"):
-        path.unlink()
-
-
 def file_at(name: str, text: str) -> Make:
     def make(material: Path, here: Path) -> None:
         (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_text(text)
 
     return make
-
-
-def poison(model: Path) -> None:
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
-    save_file(tensors, model / "model.safetensors")

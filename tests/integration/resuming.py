@@ -148,13 +148,6 @@ def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) 
     return str(caught.value), caught.value.exit_code
 
 
-def refused_here(config: RunConfig, resume: str) -> str:
-    """Returns the line of a start that is refused."""
-    with pytest.raises(UserError) as caught:
-        run_here(config, resume)
-    return str(caught.value)
-
-
 @dataclass(frozen=True)
 class Found:
     """Describes the checkpoint that a start would resume from."""

@@ -9,10 +9,9 @@ from unittest import mock
 
 import pytest
 
-from tests.integration import bad_input
 from tests.integration.bad_input import Make, arguments, assert_refused, copy_of_model, file_at
 from tests.integration.launching import ROOT, RUN, fork_ranks, run_to_end
-from tests.refusals import edit
+from tests.refusals import edit, remove
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ MODEL, DS = "model.path={here}/model", "deepspeed={here}/ds.json"
 WRONG = (
     Wrong("no such model", "model.path={here}/model", ("model.path",)),
     Wrong("model on no hub", "model.path=nobody/nothing", ("model.path", "nobody/nothing", "hub")),
-    Wrong("no tokenizer", MODEL, ("tokenizer",), copy_of_model(bad_input.drop_tokenizer)),
+    Wrong("no tokenizer", MODEL, ("tokenizer",), copy_of_model(remove("tokenizer.json"))),
     Wrong("text too short", "data.path={here}/short.txt", ("short.txt", "4"), file_at("short.txt", "Few words. " * 12)),
     Wrong("ranks, no download", "train.global_batch_size=6 model.path=nobody/nothing", ("2 ranks",), ranks=2),
     Wrong("LoRA rank", "lora.r=4096", ("lora.r 4096", "hidden_size 32")),

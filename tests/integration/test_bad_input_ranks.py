@@ -12,10 +12,12 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.integration.bad_input import STEPS, arguments, assert_refused, copy_of_model, poison
+from tests.integration.bad_input import STEPS, arguments, assert_refused, copy_of_model
 from tests.integration.launching import ROOT, fork_ranks, launch, read_json, write_config, write_text
 from tests.ranks import RENAMED
+from tests.refusals import edit_tensors
 
 
 @pytest.fixture
@@ -55,9 +57,13 @@ def test_what_only_one_rank_lacks_or_has_is_told_of_it(
     assert not list(tmp_path.rglob("status.json"))
 
 
+def poison(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+
+
 def test_a_nan_ends_the_run_on_all_ranks_and_is_told(material: Path, tmp_path: Path) -> None:
     """Checks the one wrong input that only a step can show. The folder tells it, and so does the next start."""
-    copy_of_model(poison)(material, tmp_path)
+    copy_of_model(edit_tensors(poison))(material, tmp_path)
     given = arguments(material, tmp_path, f"model.path={tmp_path / 'model'}")
     first, other = fork_ranks(given, tmp_path, ranks=2)
     told = first.err.splitlines()[-1]  # after the lines of progress

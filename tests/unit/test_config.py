@@ -12,6 +12,7 @@ from tests.integration.launching import ROOT
 from tests.refusals import must_name, refused
 
 BASE = "output_dir: out\ntrain: {steps: 100}\n"
+PACKED_BY_FLASH = "data: {format: chat, packing: true}\nmodel: {attn_implementation: flash_attention_2}"
 SHIPPED = sorted((ROOT / "launch" / "configs").rglob("*.yaml"))
 
 
@@ -155,6 +156,8 @@ def test_a_target_takes_the_place_of_the_ratio(tmp_path: Path, target: str) -> N
         ("prune: {ratio: 0.4, target: 4B}", "prune.ratio prune.target"),  # exactly one of two
         ("train: {steps: 3, epochs: 1}", "train.steps train.epochs"),
         ("train: {global_batch_size: 4}", "train.steps train.epochs"),
+        ("train: {steps: 1, group_by_length: true}", "train.group_by_length data.format"),
+        (PACKED_BY_FLASH, "data.packing model.attn_implementation train.micro_batch_size"),
         ("data: {held_out: text.txt, held_out_fraction: 0.1}", "data.held_out data.held_out_fraction"),
         ("data: {held_out_fraction: null}", "data.held_out data.held_out_fraction"),
         ("2024-01-01: 3", "config"),

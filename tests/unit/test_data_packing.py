@@ -33,7 +33,7 @@ from tests.refusals import must_name
 from tests.unit.test_data import make_tokenizer, numbers
 from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json
 
-WINDOW, FLASH = 24, "flash_attention_2"
+WINDOW = 24
 LENGTHS = [5, 17, 9, 24, 3, 11, 7, 2]
 # The same sums in another order, and a softmax over masked scores: 6e-8 a term, of some hundred terms.
 TOLERANCE = 2e-5
@@ -122,18 +122,11 @@ def test_a_batch_by_length_has_the_same_samples_the_longest_first() -> None:
         assert lengths[sorted_.batch(step)].tolist() == sorted(lengths[plain.batch(step)].tolist(), reverse=True)
 
 
-def test_settings_that_do_not_go_together_are_named() -> None:
-    must_name("train.group_by_length data.format", config_of, "a", train={"steps": 1, "group_by_length": True})
-    given = {"data": {"path": "a", "format": "chat", "packing": True}, "model": {"attn_implementation": FLASH}}
-    must_name("data.packing model.attn_implementation train.micro_batch_size", config_of, "a", **given)
-
-
 # Several sources: their samples, their weights, and every way to get them wrong
 
 
 def config_of(entries: Any, **settings: Any) -> DataConfig:
-    sections = {key: settings.pop(key) for key in ("train", "model", "data") if key in settings}
-    return config_from_dict({"output_dir": "out", "data": {"path": entries, "window": 8} | settings} | sections).data
+    return config_from_dict({"output_dir": "out", "data": {"path": entries, "window": 8} | settings}).data
 
 
 def load(entries: Any, **settings: Any) -> LoadedData:
