@@ -84,11 +84,9 @@ def drop_stale_requests(folder: Path) -> list[str]:
 def find_launchers() -> list[int]:
     """Returns the parent, if it is a launcher, and the `deepspeed` command above it, which no launcher watches."""
     pids: list[int] = []
-    process: psutil.Process | None = psutil.Process()
     with contextlib.suppress(psutil.Error):  # the process has just ended
-        for known in (LAUNCHERS, RUNNERS):
-            process = process.parent()
-            if process is None or program_of(process.cmdline()) not in known:
+        for known, process in zip((LAUNCHERS, RUNNERS), psutil.Process().parents(), strict=False):
+            if program_of(process.cmdline()) not in known:
                 break
             pids.append(process.pid)
     return pids
