@@ -80,12 +80,7 @@ class TrainingCheckpoint:
         return load_file(self.folder / layout.layer_file("lora", layer))
 
     def read_flat(self, layer: int, name: str, key: str, start: int, end: int) -> Tensor:
-        """Reads the flat elements [start, end) of a layer's LoRA state. The file is mapped, so it reads no others."""
-        path, own = self.folder / layout.layer_file("lora", layer), name
-        if key != "master":
-            path, own = self.resume_folder / layout.layer_file("adam", layer), f"{name}.{key}"
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(own).view(-1)[start:end].clone()
+        return read_flat(self.folder, self.resume_folder, layer, name, key, start, end)
 
     def restore_pruner(self, pruner: Pruner) -> None:
         """Restores the pruner of a model that was built from this step."""
@@ -163,6 +158,15 @@ def open_refits(shape: ModelShape, folder: Path) -> ModelWeights:
     """Opens the refitted linears in a folder, which hold no other weights of the model."""
     files = {name: path for path in folder.glob(layout.REFITS) for name in read_header(path)}
     return ModelWeights(shape, files, {name: name for name in files}, {})
+
+
+def read_flat(lora: Path, adam: Path, layer: int, name: str, key: str, start: int, end: int) -> Tensor:
+    """Reads the flat elements [start, end) of a layer's LoRA state. The file is mapped, so it reads no others."""
+    path, own = lora / layout.layer_file("lora", layer), name
+    if key != "master":
+        path, own = adam / layout.layer_file("adam", layer), f"{name}.{key}"
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(own).view(-1)[start:end].clone()
 
 
 def keep_to_lists(keep: list[LayerKeep], kinds: tuple[Kind, ...]) -> list[list[list[int]]]:

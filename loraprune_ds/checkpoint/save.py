@@ -76,23 +76,30 @@ class Staging(AbstractContextManager["Staging"]):
 
 def save_step(pruner: Pruner, adam: OptimizerState, root: Path, state: RunState, resume: ResumeState) -> Path:
     """Publishes `step-{state.step}`. Each layer is written by its owner, which has its input moments. Collective."""
-    model, apart, parameters = pruner.model, f"{RESUME_FOLDER}/", pruner.model.lora_parameters()
+    model, apart = pruner.model, f"{RESUME_FOLDER}/"
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(files.json_text(state)))
             staging.write(apart + STATE_FILE, lambda path: path.write_text(files.json_text(resume)))
         for layers in owner_rounds(len(model.layers), model.world_size):
-            collected = {i: adam.collect(parameters[i], model.owner(i), model.comm) for i in layers}
-            for layer, (masters, moments) in collected.items():  # both empty but on the owner
-                write_layer(staging, "lora", layer, masters)
-                write_layer(staging, f"{apart}adam", layer, moments)
-            del collected, masters, moments
+            write_lora(staging, adam, model, layers, apart)
             write_refits(staging, pruner, model, layers)
             fail_point("save.layer")
         write_pruner(staging, pruner, apart)
         fail_point("save.step_written")
         staging.publish()
     return staging.target
+
+
+def write_lora(
+    staging: Staging, adam: OptimizerState, model: PrunableModel, layers: Iterable[int], folder: str = ""
+) -> None:
+    """Writes LoRA's fp32 masters and Adam's moments of a round of layers, each on its owner. Collective."""
+    parameters = model.lora_parameters()
+    collected = {i: adam.collect(parameters[i], model.owner(i), model.comm) for i in layers}
+    for layer, (masters, moments) in collected.items():  # both empty but on the owner
+        write_layer(staging, "lora", layer, masters)
+        write_layer(staging, f"{folder}adam", layer, moments)
 
 
 def write_refits(staging: Staging, pruner: Pruner, model: PrunableModel, layers: Iterable[int]) -> None:

@@ -6,12 +6,15 @@ trainer = SFTTrainer(..., callbacks=[LoraPruneCallback(PruneConfig(ratio=0.3))])
 import math
 import os
 import sys
+import tempfile
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -52,6 +55,8 @@ class LoraPruneCallback(TrainerCallback):
         self._output_dir = "."
         self._save_total_limit: int | None = None
         self._guard: RemovableHandle | None = None
+        self._ds_config: dict[str, Any] | None = None
+        self._stand_in: tempfile.TemporaryDirectory[str] | None = None  # of a checkpoint, for the Trainer
 
     @property
     def pruning(self) -> Pruning:
@@ -82,14 +87,20 @@ class LoraPruneCallback(TrainerCallback):
             The newest complete checkpoint, for `resume_from_checkpoint`. None before the first one.
 
         Raises:
-            UserError: the checkpoint is damaged, or belongs to another model, config or number of ranks.
+            UserError: the checkpoint is damaged, belongs to another model or config, or needs the engine that saved it.
         """
         folder = self._output_dir if folder is None else folder
-        self._checkpoint = cut_to_checkpoint(model, Path(folder), self.config, Communicator())
-        if self._checkpoint is None:
+        checkpoint = self._checkpoint = cut_to_checkpoint(model, Path(folder), self.config, Communicator())
+        if checkpoint is None:
             return None
-        self.config = self._checkpoint.state.prune
-        return str(self._checkpoint.folder)
+        self.config = checkpoint.state.prune
+        if not (checkpoint.is_foreign and self._ds_config):
+            return str(checkpoint.folder)
+        own = " and ".join(sorted(self._ds_config.keys() & {"optimizer", "scheduler"}))
+        require(not own, f"{checkpoint.folder} goes on here only without {own} in the DeepSpeed config")
+        self._stand_in = tempfile.TemporaryDirectory()
+        checkpoint.write_stand_in(Path(self._stand_in.name), Communicator())
+        return self._stand_in.name
 
     def save_model(self, folder: str | Path) -> None:
         """Writes the pruned model with LoRA merged. Collective. Raises UserError if the folder is not empty."""
@@ -106,7 +117,8 @@ class LoraPruneCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Refuses what DeepSpeed would fail on without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
-        if (ds_config := _ds_config(args)) is not None:
+        self._ds_config = ds_config = _ds_config(args)
+        if ds_config is not None:
             from loraprune_ds.zero.ds_config import check_reshardable  # DeepSpeed, once it is needed
 
             check_reshardable("the DeepSpeed config", ds_config)  # some settings fail at DeepSpeed's start
@@ -139,6 +151,8 @@ class LoraPruneCallback(TrainerCallback):
             ds_config=_ds_config(args),
             sinks=find_reporters(report_to, str(args.output_dir), resumed_from) if is_first else (),
         )
+        if checkpoint and checkpoint.is_foreign:
+            _advance(more["lr_scheduler"], checkpoint.state.adam["step"])
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
         self._save_total_limit = args.__dict__.pop(LIMIT, args.save_total_limit)  # a failed training may have left it
         args.__dict__[LIMIT], args.save_total_limit = self._save_total_limit, None
@@ -176,16 +190,29 @@ class LoraPruneCallback(TrainerCallback):
         train = {name: getattr(args, name) for name in REPORTED}
         self.pruning.write_results(str(args.output_dir), {"trainer": type(args).__name__, "train": train})
         self.pruning.close()
+        if self._stand_in is not None:
+            self._stand_in.cleanup()
 
-    def _refuse_load(self, module: nn.Module, *_: Any) -> None:
-        in_engine = all(hasattr(parameter, "ds_id") for parameter in module.parameters())
-        if in_engine and self._checkpoint is None:
+    def _refuse_load(self, module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+        own = dict(module.named_parameters())
+        in_engine = all(hasattr(parameter, "ds_id") for parameter in own.values())
+        of_smaller = any(tensor.shape != own[name].shape for name, tensor in state.items() if name in own)
+        if (in_engine or of_smaller) and self._checkpoint is None:
             raise UserError(f"a checkpoint is loaded, but pruning does not resume from it: {RESUME}")
 
 
 def _ds_config(args: TrainingArguments) -> dict[str, Any] | None:
     plugin = getattr(args, "deepspeed_plugin", None)
     return None if plugin is None else plugin.hf_ds_config.config
+
+
+def _advance(schedule: Any, updates: int) -> None:
+    """Advances a new schedule. The saved one may have other parameter groups, since DeepSpeed removes empty ones."""
+    require(isinstance(schedule, LambdaLR), f"{type(schedule).__name__} cannot go on on another engine or other ranks")
+    schedule.last_epoch = updates - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the new optimizer has made no update
+        schedule.step()
 
 
 def _forget_overwritten(args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:

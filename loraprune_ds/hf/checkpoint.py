@@ -1,7 +1,8 @@
 """Keeps the pruner's state in a trainer's checkpoint, and cuts a fresh model to match it.
 
 checkpoint-120/pruning/    state.json, metrics.jsonl, manifest.json, and like a step of our trainer
-                           scores.safetensors, inputs-*.safetensors, refit-*.safetensors
+                           scores.safetensors, inputs-*.safetensors, refit-*.safetensors, lora-*.safetensors
+                           and adam-*.safetensors, from which another engine, or other ranks, go on
 
 The trainer saves LoRA, its optimizer and its own state. `pruning/` is written last, so it marks a complete checkpoint.
 """
@@ -9,16 +10,21 @@ The trainer saves LoRA, its optimizer and its own state. `pruning/` is written l
 import math
 import re
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.optim import Adam, AdamW
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer import SCHEDULER_NAME
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import STATE_FILE
-from loraprune_ds.checkpoint.load import keep_from_lists, open_refits, restore_pruner
-from loraprune_ds.checkpoint.save import Staging, write_pruner, write_refits
+from loraprune_ds.checkpoint.load import keep_from_lists, open_refits, read_flat, restore_pruner
+from loraprune_ds.checkpoint.save import Staging, write_lora, write_pruner, write_refits
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import json_text, read_json
@@ -30,12 +36,14 @@ from loraprune_ds.model.pretrained import ModelWeights
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape, held, is_sharded
 from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.pruning.training import OptimizerState
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range, owner_rounds
 from loraprune_ds.report.records import METRICS_FILE, History, read_history, write_history
 
 FOLDER = "pruning"
 TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes
+OF_ENGINE = ("global_step", "latest", "optimizer", "scheduler")  # begin the names of files that need the same engine
 
 
 @dataclass(frozen=True)
@@ -53,16 +61,23 @@ class PruningState:
     moment_tokens: float
     resumed_from: list[int]
     zero: bool = True  # ZeRO-3 has saved the rest of the checkpoint
+    adam: Any = None  # Adam's step and param_groups, if the folder has its state
     format: int = layout.FORMAT
 
 
 @dataclass(frozen=True)
 class PruningCheckpoint:
-    """Holds a verified checkpoint that the live model matches after cuts. `dense` is the shape before any cut."""
+    """Holds a verified checkpoint that the live model matches after cuts.
+
+    Attributes:
+        dense: the shape before any cut.
+        is_foreign: another engine, or another number of ZeRO-3's ranks, has saved it.
+    """
 
     folder: Path
     state: PruningState
     dense: ModelShape
+    is_foreign: bool = False
 
     def restore(self, pruner: Pruner) -> History:
         """Restores the pruner of a model that has been cut. Returns the records so far."""
@@ -70,14 +85,53 @@ class PruningCheckpoint:
         restore_pruner(pruner, folder, state.kept, state.updates_since_cut, state.moment_tokens)
         return read_history(folder / METRICS_FILE)
 
+    def restore_lora(self, model: PrunableModel) -> None:
+        """Restores LoRA and Adam's state, which a trainer cannot read from the files of another engine. Collective."""
+        adam, folder = plain_adam(model), self.folder / FOLDER
+        if adam is None:
+            raise UserError(f"{self.folder} was saved by Adam; {type(model.optimizer).__name__} cannot go on from it")
+        adam.restore(model.lora_parameters(), partial(read_flat, folder, folder), self.state.adam["step"], model.comm)
 
-def write_pruning(folder: Path, state: PruningState, pruner: Pruner, model: PrunableModel, history: History) -> None:
-    """Writes `folder`/pruning. Each rank adds the input moments and refits of its layers. Collective."""
+    def write_stand_in(self, folder: Path, comm: Communicator) -> None:
+        """Fills a folder, on each rank its own, from which transformers' Trainer goes on with ZeRO-3.
+
+        Its DeepSpeed would need the files of its own ranks, and reads them before a callback can help.
+        """
+        from loraprune_ds.zero.external_engine import write_stand_in
+
+        for path in self.folder.iterdir():
+            if not path.name.startswith(OF_ENGINE):
+                (folder / path.name).symlink_to(path.resolve())
+        torch.save({"lr_lambdas": [None]}, folder / SCHEDULER_NAME)  # a schedule that changes nothing
+        write_stand_in(folder, self.state.step, self.state.adam["param_groups"], comm)
+
+
+def plain_adam(model: PrunableModel) -> OptimizerState | None:
+    """Returns the state of torch's Adam or AdamW. None for others, whose checkpoints go on with one engine."""
+    optimizer = model.optimizer
+    known = isinstance(optimizer, (Adam, AdamW)) and not any(group["amsgrad"] for group in optimizer.param_groups)
+    return model.optimizer_state if known else None
+
+
+def describe_adam(adam: OptimizerState) -> dict[str, Any]:
+    """Returns its step, and its param_groups without parameters, for JSON. DeepSpeed knows no empty group."""
+    groups = adam.optimizer.param_groups
+    groups = [group for group in groups if group["params"]] or groups  # DeepSpeed has all in buffers of its own
+    return {"step": adam.adam_step, "param_groups": [group | {"params": []} for group in groups]}
+
+
+def write_pruning(
+    folder: Path, state: PruningState, pruner: Pruner, adam: OptimizerState | None, history: History
+) -> None:
+    """Writes `folder`/pruning. Each rank adds the files of its layers, with LoRA if there is `adam`. Collective."""
+    model = pruner.model
     with Staging(model.comm, folder / FOLDER, "pruning") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(json_text(state)))
             staging.write(METRICS_FILE, lambda path: write_history(path, history))
         for layers in owner_rounds(len(model.layers), model.world_size):
+            if adam is not None:
+                write_lora(staging, adam, model, layers)
             write_refits(staging, pruner, model, layers)
         write_pruner(staging, pruner)
         fail_point("save.pruning_written")
@@ -94,18 +148,24 @@ def cut_to_checkpoint(
     checkpoint = comm.all_or_raise(lambda: _find(folder))
     if checkpoint is None:
         return None
-    state = comm.all_or_raise(lambda: _read(checkpoint, config, comm))
     peft_model = find_peft_model(model)
+    state = comm.all_or_raise(lambda: _read(checkpoint, config, comm))
+    sharded = any(map(is_sharded, peft_model.parameters()))
+    zero = sharded or is_deepspeed_zero3_enabled()
+    ranks = comm.world_size if zero else state.world_size
+    is_foreign = (state.zero, state.world_size) != (zero, ranks)
+    if is_foreign:
+        _check_foreign(checkpoint, state, peft_model, zero=zero)
     dense = live_shape(peft_model)
     require(group_counts(dense) == state.dense, f"{checkpoint} belongs to another model: its layers have other sizes")
     keep = keep_from_lists(state.kept, dense.kinds)
-    if any(map(is_sharded, peft_model.parameters())):
+    if sharded:
         from loraprune_ds.zero.external_engine import cut_shards
 
         cut_shards(peft_model, dense, keep, comm)
     LocalModel(peft_model, dense).cut(keep)
     _overwrite(peft_model, open_refits(dense.after(keep), checkpoint / FOLDER), comm)
-    return PruningCheckpoint(checkpoint, state, dense)
+    return PruningCheckpoint(checkpoint, state, dense, is_foreign)
 
 
 def group_counts(shape: ModelShape) -> list[list[int]]:
@@ -138,6 +198,17 @@ def _find(folder: Path) -> Path | None:
     return None
 
 
+def _check_foreign(checkpoint: Path, state: PruningState, model: PeftModel, *, zero: bool) -> None:
+    """Refuses a checkpoint of another engine, or of other ranks, that cannot go on in this one."""
+    saved = f"{checkpoint} was saved {f'on ZeRO-3 by {state.world_size} ranks' if state.zero else 'without ZeRO-3'}"
+    require(state.adam is not None, f"{saved}, without a state of torch's Adam, and goes on only so")
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    others = [name for name in trained if ".lora_" not in name]
+    require(not others, f"{saved}, and goes on only so while {others and others[0]} trains")
+    halves = zero and any(parameter.dtype == torch.float16 for parameter in model.parameters())
+    require(not halves, f"{saved}, and has no loss scale for ZeRO-3 in fp16")
+
+
 def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState:
     path = folder / FOLDER / STATE_FILE
     raw = read_json(path)
@@ -147,9 +218,7 @@ def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState
         state = PruningState(**raw)
     except (KeyError, TypeError):
         raise UserError(f"{path} is damaged: a field is missing or unknown") from None
-    ranks, defaults, saved = state.world_size, asdict(PruneConfig()), asdict(state.prune)
-    needed = f"{folder} was saved by {ranks} ranks, so DeepSpeed needs {ranks} ranks to load it"
-    require(ranks == comm.world_size or not state.zero, needed)
+    defaults, saved = asdict(PruneConfig()), asdict(state.prune)
     different = [  # settings with their default value come from the checkpoint
         key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])
     ]

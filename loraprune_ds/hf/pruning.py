@@ -26,7 +26,14 @@ from loraprune_ds.checkpoint.load import keep_to_lists
 from loraprune_ds.config import Dtype, PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, remove_folder, remove_leftovers, staging_of, write_json
-from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
+from loraprune_ds.hf.checkpoint import (
+    PruningCheckpoint,
+    PruningState,
+    describe_adam,
+    group_counts,
+    plain_adam,
+    write_pruning,
+)
 from loraprune_ds.hf.engines import find_engine
 from loraprune_ds.hf.layers import LiveModel
 from loraprune_ds.hf.live import ForwardWatch, base_config, base_dtype, check_model, find_peft_model, model_name
@@ -79,8 +86,8 @@ class Pruning:
         self.peft_model = peft_model = find_peft_model(model)
         check_model(peft_model)
         self.model = find_engine(model, peft_model, optimizer, ds_config)
-        if saved and saved.zero == isinstance(self.model, LocalModel):  # the optimizer's state has another form
-            raise UserError(f"the checkpoint was saved with{'' if saved.zero else 'out'} ZeRO-3, and goes on only so")
+        if checkpoint and checkpoint.is_foreign:
+            checkpoint.restore_lora(self.model)
         dense = checkpoint.dense if checkpoint else self.model.shape
         self.pruner = Pruner(self.model, plan_pruning(*resolve(config, dense), steps), seed)
         self.dtype: Dtype = base_dtype(peft_model, dense)  # of the frozen weights
@@ -155,12 +162,13 @@ class Pruning:
         folder, model, pruner = Path(folder), self.model, self.pruner
         if model.rank == 0:
             remove_leftovers(folder)
-        dense = pruner.limits.dense
+        dense, adam = pruner.limits.dense, plain_adam(model)
         state = PruningState(
             step=self.step,
             steps=self.steps,
             world_size=model.world_size,
             zero=not isinstance(model, LocalModel),
+            adam=adam and describe_adam(adam),
             seed=self.seed,
             prune=pruner.config,
             dense=group_counts(dense),
@@ -169,7 +177,7 @@ class Pruning:
             moment_tokens=pruner.moment_tokens,
             resumed_from=self.resumed_from,
         )
-        write_pruning(folder, state, pruner, model, self.recorder.history)
+        write_pruning(folder, state, pruner, adam, self.recorder.history)
 
     def save_model(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Writes the pruned model with LoRA merged. Collective. Raises UserError if the folder is not empty."""

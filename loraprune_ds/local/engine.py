@@ -13,12 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import Dtype, RunConfig
 from loraprune_ds.errors import require
-from loraprune_ds.local.model import LocalModel
+from loraprune_ds.local.model import LocalModel, WholeState
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel, replace_parameters
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.token_loss import build_for_losses
-from loraprune_ds.pruning.training import OptimizerState, TrainingEngine, build_lora
+from loraprune_ds.pruning.training import TrainingEngine, build_lora
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import current_device, empty_cache
 from loraprune_ds.ranks.job import several_ranks
@@ -35,17 +35,6 @@ def check_device(dtype: str) -> None:
     """Raises UserError if the GPU would only emulate bf16, slower than fp32."""
     slow = dtype == "bfloat16" and current_device().type == "cuda" and not torch.cuda.is_bf16_supported(False)
     require(not slow, f"model.dtype {dtype} is not supported by the cuda device")
-
-
-class WholeState(OptimizerState):
-    """The state of AdamW over fp32 LoRA, which is its own master."""
-
-    def masters(self) -> list[Tensor]:
-        return self.optimizer.param_groups[0]["params"]
-
-    def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
-        whole = parameter.detach() if key == "master" else self.optimizer.state[parameter][key]
-        return whole.view(-1)
 
 
 class LocalEngine(TrainingEngine):

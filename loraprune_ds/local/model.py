@@ -19,6 +19,7 @@ from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, Slice
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, PrunableModel, is_sharded, parameter_cuts
+from loraprune_ds.pruning.training import OptimizerState
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range
 
@@ -40,7 +41,7 @@ class LocalModel(PrunableModel):
         self, module: nn.Module, shape: ModelShape, optimizer: torch.optim.Optimizer | None = None, scaler: Any = None
     ) -> None:
         super().__init__(module, shape, Communicator(device=next(module.parameters()).device))
-        self.optimizer = optimizer
+        self.optimizer, self.optimizer_state = optimizer, optimizer and WholeState(optimizer)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.skips_updates = self._scaler is not None
         self._ddp: Any = None  # found in the first forward pass
@@ -182,6 +183,24 @@ def _without_reducer(ddp: Any) -> Generator[None]:
     del ddp.reducer, ddp.logger
     yield
     ddp.__setstate__(state)
+
+
+class WholeState(OptimizerState):
+    """The state of Adam over fp32 LoRA, which is its own master. Each rank of DDP has all of it."""
+
+    def masters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
+        found = parameter.detach() if key == "master" else self.optimizer.state[parameter].get(key)
+        return (torch.zeros_like(parameter) if found is None else found).view(-1)  # None before its first gradient
+
+    def part(self, numel: int, comm: Communicator) -> tuple[int, int]:
+        return 0, numel
+
+    def restore(self, *given: Any) -> None:
+        super().restore(*given)
+        self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves the counts to where a fused Adam has them
 
 
 def find_torch_optimizer(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:

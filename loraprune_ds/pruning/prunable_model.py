@@ -82,6 +82,7 @@ class PrunableModel(ABC):
     """
 
     optimizer: torch.optim.Optimizer | None  # torch's, whose learning rate counts
+    optimizer_state: Any  # OptimizerState (training.py), if there is an optimizer
     skips_updates = False
 
     def __init__(self, module: nn.Module, shape: ModelShape, comm: Communicator) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,7 +19,7 @@ from loraprune_ds.model.adapters import add_lora, load_adapter
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import owned_range, pad
+from loraprune_ds.ranks.flat import owned_range
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # (layer, "{linear}.lora_A", key of the state, start, end) -> flat fp32 elements [start, end)
@@ -38,6 +39,10 @@ class OptimizerState(ABC):
     @abstractmethod
     def shard(self, parameter: nn.Parameter, key: str) -> Tensor:
         """Returns a flat view of this rank's (padded) fp32 part of `master`, `exp_avg` or `exp_avg_sq`."""
+
+    def part(self, numel: int, comm: Communicator) -> tuple[int, int]:
+        """Returns the flat elements [start, end) in the `shard` of a parameter with `numel`."""
+        return owned_range(numel, comm.world_size, comm.rank)
 
     def keys(self) -> tuple[str, ...]:
         """Names the tensors that are cut and saved along with a parameter. Adam creates moments at its first step."""
@@ -74,10 +79,11 @@ class OptimizerState(ABC):
         for layer, parameters in enumerate(layers):
             for name, parameter in parameters.items():
                 numel = math.prod(full_shape(parameter))
-                start, end = owned_range(numel, comm.world_size, comm.rank)
+                start, end = self.part(numel, comm)
                 for key in self.keys():
-                    shard = read(layer, name, key, start, end).to(comm.device)
-                    self.shard(parameter, key).copy_(pad(shard, numel, comm.world_size))
+                    shard = self.shard(parameter, key)
+                    read_shard = read(layer, name, key, start, end).to(comm.device)
+                    shard.copy_(pad(read_shard, (0, len(shard) - len(read_shard))))
 
 
 def collect_shards(shard: Tensor, shape: Sequence[int], owner: int, comm: Communicator) -> Tensor | None:

@@ -1,9 +1,12 @@
 """Connects the pruner with the ZeRO-3 engine of another trainer, and with its sharded model before that."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.checkpoint.constants import FP32_FLAT_GROUPS, LOSS_SCALER, OPTIMIZER_STATE_DICT
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 
@@ -47,6 +50,24 @@ def share_model(module: nn.Module, zero: DeepSpeedZeroOptimizer_Stage3, shape: M
 def reduced_dtypes(zero: DeepSpeedZeroOptimizer_Stage3) -> set[torch.dtype]:
     """Returns the dtypes in which gradients are sent between ranks and accumulated over micro-batches."""
     return {zero.communication_data_type, zero.gradient_accumulation_dtype}
+
+
+def write_stand_in(folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator) -> None:
+    """Writes this rank's files of a checkpoint that DeepSpeed loads without a change of weights or moments.
+
+    Args:
+        groups: Adam's, without parameters. DeepSpeed takes their numbers.
+    """
+    tag, own = folder / f"global_step{step}", f"zero_pp_rank_{comm.rank}_mp_rank_00"
+    tag.mkdir()
+    (folder / "latest").write_text(tag.name)
+    counts = {"global_steps": step, "skipped_steps": 0, "dp_world_size": comm.world_size, "mp_world_size": 1}
+    torch.save({"module": {}} | counts, tag / f"{own}_model_states.pt")
+    adam = {"state": {}, "param_groups": [group | {"params": [i]} for i, group in enumerate(groups)]}
+    scale = {LOSS_SCALER: LossScaler(1), "dynamic_loss_scale": False, "overflow": False}
+    zero = scale | {OPTIMIZER_STATE_DICT: adam, FP32_FLAT_GROUPS: []}
+    for prefix in ("", "bf16_"):
+        torch.save({OPTIMIZER_STATE_DICT: zero}, tag / f"{prefix}{own}_optim_states.pt")
 
 
 @torch.no_grad()

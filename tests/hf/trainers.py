@@ -32,6 +32,7 @@ from tests.numerics.driver import Job, build
 from tests.refusals import refused
 
 KINDS = ("heads", "channels")
+WITHOUT: dict[str, Any] = {"deepspeed": None}  # arguments of a training without DeepSpeed
 
 
 @contextmanager
@@ -164,7 +165,6 @@ def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
         gradient_accumulation_steps=size // job.micro_batch_size // world_size,
         learning_rate=job.learning_rate,
         adam_epsilon=job.adam_epsilon,
-        lr_scheduler_type="constant",
         max_grad_norm=job.max_grad_norm,
         logging_steps=1,
         bf16=job.dtype == "bfloat16",
@@ -172,6 +172,7 @@ def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:
         **{
             "deepspeed": deepspeed_config(),
             "max_steps": len(job.batches),
+            "lr_scheduler_type": "constant",
             "save_strategy": "no",
             "report_to": "none",
             **more,
@@ -258,7 +259,7 @@ def train_with_callback(
         return watch.rows, {name: model.collect(p, 0) for name, p in model.module.named_parameters()}
 
 
-def train_pairs_with_callback(job: Job, out: Path) -> list[dict[str, Any]]:
+def train_pairs_with_callback(job: Job, out: Path, more: dict[str, Any]) -> list[dict[str, Any]]:
     """Trains a T5 to the end, and saves it. Returns the rows."""
     with fresh_accelerate():
         base = unshare_bias(transformers.AutoModelForSeq2SeqLM.from_pretrained(job.folder))
@@ -267,7 +268,7 @@ def train_pairs_with_callback(job: Job, out: Path) -> list[dict[str, Any]]:
         watch = Watch(callback)
         trainer = PairsInOrder(
             model=model,
-            args=arguments(job, out, remove_unused_columns=False),
+            args=arguments(job, out, remove_unused_columns=False, **more),
             train_dataset=Pairs(job),
             data_collator=pad_pairs,
             compute_loss_func=loss_of_batch,
@@ -300,8 +301,8 @@ def cut_a_save_short(job: Job, out: Path, more: dict[str, Any], step: int) -> No
         train_with_callback(job, out, more)
 
 
-def resume_without_the_callback(job: Job, out: Path, checkpoint: str) -> str:
+def resume_without_the_callback(job: Job, out: Path, more: dict[str, Any], checkpoint: str) -> str:
     """Goes on from a checkpoint without `resume`. Returns the error."""
     with fresh_accelerate():
-        trainer = make_trainer(job, arguments(job, out), LoraPruneCallback(PruneConfig(**job.prune)))
+        trainer = make_trainer(job, arguments(job, out, **more), LoraPruneCallback(PruneConfig(**job.prune)))
         return refused(trainer.train, resume_from_checkpoint=checkpoint)

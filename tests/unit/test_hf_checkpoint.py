@@ -8,12 +8,13 @@ from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.hf import checkpoint
-from loraprune_ds.hf.checkpoint import PruningCheckpoint
+from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.zero.sharded import ShardedModel
 from tests.refusals import must_name
@@ -36,7 +37,6 @@ def saved(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"world_size": 3}, "3 ranks"),
         ({"prune": asdict(PruneConfig(ratio=0.3))}, "ratio"),
         ({"prune": {"ratio": 0.4}}, "channel_multiple"),
         ({"prune": {"ratio": 0.4, "score_every": 2}}, "prune.score_every"),
@@ -47,6 +47,24 @@ def saved(folder: Path, **changes: Any) -> Path:
 def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[str, Any], names: str) -> None:
     saved(tmp_path, **changes)
     must_name(f"{tmp_path} {names}", checkpoint._read, tmp_path, CONFIG, COMM)
+
+
+@pytest.mark.parametrize(
+    ("changes", "trained", "names"),
+    [
+        ({"adam": None}, {"lora_A.weight": torch.float32}, "2 ranks ZeRO-3"),  # of SGD
+        ({}, {"lora_A.weight": torch.float32, "lm_head.weight": torch.float32}, "lm_head.weight"),
+        ({}, {"lora_A.weight": torch.float16}, "fp16"),
+        ({"zero": False}, {"lora_A.weight": torch.float16}, "without ZeRO-3 fp16"),
+    ],
+)
+def test_a_checkpoint_that_cannot_change_its_engine_is_named(
+    tmp_path: Path, changes: dict[str, Any], trained: dict[str, torch.dtype], names: str
+) -> None:
+    state = PruningState(**STATE | {"adam": {}, "prune": CONFIG} | changes)
+    parameters = [(f"layer.{name}", torch.nn.Parameter(torch.zeros(1, dtype=dtype))) for name, dtype in trained.items()]
+    model = Mock(named_parameters=lambda: parameters, parameters=lambda: dict(parameters).values())
+    must_name(f"{tmp_path} {names}", checkpoint._check_foreign, tmp_path, state, model, zero=True)
 
 
 def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
