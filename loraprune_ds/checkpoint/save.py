@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraprune_ds import files
 from loraprune_ds.checkpoint import layout
@@ -76,13 +76,13 @@ class Staging(AbstractContextManager["Staging"]):
 
 def save_step(pruner: Pruner, adam: OptimizerState, root: Path, state: RunState, resume: ResumeState) -> Path:
     """Publishes `step-{state.step}`. Each layer is written by its owner, which has its input moments. Collective."""
-    model, apart = pruner.model, f"{RESUME_FOLDER}/"
+    model, apart, lora = pruner.model, f"{RESUME_FOLDER}/", pruner.model.lora_parameters()
     with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(files.json_text(state)))
             staging.write(apart + STATE_FILE, lambda path: path.write_text(files.json_text(resume)))
         for layers in owner_rounds(len(model.layers), model.world_size):
-            write_lora(staging, adam, model, layers, apart)
+            write_lora(staging, adam, {i: lora[i] for i in layers}, model, apart)
             write_refits(staging, pruner, model, layers)
             fail_point("save.layer")
         write_pruner(staging, pruner, apart)
@@ -92,11 +92,14 @@ def save_step(pruner: Pruner, adam: OptimizerState, root: Path, state: RunState,
 
 
 def write_lora(
-    staging: Staging, adam: OptimizerState, model: PrunableModel, layers: Iterable[int], folder: str = ""
+    staging: Staging,
+    adam: OptimizerState,
+    lora: dict[int, dict[str, nn.Parameter]],
+    model: PrunableModel,
+    folder: str = "",
 ) -> None:
     """Writes LoRA's fp32 masters and Adam's moments of a round of layers, each on its owner. Collective."""
-    parameters = model.lora_parameters()
-    collected = {i: adam.collect(parameters[i], model.owner(i), model.comm) for i in layers}
+    collected = {i: adam.collect(parameters, model.owner(i), model.comm) for i, parameters in lora.items()}
     for layer, (masters, moments) in collected.items():  # both empty but on the owner
         write_layer(staging, "lora", layer, masters)
         write_layer(staging, f"{folder}adam", layer, moments)

@@ -124,14 +124,14 @@ def write_pruning(
     folder: Path, state: PruningState, pruner: Pruner, adam: OptimizerState | None, history: History
 ) -> None:
     """Writes `folder`/pruning. Each rank adds the files of its layers, with LoRA if there is `adam`. Collective."""
-    model = pruner.model
+    model, lora = pruner.model, pruner.model.lora_parameters()
     with Staging(model.comm, folder / FOLDER, "pruning") as staging:
         if model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(json_text(state)))
             staging.write(METRICS_FILE, lambda path: write_history(path, history))
         for layers in owner_rounds(len(model.layers), model.world_size):
             if adam is not None:
-                write_lora(staging, adam, model, layers)
+                write_lora(staging, adam, {i: lora[i] for i in layers}, model)
             write_refits(staging, pruner, model, layers)
         write_pruner(staging, pruner)
         fail_point("save.pruning_written")

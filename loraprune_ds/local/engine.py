@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from loraprune_ds.config import Dtype, RunConfig
 from loraprune_ds.errors import require
-from loraprune_ds.local.model import LocalModel, WholeState
+from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import PretrainedModel, replace_parameters
 from loraprune_ds.model.shape import ModelShape
@@ -41,7 +41,8 @@ class LocalEngine(TrainingEngine):
     """Trains a PEFT model with fp32 LoRA by torch's AdamW."""
 
     def __init__(self, module: Any, shape: ModelShape, optimizer: AdamW, schedule: LambdaLR, max_norm: float) -> None:
-        super().__init__(module.train(), LocalModel(module, shape, optimizer), WholeState(optimizer), schedule)
+        model = LocalModel(module, shape, optimizer)
+        super().__init__(module.train(), model, model.optimizer_state, schedule)
         self._optimizer, self._max_norm = optimizer, max_norm or math.inf
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
