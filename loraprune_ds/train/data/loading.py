@@ -12,9 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from huggingface_hub.constants import HF_HOME
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +26,7 @@ from loraprune_ds.train.data import tokens
 from loraprune_ds.train.data.samples import LoadedData, Samples, join_samples, mix, pack_samples
 from loraprune_ds.train.data.sources import TextRow, TextRows, read_rows, source_identity
 
-SAMPLES_FILE, HELD_OUT_FILE = "samples.safetensors", "held_out.txt"
+SAMPLES_FILE = "samples.pt"
 LONGEST_EPOCH = 1_000_000_000  # samples of a mixture, of 8 bytes each
 NumberedRow = tuple[int, TextRow]  # from 1
 T = TypeVar("T")
@@ -126,11 +125,17 @@ def cached(
     """Returns the result of `make`, from the disk if an earlier run had these settings."""
     cache = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
     folder = Path(cache).expanduser() / "loraprune_ds" / _digest(config, tokenizer, starts)
+
+    def save(made: Path) -> None:
+        with (made / SAMPLES_FILE).open("wb") as file:  # given a path, torch would not say that the disk is full
+            torch.save(make(), file)
+
     try:
         if not folder.exists():
-            make_once(folder, lambda made: _write(make(), made))
-        return _read(folder)
-    except (OSError, SafetensorError) as error:  # a full disk raises either
+            make_once(folder, save)
+        with torch.serialization.safe_globals([LoadedData, Samples]):
+            return torch.load(folder / SAMPLES_FILE, mmap=True)  # its memory is shared by all ranks of a node
+    except (OSError, RuntimeError) as error:  # torch raises the second for a damaged file
         raise UserError(f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}") from None
 
 
@@ -144,27 +149,6 @@ def _digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase, starts: Star
         for path in sorted([*Path(scratch).rglob("*.*"), *Path(__file__).parent.glob("*.py")]):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:32]
-
-
-def _write(data: LoadedData, folder: Path) -> None:
-    samples = data.samples
-    tensors = samples.columns | {"starts": samples.starts} | ({} if data.epoch is None else {"epoch": data.epoch})
-    if tensors["labels"] is tensors["input_ids"]:
-        del tensors["labels"]
-    numbers = {"window": str(samples.window), "left_out": str(samples.left_out)}
-    save_file(tensors, folder / SAMPLES_FILE, numbers | {"first_left_out": samples.first_left_out})
-    (folder / HELD_OUT_FILE).write_bytes(data.held_out.encode())
-
-
-def _read(folder: Path) -> LoadedData:
-    with safe_open(folder / SAMPLES_FILE, framework="pt") as file:
-        columns = {name: file.get_tensor(name) for name in file.keys()}  # they map the file
-        about = file.metadata()
-    epoch, starts = columns.pop("epoch", None), columns.pop("starts")
-    columns.setdefault("labels", columns["input_ids"])
-    held_out = (folder / HELD_OUT_FILE).read_bytes().decode()
-    window, left_out = int(about["window"]), int(about["left_out"])
-    return LoadedData(Samples(columns, starts, window, left_out, about["first_left_out"]), held_out, epoch)
 
 
 def _make(
