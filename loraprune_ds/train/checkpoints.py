@@ -45,9 +45,14 @@ class RunContext:
         if max(self.comm.gather_objects(self.requests.current())) != STOP:
             return False
         self.check_owner()  # the file may address the other process
-        self.requests.clear(STOP)
-        self.recorder.show(f"stopped at step {self.status.step}; go on with --resume auto")
-        return True
+        return self.honour(STOP)
+
+    def honour(self, request: int) -> bool:
+        """Removes the files of a request that was carried out. Returns True, and shows a line, if it was to stop."""
+        self.requests.clear(request)
+        if request == STOP:
+            self.recorder.show(f"stopped at step {self.status.step}; go on with --resume auto")
+        return request == STOP
 
     def check_owner(self) -> None:
         """Raises RunError on all ranks if another process continues this run. Collective."""

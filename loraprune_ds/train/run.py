@@ -29,7 +29,7 @@ from loraprune_ds.train.output import OutputFolder, RunStatus
 from loraprune_ds.train.prepare import CheckTokenizer, Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
-from loraprune_ds.train.trainer import TrainingLoop, measure_held_out
+from loraprune_ds.train.trainer import measure_held_out, train
 
 EXPORTED = f".{records.MODEL_FOLDER}.exported"  # not read back yet
 
@@ -109,11 +109,8 @@ def _train(context: RunContext) -> bool:
     """Trains and cuts the model, up to its last step. Returns False after a request to stop. Collective."""
     if context.stop_requested():
         return False
-    if context.status.step < context.prepared.pruning.steps:
-        loop = TrainingLoop(context)
-        if not loop.run():
-            return False
-        loop.release()  # frees memory for the exported model, which is measured next
+    if context.status.step < context.prepared.pruning.steps and not train(context):
+        return False
     return not context.stop_requested()
 
 

@@ -13,6 +13,7 @@ from loraprune_ds.model.logits import Distillation
 from loraprune_ds.model.perplexity import Labelled, measure_perplexity
 from loraprune_ds.model.shape import needed_flops_per_token
 from loraprune_ds.model.token_loss import split_rows, supervised_positions
+from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.steps import PruningSteps
 from loraprune_ds.pruning.training import TrainingEngine
@@ -21,7 +22,7 @@ from loraprune_ds.ranks.device import device_name, is_cpu, peak_flops, to_device
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, StepRecord, record_cut
 from loraprune_ds.train.checkpoints import RunContext, build_engine, save_checkpoint
 from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_batches, seed_dropout
-from loraprune_ds.train.stop import NOTHING, STOP
+from loraprune_ds.train.stop import NOTHING
 
 
 class Trainer:
@@ -126,62 +127,55 @@ class Trainer:
         return Distillation(hidden, self.config.train.distill_weight, self.config.train.distill_temperature)
 
 
-class TrainingLoop:
-    """Owns the model while it trains."""
+def train(context: RunContext) -> bool:
+    """Makes all remaining steps, then frees the model. Returns False after a request to stop, which saves."""
+    prepared, recorder, schedule = context.prepared, context.recorder, context.prepared.pruning
+    trainer = _build_trainer(context)
+    engine, every = trainer.engine, context.config.checkpoint.every or schedule.steps
 
-    def __init__(self, context: RunContext) -> None:
-        self._context, self.recorder, self.status = context, context.recorder, context.status
-        config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
-        self.config, self.prepared, self._schedule = config, prepared, prepared.pruning
-        engine, teacher = build_engine(prepared, checkpoint), None
-        if config.train.distill_weight:
-            stored = config.model.attn_implementation, config.model.dtype, prepared.ds_config
-            teacher = prepared.engines.build_inference_engine(prepared.pretrained, *stored, head=False)
-        pruner = Pruner(engine.model, prepared.pruning, config.seed)
-        if checkpoint:
-            checkpoint.restore_pruner(pruner)
-        samples, order, requests = prepared.samples, prepared.order, context.requests
-        self._trainer = Trainer(engine, pruner, samples, order, config, requests.current, teacher)
+    def evaluate(step: int, name: EvaluationName) -> None:
+        recorder.write(measure_held_out(engine.infer, prepared.held_out, context.comm, step=step, name=name))
 
-    def run(self) -> bool:
-        """Makes all remaining steps. Returns False after a request to stop, which saves a checkpoint."""
-        if not self._context.checkpoint:
-            self._evaluate(0, "dense")
-        for step in range(self.status.step + 1, self.prepared.pruning.steps + 1):
-            self._step(step)
-            request = self._trainer.requested
-            every = self.config.checkpoint.every or self.prepared.pruning.steps
-            if request != NOTHING or step % every == 0 or step == self._schedule.section(step).last:
-                save_checkpoint(self._context, self._trainer.engine, self._trainer.pruner, step)
-            self.status.update(step)
-            self._context.requests.clear(request)
-            if request == STOP:
-                self.recorder.show(f"stopped at step {step}; go on with --resume auto")
-                return False
-        return True
+    if not context.checkpoint:
+        evaluate(0, "dense")
+    for step in range(context.status.step + 1, schedule.steps + 1):
+        recorder.write(trainer.step(step))
+        if cut := trainer.cut(step):
+            recorder.write(cut)
+        if name := _evaluation_after(step, schedule, context.config.evaluate.every):
+            evaluate(step, name)
+        if trainer.requested != NOTHING or step % every == 0 or step == schedule.section(step).last:
+            save_checkpoint(context, engine, trainer.pruner, step)
+        context.status.update(step)
+        if context.honour(trainer.requested):
+            return False
+    engine.release()  # frees memory for the exported model, which is measured next
+    if trainer.teacher is not None:
+        prepared.engines.release(trainer.teacher)
+    return True
 
-    def release(self) -> None:
-        """Frees the model, its optimizer and the teacher."""
-        self._trainer.engine.release()
-        if self._trainer.teacher is not None:
-            self.prepared.engines.release(self._trainer.teacher)
 
-    def _step(self, step: int) -> None:
-        record = self._trainer.step(step)
-        self.recorder.write(record)
-        if cut := self._trainer.cut(step):
-            self.recorder.write(cut)
-        every = self.config.evaluate.every
-        if step == self._schedule.last_cut:
-            self._evaluate(step, "after_last_cut")
-        elif step in [section.last for section in self._schedule.sections[:-1]]:  # the export of the last is measured
-            self._evaluate(step, "size")
-        elif every is not None and step % every == 0:
-            self._evaluate(step, "step")
+def _build_trainer(context: RunContext) -> Trainer:
+    """Builds the trainer, fresh or from the checkpoint. Collective."""
+    config, prepared, checkpoint = context.config, context.prepared, context.checkpoint
+    engine, teacher = build_engine(prepared, checkpoint), None
+    if config.train.distill_weight:
+        stored = config.model.attn_implementation, config.model.dtype, prepared.ds_config
+        teacher = prepared.engines.build_inference_engine(prepared.pretrained, *stored, head=False)
+    pruner = Pruner(engine.model, prepared.pruning, config.seed)
+    if checkpoint:
+        checkpoint.restore_pruner(pruner)
+    current = context.requests.current
+    return Trainer(engine, pruner, prepared.samples, prepared.order, config, current, teacher)
 
-    def _evaluate(self, step: int, name: EvaluationName) -> None:
-        batches, comm, infer = self.prepared.held_out, self._context.comm, self._trainer.engine.infer
-        self.recorder.write(measure_held_out(infer, batches, comm, step=step, name=name))
+
+def _evaluation_after(step: int, schedule: Schedule, every: int | None) -> EvaluationName | None:
+    """Names the evaluation after a step, if there is one."""
+    if step == schedule.last_cut:
+        return "after_last_cut"
+    if step in [section.last for section in schedule.sections[:-1]]:  # the export of the last is measured
+        return "size"
+    return "step" if every is not None and step % every == 0 else None
 
 
 def measure_held_out(
