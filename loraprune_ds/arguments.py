@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from loraprune_ds.errors import UserError, leave, leave_on_error, require, tell
+from loraprune_ds.errors import UserError, leave, leave_on_error, require, run_command
 
 COMMANDS = {  # the modules of loraprune_ds/cli
     "run": "prune a model while it is tuned",
@@ -26,12 +26,14 @@ def main() -> NoReturn:
         commands = "\n".join(f"  {command:10}{about}" for command, about in COMMANDS.items())
         sys.stdout.write(f"loraprune-ds COMMAND ...      (for details: loraprune-ds COMMAND --help)\n\n{commands}\n")
         leave(0)
-    if name not in COMMANDS:
-        tell(UserError(f"there is no command {name}; there are {', '.join(COMMANDS)}"))
-        leave(UserError.exit_code)
+    leave(run_command(lambda: _start(name, arguments)))
+
+
+def _start(name: str, arguments: list[str]) -> int:
+    require(name in COMMANDS, f"there is no command {name}; there are {', '.join(COMMANDS)}")
     sys.argv = [f"loraprune-ds {name}", *arguments]
     module = importlib.import_module(f"loraprune_ds.cli.{name}")
-    leave(module.launch() if name == "run" else module.main())
+    return module.launch() if name == "run" else module.main()
 
 
 class Parser(argparse.ArgumentParser):

@@ -32,17 +32,12 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a run from YAML. `overrides` are `key=value` or `section.key=value`, with values in YAML.
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads only the given keys, from the YAML and the overrides: `key=value` or `section.key=value`, values in YAML.
 
     Raises:
-        UserError: the file cannot be read, or a key or value in it is wrong. The line names the key.
+        UserError: the file or an override cannot be read. The line names it.
     """
-    return config_from_dict(read_config(path, overrides))
-
-
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads only the given keys, from the YAML and the overrides. Raises UserError like `load_config`."""
     path = find_shipped(path)
     text = read_text(path, "config file")
     try:
@@ -70,7 +65,7 @@ def config_value(config: RunConfig, dotted: str) -> Any:
 
 
 def config_from_dict(raw: dict[str, Any]) -> RunConfig:
-    """Checks a nested dictionary, such as from `RunConfig.to_dict`. Raises UserError like `load_config`."""
+    """Checks a nested dictionary, such as from `read_config`. Raises UserError, which names the wrong key."""
     given = {key: value for key, value in raw.items() if value is not None or key not in SECTIONS}
     data = given.get("data")
     if isinstance(data, dict) and isinstance(data.get("path"), list):

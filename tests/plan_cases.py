@@ -178,7 +178,8 @@ def run_with_second_copy(case: Case) -> dict[str, Any]:
 
 def _state_row(name: str, request: Request, trainer: ShardedTrainer, *, stepped: bool, baseline: int) -> dict[str, Any]:
     gc.collect()
-    terms, _ = split_state(request, trainer.model.shape, stepped=stepped)
+    terms, _ = split_state(request, trainer.model.shape)
+    terms["lora_moments"] *= stepped
     terms.pop("second_copy", None)  # no pass has gathered weights of this shape yet
     return {
         "at": name,

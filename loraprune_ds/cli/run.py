@@ -106,19 +106,15 @@ def main() -> int:
 
 
 def launch() -> int:
-    """Checks the arguments of `loraprune-ds run`, then runs `main`, on all ranks unless `deepspeed` is null."""
+    """Checks the arguments, or raises UserError, and runs `main`, on all ranks unless `deepspeed` is null."""
     own = Parser(None, add_help=False)
     own.add_argument("--ranks", type=at_least(1), metavar="N", help="processes on this machine (default: one per GPU)")
-    try:
-        chosen, arguments = own.parse_known_args()
-        options = parse_arguments(own)
-        launcher = job.launcher_command(__name__, chosen.ranks, os.environ)
-        config = OutputFolder(read_config(options.config, options.set), options.resume).config  # before ranks print
-        alone = config.deepspeed is None
-        require(not alone or chosen.ranks in (None, 1), f"--ranks {chosen.ranks}: deepspeed: null has one rank")
-    except UserError as error:
-        tell(error)
-        return error.exit_code
+    chosen, arguments = own.parse_known_args()
+    options = parse_arguments(own)
+    launcher = job.launcher_command(__name__, chosen.ranks, os.environ)
+    config = OutputFolder(read_config(options.config, options.set), options.resume).config  # before ranks print
+    alone = config.deepspeed is None
+    require(not alone or chosen.ranks in (None, 1), f"--ranks {chosen.ranks}: deepspeed: null has one rank")
     if options.show is not None or alone:
         sys.argv[1:] = arguments
         return main()

@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import importlib.util
-from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from loraprune_ds.errors import UserError, one_line, require
+from loraprune_ds.files import read_text
 
 DEFAULT_PROMPTS = "default"
 PROMPTS_FILE = Path(__file__).with_name("prompts.jsonl")
@@ -75,7 +75,7 @@ class AnswerSettings:
     """Each prompt is answered greedily, and by sampling with these values. The names are Hugging Face's."""
 
     name: str
-    sha256: str  # of the file
+    sha256: str  # of the file's text
     prompts: tuple[Prompt, ...]
     max_new_tokens: int = 128
     temperature: float = 0.7
@@ -98,20 +98,16 @@ class AnswerSettings:
 def read_prompts(name: str, option: str = "--answers", **settings: Any) -> AnswerSettings:
     """Reads the file `name`, or the shipped prompts if the name is `default`. An error names option, file and row."""
     path = PROMPTS_FILE if name == DEFAULT_PROMPTS else Path(name)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{option}: {path} cannot be read: {error.strerror}") from None
-    rows = [(f"{option}: {path}, row {i}", i, line) for i, line in enumerate(data.splitlines(), 1) if line.strip()]
-    require(bool(rows), f"{option}: {path} is empty")
-    prompts = tuple(_read_row(*row) for row in rows)
+    text = read_text(path, option)
+    lines = enumerate(text.split("\n"), 1)  # other ends of lines may stand within a JSON text
+    prompts = tuple(_read_row(f"{option}: {path}, row {i}", i, line) for i, line in lines if line.strip())
     name = name if name == DEFAULT_PROMPTS else path.name
-    return AnswerSettings(name, hashlib.sha256(data).hexdigest(), prompts, **settings)
+    return AnswerSettings(name, hashlib.sha256(text.encode()).hexdigest(), prompts, **settings)
 
 
-def _read_row(where: str, row: int, line: bytes) -> Prompt:
+def _read_row(where: str, row: int, line: str) -> Prompt:
     try:
-        value = from_json(line.removeprefix(BOM_UTF8))
+        value = from_json(line)
     except ValueError as error:
         raise UserError(f'{where}: not JSON, {error}; a row is like {{"prompt": "2 + 3?"}}') from None
     value: Any = value if isinstance(value, dict) else {}

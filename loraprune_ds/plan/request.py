@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import SHIPPED, apply_override, config_from_dict, load_config, merge
+from loraprune_ds.config_file import SHIPPED, apply_override, config_from_dict, merge, read_config
 from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.families.base import Attention
@@ -161,14 +161,11 @@ def make_request(
     """Reads the input of a plan, given the arguments of launch/plan.py. Raises the errors that a run would raise."""
     if model in LLAMA_SIZES:
         config_path = config_path or str(SHIPPED / "launch" / "configs" / "paper" / f"{model}.yaml")
-    if config_path is not None:
-        config = load_config(config_path, overrides)
-    else:
-        require(model is not None, "give a model or --config")
-        raw: dict[str, Any] = {"output_dir": "unused", "train": {"steps": 100}}
-        for override in overrides:
-            apply_override(raw, override)
-        config = config_from_dict(raw)
+    require(model is not None or config_path is not None, "give a model or --config")
+    raw = {"output_dir": "unused", "train": {"steps": 100}} if config_path is None else read_config(config_path)
+    for override in overrides:
+        apply_override(raw, override)
+    config = config_from_dict(raw)
     name = model or config.model.path
     source = read_model_config(name, config.model.revision)
     return build_request(name, source, shape_from_config(source, name), config, cluster, samples=samples)

@@ -77,10 +77,8 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
     return Stage(name, state, phases, host | {"export": written})
 
 
-def split_state(
-    request: Request, shape: ModelShape, *, stepped: bool = True, measures: bool = False
-) -> tuple[Terms, Terms]:
-    """Returns the terms (on the GPU, in host memory). LoRA has moments once it has `stepped`."""
+def split_state(request: Request, shape: ModelShape, *, measures: bool = False) -> tuple[Terms, Terms]:
+    """Returns the terms (on the GPU, in host memory)."""
     lora, e = request.lora_shards(shape), request.element_size
     frozen = [*(stored := request.stored(shape)), *(taught := request.taught)]
     terms = {
@@ -88,7 +86,7 @@ def split_state(
         "teacher": request.shard_bytes(taught),
         "lora": e * lora,
         "lora_masters": 4 * lora,  # fp32, like moments, gradients and the bucket
-        "lora_moments": 8 * lora if stepped else 0,
+        "lora_moments": 8 * lora,  # from the first step on
         "lora_gradients": 4 * lora,
         "reduce_bucket": 4 * request.fetch.reduce_bucket_size,
     }

@@ -127,7 +127,8 @@ def wide_peaks(name: str, folder: Path, ranks: list[dict[str, Any]]) -> dict[str
         for step in steps:
             at = changed(request, prune={"ratio": gone[step - 1]}).shape_at(STEPS) if step > 1 else request.shape
             planned = planned_peak(request, at, scores=step <= len(CUTS))
-            state = sum(split_state(request, at, stepped=step > 1)[0].values())
+            terms, _ = split_state(request, at)
+            state = sum(terms.values()) - (step == 1) * terms["lora_moments"]
             for row in (rank["phases"] for rank in ranks):
                 imports, measured = int(row["load"]["before"]), row[f"step {step}"]
                 both.append((planned + int(measured["before"]) - imports - state, int(measured["peak"]) - imports))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loraprune_ds.checkpoint.layout import Status, write_status
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import load_config
+from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.errors import UserError
 from loraprune_ds.model import read_shape
 from loraprune_ds.model.classes import build_on_meta
@@ -84,7 +84,7 @@ def write_family(folder: Path, family: str, **changes: Any) -> str:
 
 
 def config_for(path: Path, out: Path, *changes: str) -> RunConfig:
-    return load_config(str(path), [f"output_dir={out}", *changes])
+    return config_from_dict(read_config(path, [f"output_dir={out}", *changes]))
 
 
 def run_here(config: RunConfig, resume: str | None = None, stop_at: int | None = None, between: int = 0) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from loraprune_ds.config_file import load_config
+from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import write_json
 from loraprune_ds.model.pretrained import open_pretrained
@@ -38,7 +38,7 @@ def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
 
     loaded = load_whole(out / "model")
     assert type(loaded) is type(whole)
-    assert load_config(out / "config.yaml").prune.ranking == "uniform"
+    assert config_from_dict(read_config(out / "config.yaml")).prune.ranking == "uniform"
     cut, left = metrics(out, "cut")[-1], open_pretrained(out / "model").shape.counts
     assert {kind: [layer[kind] for layer in left] for kind in left[0]} == {kind: cut[kind] for kind in left[0]}
     assert 0 < left[0]["delta"] < 5

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from loraprune_ds.config import PruneConfig, RunConfig, TrainConfig
-from loraprune_ds.config_file import config_from_dict, config_value, load_config
+from loraprune_ds.config_file import config_from_dict, config_value, read_config
 from tests.integration.launching import ROOT
 from tests.refusals import must_name, refused
 
@@ -19,12 +19,13 @@ SHIPPED = sorted((ROOT / "launch" / "configs").rglob("*.yaml"))
 def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    return load_config(path, overrides)
+    return config_from_dict(read_config(path, overrides))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_configs_load_and_a_resolved_one_reads_back_as_itself(path: Path, tmp_path: Path) -> None:
-    config = load_config(path, ["train.adam_epsilon=1e-9", "prune.normalize=none", "model.revision='1'"])
+    overrides = ["train.adam_epsilon=1e-9", "prune.normalize=none", "model.revision='1'"]
+    config = config_from_dict(read_config(path, overrides))
     assert load(tmp_path, yaml.safe_dump(config.to_dict())) == config
     assert (ROOT / str(config.deepspeed)).is_file()
     assert config.output_dir == f"runs/{path.stem}"
@@ -98,7 +99,7 @@ def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
         message = refused(load, tmp_path, f"{key}:\n")
         assert message.startswith(f"unknown key {key}; known keys there: output_dir, seed, ")
     must_name("output_dir", load, tmp_path, "seed: 1")
-    must_name(str(tmp_path), load_config, tmp_path)  # a folder
+    must_name(str(tmp_path), read_config, tmp_path)  # a folder
 
 
 # --set

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import load_config
+from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.files import read_json
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.plan.cluster import GIB, Cluster
@@ -41,7 +41,7 @@ def test_the_run_fits_where_it_is_meant_to_as_the_page_says(name: str, one_gpu: 
     (source, billions, *_), path = MODERN[name], CONFIGS / f"{name}.yaml"
     overrides = ON_ONE_GPU[name] if one_gpu else []
     source = T5_11B if "model.path=t5-11b" in overrides else source
-    shape, config = shape_from_config(source, name), load_config(path, overrides)
+    shape, config = shape_from_config(source, name), config_from_dict(read_config(path, overrides))
     meant = re.search(r"Meant for (\w+) nodes? of 8 GPUs", path.read_text())
     assert meant
     plan = make_plan(
@@ -65,7 +65,7 @@ def row(path: Path, plan: Plan, overrides: Sequence[str]) -> str:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_other_config_has_the_recipe(path: Path) -> None:
-    config, default = load_config(path), RunConfig("unused")
+    config, default = config_from_dict(read_config(path)), RunConfig("unused")
     assert replace(config.prune, ratio=0.5, prune_every=10, channel_multiple=64, tensor_parallel=1) == default.prune
     assert (config.train.distill_weight, config.train.distill_temperature) == (0.25, 2.0)
     if config.model.path != "embedded":

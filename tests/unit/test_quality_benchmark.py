@@ -1,12 +1,12 @@
 """The settings of tests/benchmarks/quality.py are run configs, and the shipped recipe is one of them."""
 
-from loraprune_ds.config_file import load_config
+from loraprune_ds.config_file import config_from_dict, read_config
 from tests.benchmarks.quality_settings import SETTINGS
 
 
 def test_every_setting_is_a_run_config() -> None:
     for setting in SETTINGS.values():
-        config = load_config("tests/benchmarks/base.yaml", setting.overrides)
+        config = config_from_dict(read_config("tests/benchmarks/base.yaml", setting.overrides))
         tokens = (config.train.steps or 0) + sum(config.recovery)
         tokens *= config.train.global_batch_size * config.data.window
         last = "10240" if setting.group == "once" else setting.name.rpartition("-")[2]
@@ -14,9 +14,10 @@ def test_every_setting_is_a_run_config() -> None:
 
 
 def test_the_recipe_is_what_was_measured() -> None:
-    shipped = load_config("launch/configs/recipe.yaml")
+    shipped = config_from_dict(read_config("launch/configs/recipe.yaml"))
     # Two ranks share its step, too. The loss does not depend on the micro-batches.
-    measured = load_config("tests/benchmarks/base.yaml", [*SETTINGS["recipe"].overrides, "train.micro_batch_size=4"])
+    overrides = [*SETTINGS["recipe"].overrides, "train.micro_batch_size=4"]
+    measured = config_from_dict(read_config("tests/benchmarks/base.yaml", overrides))
     for section in ("lora", "prune", "train", "evaluate", "deepspeed"):
         assert getattr(shipped, section) == getattr(measured, section), section
     assert (shipped.model.dtype, shipped.data.window) == (measured.model.dtype, measured.data.window)

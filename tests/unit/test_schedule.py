@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from loraprune_ds.config import PruneConfig, Ranking
-from loraprune_ds.config_file import load_config
+from loraprune_ds.config_file import config_from_dict, read_config
 from loraprune_ds.model.read_shape import read_model_config, shape_from_config
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.target import resolve
@@ -61,7 +61,8 @@ def test_cut_steps(steps: int, every: int, cuts: list[int]) -> None:
 @pytest.mark.parametrize("ranking", ["uniform", "global"])
 @pytest.mark.parametrize(("name", "most"), [("llama-7b", 80), ("llama-65b", 200)])
 def test_the_shipped_configs_cut_seldom_and_each_cut_changes_a_width(name: str, most: int, ranking: Ranking) -> None:
-    config = replace(load_config(ROOT / f"launch/configs/paper/{name}.yaml").prune, ranking=ranking)
+    run = config_from_dict(read_config(ROOT / f"launch/configs/paper/{name}.yaml"))
+    config = replace(run.prune, ranking=ranking)
     schedule = plan_pruning(*resolve(config, shape_from_config(read_model_config(name), name)), 40_312)
     section, cuts = schedule.sections[0], schedule.cut_steps
     assert 30 < len(cuts) <= most
