@@ -18,7 +18,7 @@ from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
 from loraprune_ds.export.huggingface import add_mtp, begin, copy_model, cut_mtp, publish, write_model
-from loraprune_ds.export.model_card import card_of_step, copy_model_card
+from loraprune_ds.export.model_card import TEMPLATES, card_of_step, copy_model_card
 from loraprune_ds.files import write_json
 from loraprune_ds.model.adapters import ADAPTER_FILE, ADAPTER_FOLDER, BASE_FOLDER, last_names, name_in_file, task_type
 from loraprune_ds.model.experts import as_in_peft
@@ -30,11 +30,6 @@ from loraprune_ds.model.weight_files import read_headers
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report import records
 from loraprune_ds.units import format_bytes
-
-# The texts on loading in a model card.
-LOAD_ADAPTER, LOAD_GGUF, LOAD_GGUF_ENCODER = (
-    Path(__file__).with_name(f"load_{name}.txt") for name in ("adapter", "gguf", "gguf_encoder")
-)
 
 
 @dataclass(frozen=True)
@@ -163,7 +158,7 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
     adapter.mkdir()
     write_adapter(step, adapter)
     # A finished run has a fuller model card than its checkpoint.
-    how_to_load = LOAD_ADAPTER.read_text(encoding="utf-8").format(exported=step.exported)
+    how_to_load = TEMPLATES.get_template("load_adapter.txt").render(exported=step.exported)
     copy_model_card(source.model or base, folder, how_to_load)
     return remarks
 
@@ -178,10 +173,9 @@ def _write_gguf(source: ExportSource, folder: Path, *, precision: Precision) -> 
     path = folder / f"{source.name}-{precision}.gguf"
     remarks += write_gguf(pretrained, path, precision, source.name)
     remarks += ["the file reads text alone, because a GGUF file has no tower"] * (pretrained.tower is not None)
-    dtype, arch = pretrained.config.get("dtype"), architecture_name(pretrained.config, pretrained.shape)
-    template = (LOAD_GGUF_ENCODER if pretrained.shape.family.has_encoder else LOAD_GGUF).read_text(encoding="utf-8")
-    how_to_load = template.format(file=path.name, dtype=dtype, precision=precision, arch=arch)
-    copy_model_card(model, folder, how_to_load + "".join(f"\n{remark}\n" for remark in remarks))
+    arch = architecture_name(pretrained.config, pretrained.shape)
+    facts = {"file": path.name, "precision": precision, "arch": arch, "pretrained": pretrained, "remarks": remarks}
+    copy_model_card(model, folder, TEMPLATES.get_template("load_gguf.txt").render(facts))
     shutil.rmtree(scratch, ignore_errors=True)
     return remarks
 

@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, HfApi, get_token
 from huggingface_hub import ModelCard as HubCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from loraprune_ds.checkpoint.load import TrainingCheckpoint
 from loraprune_ds.config import ModelConfig, PruneConfig
@@ -41,15 +42,12 @@ TASKS = {
 }
 LOAD_HEADING = "## Load it"
 SHOWN = 5  # answers
-TEMPLATE = Path(__file__).with_name("model_card.txt")
-REMARK = """
-The layers differ in size, or have a size no stock class takes: `{file}` in this folder describes them
-to transformers (4.57 or newer), and `trust_remote_code=True` allows it to run. It imports only torch and transformers.
-"""
-
-IMAGES = """
-**Images were not tuned.** The vision tower is a copy, and only text was used. Measure the model on images first.
-"""
+TEMPLATES = Environment(  # the .txt files of this folder
+    loader=FileSystemLoader(Path(__file__).parent),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 @dataclass(frozen=True)
@@ -104,23 +102,16 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
     """Writes README.md of the exported model in `folder`."""
     from loraprune_ds.export.gguf_architecture import architecture_name  # only writing a card loads gguf
 
-    architecture = architecture_name(exported.config, card.pruned)
-    llama_cpp = f"as architecture `{architecture}`, by an export to GGUF" if architecture else "not supported"
-    text = TEMPLATE.read_text(encoding="utf-8").format(
+    text = TEMPLATES.get_template("model_card.txt").render(
         card=card,
         exported=exported,
         asked=format_percent(card.asked),
-        total=_removed(card.dense.total_numel(), card.pruned.total_numel()),
-        linear=_removed(card.dense.linear_numel(), card.pruned.linear_numel()),
-        perplexity_dense=_perplexity(card.perplexity_dense),
-        perplexity_pruned=_perplexity(card.perplexity_pruned),
+        removed=_removed,
+        perplexity=_perplexity,
         others=TITLES[card.pruned.kinds[-1]],
-        llama_cpp=llama_cpp,
+        architecture=architecture_name(exported.config, card.pruned),
         layers="\n".join(_layer_rows(card.pruned)),
         task=TASKS[exported.auto_class],
-        variable="processor" if exported.multimodal else "tokenizer",
-        tokenizer="AutoProcessor" if exported.multimodal else "AutoTokenizer",
-        remark=REMARK.format(file=exported.modelling_file) if exported.trust else IMAGES * exported.multimodal,
     )
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
