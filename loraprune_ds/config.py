@@ -83,12 +83,16 @@ def require_one(first: object, second: object, keys: str) -> None:
     require((first is None) != (second is None), f"give exactly one of {keys}; null takes one away")
 
 
-def replace_default(given: Any, key: str, *others: str) -> Any:
-    """Drops the default of `key` if only one of the `others` is given. For a validator that runs before all others."""
-    values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
-    if not isinstance(values, dict) or key in values or all(values.get(other) is None for other in others):
-        return given
-    return ArgsKwargs((), values | {key: None})
+def replaces_default(key: str, *others: str) -> Any:
+    """Makes a validator, which drops the default of `key` if only one of the `others` is given."""
+
+    def validate(given: Any) -> Any:
+        values = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
+        if not isinstance(values, dict) or key in values or all(values.get(other) is None for other in others):
+            return given
+        return ArgsKwargs((), values | {key: None})
+
+    return model_validator(mode="before")(validate)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -163,10 +167,7 @@ class DataConfig(SourceKeys):
     max_samples: Count | None = None  # most samples from each source. None: all
     packing: bool = False  # several instructions or conversations share a window, without seeing each other
 
-    @model_validator(mode="before")
-    @classmethod
-    def _held_out_replaces_default(cls, given: Any) -> Any:
-        return replace_default(given, "held_out_fraction", "held_out")
+    _held_out = replaces_default("held_out_fraction", "held_out")
 
     def __post_init__(self) -> None:
         require(self.path != [] and all(source.path for source in self.sources), "data.path, or a path in it, is empty")
@@ -222,10 +223,7 @@ class PruneConfig:
     compensate_steps: Count = 4  # steps whose inputs are measured before a cut, its own step included
     compensate_decay: FractionOr0 = 0.9  # weight of earlier measured steps when one more is measured
 
-    @model_validator(mode="before")
-    @classmethod
-    def _target_replaces_default(cls, given: Any) -> Any:
-        return replace_default(given, "ratio", "target", "sizes")
+    _target = replaces_default("ratio", "target", "sizes")
 
     def __post_init__(self) -> None:
         # Other forms of a target or size are refused here.
