@@ -4,7 +4,6 @@ On the hub the measured results are also the card's `model-index`. The token for
 of `hf auth login`.
 """
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -126,17 +125,9 @@ def copy_model_card(source: Path, folder: Path, how_to_load: str) -> None:
 
 def answers_section(result: dict[str, Any]) -> str:
     """Makes a section with a few greedy answers from an evaluation, over all kinds of prompts."""
-    prompts = result["answers_plan"]["prompts"]
-    lines = ["## Answers", "", f"Greedy, at most {result['answers_plan']['max_new_tokens']} tokens.", ""]
-    for i in sorted({i * len(prompts) // SHOWN for i in range(SHOWN)}):
-        texts = [("Prompt", "\n\n".join(message["content"] for message in prompts[i]["messages"]))]
-        for name, model in (("Dense", result["dense"]), ("Pruned", result)):
-            texts += [(name, model["answers"]["greedy"]["texts"][i]["text"])] if model else []
-        for name, text in texts:
-            wrapped = (textwrap.wrap(line, 100, drop_whitespace=False) or [""] for line in text.splitlines() or [""])
-            # Four spaces keep a line from ending the block, and from being read as Markdown or HTML.
-            lines += [f"{name}:", "", *(f"    {part}" for parts in wrapped for part in parts), ""]
-    return "\n".join(lines)
+    count = len(result["answers_plan"]["prompts"])
+    shown = sorted({i * count // SHOWN for i in range(SHOWN)})
+    return TEMPLATES.get_template("answers.txt").render(result=result, shown=shown)
 
 
 def check_push(repo: str, results: Sequence[Path]) -> None:
@@ -186,7 +177,7 @@ def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[P
     answered = next((result for result in measured_by if result.get("answers")), None)
     if answered:
         before, heading, after = card.text.partition(LOAD_HEADING)
-        card.text = f"{before.rstrip()}\n\n{answers_section(answered)}\n{heading}{after}"
+        card.text = f"{before.rstrip()}\n\n{answers_section(answered)}{heading}{after}"
     card.save(card_file)
 
 
