@@ -37,11 +37,10 @@ class ProgressDisplay(records.Sink):
     """
 
     def __init__(self, steps: int, *, first: int = 0, stream: TextIO | None = None, every_seconds: float = 5.0) -> None:
-        self.steps, self._stream = steps, sys.stderr if stream is None else stream
+        self.steps, self._first, self._stream = steps, first, sys.stderr if stream is None else stream
         self._every_seconds, self._started = every_seconds, time.monotonic()
         self._last_line = -math.inf  # when it was shown
         self._latest = deque[float](maxlen=LATEST)  # seconds of each step with its cut
-        self._is_warm = False
         self._bar: tqdm | None = None
         if _can_show_live_line(self._stream):
             shape = "{desc}  {bar:10}"  # a narrow terminal loses the bar before the numbers
@@ -76,9 +75,8 @@ class ProgressDisplay(records.Sink):
             self._bar.close()
 
     def _step(self, record: records.StepRecord) -> None:
-        if self._is_warm:
+        if record.step > self._first + 1:  # the first step compiles, allocates and records
             self._latest.append(record.seconds)
-        self._is_warm = True  # the first step compiles, allocates and records
         if record.skipped:
             self.show(f"step {record.step}  skipped: the fp16 gradients overflowed, the loss scale goes down")
         if self._bar is not None:
