@@ -29,7 +29,7 @@ from loraprune_ds.train.output import OutputFolder, RunStatus
 from loraprune_ds.train.prepare import CheckTokenizer, Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder
 from loraprune_ds.train.stop import RequestListener, drop_stale_requests
-from loraprune_ds.train.trainer import measure_held_out, train
+from loraprune_ds.train.trainer import evaluate, train
 
 EXPORTED = f".{records.MODEL_FOLDER}.exported"  # not read back yet
 
@@ -183,12 +183,11 @@ def measure_model(context: RunContext) -> str | None:
     is_named = context.comm.gather_objects(target.exists())[0]
     model = target if is_named else exported
     try:
-        measured = _evaluate(model, context)
+        measured = _read_back(model, context)
     except UserError:
         if context.comm.rank == 0:  # the next start makes it again
             remove_folder(model)
         raise
-    recorder.write(measured)
     outcome = Outcome(
         config=config.to_dict(),
         history=recorder.history,
@@ -215,13 +214,13 @@ def measure_model(context: RunContext) -> str | None:
     return shortfall(pruning.limits, pruning.ratio, 1 - checkpoint.shape.linear_numel() / dense.linear_numel())
 
 
-def _evaluate(folder: Path, context: RunContext) -> records.EvaluationRecord:
+def _read_back(folder: Path, context: RunContext) -> records.EvaluationRecord:
     """Measures the exported model, read back from disk. Collective."""
-    model, prepared, comm = context.config.model, context.prepared, context.comm
+    model, prepared = context.config.model, context.prepared
     # Every rank opens it. A rank that cannot shows that output_dir is not shared.
-    pretrained = comm.all_or_raise(lambda: open_pretrained(folder))
+    pretrained = context.comm.all_or_raise(lambda: open_pretrained(folder))
     engines, stored = prepared.engines, (model.attn_implementation, model.dtype, prepared.ds_config)
     engine = engines.build_inference_engine(pretrained, *stored)
-    record = measure_held_out(engine, prepared.held_out, comm, step=prepared.pruning.steps, name="pruned")
+    record = evaluate(context, engine, prepared.pruning.steps, "pruned")
     engines.release(engine)  # `evaluate.after` needs the memory
     return record

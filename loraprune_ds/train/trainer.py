@@ -10,14 +10,13 @@ from torch import Tensor
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.logits import Distillation
-from loraprune_ds.model.perplexity import Labelled, measure_perplexity
+from loraprune_ds.model.perplexity import measure_perplexity
 from loraprune_ds.model.shape import needed_flops_per_token
 from loraprune_ds.model.token_loss import split_rows, supervised_positions
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.steps import PruningSteps
 from loraprune_ds.pruning.training import TrainingEngine
-from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name, is_cpu, peak_flops, to_device
 from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, StepRecord, record_cut
 from loraprune_ds.train.checkpoints import RunContext, build_engine, save_checkpoint
@@ -128,22 +127,18 @@ class Trainer:
 
 
 def train(context: RunContext) -> bool:
-    """Makes all remaining steps, then frees the model. Returns False after a request to stop, which saves."""
+    """Makes all remaining steps, then frees the model. False after a request to stop, which saves. Collective."""
     prepared, recorder, schedule = context.prepared, context.recorder, context.prepared.pruning
     trainer = _build_trainer(context)
     engine, every = trainer.engine, context.config.checkpoint.every or schedule.steps
-
-    def evaluate(step: int, name: EvaluationName) -> None:
-        recorder.write(measure_held_out(engine.infer, prepared.held_out, context.comm, step=step, name=name))
-
     if not context.checkpoint:
-        evaluate(0, "dense")
+        evaluate(context, engine.infer, 0, "dense")
     for step in range(context.status.step + 1, schedule.steps + 1):
         recorder.write(trainer.step(step))
         if cut := trainer.cut(step):
             recorder.write(cut)
         if name := _evaluation_after(step, schedule, context.config.evaluate.every):
-            evaluate(step, name)
+            evaluate(context, engine.infer, step, name)
         if trainer.requested != NOTHING or step % every == 0 or step == schedule.section(step).last:
             save_checkpoint(context, engine, trainer.pruner, step)
         context.status.update(step)
@@ -178,9 +173,10 @@ def _evaluation_after(step: int, schedule: Schedule, every: int | None) -> Evalu
     return "step" if every is not None and step % every == 0 else None
 
 
-def measure_held_out(
-    infer: Callable[..., Any], batches: list[Labelled], comm: Communicator, *, step: int, name: EvaluationName
-) -> EvaluationRecord:
-    """Measures held-out perplexity. Draws no random numbers and changes no training state. Collective."""
+def evaluate(context: RunContext, infer: Callable[..., Any], step: int, name: EvaluationName) -> EvaluationRecord:
+    """Records held-out perplexity. Draws no random numbers and changes no training state. Collective."""
+    batches, comm = context.prepared.held_out, context.comm
     result = measure_perplexity(lambda ids, labels: infer(input_ids=ids, labels=labels), batches, comm)
-    return EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)
+    record = EvaluationRecord(step, name, result.perplexity, result.tokens, result.windows)
+    context.recorder.write(record)
+    return record
