@@ -15,7 +15,7 @@ from loraprune_ds.evaluate.answers import encode_prompts
 from loraprune_ds.evaluate.settings import read_prompts
 from loraprune_ds.model.sources import embedded_model_dir
 from loraprune_ds.model.token_loss import IGNORE_INDEX
-from loraprune_ds.model.tokenizer import load_tokenizer
+from loraprune_ds.model.tokenizer import Starts, load_tokenizer
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from loraprune_ds.train.data.tokens import Chat, ChatTemplate, read_chat
@@ -171,7 +171,7 @@ def test_tools_come_as_a_list_or_as_json() -> None:
 
 def load(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> LoadedData:
     config = DataConfig(**({"path": str(path), "format": "chat", "window": 64} | settings))
-    return load_samples(config, tokenizer, minimum=1, vocab_size=len(tokenizer))
+    return load_samples(config, tokenizer, minimum=1, vocab_size=len(tokenizer), starts=Starts())
 
 
 def test_a_file_of_conversations_gives_samples_and_held_out_conversations(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import torch
 from loraprune_ds.config import DataConfig
 from loraprune_ds.model.tokenizer import Starts
 from loraprune_ds.train.data import loading
-from loraprune_ds.train.data.loading import NO_STARTS, cached, load_samples
+from loraprune_ds.train.data.loading import cached, load_samples
 from loraprune_ds.train.data.samples import LoadedData, Samples
 from tests.refusals import must_name
 from tests.unit.test_data import make_tokenizer
 from tests.unit.test_data_load import INSTRUCTIONS, documents, write_json
 
-TOKENIZER = make_tokenizer()
+TOKENIZER, NO_STARTS = make_tokenizer(), Starts()
 
 
 @pytest.fixture(autouse=True)

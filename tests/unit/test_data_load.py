@@ -10,6 +10,7 @@ import pytest
 
 from loraprune_ds.config import DataConfig, MixtureEntry
 from loraprune_ds.config_sources import files_of
+from loraprune_ds.model.tokenizer import Starts
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import LoadedData
 from loraprune_ds.train.data.sources import at_commits, read_rows, resolve_commits
@@ -22,7 +23,7 @@ TOKENIZER = make_tokenizer()
 
 def load(path: Path | str, *, minimum: int = 1, **settings: Any) -> LoadedData:
     config = DataConfig(**({"path": str(path), "window": WINDOW} | settings))
-    return load_samples(config, TOKENIZER, minimum=minimum, vocab_size=100)
+    return load_samples(config, TOKENIZER, minimum=minimum, vocab_size=100, starts=Starts())
 
 
 def tuned_on(data: LoadedData) -> set[int]:
@@ -183,8 +184,8 @@ def test_too_few_samples_and_a_tokenizer_of_another_model_are_told(tmp_path: Pat
     must_name(f"data.json {there} {there + 1}", load, path, minimum=there + 1, held_out=str(held_out))
     must_name("data.max_samples 3", load, path, minimum=5, max_samples=3)
     config = DataConfig(path=str(path), window=WINDOW)
-    load_samples(config, TOKENIZER, minimum=1, vocab_size=31)  # w20 is 30
-    must_name("30 vocab_size", load_samples, config, TOKENIZER, minimum=1, vocab_size=30)
+    load_samples(config, TOKENIZER, minimum=1, vocab_size=31, starts=Starts())  # w20 is 30
+    must_name("30 vocab_size", load_samples, config, TOKENIZER, minimum=1, vocab_size=30, starts=Starts())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from loraprune_ds.evaluate.settings import read_prompts
 from loraprune_ds.files import read_json
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
+from loraprune_ds.model.tokenizer import Starts
 from loraprune_ds.train.data import loading
 from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import (
@@ -130,7 +131,7 @@ def config_of(entries: Any, **settings: Any) -> DataConfig:
 
 
 def load(entries: Any, **settings: Any) -> LoadedData:
-    return load_samples(config_of(entries, **settings), make_tokenizer(), minimum=1, vocab_size=100)
+    return load_samples(config_of(entries, **settings), make_tokenizer(), minimum=1, vocab_size=100, starts=Starts())
 
 
 @pytest.fixture

@@ -105,7 +105,8 @@ def test_every_format_gives_source_start_and_target(tmp_path: Path, monkeypatch:
     other = load(tmp_path, renamed, held_out_fraction=0.2, **fields)
     assert (other.samples.digest(), other.held_out) == (data.samples.digest(), data.held_out)
     config = DataConfig(path=str(tmp_path / "pairs.jsonl"), window=8, format="seq2seq", **fields)
-    of_decoder = load_samples(config, TOKENIZER, minimum=1, vocab_size=100)  # whose prompt ends without EOS
+    # The prompt of a decoder ends without EOS.
+    of_decoder = load_samples(config, TOKENIZER, minimum=1, vocab_size=100, starts=Starts())
     assert first_row(of_decoder) == [x for x in row("w1 w2", "w20") if x[0] != START and x != (EOS, IGNORE_INDEX)]
     instructions = [{"instruction": one["source"], "response": one["target"]} for one in PAIRS]
     told = load(tmp_path, instructions, format="instruction", input_field=None, window=40)

@@ -90,11 +90,8 @@ def _instruction(row: TextRow, source: DataSource) -> tokens.Instruction:
     return tokens.make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
 
 
-NO_STARTS = Starts()
-
-
 def load_samples(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, minimum: int, vocab_size: int, starts: Starts = NO_STARTS
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, minimum: int, vocab_size: int, starts: Starts
 ) -> LoadedData:
     """Loads samples and held-out text.
 
