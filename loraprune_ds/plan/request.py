@@ -197,6 +197,8 @@ def build_request(
         check_tower(whole, final_shape(limits, sizes), name)
     config = replace(config, prune=prune)
     pruning = plan_pruning(prune, limits, sizes, steps, config.recovery)
+    if train.steps or of_epochs:  # an assumed number of steps refuses nothing
+        train.check_warmup(pruning.cycles()[0])
     per_node = cluster.gpus_per_node
     require(config.deepspeed is not None, "deepspeed is null, but a plan needs ds_configs/zero3.json or another")
     ds_config = resolve_ds_config(config, shape, cluster.world_size, per_node)

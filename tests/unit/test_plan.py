@@ -87,6 +87,8 @@ def test_epochs_have_the_steps_that_the_run_makes_of_them(samples: int, epochs: 
     planned = build_request("small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=samples)
     assert (planned.pruning.steps, planned.steps_known) == (steps, True)
     must_name("--samples", build_request, "small", SOURCE, SMALL, unknown.config, unknown.cluster, samples=5)
+    late = request(Cluster(1, 1), steps=None, epochs=epochs, global_batch_size=128, warmup_steps=steps)
+    must_name("train.warmup_steps", build_request, "small", SOURCE, SMALL, late.config, late.cluster, samples=samples)
 
 
 def with_hpz(tmp_path: Path, size: int | str, cluster: Cluster, **train: Any) -> Request:
