@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loraprune_ds import files
@@ -15,6 +14,7 @@ from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import RESUME_FOLDER, STATE_FILE, ResumeState, RunState
 from loraprune_ds.errors import fail_point
 from loraprune_ds.model.shape import LinearId
+from loraprune_ds.model.weight_files import write_weight_file
 from loraprune_ds.pruning.compensate import refitted_linears
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Pruner
@@ -75,63 +75,67 @@ class Staging(AbstractContextManager["Staging"]):
 
 
 def save_step(pruner: Pruner, adam: OptimizerState, root: Path, state: RunState, resume: ResumeState) -> Path:
-    """Publishes `step-{state.step}`. Each layer is written by its owner, which has its input moments. Collective."""
-    model, apart, lora = pruner.model, f"{RESUME_FOLDER}/", pruner.model.lora_parameters()
-    with Staging(model.comm, layout.step_folder(root, state.step), "step") as staging:
-        if model.rank == 0:
+    """Publishes `step-{state.step}`. Collective."""
+    with Staging(pruner.model.comm, layout.step_folder(root, state.step), "step") as staging:
+        if pruner.model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(files.json_text(state)))
-            staging.write(apart + STATE_FILE, lambda path: path.write_text(files.json_text(resume)))
-        for layers in owner_rounds(len(model.layers), model.world_size):
-            write_lora(staging, adam, {i: lora[i] for i in layers}, model, apart)
-            write_refits(staging, pruner, model, layers)
-            fail_point("save.layer")
-        write_pruner(staging, pruner, apart)
+            staging.write(f"{RESUME_FOLDER}/{STATE_FILE}", lambda path: path.write_text(files.json_text(resume)))
+        write_tensors(staging, pruner, adam, f"{RESUME_FOLDER}/")
         fail_point("save.step_written")
         staging.publish()
     return staging.target
 
 
-def write_lora(
-    staging: Staging,
-    adam: OptimizerState,
-    lora: dict[int, dict[str, nn.Parameter]],
-    model: PrunableModel,
-    folder: str = "",
+def write_tensors(staging: Staging, pruner: Pruner, adam: OptimizerState | None, folder: str = "") -> None:
+    """Writes the refits and the pruner's tensors, and LoRA if there is `adam`. Collective.
+
+    Each layer is written by its owner, which has its input moments. `folder` gets the tensors that only a resume needs.
+    """
+    model, lora = pruner.model, pruner.model.lora_parameters()
+    for layers in owner_rounds(len(model.layers), model.world_size):
+        if adam is not None:
+            _write_lora(staging, adam, {i: lora[i] for i in layers}, model, folder)
+        _write_refits(staging, pruner, layers)
+        fail_point("save.layer")
+    _write_pruner(staging, pruner, folder)
+
+
+def _write_lora(
+    staging: Staging, adam: OptimizerState, lora: dict[int, dict[str, nn.Parameter]], model: PrunableModel, folder: str
 ) -> None:
     """Writes LoRA's fp32 masters and Adam's moments of a round of layers, each on its owner. Collective."""
     collected = {i: adam.collect(parameters, model.owner(i), model.comm) for i, parameters in lora.items()}
     for layer, (masters, moments) in collected.items():  # both empty but on the owner
-        write_layer(staging, "lora", layer, masters)
-        write_layer(staging, f"{folder}adam", layer, moments)
+        _write_layer(staging, "lora", layer, masters)
+        _write_layer(staging, f"{folder}adam", layer, moments)
 
 
-def write_refits(staging: Staging, pruner: Pruner, model: PrunableModel, layers: Iterable[int]) -> None:
+def _write_refits(staging: Staging, pruner: Pruner, layers: Iterable[int]) -> None:
     """Writes the refitted linears of a round of layers, each on its owner, in their storage format. Collective."""
-    collected = {layer: dict[str, Tensor]() for layer in layers if pruner.moments}
+    model, collected = pruner.model, {layer: dict[str, Tensor]() for layer in layers if pruner.moments}
     for layer, tensors in collected.items():
         for name in refitted_linears(pruner.limits.dense, model.shape, layer):
             stored = model.collect_stored(LinearId(layer, name))
             tensors |= {f"{model.shape.prefix(layer)}{name}.{part}": tensor for part, tensor in stored.items()}
     for layer, tensors in collected.items():  # all owners write in parallel
-        write_layer(staging, "refit", layer, tensors)
+        _write_layer(staging, "refit", layer, tensors)
 
 
-def write_pruner(staging: Staging, pruner: Pruner, folder: str = "") -> None:
+def _write_pruner(staging: Staging, pruner: Pruner, folder: str) -> None:
     """Writes the moving averages in float64, on rank 0, and half of the input moments of each layer, on its owner."""
     layers = enumerate((pruner.average.on_host() if pruner.model.rank == 0 else None) or [])
     tensors = {f"{i}.{kind}": groups for i, layer in layers for kind, groups in layer.items()}
     if tensors:
-        staging.write(folder + layout.SCORES_FILE, lambda path: save_file(tensors, path))
+        staging.write(folder + layout.SCORES_FILE, lambda path: write_weight_file(path, tensors))
     if pruner.moments is not None:
         for layer in range(len(pruner.model.layers)):
-            write_layer(staging, f"{folder}inputs", layer, pruner.moments.halves(layer))
+            _write_layer(staging, f"{folder}inputs", layer, pruner.moments.halves(layer))
 
 
-def write_layer(staging: Staging, part: str, layer: int, tensors: dict[str, Tensor]) -> None:
+def _write_layer(staging: Staging, part: str, layer: int, tensors: dict[str, Tensor]) -> None:
     """Writes a part of a layer, if this rank has it."""
     if tensors:
-        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        staging.write(layout.layer_file(part, layer), lambda path: save_file(on_cpu, path))
+        staging.write(layout.layer_file(part, layer), lambda path: write_weight_file(path, tensors))
 
 
 def drop_old(root: Path, step: int, keep_last: int, pinned: Container[int] = ()) -> None:

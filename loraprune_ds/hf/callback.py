@@ -89,8 +89,8 @@ class LoraPruneCallback(TrainerCallback):
         Raises:
             UserError: the checkpoint is damaged, belongs to another model or config, or needs the engine that saved it.
         """
-        folder = self._output_dir if folder is None else folder
-        checkpoint = self._checkpoint = cut_to_checkpoint(model, Path(folder), self.config, Communicator())
+        folder = Path(folder or self._output_dir)
+        checkpoint = self._checkpoint = cut_to_checkpoint(model, folder, self.config, Communicator())
         if checkpoint is None:
             return None
         self.config = checkpoint.state.prune

@@ -9,13 +9,14 @@ The trainer saves LoRA, its optimizer and its own state. `pruning/` is written l
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import SkipValidation
 from torch import nn
 from torch.optim import Adam, AdamW
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -24,10 +25,10 @@ from transformers.trainer import SCHEDULER_NAME
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import STATE_FILE
 from loraprune_ds.checkpoint.load import keep_from_lists, open_refits, read_flat, restore_pruner
-from loraprune_ds.checkpoint.save import Staging, write_lora, write_pruner, write_refits
+from loraprune_ds.checkpoint.save import Staging, write_tensors
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, fail_point, require
-from loraprune_ds.files import json_text, read_json
+from loraprune_ds.files import json_text
 from loraprune_ds.hf.live import find_peft_model, live_shape
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import base_parameter
@@ -38,7 +39,7 @@ from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape, held,
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.training import OptimizerState
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import owned_range, owner_rounds
+from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.report.records import METRICS_FILE, History, read_history, write_history
 
 FOLDER = "pruning"
@@ -54,7 +55,7 @@ class PruningState:
     steps: int
     world_size: int
     seed: int
-    prune: PruneConfig
+    prune: SkipValidation[PruneConfig]  # `recorded_config` tells of settings of another version
     dense: list[list[int]]  # per layer, the number of groups of each kind
     kept: list[list[list[int]]]  # per layer, the kept groups of each kind, as indices into the dense model
     updates_since_cut: int
@@ -63,6 +64,7 @@ class PruningState:
     zero: bool = True  # ZeRO-3 has saved the rest of the checkpoint
     adam: Any = None  # Adam's step and param_groups, if the folder has its state
     format: int = layout.FORMAT
+    __pydantic_config__ = layout.NO_MORE
 
 
 @dataclass(frozen=True)
@@ -120,20 +122,15 @@ def describe_adam(adam: OptimizerState) -> dict[str, Any]:
     return {"step": adam.adam_step, "param_groups": [group | {"params": []} for group in groups]}
 
 
-def write_pruning(
-    folder: Path, state: PruningState, pruner: Pruner, adam: OptimizerState | None, history: History
-) -> None:
-    """Writes `folder`/pruning. Each rank adds the files of its layers, with LoRA if there is `adam`. Collective."""
-    model, lora = pruner.model, pruner.model.lora_parameters()
-    with Staging(model.comm, folder / FOLDER, "pruning") as staging:
-        if model.rank == 0:
+def write_pruning(folder: Path, state: PruningState, pruner: Pruner, history: History) -> None:
+    """Writes `folder`/pruning. Each rank adds the files of its layers, with LoRA if Adam trains it. Collective."""
+    adam = plain_adam(pruner.model)
+    state = replace(state, adam=adam and describe_adam(adam))
+    with Staging(pruner.model.comm, folder / FOLDER, "pruning") as staging:
+        if pruner.model.rank == 0:
             staging.write(STATE_FILE, lambda path: path.write_text(json_text(state)))
             staging.write(METRICS_FILE, lambda path: write_history(path, history))
-        for layers in owner_rounds(len(model.layers), model.world_size):
-            if adam is not None:
-                write_lora(staging, adam, {i: lora[i] for i in layers}, model)
-            write_refits(staging, pruner, model, layers)
-        write_pruner(staging, pruner)
+        write_tensors(staging, pruner, adam)
         fail_point("save.pruning_written")
         staging.publish()
 
@@ -211,13 +208,8 @@ def _check_foreign(checkpoint: Path, state: PruningState, model: PeftModel, *, z
 
 def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState:
     path = folder / FOLDER / STATE_FILE
-    raw = read_json(path)
-    layout.check_format(raw.get("format", 4), path)
-    try:
-        raw["prune"] = layout.recorded_config({"output_dir": str(folder), "prune": raw["prune"]}, path).prune
-        state = PruningState(**raw)
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is damaged: a field is missing or unknown") from None
+    state = layout.read_record(path, PruningState)
+    state = replace(state, prune=layout.recorded_config({"output_dir": str(folder), "prune": state.prune}, path).prune)
     defaults, saved = asdict(PruneConfig()), asdict(state.prune)
     different = [  # settings with their default value come from the checkpoint
         key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])

@@ -26,14 +26,7 @@ from loraprune_ds.checkpoint.load import keep_to_lists
 from loraprune_ds.config import Dtype, PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json, remove_folder, remove_leftovers, staging_of, write_json
-from loraprune_ds.hf.checkpoint import (
-    PruningCheckpoint,
-    PruningState,
-    describe_adam,
-    group_counts,
-    plain_adam,
-    write_pruning,
-)
+from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
 from loraprune_ds.hf.engines import find_engine
 from loraprune_ds.hf.layers import LiveModel
 from loraprune_ds.hf.live import ForwardWatch, base_config, base_dtype, check_model, find_peft_model, model_name
@@ -162,13 +155,12 @@ class Pruning:
         folder, model, pruner = Path(folder), self.model, self.pruner
         if model.rank == 0:
             remove_leftovers(folder)
-        dense, adam = pruner.limits.dense, plain_adam(model)
+        dense = pruner.limits.dense
         state = PruningState(
             step=self.step,
             steps=self.steps,
             world_size=model.world_size,
             zero=not isinstance(model, LocalModel),
-            adam=adam and describe_adam(adam),
             seed=self.seed,
             prune=pruner.config,
             dense=group_counts(dense),
@@ -177,7 +169,7 @@ class Pruning:
             moment_tokens=pruner.moment_tokens,
             resumed_from=self.resumed_from,
         )
-        write_pruning(folder, state, pruner, adam, self.recorder.history)
+        write_pruning(folder, state, pruner, self.recorder.history)
 
     def save_model(self, folder: str | Path, tokenizer: Any = None) -> None:
         """Writes the pruned model with LoRA merged. Collective. Raises UserError if the folder is not empty."""
