@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import nn
 
 from loraprune_ds.errors import require
-from loraprune_ds.hf.live import live_shape, warn_of_rounded_gradients
+from loraprune_ds.hf.live import live_shape
 from loraprune_ds.local.model import LocalModel, find_torch_optimizer
 from loraprune_ds.pruning.prunable_model import PrunableModel
 
@@ -18,7 +18,12 @@ def find_engine(
     """Connects the pruner with the weights and the optimizer of a training. Raises UserError if they cannot be cut."""
     ds_config = ds_config or getattr(model, "config", None)  # of DeepSpeed's engine. PEFT's has another type
     if isinstance(ds_config, dict) or is_deepspeed(optimizer):
-        return _find_sharded(peft_model, optimizer, ds_config)
+        from loraprune_ds.zero.ds_config import check_reshardable  # DeepSpeed, once it is needed
+        from loraprune_ds.zero.external_engine import share_model
+
+        if isinstance(ds_config, dict):
+            check_reshardable("the DeepSpeed config", ds_config, {p.element_size() for p in peft_model.parameters()})
+        return share_model(peft_model, optimizer, live_shape(peft_model))
     kind = type(model).__name__
     replicated = not isinstance(model, nn.DataParallel) and not kind.startswith(("FSDP", "FullySharded"))
     require(replicated, f"{kind} cannot be cut; use DistributedDataParallel or DeepSpeed ZeRO-3")
@@ -38,16 +43,3 @@ def is_deepspeed(optimizer: Any) -> bool:
     while optimizer is not None and not type(optimizer).__module__.startswith("deepspeed."):
         optimizer = getattr(optimizer, "optimizer", None)
     return optimizer is not None
-
-
-def _find_sharded(peft_model: PeftModel, optimizer: Any, ds_config: Any) -> PrunableModel:
-    from loraprune_ds.zero.ds_config import check_reshardable  # DeepSpeed, once it is needed
-    from loraprune_ds.zero.external_engine import find_zero_optimizer, reduced_dtypes, share_model
-
-    zero = find_zero_optimizer(optimizer)
-    if isinstance(ds_config, dict):
-        check_reshardable("the DeepSpeed config", ds_config, {p.element_size() for p in peft_model.parameters()})
-    sharded = share_model(peft_model, zero, live_shape(peft_model))
-    if sharded.rank == 0:
-        warn_of_rounded_gradients(reduced_dtypes(zero))
-    return sharded

@@ -236,17 +236,6 @@ def _check_others(model: PeftModel, shape: ModelShape) -> None:
         require(not shape.tie_word_embeddings, lost)
 
 
-def warn_of_rounded_gradients(dtypes: set[torch.dtype]) -> None:
-    """Warns if gradients are not averaged in fp32."""
-    if dtypes != {torch.float32}:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-        log.warning(
-            "gradients are averaged in %s, so scores depend on the number of ranks and micro-batches; write "
-            '"communication_data_type": "fp32" and "data_types": {"grad_accum_dtype": "fp32"} in the DeepSpeed config',
-            names,
-        )
-
-
 class ForwardWatch:
     """Records the forward passes that have a backward pass, and counts their tokens.
 

@@ -1,5 +1,6 @@
 """Connects the pruner with the ZeRO-3 engine of another trainer, and with its sharded model before that."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,18 @@ from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
 
 ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # their only state with a shape is exp_avg and exp_avg_sq
+log = logging.getLogger(__name__)
 
 
-def find_zero_optimizer(optimizer: Any) -> DeepSpeedZeroOptimizer_Stage3:
-    """Finds DeepSpeed's stage-3 optimizer under the wrappers of accelerate. Raises UserError if there is none."""
+def share_model(module: nn.Module, optimizer: Any, shape: ModelShape) -> ShardedModel:
+    """Wraps a model that another trainer trains, for the pruner. Raises UserError if it cannot be cut."""
+    check_private_attributes()
     zero = optimizer
-    while zero is not None and not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+    while zero is not None and not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):  # under accelerate's wrappers
         zero = getattr(zero, "optimizer", None)
     if zero is None:
         needed = "pruning needs DeepSpeed ZeRO-3 (zero_optimization.stage 3)"
         raise UserError(f"{needed}; the optimizer is {type(optimizer).__name__}")
-    return zero
-
-
-def share_model(module: nn.Module, zero: DeepSpeedZeroOptimizer_Stage3, shape: ModelShape) -> ShardedModel:
-    """Wraps a model that another trainer trains, for the pruner. Raises UserError if it cannot be cut."""
-    check_private_attributes()
     inner = zero.optimizer
     if type(inner).__name__ not in ADAM or any(group.get("amsgrad") for group in inner.param_groups):
         name = f"{type(inner).__name__}{' with amsgrad' if type(inner).__name__ in ADAM else ''}"
@@ -44,12 +41,14 @@ def share_model(module: nn.Module, zero: DeepSpeedZeroOptimizer_Stage3, shape: M
     shards, ranks = dist.get_world_size(zero.dp_process_group), dist.get_world_size()
     split = f"ZeRO-3 shards over {shards} of {ranks} ranks; tensor and pipeline parallelism cannot be cut"
     require(shards == ranks, split)
+    reduced = {zero.communication_data_type, zero.gradient_accumulation_dtype}
+    if reduced != {torch.float32} and dist.get_rank() == 0:
+        log.warning(
+            "gradients are averaged in %s, so scores depend on the number of ranks and micro-batches; write "
+            '"communication_data_type": "fp32" and "data_types": {"grad_accum_dtype": "fp32"} in the DeepSpeed config',
+            ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in reduced)),
+        )
     return ShardedModel(module, zero, shape, zero.empty_partition_cache)
-
-
-def reduced_dtypes(zero: DeepSpeedZeroOptimizer_Stage3) -> set[torch.dtype]:
-    """Returns the dtypes in which gradients are sent between ranks and accumulated over micro-batches."""
-    return {zero.communication_data_type, zero.gradient_accumulation_dtype}
 
 
 def write_stand_in(folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator) -> None:

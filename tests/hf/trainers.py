@@ -212,7 +212,7 @@ def stop_early(job: Job, out: Path) -> list[str]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    with fresh_accelerate(), patch.object(logging.getLogger("loraprune_ds.hf"), "handlers", [handler]):
+    with fresh_accelerate(), patch.object(logging.getLogger("loraprune_ds"), "handlers", [handler]):
         callback = LoraPruneCallback(PruneConfig(**job.prune), steps=20)
         args = arguments(job, out, max_steps=2, deepspeed=deepspeed_config(fp32_gradients=False))
         make_trainer(job, args, callback).train()

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Olmo2Config, Olmo2ForCausalLM, TrainerControl, TrainerState
 
@@ -27,7 +28,7 @@ from loraprune_ds.hf.live import (
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.groups import LayerCounts
-from loraprune_ds.zero.external_engine import find_zero_optimizer, share_model
+from loraprune_ds.zero.external_engine import share_model
 from tests.families import LLAMA_LINEARS, tiny_model
 from tests.refusals import must_name
 
@@ -170,6 +171,13 @@ def test_an_argument_that_does_not_allow_cuts_is_named(name: str) -> None:
     must_name(f"{name}={value}", check_arguments, args, model)
 
 
+def zero_over(inner: Any) -> Any:
+    """Stands in for ZeRO-3's optimizer around torch's."""
+    zero: Any = object.__new__(DeepSpeedZeroOptimizer_Stage3)
+    zero.optimizer, zero.dp_process_group = inner, "g"
+    return zero
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "name"),
     [("SGD", {"lr": 0.1}, "SGD"), ("Adafactor", {}, "Adafactor"), ("AdamW", {"amsgrad": True}, "AdamW with amsgrad")],
@@ -177,23 +185,18 @@ def test_an_argument_that_does_not_allow_cuts_is_named(name: str) -> None:
 def test_an_optimizer_without_adam_s_state_or_zero_3_is_refused(kind: str, options: dict[str, Any], name: str) -> None:
     inner = getattr(torch.optim, kind)([torch.nn.Parameter(torch.zeros(1))], **options)
     model = adapted()
-    zero = cast(Any, SimpleNamespace(optimizer=inner))
-    must_name(name, share_model, model, zero, base_shape(model))
-    must_name(f"ZeRO-3 {kind}", find_zero_optimizer, inner)
+    must_name(name, share_model, model, zero_over(inner), base_shape(model))
+    must_name(f"ZeRO-3 {kind}", share_model, model, inner, base_shape(model))
 
 
 # All of it is asked before the first step
 
 
-def begins_with(
-    patch: pytest.MonkeyPatch, names: str, model: Any, inner: Any, callback: Any = None, step: int = 0, **args: Any
-) -> None:
+def begins_with(names: str, model: Any, inner: Any, callback: Any = None, step: int = 0, **args: Any) -> None:
     """Begins a training as a Trainer does, over a stand-in for ZeRO-3's optimizer. Checks what the refusal names."""
-    state, zero = TrainerState(global_step=step, max_steps=10), SimpleNamespace(optimizer=inner, dp_process_group="g")
+    state, zero = TrainerState(global_step=step, max_steps=10), zero_over(inner)
     given = cast(Any, SimpleNamespace(output_dir="unused", report_to=[], **args))
     begin = (callback or LoraPruneCallback(PruneConfig())).on_train_begin
-    patch.setattr("loraprune_ds.hf.engines.is_deepspeed", lambda optimizer: True)
-    patch.setattr("loraprune_ds.zero.external_engine.find_zero_optimizer", lambda zero: zero)
     must_name(names, begin, given, state, CONTROL, model=model, optimizer=zero)
 
 
@@ -202,21 +205,21 @@ def test_a_training_begins_with_all_checks(monkeypatch: pytest.MonkeyPatch) -> N
     nvme = SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
     weights = [torch.nn.Parameter(torch.zeros(1))]
     adam, sgd = torch.optim.AdamW(weights), torch.optim.SGD(weights)
-    begins_with(monkeypatch, "load_best_model_at_end=True", adapted(), adam, load_best_model_at_end=True)
-    begins_with(monkeypatch, "DeepSpeed NVMe", adapted(), adam, deepspeed_plugin=nvme)
-    begins_with(monkeypatch, "layer 0 self_attn.q_proj", adapted(target_modules=ALL[1:]), adam)
-    begins_with(monkeypatch, "SGD", adapted(), sgd)
+    begins_with("load_best_model_at_end=True", adapted(), adam, load_best_model_at_end=True)
+    begins_with("DeepSpeed NVMe", adapted(), adam, deepspeed_plugin=nvme)
+    begins_with("layer 0 self_attn.q_proj", adapted(target_modules=ALL[1:]), adam)
+    begins_with("SGD", adapted(), sgd)
     monkeypatch.setattr("loraprune_ds.zero.external_engine.dist.get_world_size", lambda group=None: 2 if group else 4)
-    begins_with(monkeypatch, "2 4 ranks", adapted(), adam)
+    begins_with("2 4 ranks", adapted(), adam)
 
 
-def test_a_resume_needs_the_callback_s_own_and_the_same_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    begins_with(monkeypatch, "step 3", torch.nn.Linear(1, 1), None, step=3)
+def test_a_resume_needs_the_callback_s_own_and_the_same_schedule() -> None:
+    begins_with("step 3", torch.nn.Linear(1, 1), None, step=3)
     saved: Any = SimpleNamespace(step=3, steps=20, seed=1)
     for given, names in (({}, "20 10"), ({"steps": 20, "seed": 2}, "seed 1 2")):
         callback = LoraPruneCallback(PruneConfig(), **given)
         callback._checkpoint = PruningCheckpoint(Path(), saved, cast(Any, None))
-        begins_with(monkeypatch, names, adapted(), None, callback, step=3)
+        begins_with(names, adapted(), None, callback, step=3)
 
 
 @pytest.mark.parametrize(
