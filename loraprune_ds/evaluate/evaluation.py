@@ -138,9 +138,9 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
     source = find_model(path)
     dtype = choose_dtype(source, settings.dtype)
     if settings.sharded:
-        from loraprune_ds.zero.device import check_dtype
+        from loraprune_ds.zero.engine import check_device
 
-        check_dtype(dtype)
+        check_device(dtype)
         require(not source.adapter, f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
     limits = path, source.pretrained.config.get("max_position_embeddings"), source.pretrained.shape.vocab_size
     _, most, vocab_size = limits

@@ -78,10 +78,7 @@ def build_inference_engine(
     pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, _: dict[str, Any], *, head: bool = True
 ) -> nn.Module:
     """Builds the frozen model in evaluation mode. Without `head` it returns `final_hidden`."""
-    model: Any = build_for_losses(pretrained, attn_implementation)
-    device = current_device()
-    if not head:
-        model.lm_head = None
+    model, device = build_for_losses(pretrained, attn_implementation, head=head), current_device()
 
     def read(name: str, like: Tensor) -> nn.Parameter:
         flat = pretrained.weights.read_stored(name, 0, like.numel(), DTYPES[dtype])

@@ -177,8 +177,10 @@ def with_token_losses(model: PreTrainedModel, chunk_tokens: int | None = None) -
     return model
 
 
-def build_for_losses(pretrained: PretrainedModel, attention: str) -> PreTrainedModel:
+def build_for_losses(pretrained: PretrainedModel, attention: str, *, head: bool = True) -> PreTrainedModel:
     """Copies the modules of a pretrained model without weights, in the sizes of its shape, with token losses.
+
+    Without `head` it returns `final_hidden`.
 
     Raises:
         UserError: transformers refuses config.json or `model.attn_implementation`, or the head has a bias.
@@ -190,4 +192,6 @@ def build_for_losses(pretrained: PretrainedModel, attention: str) -> PreTrainedM
     shrink_on_meta(model, shape)
     if pretrained.weights.int8:
         store_as_int8(model, shape)
+    if not head:
+        model.register_module("lm_head", None)
     return model

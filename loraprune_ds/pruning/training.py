@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,7 +18,7 @@ from loraprune_ds.model.adapters import add_lora, load_adapter
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import owned_range
+from loraprune_ds.ranks.flat import owned_range, pad
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # (layer, "{linear}.lora_A", key of the state, start, end) -> flat fp32 elements [start, end)
@@ -83,7 +82,7 @@ class OptimizerState(ABC):
                 for key in self.keys():
                     shard = self.shard(parameter, key)
                     read_shard = read(layer, name, key, start, end).to(comm.device)
-                    shard.copy_(pad(read_shard, (0, len(shard) - len(read_shard))))
+                    shard.copy_(pad(read_shard, len(shard)))
 
 
 def collect_shards(shard: Tensor, shape: Sequence[int], owner: int, comm: Communicator) -> Tensor | None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from loraprune_ds.errors import RunError, UserError, one_line
 from loraprune_ds.ranks.device import current_device
+from loraprune_ds.ranks.flat import pad
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
@@ -94,11 +95,7 @@ class Communicator:
 
     def scatter_from(self, owner: int, flat: Tensor | None, shard: Tensor) -> None:
         """Fills the `shard` of every rank from a flat tensor on `owner`. Padding becomes zero."""
-        parts = None
-        if flat is not None:
-            missing = len(shard) * self.world_size - len(flat)
-            padded = torch.nn.functional.pad(flat, (0, missing)) if missing else flat  # copies only if needed
-            parts = list(padded.split(len(shard)))
+        parts = None if flat is None else list(pad(flat, len(shard) * self.world_size).split(len(shard)))
         if self.world_size == 1:
             shard.copy_(cast(list[Tensor], parts)[0])
             return

@@ -7,7 +7,6 @@ elements of a shard [s, e) are [kept_before(s), kept_before(e)) of the smaller t
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -27,10 +26,9 @@ def owned_range(numel: int, world_size: int, rank: int) -> tuple[int, int]:
     return min(rank * size, numel), min((rank + 1) * size, numel)
 
 
-def pad(shard: Tensor, numel: int, world_size: int) -> Tensor:
-    """Pads a shard with zeros to the length that all ranks share."""
-    size = partition_numel(numel, world_size)
-    return shard if len(shard) == size else torch.cat([shard, shard.new_zeros(size - len(shard))])
+def pad(flat: Tensor, numel: int) -> Tensor:
+    """Pads a flat tensor with zeros to `numel` elements. Copies only if needed."""
+    return flat if len(flat) == numel else torch.nn.functional.pad(flat, (0, numel - len(flat)))
 
 
 def layer_owner(layer: int, world_size: int) -> int:
@@ -75,21 +73,14 @@ class AxisCut:
     def new_shape(self) -> tuple[int, ...]:
         return (*self.shape[: self.axis], len(self.keep), *self.shape[self.axis + 1 :])
 
-    @cached_property
-    def counts(self) -> Tensor:
-        """(size of the axis + 1,) int64: the number of kept rows or columns before each one."""
-        counts = torch.zeros(self.shape[self.axis] + 1, dtype=torch.int64)
-        counts[self.keep + 1] = 1
-        return counts.cumsum_(0)
-
     def kept_before(self, positions: Tensor) -> Tensor:
-        """Counts the kept elements before each flat position (int64, same shape). O(1) per position."""
-        counts = self.counts
+        """Counts the kept elements before each flat position (int64, same shape), by a binary search."""
         row, column = positions // self.columns, positions % self.columns
         if self.axis == 1:
-            return row * len(self.keep) + counts[column]
-        row_is_kept = counts[(row + 1).clamp(max=self.shape[0])] - counts[row]
-        return counts[row] * self.columns + column * row_is_kept
+            return row * len(self.keep) + torch.searchsorted(self.keep, column)
+        rows = torch.searchsorted(self.keep, row)
+        row_is_kept = torch.searchsorted(self.keep, row, right=True) - rows
+        return rows * self.columns + column * row_is_kept
 
     def borders(self, world_size: int) -> tuple[Tensor, Tensor]:
         """Returns the borders of the old and of the new shards, counted in kept elements: (world_size + 1,) each."""
@@ -131,8 +122,8 @@ class ReshardPlan:
         return torch.cat(parts) if parts else shard[:0]
 
     def _kept_within(self, first: int, end: int) -> Tensor:
-        counts = self.cut.counts
-        return self._keep[int(counts[first]) : int(counts[end])] - first
+        start, stop = map(int, torch.searchsorted(self.cut.keep, torch.tensor([first, end])))
+        return self._keep[start:stop] - first
 
 
 def _nonzero(counts: Tensor) -> dict[int, int]:

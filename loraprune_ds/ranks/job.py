@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 
 from loraprune_ds.errors import require
 
@@ -16,7 +15,6 @@ from loraprune_ds.errors import require
 MINUTES = 60
 MOST_MINUTES = 525_600
 SILENCE = 80.0  # seconds. With the grace period for ranks, a job ends within two minutes
-INTERFACES = Path("/sys/class/net")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # every launcher sets these
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 HINT = "start deepspeed, torchrun or srun, or unset it"
@@ -123,12 +121,13 @@ def longest_silence(environment: Mapping[str, str]) -> float:
     return seconds
 
 
-def gloo_interface(environment: Mapping[str, str], interfaces: Path = INTERFACES) -> dict[str, str]:
+def gloo_interface(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns GLOO_SOCKET_IFNAME if only NCCL's network is set. Empty if that names no interface."""
     # By default gloo takes the address of the node's name. On Debian that is 127.0.1.1, which other nodes cannot reach.
     # NCCL reads a name as a prefix, after "=" as a full name, after "^" as one to avoid.
     names = environment.get("NCCL_SOCKET_IFNAME", "").removeprefix("=")
     if environment.get("GLOO_SOCKET_IFNAME") or names.startswith("^"):
         return {}
-    existing = [name for name in names.split(",") if name and (interfaces / name).exists()]
+    interfaces = [name for _, name in socket.if_nameindex()]
+    existing = [name for name in names.split(",") if name in interfaces]
     return {"GLOO_SOCKET_IFNAME": existing[0]} if existing else {}

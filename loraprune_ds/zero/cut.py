@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, LayerSpec
 from loraprune_ds.pruning.prunable_model import full_shape, parameter_cuts
+from loraprune_ds.pruning.training import OptimizerState
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
-from loraprune_ds.zero.optimizer import ShardedState
 from loraprune_ds.zero.params import install_shard
 
 ParameterCut = tuple[nn.Parameter, ReshardPlan]
 ShardCut = tuple[Tensor, ReshardPlan]  # a flat shard of that tensor, padding allowed
 
 
-def cut_layer(layer: nn.Module, spec: LayerSpec, keep: LayerKeep, state: ShardedState, comm: Communicator) -> None:
+def cut_layer(layer: nn.Module, spec: LayerSpec, keep: LayerKeep, state: OptimizerState, comm: Communicator) -> None:
     """Keeps the groups in `keep` of a layer. `spec` is from before the cut. Collective."""
     # New shards of the optimizer state go into the old slots. `ShardedState.rebuild` shortens these later.
     cuts = shard_cuts(layer, spec, keep, comm)

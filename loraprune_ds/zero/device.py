@@ -1,25 +1,13 @@
 """The device of this rank as DeepSpeed sees it."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from loraprune_ds.errors import UserError
-
 
 def accelerator() -> Any:
     return get_accelerator()
-
-
-def check_dtype(dtype: str) -> None:
-    """Checks that this rank's device can train in `dtype`. Raises a UserError that names the device."""
-    supported = {"float16": accelerator().is_fp16_supported, "bfloat16": accelerator().is_bf16_supported}
-    if accelerator().device_name() == "cuda":  # a GPU older than Ampere emulates bf16, slower than fp32
-        supported["bfloat16"] = partial(torch.cuda.is_bf16_supported, including_emulation=False)
-    if dtype in supported and not supported[dtype]():
-        raise UserError(f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device")
 
 
 def settle_shards() -> None:

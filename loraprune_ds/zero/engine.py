@@ -4,6 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from itertools import chain
 from typing import Any, cast
@@ -26,7 +27,7 @@ from loraprune_ds.pruning.training import TrainingEngine, build_lora
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import is_cpu
 from loraprune_ds.ranks.job import check_local_rank, check_ranks, collective_timeout, gloo_interface
-from loraprune_ds.zero.device import accelerator, check_dtype, empty_host_cache, settle_shards
+from loraprune_ds.zero.device import accelerator, empty_host_cache, settle_shards
 from loraprune_ds.zero.params import free_shards, shard_at_birth
 from loraprune_ds.zero.private import LOSS_SCALE_FIELDS, check_private_attributes
 from loraprune_ds.zero.releases import decide_releases
@@ -36,9 +37,13 @@ ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.
 
 
 def check_device(dtype: str) -> None:
-    """Raises UserError if DeepSpeed lacks what a cut needs, or the device cannot train in `dtype`."""
+    """Raises UserError if DeepSpeed lacks names that we use, or this rank's device does not support `dtype`."""
     check_private_attributes()
-    check_dtype(dtype)
+    supported = {"float16": accelerator().is_fp16_supported, "bfloat16": accelerator().is_bf16_supported}
+    if accelerator().device_name() == "cuda":  # a GPU older than Ampere emulates bf16, slower than fp32
+        supported["bfloat16"] = partial(torch.cuda.is_bf16_supported, including_emulation=False)
+    if dtype in supported and not supported[dtype]():
+        raise UserError(f"model.dtype {dtype} is not supported by the {accelerator().device_name()} device")
 
 
 def start_ranks() -> Communicator:
@@ -91,10 +96,11 @@ class ShardedEngine(TrainingEngine):
             self.deepspeed.step()  # only counts, because this is not a boundary
 
     def update(self, *, skipped: bool) -> float | None:
-        optimizer_step(self.deepspeed, skipped=skipped)
+        self.deepspeed.step()
+        if skipped:
+            self.deepspeed.lr_scheduler.step()  # our schedule counts skipped steps, DeepSpeed does not
         settle_shards()  # orders the updated shards of LoRA before the next forward pass gathers them
-        norm = None if skipped else self.deepspeed.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return None if skipped else self.model.gradient_norm()
 
     def infer(self, **inputs: Any) -> Any:
         """Makes one forward pass in evaluation mode. It does not change what training gathers."""
@@ -120,13 +126,6 @@ class ShardedEngine(TrainingEngine):
 
     def release(self) -> None:
         release(self.deepspeed)
-
-
-def optimizer_step(engine: Any, *, skipped: bool) -> None:
-    """Makes the update and sets the next learning rate. The schedule counts skipped steps, DeepSpeed does not."""
-    engine.step()
-    if skipped:
-        engine.lr_scheduler.step()
 
 
 def release(engine: Any) -> None:
@@ -181,9 +180,7 @@ def _sharded_base(
     pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any], *, head: bool = True
 ) -> Any:
     comm = Communicator()
-    model: Any = build_for_losses(pretrained, attn_implementation)
-    if not head:
-        model.lm_head = None
+    model = build_for_losses(pretrained, attn_implementation, head=head)
     # One rank alone may find a weight that int8 cannot hold.
-    comm.all_or_raise(lambda: shard_at_birth(model, pretrained.weights.read_stored, ds_config, DTYPES[dtype], comm))
+    comm.all_or_raise(lambda: shard_at_birth(model, pretrained.weights, ds_config, DTYPES[dtype], comm))
     return model

@@ -13,23 +13,18 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from loraprune_ds.model.frozen import Int8, Matrix
-from loraprune_ds.model.pretrained import replace_parameters
+from loraprune_ds.model.pretrained import ModelWeights, replace_parameters
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.flat import overlap, owned_range, pad
+from loraprune_ds.ranks.flat import overlap, owned_range, pad, partition_numel
 from loraprune_ds.zero.device import accelerator, settle_shards
-
-ReadFlat = Callable[[str, int, int, torch.dtype], Tensor]
 
 
 def shard_at_birth(
-    model: nn.Module, read_flat: ReadFlat, ds_config: dict[str, Any], dtype: torch.dtype, comm: Communicator
+    model: nn.Module, weights: ModelWeights, ds_config: dict[str, Any], dtype: torch.dtype, comm: Communicator
 ) -> None:
     """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads only its own shards from disk.
 
     Buffers go to the device, because DeepSpeed leaves them on the host, and each forward pass would wait for a copy.
-
-    Args:
-        read_flat: (name, start, end, dtype) -> the flat elements [start, end) of a tensor on disk.
     """
     # With hpZ the first Init makes the group of a node, which lasts for the process. A second Init must reuse it.
     node_group = groups._get_zero_param_intra_parallel_group()
@@ -39,8 +34,8 @@ def shard_at_birth(
 
     def read(name: str, like: Tensor) -> nn.Parameter:
         start, end = owned_range(like.numel(), comm.world_size, comm.rank)
-        shard = pad(read_flat(name, start, end, dtype), like.numel(), comm.world_size)
-        return _zero_parameter(init, like.shape, shard)
+        shard = weights.read_stored(name, start, end, dtype)
+        return _zero_parameter(init, like.shape, pad(shard, partition_numel(like.numel(), comm.world_size)))
 
     replace_parameters(model, read, init.local_device)
     settle_shards()  # orders the shards that were read before the first gather, of a teacher or an evaluation, too

@@ -21,10 +21,11 @@ from loraprune_ds.pruning import training
 from loraprune_ds.pruning.importance import score_groups
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import check_same_mask
+from loraprune_ds.pruning.training import MOMENTS
 from loraprune_ds.ranks import comm
-from loraprune_ds.ranks.flat import GATHERED_NUMEL, owned_range, pad
+from loraprune_ds.ranks.flat import GATHERED_NUMEL, owned_range, pad, partition_numel
 from loraprune_ds.zero import sharded
-from loraprune_ds.zero.optimizer import MOMENTS, ShardedState
+from loraprune_ds.zero.sharded import ShardedState
 from tests.families import LLAMA_LINEARS, LlamaLinear
 from tests.numerics.driver import Job, ShardedTrainer, as_pair, build, gather_everywhere
 from tests.ranks import RENAMED
@@ -197,7 +198,7 @@ def masks_from_saved_gradients(job: Job, gradients: dict[str, Tensor] | None) ->
         for name, parameter in named.items():
             start, end = owned_range(gradients[name].numel(), model.world_size, model.rank)
             shard = gradients[name].reshape(-1)[start:end]
-            safe_set_local_grad(parameter, pad(shard, gradients[name].numel(), model.world_size))
+            safe_set_local_grad(parameter, pad(shard, partition_numel(gradients[name].numel(), model.world_size)))
     names = [[n for n, p in named.items() if p is w] for w in _lora_in_order(trainer)]
     whole: dict[str, Tensor] = {}
     for layer in model.lora_factors():

@@ -12,12 +12,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraprune_ds.model.shape import LinearId, needed_flops_per_token
-from loraprune_ds.zero import engine, optimizer, params, sharded
+from loraprune_ds.zero import params, sharded
 from loraprune_ds.zero.device import accelerator
 from tests.numerics.cutting import recorded_collectives
 from tests.numerics.driver import Job, ShardedTrainer, build, tiny_job
@@ -115,8 +116,7 @@ def watch(job: Job) -> dict[str, tuple[bool, bool]]:
     with (
         patch.object(params, "_install", watched.writing(params._install)),
         patch.object(sharded, "overwrite_shard", watched.writing(params.overwrite_shard)),
-        patch.object(optimizer, "overwrite_shard", watched.writing(params.overwrite_shard)),
-        patch.object(engine, "optimizer_step", watched.writing(engine.optimizer_step)),
+        patch.object(DeepSpeedEngine, "step", watched.writing(DeepSpeedEngine.step)),
         patch.object(accelerator(), "synchronize", watched.settle),
     ):
         return {
@@ -144,7 +144,7 @@ OTHERS = ("deepspeed/", "transformers/")
 
 ONCE = "pruning/steps.py:exchange"
 SETTLES = "zero/device.py:settle_shards"
-SETTLED = ("zero/engine.py:update", "pruning/importance.py:check")  # the norm, and whether scores are finite
+SETTLED = ("zero/sharded.py:gradient_norm", "pruning/importance.py:check")  # the norm, and whether scores are finite
 THEIRS = {
     "transformers/masking_utils.py:find_packed_sequence_indices": 2,  # once per micro-batch: are samples packed?
     "deepspeed/runtime/utils.py:is_invalid_grad_norm": 1,

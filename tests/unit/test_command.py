@@ -1,6 +1,7 @@
 """Ranks take settings from the environment, and the commands in launch/ end as they should."""
 
 import os
+import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -140,12 +141,13 @@ def test_what_describes_no_rank_is_named(change: dict[str, str | None], names: s
     ("nccl", "gloo"),
     [("ib0", "ib0"), ("=ib0", "ib0"), ("eth,ib0,eth1", "ib0"), ("eth", None), ("^ib0", None), ("", None)],
 )
-def test_gloo_takes_the_interface_that_nccl_is_told_to(tmp_path: Path, nccl: str, gloo: str | None) -> None:
-    for name in ("eth0", "eth1", "ib0", "lo"):
-        (tmp_path / name).mkdir()
+def test_gloo_takes_the_interface_that_nccl_is_told_to(
+    monkeypatch: pytest.MonkeyPatch, nccl: str, gloo: str | None
+) -> None:
+    monkeypatch.setattr(socket, "if_nameindex", lambda: list(enumerate(("lo", "eth0", "eth1", "ib0"), start=1)))
     wanted = {} if gloo is None else {"GLOO_SOCKET_IFNAME": gloo}
-    assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl}, tmp_path) == wanted
-    assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": "eth0"}, tmp_path) == {}
+    assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl}) == wanted
+    assert gloo_interface({"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": "eth0"}) == {}
 
 
 def test_a_start_looks_for_its_device_before_it_meets_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

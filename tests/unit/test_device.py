@@ -25,8 +25,8 @@ from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.ranks.device import HALF, ThroughFloat32, fast_half_products, peak_flops
 from loraprune_ds.train import run
 from loraprune_ds.train.output import OutputFolder
-from loraprune_ds.zero import device, params
-from loraprune_ds.zero.device import check_dtype
+from loraprune_ds.zero import engine, params
+from loraprune_ds.zero.engine import check_device
 from loraprune_ds.zero.params import into_pinned, shard_at_birth
 from tests.integration.launching import write_config
 from tests.unit.shapes_and_scores import make_shape
@@ -58,15 +58,15 @@ def test_second_moments_ask_with_the_dtype_of_their_inputs(monkeypatch: pytest.M
 def test_emulated_bf16_is_refused(monkeypatch: pytest.MonkeyPatch, emulates: bool) -> None:
     gpu = SimpleNamespace(device_name=lambda: "cuda")
     gpu.is_fp16_supported = gpu.is_bf16_supported = lambda: True  # DeepSpeed takes emulation for support
-    monkeypatch.setattr(device, "accelerator", lambda: gpu)
+    monkeypatch.setattr(engine, "accelerator", lambda: gpu)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or not emulates
     )
-    check_dtype("float16")
-    check_dtype("float32")
+    check_device("float16")
+    check_device("float32")
     refused = pytest.raises(UserError, match=r"model\.dtype bfloat16")
     with refused if emulates else nullcontext():
-        check_dtype("bfloat16")
+        check_device("bfloat16")
 
 
 @pytest.mark.parametrize(
