@@ -86,7 +86,7 @@ def write_model(source: LayerSource, folder: Path, card: ModelCard, ranks: Commu
     shape, tower = source.shape, source.tower
     own = len(shape.layers) + 1
     count = own + (tower is not None)
-    paths = [folder / weight_files.weight_file_name(k, count) for k in range(count)]
+    paths = [folder / f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]  # transformers' names
     writes, files = LocalWrites(ranks, folder), source.files(ranks, merge=merge)
 
     def write_files() -> None:

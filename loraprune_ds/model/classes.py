@@ -100,12 +100,11 @@ def store_as_int8(model: nn.Module, shape: ModelShape) -> None:
     layers = decoder_layers(model)
     for i, linear in shape.linears():
         if isinstance(stored_as := linear.format(int8=True), Int8):
-            path, _, name = linear.linear.rpartition(".")
             stock: Any = layers[i].get_submodule(linear.linear)
             if isinstance(stock, ExpertStack):
                 stock.store_as(stored_as, stock.weight)
             else:
-                setattr(layers[i].get_submodule(path), name, Int8Linear(stock, stored_as))
+                layers[i].set_submodule(linear.linear, Int8Linear(stock, stored_as))
 
 
 def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:

@@ -97,7 +97,8 @@ class Experts(nn.Module):
         """Maps (tokens, hidden_size) by the chosen experts (tokens, k) and their weights (tokens, k)."""
         chosen = top_k_index.flatten()  # (tokens · k,)
         order = chosen.argsort(stable=True)
-        counts = tokens_per_expert(chosen, self.experts)
+        down: Any = getattr(self.down, "base_layer", self.down)  # inside PEFT's LoRA
+        counts = tokens_per_expert(chosen, down.experts)
         of_choice = chosen[order]
         inside = self._add(
             0, getattr(self, self._first)(hidden_states[order // top_k_index.shape[1]], counts), of_choice
@@ -109,11 +110,6 @@ class Experts(nn.Module):
     def _add(self, which: int, outputs: Tensor, experts: Tensor) -> Tensor:
         bias = cast(Tensor | None, getattr(self, BIASES[which]))
         return outputs if bias is None else outputs + bias[experts]
-
-    @property
-    def experts(self) -> int:
-        stack: Any = self.down
-        return getattr(stack, "base_layer", stack).experts
 
 
 def stack_experts(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from loraprune_ds.errors import require
@@ -76,14 +77,10 @@ def _read_pairs(text: str) -> list[tuple[str, str]]:
 
 def label_answers(rows: Sequence[tuple[list[int], list[int]]]) -> Labelled:
     """Returns a batch of prompts with their answers, padded at the end. Only the answers have labels."""
-    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = [torch.tensor(prompt + answer, dtype=torch.int64) for prompt, answer in rows]
+    labels = [torch.tensor([IGNORE_INDEX] * len(prompt) + answer, dtype=torch.int64) for prompt, answer in rows]
     # No id changes earlier losses, so any id can pad.
-    ids = torch.tensor([(prompt + answer + [0] * width)[:width] for prompt, answer in rows])
-    labels = torch.full_like(ids, IGNORE_INDEX)
-    for i, (prompt, answer) in enumerate(rows):
-        span = slice(len(prompt), len(prompt) + len(answer))
-        labels[i, span] = ids[i, span]
-    return ids, labels
+    return pad_sequence(ids, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
 
 
 def split_windows(

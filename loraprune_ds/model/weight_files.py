@@ -86,11 +86,6 @@ def weight_file_names(folder: Path) -> list[str]:
     return sorted(set(map(str, weight_map.values())))
 
 
-def weight_file_name(index: int, count: int) -> str:
-    """Returns the Hugging Face name of file `index` (from 0) of `count`."""
-    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
 def write_weight_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     on_cpu = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     save_file(on_cpu, path, metadata={"format": "pt"})
