@@ -15,7 +15,7 @@ from loraprune_ds.model.classes import config_object
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.families.base import Family, Marks
 from loraprune_ds.model.family import FAMILIES
-from loraprune_ds.model.groups import LayerCounts, TensorSpec
+from loraprune_ds.model.groups import QUERY_HEADS, LayerCounts, TensorSpec
 from loraprune_ds.model.shape import ModelShape
 
 SIZES: dict[str, Any] = {
@@ -96,7 +96,7 @@ TINY: dict[str, dict[str, Any]] = {
     "ernie4_5": WIDE,
     "hunyuan_v1_dense": WIDE,
     **dict.fromkeys(("cwm", "internlm3", "iquestcoder"), WIDE),
-    "gemma": WIDE,
+    "gemma": WIDE | {"num_attention_heads": 5, "num_key_value_heads": 1},
     "gemma2": GEMMA | {"final_logit_softcapping": 8.0, "attn_logit_softcapping": 1.5},
     "vaultgemma": GEMMA | {"final_logit_softcapping": 8.0, "attn_logit_softcapping": 1.5},
     "gemma3_text": GEMMA | {"final_logit_softcapping": 10.0},
@@ -108,7 +108,7 @@ TINY: dict[str, dict[str, Any]] = {
     "olmo3": BOTH,
     "phi3": {},
     "glm": WIDE | {"attention_bias": True},
-    "glm4": WIDE | {"attention_bias": True},
+    "glm4": WIDE | {"attention_bias": True, "num_key_value_heads": 2},
     "starcoder2": {},
     "arcee": WIDE,
     "nemotron": WIDE,
@@ -198,6 +198,7 @@ TINY: dict[str, dict[str, Any]] = {
     "granitemoe": SCALED | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
     "gpt_oss": WIDE | BOTH | YARN | {"intermediate_size": 8, "num_local_experts": 23, "num_experts_per_tok": 3},
 }
+COARSE = ("heads", "delta", "cross_heads", QUERY_HEADS)
 
 
 class LlamaLinear(NamedTuple):
@@ -234,13 +235,13 @@ def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
 def layers_with(shape: ModelShape, *counts: tuple[int, int]) -> tuple[LayerCounts, ...]:
     """Returns the layers of a model with these numbers of heads, and of channels or experts, where a layer has any.
 
-    More layers than counts have them in turn.
+    Of query heads so many stay for each key-value head. More layers than counts have them in turn.
     """
 
     def other(layer: int, kind: str, own: int, heads: int, others: int) -> int:
         if kind in shape.family.fixed or own == 0:
             return own
-        return heads if kind in ("heads", "delta", "cross_heads") else others * shape.times(layer, kind)
+        return heads * shape.layers[layer].ranges[kind] if kind in COARSE else others * shape.times(layer, kind)
 
     assert 0 < len(counts) <= len(shape.counts)
     layers = enumerate(zip(shape.counts, cycle(counts), strict=False))

@@ -104,11 +104,15 @@ def draw(shape: ModelShape, *counts: tuple[int, int]) -> list[LayerKeep]:
     """Draws the groups that stay in each layer."""
     generator = torch.Generator().manual_seed(3)
 
-    def some(total: int, kept: int) -> Tensor:
-        return torch.randperm(total, generator=generator)[:kept].sort().values
+    def some(total: int, kept: int, ranges: int) -> Tensor:
+        of_range = (torch.randperm(total // ranges, generator=generator)[: kept // ranges] for _ in range(ranges))
+        return torch.cat([own + i * (total // ranges) for i, own in enumerate(of_range)]).sort().values
 
-    layers = zip(shape.counts, layers_with(shape, *counts), strict=True)
-    return [LayerKeep((kind, some(count, wanted[kind])) for kind, count in now.items()) for now, wanted in layers]
+    layers = zip(shape.layers, shape.counts, layers_with(shape, *counts), strict=True)
+    return [
+        LayerKeep((kind, some(count, wanted[kind], layer.ranges.get(kind, 1))) for kind, count in now.items())
+        for layer, now, wanted in layers
+    ]
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

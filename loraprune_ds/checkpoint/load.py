@@ -17,7 +17,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.groups import Kind, LayerKeep
+from loraprune_ds.model.groups import QUERY_HEADS, Kind, LayerKeep
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, open_for_pruning
 from loraprune_ds.model.shape import ModelShape
@@ -123,9 +123,17 @@ def open_checkpoint(
         config = recorded_config(state.config, folder / layout.STATE_FILE)
         source = _find_source(folder, state, config)
         opened = dense or open_for_pruning(locate_model(config.model), config.model)
+        check_kinds(folder, state, opened.shape)
         return TrainingCheckpoint(folder, state, config, source, opened)
 
     return ranks.all_or_raise(check)
+
+
+def check_kinds(folder: Path, state: RunState, shape: ModelShape) -> None:
+    """Raises CheckpointMismatch if the kept groups of a step are of other kinds. Older steps have no query heads."""
+    now = [*shape.kinds]
+    if state.kinds != now and (state.kinds or QUERY_HEADS in now):
+        raise CheckpointMismatch(f"{folder} is of another version; this one cuts {', '.join(now)} of the model")
 
 
 def _find_source(folder: Path, state: RunState, config: RunConfig) -> Path:

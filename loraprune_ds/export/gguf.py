@@ -82,7 +82,7 @@ def _add_context(writer: GGUFWriter, config: Any, architecture: Architecture) ->
 
 
 def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture: Architecture) -> None:
-    heads = [layer["heads"] for layer in shape.counts]
+    heads = [layer.key_value_heads for layer in shape.layers]
     queries, mixture = [attention.queries for attention in shape.attention], shape.mixture
     channels = [layer.get("channels", mixture.expert_size if mixture else 0) for layer in shape.counts]
     if any(layer.get("experts") == 0 for layer in shape.counts):  # a dense layer has channels instead

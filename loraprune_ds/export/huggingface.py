@@ -218,8 +218,12 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
     require(FC in headers and count, f"{folder} has no layers that predict further tokens ({FC})")
     require(pruned.is_uniform, f"layers that predict further tokens ({MTP}*) need layers of one size: {EQUAL_LAYERS}")
     one, left = _one_of_their_sort(shape), _one_of_their_sort(pruned)
-    fits = left.layers != () and one.resized(left.counts).parameters() == left.parameters()
-    is_cut = fits and all(left.counts[0][kind] <= n for kind, n in one.counts[0].items())
+    sizes = {tensor.name: tensor.shape for _, tensor in left.tensors()}  # its groups may be of another kind
+    linears = [(x, sizes[x.name][x.axis]) for _, x in one.linears() if x.name in sizes]
+    kept = {kind: size // x.group_width for x, size in linears for kind in x.kinds}
+    counts = [LayerCounts(own | kept) for own in one.counts]
+    fits = one.layers != () and one.resized(counts).parameters() == left.parameters()
+    is_cut = fits and all(counts[0][kind] <= n for kind, n in one.counts[0].items())
     require(is_cut, f"{folder} is not the dense model: its sizes do not fit the pruned model")
     own = replace(
         one.only([0] * count),
@@ -230,12 +234,12 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
         weights = check_weights(folder, headers, names, own)
     except UserError as error:
         raise UserError(str(error).replace(LAYERS, IN_FILE)) from None
-    return weights.cut(_largest(weights, left.counts[0]))
+    return weights.cut(_largest(weights, counts[0]))
 
 
 def _one_of_their_sort(shape: ModelShape) -> ModelShape:
     """Returns the shape of a model with only the first attention layer, if any."""
-    layers = (i for i, layer in enumerate(shape.counts) if {"heads", shape.kinds[-1]} <= layer.kinds)
+    layers = (i for i, x in enumerate(shape.layers) if x.key_value_heads and shape.kinds[-1] in x.counts)
     return shape.only(list(layers)[:1])
 
 

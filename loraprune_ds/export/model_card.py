@@ -21,6 +21,7 @@ from loraprune_ds.config import ModelConfig, PruneConfig
 from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.exported_config import ExportedConfig
+from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.sources import EMBEDDED, HUB_ERRORS
 from loraprune_ds.report.records import REPORT_FILE
@@ -29,6 +30,7 @@ from loraprune_ds.units import format_percent, format_perplexity
 CARD_FILE = "README.md"
 TITLES = {
     "heads": "key-value heads",
+    QUERY_HEADS: "key-value heads",  # which stay. Their query heads have a column of their own
     "delta": "key heads of delta nets",
     "cross_heads": "heads of cross-attention",
     "channels": "MLP channels",
@@ -196,7 +198,8 @@ def _layer_rows(shape: ModelShape) -> list[str]:
     for counts, run in groupby(range(len(shape.layers)), key=lambda i: shape.counts[i]):
         first, *rest = run
         span = f"{first}–{rest[-1]}" if rest else f"{first}"
-        rows.append(f"| {' | '.join(map(str, (span, attention[first].queries, *counts.values())))} |")
+        kept = (shape.layers[first].key_value_heads if kind == QUERY_HEADS else n for kind, n in counts.items())
+        rows.append(f"| {' | '.join(map(str, (span, attention[first].queries, *kept)))} |")
     return rows
 
 

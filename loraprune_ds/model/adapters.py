@@ -217,4 +217,4 @@ def set_sizes(layer: nn.Module, spec: LayerSpec) -> None:
         if not isinstance(owner, nn.Module):
             owner = copy.copy(owner)
             setattr(holder, last, owner)
-        setattr(owner, attribute.name, attribute.run.size)
+        setattr(owner, attribute.name, attribute.run.size // attribute.ranges)

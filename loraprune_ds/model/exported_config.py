@@ -134,7 +134,7 @@ def _sizes(source: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     def fields(counts: LayerCounts) -> dict[str, int]:
         return {field: count for field, count in family.layer_fields(made, counts).items() if count}
 
-    widest = LayerCounts((kind, max(layer.get(kind, 0) for layer in counted)) for kind in shape.kinds)
+    widest = LayerCounts((kind, max(layer.get(kind, 0) for layer in counted)) for kind in ("heads", *shape.kinds))
     depths = {layers.count: len(x) for layers, x in zip(family.layer_lists, shape.layer_lists, strict=True)}
     sizes = {"vocab_size": shape.vocab_size, **family.model_fields(made, counted), **depths, **fields(widest)}
     if not shape.is_uniform:

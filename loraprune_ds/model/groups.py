@@ -1,6 +1,7 @@
 """Groups: the parts of a layer that leave as a unit, by kind, and the tensors of a layer, which they leave.
 
 heads        One key-value head with all the query heads that read it. Under MHA it is one head.
+query_heads  One query head, in models with one or two key-value heads. These stay, and an equal number leaves each.
 channels     One MLP channel.
 delta        One key head of a gated delta net with its value heads. Layers with these have no attention.
 experts      One expert of a mixture (experts.py).
@@ -32,6 +33,7 @@ from torch import Tensor
 from loraprune_ds.model.frozen import DENSE, WEIGHT, Int8, Matrix, Pieces, StorageFormat, StoredTensor
 
 Kind = str
+QUERY_HEADS: Kind = "query_heads"
 Shape = tuple[int, ...]
 T = TypeVar("T")
 # Settings that leave layers of one size.
@@ -86,6 +88,11 @@ class Run(NamedTuple):
     def size(self) -> int:
         return self.groups * self.width
 
+    @property
+    def scores(self) -> int:
+        """The numbers that `fisher` scores it by: one per group, or second moments of the query heads in each range."""
+        return self.groups * (self.groups // self.ranges if self.kind == QUERY_HEADS else 1)
+
     def resized(self, counts: Mapping[Kind, int]) -> Self:
         return self._replace(groups=counts[self.kind])
 
@@ -103,6 +110,7 @@ class Attribute(NamedTuple):
     module: str  # path inside the layer
     name: str
     run: Run
+    ranges: int = 1  # of equal size. It counts the groups of one
 
 
 class StackSpec(NamedTuple):
@@ -257,6 +265,16 @@ class LayerSpec:
     def counts(self) -> LayerCounts:
         """The groups of each kind that it has."""
         return LayerCounts((run.kind, run.groups) for tensor in self.tensors for run in tensor.runs)
+
+    @cached_property
+    def ranges(self) -> Mapping[Kind, int]:
+        """The equal ranges of the groups of each kind, which must lose the same number each."""
+        return {run.kind: run.ranges for tensor in self.tensors for run in tensor.runs}
+
+    @property
+    def key_value_heads(self) -> int:
+        """Their number, whether they or only their query heads may leave."""
+        return self.ranges.get(QUERY_HEADS) or self.counts.get("heads", 0)
 
     @cached_property
     def linears(self) -> tuple[TensorSpec, ...]:

@@ -12,6 +12,7 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import read_json
 from loraprune_ds.model.classes import build_on_meta, config_class, config_object, refused_in_one_line
 from loraprune_ds.model.families.base import Family, Marks
+from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.families.moe import Moe
 from loraprune_ds.model.family import find_family
 from loraprune_ds.model.groups import Attribute, Kind, LayerSpec, Shape, TensorSpec
@@ -20,6 +21,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import MULTIMODAL, text_config
 
+FEW_HEADS = 2  # with so few key-value heads a layer, each is half of its attention or all
 # Fields about layers that a class without these layers ignores.
 OTHER_LAYERS = ("kv_lora_rank", "linear_num_key_heads", "num_local_experts", "num_experts", "n_routed_experts")
 # LLaMA (arXiv 2302.13971, table 2). Heads have 128 dimensions, and there are 32,000 tokens.
@@ -60,9 +62,9 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
     """
     config = text_config(config, where)
     family = read_family(config, where)
-    config, counts = _checked(config, family, where)
+    config, counts, queries_leave = _checked(config, family, where)
     with refused_in_one_line(where):
-        made, modules = config_object(config), build_on_meta(config)
+        made, modules = config_object(config | {QUERY_HEADS_LEAVE: queries_leave}), build_on_meta(config)
     configs = [_layer_config(made, family, i) for i in range(sum(counts))]
     shapes: dict[str, Shape] = {name: tuple(parameter.shape) for name, parameter in modules.named_parameters()}
     layers, marks = list[LayerSpec](), [list(family.layer(c, i)) for i, c in enumerate(configs)]
@@ -161,9 +163,9 @@ def _layer_config(made: PreTrainedConfig, family: Family, layer: int) -> Any:
     return own
 
 
-def _checked(config: dict[str, Any], family: Family, where: str) -> tuple[dict[str, Any], list[int]]:
-    """Checks sizes. Returns config.json with explicit ones, and the number of layers in encoder and decoder."""
-    aliases = _aliases(config)
+def _checked(config: dict[str, Any], family: Family, where: str) -> tuple[dict[str, Any], list[int], bool]:
+    """Checks sizes. Returns config.json with explicit ones, the counts of layers, and if single query heads leave."""
+    aliases, queries_leave = _aliases(config), False
     try:
         config = family.explicit(config)
         per_layer = {int(i): own for i, own in (config.get(family.per_layer) or {}).items()}
@@ -172,27 +174,34 @@ def _checked(config: dict[str, Any], family: Family, where: str) -> tuple[dict[s
         if min(*counts, *sizes) < 1:
             raise UserError(f"{where}: config.json holds a size below 1")
         if "num_attention_heads" in family.required:
-            _check_heads(config, per_layer, where)
+            queries_leave = _check_heads(config, per_layer, where) and "heads" not in family.fixed
     except KeyError as error:
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{where}: config.json holds a size that is not a number: {error}") from None
-    return config, counts
+    return config, counts, queries_leave
 
 
-def _check_heads(config: dict[str, Any], per_layer: Mapping[int, dict[str, Any]], where: str) -> None:
+def _check_heads(config: dict[str, Any], per_layer: Mapping[int, dict[str, Any]], where: str) -> bool:
+    """Checks the heads of all layers. Returns True if single query heads are the groups.
+
+    They are if no layer has more than FEW_HEADS key-value heads, and if a query head is the finer step: each key-value
+    head has more of them than a layer has key-value heads. They remain so once layers differ in that.
+    """
     hidden, queries = (int(config.get(field) or 1) for field in ("hidden_size", "num_attention_heads"))
-    head_dim, of_first = int(config.get("head_dim") or hidden // queries), 0.0
+    head_dim, most = int(config.get("head_dim") or hidden // queries), int(config.get("num_key_value_heads") or queries)
     if head_dim < 1:
         raise UserError(f"{where}: config.json holds a size below 1")
+    each = set[float]()
     for i, own in {0: dict[str, Any](), **per_layer}.items():
         queries = int((config | own)["num_attention_heads"])
         heads = int((config | own).get("num_key_value_heads") or queries)
-        of_first = of_first or queries / heads
-        if queries % heads or queries / heads != of_first:
+        each.add(queries / heads)
+        if queries % heads or (most > FEW_HEADS and len(each) > 1):
             raise UserError(
                 f"{where}: layer {i} has {queries} query heads for {heads} key-value heads; every layer must have "
                 "the same whole number of query heads per key-value head"
             )
     if head_dim % 2:
         raise UserError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even number")
+    return most <= FEW_HEADS and (len(each) > 1 or max(each) > most)

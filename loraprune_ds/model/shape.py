@@ -1,5 +1,6 @@
 """The sizes of a model: its layers, each a list of tensors, and the parameters outside of them. And a token's cost."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 from loraprune_ds.model.families.base import Attention, Family, Mixture
 from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.frozen import Pieces, StoredTensor
-from loraprune_ds.model.groups import Kind, LayerCounts, LayerKeep, LayerSpec, Shape, TensorSpec
+from loraprune_ds.model.groups import QUERY_HEADS, Kind, LayerCounts, LayerKeep, LayerSpec, Shape, TensorSpec
 
 
 class LinearId(NamedTuple):
@@ -148,9 +149,13 @@ class ModelShape:
         return [numel for layer in self.layers for numel in layer.lora_numel(rank)]
 
     def ranges(self, kind: Kind) -> int:
-        """Counts the equal ranges of a layer's groups that must lose the same number each."""
-        runs = (run for layer in self.layers for linear in layer.linears for run in linear.runs if run.kind == kind)
-        return next((run.ranges for run in runs), 1)
+        """Counts the equal ranges of groups that must lose the same number each, or a multiple that fits all layers."""
+        return math.lcm(*(layer.ranges.get(kind, 1) for layer in self.layers))
+
+    def has_heads_for(self, gpus: int) -> bool:
+        """True if GPUs of a server can divide the key-value heads that stay, or repeat each equally often."""
+        heads = [layer.ranges[QUERY_HEADS] for layer in self.layers if QUERY_HEADS in layer.ranges]
+        return all(max(count, gpus) % min(count, gpus) == 0 for count in heads)
 
     def resized(self, counts: Sequence[LayerCounts]) -> "ModelShape":
         """Returns the model with these groups."""

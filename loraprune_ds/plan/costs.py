@@ -49,7 +49,7 @@ def step_sent(request: Request, shape: ModelShape, kind: StepKind) -> dict[str, 
     lora, scoring, moments, (scores, measures) = request.lora_shards(shape), 0, 0, kind
     if scores and others and criterion != "random":
         linears = shape.input_linears() if criterion == "fisher" else shape.linears()
-        scoring = 8 * sum(run.groups for _, linear in linears for run in linear.runs)
+        scoring = 8 * sum(run.scores if criterion == "fisher" else run.groups for _, x in linears for run in x.runs)
         scoring += 0 if criterion == "fisher" else 8 * lora * others
     if measures and others and (measured := request.measured(shape)):
         moments = 8 + 4 * micro * sum(numel_sent(x.matrix[1]) for _, x in measured)

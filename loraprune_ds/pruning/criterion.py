@@ -9,7 +9,7 @@ Shapes: W (out_features, in_features), A (r, in_features), B (out_features, r); 
 # torch does not type every method:
 # pyright: reportUnknownMemberType=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loraprune_ds.model.groups import TensorSpec
+from loraprune_ds.model.groups import QUERY_HEADS, TensorSpec
 from loraprune_ds.model.shape import LinearId
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, PrunableModel, hook_inputs
+from loraprune_ds.pruning.query_heads import second_moments
 
 # Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU fewer blocks need
 # fewer kernel launches, and the two fp32 copies of a block take 64 MiB.
@@ -132,7 +133,7 @@ class MaskGradients:
         self._model = model
         self._active = False
         self._squares: dict[LinearId, Tensor] = {}
-        self._widths = {LinearId(i, linear.linear): linear.group_width for i, linear in self.linears}
+        self._runs = {LinearId(i, linear.linear): linear.runs[0] for i, linear in self.linears}  # no cut changes widths
         hook_inputs(model, self.linears, self._tap)
 
     @contextmanager
@@ -151,7 +152,7 @@ class MaskGradients:
         return self._model.shape.input_linears()
 
     def sums(self) -> list[Tensor]:
-        """Returns this rank's part of Σ_t s_tg², (groups,) float64 for each linear that reads groups."""
+        """Returns this rank's part of the sums over t, float64, for each linear that reads groups (LayerScores)."""
         # ZeRO-3 averages over the ranks, so the loss was multiplied by their number. fp16 adds a factor.
         scale = self._model.world_size * self._model.loss_scale
         return [self._squares[LinearId(i, linear.linear)] / scale**2 for i, linear in self.linears]
@@ -163,24 +164,28 @@ class MaskGradients:
 
     def _receive(self, linear_id: LinearId, counts: list[int] | None, gradient: Tensor, inputs: Tensor) -> None:
         if counts is None:
-            squares = squared_gradients(inputs, gradient, self._widths[linear_id])
+            run = self._runs[linear_id]
+            s = mask_gradients(inputs, gradient, run.width)
+            squares = second_moments(s, run.ranges) if run.kind == QUERY_HEADS else sum_of_squares(s)
         else:
             of_experts = zip(inputs.split(counts), gradient.split(counts), strict=True)
-            squares = torch.cat([squared_gradients(x, g, x.shape[1]) for x, g in of_experts])
+            squares = torch.cat([sum_of_squares(mask_gradients(x, g, x.shape[1])) for x, g in of_experts])
         self._squares[linear_id] = self._squares.get(linear_id, 0.0) + squares.double()
 
 
-def squared_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Tensor:
-    """Returns Σ_t s_tg², (groups,) fp32, from x and ∂L/∂x, (..., groups · width)."""
+def mask_gradients(inputs: Tensor, gradient: Tensor, width: int) -> Iterator[Tensor]:
+    """Yields s, (tokens, groups) fp32, for one block of tokens after another. x and ∂L/∂x are (..., groups · width)."""
     inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
-    columns, block_numel = inputs.shape[1], CPU_INPUTS if inputs.device.type == "cpu" else DEVICE_BLOCK_NUMEL
-    squares, tokens = None, max(1, block_numel // columns)
+    block_numel = CPU_INPUTS if inputs.device.type == "cpu" else DEVICE_BLOCK_NUMEL
+    tokens = max(1, block_numel // inputs.shape[1])
     for x, g in zip(inputs.split(tokens), gradient.split(tokens), strict=True):
         product = x.float().mul_(g.float()) if x.dtype != torch.float32 else x * g
-        if width > 1:
-            product = product.unflatten(1, (-1, width)).sum(2)
-        if squares is None:  # the first block is the largest
-            squares = product.square()
-        else:
-            squares[: len(product)].addcmul_(product, product)
-    return cast(Tensor, squares).sum(0)
+        yield product.unflatten(1, (-1, width)).sum(2) if width > 1 else product
+
+
+def sum_of_squares(blocks: Iterator[Tensor]) -> Tensor:
+    """Returns Σ_t s_tg², (groups,) fp32."""
+    squares = next(blocks).square()  # the first block is the longest
+    for s in blocks:
+        squares[: len(s)].addcmul_(s, s)
+    return squares.sum(0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -11,12 +11,21 @@ from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
 from loraprune_ds.model.groups import Kind, LayerKeep, LayerTensors, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
+from loraprune_ds.pruning import query_heads
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
 from loraprune_ds.pruning.prunable_model import PrunableModel
 
 
 class LayerScores(LayerTensors):
-    """Holds the importance of a layer's groups, float64."""
+    """Holds the importance of a layer's groups, float64: (groups,) for each kind, or moments (query_heads.py)."""
+
+    def select(self, keep: LayerKeep) -> Self:
+        chosen = ((kind, x, keep[kind]) for kind, x in self.items())
+        return type(self)((kind, x[kept] if x.ndim == 1 else query_heads.select(x, kept)) for kind, x, kept in chosen)
+
+    def of_groups(self) -> "LayerScores":
+        """Returns (groups,) of each kind."""
+        return LayerScores((kind, x if x.ndim == 1 else query_heads.add_in_turn(x)) for kind, x in self.items())
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class GroupSums:
 
     shape: ModelShape
     linears: Sequence[tuple[int, TensorSpec]]
-    of_runs: Sequence[Tensor]  # (groups,) float64 of each run of these linears
+    of_runs: Sequence[Tensor]  # float64 of each run of these linears, as in LayerScores
     step: int
 
     def by_layer(self, normalization: Normalization) -> list[LayerScores]:
@@ -43,7 +52,7 @@ class GroupSums:
             of_runs = [scores / total for scores in of_runs]
         layers = [{kind: zeros(count) for kind, count in layer.items()} for layer in self.shape.counts]
         for (layer, _, kind), scores in zip(self._places(), of_runs, strict=True):
-            layers[layer][kind] = layers[layer][kind] + scores
+            layers[layer][kind] = layers[layer][kind] + scores if scores.ndim == 1 else scores  # moments are of one run
         return list(map(LayerScores, layers))
 
     def check(self) -> None:
@@ -55,7 +64,7 @@ class GroupSums:
                 raise RunError(f"step {self.step}: the score of layer {layer} {name} is not finite")
 
     def _sum(self) -> Tensor:
-        return torch.cat(list(self.of_runs)).sum()
+        return torch.cat([scores.flatten() for scores in self.of_runs]).sum()
 
     def _places(self) -> Iterator[tuple[int, str, Kind]]:
         return ((layer, linear.linear, run.kind) for layer, linear in self.linears for run in linear.runs)
@@ -69,7 +78,7 @@ def _divisor(total: Tensor) -> Tensor:
 def score_groups(
     model: PrunableModel, criterion: Criterion, step: int, recorder: MaskGradients | None = None
 ) -> GroupSums:
-    """Scores all groups, with one all-reduce of O(groups).
+    """Scores all groups, with one all-reduce of O(groups), and of query heads with q for each key-value head O(q²).
 
     The `recorder` of `fisher` has this rank's sums over tokens. Other criteria sum over this rank's shards of W.
     """
@@ -94,8 +103,9 @@ def add_over_ranks(
     model: PrunableModel, linears: Sequence[tuple[int, TensorSpec]], partial: list[Tensor], step: int
 ) -> GroupSums:
     """Sums the ranks' scores of all runs."""
-    totals = model.comm.all_reduce(torch.cat(partial))
-    return GroupSums(model.shape, linears, torch.split(totals, [len(scores) for scores in partial]), step)
+    totals = model.comm.all_reduce(torch.cat([scores.flatten() for scores in partial]))
+    parts = zip(torch.split(totals, [scores.numel() for scores in partial]), partial, strict=True)
+    return GroupSums(model.shape, linears, [total.view_as(scores) for total, scores in parts], step)
 
 
 def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:

@@ -8,7 +8,7 @@ from itertools import product
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.model.groups import Kind, LayerCounts
+from loraprune_ds.model.groups import QUERY_HEADS, Kind, LayerCounts
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.units import format_percent
 
@@ -119,6 +119,7 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
     odd = f"prune.tensor_parallel {servers} does not divide the"
     if dense.mixture and dense.mixture.expert_size % servers:
         raise UserError(f"{odd} {dense.mixture.expert_size} channels of an expert")
+    require(dense.has_heads_for(servers), f"{odd} key-value heads")
     for i, layer in enumerate(dense.counts):
         for kind, count in layer.items():
             if kind != "experts" and count % servers:
@@ -128,6 +129,7 @@ def _multiples(config: PruneConfig, dense: ModelShape, protected: set[int]) -> d
             keys += f" with prune.tensor_parallel {servers}" if multiple > config.channel_multiple else ""
             raise UserError(f"{keys} needs at least {multiple} channels, and layer {i} has {layer['channels']}")
     multiples = {"heads": servers, "cross_heads": servers, "delta": servers, "channels": multiple}
+    multiples |= {QUERY_HEADS: math.lcm(dense.ranges(QUERY_HEADS), servers)}
     return {kind: multiples.get(kind, dense.ranges(kind)) for kind in dense.kinds}
 
 
@@ -143,7 +145,7 @@ def make_budget(config: PruneConfig, limits: Limits, ratio: float) -> Budget:
             numel |= dict.fromkeys(coarse, 0)
         return Budget(ratio, {kind: part / max(1, sum(numel.values())) for kind, part in numel.items()})
     keeps = f"prune.head_ratio {head_ratio}: a {dense.model_type} keeps its heads; remove the setting"
-    require("heads" in dense.kinds or head_ratio == 0, keeps)
+    require(not {"heads", QUERY_HEADS}.isdisjoint(dense.kinds) or head_ratio == 0, keeps)
     heads, most_heads = (sum(x[kind] for kind in coarse) for x in (numel, limits.removable))  # of delta nets, too
     others, most_others = max(1, numel[fine]), limits.removable[fine]
     leaving, of_heads = max(1, ratio * dense.linear_numel()), head_ratio * heads

@@ -71,10 +71,10 @@ def keep_best(scores: list[LayerScores], counts: Sequence[Mapping[Kind, int]], c
     """Keeps the given number of groups of every layer, those with the highest scores."""
     return [
         LayerKeep(
-            (kind, best_first(values, current.ranges(kind))[: wanted[kind]].sort().values)
+            (kind, best_first(values, spec.ranges.get(kind, 1))[: wanted[kind]].sort().values)
             for kind, values in layer.items()
         )
-        for layer, wanted in zip(scores, counts, strict=True)
+        for layer, wanted, spec in zip(scores, counts, current.layers, strict=True)
     ]
 
 
@@ -133,7 +133,7 @@ class _Removal:
             left, values = self.left[layer][kind], self.scores[layer][kind]
             chunks = self.limits.chunks(layer, kind, left)
             candidates.extend((layer, groups) for groups in chunks)
-            best = best_first(values, self.current.ranges(kind))[:left]
+            best = best_first(values, self.current.layers[layer].ranges.get(kind, 1))[:left]
             means.append(_chunk_means(values[best].flip(0), chunks))
         order: list[int] = cast(Any, torch.cat(means).argsort(stable=True)).tolist()
         return [candidates[position] for position in order]

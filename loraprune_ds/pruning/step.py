@@ -16,8 +16,8 @@ What a trainer does in an optimizer step (train/trainer.py), and what the pruner
 The paper's criterion `lora` records nothing. `score` gathers LoRA's gradients, which ZeRO-3 has averaged over ranks and
 micro-batches, and each rank scores its shard of W (criterion.py).
 
-    group          removed together: one key-value head with its query heads, one MLP channel, or one expert
-    kind           heads, channels or experts, depending on the family (model/groups.py)
+    group          removed together: one key-value head with its query heads, one query head, MLP channel or expert
+    kind           heads, channels or experts, depending on the model (model/groups.py)
     run            all groups of one kind along an axis of a tensor (model/groups.py)
     dense          the model before any cut
     keep           the groups that stay in this cut, as indices into the current groups
@@ -153,7 +153,7 @@ class Pruner:
             raise RunError(f"step {step}: a cut is due but no score was updated since the last cut")
         if not any(values.any() for layer in scores for values in layer.values()):
             raise RunError(f"step {step}: a cut is due but all scores are zero; is the model identical to its teacher?")
-        return scores
+        return [layer.of_groups() for layer in scores]
 
     def _rank(self, scores: list[LayerScores], step: int) -> list[LayerKeep]:
         section, shape = self.schedule.section(step), self.model.shape

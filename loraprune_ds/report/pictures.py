@@ -40,6 +40,7 @@ NAMES: dict[EvaluationName, str] = {"dense": "dense", "after_last_cut": "after t
 # The title and colour of a kind.
 PANELS: "dict[Kind, tuple[str, str]]" = {
     "heads": ("Key-value heads", BLUE),
+    "query_heads": ("Query heads", BLUE),
     "channels": ("MLP channels", ORANGE),
     "experts": ("Experts", ORANGE),
     "delta": ("Heads of delta nets", BLUE),

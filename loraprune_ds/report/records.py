@@ -67,6 +67,7 @@ class CutRecord:
     weight_bytes_before: list[int]  # per rank
     weight_bytes_after: list[int]
     heads: list[int] = field(default_factory=list)  # kept by each layer. Empty for a kind that the family lacks
+    query_heads: list[int] = field(default_factory=list)
     channels: list[int] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
     delta: list[int] = field(default_factory=list)

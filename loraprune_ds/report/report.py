@@ -16,14 +16,14 @@ import torch
 
 from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
-from loraprune_ds.model.groups import LayerCounts, LayerKeep
+from loraprune_ds.model.groups import QUERY_HEADS, LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape, cached_numel
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report import records
 from loraprune_ds.report.pictures import draw_kept_groups, draw_shelf, draw_training
 
-KINDS = ("heads", "channels", "experts", "delta", "cross_heads")  # a cut record counts these per layer
+KINDS = ("heads", QUERY_HEADS, "channels", "experts", "delta", "cross_heads")  # a cut record counts these per layer
 QUANTISATION_GROUPS = (128, 64, 32)  # inputs that share a scale in AWQ, GPTQ, Marlin and GGUF's q8_0
 CHECKOUT = Path(__file__).resolve().parents[2]  # if the package runs from one
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "loraprune_ds")
@@ -130,7 +130,7 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     together = math.gcd(expert_size, *divided)  # a server splits an expert by channels
     inputs = math.gcd(*(linear.inputs for _, linear in pruned.linears()))
     return {
-        "tensor_parallel": [size for size in range(1, together + 1) if together % size == 0],
+        "tensor_parallel": [n for n in range(1, together + 1) if together % n == 0 and pruned.has_heads_for(n)],
         "quantisation_groups": [size for size in QUANTISATION_GROUPS if inputs % size == 0],
     }
 

@@ -131,6 +131,7 @@ def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner,
         # On rank 0, which writes them. Only its history has the records from before a resume.
         totals=layout.RunTotals(sum(s.tokens for s in history.steps), history.perplexity("dense"), *here[-1:]),
         kept=keep_to_lists(pruner.kept_of_dense, model.shape.kinds),
+        kinds=[*model.shape.kinds],
         source=str(prepared.pretrained.folder.resolve()),
         config=config.to_dict(),
         data=prepared.data,

@@ -19,6 +19,7 @@ from loraprune_ds.model.adapters import check_adapter
 from loraprune_ds.model.classes import check_flash_attention, config_object, describe_attention
 from loraprune_ds.model.exported_config import NEXT_TOKENS
 from loraprune_ds.model.frozen import describe_dtype
+from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.perplexity import Labelled, split_batches
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning
 from loraprune_ds.model.sources import locate_model
@@ -165,6 +166,8 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     if ends := pruning.ends():
         sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
         yield f"keeps a checkpoint of each size, and exports all at the end: {sizes}"
+    if pruning.sections[-1].size.budget.shares.get(QUERY_HEADS):
+        yield "the one or two key-value heads of a layer stay, and an equal number of query heads leaves each"
     if attention := describe_attention(config.model.attn_implementation, dense.family):
         yield attention
     changed = dense.family.changed_in_memory(config_object(prepared.pretrained.config))

@@ -103,12 +103,14 @@ def cut_gap(scores: Tensor, count: int) -> float:
 # `fisher` by a mask that a dense model really multiplies its inputs by: Kwon et al., arXiv 2204.00656
 
 
-def mask_fisher(loss: Callable[[], Tensor], masked: Sequence[tuple[nn.Module, int]]) -> list[Tensor]:
+def mask_fisher(loss: Callable[[], Tensor], masked: Sequence[tuple[nn.Module, int, int]]) -> list[Tensor]:
     """Returns Σ over tokens of (∂loss/∂mask)², (groups,) float64 of each masked module, by one mask per token.
+
+    Of query heads it returns the second moments of each range, (ranges, q, q).
 
     Args:
         loss: makes one forward pass of the whole batch, which calls the masked modules in the order given.
-        masked: modules, and the groups that their inputs consist of.
+        masked: modules, the groups that their inputs consist of, and the ranges if these are query heads, else 0.
     """
     masks: list[Tensor] = []
 
@@ -117,8 +119,11 @@ def mask_fisher(loss: Callable[[], Tensor], masked: Sequence[tuple[nn.Module, in
         masks.append(torch.ones(samples, tokens, groups, dtype=inputs[0].dtype, requires_grad=True))
         return inputs[0] * masks[-1].repeat_interleave(width // groups, 2), *inputs[1:]
 
-    handles = [module.register_forward_pre_hook(partial(multiply, groups)) for module, groups in masked]
+    handles = [module.register_forward_pre_hook(partial(multiply, groups)) for module, groups, _ in masked]
     gradients = torch.autograd.grad(loss(), masks)
     for handle in handles:
         handle.remove()
-    return [gradient.double().square().sum((0, 1)) for gradient in gradients]
+    sizes = ((ranges or groups, -1) for _, groups, ranges in masked)
+    s = [gradient.double().flatten(0, 1).unflatten(1, x) for gradient, x in zip(gradients, sizes, strict=True)]
+    moments = [torch.einsum("tkg,tkh->kgh", x, x) for x in s]
+    return [x if x.shape[1] > 1 else x.flatten() for x in moments]

@@ -48,7 +48,7 @@ def test_model_type_and_sizes(source: dict[str, Any], keep: list[tuple[int, int]
     assert exported.renamed == (expected != source["model_type"])
     shape = shape_from_config(exported.config, "exported")
     before = shape_from_config(source, "source")
-    assert [(layer["heads"], layer["channels"]) for layer in shape.counts] == keep
+    assert [(layer.key_value_heads, layer.counts["channels"]) for layer in shape.layers] == keep
     assert shape.biases == before.biases
     assert exported.config["head_dim"] == before.head_dim == 4
     assert (shape.hidden_size, shape.vocab_size, shape.attention[0].queries) == (48, 100, 3 * keep[0][0])

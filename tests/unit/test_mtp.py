@@ -22,7 +22,7 @@ from loraprune_ds.export.formats import find_source
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.classes import causal_lm_class, config_object, decoder_layers
 from loraprune_ds.model.experts import stack_experts
-from loraprune_ds.model.groups import LayerKeep
+from loraprune_ds.model.groups import QUERY_HEADS, LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.weight_files import INDEX_FILE
@@ -40,8 +40,10 @@ EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 FIELD = "mtp_num_hidden_layers"
 ONE: dict[str, Any] = {FIELD: 1}
 NEXT = "qwen3_next"  # is published without the field
-# A family or a multimodal type, how many layers there are, and whether all experts are one tensor as published.
-CASES = [("qwen3_5_text", 2, False), ("qwen3_5_moe_text", 1, True), (NEXT, 1, False), ("qwen3_5", 1, False)]
+# A family or a multimodal type, how many layers there are, whether all experts are one tensor as published, and the
+# key-value heads. Of 2 only query heads leave.
+CASES = [("qwen3_5_text", 2, False, 5), ("qwen3_5_moe_text", 1, True, 5), (NEXT, 1, False, 5), ("qwen3_5", 1, False, 5)]
+CASES += [("qwen3_5_text", 1, False, 2)]
 
 
 def as_head(config: dict[str, Any], count: int) -> dict[str, Any]:
@@ -84,29 +86,33 @@ def export(pruned: Path, source: Path, out: Path, name: str = "hf") -> list[str]
     return formats.export(replace(find_source(pruned), mtp=source), name, out)
 
 
-def largest(layer: nn.Module, heads: int, others: int) -> LayerKeep:
-    """Chooses by the squares of a group's weights, written without the package's specs."""
+def largest(layer: nn.Module, heads: int, others: int, ranges: int) -> LayerKeep:
+    """Chooses by squares of weights, in each range of query heads. Written without the package's specs."""
     weights = dict(layer.named_parameters())
 
     def squares(name: str, groups: int, axis: int) -> Tensor:
         return weights[name].double().movedim(axis, 0).reshape(groups, -1).square().sum(1)
 
-    axes = {"q": 0, "k": 0, "v": 0, "o": 1}
-    attention = [squares(f"self_attn.{x}_proj.weight", HEADS, axis) for x, axis in axes.items()]
+    axes = {"q": 0, "o": 1} if ranges > 1 else {"q": 0, "k": 0, "v": 0, "o": 1}
+    attention = [squares(f"self_attn.{x}_proj.weight", ranges * HEADS, axis) for x, axis in axes.items()]
     experts = "mlp.experts.down_proj" in weights
     mlp = [("experts.gate_up_proj", 0), ("experts.down_proj", 0)] if experts else []
     mlp = mlp or [("gate_proj.weight", 0), ("up_proj.weight", 0), ("down_proj.weight", 1)]
     channels = [squares(f"mlp.{name}", SIZES["intermediate_size"], axis) for name, axis in mlp]
-    of_kinds = ((attention, heads), (channels, others))
-    best = (sum(scores, torch.zeros(())).topk(kept).indices for scores, kept in of_kinds)
-    return LayerKeep(zip(("heads", "experts" if experts else "channels"), (x.sort().values for x in best), strict=True))
+    best = sum(attention, torch.zeros(())).view(ranges, HEADS).topk(heads).indices
+    chosen = (
+        (best + HEADS * torch.arange(ranges)[:, None]).flatten(),
+        sum(channels, torch.zeros(())).topk(others).indices,
+    )
+    kinds = QUERY_HEADS if ranges > 1 else "heads", "experts" if experts else "channels"
+    return LayerKeep(zip(kinds, (x.sort().values for x in chosen), strict=True))
 
 
-@pytest.mark.parametrize(("name", "count", "fused"), CASES)
-def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "count", "fused", "keys"), CASES)
+def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, keys: int, tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     field: dict[str, Any] = {} if name == NEXT else {FIELD: count}
-    whole = multimodal(name) if name == "qwen3_5" else tiny_model(name, **field)
+    whole = multimodal(name) if name == "qwen3_5" else tiny_model(name, **field, num_key_value_heads=keys)
     whole.save_pretrained(source)
     head = add_head(source, count, fused=fused)
     pruned = cut(source, tmp_path / "pruned", FEW, FEW)
@@ -126,7 +132,7 @@ def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, tmp_p
 
     # The layers as the stock class of the exported config takes them
     text = open_pretrained(out).config
-    assert (text["num_key_value_heads"], text["num_attention_heads"]) == (3, 6)
+    assert (text["num_key_value_heads"], text["num_attention_heads"]) == (min(keys, 3), 6)
     alone = tmp_path / "alone"
     alone.mkdir()
     write_json(alone / "config.json", as_head(text, count))
@@ -136,7 +142,7 @@ def test_a_kept_head_is_the_masked_one(name: str, count: int, fused: bool, tmp_p
     load_whole(alone, type(head))
     whole_logits = logits(head.double())
     shape = shape_from_config(json.loads(head.config.to_json_string(use_diff=False)), name)
-    keep = [largest(layer, *FEW) for layer in decoder_layers(head)]
+    keep = [largest(layer, *FEW, 2 if keys == 2 else 1) for layer in decoder_layers(head)]
     stack_experts(head)
     mask(cast(Any, SimpleNamespace(model=head, shape=shape)), keep)
     expected = logits(head)

@@ -14,7 +14,7 @@ from tests.published import sizes_of
 from tests.refusals import must_name
 from tests.unit.shapes_and_scores import LLAMA_7B, SMOLLM2, gone, make_shape, resolved
 
-LLAMA_CONFIG = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=2, vocab_size=33)
+LLAMA_CONFIG = sizes_of("llama", 48, 100, 2, 6, num_key_value_heads=3, vocab_size=33)
 REQUIRED = sorted(LLAMA_CONFIG.keys() - {"model_type", "num_key_value_heads"})
 
 
@@ -30,7 +30,7 @@ def test_a_llama_also_of_older_configs() -> None:
     """LLaMA-1 files have neither key-value heads nor a head size. Some write null."""
     shape = read(LLAMA_CONFIG)
     assert (shape.hidden_size, shape.head_dim, shape.attention[0].queries, shape.vocab_size) == (48, 8, 6, 33)
-    assert shape.counts == (LayerCounts(heads=2, channels=100),) * 2
+    assert shape.counts == (LayerCounts(heads=3, channels=100),) * 2
     assert (shape.tie_word_embeddings, shape.biases) == (False, frozenset())
     assert shape.is_uniform
     for config in (without("num_key_value_heads"), without(num_key_value_heads=None, head_dim=None)):
@@ -40,9 +40,9 @@ def test_a_llama_also_of_older_configs() -> None:
 
 
 def test_layers_that_differ() -> None:
-    own = {"num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 7}
+    own = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 7}
     shape = read(without(model_type="pruned_llama", per_layer_config={"1": own}))
-    assert shape.counts == (LayerCounts(heads=2, channels=100), LayerCounts(heads=1, channels=7))
+    assert shape.counts == (LayerCounts(heads=3, channels=100), LayerCounts(heads=1, channels=7))
     assert not shape.is_uniform
 
 
@@ -61,7 +61,7 @@ def test_layers_that_differ() -> None:
         (without(head_dim=5), "head_dim 5"),
         (without(hidden_size=50, head_dim=8), "config.json"),
         (without(num_key_value_heads=4), "layer 0 6 4"),
-        (without(per_layer_config={"1": {"num_attention_heads": 4}}), "layer 1 4 2"),
+        (without(per_layer_config={"1": {"num_attention_heads": 4}}), "layer 1 4 3"),
     ],
     ids=str,
 )
@@ -83,9 +83,9 @@ def test_biases_leave_with_their_linear() -> None:
     shape = read(biased)
     assert shape.biases == {linear.name for linear in LLAMA_LINEARS}
     assert read(biased | {"model_type": "mistral"}).biases == frozenset()  # its class has none
-    smaller = shape.resized((LayerCounts(heads=1, channels=90), shape.counts[1]))
+    smaller = shape.resized((LayerCounts(heads=2, channels=90), shape.counts[1]))
     lost = shape.total_numel() - smaller.total_numel()
-    biases = 8 * (3 + 2) + 10 * 2  # q, k, v of one group, gate and up of ten channels. o and down keep theirs
+    biases = 8 * (2 + 2) + 10 * 2  # q, k, v of one group, gate and up of ten channels. o and down keep theirs
     assert lost == shape.linear_numel() - smaller.linear_numel() + biases
 
 

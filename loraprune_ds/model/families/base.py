@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from loraprune_ds.model.groups import Attribute, Kind, LayerCounts, LayerSpec, TensorSpec
+from loraprune_ds.model.groups import QUERY_HEADS, Attribute, Kind, LayerCounts, LayerSpec, TensorSpec
 
 PRUNED = "pruned_"  # prefix of the `model_type` of an export whose layers have different widths
 Marks = Iterable[TensorSpec | Attribute]
@@ -102,8 +102,8 @@ class Family:
         return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
-        heads, width = layer.counts.get("heads", 0), self.head_dim(c)
-        queries = heads * (c.num_attention_heads // c.num_key_value_heads)
+        heads, width = layer.key_value_heads, self.head_dim(c)
+        queries = layer.counts.get(QUERY_HEADS) or heads * (c.num_attention_heads // c.num_key_value_heads)
         return Attention(queries, queries * width, 2 * heads * width)
 
     def mixture(self, c: Any) -> Mixture | None:
@@ -131,7 +131,7 @@ class Family:
     def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
         """Returns the fields of config.json for a layer with these counts. 0 where it has none."""
         heads = counts.get("heads", 0)
-        queries = heads * (c.num_attention_heads // c.num_key_value_heads)
+        queries = counts.get(QUERY_HEADS) or heads * (c.num_attention_heads // c.num_key_value_heads)
         channels = counts.get("channels", 0)
         return {"num_attention_heads": queries, "num_key_value_heads": heads, "intermediate_size": channels}
 
@@ -144,9 +144,10 @@ class Family:
         return {}
 
     def counted(self, c: Any, layers: Sequence[LayerSpec]) -> list[LayerCounts]:
-        """Returns the groups of each layer, as config.json counts them."""
+        """Returns the groups of each layer, as config.json counts them, and its key-value heads."""
+        heads = [{"heads": layer.key_value_heads} if layer.key_value_heads else {} for layer in layers]
         return [
-            LayerCounts((kind, count // self.times(c, i, kind)) for kind, count in layer.counts.items())
+            LayerCounts({kind: count // self.times(c, i, kind) for kind, count in layer.counts.items()} | heads[i])
             for i, layer in enumerate(layers)
         ]
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from loraprune_ds.model.families.base import Attribute
-from loraprune_ds.model.groups import Run, StackSpec, TensorSpec
+from loraprune_ds.model.families.base import Attribute, Marks
+from loraprune_ds.model.groups import QUERY_HEADS, Run, StackSpec, TensorSpec
 
+QUERY_HEADS_LEAVE = "query_heads_leave"  # a field of `c` that read_shape.py adds, and no config.json has
 MLP = ("gate_proj", "up_proj", "down_proj")
 OnDisk = tuple[tuple[str, ...], tuple[str, ...]]  # the names of the two stacks of experts (`StackSpec.names`)
 
@@ -24,22 +25,34 @@ def whole(module: str, *linears: str) -> list[TensorSpec]:
     return [TensorSpec(f"{module}.{linear}.weight", lora=True) for linear in linears]
 
 
-def head_runs(c: Any) -> tuple[Run, Run]:
-    """Returns the runs of queries, and of keys or values. A group is a key-value head with its query heads."""
+def head_runs(c: Any) -> tuple[Run, tuple[Run, ...]]:
+    """Returns the run of queries, and that of keys or values, which have none if they stay."""
     heads, width = c.num_key_value_heads, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return Run("heads", heads, c.num_attention_heads // heads * width), Run("heads", heads, width)
+    if getattr(c, QUERY_HEADS_LEAVE, False):
+        return Run(QUERY_HEADS, c.num_attention_heads, width, ranges=heads), ()
+    return Run("heads", heads, c.num_attention_heads // heads * width), (Run("heads", heads, width),)
 
 
-def attention(c: Any, out: str = "o_proj", path: str = "self_attn", *, gated: bool = False) -> list[TensorSpec]:
+def attention(c: Any, out: str = "o_proj", path: str = "self_attn", *, gated: bool = False) -> Marks:
     """Marks attention. If gated, the query of each head comes with the gate of its output."""
     queries, keys = head_runs(c)
-    inputs = (("q", queries._replace(width=(1 + gated) * queries.width)), ("k", keys), ("v", keys))
-    return [*(rows(f"{path}.{x}_proj", run) for x, run in inputs), columns(f"{path}.{out}", queries)]
+    yield rows(f"{path}.q_proj", queries._replace(width=(1 + gated) * queries.width))
+    yield from (rows(f"{path}.{x}_proj", *keys) for x in "kv")
+    yield columns(f"{path}.{out}", queries)
+    if not keys:
+        yield Attribute(path, "num_key_value_groups", queries._replace(width=1), queries.ranges)
+
+
+def per_query_head(name: str, c: Any, on_disk: str | None = None) -> TensorSpec:
+    """Marks a tensor with a row for each query head."""
+    queries, _ = head_runs(c)
+    return TensorSpec(name, (queries._replace(width=c.num_attention_heads // queries.groups),), on_disk=on_disk)
 
 
 def wide_norms(c: Any) -> list[TensorSpec]:
     """Norms over all heads. A cut there is not quite equal to a mask: the mean square is of fewer elements."""
-    return [TensorSpec(f"self_attn.{x}_norm.weight", (run,)) for x, run in zip("qk", head_runs(c), strict=True)]
+    queries, keys = head_runs(c)
+    return [TensorSpec(f"self_attn.{x}_norm.weight", runs) for x, runs in (("q", (queries,)), ("k", keys))]
 
 
 def mlp(channels: int, path: str = "mlp") -> list[TensorSpec | Attribute]:

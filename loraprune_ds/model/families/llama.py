@@ -4,7 +4,16 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from loraprune_ds.model.families.base import PRUNED, Attribute, Family, Marks
-from loraprune_ds.model.families.blocks import attention, columns, head_runs, mlp, rows, whole, wide_norms
+from loraprune_ds.model.families.blocks import (
+    attention,
+    columns,
+    head_runs,
+    mlp,
+    per_query_head,
+    rows,
+    whole,
+    wide_norms,
+)
 from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
 
@@ -27,20 +36,23 @@ class Olmo2(Llama):
 class Cohere(Llama):
     def layer(self, c: Any, i: int) -> Marks:
         """The norms have a weight for each head, (heads, head_dim)."""
-        keys, each = Run("heads", c.num_key_value_heads), c.num_attention_heads // c.num_key_value_heads
-        runs = (("q", keys._replace(width=each)), ("k", keys))
-        return [*super().layer(c, i), *(TensorSpec(f"self_attn.{x}_norm.weight", (run,)) for x, run in runs)]
+        keys = tuple(run._replace(width=1) for run in head_runs(c)[1])
+        norms = per_query_head("self_attn.q_norm.weight", c), TensorSpec("self_attn.k_norm.weight", keys)
+        return [*super().layer(c, i), *norms]
 
 
 class Phi3(Family):
+    """Its query heads leave with their key-value head, however few there are: all are in one tensor."""
+
     def layer(self, c: Any, i: int) -> Marks:
-        (queries, keys), count = head_runs(c), Run("heads", c.num_key_value_heads)
+        count, each = Run("heads", c.num_key_value_heads), c.num_attention_heads // c.num_key_value_heads
+        queries, keys = (count._replace(width=heads * self.head_dim(c)) for heads in (each, 1))
         return [
             rows("self_attn.qkv_proj", queries, keys, keys),
             columns("self_attn.o_proj", queries),
             *mlp(c.intermediate_size),
             Attribute("self_attn", "num_key_value_heads", count),
-            Attribute("self_attn.config", "num_attention_heads", count._replace(width=queries.width // keys.width)),
+            Attribute("self_attn.config", "num_attention_heads", count._replace(width=each)),
         ]
 
 
@@ -50,8 +62,7 @@ class Lfm3(Family):
     out: ClassVar[str] = "o_proj"
 
     def layer(self, c: Any, i: int) -> Marks:
-        each = Run("heads", c.num_key_value_heads, c.num_attention_heads // c.num_key_value_heads)
-        gates = TensorSpec("self_attn.g_proj.weight", (each,), on_disk="self_attn.gate_proj.weight")
+        gates = per_query_head("self_attn.g_proj.weight", c, on_disk="self_attn.gate_proj.weight")
         convolution = whole("conv", "in_proj", "out_proj")
         return [*attention(c, self.out), *convolution, *mlp(c.intermediate_size, "feed_forward"), gates]
 

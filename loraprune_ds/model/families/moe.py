@@ -11,6 +11,7 @@ from loraprune_ds.model.families.blocks import (
     columns,
     each_expert,
     per_expert,
+    per_query_head,
     rows,
     stacks,
     whole,
@@ -178,14 +179,14 @@ class GraniteMoe(Moe):
 
 class GptOss(Moe):
     def layer(self, c: Any, i: int) -> Marks:
-        path, run, queries = "mlp.experts", self.run(c), c.num_attention_heads // c.num_key_value_heads
+        path, run = "mlp.experts", self.run(c)
         names = (f"{path}.gate_up_proj",), (f"{path}.down_proj",)
         router = ("mlp.router.weight", "mlp.router.bias")
         biases = (f"{path}.gate_up_proj_bias", f"{path}.down_proj_bias")
         return [
             *attention(c),
             *stacks(path, run, c.hidden_size, names, transposed=True),
-            TensorSpec("self_attn.sinks", (Run("heads", c.num_key_value_heads, queries),)),
+            per_query_head("self_attn.sinks", c),
             *(per_expert(name, run) for name in (*router, *biases)),
         ]
 

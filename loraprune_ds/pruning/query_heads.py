@@ -1,0 +1,45 @@
+"""The scores of query heads by `fisher`: second moments, and the order in which these heads leave.
+
+A set S of the query heads of one key-value head leaves. The loss then changes by about Σ_t (Σ_{h in S} s_th)², where s
+are the mask gradients of criterion.py. With M = Σ_t s_t·s_tᵀ that is 1ᵀ·M[S, S]·1.
+
+The score of a set is not the sum of its heads' scores: some heads do the same, and some make up for each other. M is
+recorded instead, summed over the ranks and averaged over the steps.
+
+Its shape is (ranges, q, q), with a range of q query heads for each key-value head. It is float64.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def second_moments(gradients: Iterable[Tensor], ranges: int) -> Tensor:
+    """Returns M. `gradients` are the s of blocks of tokens, (tokens, ranges · q)."""
+    blocks = (s.double().view(len(s), ranges, -1) for s in gradients)
+    return torch.stack([torch.einsum("tkg,tkh->kgh", s, s) for s in blocks]).sum(0)
+
+
+def select(moments: Tensor, keep: Tensor) -> Tensor:
+    """Returns M of the heads that stay: ascending indices, of each range the same number."""
+    own = keep.view(len(moments), -1).to(moments.device) % moments.shape[1]  # (ranges, kept), inside their range
+    return moments.take_along_dim(own[:, :, None], 1).take_along_dim(own[:, None, :], 2)
+
+
+def add_in_turn(moments: Tensor) -> Tensor:
+    """Returns a score for each head, (ranges · q,): what it adds to the cost of those that leave its range before it.
+
+    The head that adds least leaves next, of equal ones the last. Two heads may make up for each other, but none has a
+    lower score than one that leaves before it. So the heads with the lowest scores are those that leave first.
+    """
+    scores = torch.empty_like(moments[:, 0])
+    for own, result in zip(moments, scores, strict=True):
+        added, before = own.diagonal().clone(), torch.tensor(-math.inf, dtype=own.dtype)
+        for _ in range(len(own)):
+            least = len(own) - 1 - int(added.flip(0).argmin())
+            before = result[least] = torch.maximum(added[least], before.nextafter(torch.tensor(math.inf)))
+            added += 2 * own[least]
+            added[least] = math.inf
+    return scores.flatten()
