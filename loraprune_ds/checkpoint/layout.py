@@ -135,7 +135,7 @@ class RunState:
     resumed_from: list[int]  # steps of earlier resumes
     accelerator: str  # the name of the ranks' device
     peak_bytes: list[int]  # the most memory that each rank has held since its start
-    kinds: list[str] | None = None  # of `kept`. Steps from before there were query heads lack it
+    query_heads: bool = False  # some leave without their key-value head. In older steps none does
     format: int = FORMAT
     __pydantic_config__ = NO_MORE
 

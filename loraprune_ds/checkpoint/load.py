@@ -17,7 +17,7 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.frozen import DTYPES
-from loraprune_ds.model.groups import QUERY_HEADS, Kind, LayerKeep
+from loraprune_ds.model.groups import Kind, LayerKeep
 from loraprune_ds.model.lora_product import merge_lora
 from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, open_for_pruning
 from loraprune_ds.model.shape import ModelShape
@@ -49,7 +49,7 @@ class TrainingCheckpoint:
         """The model without LoRA after the cuts of this step."""
         dense = self.dense
         if self.source.resolve() != dense.folder.resolve():
-            dense = open_for_pruning(self.source, self.config.model)
+            dense = open_for_pruning(self.source, self.config.model, query_heads=self.state.query_heads)
         weights = dense.weights.cut(keep_from_lists(self.state.kept, dense.shape.kinds))
         return replace(dense, weights=weights.overlaid(open_refits(weights.shape, self.folder)))
 
@@ -122,18 +122,11 @@ def open_checkpoint(
             layout.verify(files, part=ranks.rank, parts=ranks.world_size)
         config = recorded_config(state.config, folder / layout.STATE_FILE)
         source = _find_source(folder, state, config)
-        opened = dense or open_for_pruning(locate_model(config.model), config.model)
-        check_kinds(folder, state, opened.shape)
+        model, query_heads = config.model, state.query_heads
+        opened = dense or open_for_pruning(locate_model(model), model, query_heads=query_heads)
         return TrainingCheckpoint(folder, state, config, source, opened)
 
     return ranks.all_or_raise(check)
-
-
-def check_kinds(folder: Path, state: RunState, shape: ModelShape) -> None:
-    """Raises CheckpointMismatch if the kept groups of a step are of other kinds. Older steps have no query heads."""
-    now = [*shape.kinds]
-    if state.kinds != now and (state.kinds or QUERY_HEADS in now):
-        raise CheckpointMismatch(f"{folder} is of another version; this one cuts {', '.join(now)} of the model")
 
 
 def _find_source(folder: Path, state: RunState, config: RunConfig) -> Path:

@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -33,6 +33,7 @@ from loraprune_ds.hf.live import find_peft_model, live_shape
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import base_parameter
 from loraprune_ds.model.classes import decoder_layers
+from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.pretrained import ModelWeights
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape, held, is_sharded
@@ -62,6 +63,7 @@ class PruningState:
     moment_tokens: float
     resumed_from: list[int]
     zero: bool = True  # ZeRO-3 has saved the rest of the checkpoint
+    query_heads: bool = False  # some leave without their key-value head. In older checkpoints none does
     adam: Any = None  # Adam's step and param_groups, if the folder has its state
     format: int = layout.FORMAT
     __pydantic_config__ = layout.NO_MORE
@@ -153,6 +155,8 @@ def cut_to_checkpoint(
     is_foreign = (state.zero, state.world_size) != (zero, ranks)
     if is_foreign:
         _check_foreign(checkpoint, state, peft_model, zero=zero)
+    if not state.query_heads:
+        setattr(cast(Any, peft_model.get_base_model()).config, QUERY_HEADS_LEAVE, False)  # `live_shape` reads it
     dense = live_shape(peft_model)
     require(group_counts(dense) == state.dense, f"{checkpoint} belongs to another model: its layers have other sizes")
     keep = keep_from_lists(state.kept, dense.kinds)

@@ -33,6 +33,7 @@ from loraprune_ds.hf.live import ForwardWatch, base_config, base_dtype, check_mo
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.weight_files import drop_auto_maps
 from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.step import Pruner
@@ -161,6 +162,7 @@ class Pruning:
             steps=self.steps,
             world_size=model.world_size,
             zero=not isinstance(model, LocalModel),
+            query_heads=QUERY_HEADS in dense.kinds,
             seed=self.seed,
             prune=pruner.config,
             dense=group_counts(dense),

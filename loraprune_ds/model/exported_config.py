@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from loraprune_ds.model.classes import causal_lm_class, config_object, sliding_window
 from loraprune_ds.model.families.base import PRUNED
+from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.families.moe import NEW_COUNT
 from loraprune_ds.model.family import family_name
 from loraprune_ds.model.groups import LayerCounts
@@ -16,7 +17,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.weight_files import AUTO_MAP
 
 # Keys about the source's files and earlier pruning, not about this model.
-DROPPED = {"_name_or_path", AUTO_MAP, "pretraining_tp", "quantization_config"}
+DROPPED = {"_name_or_path", AUTO_MAP, "pretraining_tp", "quantization_config", QUERY_HEADS_LEAVE}
 NEXT_TOKENS = "mtp_num_hidden_layers"  # of layers that predict further tokens, which are left out. llama.cpp reads it
 MODELLING_FILE = "modeling_pruned.py"
 EXPLICIT = ("llama", "mistral")  # a Llama may be written as a Mistral, whose defaults differ

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
+from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.frozen import DENSE, READ_CHUNK, SCALE, WEIGHT, Int8, NotFinite, Pieces, StoredTensor, fill
 from loraprune_ds.model.groups import LayerKeep, Slice, TensorSpec
 from loraprune_ds.model.read_shape import check_depth, check_family, read_family, read_model
@@ -210,8 +211,11 @@ class PretrainedModel:
         return self.weights.shape
 
 
-def open_pretrained(folder: Path) -> PretrainedModel:
+def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedModel:
     """Reads config.json and the headers of all weight files. Takes the text part of a multimodal model.
+
+    Args:
+        query_heads: single ones leave, where a model has one or two key-value heads.
 
     Raises:
         UserError: the model is not supported. A file is missing, surplus or damaged. A tensor is missing, surplus or
@@ -219,7 +223,7 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     """
     where = str(folder)
     full = read_json(folder / "config.json")
-    config = text_config(full, where)
+    config = text_config(full, where) | ({} if query_heads else {QUERY_HEADS_LEAVE: False})
     family, headers = read_family(config, where), read_headers(folder)
     names, tower = {family.layout.name_in_class(name): name for name in headers}, None
     if full.get("model_type") in MULTIMODAL:
@@ -245,9 +249,11 @@ def open_pretrained(folder: Path) -> PretrainedModel:
     return PretrainedModel(folder, config, modules, weights, tower)
 
 
-def open_for_pruning(folder: Path, model: ModelConfig, *, packing: bool = False) -> PretrainedModel:
+def open_for_pruning(
+    folder: Path, model: ModelConfig, *, packing: bool = False, query_heads: bool = True
+) -> PretrainedModel:
     """Opens the model of a run like `open_pretrained`, and checks that the run can use it."""
-    pretrained = open_pretrained(folder)
+    pretrained = open_pretrained(folder, query_heads=query_heads)
     check_family(pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing)
     weights = replace(pretrained.weights, int8=model.frozen == "int8")
     return replace(pretrained, weights=weights, tower=None if model.text_only else pretrained.tower)

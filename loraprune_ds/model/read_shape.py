@@ -174,7 +174,8 @@ def _checked(config: dict[str, Any], family: Family, where: str) -> tuple[dict[s
         if min(*counts, *sizes) < 1:
             raise UserError(f"{where}: config.json holds a size below 1")
         if "num_attention_heads" in family.required:
-            queries_leave = _check_heads(config, per_layer, where) and "heads" not in family.fixed
+            is_fixed = "heads" in family.fixed or config.get(QUERY_HEADS_LEAVE) is False
+            queries_leave = _check_heads(config, per_layer, where) and not is_fixed
     except KeyError as error:
         raise UserError(f"{where}: config.json has no {error.args[0]}") from None
     except (AttributeError, TypeError, ValueError, ArithmeticError) as error:

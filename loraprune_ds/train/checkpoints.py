@@ -10,6 +10,7 @@ from loraprune_ds.checkpoint.save import drop_old, save_step
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import differences
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.training import TrainingEngine
@@ -131,7 +132,7 @@ def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner,
         # On rank 0, which writes them. Only its history has the records from before a resume.
         totals=layout.RunTotals(sum(s.tokens for s in history.steps), history.perplexity("dense"), *here[-1:]),
         kept=keep_to_lists(pruner.kept_of_dense, model.shape.kinds),
-        kinds=[*model.shape.kinds],
+        query_heads=QUERY_HEADS in model.shape.kinds,
         source=str(prepared.pretrained.folder.resolve()),
         config=config.to_dict(),
         data=prepared.data,

@@ -88,9 +88,9 @@ class OutputFolder:
         self._continued = [] if resume is None else earlier
 
     @cached_property
-    def commits(self) -> dict[str, str] | None:
-        """The commits of the hub's data sets that a resumed run began with. None for a new run."""
-        return next((run.newest_state.data.commits for run in self._continued if run.newest_state), None)
+    def continued(self) -> layout.RunState | None:
+        """The newest state of the run that goes on. None for a new run."""
+        return next((run.newest_state for run in self._continued if run.newest_state), None)
 
     @cached_property
     def start(self) -> Literal["fresh", "resume", "finished"]:

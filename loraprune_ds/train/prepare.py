@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraprune_ds.checkpoint.layout import RunData
+from loraprune_ds.checkpoint.layout import RunData, RunState
 from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import require
@@ -57,18 +57,19 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig, comm: Communicator, commits: dict[str, str] | None = None, check_tokenizer: CheckTokenizer = None
+    config: RunConfig, comm: Communicator, earlier: RunState | None = None, check_tokenizer: CheckTokenizer = None
 ) -> Prepared:
     """Checks the whole input on every rank. All ranks raise the same UserError. Collective.
 
     Args:
-        commits: of data sets of the hub that a resumed run began with. None: the newest ones.
+        earlier: the newest state of the run that goes on.
         check_tokenizer: a further check, before the data is read.
     """
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
+    before, query_heads = (earlier.data.commits, earlier.query_heads) if earlier else (None, True)
     # From rank 0, since the hub may change from rank to rank.
-    found = comm.gather_objects(comm.on_rank_0(lambda: commits or resolve_commits(config.data)))[0]
-    own = partial(_prepare, config, found or {}, comm.world_size, comm.ranks_per_node(), check_tokenizer)
+    found = comm.gather_objects(comm.on_rank_0(lambda: before or resolve_commits(config.data)))[0]
+    own = partial(_prepare, config, found or {}, query_heads, comm.world_size, comm.ranks_per_node(), check_tokenizer)
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:
         first = waiting.all_or_raise(lambda: own() if os.environ.get("LOCAL_RANK", "0") == "0" else None)
@@ -97,10 +98,15 @@ def _check_before_download(config: RunConfig, world_size: int) -> None:
 
 
 def _prepare(
-    config: RunConfig, commits: dict[str, str], world_size: int, ranks_per_node: int, check_tokenizer: CheckTokenizer
+    config: RunConfig,
+    commits: dict[str, str],
+    query_heads: bool,
+    world_size: int,
+    ranks_per_node: int,
+    check_tokenizer: CheckTokenizer,
 ) -> Prepared:
     model, train = config.model, config.train
-    pretrained = open_for_pruning(locate_model(model), model, packing=config.data.packing)
+    pretrained = open_for_pruning(locate_model(model), model, packing=config.data.packing, query_heads=query_heads)
     shape = pretrained.shape
     if model.adapter:
         check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
@@ -166,18 +172,7 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     if ends := pruning.ends():
         sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
         yield f"keeps a checkpoint of each size, and exports all at the end: {sizes}"
-    if pruning.sections[-1].size.budget.shares.get(QUERY_HEADS):
-        yield "the one or two key-value heads of a layer stay, and an equal number of query heads leaves each"
-    if attention := describe_attention(config.model.attn_implementation, dense.family):
-        yield attention
-    changed = dense.family.changed_in_memory(config_object(prepared.pretrained.config))
-    for name, value in changed.items():
-        yield f"config.json's {name} {value} is {dense.family.in_memory[name]} here"
-    if prepared.pretrained.tower:
-        yield "only the text part is tuned and cut. The vision tower is copied, so layers must stay of one size"
-    if prepared.pretrained.config.get(NEXT_TOKENS):
-        gone = f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0"
-        yield f"{gone}. launch/export.py --mtp keeps them, cut to fit"
+    yield from _describe_model(config.model.attn_implementation, prepared.pretrained)
     if dense.mixture and config.prune.compensate != "none":
         yield f"prune.compensate: {config.prune.compensate} refits o_proj. Removed experts cannot be compensated"
     if config.train.distill_weight and config.model.adapter:
@@ -187,3 +182,18 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
         yield f"{left_out:,} rows have no answer in data.window {config.data.window}, {such}; they are left out"
     if world_size == 1 and config.deepspeed is not None:
         yield "world size 1: nothing is sharded (on CPU: deepspeed --num_accelerators 2 launch/run.py ...)"
+
+
+def _describe_model(attn_implementation: str, pretrained: PretrainedModel) -> Iterator[str]:
+    family = pretrained.shape.family
+    if attention := describe_attention(attn_implementation, family):
+        yield attention
+    if QUERY_HEADS in pretrained.shape.kinds:
+        yield "the one or two key-value heads of a layer stay, and an equal number of query heads leaves each"
+    for name, value in family.changed_in_memory(config_object(pretrained.config)).items():
+        yield f"config.json's {name} {value} is {family.in_memory[name]} here"
+    if pretrained.tower:
+        yield "only the text part is tuned and cut. The vision tower is copied, so layers must stay of one size"
+    if pretrained.config.get(NEXT_TOKENS):
+        gone = f"the result has no layers that predict further tokens ({MTP}*), and {NEXT_TOKENS} 0"
+        yield f"{gone}. launch/export.py --mtp keeps them, cut to fit"

@@ -47,7 +47,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     config = output.config
     resumes = output.start == "resume"  # every rank reads this before rank 0 makes the folder
     torch.use_deterministic_algorithms(config.train.deterministic)
-    prepared = prepare(config, comm, output.commits, check_tokenizer)
+    prepared = prepare(config, comm, output.continued, check_tokenizer)
     warnings: list[str] = []
     checkpoint = find_checkpoint(output, comm, prepared.pretrained, warnings) if resumes else None
     if checkpoint:

@@ -4,12 +4,15 @@ The tolerance and its reason are those of test_resume.py.
 """
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from loraprune_ds.config import RunConfig
+from loraprune_ds.model import read_shape
 from tests.families import families
 from tests.integration import resuming
-from tests.integration.resuming import config_for, contents, losses, run_here, write_family, write_run
+from tests.integration.resuming import assert_same_run, config_for, contents, losses, run_here, write_family, write_run
 from tests.ranks import RankPool
 
 TOLERANCE = 1e-5
@@ -42,3 +45,19 @@ def test_goes_on_with_another_number_of_ranks(ranks: RankPool, tmp_path: Path, f
     masters = [name for name in expected.lora if name.endswith(".master")]
     assert masters
     assert max(float((found.lora[n] - expected.lora[n]).abs().max()) for n in masters) < TOLERANCE
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_whole_heads(ranks: RankPool, tmp_path: Path) -> None:
+    """It cut a key-value head with its query heads also where there are two."""
+    config, straight, out = write_run(tmp_path, **SECTIONS), tmp_path / "straight", tmp_path / "out"
+    settings = write_family(tmp_path, "glm4"), "deepspeed=null", "prune.ranking=global"
+    ranks.run(1, run_as_earlier, config_for(config, straight, *settings))
+    ranks.run(1, run_as_earlier, config_for(config, out, *settings), STOP)
+    ranks.run(1, run_here, config_for(config, out, *settings), "auto")
+    assert_same_run(out, straight, STEPS)
+    assert min(heads for cut in resuming.metrics(out, "cut") for heads in cut["heads"]) == 1
+
+
+def run_as_earlier(config: RunConfig, stop_at: int | None = None) -> bool:
+    with patch.object(read_shape, "FEW_HEADS", 0):
+        return run_here(config, None, stop_at)

@@ -7,30 +7,32 @@ from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from loraprune_ds.checkpoint.layout import CheckpointMismatch
-from loraprune_ds.checkpoint.load import check_kinds
+from loraprune_ds import Pruning
+from loraprune_ds.hf.checkpoint import PruningCheckpoint, cut_to_checkpoint
+from loraprune_ds.model import read_shape
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.groups import QUERY_HEADS, LayerCounts, LayerKeep
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape, cached_numel
 from loraprune_ds.pruning.importance import LayerScores
 from loraprune_ds.pruning.query_heads import add_in_turn
+from loraprune_ds.ranks.comm import Communicator
 from tests.families import layers_with, tiny_config, tiny_model
 from tests.family_cuts import FEW, MANY, dense
 from tests.numerics.driver import random_lora
-from tests.oracle.models import make_batches
+from tests.oracle.models import make_batches, make_tiny_llama
 from tests.published import sizes_of
 from tests.refusals import must_name
 from tests.unit.plain_training import PlainRun
 from tests.unit.shapes_and_scores import resolved
 from tests.unit.test_family_proof import assert_masked_equals_cut
+from tests.unit.test_local import make_model
 from tests.unit.test_mask_gradients import PRUNE
 
 TWO: dict[str, Any] = {"num_attention_heads": 10, "num_key_value_heads": 2}
@@ -161,11 +163,21 @@ def test_servers_share_query_heads_and_repeat_key_value_heads() -> None:
     must_name("prune.tensor_parallel 3 key-value", resolved, read(12, 2), tensor_parallel=3)
 
 
-def test_a_step_of_a_version_that_cut_key_value_heads_is_refused(tmp_path: Path) -> None:
-    """Its kept groups would be read as query heads."""
-    old, new = (cast(Any, SimpleNamespace(kinds=kinds)) for kinds in (None, [QUERY_HEADS, "channels"]))
-    for state, shape in ((old, read(8, 2)), (new, read(9, 3))):
-        with pytest.raises(CheckpointMismatch, match=", channels"):
-            check_kinds(tmp_path, state, shape)
-    check_kinds(tmp_path, old, read(9, 3))
-    check_kinds(tmp_path, new, read(8, 2))
+def test_an_older_checkpoint_of_the_callback_goes_on_with_whole_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_llama(tmp_path / "tiny", heads=8, kv_heads=2, hidden=32, ffn=24, layers=2, vocab=97)
+
+    def begin(model: Any, checkpoint: PruningCheckpoint | None = None) -> Pruning:
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        return Pruning(model.train(), optimizer, PRUNE, 4, checkpoint=checkpoint)
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(read_shape, "FEW_HEADS", 0)
+        pruning = begin(make_model(folder))
+        pruning.pruner.kept_of_dense[0]["heads"] = torch.tensor([1])
+        pruning.save(tmp_path / "checkpoint-2")
+    resumed = cut_to_checkpoint(model := make_model(folder), tmp_path, PRUNE, Communicator())
+    layers = begin(model, resumed).model.shape.counts
+    assert layers == ({"heads": 1, "channels": 24}, {"heads": 2, "channels": 24})
+    assert begin(make_model(folder)).model.shape.kinds == (QUERY_HEADS, "channels")

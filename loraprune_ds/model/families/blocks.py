@@ -5,7 +5,7 @@ from typing import Any
 from loraprune_ds.model.families.base import Attribute, Marks
 from loraprune_ds.model.groups import QUERY_HEADS, Run, StackSpec, TensorSpec
 
-QUERY_HEADS_LEAVE = "query_heads_leave"  # a field of `c` that read_shape.py adds, and no config.json has
+QUERY_HEADS_LEAVE = "query_heads_leave"  # a field of `c` that read_shape.py adds, and no file has
 MLP = ("gate_proj", "up_proj", "down_proj")
 OnDisk = tuple[tuple[str, ...], tuple[str, ...]]  # the names of the two stacks of experts (`StackSpec.names`)
 
