@@ -24,7 +24,7 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import Tower
 from loraprune_ds.model.weight_files import read_header, weight_file_names
-from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import Communicator
 

@@ -20,8 +20,8 @@ from torch.nn.functional import pad
 
 from loraprune_ds.model.groups import QUERY_HEADS, TensorSpec
 from loraprune_ds.model.shape import LinearId
+from loraprune_ds.pruning.layer_scores import second_moments
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, PrunableModel, hook_inputs
-from loraprune_ds.pruning.query_heads import second_moments
 
 # Elements scored at a time. On a CPU a block and its gradient estimate stay in the cache. On a GPU fewer blocks need
 # fewer kernel launches, and the two fp32 copies of a block take 64 MiB.

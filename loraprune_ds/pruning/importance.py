@@ -2,30 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from loraprune_ds.config import Criterion, Normalization
 from loraprune_ds.errors import RunError
-from loraprune_ds.model.groups import Kind, LayerKeep, LayerTensors, TensorSpec
+from loraprune_ds.model.groups import Kind, LayerKeep, TensorSpec
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning import query_heads
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
+from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.prunable_model import PrunableModel
-
-
-class LayerScores(LayerTensors):
-    """Holds the importance of a layer's groups, float64: (groups,) for each kind, or moments (query_heads.py)."""
-
-    def select(self, keep: LayerKeep) -> Self:
-        chosen = ((kind, x, keep[kind]) for kind, x in self.items())
-        return type(self)((kind, x[kept] if x.ndim == 1 else query_heads.select(x, kept)) for kind, x, kept in chosen)
-
-    def of_groups(self) -> "LayerScores":
-        """Returns (groups,) of each kind."""
-        return LayerScores((kind, x if x.ndim == 1 else query_heads.add_in_turn(x)) for kind, x in self.items())
 
 
 @dataclass(frozen=True)
@@ -106,16 +94,6 @@ def add_over_ranks(
     totals = model.comm.all_reduce(torch.cat([scores.flatten() for scores in partial]))
     parts = zip(torch.split(totals, [scores.numel() for scores in partial]), partial, strict=True)
     return GroupSums(model.shape, linears, [total.view_as(scores) for total, scores in parts], step)
-
-
-def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
-    """Draws one fixed score per group for the criterion `random`, the same on any number of ranks."""
-    scores: list[LayerScores] = []
-    for i, layer in enumerate(shape.counts):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        draws = {kind: torch.rand(layer[kind], generator=generator, dtype=torch.float64) for kind in shape.kinds}
-        scores.append(LayerScores(draws))
-    return scores
 
 
 class MovingAverage:

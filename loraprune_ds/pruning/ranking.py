@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import Bounds, Budget, Limits
 
 

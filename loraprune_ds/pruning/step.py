@@ -42,7 +42,8 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.compensate import InputMoments
 from loraprune_ds.pruning.criterion import MaskGradients
-from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage, random_scores, score_groups
+from loraprune_ds.pruning.importance import GroupSums, MovingAverage, score_groups
+from loraprune_ds.pruning.layer_scores import LayerScores, random_scores
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import Schedule

@@ -18,7 +18,7 @@ from loraprune_ds.config import Dtype, Frozen, LoraConfig, ModelConfig, PruneCon
 from loraprune_ds.model.experts import as_in_peft
 from loraprune_ds.model.frozen import holds_int8
 from loraprune_ds.model.pretrained import PretrainedModel, open_for_pruning, open_pretrained
-from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape, held
 from loraprune_ds.pruning.schedule import Section, plan_pruning
 from loraprune_ds.pruning.step import Pruner

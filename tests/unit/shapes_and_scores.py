@@ -14,7 +14,7 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.groups import Attribute, LayerCounts, LayerKeep, LayerSpec, TensorSpec
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import Budget, Limits
 from loraprune_ds.pruning.ranking import counts_on_the_way, rank_global, rank_uniform, uniform_goal
 from loraprune_ds.pruning.target import Size, resolve

@@ -18,7 +18,7 @@ from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, MaskGradients, score_shard
-from loraprune_ds.pruning.importance import LayerScores
+from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.prunable_model import OwnedShard
 from loraprune_ds.pruning.step import all_groups

@@ -14,7 +14,8 @@ from loraprune_ds.config import Normalization
 from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning import criterion
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard
-from loraprune_ds.pruning.importance import LayerScores, MovingAverage, random_scores, score_groups
+from loraprune_ds.pruning.importance import MovingAverage, score_groups
+from loraprune_ds.pruning.layer_scores import LayerScores, random_scores
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.zero.params import owned_flat

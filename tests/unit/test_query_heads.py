@@ -20,8 +20,7 @@ from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.groups import QUERY_HEADS, LayerCounts, LayerKeep
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape, cached_numel
-from loraprune_ds.pruning.importance import LayerScores
-from loraprune_ds.pruning.query_heads import add_in_turn
+from loraprune_ds.pruning.layer_scores import LayerScores, add_in_turn
 from loraprune_ds.ranks.comm import Communicator
 from tests.families import layers_with, tiny_config, tiny_model
 from tests.family_cuts import FEW, MANY, dense

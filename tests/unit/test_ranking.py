@@ -10,7 +10,8 @@ import torch
 from loraprune_ds.config import Normalization, PruneConfig
 from loraprune_ds.model.groups import LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.importance import GroupSums, LayerScores, MovingAverage
+from loraprune_ds.pruning.importance import GroupSums, MovingAverage
+from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.ranking import rank_global
 from tests.unit.shapes_and_scores import SMOLLM2, gone, make_shape, random_scores_of, random_settings, resolved

@@ -1,4 +1,4 @@
-"""The scores of query heads by `fisher`: second moments, and the order in which these heads leave.
+"""The scores of a layer. Those of query heads by `fisher` are second moments, which say the order that they leave in.
 
 A set S of the query heads of one key-value head leaves. The loss then changes by about Σ_t (Σ_{h in S} s_th)², where s
 are the mask gradients of criterion.py. With M = Σ_t s_t·s_tᵀ that is 1ᵀ·M[S, S]·1.
@@ -11,9 +11,35 @@ Its shape is (ranges, q, q), with a range of q query heads for each key-value he
 
 import math
 from collections.abc import Iterable
+from typing import Self
 
 import torch
 from torch import Tensor
+
+from loraprune_ds.model.groups import LayerKeep, LayerTensors
+from loraprune_ds.model.shape import ModelShape
+
+
+class LayerScores(LayerTensors):
+    """Holds the importance of a layer's groups, float64: (groups,) for each kind, or second moments of query heads."""
+
+    def select(self, keep: LayerKeep) -> Self:
+        chosen = ((kind, x, keep[kind]) for kind, x in self.items())
+        return type(self)((kind, x[kept] if x.ndim == 1 else select(x, kept)) for kind, x, kept in chosen)
+
+    def of_groups(self) -> "LayerScores":
+        """Returns (groups,) of each kind."""
+        return LayerScores((kind, x if x.ndim == 1 else add_in_turn(x)) for kind, x in self.items())
+
+
+def random_scores(shape: ModelShape, seed: int) -> list[LayerScores]:
+    """Draws one fixed score per group for the criterion `random`, the same on any number of ranks."""
+    scores: list[LayerScores] = []
+    for i, layer in enumerate(shape.counts):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
+        draws = {kind: torch.rand(layer[kind], generator=generator, dtype=torch.float64) for kind in shape.kinds}
+        scores.append(LayerScores(draws))
+    return scores
 
 
 def second_moments(gradients: Iterable[Tensor], ranges: int) -> Tensor:
