@@ -8,7 +8,7 @@ from torch import nn
 
 from loraprune_ds.errors import require
 from loraprune_ds.hf.live import live_shape
-from loraprune_ds.local.model import LocalModel, find_torch_optimizer
+from loraprune_ds.local.model import LocalModel, check_optimizer
 from loraprune_ds.pruning.prunable_model import PrunableModel
 
 
@@ -17,13 +17,14 @@ def find_engine(
 ) -> PrunableModel:
     """Connects the pruner with the weights and the optimizer of a training. Raises UserError if they cannot be cut."""
     ds_config = ds_config or getattr(model, "config", None)  # of DeepSpeed's engine. PEFT's has another type
-    if isinstance(ds_config, dict) or is_deepspeed(optimizer):
+    inner = unwrapped(optimizer)
+    if isinstance(ds_config, dict) or is_deepspeed(inner):
         from loraprune_ds.zero.ds_config import check_reshardable  # DeepSpeed, once it is needed
         from loraprune_ds.zero.external_engine import share_model
 
         if isinstance(ds_config, dict):
             check_reshardable("the DeepSpeed config", ds_config, {p.element_size() for p in peft_model.parameters()})
-        return share_model(peft_model, optimizer, live_shape(peft_model))
+        return share_model(peft_model, inner, live_shape(peft_model))
     kind = type(model).__name__
     replicated = not isinstance(model, nn.DataParallel) and not kind.startswith(("FSDP", "FullySharded"))
     require(replicated, f"{kind} cannot be cut; use DistributedDataParallel or DeepSpeed ZeRO-3")
@@ -35,11 +36,17 @@ def find_engine(
         f"LoRA is in {', '.join(map(str, halves))} without ZeRO-3's fp32 copies, so small updates would be lost; "
         "call get_peft_model with autocast_adapter_dtype=True",
     )
-    return LocalModel(peft_model, live_shape(peft_model), *find_torch_optimizer(optimizer))
+    check_optimizer(inner)
+    return LocalModel(peft_model, live_shape(peft_model), inner, getattr(optimizer, "scaler", None))
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Returns DeepSpeed's or torch's optimizer under the wrappers of accelerate."""
+    while hasattr(optimizer, "optimizer") and not is_deepspeed(optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def is_deepspeed(optimizer: Any) -> bool:
-    """Returns whether DeepSpeed made the optimizer, without an import of DeepSpeed."""
-    while optimizer is not None and not type(optimizer).__module__.startswith("deepspeed."):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer is not None
+    """Returns whether the optimizer is DeepSpeed's, without an import of DeepSpeed."""
+    return type(optimizer).__module__.startswith("deepspeed.")

@@ -203,21 +203,13 @@ class WholeState(OptimizerState):
         self.optimizer.load_state_dict(self.optimizer.state_dict())  # moves the counts to where a fused Adam has them
 
 
-def find_torch_optimizer(optimizer: Any) -> tuple[torch.optim.Optimizer, Any]:
-    """Finds torch's optimizer and the loss scaler under the wrappers of accelerate.
-
-    Raises:
-        UserError: a cut does not know the optimizer's state, or torch lacks a private name.
-    """
+def check_optimizer(optimizer: Any) -> None:
+    """Raises UserError if a cut does not know the optimizer's state, or if torch lacks a private name."""
     for holder, name in PRIVATE:
         require(hasattr(holder, name), f"torch {torch.__version__} lacks {name}; install one of pyproject.toml")
-    inner, scaler = optimizer, getattr(optimizer, "scaler", None)
-    while hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    kind = type(inner)
-    known = isinstance(inner, torch.optim.Optimizer) and kind.__module__.startswith("torch.optim")
+    kind = type(optimizer)
+    known = isinstance(optimizer, torch.optim.Optimizer) and kind.__module__.startswith("torch.optim")
     require(
         known and kind.__name__ not in OTHER_STATE,
         f"the optimizer state of {kind.__module__}.{kind.__name__} cannot be cut along with LoRA; use torch's AdamW",
     )
-    return inner, scaler

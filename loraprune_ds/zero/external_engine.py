@@ -25,15 +25,11 @@ ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # their only state wi
 log = logging.getLogger(__name__)
 
 
-def share_model(module: nn.Module, optimizer: Any, shape: ModelShape) -> ShardedModel:
+def share_model(module: nn.Module, zero: Any, shape: ModelShape) -> ShardedModel:
     """Wraps a model that another trainer trains, for the pruner. Raises UserError if it cannot be cut."""
     check_private_attributes()
-    zero = optimizer
-    while zero is not None and not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):  # under accelerate's wrappers
-        zero = getattr(zero, "optimizer", None)
-    if zero is None:
-        needed = "pruning needs DeepSpeed ZeRO-3 (zero_optimization.stage 3)"
-        raise UserError(f"{needed}; the optimizer is {type(optimizer).__name__}")
+    needed = f"pruning needs DeepSpeed ZeRO-3 (zero_optimization.stage 3); the optimizer is {type(zero).__name__}"
+    require(isinstance(zero, DeepSpeedZeroOptimizer_Stage3), needed)
     inner = zero.optimizer
     if type(inner).__name__ not in ADAM or any(group.get("amsgrad") for group in inner.param_groups):
         name = f"{type(inner).__name__}{' with amsgrad' if type(inner).__name__ in ADAM else ''}"
