@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from loraprune_ds.model.classes import config_object
+from loraprune_ds.model.classes import causal_lm_class, config_object
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.families.base import Family, Marks
 from loraprune_ds.model.family import FAMILIES
@@ -106,6 +106,9 @@ TINY: dict[str, dict[str, Any]] = {
     "cohere2": WIDE | BOTH | {"logit_scale": 0.3},
     "olmo2": {},
     "olmo3": BOTH,
+    "muse_glimmer_text": BOTH
+    | {"head_dim": 6, "num_attention_heads": 5, "num_key_value_heads": 1}
+    | {"layer_rope_theta": [1e4, 0], "output_multiplier": 0.3, "final_logit_softcapping": 8.0, "qk_scale_factor": 2.0},
     "phi3": {},
     "glm": WIDE | {"attention_bias": True},
     "glm4": WIDE | {"attention_bias": True, "num_key_value_heads": 2},
@@ -134,6 +137,7 @@ TINY: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": WIDE | {"moe_intermediate_size": 8, "moe_num_experts": 23, "moe_k": 3},
     "deepseek_v3": LATENT | GROUPED,
     "deepseek_v2": LATENT | GROUPED | {"hidden_size": 30},  # 4 heads do not divide it
+    "mistral4": LATENT | GROUPED,
     "glm4_moe_lite": LATENT | {"intermediate_size": 31},
     "dots1": WIDE
     | {"moe_intermediate_size": 8, "n_routed_experts": 23, "num_experts_per_tok": 3, "n_shared_experts": 1}
@@ -224,7 +228,7 @@ CAUSAL = tuple(name for name in TINY if len(FAMILIES[name].layer_lists) == 1)
 MIXTURES = tuple(name for name in TINY if FAMILIES[name].has_experts)
 # Their first layer is dense, and the second one sparse.
 MIXED = ("qwen2_moe", "glm4_moe", "ernie4_5_moe", "deepseek_v3", "deepseek_v2", "glm4_moe_lite")
-MIXED += ("dots1", "exaone_moe", "lfm2_moe", "glm_moe_dsa")
+MIXED += ("dots1", "exaone_moe", "lfm2_moe", "glm_moe_dsa", "mistral4")
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
@@ -299,7 +303,7 @@ def heads_divide_hidden(family: str) -> bool:
     try:
         tiny_config(family, num_attention_heads=8, num_key_value_heads=4)
     except StrictDataclassError:
-        return True
+        return "heads" not in FAMILIES[family].fixed
     return False
 
 
@@ -315,9 +319,8 @@ def tiny_model(
     config = tiny_config(family, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # GPT-OSS draws its sinks
-        auto: Any = AutoModelForSeq2SeqLM if is_seq2seq(family) else AutoModelForCausalLM
-        how = {"attn_implementation": attn_implementation, "experts_implementation": "eager"}
-        model: PreTrainedModel = auto.from_config(config, **how)
+        how: Any = {"attn_implementation": attn_implementation, "experts_implementation": "eager"}
+        model = causal_lm_class(family)._from_config(config, **how)
         if not (TINY[family] | changes).get("tie_word_embeddings", True) and is_seq2seq(family):
             model.all_tied_weights_keys.pop("lm_head.weight")
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())

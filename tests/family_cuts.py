@@ -20,6 +20,7 @@ from loraprune_ds.model.adapters import add_lora, lora_linear, lora_weights
 from loraprune_ds.model.classes import decoder_layers, shrink_on_meta
 from loraprune_ds.model.experts import Experts, stack_experts
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
+from loraprune_ds.model.family import FAMILIES, family_name
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.model.read_shape import read_model, shape_from_config
@@ -153,9 +154,10 @@ def cut_and_export(
 def load(folder: Path, **settings: Any) -> PreTrainedModel:
     """Loads an export as its users do. The models above have eager attention."""
     settings = {"attn_implementation": "eager", "experts_implementation": "eager"} | settings
-    seq2seq = json.loads((folder / "config.json").read_text()).get("is_encoder_decoder")
-    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    return auto.from_pretrained(folder, dtype="auto", **settings).eval()
+    config = json.loads((folder / "config.json").read_text())
+    auto = AutoModelForSeq2SeqLM if config.get("is_encoder_decoder") else AutoModelForCausalLM
+    own = FAMILIES[family_name(config["model_type"])].lm_class()
+    return (own or auto).from_pretrained(folder, dtype="auto", **settings).eval()
 
 
 @torch.no_grad()

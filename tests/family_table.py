@@ -47,7 +47,8 @@ def describe(name: str, family: Family) -> tuple[str, ...]:
     vllm = "any" if name in VLLM_ANY_LAYERS else IN_VLLM[VLLM[name]] if name in VLLM else ""
     towers = ", ".join(outer for outer, (text, *_) in TOWERS.items() if text == name)
     leaves = [kind for kind in kinds(name) if kind not in family.fixed]
-    cells = (", ".join(leaves), ", ".join(stays), "stock alone" if family.equal_layers else stored, gguf, vllm, towers)
+    stored = "stock with its tower" if family.lm_class() else "stock alone" if family.equal_layers else stored
+    cells = (", ".join(leaves), ", ".join(stays), stored, gguf, vllm, towers)
     return *cells, "; ".join(notes(name, family))
 
 

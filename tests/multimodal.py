@@ -35,6 +35,7 @@ TOWERS = {
     "qwen3_vl_moe": ("qwen3_moe", "", False),
     "qwen3_5": ("qwen3_5_text", "", True),
     "qwen3_5_moe": ("qwen3_5_moe_text", "", False),
+    "muse_glimmer": ("muse_glimmer_text", "muse_glimmer_vision", False),
 }
 ROWS_IN_TURN = OF_ROWS | {"mrope_interleaved": True}
 QWEN3_5 = {"mtp_num_hidden_layers": 1, "rope_parameters": ROWS_IN_TURN | {"partial_rotary_factor": 0.5}}
@@ -57,23 +58,27 @@ GEMMA4_HEADS = {"head_dim": 8, "num_key_value_heads": 2}
 VISION: dict[str, dict[str, Any]] = {
     "gemma3": {"image_size": 16, "patch_size": 4},
     "gemma4": {"patch_size": 4, "pooling_kernel_size": 2, "position_embedding_size": 16} | GEMMA4_HEADS,
+    "muse_glimmer": {"patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4},
     "qwen2_5_vl": {"window_size": 8, "fullatt_block_indexes": [1]},
     "qwen3_vl": {"deepstack_visual_indexes": [0]},
     "qwen3_vl_moe": {"deepstack_visual_indexes": [0]},
 }
 
 
-def multimodal(outer: str) -> transformers.PreTrainedModel:
+def multimodal(outer: str, text_type: str | None = None) -> transformers.PreTrainedModel:
     """Makes a tiny random multimodal model, in evaluation mode."""
     family, tower, tied = TOWERS[outer]
+    family = text_type or family
     text = FAMILIES[family].explicit(tiny_config(family).to_dict())
-    text |= {"final_logit_softcapping": None, "tie_word_embeddings": tied}
+    text |= {"tie_word_embeddings": tied} | ({} if outer == "muse_glimmer" else {"final_logit_softcapping": None})
     vision = (SIGLIP | {"model_type": tower} if tower else QWEN) | VISION.get(outer, {})
     more: dict[str, Any] = {} if tower else dict(OF_QWEN)
     if outer == "gemma3":
         more = {"mm_tokens_per_image": 4, "image_token_id": IMAGE}
     if outer == "gemma4":
         more = {"audio_config": None, "image_token_id": IMAGE, "video_token_id": 91}
+    if outer == "muse_glimmer":
+        more = {"image_token_id": IMAGE, "video_token_id": 91, "out_hidden_size": 64, "projector_hidden_size": 16}
     config = transformers.AutoConfig.for_model(
         outer, text_config=text | TEXT.get(outer, {}), vision_config=vision, tie_word_embeddings=tied, **more
     )
@@ -119,5 +124,7 @@ def inputs_with_image(outer: str) -> dict[str, Tensor]:
         pixels = torch.rand(1, 16, 48, generator=generator).double()
         return {"input_ids": ids, "pixel_values": pixels, "image_position_ids": at, "mm_token_type_ids": is_image}
     ids[0, 3], ids[0, 8] = START, END
-    pixels, grid = torch.randn(16, 48, generator=generator).double(), torch.tensor([[1, 4, 4]])
-    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": is_image}
+    size = 96 if outer == "muse_glimmer" else 48  # of a patch, there of two frames
+    pixels, grid = torch.randn(16, size, generator=generator).double(), torch.tensor([[1, 4, 4]])
+    types = {} if outer == "muse_glimmer" else {"mm_token_type_ids": is_image}
+    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid, **types}

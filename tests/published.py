@@ -44,6 +44,10 @@ QWEN_3_6_35B = sizes_of("qwen3_5_moe_text", 2048, 512, 40, 16, **QWEN_3_6_MOE)
 GEMMA_4_31B = GEMMA_4 | {"num_key_value_heads": 16, "num_global_key_value_heads": 4}
 GEMMA_4_MOE = GEMMA_4 | {"num_key_value_heads": 8, "num_global_key_value_heads": 2, "enable_moe_block": True}
 GEMMA_4_MOE |= {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
+# Three of four layers have a window, counted from the last: that is its class's default.
+MUSE: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 128, "vocab_size": 202_048, "sliding_window": 2048}
+MUSE |= {"max_position_embeddings": 131_072, "tie_word_embeddings": False}
+MUSE_GLIMMER = sizes_of("muse_glimmer_text", 6656, 19_968, 52, 32, **MUSE)
 QWEN_3_MOE = QWEN_3 | {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8}
 MIXTRAL = {"num_key_value_heads": 8, "vocab_size": 32_000, "num_local_experts": 8, "num_experts_per_tok": 2}
 QWEN_2_MOE = {"num_key_value_heads": 16, "vocab_size": 151_936, "num_experts": 60, "num_experts_per_tok": 4}
@@ -82,7 +86,7 @@ def multimodal(model_type: str, text: dict[str, Any]) -> dict[str, Any]:
 
 # By the name of the run config in launch/configs: config.json, and parameters as published, in billions. Towers and
 # layers for further tokens do not count: of Qwen3.6 27B's 27.781 in all, 0.461 and 0.425. llama.cpp counts those of
-# Gemma 4 and GLM-4.7-Flash in their weights.
+# Gemma 4 and GLM-4.7-Flash in their weights. Muse-Glimmer's number is that of its class.
 PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "llama3.1-8b": (sizes_of("llama", 4096, 14336, 32, 32, **LLAMA_3), 8.03),
     "llama3.3-70b": (sizes_of("llama", 8192, 28672, 80, 64, **LLAMA_3), 70.6),
@@ -94,6 +98,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
     "qwen3.6-35b-a3b": (multimodal("qwen3_5_moe", QWEN_3_6_35B), 34.661),
     "gemma4-31b": (multimodal("gemma4", sizes_of("gemma4_text", 5376, 21504, 60, 32, **GEMMA_4_31B)), 30.70),
     "gemma4-26b-a4b": (multimodal("gemma4", sizes_of("gemma4_text", 2816, 2112, 30, 16, **GEMMA_4_MOE)), 25.23),
+    "muse-glimmer-30b": (multimodal("muse_glimmer", MUSE_GLIMMER), 27.85),
     "flan-t5-xl": (FLAN_T5_XL, 2.85),
     "glm-4.7-flash": (sizes_of("glm4_moe_lite", 2048, 10240, 47, 20, **GLM_LITE), 29.94),
 }

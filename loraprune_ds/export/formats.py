@@ -150,6 +150,8 @@ def _write_adapter(source: ExportSource, folder: Path) -> list[str]:
         others = ", ".join(name for name in FORMATS if name != "adapter")
         raise UserError(f"{source.name} has no checkpoint with separate LoRA; possible formats: {others}")
     step, remarks = open_newest(source.checkpoints)
+    no_class = f"{source.name}: AutoModelForCausalLM lacks the class of a {step.shape.model_type}, an adapter's base"
+    require(not step.shape.family.lm_class(), no_class)
     step = replace(step, dense=replace(step.dense, tower=None))  # an adapter has the names of the text class
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     base.mkdir()

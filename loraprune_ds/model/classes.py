@@ -47,9 +47,9 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel]:
     """Returns the class of the model with its head."""
     if model_type.startswith(PRUNED):
         return _pruned(family_name(model_type))[2]
-    seq2seq, causal = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-    classes: Any = seq2seq if FAMILIES[model_type].has_encoder else causal
-    return classes[CONFIG_MAPPING[model_type]]
+    family, seq2seq, causal = FAMILIES[model_type], MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+    classes: Any = seq2seq if family.has_encoder else causal
+    return family.lm_class() or classes[CONFIG_MAPPING[model_type]]
 
 
 def attn_implementation(requested: str, family: Family) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.model.families import hybrid, llama, moe, t5
+from loraprune_ds.model.families import hybrid, llama, moe, muse_glimmer, t5
 from loraprune_ds.model.families.base import PRUNED, Family
 
 LLAMA = llama.Llama()
@@ -37,6 +37,9 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("olmo2", "olmo3"), llama.Olmo2()),
     # Their classes have hidden_size inputs in o_proj.
     **dict.fromkeys(("helium", "stablelm"), replace(LLAMA, fixed=("heads",))),
+    "muse_glimmer_text": muse_glimmer.MuseGlimmer(
+        logit_scale="output_multiplier", softcap="final_logit_softcapping", fixed=("heads",), equal_layers=True
+    ),
     "phi3": llama.Phi3(),
     "lfm2": llama.Lfm2(packs=False),
     "lfm3": llama.Lfm3(packs=False),
@@ -52,6 +55,7 @@ FAMILIES: dict[str, Family] = {
     "lfm2_moe": moe.Lfm2Moe(packs=False),
     "ernie4_5_moe": moe.ErnieMoe(count="moe_num_experts", chosen="moe_k"),
     "deepseek_v3": moe.Latent(best_of_group=2, **ROUTED),
+    "mistral4": moe.Mistral4(best_of_group=2, equal_layers=True, **ROUTED),
     "deepseek_v2": moe.Latent(best_of_group=1, **ROUTED),
     "glm4_moe_lite": moe.GlmLite(best_of_group=2, **ROUTED),
     "glm_moe_dsa": moe.SparseAttention(best_of_group=2, **ROUTED),
@@ -73,7 +77,6 @@ REFUSED = {
     "t5gemma": "encoder and decoder have sizes of their own, and a stock class has one number for all their heads",
     "bart": "its class takes hidden_size / heads as the width of a head",
     "phimoe": "its router draws experts at random in training",
-    **dict.fromkeys(("muse_glimmer", "mistral4"), "AutoModelForCausalLM of transformers lacks its class"),
     "laguna": "its layers have different numbers of query heads for each key-value head",
     "falcon_h1": "its class has scales in a buffer of the model's dtype, which runs keep in fp32",
     "deepseek_v4": "its first layers look up the experts of a token in a table",

@@ -24,7 +24,7 @@ from loraprune_ds.model.weight_files import PROCESSOR_FILES, as_on_disk
 
 # Without an image their forward equals that of the text class. Their weight files have one of LAYOUTS.
 MULTIMODAL = "gemma3 mistral3 llava llava_next llava_onevision vipllava internvl idefics3 smolvlm".split()
-MULTIMODAL += "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe qwen3_vl_moe gemma4".split()
+MULTIMODAL += "qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe qwen3_vl_moe gemma4 muse_glimmer".split()
 # A text class without a causal LM -> the family that computes the same if all rows of positions are equal.
 STANDS_FOR: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"model_type": "qwen2"},

@@ -136,7 +136,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _load_auto(folder: Path) -> PreTrainedTokenizerBase:
-    for family in FAMILIES:  # AutoTokenizer reads config.json, and must know the model type
+    for family in (name for name, x in FAMILIES.items() if not x.equal_layers):  # AutoTokenizer must know all types
         AutoConfig.register(PRUNED + family, config_class(PRUNED + family), exist_ok=True)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

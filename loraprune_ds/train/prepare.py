@@ -117,6 +117,8 @@ def _prepare(
     if tower:
         check_tower(tower.config, final_shape(limits, sizes), str(pretrained.folder))
         check_processor(pretrained.folder)
+    no_class = f"{pretrained.folder}: AutoModelForCausalLM lacks the class of a {shape.model_type}; keep its tower"
+    require(tower is not None or not shape.family.lm_class(), no_class)
     config = replace(config, prune=prune)
     _check_model(config, pretrained)
     tokenizer = load_tokenizer(pretrained.folder)

@@ -4,16 +4,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from loraprune_ds.config_file import config_from_dict, read_config
+from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import write_json
 from loraprune_ds.model.pretrained import open_pretrained
 from tests.integration.resuming import config_for, metrics, run_here, write_run
 from tests.multimodal import load_whole, multimodal
-from tests.ranks import RankPool
+from tests.ranks import RankFailure, RankPool
 from tests.unit.test_mtp import add_head
 
 STEPS = 6
@@ -24,15 +27,20 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
 
 
+def write_whole(folder: Path, outer: str) -> tuple[Path, PreTrainedModel]:
+    """Writes a tiny multimodal model next to the model of `write_run`."""
+    whole, source = multimodal(outer), folder / "whole"
+    shutil.copytree(folder / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
+    shutil.copy(folder / "source" / "tokenizer_config.json", source)
+    write_json(source / PROCESSOR, {"image_processor_type": "any", "auto_map": {"AutoProcessor": "code.Any"}})
+    whole.save_pretrained(source)
+    return source, whole
+
+
 def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
     """The checkpoint gives the same model, and the layers for further tokens. The adapter's base is the text class."""
     config = write_run(tmp_path, prune={"ranking": None, "prune_every": 3}, train={"steps": STEPS})
-    out, source = tmp_path / "out", tmp_path / "whole"
-    shutil.copytree(tmp_path / "source", source, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
-    shutil.copy(tmp_path / "source" / "tokenizer_config.json", source)
-    write_json(source / PROCESSOR, {"image_processor_type": "any", "auto_map": {"AutoProcessor": "code.Any"}})
-    whole = multimodal("qwen3_5")
-    whole.save_pretrained(source)
+    out, (source, whole) = tmp_path / "out", write_whole(tmp_path, "qwen3_5")
     add_head(source, 1)
     ranks.run(2, run_here, config_for(config, out, f"model.path={source}"))
 
@@ -55,3 +63,18 @@ def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     export(find_source(out), "adapter", tmp_path / "adapter")
     assert open_pretrained(tmp_path / "adapter" / "base").tower is None
+
+
+def test_a_text_that_auto_model_for_causal_lm_lacks_is_cut_with_its_tower_alone(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    config = write_run(tmp_path, prune={"ranking": None, "prune_every": 3, "ratio": 0.2}, train={"steps": STEPS})
+    out, (source, whole) = tmp_path / "out", write_whole(tmp_path, "muse_glimmer")
+    settings = f"model.path={source}", "deepspeed=null"
+    with pytest.raises(RankFailure, match="AutoModelForCausalLM"):
+        ranks.run(1, run_here, config_for(config, tmp_path / "text", *settings, "model.text_only=true"))
+    ranks.run(1, run_here, config_for(config, out, *settings))
+    assert type(load_whole(out / "model")) is type(whole)
+    assert metrics(out, "cut")[-1]["channels"][0] < 23
+    with pytest.raises(UserError, match="adapter"):
+        export(find_source(out), "adapter", tmp_path / "adapter")

@@ -71,10 +71,10 @@ LAYER_NORM = ("olmo", "starcoder2", "nemotron", "jais2", "stablelm")
 # Beside sinks, eager attention looks for the largest score of each of 10 heads and 16 tokens.
 MAXIMA = {"gpt_oss": 8 * 10 * 16}
 # Routers with groups keep their choice of 3 experts, and a mask of 23, of 16 tokens.
-WITH_GROUPS = "glm4_moe dots1 exaone_moe deepseek_v3 glm4_moe_lite glm_moe_dsa nemotron_h".split()
+WITH_GROUPS = "glm4_moe dots1 exaone_moe deepseek_v3 glm4_moe_lite glm_moe_dsa nemotron_h mistral4".split()
 CHOICES: dict[str, int] = dict.fromkeys(WITH_GROUPS, 16 * (8 * 3 + 23))
 # On a CPU sdpa keeps probabilities where values are narrower than keys, unlike on a GPU.
-LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa")
+LATENT = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "glm_moe_dsa", "mistral4")
 AS_WIDE: dict[str, dict[str, Any]] = {name: {"v_head_dim": 12} for name in LATENT}
 
 

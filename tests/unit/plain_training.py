@@ -9,11 +9,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 from loraprune_ds.config import LoraConfig, PruneConfig
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import add_lora
+from loraprune_ds.model.classes import causal_lm_class
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
@@ -47,7 +47,7 @@ def build_model(folder: Path, lora: dict[str, Tensor], *, alpha: float, dtype: t
         base: Any = reopened(source)
         base.to(dtype)
     else:
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        base = causal_lm_class(shape.model_type).from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     stack_experts(base)
     model = add_lora(base, shape, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0), seed=0)
     named = dict(model.named_parameters())

@@ -35,7 +35,8 @@ from tests.published import MIXTURES
 from tests.refusals import must_name
 
 KINDS = tuple(name for name, family in FAMILIES.items() if family.has_experts)
-IN_ONE = {"gpt_oss": 4, "granitemoe": 2, "gemma4_text": 2}  # tensors on disk that hold all experts of a layer
+# Tensors on disk that hold all experts of a layer.
+IN_ONE = {"gpt_oss": 4, "granitemoe": 2, "gemma4_text": 2, "mistral4": 2}
 TOLERANCE = 1e-5  # sums in another order, some 1e-7 each; a wrong expert moves the logits by about 1
 
 

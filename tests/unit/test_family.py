@@ -5,9 +5,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from loraprune_ds.model.classes import build_on_meta
+from loraprune_ds.model.classes import build_on_meta, causal_lm_class
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import export_config
 from loraprune_ds.model.families.base import PRUNED
@@ -26,11 +25,11 @@ LAYERS = SIZES["num_hidden_layers"]
 WITHOUT_PLAN = {"hunyuan_v1_dense", "stablelm", "gpt_oss", "granitemoe", "deepseek_v3", "glm4_moe_lite"}
 # And it does not shard hybrids.
 WITHOUT_PLAN |= {name for name in FAMILIES if "delta" in kinds(name)} | {"lfm2", "granitemoehybrid", "nemotron_h"}
-WITHOUT_PLAN |= {"hunyuan_v1_moe", "lfm2_moe", "lfm3"}
+WITHOUT_PLAN |= {"hunyuan_v1_moe", "lfm2_moe", "lfm3", "mistral4"}
 WITHOUT_PLAN |= set(FAMILIES) - set(CAUSAL)
 # Further tiny models of a family, for tensors that its first one lacks.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    **{family: [{"q_lora_rank": None}] for family in ("deepseek_v3", "deepseek_v2", "glm4_moe_lite")},
+    **{family: [{"q_lora_rank": None}] for family in ("deepseek_v3", "deepseek_v2", "glm4_moe_lite", "mistral4")},
     **{family: [{"feed_forward_proj": x} for x in ("relu", "gated-gelu")] for family in ("t5", "mt5", "umt5")},
     **{family: [{"mlp_only_layers": [0]}] for family in ("qwen3_moe", "qwen3_next")},
 }
@@ -63,7 +62,7 @@ def sizes_of(counts: LayerCounts, shape: ModelShape) -> dict[str, int]:
 def stock_parameters(family: str, **changes: Any) -> dict[str, tuple[int, ...]]:
     """Returns names and shapes of the stock model. Only experts are stacked by our code."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
+        model = causal_lm_class(family)._from_config(tiny_config(family, **changes))
     stack_experts(model)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
@@ -167,7 +166,7 @@ def test_modules_on_meta(family: str, tied: bool) -> None:
     assert (head.weight is embedding.weight) == tied
     shape = shape_from_config(config, "somewhere")
     assert (shape.tie_word_embeddings, "lm_head.weight" in shape.parameters()) == (tied, not tied)
-    stock: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(family, tie_word_embeddings=tied))
+    stock = causal_lm_class(family)._from_config(tiny_config(family, tie_word_embeddings=tied))
     stack_experts(stock)
     buffers = dict(model.named_buffers())
     assert buffers.keys() == dict(stock.named_buffers()).keys()

@@ -80,8 +80,10 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in rope.items() if key != "type"}  # an older name that transformers keeps
 
 
-@both_counts
-@every_family
+@pytest.mark.parametrize(
+    ("family", "counts"),
+    [*((x, UNIFORM) for x in FAMILIES), *((x, PER_LAYER) for x, family in FAMILIES.items() if not family.lm_class())],
+)
 def test_only_counts_change(family: str, counts: list[tuple[int, int]]) -> None:
     given = source(family) | {"a_field_of_the_future": {"x": [1]}, "auto_map": {"AutoConfig": "x.Y"}}
     before = copy.deepcopy(given)

@@ -28,6 +28,7 @@ ON_ONE_GPU = {
     "llama3.1-8b": [],
     "qwen3-vl-8b": [],
     "qwen3.6-27b": ["model.frozen=int8", "prune.compensate=none"],
+    "muse-glimmer-30b": ["model.frozen=int8", "prune.compensate=none"],
     "qwen3.6-35b-a3b": ["model.frozen=int8", "train.distill_weight=0"],
     "gemma4-31b": ["model.frozen=int8", "prune.compensate=none"],
     "gemma4-26b-a4b": ["model.frozen=int8"],

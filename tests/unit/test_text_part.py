@@ -69,6 +69,15 @@ def test_other_names_in_the_files(models: Models, tmp_path: Path) -> None:
     assert difference(logits(reopened(open_pretrained(newer))), logits(whole)) < TOLERANCE
 
 
+def test_the_text_of_a_mistral_3_may_be_a_mistral_4(tmp_path: Path) -> None:
+    """AutoModelForCausalLM lacks its class."""
+    whole = multimodal("mistral3", "mistral4")
+    whole.save_pretrained(tmp_path)
+    pretrained = open_pretrained(tmp_path)
+    assert pretrained.shape.kinds == ("heads", "experts")
+    assert difference(logits(reopened(pretrained)), logits(whole)) < TOLERANCE
+
+
 def test_a_head_that_config_json_calls_tied(models: Models, tmp_path: Path) -> None:
     """transformers keeps both if they differ. Where config.json is silent, the class of mistral3 calls them tied."""
     folder, whole = models["mistral3"]

@@ -34,7 +34,7 @@ from tests.unit.test_family_proof import MATTERS, TOLERANCE, mask
 
 # Groups that stay. Gemma 3 wants heads that divide hidden_size. Qwen2.5-VL has no field for fewer heads.
 KEPT = {"gemma3": FEW, "gemma4": FEW, "qwen2_5_vl": (5, 13), "qwen3_vl": MANY, "qwen3_vl_moe": FEW}
-KEPT |= {"qwen3_5": MANY, "qwen3_5_moe": FEW}
+KEPT |= {"qwen3_5": MANY, "qwen3_5_moe": FEW, "muse_glimmer": FEW}
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 pytestmark = pytest.mark.usefixtures("fresh_transformers")
 

@@ -98,6 +98,10 @@ class Family:
         """Marks tensors of layer `i`, in the order of the forward, and counts that its forward reads."""
         raise NotImplementedError
 
+    def lm_class(self) -> Any:
+        """Returns the class with a head if AutoModelForCausalLM lacks it. Exports then need the tower."""
+        return None
+
     def head_dim(self, c: Any) -> int:
         return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 

@@ -43,7 +43,7 @@ def attention(c: Any, out: str = "o_proj", path: str = "self_attn", *, gated: bo
         yield Attribute(path, "num_key_value_groups", queries._replace(width=1), queries.ranges)
 
 
-def per_query_head(name: str, c: Any, on_disk: str | None = None) -> TensorSpec:
+def per_query(name: str, c: Any, on_disk: str | None = None) -> TensorSpec:
     """Marks a tensor with a row for each query head."""
     queries, _ = head_runs(c)
     return TensorSpec(name, (queries._replace(width=c.num_attention_heads // queries.groups),), on_disk=on_disk)

@@ -4,16 +4,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from loraprune_ds.model.families.base import PRUNED, Attribute, Family, Marks
-from loraprune_ds.model.families.blocks import (
-    attention,
-    columns,
-    head_runs,
-    mlp,
-    per_query_head,
-    rows,
-    whole,
-    wide_norms,
-)
+from loraprune_ds.model.families.blocks import attention, columns, head_runs, mlp, per_query, rows, whole, wide_norms
 from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
 
@@ -37,7 +28,7 @@ class Cohere(Llama):
     def layer(self, c: Any, i: int) -> Marks:
         """The norms have a weight for each head, (heads, head_dim)."""
         keys = tuple(run._replace(width=1) for run in head_runs(c)[1])
-        norms = per_query_head("self_attn.q_norm.weight", c), TensorSpec("self_attn.k_norm.weight", keys)
+        norms = per_query("self_attn.q_norm.weight", c), TensorSpec("self_attn.k_norm.weight", keys)
         return [*super().layer(c, i), *norms]
 
 
@@ -62,7 +53,7 @@ class Lfm3(Family):
     out: ClassVar[str] = "o_proj"
 
     def layer(self, c: Any, i: int) -> Marks:
-        gates = per_query_head("self_attn.g_proj.weight", c, on_disk="self_attn.gate_proj.weight")
+        gates = per_query("self_attn.g_proj.weight", c, on_disk="self_attn.gate_proj.weight")
         convolution = whole("conv", "in_proj", "out_proj")
         return [*attention(c, self.out), *convolution, *mlp(c.intermediate_size, "feed_forward"), gates]
 

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import transformers
+
 from loraprune_ds.model.families.base import Attention, Attribute, Family, Marks, Mixture
 from loraprune_ds.model.families.blocks import (
     MLP,
+    OnDisk,
     attention,
     columns,
     each_expert,
     per_expert,
-    per_query_head,
+    per_query,
     rows,
     stacks,
     whole,
@@ -34,6 +37,7 @@ class Moe(Family):
 
     has_experts = True
     optional: ClassVar[bool] = False  # some models of the family have none
+    names: ClassVar[OnDisk] = each_expert()  # of the stacks
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -54,7 +58,7 @@ class Moe(Family):
     def mlp(self, c: Any) -> Marks:
         """Marks the experts of a sparse layer, the MLP of a dense one, and the linears that all tokens pass."""
         return [
-            *stacks("mlp.experts", self.run(c), c.hidden_size, each_expert()),
+            *stacks("mlp.experts", self.run(c), c.hidden_size, self.names),
             *whole("mlp", *MLP),
             *(linear for x in SHARED for linear in whole(f"mlp.{x}", *MLP)),
             *whole("mlp", "shared_expert_gate"),
@@ -186,7 +190,7 @@ class GptOss(Moe):
         return [
             *attention(c),
             *stacks(path, run, c.hidden_size, names, transposed=True),
-            per_query_head("self_attn.sinks", c),
+            per_query("self_attn.sinks", c),
             *(per_expert(name, run) for name in (*router, *biases)),
         ]
 
@@ -210,6 +214,18 @@ class Latent(GlmMoe):
         """All heads share one key in the cache. Scores and sums differ in width, and this is their mean."""
         heads, width = layer.counts.get("heads", 0), (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim) / 2
         return Attention(heads, heads * width, c.kv_lora_rank + c.qk_rope_head_dim)
+
+
+class Mistral4(Latent):
+    """Its head_dim is the width of queries, and the rotary part a fraction of it."""
+
+    names = ("mlp.experts.gate_up_proj",), ("mlp.experts.down_proj",)
+
+    def lm_class(self) -> Any:
+        return transformers.Mistral4ForCausalLM
+
+    def head_dim(self, c: Any) -> int:
+        return c.head_dim
 
 
 class GlmLite(LayerTypes, Latent):

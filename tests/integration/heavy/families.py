@@ -20,7 +20,7 @@ SQUARE, ALL_HEADS = ("qwen2_moe", "granitemoe", "cohere", "lfm2"), (4, 7)
 # Its transformers lacks internlm3 and iquestcoder. It has no encoder-decoders of text.
 NOT_ASKED = "deepseek_v3 apertus qwen3_5_text qwen3_5_moe_text qwen3_next internlm3 iquestcoder minimax_m2".split()
 NOT_ASKED += "deepseek_v2 glm4_moe_lite lfm2 helium granitemoehybrid nemotron_h gemma4_text t5 mt5 umt5".split()
-NOT_ASKED += "ernie4_5_moe dots1 hunyuan_v1_moe lfm3 lfm2_moe glm_moe_dsa".split()
+NOT_ASKED += "ernie4_5_moe dots1 hunyuan_v1_moe lfm3 lfm2_moe glm_moe_dsa mistral4 muse_glimmer_text".split()
 VLLM: dict[str, str] = {name: family.vllm for name, family in FAMILIES.items() if name not in NOT_ASKED}
 VLLM_ANY_LAYERS = ("llama",)  # asked with SmolLM2, whose layers then differ
 GROUPS = {"n_routed_experts": 24, "n_group": 4, "topk_group": 2}  # that a router first chooses from

@@ -1,0 +1,50 @@
+"""Muse-Glimmer, and a class for its text with a head. transformers has only the class of text and tower."""
+
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, MuseGlimmerTextConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+
+from loraprune_ds.model.families.base import Marks
+from loraprune_ds.model.families.blocks import head_runs, rows
+from loraprune_ds.model.families.llama import Llama
+
+
+class MuseGlimmer(Llama):
+    """Its heads stay: hidden_size must be a multiple of them, and of the published 32 only 26 or 16 would fit."""
+
+    def layer(self, c: Any, i: int) -> Marks:
+        return [*super().layer(c, i), rows("self_attn.gate_proj", head_runs(c)[0])]
+
+    def lm_class(self) -> Any:
+        return _lm_class()
+
+
+@cache
+def _lm_class() -> Any:
+    # These take a second to import.
+    from transformers.models.muse_glimmer.modeling_muse_glimmer import MuseGlimmerPreTrainedModel, MuseGlimmerTextModel
+
+    class MuseGlimmerForCausalLM(MuseGlimmerPreTrainedModel, GenerationMixin):
+        config: MuseGlimmerTextConfig
+        _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model = MuseGlimmerTextModel(config)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.post_init()
+
+        def forward(self, input_ids: Any = None, labels: Any = None, logits_to_keep: Any = 0, **inputs: Any) -> Any:
+            outputs = self.model(input_ids, **inputs)
+            hidden = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+            cap = self.config.final_logit_softcapping
+            logits = torch.tanh(self.lm_head(hidden) * self.config.output_multiplier / cap) * cap
+            loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+            return CausalLMOutputWithPast(loss, logits, outputs.cache, outputs.hidden_states, outputs.attentions)
+
+    return MuseGlimmerForCausalLM
