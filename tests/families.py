@@ -303,7 +303,7 @@ def heads_divide_hidden(family: str) -> bool:
     try:
         tiny_config(family, num_attention_heads=8, num_key_value_heads=4)
     except StrictDataclassError:
-        return "heads" not in FAMILIES[family].fixed
+        return family not in EQUAL
     return False
 
 

@@ -38,7 +38,7 @@ FAMILIES: dict[str, Family] = {
     # Their classes have hidden_size inputs in o_proj.
     **dict.fromkeys(("helium", "stablelm"), replace(LLAMA, fixed=("heads",))),
     "muse_glimmer_text": muse_glimmer.MuseGlimmer(
-        logit_scale="output_multiplier", softcap="final_logit_softcapping", fixed=("heads",), equal_layers=True
+        logit_scale="output_multiplier", softcap="final_logit_softcapping", equal_layers=True
     ),
     "phi3": llama.Phi3(),
     "lfm2": llama.Lfm2(packs=False),

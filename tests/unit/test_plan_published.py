@@ -67,7 +67,8 @@ def row(path: Path, plan: Plan, overrides: Sequence[str]) -> str:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_other_config_has_the_recipe(path: Path) -> None:
     config, default = config_from_dict(read_config(path)), RunConfig("unused")
-    assert replace(config.prune, ratio=0.5, prune_every=10, channel_multiple=64, tensor_parallel=1) == default.prune
+    sizes = {"ratio": 0.5, "channel_multiple": 64, "tensor_parallel": 1, "head_ratio": None}  # of a model
+    assert replace(config.prune, prune_every=10, **sizes) == default.prune
     assert (config.train.distill_weight, config.train.distill_temperature) == (0.25, 2.0)
     if config.model.path != "embedded":
         tokens = (config.train.steps or 0) * config.train.global_batch_size * config.data.window

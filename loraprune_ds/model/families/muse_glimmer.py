@@ -15,7 +15,7 @@ from loraprune_ds.model.families.llama import Llama
 
 
 class MuseGlimmer(Llama):
-    """Its heads stay: hidden_size must be a multiple of them, and of the published 32 only 26 or 16 would fit."""
+    """A gate for each input of o_proj. Its class wants hidden_size to be a multiple of the query heads."""
 
     def layer(self, c: Any, i: int) -> Marks:
         return [*super().layer(c, i), rows("self_attn.gate_proj", head_runs(c)[0])]
