@@ -124,7 +124,7 @@ def test_saved_again_by_transformers_is_the_same_model(exported: Exported) -> No
     config = json.loads((again / "config.json").read_text())
     assert config["model_type"] == exported.case.becomes
     shape = shape_from_config(config, "saved again")
-    assert [(layer["heads"], layer["channels"]) for layer in shape.counts] == exported.case.keep
+    assert [(layer.key_value_heads, layer.counts["channels"]) for layer in shape.layers] == exported.case.keep
 
 
 def test_attention_implementation_reaches_every_layer(exported: Exported) -> None:

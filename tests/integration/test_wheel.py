@@ -71,7 +71,7 @@ def test_the_wheel_has_every_module_config_and_json(wheel: Path) -> None:
     data = ("evaluate/prompts.jsonl", "evaluate/chats.json", "evaluate/answers.html", "report/pictures.mplstyle")
     data += ("train/data/embedded_chats.jsonl",)
     assert {f"loraprune_ds/{name}" for name in data} <= files
-    assert {f"loraprune_ds/export/{name}.txt" for name in ("model_card", "load_adapter", "load_gguf_encoder")} <= files
+    assert {f"loraprune_ds/export/{name}.txt" for name in ("model_card", "load_adapter", "load_gguf")} <= files
     assert "loraprune_ds/export/gguf_pre_tokenizers.json" in files
     assert code | {f"loraprune_ds/shipped/{name}" for name in given} <= files
     others = {name for name in files if not name.startswith("loraprune_ds")}
