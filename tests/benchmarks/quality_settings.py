@@ -125,7 +125,11 @@ def _settings() -> list[Setting]:
         _recipe("gqa", model="gqa"),
         _recipe("409600", UNTUNED_RATE, budget=LONG),
     ]
-    return [*short, *peers, *long, *light, *gqa, *protected, *recipe, *_paper()]
+    heads = [
+        Setting("heads", f"gqa-heads{suffix}", (*SHORT, RATE, ratio), "gqa", answers=False)
+        for suffix, ratio in (("", DEEP), ("-30", "prune.ratio=0.3"))
+    ]
+    return [*short, *peers, *long, *light, *gqa, *protected, *recipe, *heads, *_paper()]
 
 
 # The paper's experiments (PAPER.md). `once` scores ten steps without tuning, and prunes in one cut.
@@ -185,6 +189,7 @@ SETTINGS = {setting.name: setting for setting in _settings()}
 # Rows whose settings are gone. Their published figures stay.
 GONE = ("gradient", "all-three", "all-three-409600", "all-three-light", "gqa-all-three", "gqa-all-three-stock")
 GONE += ("recipe-depth-2", "recipe-depth-3", "recipe-depth-5", "recipe-depth-2-first", "two-four", "dense-tuned")
+GONE += ("gqa-both", "gqa-both-30")
 GROUPS = tuple(dict.fromkeys(setting.group for setting in SETTINGS.values()))
 
 
