@@ -2,16 +2,12 @@
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from loraprune_ds.files import read_json, write_json
 from loraprune_ds.report.report import hardware, versions
@@ -19,7 +15,6 @@ from tests.integration.launching import on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-WARMUP = 50  # steps
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
@@ -33,12 +28,12 @@ def cpu_environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | more
 
 
-def run_base(ranks: int, settings: Iterable[str], *arguments: str, peer: str = "", **options: Any) -> None:
+def run_base(ranks: int, settings: Iterable[str], *arguments: str, peer: str = "") -> None:
     """Runs base.yaml with other settings, or with another method's score (peer_run.py)."""
     script = ["tests/benchmarks/peer_run.py", "--peer", peer] if peer else ["launch/run.py"]
     changes = [word for setting in settings for word in ("--set", setting)]
     command = [*on_ranks(ranks), *script, "--config", "tests/benchmarks/base.yaml", *arguments, *changes]
-    subprocess.run(command, check=True, cwd=ROOT, env=cpu_environment(), **options)
+    subprocess.run(command, check=True, cwd=ROOT, env=cpu_environment())
 
 
 def evaluated(model: str, *options: str) -> dict[str, Any]:
@@ -46,23 +41,6 @@ def evaluated(model: str, *options: str) -> dict[str, Any]:
     command = [sys.executable, "launch/evaluate.py", model, *options, "--json"]
     answer = subprocess.run(command, cwd=ROOT, check=True, env=cpu_environment(), stdout=subprocess.PIPE, text=True)
     return json.loads(answer.stdout)
-
-
-def train_for(seconds: float, model: Any, loss_of_step: Callable[[], Any], rate: float, decay: float) -> None:
-    """Trains a dense model for seconds of CPU time, with a warm-up and a cosine. Prints the loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=decay)
-    start, step, part = time.process_time(), 0, 0.0
-    while part < 1:
-        factor = min(1, (step + 1) / WARMUP) * (0.05 + 0.95 * (1 + math.cos(math.pi * part)) / 2)
-        optimizer.param_groups[0]["lr"] = rate * factor
-        loss = loss_of_step()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step, part = step + 1, (time.process_time() - start) / seconds
-        if step % 50 == 0 or part >= 1:
-            print(f"dense step {step}: loss {loss.item():.3f}", file=sys.stderr, flush=True)
 
 
 def origin(device: str = "cpu") -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The method with its model on a virtual card. It finds operations on tensors of two devices, as a GPU would."""
+"""The method with its model on a virtual card. It finds operations on tensors of two devices, as a GPU would.
+
+tests/streams does so with whole steps and cuts, of which here are those of other criteria and families.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +15,6 @@ from torch import Tensor
 
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.model.frozen import Int8, Int8Linear
-from loraprune_ds.model.logits import Distillation, Head, LogitsTransform
-from loraprune_ds.model.token_loss import supervised_positions, token_losses
-from loraprune_ds.ranks.flat import AxisCut, ReshardPlan
 from tests.families import SIZES, tiny_model
 from tests.numerics.driver import random_lora
 from tests.oracle.models import make_batches
@@ -101,30 +101,6 @@ def test_scores_and_refits_stay_on_their_device(
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("distilled", [False, True])
-def test_losses_stay_on_their_device(*, distilled: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(2, 7, 8, generator=generator), torch.randn(19, 8, generator=generator)
-    labels = torch.randint(19, (2, 7), generator=generator)
-    positions = supervised_positions(labels)
-    teacher = torch.randn(len(positions), 8, generator=generator)
-
-    def losses(device: torch.device) -> tuple[Tensor, Tensor]:
-        distillation = Distillation(teacher.to(device), 0.5) if distilled else None
-        states = hidden.to(device, copy=True).requires_grad_()
-        head = Head(weight.to(device), LogitsTransform(softcap=4.0), 3)
-        found = token_losses(states, head, labels.to(device), distillation, positions.to(device))
-        found.sum().backward()
-        assert states.grad is not None
-        return found.detach(), states.grad
-
-    expected = losses(CPU)
-    with on_virtual_card():
-        found = losses(CARD)
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("axis", [0, 1])
 def test_int8_weights_stay_on_their_device(axis: int) -> None:
     form, stock = Int8(axis), torch.nn.Linear(96, 70)
@@ -138,14 +114,3 @@ def test_int8_weights_stay_on_their_device(axis: int) -> None:
         found = linear(x.to(CARD)).cpu(), form.decode(linear.weight[5:9], 5, linear.weight_scale, 0).cpu()
     assert torch.equal(found[0], expected)
     assert torch.equal(found[1], decoded)
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_shards_are_taken_on_their_device(axis: int) -> None:
-    whole, keep = torch.arange(42.0).view(6, 7), torch.tensor([1, 2, 5])
-    for rank in range(3):
-        plan = ReshardPlan(AxisCut((6, 7), axis, keep), 3, rank)
-        shard = whole.flatten()[rank * 14 : (rank + 1) * 14]
-        with on_virtual_card():
-            found = plan.take(shard.to(CARD)).cpu()
-        assert torch.equal(found, ReshardPlan(AxisCut((6, 7), axis, keep), 3, rank).take(shard))

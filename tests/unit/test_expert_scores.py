@@ -1,6 +1,5 @@
 """The scores of experts, of shards and by masks, and the routers of DeepSeek-V3 and GLM-4.5."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +12,6 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.experts import CORRECTION
-from loraprune_ds.model.frozen import SCALE, WEIGHT, Int8
 from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
@@ -23,8 +21,6 @@ from loraprune_ds.pruning.limits import make_limits
 from loraprune_ds.pruning.prunable_model import OwnedShard
 from loraprune_ds.pruning.step import all_groups
 from loraprune_ds.pruning.target import resolve
-from loraprune_ds.ranks.flat import owned_range
-from loraprune_ds.zero.params import needed_scales
 from tests.families import tiny_model
 from tests.family_cuts import PROMPT, dense, difference, find_experts, find_router, sparse_layers
 from tests.oracle.models import make_batches
@@ -42,9 +38,6 @@ def find_stock(model: nn.Module, layer: int) -> Any:
     )
 
 
-scores = partial(score_shard, criterion=ELEMENT_CRITERIA["lora"], axis=0)
-
-
 def test_shards_of_a_stack_score_as_the_experts_do() -> None:
     experts, rows, columns, r = 5, 6, 7, 3
     whole, lora = torch.randn(experts * rows, columns, generator=torch.Generator().manual_seed(3)), factors(5, 6, 7, 3)
@@ -59,24 +52,8 @@ def test_shards_of_a_stack_score_as_the_experts_do() -> None:
         size = -(-len(flat) // world_size)
         for start in range(0, len(flat), size):
             shard = OwnedShard(flat[start : start + size], start, (experts * rows, columns))
-            total += scores(shard, lora)
+            total += score_shard(shard, lora, ELEMENT_CRITERIA["lora"], 0)
         torch.testing.assert_close(total.float(), torch.cat(wanted))
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("form", [Int8(0), Int8(1, 70)], ids=["by rows", "by columns"])
-def test_shards_of_int8_weights_score_as_the_weights_they_stand_for(form: Int8, world_size: int) -> None:
-    shape, lora = (5 * 70, 7), factors(5, 70, 7, 3)
-    held = form.split(torch.randn(shape, generator=torch.Generator().manual_seed(3)), torch.bfloat16)
-    of_weight = form.join(held.values()).flatten()
-    for rank in range(world_size):
-        start, end = owned_range(shape[0] * shape[1], world_size, rank)
-        low, high = needed_scales(form, shape, world_size)[rank].tolist()
-        columns = held[SCALE].shape[1]
-        scales = held[SCALE].flatten()[low:high].view(-1, columns)
-        decode = partial(form.decode, scales=scales, first_band=low // columns)
-        found = scores(OwnedShard(held[WEIGHT].flatten()[start:end], start, shape, decode), lora)
-        assert torch.equal(found, scores(OwnedShard(of_weight[start:end], start, shape), lora))
 
 
 @pytest.mark.parametrize("criterion", ["lora", "fisher"])

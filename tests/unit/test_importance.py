@@ -1,9 +1,6 @@
-"""Scores of elements and of groups against the oracle, from weights split over simulated ranks."""
+"""Scores of elements against the oracle, from weights split over simulated ranks. Scores of groups, step after step."""
 
-import math
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,76 +8,29 @@ import torch
 from torch import Tensor
 
 from loraprune_ds.config import Normalization
-from loraprune_ds.model.shape import LinearId, ModelShape
 from loraprune_ds.pruning import criterion
 from loraprune_ds.pruning.criterion import ELEMENT_CRITERIA, score_shard
-from loraprune_ds.pruning.importance import MovingAverage, score_groups
-from loraprune_ds.pruning.layer_scores import LayerScores, random_scores
+from loraprune_ds.pruning.importance import GroupSums, MovingAverage
+from loraprune_ds.pruning.layer_scores import random_scores
 from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard
 from loraprune_ds.ranks.flat import partition_numel
 from loraprune_ds.zero.params import owned_flat
 from tests.oracle import formula
-from tests.refusals import must_name
 from tests.unit.shapes_and_scores import make_shape
 
-# Weights split over simulated ranks in one process, every padding poisoned with NaN
+# Elements
 
-LayerTensors = dict[str, formula.LoraLinear]  # by linear: W, A, B, gA, gB
-SCALING, RANK = 2.5, 3
+FP32 = 1e-5  # relative to the largest sum: fp32 products of up to 23 terms whose parts cancel, summed in fp64
 
 
 def owned_shard(weight: Tensor, world_size: int, rank: int) -> OwnedShard:
-    """What `rank` owns of a weight, as the package reads it from a ZeRO-3 parameter."""
+    """What `rank` owns of a weight, as the package reads it from a ZeRO-3 parameter. Padding is poisoned with NaN."""
     size = partition_numel(weight.numel(), world_size)
     padded = torch.cat([weight.reshape(-1), weight.new_full((size * world_size - weight.numel(),), float("nan"))])
     parameter: Any = torch.empty(0)
     parameter.ds_numel, parameter.ds_tensor = weight.numel(), padded[rank * size : (rank + 1) * size]
     flat, start = owned_flat(parameter, world_size, rank)
     return OwnedShard(flat, start, (weight.shape[0], weight.shape[1]))
-
-
-@dataclass
-class SplitModel:
-    """One rank of the simulated ranks; `total`, once known, is what the all-reduce returns."""
-
-    shape: ModelShape
-    layers: list[LayerTensors]
-    world_size: int
-    rank: int
-    total: Tensor | None = None
-    partial: Tensor | None = None
-
-    def lora_factors(self) -> Iterator[dict[str, LoraFactors]]:
-        for layer in self.layers:
-            yield {name: LoraFactors(*t[1:], scaling=SCALING) for name, t in layer.items()}
-
-    def owned_weight(self, linear_id: LinearId) -> OwnedShard:
-        return owned_shard(self.layers[linear_id.layer][linear_id.name][0], self.world_size, self.rank)
-
-    def all_reduce(self, values: Tensor) -> Tensor:
-        self.partial = values
-        return values if self.total is None else self.total
-
-
-def scores_over_ranks(
-    shape: ModelShape, layers: list[LayerTensors], world_size: int, normalization: Normalization
-) -> list[LayerScores]:
-    """The scores that every one of `world_size` ranks arrives at."""
-
-    def score(rank: int, total: Tensor | None = None) -> tuple[Any, list[LayerScores]]:
-        model: Any = SplitModel(shape, layers, world_size, rank, total)
-        model.comm = model
-        sums = score_groups(model, "lora", step=1)
-        sums.check()
-        return model, sums.by_layer(normalization)
-
-    total = torch.stack([score(rank)[0].partial for rank in range(world_size)]).sum(0)
-    return score(0, total)[1]
-
-
-# Elements
-
-FP32 = 1e-5  # relative to the largest sum: fp32 products of up to 23 terms whose parts cancel, summed in fp64
 
 
 def random_linear(
@@ -145,105 +95,41 @@ def test_weights_are_scored_in_fp32_and_left_alone(dtype: torch.dtype) -> None:
         assert all(torch.equal(b, a) for b, a in zip(before, given, strict=True)), name
 
 
-# Scores of groups
+# Scores of groups. tests/numerics/test_cutting.py has the oracle's, on real ranks
 
-SHAPES = {
-    "mha": make_shape([(4, 19), (4, 19)], hidden=13, head_dim=3),
-    "gqa": make_shape([(3, 17), (3, 17)], hidden=11, head_dim=5, queries_per_group=3),
-    "layers_differ": make_shape([(3, 17), (1, 1), (2, 30)], hidden=11, head_dim=2, queries_per_group=2),
-}
+SHAPE = make_shape([(3, 17), (1, 1), (2, 30)], hidden=11, head_dim=2, queries_per_group=2)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Two steps' tensors: only the gradients change, as in training they would mostly."""
-
-    shape: ModelShape
-    steps: list[list[LayerTensors]]
-
-    def package(self, *, world_size: int = 1, normalization: Normalization = "l2") -> list[LayerScores]:
-        """The moving average after the last step."""
-        average = MovingAverage(0.9)
-        for layers in self.steps:
-            average.update(scores_over_ranks(self.shape, layers, world_size, normalization))
-        assert average.scores is not None
-        return average.scores
-
-    def oracle(self, *, normalize: bool = True) -> list[tuple[Tensor, Tensor]]:
-        averages = []
-        for i, layer in enumerate(self.shape.counts):
-            heads, channels = (torch.zeros(layer[kind], dtype=torch.float64) for kind in ("heads", "channels"))
-            for layers in self.steps:
-                sizes = (layer["heads"], self.shape.attention[i].queries // layer["heads"], self.shape.head_dim)
-                now = formula.group_scores(layers[i], SCALING, *sizes, normalize=normalize)
-                heads = formula.moving_average(heads, now[0], 0.9)
-                channels = formula.moving_average(channels, now[1], 0.9)
-            averages.append((heads, channels))
-        return averages
+def made_up(generator: torch.Generator, factor: float) -> GroupSums:
+    """Returns a step whose first linear has no score."""
+    linears = list(SHAPE.linears())
+    sizes = [linear.runs[0].size // linear.runs[0].width for _, linear in linears]
+    parts = [factor * torch.rand(size, generator=generator, dtype=torch.float64) for size in sizes]
+    return GroupSums(SHAPE, linears, [0 * parts[0], *parts[1:]], step=1)
 
 
-def random_run(shape: ModelShape) -> Run:
-    """Every term of the criterion has a say: B and gB·gA are as large as the rest."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random_layer(i: int) -> LayerTensors:
-        sizes = {linear.linear: linear.matrix for linear in shape.layers[i].linears}
-        drawn = {name: random_linear(generator, size, RANK, SCALING) for name, size in sizes.items()}
-        return {name: (weight, f.A, f.B, f.grad_A, f.grad_B) for name, (weight, f) in drawn.items()}
-
-    first, second = ([random_layer(i) for i in range(len(shape.layers))] for _ in range(2))
-    later = [{x: (*a[x][:3], *b[x][3:]) for x in a} for a, b in zip(first, second, strict=True)]  # W, A, B of the first
-    return Run(shape, [first, later])
+def added(sums: GroupSums, normalization: Normalization) -> list[dict[str, Tensor]]:
+    """Adds up the scores of a layer's linears."""
+    layers = [{kind: torch.zeros(n).double() for kind, n in layer.items()} for layer in SHAPE.counts]
+    total = float(torch.cat([*sums.of_runs]).sum())
+    for (layer, linear), scores in zip(sums.linears, sums.of_runs, strict=True):
+        divisor = {"l2": float(scores.norm()), "step": total, "none": 1.0}[normalization] or 1.0
+        layers[layer][linear.runs[0].kind] += scores / divisor
+    return layers
 
 
-def assert_same(found: list[LayerScores], expected: list[tuple[Tensor, Tensor]]) -> None:
-    for layer, (heads, channels) in zip(found, expected, strict=True):
-        for scores, oracle in ((layer["heads"], heads), (layer["channels"], channels)):
-            assert scores.dtype == torch.float64
-            assert scores.shape == oracle.shape
-            assert (scores - oracle).abs().max() <= FP32 * oracle.max()
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("world_size", [1, 2, 9])
-def test_scores_are_the_oracles_on_any_number_of_ranks(shape: str, world_size: int) -> None:
-    run = random_run(SHAPES[shape])
-    cases: list[Normalization] = ["l2", "none"]
-    for normalization in cases:
-        found = run.package(world_size=world_size, normalization=normalization)
-        assert_same(found, run.oracle(normalize=normalization == "l2"))
-
-
-@pytest.mark.parametrize(("bad", "name"), [(math.nan, "self_attn.q_proj"), (math.inf, "mlp.down_proj")])
-def test_a_score_that_is_not_finite_names_layer_linear_and_step(bad: float, name: str) -> None:
-    run = random_run(SHAPES["gqa"])
-    run.steps[0][1][name][4][0, 0] = bad  # gB
-    must_name(f"step 1 layer 1 {name}", run.package, world_size=2)
-
-
-def test_a_module_without_any_score_is_not_divided_by_its_norm() -> None:
-    run = random_run(SHAPES["gqa"])
-    for layers in run.steps:
-        weight, a, b, grad_a, grad_b = layers[0]["self_attn.v_proj"]
-        layers[0]["self_attn.v_proj"] = (weight * 0, a, b * 0, grad_a, grad_b)
-    assert_same(run.package(normalization="l2"), run.oracle(normalize=True))
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("normalization", ["l2", "step", "none"])
 @pytest.mark.parametrize("factor", [1.0, 50.0, 0.0])
-def test_each_step_counts_alike(world_size: int, factor: float) -> None:
-    """Though the gradients of one step are larger, or zero. Layers still compare: all have one divisor."""
-    run = random_run(SHAPES["layers_differ"])
-    for layer in run.steps[1]:
-        for name, (weight, a, b, grad_a, grad_b) in layer.items():
-            layer[name] = (weight, a, b, factor * grad_a, factor * grad_b)
-    expected = [(0 * heads, 0 * channels) for heads, channels in run.oracle()]
-    for layers in run.steps:
-        now = Run(run.shape, [layers]).oracle(normalize=False)
-        total = sum(float(heads.sum() + channels.sum()) for heads, channels in now) or 1.0
-        pairs = zip(expected, now, strict=True)
-        expected = [(0.9 * a + 0.1 * c / total, 0.9 * b + 0.1 * d / total) for (a, b), (c, d) in pairs]
-    assert_same(run.package(world_size=world_size, normalization="step"), expected)
+def test_scores_of_a_layer_are_those_of_its_linears(normalization: Normalization, factor: float) -> None:
+    """By `step` each step counts alike, though the gradients of one are larger, or zero."""
+    average, generator = MovingAverage(0.9), torch.Generator().manual_seed(0)
+    steps = [made_up(generator, 1.0), made_up(generator, factor)]
+    for sums in steps:
+        average.update(sums.by_layer(normalization))
+    for found, *of_steps in zip(average.scores or [], *(added(sums, normalization) for sums in steps), strict=True):
+        for kind, scores in found.items():
+            first, second = (layer[kind] for layer in of_steps)
+            torch.testing.assert_close(scores, 0.09 * first + 0.1 * second, rtol=1e-12, atol=1e-12)  # fp64
 
 
 def test_random_scores_are_one_draw_per_group() -> None:

@@ -1,4 +1,4 @@
-"""The whole method in one process against the oracle: scores, cuts and carried state. Tolerances: tests/numerics."""
+"""The whole method in one process against the oracle, by `global`: tests/numerics has `uniform`, and the tolerances."""
 
 import json
 import shutil
@@ -14,7 +14,6 @@ from torch import Tensor
 from loraprune_ds.config import Criterion, PruneConfig
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.pretrained import open_pretrained
-from loraprune_ds.model.shape import LinearId
 from tests.families import LLAMA_LINEARS
 from tests.oracle.dense_trainer import DenseTrainer, Settings
 from tests.oracle.formula import cut_gap
@@ -26,11 +25,7 @@ from tests.unit.shapes_and_scores import uniform_counts
 
 TOLERANCE = 1e-5
 VOCAB, LAYERS, STEPS = 97, 3, 8
-SHAPES: dict[str, dict[str, Any]] = {
-    "mha": {"heads": 4, "kv_heads": 4, "head_dim": 6, "hidden": 24, "ffn": 37, "tie": True},
-    "gqa_biases": {"heads": 8, "kv_heads": 4, "head_dim": 4, "hidden": 32, "ffn": 41, "biases": True},
-    "mistral": {"heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 20, "ffn": 23, "model_type": "mistral"},
-}
+SIZES: dict[str, Any] = {"heads": 8, "kv_heads": 4, "head_dim": 4, "hidden": 32, "ffn": 41, "biases": True}
 UNIFORM = PruneConfig(**PAPER | {"ratio": 0.3, "channel_multiple": 1, "prune_every": 2, "protected_first": 0})
 
 
@@ -43,25 +38,12 @@ class Tiny:
     def plain(self, prune: PruneConfig = UNIFORM, **settings: Any) -> PlainRun:
         return PlainRun(self.folder, self.lora, prune, STEPS, **settings)
 
-    def oracle(self, run: PlainRun, **settings: Any) -> DenseTrainer:
-        settings = {"lora_alpha": run.alpha, "epsilon": run.epsilon, "max_grad_norm": run.max_grad_norm, **settings}
-        return DenseTrainer(self.folder, self.lora, Settings(**settings))
-
-
-def make_tiny(folder: Path, name: str) -> Tiny:
-    make_tiny_llama(folder, layers=LAYERS, vocab=VOCAB, seed=1, **SHAPES[name])
-    batches = make_batches(steps=STEPS, samples=6, tokens=12, vocab=VOCAB, seed=3)
-    return Tiny(folder, make_lora(folder, r=4, seed=2), batches)
-
-
-@pytest.fixture(scope="module", params=SHAPES)
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_tiny(tmp_path_factory.mktemp(request.param), request.param)
-
 
 @pytest.fixture(scope="module")
-def gqa(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return make_tiny(tmp_path_factory.mktemp("gqa"), "gqa_biases")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = make_tiny_llama(tmp_path_factory.mktemp("tiny"), layers=LAYERS, vocab=VOCAB, seed=1, **SIZES)
+    batches = make_batches(steps=STEPS, samples=6, tokens=12, vocab=VOCAB, seed=3)
+    return Tiny(folder, make_lora(folder, r=4, seed=2), batches)
 
 
 # The method against the oracle
@@ -71,10 +53,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float(((found - expected).abs() / expected.abs().clamp_min(1e-12)).max())
 
 
-def assert_equals_oracle(tiny: Tiny, run: PlainRun, **settings: Any) -> None:
+def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
     """The oracle gets the number of groups that each cut keeps, but not which."""
-    run.run(tiny.batches)
-    oracle = tiny.oracle(run, normalize=run.prune.normalize == "l2", **settings)
+    prune = replace(UNIFORM, ratio=0.4, prune_every=3, ranking="global", normalize="none", protected_last=0)
+    run = tiny.plain(prune, micro_batch_size=2, max_grad_norm=0.5).run(tiny.batches)
+    settings = Settings(lora_alpha=run.alpha, epsilon=run.epsilon, max_grad_norm=run.max_grad_norm, normalize=False)
+    oracle = DenseTrainer(tiny.folder, tiny.lora, settings)
     counts = {cut.step: [(len(k["heads"]), len(k["channels"])) for k in cut.keep] for cut in run.cuts}
     records = oracle.run(tiny.batches, [run.learning_rate] * STEPS, counts)
     for step, record in enumerate(records, start=1):
@@ -94,35 +78,15 @@ def assert_equals_oracle(tiny: Tiny, run: PlainRun, **settings: Any) -> None:
         largest = max(pair[i].abs().max() for pair in oracle.moments().values())
         for name, pair in oracle.moments().items():
             assert (moments[name][i] - pair[i]).abs().max() < TOLERANCE * largest, name
-
-
-def test_uniform_equals_the_oracle(tiny: Tiny) -> None:
-    run = tiny.plain(max_grad_norm=0.5)
-    assert_equals_oracle(tiny, run)
-    assert [cut.step for cut in run.cuts] == [2, 4, 6]  # at 8 no width would change any more
-    shape = run.prunable.shape
-    assert shape.counts[0] == shape.counts[1] != shape.counts[2]
-    for i, layer in enumerate(run.prunable.layers):
-        for linear in LLAMA_LINEARS:
-            module: Any = layer.get_submodule(linear.name)
-            sizes = (module.out_features, module.in_features), tuple(module.base_layer.weight.shape)
-            assert sizes == (shape.linear(LinearId(i, linear.name)).matrix,) * 2
-
-
-def test_global_with_squared_scores_equals_the_oracle(tiny: Tiny) -> None:
-    prune = replace(UNIFORM, ratio=0.4, prune_every=3, ranking="global", normalize="none", protected_last=0)
-    run = tiny.plain(prune, micro_batch_size=2)
-    assert_equals_oracle(tiny, run)
     largest_group = max(run.pruner.limits.dense.group_numel[kind] for kind in run.prunable.shape.kinds)
-    dense = run.pruner.limits.dense.linear_numel()
     for cut in run.cuts:
-        assert abs(cut.reached - cut.target) <= largest_group / dense
+        assert abs(cut.reached - cut.target) <= largest_group / run.pruner.limits.dense.linear_numel()
     assert run.cuts[-1].target == 0.4
 
 
-def test_uniform_heads_for_the_schedules_end_and_reports_what_it_reached(gqa: Tiny) -> None:
+def test_uniform_heads_for_the_schedules_end_and_reports_what_it_reached(tiny: Tiny) -> None:
     """Each cut is in proportion to the final counts: its own target alone would round to other ones."""
-    run = gqa.plain().run(gqa.batches)
+    run = tiny.plain().run(tiny.batches)
     limits, schedule = run.pruner.limits, run.pruner.schedule
     budget = schedule.sections[0].size.budget
     on_the_way = [uniform_counts(limits, cut.target, budget) for cut in run.cuts]
@@ -138,22 +102,22 @@ def test_uniform_heads_for_the_schedules_end_and_reports_what_it_reached(gqa: Ti
 # The pruner's own promises
 
 
-def test_no_cut_without_a_new_score_or_by_scores_that_are_all_zero(gqa: Tiny) -> None:
-    run = gqa.plain()
+def test_no_cut_without_a_new_score_or_by_scores_that_are_all_zero(tiny: Tiny) -> None:
+    run = tiny.plain()
     must_name("step 2 score", run.pruner.cut, 2)
-    run.step(2, gqa.batches[0])
+    run.step(2, tiny.batches[0])
     assert len(run.cuts) == 1
     must_name("step 4 score", run.pruner.cut, 4)
-    run.step(3, gqa.batches[1])
+    run.step(3, tiny.batches[1])
     for scores in (scores for layer in run.pruner.average.scores or () for scores in layer.values()):
         scores.zero_()
     must_name("step 4 zero", run.pruner.cut, 4)
 
 
-def test_a_step_that_overflowed_leaves_its_cut_to_the_next(gqa: Tiny) -> None:
+def test_a_step_that_overflowed_leaves_its_cut_to_the_next(tiny: Tiny) -> None:
     """As in fp16, when the loss scale is too high at the step of a cut."""
-    run = gqa.plain()
-    run.step(1, gqa.batches[0])
+    run = tiny.plain()
+    run.step(1, tiny.batches[0])
     first, *_, end = run.pruner.schedule.cut_steps
     assert run.pruner.cut(first, scored=False) is None
     run.pruner.average.updates_since_cut = 0  # nothing scored since the cut before the last one
@@ -162,19 +126,19 @@ def test_a_step_that_overflowed_leaves_its_cut_to_the_next(gqa: Tiny) -> None:
     assert cut.reached == pytest.approx(run.pruner.schedule.ratio, abs=0.05)  # these layers have few groups
 
 
-def test_scoring_stops_after_the_last_cut(gqa: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_stops_after_the_last_cut(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     scored = []
     lora_factors = LocalModel.lora_factors
     monkeypatch.setattr(LocalModel, "lora_factors", lambda *args: scored.append(step) or lora_factors(*args))
-    run = gqa.plain(replace(UNIFORM, cooldown_fraction=0.5))
-    for step, batch in enumerate(gqa.batches, start=1):
+    run = tiny.plain(replace(UNIFORM, cooldown_fraction=0.5))
+    for step, batch in enumerate(tiny.batches, start=1):
         run.step(step, batch)
     assert run.cuts[-1].step == 4
     assert sorted(set(scored)) == [1, 2, 3, 4]
 
 
-def test_random_pruning_draws_once(gqa: Tiny) -> None:
-    first, again = (gqa.plain(replace(UNIFORM, criterion="random")).run(gqa.batches[:n] * 2) for n in (4, 4))
+def test_random_pruning_draws_once(tiny: Tiny) -> None:
+    first, again = (tiny.plain(replace(UNIFORM, criterion="random")).run(tiny.batches[:n] * 2) for n in (4, 4))
     assert first.kept() == again.kept()
     assert first.averages[0][0][1].argsort().tolist() == first.averages[1][0][1].argsort().tolist()
 

@@ -169,10 +169,6 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return saved
 
 
-def is_png(path: Path) -> bool:
-    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
-
-
 def curve(axes: Any, label: str) -> tuple[list[float], list[float]]:
     line = next(line for line in axes.get_lines() if line.get_label() == label)
     return list(line.get_xdata()), list(line.get_ydata())
@@ -181,36 +177,27 @@ def curve(axes: Any, label: str) -> tuple[list[float], list[float]]:
 def test_kept_groups_has_a_strip_per_layer_and_kind(tmp_path: Path, figures: list[Any]) -> None:
     kept = keep_of([([0, 1, 2, 3], [*range(96)]), ([2, 3], [*range(40)]), ([1, 2, 3], [*range(50)])])
     draw_kept_groups(tmp_path / "run" / "kept_groups.png", DENSE, kept)
-    assert is_png(tmp_path / "run" / "kept_groups.png")
-    heads, head_counts, channels, channel_counts = figures[0].axes
+    heads, _, channels, bars = figures[0].axes
     assert heads.get_images()[0].get_array().tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
-    strips = channels.get_images()[0].get_array()
-    assert strips.shape == (3, 96)
-    assert strips[1].tolist() == [1] * 40 + [0] * 56
-    for axes, had, left in ((head_counts, [4, 4, 4], [4, 2, 3]), (channel_counts, [96, 96, 96], [96, 40, 50])):
-        dense_bars, kept_bars = axes.containers
-        assert [bar.get_width() for bar in dense_bars] == had
-        assert [bar.get_width() for bar in kept_bars] == left
+    assert channels.get_images()[0].get_array()[1].tolist() == [1] * 40 + [0] * 56
+    assert [[bar.get_width() for bar in row] for row in bars.containers] == [[96, 96, 96], [96, 40, 50]]
 
 
-def test_training_shows_loss_cuts_and_perplexities(tmp_path: Path, figures: list[Any]) -> None:
+def test_training_shows_loss_and_perplexities(tmp_path: Path, figures: list[Any]) -> None:
     draw_training(tmp_path / "training.png", small_run())
-    assert is_png(tmp_path / "training.png")
-    loss, sparsity, seconds, _, memory, perplexity = figures[0].axes
+    loss, sparsity, *_, perplexity = figures[0].axes
     assert curve(loss, "training") == (list(range(1, 11)), [3.0] * 10)
     perplexities = [51.59, 103.2, 80.0, 74.23]
     assert curve(loss, "held-out text") == ([0, 6, 8, 10], [math.log(p) for p in perplexities])
     (line,) = perplexity.get_lines()
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 29.7, 29.7, 29.7], perplexities)
     assert curve(sparsity, "target")[0] == [4, 6]
-    assert list(seconds.get_lines()[0].get_xdata()) == list(range(2, 11))  # without the warm-up
-    assert memory.get_lines()[0].get_ydata()[0] == pytest.approx(5.1, abs=1e-6)  # the fullest rank
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_pictures_of_odd_runs_are_drawn(tmp_path: Path, figures: list[Any]) -> None:
     """Nothing happened yet; one step with a lost loss and a model that fell apart."""
     odd = History(steps=[step_record(1, loss=math.nan)], evaluations=[EvaluationRecord(1, "pruned", math.inf, 1, 1)])
-    for name, history in (("empty", History()), ("odd", odd)):
-        draw_training(tmp_path / f"{name}.png", history)
-        assert is_png(tmp_path / f"{name}.png")
+    for history in (History(), odd):
+        draw_training(tmp_path / "odd.png", history)
         assert len(figures[-1].axes) == 5  # an infinite perplexity has no place on an axis
