@@ -18,7 +18,11 @@ LLAMA_LIKE += " cwm internlm3 iquestcoder glm glm4 starcoder2 nemotron arcee ape
 GEMMA = replace(LLAMA, windows_begin_with_bos=True)
 CAPPED_GEMMA = replace(GEMMA, softcap="final_logit_softcapping", eager_only="a cap on scores (attn_logit_softcapping)")
 LOCAL: dict[str, Any] = {"count": "num_local_experts", "size": "intermediate_size"}
-ROUTED: dict[str, Any] = {"count": "n_routed_experts"}
+LISTED: dict[str, Any] = {"dense_fields": ("mlp_only_layers", "decoder_sparse_step")}
+ROUTED: dict[str, Any] = {"count": "n_routed_experts", "dense_fields": ("first_k_dense_replace", moe.NEXT)}
+INTERVAL = ("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", moe.NEXT)
+# The list is of transformers 5. vLLM reads the number.
+TYPES: dict[str, Any] = {"dense_fields": ("mlp_layer_types", *ROUTED["dense_fields"])}
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(LLAMA_LIKE.split(), LLAMA),
     "qwen2": replace(LLAMA, vllm="transformers"),  # vLLM's own class takes hidden_size // query heads for head_dim
@@ -34,7 +38,7 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax": replace(LLAMA, logit_scale="logits_scaling"),
     "cohere": llama.Cohere(logit_scale="logit_scale"),
     "cohere2": replace(LLAMA, logit_scale="logit_scale", vllm="transformers"),  # its own class gives other logits
-    **dict.fromkeys(("olmo2", "olmo3"), llama.Olmo2()),
+    **dict.fromkeys(("olmo2", "olmo3"), replace(LLAMA, wide_norms=True)),
     # Their classes have hidden_size inputs in o_proj.
     **dict.fromkeys(("helium", "stablelm"), replace(LLAMA, fixed=("heads",))),
     "muse_glimmer_text": muse_glimmer.MuseGlimmer(
@@ -44,26 +48,26 @@ FAMILIES: dict[str, Family] = {
     "lfm2": llama.Lfm2(packs=False),
     "lfm3": llama.Lfm3(packs=False),
     "mixtral": moe.Mixtral(**LOCAL),
-    "minimax_m2": moe.MiniMax(**LOCAL),
-    "qwen3_moe": moe.QwenMoe(),
-    "qwen2_moe": moe.QwenMoe(),
-    "olmoe": moe.Olmoe(size="intermediate_size", fixed=("heads",)),  # its class has hidden_size weights in the norms
+    "minimax_m2": moe.Mixtral(correction_in_files="block_sparse_moe.e_score_correction_bias", wide_norms=True, **LOCAL),
+    **dict.fromkeys(("qwen3_moe", "qwen2_moe"), moe.Moe(**LISTED)),
+    # Its class has hidden_size weights in the norms.
+    "olmoe": moe.Moe(size="intermediate_size", fixed=("heads",), wide_norms=True),
     "gpt_oss": moe.GptOss(eager_only="attention sinks", packs=False, **LOCAL),
-    **dict.fromkeys(("glm4_moe", "dots1"), moe.GlmMoe(best_of_group=2, **ROUTED)),
-    "exaone_moe": moe.ExaoneMoe(best_of_group=2),
+    **dict.fromkeys(("glm4_moe", "dots1"), moe.Moe(best_of_group=2, **ROUTED)),
+    "exaone_moe": moe.Moe(best_of_group=2, correction_in_files="mlp.e_score_correction_bias", **TYPES),
     "hunyuan_v1_moe": moe.HunyuanMoe(size="intermediate_size", chosen="moe_topk"),
-    "lfm2_moe": moe.Lfm2Moe(packs=False),
-    "ernie4_5_moe": moe.ErnieMoe(count="moe_num_experts", chosen="moe_k"),
+    "lfm2_moe": moe.Lfm2Moe(dense_fields=("num_dense_layers",), packs=False),
+    "ernie4_5_moe": moe.ErnieMoe(count="moe_num_experts", chosen="moe_k", dense_fields=INTERVAL),
     "deepseek_v3": moe.Latent(best_of_group=2, **ROUTED),
     "mistral4": moe.Mistral4(best_of_group=2, equal_layers=True, **ROUTED),
     "deepseek_v2": moe.Latent(best_of_group=1, **ROUTED),
-    "glm4_moe_lite": moe.GlmLite(best_of_group=2, **ROUTED),
-    "glm_moe_dsa": moe.SparseAttention(best_of_group=2, **ROUTED),
-    "nemotron_h": hybrid.NemotronH(best_of_group=2, packs=False, **ROUTED),
+    "glm4_moe_lite": moe.Latent(best_of_group=2, **ROUTED | TYPES),
+    "glm_moe_dsa": moe.SparseAttention(best_of_group=2, **ROUTED | TYPES),
+    "nemotron_h": hybrid.NemotronH(count="n_routed_experts", best_of_group=2, dense_fields=(moe.NEXT,), packs=False),
     # Positions reset neither the states of delta nets nor their convolutions.
     "qwen3_5_text": hybrid.Qwen35(packs=False),
-    "qwen3_5_moe_text": hybrid.Qwen35Moe(packs=False),
-    "qwen3_next": hybrid.Qwen3Next(packs=False),
+    "qwen3_5_moe_text": hybrid.DeltaMoe(packs=False),
+    "qwen3_next": hybrid.DeltaMoe(packs=False, **LISTED),
     **dict.fromkeys(("t5", "mt5"), t5.T5(packs=False)),
     "umt5": t5.Umt5(packs=False),
 }
@@ -80,8 +84,7 @@ REFUSED = {
     "laguna": "its layers have different numbers of query heads for each key-value head",
     "falcon_h1": "its class has scales in a buffer of the model's dtype, which runs keep in fp32",
     "deepseek_v4": "its first layers look up the experts of a token in a table",
-    "minimax_m3_vl": "its class joins tensors that are separate in weight files",
-    "olmo_hybrid": "its class joins tensors that are separate in weight files",
+    **dict.fromkeys(("minimax_m3_vl", "olmo_hybrid"), "its class joins tensors that are separate in weight files"),
     "gemma3n": "its layers have several streams of hidden states, and share keys and values",
 }
 

@@ -76,6 +76,8 @@ class Family:
     windows_begin_with_bos: bool = False  # it predicts badly without BOS, also in the middle of a text
     fixed: tuple[Kind, ...] = ()  # kinds that lose no groups
     equal_layers: bool = False  # a modelling file cannot hold layers that differ
+    # Norms run over all heads. A cut there is not quite equal to a mask: the mean square is of fewer elements.
+    wide_norms: bool = False
     vllm: Literal["auto", "transformers"] = "auto"  # vLLM's `model_impl` for it. "auto" prefers vLLM's own class
 
     layer_lists: ClassVar[tuple[LayerList, ...]] = (LayerList(),)  # an encoder's comes first

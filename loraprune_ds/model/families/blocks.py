@@ -33,12 +33,14 @@ def head_runs(c: Any) -> tuple[Run, tuple[Run, ...]]:
     return Run("heads", heads, c.num_attention_heads // heads * width), (Run("heads", heads, width),)
 
 
-def attention(c: Any, out: str = "o_proj", path: str = "self_attn", *, gated: bool = False) -> Marks:
+def attention(c: Any, path: str = "self_attn", *, gated: bool = False, wide_norms: bool = False) -> Marks:
     """Marks attention. If gated, the query of each head comes with the gate of its output."""
     queries, keys = head_runs(c)
     yield rows(f"{path}.q_proj", queries._replace(width=(1 + gated) * queries.width))
     yield from (rows(f"{path}.{x}_proj", *keys) for x in "kv")
-    yield columns(f"{path}.{out}", queries)
+    yield from (columns(f"{path}.{x}", queries) for x in ("o_proj", "out_proj"))
+    if wide_norms:
+        yield from (TensorSpec(f"{path}.{x}_norm.weight", runs) for x, runs in (("q", (queries,)), ("k", keys)))
     if not keys:
         yield Attribute(path, "num_key_value_groups", queries._replace(width=1), queries.ranges)
 
@@ -47,12 +49,6 @@ def per_query(name: str, c: Any, on_disk: str | None = None) -> TensorSpec:
     """Marks a tensor with a row for each query head."""
     queries, _ = head_runs(c)
     return TensorSpec(name, (queries._replace(width=c.num_attention_heads // queries.groups),), on_disk=on_disk)
-
-
-def wide_norms(c: Any) -> list[TensorSpec]:
-    """Norms over all heads. A cut there is not quite equal to a mask: the mean square is of fewer elements."""
-    queries, keys = head_runs(c)
-    return [TensorSpec(f"self_attn.{x}_norm.weight", runs) for x, runs in (("q", (queries,)), ("k", keys))]
 
 
 def mlp(channels: int, path: str = "mlp") -> list[TensorSpec | Attribute]:

@@ -1,11 +1,10 @@
 """Families whose layers differ in more than numbers: in their mixers, or in the widths of heads and MLPs."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from loraprune_ds.model.families.base import Attention, Attribute, Family, Layout, Marks, Mixture
 from loraprune_ds.model.families.blocks import attention, columns, mlp, per_expert, rows, stacks, whole
-from loraprune_ds.model.families.moe import Moe, QwenMoe
+from loraprune_ds.model.families.moe import Moe
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Run, TensorSpec
 
 NET = "linear_attn"
@@ -13,27 +12,27 @@ MIXER, EXPERT = "mixer", "mixer.experts.{}"
 
 
 class Delta(Family):
-    """Qwen's gated delta nets: layers without attention. A group is one key head with its value heads."""
+    """Qwen's gated delta nets: layers without attention. A group is one key head with its value heads.
+
+    transformers loads decays in the model's dtype, vLLM A_log in fp32. Some checkpoints have them in fp32.
+    """
 
     def mixer(self, c: Any) -> Marks:
-        return [*attention(c, gated=True), *self.net(*delta_runs(c))]
-
-    def net(self, keys: Run, values: Run, each: Run) -> Marks:
+        keys, values, each = delta_runs(c)
         return [
+            *attention(c, gated=True),
             rows(f"{NET}.in_proj_qkv", keys, keys, values),
             rows(f"{NET}.in_proj_z", values),
+            rows(f"{NET}.in_proj_qkvz", keys._replace(width=2 * (keys.width + values.width))),  # by key head
             columns(f"{NET}.out_proj", values),
             *(TensorSpec(f"{NET}.in_proj_{x}.weight", (each,)) for x in "ab"),
-            *self.state(keys, values, each),
-        ]
-
-    def state(self, keys: Run, values: Run, each: Run) -> Marks:
-        """transformers loads decays in the model's dtype, vLLM A_log in fp32. Some checkpoints have them in fp32."""
-        return [
+            TensorSpec(f"{NET}.in_proj_ba.weight", (each._replace(width=2 * each.width),)),
             TensorSpec(f"{NET}.conv1d.weight", (keys, keys, values)),
             *(TensorSpec(f"{NET}.{x}", (each,), keep_fp32=True) for x in ("dt_bias", "A_log")),
             Attribute(NET, "key_dim", keys),
             Attribute(NET, "value_dim", values),
+            Attribute(NET, "num_k_heads", keys._replace(width=1)),
+            Attribute(NET, "num_v_heads", each),
         ]
 
     def layer_fields(self, c: Any, counts: LayerCounts) -> dict[str, int]:
@@ -57,25 +56,8 @@ class Qwen35(Delta):
         return [*self.mixer(c), *mlp(c.intermediate_size)]
 
 
-class Qwen35Moe(Delta, QwenMoe):
-    """Takes `mixer` from Delta and the rest from QwenMoe. It has no dense layers."""
-
-    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
-        return {}
-
-
-class Qwen3Next(Delta, QwenMoe):
-    """Has all of a key head together. Takes `mixer` from Delta and the rest from QwenMoe."""
-
-    def net(self, keys: Run, values: Run, each: Run) -> Marks:
-        return [
-            rows(f"{NET}.in_proj_qkvz", keys._replace(width=2 * (keys.width + values.width))),
-            columns(f"{NET}.out_proj", values),
-            TensorSpec(f"{NET}.in_proj_ba.weight", (each._replace(width=2 * each.width),)),
-            *self.state(keys, values, each),
-            Attribute(NET, "num_k_heads", keys._replace(width=1)),
-            Attribute(NET, "num_v_heads", each),
-        ]
+class DeltaMoe(Delta, Moe):
+    """Takes `mixer` from Delta and the rest from Moe."""
 
 
 class NemotronH(Moe):
@@ -92,7 +74,7 @@ class NemotronH(Moe):
         names = (f"{EXPERT}.up_proj.weight",), (f"{EXPERT}.down_proj.weight",)
         router = (f"{MIXER}.gate.{x}" for x in ("weight", "e_score_correction_bias"))
         return [
-            *attention(c, path=MIXER),
+            *attention(c, MIXER),
             *mlp(c.intermediate_size, MIXER),
             *whole(MIXER, "fc1_latent_proj"),
             *stacks(f"{MIXER}.experts", run, inputs, names, gated=False),
@@ -112,10 +94,6 @@ class NemotronH(Moe):
         """Counts the layers, as transformers 5 does."""
         types = config.get("layers_block_type") or config["hybrid_override_pattern"]
         return config | {"num_hidden_layers": len(types)}
-
-    def model_fields(self, c: Any, layers: Sequence[LayerCounts]) -> dict[str, Any]:
-        """The layers that predict further tokens are no part of the model."""
-        return super().model_fields(c, layers) | {"num_nextn_predict_layers": 0}
 
 
 class Gemma4(Moe):

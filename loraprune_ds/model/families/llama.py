@@ -1,27 +1,22 @@
 """Dense decoders: LLaMA, and those that differ from it in a few words."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from loraprune_ds.model.families.base import PRUNED, Attribute, Family, Marks
-from loraprune_ds.model.families.blocks import attention, columns, head_runs, mlp, per_query, rows, whole, wide_norms
+from loraprune_ds.model.families.blocks import attention, columns, head_runs, mlp, per_query, rows, whole
 from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
 
 class Llama(Family):
     def layer(self, c: Any, i: int) -> Marks:
-        return [*attention(c), *mlp(c.intermediate_size)]
+        return [*attention(c, wide_norms=self.wide_norms), *mlp(c.intermediate_size)]
 
     def export_types(self, own: str, source: dict[str, Any], c: Any, layers: Sequence[LayerSpec]) -> list[str]:
         """A Llama without biases may become a Mistral, whose class wants no head count that divides hidden_size."""
         biased = any(tensor.name.endswith(".bias") for layer in layers for tensor in layer.tensors)
         second = ["mistral"] if own == "llama" and not biased else []
         return [own, *second, PRUNED + own]
-
-
-class Olmo2(Llama):
-    def layer(self, c: Any, i: int) -> Marks:
-        return [*super().layer(c, i), *wide_norms(c)]
 
 
 class Cohere(Llama):
@@ -50,18 +45,14 @@ class Phi3(Family):
 class Lfm3(Family):
     """Each query head has a gate. Its short convolutions are as wide as the residual stream."""
 
-    out: ClassVar[str] = "o_proj"
-
     def layer(self, c: Any, i: int) -> Marks:
         gates = per_query("self_attn.g_proj.weight", c, on_disk="self_attn.gate_proj.weight")
         convolution = whole("conv", "in_proj", "out_proj")
-        return [*attention(c, self.out), *convolution, *mlp(c.intermediate_size, "feed_forward"), gates]
+        return [*attention(c), *convolution, *mlp(c.intermediate_size, "feed_forward"), gates]
 
 
 class Lfm2(Lfm3):
     """Has no gates."""
-
-    out = "out_proj"
 
     def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
         """Writes the width of the MLP, which the class computes from other fields."""

@@ -18,11 +18,12 @@ from loraprune_ds.model.families.blocks import (
     rows,
     stacks,
     whole,
-    wide_norms,
 )
 from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # names of the MLP that all tokens pass
+FIRST_DENSE = ("first_k_dense_replace", "num_dense_layers")  # fields that count the dense layers, which are the first
+NEXT = "num_nextn_predict_layers"  # the field that counts layers after the last, which are no part of the model
 NEW_COUNT = "num_local_experts"  # transformers 5 writes the number of experts under this name, and reads the old ones
 
 
@@ -34,10 +35,13 @@ class Moe(Family):
     size: str = "moe_intermediate_size"  # the channels of one
     chosen: str = "num_experts_per_tok"  # how many a token chooses
     best_of_group: int = 0  # if > 0 the router first chooses `topk_group` of `n_group` groups, by so many of each
+    dense_fields: tuple[str, ...] = ()  # they say which layers have no experts
+    correction_in_files: str | None = None  # the name there, if it differs
 
     has_experts = True
     optional: ClassVar[bool] = False  # some models of the family have none
     names: ClassVar[OnDisk] = each_expert()  # of the stacks
+    router_in_files: ClassVar[str | None] = None  # as `correction_in_files`
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -50,20 +54,22 @@ class Moe(Family):
         return Run("experts", getattr(c, self.count) or 0, getattr(c, self.size) or 0, ranges)
 
     def layer(self, c: Any, i: int) -> Marks:
-        return [*self.mixer(c), *self.mlp(c)]
-
-    def mixer(self, c: Any) -> Marks:
-        return attention(c)
-
-    def mlp(self, c: Any) -> Marks:
         """Marks the experts of a sparse layer, the MLP of a dense one, and the linears that all tokens pass."""
+        run, corrections = self.run(c), (f"mlp.{path}e_score_correction_bias" for path in ("gate.", ""))
         return [
-            *stacks("mlp.experts", self.run(c), c.hidden_size, self.names),
+            *self.mixer(c),
+            *stacks("mlp.experts", run, c.hidden_size, self.names),
             *whole("mlp", *MLP),
             *(linear for x in SHARED for linear in whole(f"mlp.{x}", *MLP)),
             *whole("mlp", "shared_expert_gate"),
-            per_expert("mlp.gate.weight", self.run(c)),
+            per_expert("mlp.gate.weight", run, self.router_in_files),
+            *(per_expert(name, run, self.correction_in_files, keep_fp32=True) for name in corrections),
+            per_expert("mlp.gate.wg.weight", run, keep_fp32=True),
+            Attribute("mlp.gate", "num_experts", run._replace(width=1)),
         ]
+
+    def mixer(self, c: Any) -> Marks:
+        return attention(c, wide_norms=self.wide_norms)
 
     def mixture(self, c: Any) -> Mixture | None:
         run, per_token = self.run(c), getattr(c, self.chosen)
@@ -77,61 +83,28 @@ class Moe(Family):
         dense = [i for i, counts in enumerate(layers) if not counts.get("experts")]
         return super().model_fields(c, layers) | self.dense_layers(dense, len(layers))
 
+    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
+        sparse = [i for i in range(layers) if i not in dense] or [layers]
+        assert dense == [*range(len(dense))] or not {*FIRST_DENSE} & {*self.dense_fields}
+        fields = {
+            "mlp_only_layers": dense,
+            "decoder_sparse_step": 1,
+            "mlp_layer_types": ["dense" if i in dense else "sparse" for i in range(layers)],
+            **dict.fromkeys(FIRST_DENSE, len(dense)),
+            "moe_layer_start_index": sparse[0],
+            "moe_layer_end_index": sparse[-1],
+            "moe_layer_interval": sparse[1] - sparse[0] if len(sparse) > 1 else 1,
+            NEXT: 0,
+        }
+        return {name: fields[name] for name in self.dense_fields}
+
 
 class Mixtral(Moe):
-    def layer(self, c: Any, i: int) -> Marks:
-        names, router = each_expert("block_sparse_moe", ("w1", "w3", "w2")), "block_sparse_moe.gate.weight"
-        experts = stacks("mlp.experts", self.run(c), c.hidden_size, names)
-        return [*attention(c), *experts, per_expert("mlp.gate.weight", self.run(c), router)]
-
-
-class MiniMax(Mixtral):
-    def layer(self, c: Any, i: int) -> Marks:
-        bias, in_file = "mlp.e_score_correction_bias", "block_sparse_moe.e_score_correction_bias"
-        return [*super().layer(c, i), per_expert(bias, self.run(c), in_file, keep_fp32=True), *wide_norms(c)]
-
-
-class QwenMoe(Moe):
-    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
-        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
-
-
-class Olmoe(Moe):
-    def layer(self, c: Any, i: int) -> Marks:
-        return [*super().layer(c, i), *wide_norms(c)]
-
-
-class GlmMoe(QwenMoe):
-    """Its router may have a correction for each expert."""
-
-    correction_in_files: ClassVar[str | None] = None  # its name there, if it differs
-
-    def mlp(self, c: Any) -> Marks:
-        run, bias = self.run(c), "mlp.gate.e_score_correction_bias"
-        correction = per_expert(bias, run, self.correction_in_files, keep_fp32=True)
-        return [*super().mlp(c), correction, Attribute("mlp.gate", "num_experts", run._replace(width=1))]
-
-    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
-        assert dense == [*range(len(dense))]
-        # The layers that predict further tokens are no part of the model.
-        return {"first_k_dense_replace": len(dense), "num_nextn_predict_layers": 0}
-
-
-class LayerTypes(Moe):
-    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
-        """Writes the list of transformers 5, and the number that vLLM reads."""
-        types = ["dense" if i in dense else "sparse" for i in range(layers)]
-        return {"mlp_layer_types": types} | super().dense_layers(dense, layers)
-
-
-class ExaoneMoe(LayerTypes, GlmMoe):
-    correction_in_files = "mlp.e_score_correction_bias"
+    names = each_expert("block_sparse_moe", ("w1", "w3", "w2"))
+    router_in_files = "block_sparse_moe.gate.weight"
 
 
 class HunyuanMoe(Moe):
-    def layer(self, c: Any, i: int) -> Marks:
-        return [*super().layer(c, i), per_expert("mlp.gate.wg.weight", self.run(c), keep_fp32=True)]
-
     def explicit(self, config: dict[str, Any]) -> dict[str, Any]:
         """Published ones list how many experts a token chooses in each layer."""
         each = config.get("moe_topk")
@@ -144,17 +117,13 @@ class Lfm2Moe(Moe):
     def layer(self, c: Any, i: int) -> Marks:
         path, names, run = "feed_forward", ("w1", "w3", "w2"), self.run(c)
         return [
-            *attention(c, "out_proj"),
+            *attention(c),
             *whole("conv", "in_proj", "out_proj"),
             *stacks(f"{path}.experts", run, c.hidden_size, each_expert(path, names)),
             *whole(path, *names),
             per_expert(f"{path}.gate.weight", run),
             per_expert(f"{path}.expert_bias", run, keep_fp32=True),
         ]
-
-    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
-        assert dense == [*range(len(dense))]
-        return {"num_dense_layers": len(dense)}
 
 
 class ErnieMoe(Moe):
@@ -165,12 +134,6 @@ class ErnieMoe(Moe):
         router = per_expert("mlp.gate.weight", run, keep_fp32=True)
         one_row = per_expert(f"mlp.gate.{bias}", run, f"mlp.{bias}", keep_fp32=True)
         return [*super().layer(c, i), router, replace(one_row, axis=1)]
-
-    def dense_layers(self, dense: list[int], layers: int) -> dict[str, Any]:
-        sparse = [i for i in range(layers) if i not in dense] or [layers]
-        interval = sparse[1] - sparse[0] if len(sparse) > 1 else 1
-        ends = {"moe_layer_start_index": sparse[0], "moe_layer_end_index": sparse[-1]}
-        return {**ends, "moe_layer_interval": interval, "num_nextn_predict_layers": 0}
 
 
 class GraniteMoe(Moe):
@@ -195,7 +158,7 @@ class GptOss(Moe):
         ]
 
 
-class Latent(GlmMoe):
+class Latent(Moe):
     """DeepSeek's latent attention: keys of a head are wider than its values, and latents belong to no head."""
 
     def mixer(self, c: Any) -> Marks:
@@ -228,11 +191,7 @@ class Mistral4(Latent):
         return c.head_dim
 
 
-class GlmLite(LayerTypes, Latent):
-    """Takes `dense_layers` from LayerTypes and the rest from Latent."""
-
-
-class SparseAttention(GlmLite):
+class SparseAttention(Latent):
     """An indexer chooses the tokens that a query reads. It learns nothing from the loss, so it has no LoRA."""
 
     def mixer(self, c: Any) -> Marks:
