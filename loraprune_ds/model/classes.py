@@ -110,11 +110,9 @@ def store_as_int8(model: nn.Module, shape: ModelShape) -> None:
 def shrink_on_meta(model: nn.Module, shape: ModelShape) -> None:
     """Gives modules on the meta device the sizes of a smaller shape, like a cut of a live model."""
     for layer, spec in zip(decoder_layers(model), shape.layers, strict=True):
-        parameters = [(base_parameter(layer, tensor.name), tensor.shape) for tensor in spec.tensors]
-        if all(parameter.shape == size for parameter, size in parameters):
-            continue
-        for parameter, size in parameters:
-            parameter.data = parameter.new_empty(size)
+        for tensor in spec.tensors:
+            parameter = base_parameter(layer, tensor.name)
+            parameter.data = parameter.new_empty(tensor.shape)
         set_sizes(layer, spec)
 
 

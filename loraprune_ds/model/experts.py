@@ -100,9 +100,8 @@ class Experts(nn.Module):
         down: Any = getattr(self.down, "base_layer", self.down)  # inside PEFT's LoRA
         counts = tokens_per_expert(chosen, down.experts)
         of_choice = chosen[order]
-        inside = self._add(
-            0, getattr(self, self._first)(hidden_states[order // top_k_index.shape[1]], counts), of_choice
-        )
+        first = getattr(self, self._first)
+        inside = self._add(0, first(hidden_states[order // top_k_index.shape[1]], counts), of_choice)
         by_expert = self._add(1, self.down(self._activate(inside), counts), of_choice)  # (tokens · k, hidden_size)
         by_token = by_expert[order.argsort()].unflatten(0, top_k_index.shape)
         return (by_token * top_k_weights.unsqueeze(-1)).to(hidden_states.dtype).sum(1)

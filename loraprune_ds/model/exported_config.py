@@ -111,7 +111,7 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
         dropped |= {"attention_bias", "mlp_bias"}  # a Mistral never has these
     config = {key: value for key, value in shape.family.explicit(source).items() if key not in dropped}
     config |= _sizes(source, shape) | _rope(source, shape) | _explicit_options(shape, model_type)
-    config |= {
+    return config | {
         "architectures": [causal_lm_class(model_type).__name__],
         "model_type": model_type,
         "tie_word_embeddings": shape.tie_word_embeddings,
@@ -120,7 +120,6 @@ def _config_of(source: dict[str, Any], shape: ModelShape, dtype: str, model_type
         # Without a version AutoTokenizer warns of an old tokenizer bug for every mistral model.
         "transformers_version": version("transformers"),
     }
-    return config
 
 
 def _dropped(shape: ModelShape) -> set[str]:

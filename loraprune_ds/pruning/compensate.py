@@ -139,7 +139,7 @@ class InputMoments:
             if linear.shrinks(keep[layer]):
                 kept = cut(linear, keep[layer])[1].to(self._model.device)
                 half = take_half(moment.index_select(0, kept).index_select(1, kept))
-                self.sums[LinearId(layer, name)] = from_half(half, len(kept))
+                self.sums[LinearId(layer, name)] = add_half(half.new_zeros(len(kept), len(kept)), half)
 
     def halves(self, layer: int) -> dict[str, Tensor]:
         """Returns half of one layer's sums by linear; empty if this rank does not own it or nothing was recorded."""
@@ -152,8 +152,8 @@ class InputMoments:
             if self._model.owner(layer) == self._model.rank:
                 for name, half in read(layer).items():
                     linear_id = LinearId(layer, name)
-                    n = self._model.shape.linear(linear_id).inputs
-                    self.sums[linear_id] = from_half(half.to(self._model.device), n)
+                    n, half = self._model.shape.linear(linear_id).inputs, half.to(self._model.device)
+                    self.sums[linear_id] = add_half(half.new_zeros(n, n), half)
 
     def clear(self) -> None:
         self.sums.clear()
@@ -220,15 +220,9 @@ def take_half(total: Tensor) -> Tensor:
     return torch.cat([total[tile].reshape(-1) for tile in _tiles(len(total))])
 
 
-def from_half(half: Tensor, n: int) -> Tensor:
-    """Returns the symmetric (n, n) matrix with this half."""
-    total = half.new_zeros(n, n)
-    add_half(total, half, 1.0)
-    return total
-
-
-def add_half(total: Tensor, half: Tensor, weight: float) -> None:
-    """Adds weight · (the symmetric matrix with this half) to `total`, (n, n)."""
+def add_half(total: Tensor, half: Tensor, weight: float = 1.0) -> Tensor:
+    """Adds weight · (the symmetric matrix with this half) to `total`, (n, n), and returns it."""
     for rows, columns, tile in _views(half, len(total)):
         total[rows, columns].add_(tile, alpha=weight)
         total[rows.stop :, rows].add_(tile[:, len(tile) :].T, alpha=weight)
+    return total

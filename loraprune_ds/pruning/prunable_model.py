@@ -277,14 +277,13 @@ def parameter_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep) -> Iterat
                     yield factors[which], factor_kept
 
 
-# (linear, its input; for a stack also the tokens of each expert) -> a replacement for the input, or None to keep it.
-SeeInput = Callable[..., Tensor | None]
+def hook_inputs(
+    model: PrunableModel, linears: Iterable[tuple[int, TensorSpec]], see: Callable[..., Tensor | None]
+) -> None:
+    """Calls `see` in every forward pass with each linear and its input, and uses the input that it returns, if any.
 
-
-def hook_inputs(model: PrunableModel, linears: Iterable[tuple[int, TensorSpec]], see: SeeInput) -> None:
-    """Calls `see` in every forward pass with the input of each linear: (batch, window, in_features).
-
-    The input of a stack of experts is (tokens, in_features), in the order of the experts.
+    The input is (batch, window, in_features). That of a stack of experts is (tokens, in_features), in the order of the
+    experts, and `see` also gets the tokens of each.
     """
 
     def hook(linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

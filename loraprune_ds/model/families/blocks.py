@@ -33,12 +33,16 @@ def head_runs(c: Any) -> tuple[Run, tuple[Run, ...]]:
     return Run("heads", heads, c.num_attention_heads // heads * width), (Run("heads", heads, width),)
 
 
-def attention(c: Any, path: str = "self_attn", *, gated: bool = False, wide_norms: bool = False) -> Marks:
+def attention(
+    c: Any, path: str = "self_attn", *, gated: bool = False, sinks: bool = False, wide_norms: bool = False
+) -> Marks:
     """Marks attention. If gated, the query of each head comes with the gate of its output."""
     queries, keys = head_runs(c)
     yield rows(f"{path}.q_proj", queries._replace(width=(1 + gated) * queries.width))
     yield from (rows(f"{path}.{x}_proj", *keys) for x in "kv")
     yield from (columns(f"{path}.{x}", queries) for x in ("o_proj", "out_proj"))
+    if sinks:
+        yield per_query(f"{path}.sinks", c)
     if wide_norms:
         yield from (TensorSpec(f"{path}.{x}_norm.weight", runs) for x, runs in (("q", (queries,)), ("k", keys)))
     if not keys:
@@ -73,15 +77,11 @@ def stacks(
 ) -> list[TensorSpec]:
     """Marks the two stacks of experts. `run` counts the experts, and its width is the channels of one."""
     wide, deep = run._replace(width=(1 + gated) * run.width), run._replace(width=hidden)
-    first, down = (deep, run) if transposed else (wide, deep)
+    up, down = (deep, run) if transposed else (wide, deep)
+    stacks = StackSpec(names[0], False, transposed), StackSpec(names[1], True, transposed)
     return [
-        TensorSpec(
-            f"{path}.{'gate_up' if gated else 'up'}.weight",
-            (first,),
-            lora=True,
-            stack=StackSpec(names[0], False, transposed),
-        ),
-        TensorSpec(f"{path}.down.weight", (down,), lora=True, stack=StackSpec(names[1], True, transposed)),
+        TensorSpec(f"{path}.{'gate_up' if gated else 'up'}.weight", (up,), lora=True, stack=stacks[0]),
+        TensorSpec(f"{path}.down.weight", (down,), lora=True, stack=stacks[1]),
     ]
 
 

@@ -7,18 +7,7 @@ from typing import Any, ClassVar
 import transformers
 
 from loraprune_ds.model.families.base import Attention, Attribute, Family, Marks, Mixture
-from loraprune_ds.model.families.blocks import (
-    MLP,
-    OnDisk,
-    attention,
-    columns,
-    each_expert,
-    per_expert,
-    per_query,
-    rows,
-    stacks,
-    whole,
-)
+from loraprune_ds.model.families.blocks import MLP, attention, columns, each_expert, per_expert, rows, stacks, whole
 from loraprune_ds.model.groups import LayerCounts, LayerSpec, Run, TensorSpec
 
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # names of the MLP that all tokens pass
@@ -40,7 +29,7 @@ class Moe(Family):
 
     has_experts = True
     optional: ClassVar[bool] = False  # some models of the family have none
-    names: ClassVar[OnDisk] = each_expert()  # of the stacks
+    names: ClassVar = each_expert()  # of the stacks
     router_in_files: ClassVar[str | None] = None  # as `correction_in_files`
 
     @property
@@ -151,9 +140,8 @@ class GptOss(Moe):
         router = ("mlp.router.weight", "mlp.router.bias")
         biases = (f"{path}.gate_up_proj_bias", f"{path}.down_proj_bias")
         return [
-            *attention(c),
+            *attention(c, sinks=True),
             *stacks(path, run, c.hidden_size, names, transposed=True),
-            per_query("self_attn.sinks", c),
             *(per_expert(name, run) for name in (*router, *biases)),
         ]
 
