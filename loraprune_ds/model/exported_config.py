@@ -167,8 +167,6 @@ def _explicit_options(shape: ModelShape, model_type: str) -> dict[str, Any]:
     """Returns the fields of a Llama or Mistral whose defaults differ."""
     if family_name(shape.model_type) not in EXPLICIT:
         return {}
-    options: dict[str, Any] = {"max_position_embeddings": shape.config.max_position_embeddings}
-    if family_name(model_type) == "mistral":
-        return options | {"sliding_window": sliding_window(shape.config)}
     biases = {"attention_bias": "self_attn.o_proj" in shape.biases, "mlp_bias": "mlp.down_proj" in shape.biases}
-    return options | biases
+    own = {"sliding_window": sliding_window(shape.config)} if family_name(model_type) == "mistral" else biases
+    return {"max_position_embeddings": shape.config.max_position_embeddings} | own

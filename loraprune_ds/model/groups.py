@@ -50,11 +50,6 @@ class PerKind(dict[Kind, T]):
 class LayerCounts(PerKind[int]):
     """Holds the number of groups of each kind in one layer. 0 of a kind that this layer lacks."""
 
-    @property
-    def kinds(self) -> frozenset[Kind]:
-        """The kinds of which the layer has groups."""
-        return frozenset(kind for kind, count in self.items() if count)
-
 
 class LayerTensors(PerKind[Tensor]):
     """Holds one value for every group of a layer: (groups,) for each kind."""
@@ -167,10 +162,6 @@ class TensorSpec:
     def group_width(self) -> int:
         """The rows (axis 0) or columns (axis 1) of one group."""
         return sum(run.width for run in self.runs)
-
-    @property
-    def group_numel(self) -> int:
-        return self.group_width * self.numel // self.shape[self.axis] if self.runs else 0
 
     @property
     def loses_inputs(self) -> bool:
@@ -290,7 +281,8 @@ class LayerSpec:
     @cached_property
     def group_numel(self) -> Mapping[Kind, int]:
         """The linear parameters that leave with one group, without biases."""
-        return {kind: sum(x.group_numel for x in self.linears if kind in x.kinds) for kind in self.counts}
+        sizes = [(x.kinds, x.group_width * x.numel // x.shape[x.axis]) for x in self.linears if x.runs]
+        return {kind: sum(size for kinds, size in sizes if kind in kinds) for kind in self.counts}
 
     @cached_property
     def numel(self) -> int:

@@ -33,11 +33,10 @@ class GroupSums:
         gradients weigh the same in the moving average. `none` adds the scores unchanged.
         """
         of_runs, zeros = self.of_runs, self.of_runs[0].new_zeros
-        if normalization == "l2":
-            of_runs = [scores / _divisor(cast(Any, scores).norm()) for scores in of_runs]
-        elif normalization == "step":
-            total = _divisor(self._sum())
-            of_runs = [scores / total for scores in of_runs]
+        if normalization != "none":
+            total = self._sum()
+            divisors = (cast(Any, scores).norm() if normalization == "l2" else total for scores in of_runs)
+            of_runs = [x / by.where(by > 0, 1.0) for x, by in zip(of_runs, divisors, strict=True)]  # all may be zero
         layers = [{kind: zeros(count) for kind, count in layer.items()} for layer in self.shape.counts]
         for (layer, _, kind), scores in zip(self._places(), of_runs, strict=True):
             layers[layer][kind] = layers[layer][kind] + scores if scores.ndim == 1 else scores  # moments are of one run
@@ -56,11 +55,6 @@ class GroupSums:
 
     def _places(self) -> Iterator[tuple[int, str, Kind]]:
         return ((layer, linear.linear, run.kind) for layer, linear in self.linears for run in linear.runs)
-
-
-def _divisor(total: Tensor) -> Tensor:
-    """Returns the total, or 1 if all scores are zero."""
-    return total.where(total > 0, 1.0)
 
 
 def score_groups(

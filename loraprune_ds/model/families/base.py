@@ -113,6 +113,7 @@ class Family:
         return Attention(queries, queries * width, 2 * heads * width)
 
     def mixture(self, c: Any) -> Mixture | None:
+        """Describes the experts, if a layer has any."""
         return None
 
     def times(self, c: Any, i: int, kind: Kind) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from loraprune_ds.model.families.base import Attention, Attribute, Family, Layout, Marks, Mixture
+from loraprune_ds.model.families.base import Attention, Attribute, Family, Layout, Marks
 from loraprune_ds.model.families.blocks import attention, columns, mlp, per_expert, rows, stacks, whole
 from loraprune_ds.model.families.moe import Moe
 from loraprune_ds.model.groups import Kind, LayerCounts, LayerSpec, Run, TensorSpec
@@ -114,9 +114,6 @@ class Gemma4(Moe):
             *(TensorSpec(f"per_layer_{x}.weight", lora=True) for x in ("input_gate", "projection")),
             *(per_expert(x, run) for x in ("router.proj.weight", "router.per_expert_scale")),
         ]
-
-    def mixture(self, c: Any) -> Mixture | None:
-        return super().mixture(c) if self.run(c).groups else None
 
     def attention(self, c: Any, layer: LayerSpec) -> Attention:
         shapes = layer.shapes()
