@@ -12,12 +12,14 @@ from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError, UserError
 from loraprune_ds.evaluate.settings import GYM, TaskSettings
 from loraprune_ds.files import read_json, write_json, write_text
+from loraprune_ds.report.pictures import draw_shelf
 from loraprune_ds.report.records import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE, SHELF_PICTURE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ANSWERS, TASKS = "answers", "tasks"
+TEXTS = ("prompts", "texts")
 RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"}
 
 
@@ -64,20 +66,18 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
     shelf = [row for row in report["shelf"] if (folder / row["folder"]).is_dir()]
     for row in shelf[:-1]:
         say(f"measuring {', '.join(names)} of {row['folder']}/")
-        row["after"] = _measured(json.loads(_evaluate(folder, [str(folder / row["folder"]), *options])))
+        row["after"] = _measured(_evaluate(folder, [str(folder / row["folder"]), *options]))
     say(f"measuring {', '.join(names)} of the exported and the dense model")
     page = ["--page", str(folder / ANSWERS_PAGE)] if ANSWERS in names else []
     text = _evaluate(folder, [str(folder), *page, *options])
     write_text(folder / EVALUATION_FILE, text)
-    after: dict[str, Any] = {"asked": names} | _measured(json.loads(text))
+    after: dict[str, Any] = {"asked": names} | _measured(text)
     for row in shelf:  # the last one is the run's model
         closeness = (row.get("after", after)["answers"] or {}).get("closeness")
         row["agreement"] = closeness and closeness["agreement"]
     report |= {"after": after} | ({"shelf": shelf} if shelf else {})
     write_json(folder / REPORT_FILE, report)
     if shelf:
-        from loraprune_ds.report.pictures import draw_shelf
-
         draw_shelf(folder / SHELF_PICTURE, shelf, report["perplexity"]["dense"])
 
 
@@ -93,19 +93,12 @@ def _evaluate(folder: Path, arguments: list[str]) -> str:
     return answer.stdout
 
 
-def _measured(result: dict[str, Any]) -> dict[str, Any]:
+def _measured(text: str) -> dict[str, Any]:
     """Returns the part of an evaluation for report.json, without texts, which evaluation.json keeps."""
-    pruned, dense = (
-        {key: _without_texts(model[key]) for key in (TASKS, ANSWERS)} for model in (result, result["dense"])
-    )
-    return {"answers_plan": _without_texts(result["answers_plan"])} | pruned | {"dense": dense}
+    result = json.loads(text, object_pairs_hook=lambda pairs: {k: v for k, v in pairs if k not in TEXTS})
+    pruned, dense = ({key: model[key] for key in (TASKS, ANSWERS)} for model in (result, result["dense"]))
+    return {"answers_plan": result["answers_plan"]} | pruned | {"dense": dense}
 
 
 def _tasks(names: list[str]) -> tuple[str, ...]:
     return tuple(GYM if name == TASKS else name for name in names if name != ANSWERS)
-
-
-def _without_texts(part: Any) -> Any:
-    if not isinstance(part, dict):
-        return part
-    return {key: _without_texts(value) for key, value in part.items() if key not in ("prompts", "texts")}

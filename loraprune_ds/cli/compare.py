@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,7 @@ from loraprune_ds.evaluate.result import MEASURES, mean_metric, tasks_with
 from loraprune_ds.evaluate.settings import GYM
 from loraprune_ds.files import json_text, read_json
 from loraprune_ds.report import pictures
+from loraprune_ds.report.pictures import Label
 from loraprune_ds.report.records import REPORT_FILE, describe_method
 from loraprune_ds.units import aligned, format_perplexity
 
@@ -32,8 +33,7 @@ SUFFIXES = (".png", ".pdf", ".svg")
 COLOURS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.ORANGE, pictures.PURPLE, pictures.SKY_BLUE)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 GREY = "#777777"
-STYLE = {"axes.titlepad": 6, "axes.grid.axis": "both"}
-Label = tuple[str, tuple[float, float]]  # a text and its point
+STYLE = {"axes.titlepad": 6, "axes.grid.axis": "both", "figure.constrained_layout.h_pad": 0.12}
 Styles = dict[str | None, tuple[str, str]]  # method -> colour and marker, the same in all panels
 
 
@@ -219,18 +219,13 @@ def draw_comparison(path: Path, models: Sequence[ComparedModel]) -> None:
             panels.setdefault((name, model.measured[name].basis), []).append(model)
     lacking = "no result has a quality and a removed fraction; give launch/evaluate.py --dense"
     require(bool(panels), f"nothing to draw: {lacking}")
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     methods = sorted({model.method for model in models}, key=str)
     styles = {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, method in enumerate(methods)}
     try:
-        with pictures.picture(path, (8, 4.2 * len(panels)), STYLE, ConstrainedLayoutEngine(h_pad=0.12)) as figure:
+        with pictures.picture(path, (8, 4.2 * len(panels)), STYLE) as figure:
             rows = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
             labels = [_draw_panel(axes, *key, panels[key], styles) for axes, key in zip(rows, panels, strict=True)]
-            figure.draw_without_rendering()  # settles where the points are
-            for axes, of_panel in zip(rows, labels, strict=True):
-                for text, at in of_panel:
-                    pictures.label_beside(axes, text, at, color=pictures.TEXT, fontsize=9)
+            pictures.label_points(figure, chain(*labels), color=pictures.TEXT, fontsize=9)
     except (OSError, ValueError) as error:
         raise UserError(f"--picture {path} cannot be written: {error}") from None
 
@@ -248,17 +243,17 @@ def _draw_panel(axes: "Axes", name: str, basis: str, models: list[ComparedModel]
         colour, marker = styles[method]
         axes.plot(x, y, color=colour, marker=marker, ls="-" if is_curve else "", lw=1.2, label=method or "evaluated")
         ends = ["" if is_curve else f" {model.name}" for model in mine]
-        labels += [(measure.label(v) + end, (u, v)) for end, u, v in zip(ends, x, y, strict=True)]
+        labels += [(axes, measure.label(v) + end, (u, v)) for end, u, v in zip(ends, x, y, strict=True)]
     baselines = sorted({float(f"{dense:.4g}") for _, dense, _ in all_values if dense is not None})
     axes.plot([0.0] * len(baselines), baselines, color=GREY, marker="_", ls="", markersize=12, mew=2, label="dense")
     values = [value for value, *_ in all_values] + baselines
     if name == "perplexity":
         pictures.scale_perplexity(axes, values)
-    axes.set_xlim(-1.5, max(2.0, *(x for _, (x, _) in labels)) * 1.08)
+    axes.set_xlim(-1.5, max(2.0, *(x for *_, (x, _) in labels)) * 1.08)
     axes.margins(y=0.14)
     for baseline in baselines:
         axes.axhline(baseline, color=GREY, lw=0.8, ls=":", zorder=1)
-        labels.append((measure.label(baseline), (0.0, baseline)))
+        labels.append((axes, measure.label(baseline), (0.0, baseline)))
     axes.set_title(f"{name.capitalize()}: {basis}")
     axes.set_ylabel(f"{name} ({measure.better} is better)")
     axes.set_xlabel("parameters removed, % of the whole model")

@@ -170,14 +170,11 @@ def _summarise(writer: Writer, written: list[Ids], losses: Tensor | None, settin
         perplexity = None if losses is None else (losses[rows].sum() / sum(len(written[i]) for i in rows)).exp().item()
         return Means(**measured, dense_perplexity=perplexity)
 
-    kinds = dict[str, list[int]]()
-    for i, prompt in enumerate(settings.prompts):
-        if prompt.kind:
-            kinds.setdefault(prompt.kind, []).append(i)
+    kinds = dict.fromkeys(prompt.kind for prompt in settings.prompts if prompt.kind)
     pairs = list(zip(settings.targets, (one.text for one in answers), strict=True)) if settings.targets else []
     return Answers(
         **vars(means([*range(len(answers))])),
-        by_kind={kind: means(rows) for kind, rows in kinds.items()},
+        by_kind={kind: means([i for i, one in enumerate(settings.prompts) if one.kind == kind]) for kind in kinds},
         exact_match=fmean(target.strip() == text.strip() for target, text in pairs) if pairs else None,
         rouge_l=_rouge_l(pairs) if pairs else None,
         texts=answers,

@@ -16,12 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.evaluate.answers import encode_prompts
 from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.settings import GYM, AnswerSettings, Message, Prompt, TaskSettings, did_you_mean
+from loraprune_ds.files import read_json
 from loraprune_ds.ranks.comm import Communicator
 
 ResultsAndSettings = tuple[dict[str, Any], dict[str, Any]]  # task -> metric -> value, and settings for the result
@@ -37,22 +36,7 @@ FEWSHOT, QUESTIONS = 3, 100
 # Question i has the seed SEED + i, so the seed of the examples must be far away.
 SEED, EXAMPLES_SEED = 0, 10**6
 ROOM = 8  # tokens beyond the longest right answer
-# The scorers of these tasks run the answer as Python, and a model can write anything.
-RUN_ANSWERS = [
-    "binary_matrix",
-    "countdown",
-    "intermediate_integration",
-    "n_queens",
-    "polynomial_multiplication",
-    "puzzle24",
-    "simple_integration",
-    "spiral_matrix",
-    "string_insertion",
-]
-UNSTABLE = ["isomorphic_strings", "knight_swap", "list_functions", "ransom_note", "word_ladder"]
-REFUSED_TASKS = dict.fromkeys(RUN_ANSWERS, "its scorer runs the answer as code") | dict.fromkeys(
-    UNSTABLE, "its questions differ from process to process, even with one seed"
-)
+REFUSED_TASKS = read_json(Path(__file__).with_name("refused_tasks.json"))  # of reasoning-gym, with the reasons
 
 
 def check_tasks(settings: TaskSettings) -> None:
@@ -127,23 +111,13 @@ def _run_lm_eval(settings: TaskSettings, writer: Writer, batch_size: int, comm: 
 
 def _model_on_ranks(writer: Writer, batch_size: int, comm: Communicator) -> Any:
     """Wraps a loaded model for lm-eval, which deals documents out to ranks only under `accelerate launch`."""
+    backend = "seq2seq" if writer.model.config.is_encoder_decoder else "causal"
     base: Any = _lm_eval(".models.huggingface").HFLM
-
-    class ModelOnRanks(base):
-        def __init__(self) -> None:
-            backend = "seq2seq" if writer.model.config.is_encoder_decoder else "causal"
-            super().__init__(writer.model, backend, tokenizer=writer.tokenizer, batch_size=batch_size)
-            self._rank = comm.rank
-            self._world_size = comm.world_size
-
-        def all_gather(self, tensor: Tensor) -> Tensor:
-            """Gathers a scalar from every rank: (world_size,)."""
-            return comm.all_gather(tensor.view(1)).flatten()
-
-        def barrier(self) -> None:
-            comm.barrier()
-
-    return ModelOnRanks()
+    made = base(writer.model, backend, tokenizer=writer.tokenizer, batch_size=batch_size)
+    made._rank, made._world_size = comm.rank, comm.world_size
+    made.all_gather = lambda tensor: comm.all_gather(tensor.view(1)).flatten()  # a scalar from each: (world_size,)
+    made.barrier = comm.barrier
+    return made
 
 
 def _expand(names: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Draws pictures in one style: the groups that every layer of a run kept, the training, and the sizes."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # they take a second to import, which only pictures need
 
     Groups = np.ndarray[Any, np.dtype[np.int64]]
 
+Label = tuple["Axes", str, tuple[float, float]]  # a text and its point
 # The colours of Okabe and Ito. They differ in grey and for every kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY_BLUE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 TEXT = "#444444"
@@ -49,9 +50,7 @@ PANELS: "dict[Kind, tuple[str, str]]" = {
 
 
 @contextmanager
-def picture(
-    path: Path, size: tuple[float, float], style: dict[str, Any] | None = None, layout: Any = "constrained"
-) -> Iterator["Figure"]:
+def picture(path: Path, size: tuple[float, float], style: dict[str, Any] | None = None) -> Iterator["Figure"]:
     """Yields an empty figure, and saves it at the end. Without pyplot it needs no display and no global state.
 
     Args:
@@ -61,7 +60,7 @@ def picture(
     from matplotlib.figure import Figure
 
     with styles.context([STYLE, style or {}]):
-        figure = Figure(figsize=size, layout=layout)
+        figure = Figure(figsize=size, layout="constrained")
         yield figure
         figure.align_ylabels()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,25 +79,27 @@ def scale_perplexity(axes: "Axes", values: Sequence[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def label_beside(axes: "Axes", text: str, at: tuple[float, float], **options: Any) -> None:
-    """Writes `text` at the place nearest to the point `at` that has no curve and no other label.
+def label_points(figure: "Figure", labels: Iterable[Label], **options: Any) -> None:
+    """Writes each text at the place nearest to its point that has no curve and no other label.
 
-    The figure must be laid out (`draw_without_rendering`), with all its curves. `options` are passed to `annotate`.
+    The figure must have all its curves. `options` are passed to `annotate`.
     """
     from matplotlib.patheffects import withStroke
 
-    taken, inside = [label.get_window_extent() for label in axes.texts], axes.get_window_extent()
-    curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
+    figure.draw_without_rendering()  # settles where the points are
     places = [((d * x, d * y), side) for d, (x, y, side) in product(DISTANCES, DIRECTIONS)]
     how: Any = {"xytext": (0, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-    label = axes.annotate(text, at, **how, **options)
-    label.set_path_effects([withStroke(linewidth=3, foreground="white")])  # makes it readable on a curve
-    for place, side in (*places, places[0]):  # the first one if none is free
-        label.set(position=place, ha=side)
-        box = label.get_window_extent()
-        hit = box.count_overlaps(taken) or any(curve.intersects_bbox(box, filled=False) for curve in curves)
-        if not hit and inside.contains(*box.min) and inside.contains(*box.max):
-            return
+    for axes, text, at in labels:
+        taken, inside = [label.get_window_extent() for label in axes.texts], axes.get_window_extent()
+        curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
+        label = axes.annotate(text, at, **how, **options)
+        label.set_path_effects([withStroke(linewidth=3, foreground="white")])  # makes it readable on a curve
+        for place, side in (*places, places[0]):  # the first one if none is free
+            label.set(position=place, ha=side)
+            box = label.get_window_extent()
+            hit = box.count_overlaps(taken) or any(curve.intersects_bbox(box, filled=False) for curve in curves)
+            if not hit and inside.contains(*box.min) and inside.contains(*box.max):
+                break
 
 
 def draw_kept_groups(path: Path, dense: "ModelShape", kept: "Sequence[LayerKeep]") -> None:
@@ -160,9 +161,7 @@ def _draw_counts(axes: "Axes", had: Sequence[int], have: Sequence[int], colour: 
 
 def draw_training(path: Path, history: History) -> None:
     """Draws loss, perplexity over the removed fraction, sparsity, seconds and bytes per rank, and marks the cuts."""
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    with picture(path, (10, 8.2), layout=ConstrainedLayoutEngine(h_pad=0.09)) as figure:
+    with picture(path, (10, 8.2), {"figure.constrained_layout.h_pad": 0.09}) as figure:
         grid = figure.add_gridspec(3, 2, height_ratios=(1.5, 1, 1))
         measured = [e for e in history.evaluations if math.isfinite(e.perplexity)]
         loss = figure.add_subplot(grid[0, 0] if measured else grid[0, :])
@@ -185,7 +184,8 @@ def draw_training(path: Path, history: History) -> None:
         for axes in (loss, weights, memory):
             axes.set_xlabel("step")
         if measured:
-            _draw_perplexity(figure.add_subplot(grid[0, 1]), history.cuts, measured)
+            labels = _draw_perplexity(figure.add_subplot(grid[0, 1]), history.cuts, measured)
+            label_points(figure, labels, color=VERMILION, in_layout=False)
 
 
 def _draw_loss(axes: "Axes", steps: Sequence[StepRecord], measured: Sequence[EvaluationRecord]) -> None:
@@ -200,8 +200,8 @@ def _draw_loss(axes: "Axes", steps: Sequence[StepRecord], measured: Sequence[Eva
     axes.margins(y=0.08)
 
 
-def _draw_perplexity(axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence[EvaluationRecord]) -> None:
-    """Draws held-out perplexity over the removed fraction, in the order of measurement."""
+def _draw_perplexity(axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence[EvaluationRecord]) -> list[Label]:
+    """Draws held-out perplexity over the removed fraction, in the order of measurement. Returns the points' labels."""
     removed = [100 * max((c.reached for c in cuts if c.step <= e.step), default=0.0) for e in measured]
     values = [e.perplexity for e in measured]
     axes.plot(removed, values, color=VERMILION, lw=1.2, marker="o", markersize=5)
@@ -210,13 +210,8 @@ def _draw_perplexity(axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence
     most = max(*removed, 1)
     axes.set(xlim=(-0.05 * most, 1.6 * most))  # with room for the labels of the last points
     axes.set(title="Perplexity, held-out text", xlabel="% of the decoder's linear layers removed")
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()  # settles where the points are
-    for x, evaluation in zip(removed, measured, strict=True):
-        if name := NAMES.get(evaluation.name):
-            text = f"{format_perplexity(evaluation.perplexity)} {name}"
-            label_beside(axes, text, (x, evaluation.perplexity), color=VERMILION, in_layout=False)
+    named = [(x, e) for x, e in zip(removed, measured, strict=True) if e.name in NAMES]
+    return [(axes, f"{format_perplexity(e.perplexity)} {NAMES[e.name]}", (x, e.perplexity)) for x, e in named]
 
 
 def _draw_sparsity(axes: "Axes", history: History) -> None:
@@ -246,7 +241,7 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
         return
     with picture(path, (7, 4)) as figure:
         axes = figure.subplots()
-        x, y, rows = zip(*points, strict=True)
+        x, y, _ = zip(*points, strict=True)
         axes.plot(x, y, color=VERMILION, lw=1.2, marker="o", markersize=5)
         if dense is not None:
             axes.axhline(dense, color=CUT, lw=1, ls=":", label=f"dense model: {format_perplexity(dense)}")
@@ -254,8 +249,9 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
         scale_perplexity(axes, y)
         axes.margins(x=0.3, y=0.25)
         axes.set(title="Sizes of one run", xlabel="parameters, millions", ylabel="perplexity, held-out text")
-        figure.draw_without_rendering()  # settles where the points are
-        for at, row in zip(zip(x, y, strict=True), rows, strict=True):
-            same = row.get("agreement")
-            text = f"{row['size']}: {format_perplexity(at[1])}" + (f", agrees {format_percent(same)}" if same else "")
-            label_beside(axes, text, at, color=TEXT)
+        label_points(figure, [(axes, _describe_size(row), (x, y)) for x, y, row in points], color=TEXT)
+
+
+def _describe_size(row: dict[str, Any]) -> str:
+    agrees = f", agrees {format_percent(row['agreement'])}" if row.get("agreement") else ""
+    return f"{row['size']}: {format_perplexity(row['perplexity'])}{agrees}"

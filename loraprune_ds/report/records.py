@@ -5,7 +5,6 @@ Reports, pictures and curves are made from these records.
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,9 +173,6 @@ class MetricsLog(Sink):
     def write(self, record: Record) -> None:
         self._file.write(_line(record))
         self._file.flush()
-
-    def flush(self) -> None:
-        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

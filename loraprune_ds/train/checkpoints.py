@@ -10,12 +10,14 @@ from loraprune_ds.checkpoint.save import drop_old, save_step
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import differences
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.files import flush
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.training import TrainingEngine
 from loraprune_ds.ranks.comm import Communicator, LocalWrites
 from loraprune_ds.ranks.device import device_name, peak_bytes
+from loraprune_ds.report.records import METRICS_FILE
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder, RunStatus
 from loraprune_ds.train.prepare import Prepared
 from loraprune_ds.train.recorder import RunRecorder
@@ -149,7 +151,8 @@ def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner,
         moment_tokens=pruner.moment_tokens,
     )
     context.check_owner()
-    context.recorder.flush()  # a checkpoint must not outlive the records of the steps before it
+    if model.comm.rank == 0:  # a checkpoint must not outlive the records of the steps before it
+        flush(context.folder / METRICS_FILE)
     save_step(pruner, engine.optimizer_state, root, state, resume)
     context.check_owner()
     keep_last, sizes = config.checkpoint.keep_last, prepared.pruning.ends()

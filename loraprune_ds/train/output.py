@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from traceback import format_exception_only
@@ -31,11 +31,11 @@ GO_ON = f"go on with --resume auto, or {CHOOSE}"
 SHARED_WAIT = 60.0  # seconds; a network file system may cache for half a minute that a file is missing
 
 
+@dataclass
 class EarlierRun:
     """Reads the files of an earlier start in a folder, each once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     @cached_property
     def config(self) -> dict[str, Any] | None:

@@ -136,9 +136,3 @@ class RunRecorder(records.Recorder):
         for sink in self.sinks:
             if isinstance(sink, ProgressDisplay):
                 sink.show(line)
-
-    def flush(self) -> None:
-        """Forces metrics.jsonl to the disk."""
-        for sink in self.sinks:
-            if isinstance(sink, records.MetricsLog):
-                sink.flush()

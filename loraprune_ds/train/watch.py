@@ -14,10 +14,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from torch.distributed import (
-    DistError,
-    TCPStore,  # pyright: ignore[reportPrivateImportUsage]
-)
+from torch.distributed import DistError, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.stop import is_alive

@@ -69,7 +69,7 @@ def test_the_wheel_has_every_module_config_and_json(wheel: Path) -> None:
     assert "loraprune_ds/model/modeling_pruned.py" in code
     assert len(given) > 15
     data = ("evaluate/prompts.jsonl", "evaluate/chats.json", "evaluate/answers.html", "report/pictures.mplstyle")
-    data += ("train/data/embedded_chats.jsonl",)
+    data += ("train/data/embedded_chats.jsonl", "evaluate/refused_tasks.json")
     assert {f"loraprune_ds/{name}" for name in data} <= files
     assert {f"loraprune_ds/export/{name}.txt" for name in ("model_card", "load_adapter", "load_gguf")} <= files
     assert "loraprune_ds/export/gguf_pre_tokenizers.json" in files
