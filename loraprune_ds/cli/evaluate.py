@@ -135,8 +135,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if tasks:
         comm.all_or_raise(lambda: check_tasks(tasks))
     with comm.patient() as waiting:
-        waiting.all_or_raise(lambda: list(map(find_model, models)) if is_first else None)
-        waiting.all_or_raise(lambda: read_evaluation_text(arguments) if is_first else None)
+        waiting.all_or_raise(lambda: [*map(find_model, models), read_evaluation_text(arguments)] if is_first else None)
     chosen = replace(chosen, text=comm.all_or_raise(lambda: read_evaluation_text(arguments)))
     bar = partial(tqdm, unit="batch", leave=False, disable=None if comm.rank == 0 else True)  # None: on a terminal
     measurements = evaluate(models, chosen, comm, bar)

@@ -130,12 +130,10 @@ def write_answers(
     kinds = [{"max_new_tokens": settings.max_new_tokens} | how for how in ({"do_sample": False}, sampling)]
     written = [[_write(writer, how, settings.seed, size, progress) for how in kinds] for writer in writers]
     dense = writers[1] if len(writers) > 1 else None
+    losses = dense and losses_of(dense.model)
 
     def read(writer: Writer, ids: list[Ids]) -> Tensor | None:
-        if dense is None:
-            return None
-        losses = losses_of(dense.model)
-        return torch.cat([losses(*batch).double().sum(1).cpu() for batch in _labelled(writer, ids, size)])
+        return losses and torch.cat([losses(*batch).double().sum(1).cpu() for batch in _labelled(writer, ids, size)])
 
     made: list[Generation] = []
     for writer, texts in zip(writers, written, strict=True):

@@ -33,7 +33,6 @@ from loraprune_ds.ranks.device import fast_half_products
 
 # transformers renamed this argument within the range that pyproject.toml allows.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-Round = tuple[float, float, int | None]  # seconds of prefill and of decode, and the peak in bytes
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,7 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
 
         check_device(dtype)
         require(not source.adapter, f"{path}: --sharded cannot merge an adapter; merge it into its base model first")
-    limits = path, source.pretrained.config.get("max_position_embeddings"), source.pretrained.shape.vocab_size
-    _, most, vocab_size = limits
+    most, vocab_size = source.pretrained.config.get("max_position_embeddings"), source.pretrained.shape.vocab_size
     lengths = [settings.window] if settings.text else []
     if settings.speed:
         lengths.append(settings.speed.prompt + settings.speed.generated)
@@ -152,10 +150,9 @@ def _prepare(path: str, settings: EvaluationSettings) -> PreparedModel:
         require(fits, f"{path} reads at most {most} tokens (max_position_embeddings), not {length}")
     tokenizer = load_tokenizer(source.tokenizer_folder)
     starts = text_starts(tokenizer, source.pretrained.shape.family, source.pretrained.config)
-    batches, size = list[Labelled](), settings.actual_batch_size
-    if text := settings.text:
-        how = settings.window, settings.max_windows
-        batches = split_batches(text.text, tokenizer, *how, starts, size, vocab_size)
+    how = settings.window, settings.max_windows, starts, settings.actual_batch_size, vocab_size
+    batches = split_batches(settings.text.text, tokenizer, *how) if settings.text else []
+    limits = path, most, vocab_size
     prompts = encode_prompts(settings.answers, tokenizer, limits, "--answers") if settings.answers else []
     return PreparedModel(source, dtype, tokenizer, starts, batches, prompts)
 
@@ -216,7 +213,6 @@ def _measure(
         if settings.tasks:
             tasks = run_tasks(settings.tasks, writer, settings.actual_batch_size, comm)
     dense = dense or source.dense_parameters
-    element_size = DTYPES[prepared.dtype].itemsize
     measurement = Measurement(
         path=source.path,
         kind=source.kind,
@@ -224,7 +220,7 @@ def _measure(
         model_type=shape.model_type,
         dtype=prepared.dtype,
         removed_fraction=None if dense is None else 1 - shape.total_numel() / dense,
-        cost=count_cost(shape, source.pretrained.config, settings.window, element_size),
+        cost=count_cost(shape, source.pretrained.config, settings.window, DTYPES[prepared.dtype].itemsize),
         perplexity=perplexity,
         tasks=tasks,
     )
@@ -263,8 +259,8 @@ def measure_speed(models: Sequence[PreTrainedModel], settings: SpeedSettings) ->
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> Round:
-    """Runs one round: reads `prompt` (1, tokens) and writes `generated` tokens."""
+def _run(model: PreTrainedModel, prompt: Tensor, generated: int) -> tuple[float, float, int | None]:
+    """Reads `prompt` (1, tokens) and writes `generated` tokens. Returns the seconds of both, and the peak in bytes."""
     token_ids = prompt.to(model.device)
     device: Any = torch.get_device_module(model.device)
     before = None

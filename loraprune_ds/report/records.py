@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from pydantic import BeforeValidator, TypeAdapter
 
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import json_text, write_text
 from loraprune_ds.units import format_bytes, format_duration, format_percent
 
@@ -195,10 +195,8 @@ def read_history(path: Path, last_step: int | None = None) -> History:
     Raises:
         UserError: the file does not exist, a line is damaged, or a step is missing. The message names file and line.
     """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+    require(path.is_file(), f"{path} does not exist")
+    text = path.read_text(encoding="utf-8", errors="replace")
     complete = text[: text.rfind("\n") + 1]  # a killed process may have left half a line after it
     records: list[Record] = []
     for number, line in enumerate(complete.splitlines(), start=1):

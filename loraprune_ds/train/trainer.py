@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,32 +25,25 @@ from loraprune_ds.train.data.samples import SampleOrder, Samples, rank_micro_bat
 from loraprune_ds.train.stop import NOTHING
 
 
+@dataclass
 class Trainer:
-    """Trains LoRA and calls the pruner at every step.
+    """Trains LoRA and calls the pruner at every step."""
 
-    Args:
-        current_request: returns the request of this rank (stop.py).
-        teacher: a separate engine with the source's decoder, stored by `model.frozen`, in evaluation mode. It has no
-            LoRA, is never scored, cut or saved, and draws no random numbers. It needs no head, because the student's
-            head is never cut.
-    """
+    engine: TrainingEngine
+    pruner: Pruner
+    samples: Samples
+    order: SampleOrder
+    config: RunConfig
+    current_request: Callable[[], int] = lambda: NOTHING  # returns the request of this rank (stop.py)
+    # A separate engine with the source's decoder, stored by `model.frozen`, in evaluation mode. It has no LoRA, is
+    # never scored, cut or saved, and draws no random numbers. It needs no head, because the student's is never cut.
+    teacher: Any = None
 
-    def __init__(
-        self,
-        engine: TrainingEngine,
-        pruner: Pruner,
-        samples: Samples,
-        order: SampleOrder,
-        config: RunConfig,
-        current_request: Callable[[], int] = lambda: NOTHING,
-        teacher: Any = None,
-    ) -> None:
-        self.engine, self.model, self.pruner = engine, engine.model, pruner
-        self.samples, self.order, self.config = samples, order, config
+    def __post_init__(self) -> None:
+        self.model, dtype = self.engine.model, self.config.model.dtype
         self.requested = NOTHING  # the largest request of any rank at the last step
-        self.pruning_steps = PruningSteps(self.model, pruner, config.model.dtype)
-        self._current_request, self.teacher = current_request, teacher
-        self._peak_flops = peak_flops(device_name(), config.model.dtype)
+        self.pruning_steps = PruningSteps(self.model, self.pruner, dtype)
+        self._peak_flops = peak_flops(device_name(), dtype)
 
     def step(self, step: int) -> StepRecord:
         """Makes an optimizer step, counted from 1: forward and backward passes, scores, update."""
@@ -61,7 +55,7 @@ class Trainer:
         flops = tokens * needed_flops_per_token(self.model.shape, sum(length**2 for length in texts) / tokens)
         with self.pruner.record_step(step):
             loss = self._accumulate(step, batch, supervised)
-            numbers = self.pruning_steps.exchange(loss, self._current_request())
+            numbers = self.pruning_steps.exchange(loss, self.current_request())
             self.pruning_steps.score(step, numbers, numbers.own)
         skipped = not self.pruning_steps.scored
         grad_norm = self.engine.update(skipped=skipped)
@@ -160,8 +154,7 @@ def _build_trainer(context: RunContext) -> Trainer:
     pruner = Pruner(engine.model, prepared.pruning, config.seed)
     if checkpoint:
         checkpoint.restore_pruner(pruner)
-    current = context.requests.current
-    return Trainer(engine, pruner, prepared.samples, prepared.order, config, current, teacher)
+    return Trainer(engine, pruner, prepared.samples, prepared.order, config, context.requests.current, teacher)
 
 
 def _evaluation_after(step: int, schedule: Schedule, every: int | None) -> EvaluationName | None:

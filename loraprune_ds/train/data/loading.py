@@ -54,7 +54,8 @@ def make_format(source: DataSource, tokenizer: PreTrainedTokenizerBase, starts: 
         case "seq2seq":
             return make_pairs(lambda row: (_text_of(row, source.source_field), _text_of(row, source.target_field)))
         case "instruction":
-            return make_pairs(partial(_instruction, source=source))
+            fields = source.prompt_field, source.input_field, source.response_field
+            return make_pairs(lambda row: tokens.make_instruction(*(_text_of(row, field) for field in fields)))
     template = tokens.ChatTemplate(tokenizer)
     if starts.target is not None:
         return make_pairs(lambda row: template.last_turn(tokens.read_chat(row)))
@@ -70,7 +71,6 @@ def _pairs(
     read: Callable[[TextRow], tokens.Instruction], tokenizer: PreTrainedTokenizerBase, starts: Starts
 ) -> RowFormat:
     """Reads rows as prompt and answer: source and target of an encoder-decoder, where both must have text."""
-
     tokenize = partial(tokens.tokenize_instructions, tokenizer=tokenizer, start=starts.target)
 
     def named(row: TextRow) -> dict[str, str]:
@@ -83,11 +83,6 @@ def _pairs(
     if starts.target is None:
         return RowFormat(lambda row: "".join(read(row)), read, tokenize)
     return RowFormat(lambda row: json.dumps(named(row)), read, tokenize, check)
-
-
-def _instruction(row: TextRow, source: DataSource) -> tokens.Instruction:
-    about = "" if source.input_field is None else _text_of(row, source.input_field)
-    return tokens.make_instruction(_text_of(row, source.prompt_field), about, _text_of(row, source.response_field))
 
 
 def load_samples(
@@ -253,8 +248,8 @@ def _split_tail(text: str, fraction: float) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _text_of(row: TextRow, field: str) -> str:
-    value = row.get(field)
+def _text_of(row: TextRow, field: str | None) -> str:
+    value = None if field is None else row.get(field)
     if not isinstance(value, str | None):
         raise UserError(f"field {field!r} must be text; a row has {value!r:.80}")
     return value or ""  # real data has rows with gaps

@@ -88,16 +88,11 @@ def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: 
     """Returns labels: the ids of tokens that overlap a span of characters, IGNORE_INDEX for the others.
 
     Args:
-        offsets: the half-open range of characters of each token. Offsets and spans ascend.
+        offsets: the half-open range of characters of each token.
     """
-    labels, first = [IGNORE_INDEX] * len(ids), 0
-    for begin, end in spans:
-        while first < len(ids) and offsets[first][1] <= begin:
-            first += 1
-        while first < len(ids) and offsets[first][0] < end:
-            labels[first] = ids[first]
-            first += 1
-    return labels
+    begins, ends = np.reshape(offsets, (-1, 2)).T
+    learnt = [(begins < end) & (begin < ends) for begin, end in spans]
+    return np.where(np.any(learnt, axis=0), ids, IGNORE_INDEX).tolist()
 
 
 def tokenize_instructions(
@@ -128,14 +123,13 @@ class Chat:
     context: int = 0
 
 
-def chat_fields(known: Iterable[str], source: DataSource) -> list[str]:
+def chat_fields(known: set[str], source: DataSource) -> list[str]:
     """Returns the fields that hold conversations. Raises UserError if there are none."""
-    present = set(known)
-    fields = next((fields for fields in CHAT_FIELDS if present.issuperset(fields)), None)
+    fields = next((fields for fields in CHAT_FIELDS if known.issuperset(fields)), None)
     if fields is None:
         lacking = f"{source.path} has none of messages, conversations, and prompt with completion"
-        raise UserError(f"{source.section}.format chat: {lacking}; it has {', '.join(sorted(present))}")
-    return [*fields, *present.intersection([TOOLS])]
+        raise UserError(f"{source.section}.format chat: {lacking}; it has {', '.join(sorted(known))}")
+    return [*fields, *known.intersection([TOOLS])]
 
 
 def read_chat(row: Mapping[str, Any]) -> Chat:
