@@ -212,12 +212,10 @@ def _quality_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
     if pruned.get("tasks"):
         for metric, name in (("acc", "accuracy"), ("exact_match", "exact match of written answers")):
             means = [mean_metric(model["tasks"], metric) for model in models]
-            count = len(tasks_with(pruned["tasks"], metric))
-            if count:
+            if count := len(tasks_with(pruned["tasks"], metric)):
                 yield (name, *(format_percent(mean) for mean in means if mean is not None), _plural(count, "task"))
-    if pruned.get("answers"):
-        if closeness := pruned["answers"]["closeness"]:
-            yield "same most probable token", "-", format_percent(closeness["agreement"]), ""
+    if closeness := (pruned.get("answers") or {}).get("closeness"):
+        yield "same most probable token", "-", format_percent(closeness["agreement"]), ""
 
 
 def _answer_lines(report: dict[str, Any]) -> Iterable[str]:
