@@ -45,14 +45,9 @@ class LayerSource(Protocol):
     """A pruned model, read layer by layer: a step (checkpoint/load.py), or a live one (hf/layers.py)."""
 
     @property
-    def shape(self) -> ModelShape: ...
-
-    @property
     def exported(self) -> ExportedConfig: ...
-
     @property
     def dense_folder(self) -> Path: ...  # config.json, tokenizer and settings of the dense model, at least on rank 0
-
     @property
     def tower(self) -> Tower | None: ...
 
@@ -78,12 +73,13 @@ def write_model(source: LayerSource, folder: Path, card: ModelCard, ranks: Commu
     """Fills a staging folder. Rank r writes files r, r + ranks, ... Each holds a layer. Collective.
 
     Args:
+        card: describes the model of `source`.
         merge: as in `LayerSource.files`.
 
     Raises:
         RunError: a rank cannot write. Or UserError: a weight cannot be read.
     """
-    shape, tower = source.shape, source.tower
+    shape, tower = card.pruned, source.tower
     own = len(shape.layers) + 1
     count = own + (tower is not None)
     paths = [folder / f"model-{k + 1:05d}-of-{count:05d}.safetensors" for k in range(count)]  # transformers' names
@@ -225,10 +221,8 @@ def cut_mtp(folder: Path, pruned: ModelShape) -> ModelWeights:
     fits = one.layers != () and one.resized(counts).parameters() == left.parameters()
     is_cut = fits and all(counts[0][kind] <= n for kind, n in one.counts[0].items())
     require(is_cut, f"{folder} is not the dense model: its sizes do not fit the pruned model")
-    own = replace(
-        one.only([0] * count),
-        outer=tuple(TensorSpec(name, shape=x) for name, (x, *_) in headers.items() if not name.startswith(IN_FILE)),
-    )
+    outer = tuple(TensorSpec(name, shape=x) for name, (x, *_) in headers.items() if not name.startswith(IN_FILE))
+    own = replace(one.only([0] * count), outer=outer)
     try:
         names = {name.replace(IN_FILE, LAYERS): name for name in headers}
         weights = check_weights(folder, headers, names, own)
