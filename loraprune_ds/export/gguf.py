@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
-from gguf.constants import MODEL_ARCH_NAMES
+from gguf import GGML_QUANT_VERSION, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
 from gguf.quants import quant_shape_to_byte_shape
 
 from loraprune_ds.errors import UserError
@@ -44,9 +43,7 @@ def write_gguf(pretrained: PretrainedModel, path: Path, precision: Precision, na
     for key, method in (NUMBERS | (GROUPS if architecture.grouped else {})).items():
         if (value := getattr(config, key, None)) is not None:
             getattr(writer, method)(value)
-    factors = None
-    if (rope := getattr(config, "rope_parameters", None)) is not None:
-        factors = _add_rope(writer, rope, shape.head_dim, architecture, folder)
+    factors = _add_rope(writer, config, shape.head_dim, architecture, folder)
     remarks += add_tokenizer(writer, pretrained.folder, shape.vocab_size)
     _write(writer, pretrained, tensors, factors)
     halves = sum(tensor.type is GGMLQuantizationType.F16 for tensor in tensors)
@@ -117,10 +114,10 @@ def _add_sizes(writer: GGUFWriter, config: Any, shape: ModelShape, architecture:
         writer.add_value_length_mla(config.v_head_dim)
 
 
-def _add_rope(
-    writer: GGUFWriter, rope: dict[str, Any], head_dim: int, architecture: Architecture, where: str
-) -> Array | None:
-    """Writes `rope_parameters` of the config. Returns the tensor `rope_freqs.weight` if the scaling needs one."""
+def _add_rope(writer: GGUFWriter, config: Any, head_dim: int, architecture: Architecture, where: str) -> Array | None:
+    """Writes `rope_parameters`, if it has them. Returns the tensor `rope_freqs.weight` if the scaling needs one."""
+    if (rope := getattr(config, "rope_parameters", None)) is None:
+        return None
     # Gemma 3 has parameters for each kind of layer, and scales only full attention.
     full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention")
     rope_type = full["rope_type"]

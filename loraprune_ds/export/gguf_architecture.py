@@ -19,7 +19,9 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import text_config
 
 QKV = frozenset(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+QUERIES, ROTARY = ("self_attn.q_proj",), ("self_attn.q_proj", "self_attn.k_proj")
 LINEARS = QKV | {"self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+SIGMOID, SOFTMAX = ExpertGatingFuncType.SIGMOID, ExpertGatingFuncType.SOFTMAX
 # A fused linear -> its parts, which are separate in llama.cpp.
 PARTS = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -89,12 +91,13 @@ LATENT = Architecture(
     MODEL_ARCH.DEEPSEEK2,
     ropes=("default", "yarn"),
     only={"rope_interleave": True, "rms_norm_eps": 1e-6},  # the norms of latents have that epsilon
-    gating=ExpertGatingFuncType.SIGMOID,
+    gating=SIGMOID,
     grouped=True,
     lite=(26, 27),
 )
 # llama.cpp's t5 measures distances up to 128, and each layer may have a table of biases.
 T5_ARCH = Architecture(MODEL_ARCH.T5, activations=("relu", "gated-gelu"), only={"relative_attention_max_distance": 128})
+GRANITE = Architecture(MODEL_ARCH.GRANITE, neighbours=True, only={"position_embedding_type": "rope"})
 GEMMA_ARCH = Architecture(MODEL_ARCH.GEMMA, activations=("gelu_pytorch_tanh",), norm_offset=1.0)
 ARCHITECTURES: dict[str, Architecture] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "phi3"), LLAMA_ARCH),
@@ -105,16 +108,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mixtral": replace(LLAMA_ARCH, unequal=None),
     "qwen3_moe": Architecture(MODEL_ARCH.QWEN3MOE, only={"norm_topk_prob": True, "mlp_only_layers": []}),
     "qwen2_moe": Architecture(
-        MODEL_ARCH.QWEN2MOE,
-        biases=QKV,
-        square=("self_attn.q_proj",),
-        only={"norm_topk_prob": False, "mlp_only_layers": []},
+        MODEL_ARCH.QWEN2MOE, biases=QKV, square=QUERIES, only={"norm_topk_prob": False, "mlp_only_layers": []}
     ),
-    "olmoe": Architecture(
-        MODEL_ARCH.OLMOE,
-        square=("self_attn.q_proj", "self_attn.k_proj"),
-        only={"norm_topk_prob": False, "clip_qkv": None},
-    ),
+    "olmoe": Architecture(MODEL_ARCH.OLMOE, square=ROTARY, only={"norm_topk_prob": False, "clip_qkv": None}),
     "granitemoe": Architecture(MODEL_ARCH.GRANITE_MOE, neighbours=True),
     "gpt_oss": Architecture(
         MODEL_ARCH.GPT_OSS,
@@ -124,30 +120,25 @@ ARCHITECTURES: dict[str, Architecture] = {
         only={"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
         in_turn=True,
     ),
-    "glm4_moe": Architecture(
-        MODEL_ARCH.GLM4_MOE, biases=QKV, only={"n_group": 1}, partial=True, gating=ExpertGatingFuncType.SIGMOID
-    ),
-    "dots1": Architecture(MODEL_ARCH.DOTS1, only={"n_group": 1}, gating=ExpertGatingFuncType.SIGMOID),
-    "exaone_moe": Architecture(
-        MODEL_ARCH.EXAONE_MOE, window_period=4, only={"n_group": 1}, gating=ExpertGatingFuncType.SIGMOID
-    ),
+    "glm4_moe": Architecture(MODEL_ARCH.GLM4_MOE, biases=QKV, only={"n_group": 1}, partial=True, gating=SIGMOID),
+    "dots1": Architecture(MODEL_ARCH.DOTS1, only={"n_group": 1}, gating=SIGMOID),
+    "exaone_moe": Architecture(MODEL_ARCH.EXAONE_MOE, window_period=4, only={"n_group": 1}, gating=SIGMOID),
     "deepseek_v3": LATENT,
     # llama.cpp uses rms_norm_eps 1e-5 in the norms of latents, too. transformers has 1e-6 there.
     "glm4_moe_lite": replace(LATENT, ropes=("default",), only={"rope_interleave": True}),
     "deepseek_v2": replace(
         LATENT,
         only={"topk_method": "greedy", "norm_topk_prob": False, "rms_norm_eps": 1e-6},
-        gating=ExpertGatingFuncType.SOFTMAX,
+        gating=SOFTMAX,
         grouped=False,
     ),
-    "ernie4_5_moe": Architecture(MODEL_ARCH.ERNIE4_5_MOE, gating=ExpertGatingFuncType.SOFTMAX),
-    "minimax_m2": Architecture(MODEL_ARCH.MINIMAXM2, partial=True, gating=ExpertGatingFuncType.SIGMOID),
+    "ernie4_5_moe": Architecture(MODEL_ARCH.ERNIE4_5_MOE, gating=SOFTMAX),
+    "minimax_m2": Architecture(MODEL_ARCH.MINIMAXM2, partial=True, gating=SIGMOID),
     "qwen3_5_text": DELTA,
     "qwen3_5_moe_text": replace(DELTA, uniform=MODEL_ARCH.QWEN35MOE),
-    "granite": Architecture(MODEL_ARCH.GRANITE, neighbours=True),
-    "granitemoehybrid": Architecture(MODEL_ARCH.GRANITE, neighbours=True, only={"position_embedding_type": "rope"}),
-    "lfm2": Architecture(MODEL_ARCH.LFM2, square=("self_attn.q_proj",), short=True),
-    "cohere": Architecture(MODEL_ARCH.COMMAND_R, square=("self_attn.q_proj",), only={"use_qk_norm": False}),
+    **dict.fromkeys(("granite", "granitemoehybrid"), GRANITE),
+    "lfm2": Architecture(MODEL_ARCH.LFM2, square=QUERIES, short=True),
+    "cohere": Architecture(MODEL_ARCH.COMMAND_R, square=QUERIES, only={"use_qk_norm": False}),
     "jais2": Architecture(
         MODEL_ARCH.JAIS2, biases=LINEARS, activations=("relu2",), only={"attention_bias": True, "mlp_bias": True}
     ),

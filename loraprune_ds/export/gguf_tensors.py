@@ -12,12 +12,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, get_tensor_name_map, quants
-from gguf.constants import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map, quants
 from torch import Tensor
 
 from loraprune_ds.errors import UserError
-from loraprune_ds.export.gguf_architecture import PARTS, Architecture
+from loraprune_ds.export.gguf_architecture import PARTS, ROTARY, Architecture
 from loraprune_ds.export.gguf_tokenizer import FORMATS_LEFT
 from loraprune_ds.model.experts import CORRECTION
 from loraprune_ds.model.frozen import Pieces
@@ -33,7 +32,6 @@ RELATIVE_BIAS = ".attn_rel_b"
 ROUTER, SHARED_GATE = ".ffn_gate_inp", ".ffn_gate_inp_shexp"
 CONVOLUTIONS = (".ssm_conv1d", ".shortconv.conv")
 DELTA_NET, GATED_NORM, A_LOG = "linear_attn.", "linear_attn.norm", ".A_log"
-ROTARY = ("self_attn.q_proj", "self_attn.k_proj")
 BIAS = "_proj_bias"  # end of the names of biases with a row per expert
 # The last name of a stack -> its parts in llama.cpp. A stock GGUF converter gives the tensors these names, too.
 EXPERT_PARTS = {"gate_up": ("mlp.experts.gate_proj", "mlp.experts.up_proj"), "down": ("mlp.experts.down_proj",)}
@@ -184,18 +182,14 @@ def _fused_parts(names: list[str], spec: TensorSpec) -> Iterator[SourcePart]:
 
 def _expert_parts(prefix: str, spec: TensorSpec, in_turn: bool) -> Iterator[SourcePart]:
     """Splits a stack of experts, or its biases. If `in_turn`, outputs of gate and up alternate."""
-    experts, is_bias, size = spec.runs[0].groups, spec.stack is None, spec.shape
-    transposed = spec.stack is not None and spec.stack.transposed
-    one = size[1:] if is_bias else (size[0] // experts, size[1])
+    experts, size, transposed = spec.runs[0].groups, spec.shape, bool(spec.stack and spec.stack.transposed)
+    kind, one = ("weight", (size[0] // experts, size[1])) if spec.stack else ("bias", size[1:])
     outputs, *inputs = reversed(one) if transposed else one
     parts = EXPERT_PARTS[spec.linear.removesuffix(BIAS).rpartition(".")[2]]
     each = outputs // len(parts)
     for i, part in enumerate(parts):
         take = slice(i, None, len(parts)) if in_turn else slice(i * each, (i + 1) * each)
-        name, along = (
-            f"{prefix}{part}.{'bias' if is_bias else 'weight'}",
-            (slice(None), take) if transposed else (take,),
-        )
+        name, along = f"{prefix}{part}.{kind}", (slice(None), take) if transposed else (take,)
         yield SourcePart(name, (experts, each, *inputs), one, along, experts, transposed)
 
 
