@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
@@ -26,7 +25,7 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import MTP
-from loraprune_ds.model.weight_files import read_headers
+from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS, read_headers, write_weight_file
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report import records
 from loraprune_ds.units import format_bytes
@@ -85,7 +84,7 @@ def write_adapter(step: TrainingCheckpoint, folder: Path) -> None:
         for layer in range(len(shape.layers))
         for name, tensor in as_in_peft(step.lora(layer), shape.layers[layer].linears).items()
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_weight_file(folder / ADAPTER_WEIGHTS, tensors)
     write_json(folder / ADAPTER_FILE, _adapter_config(step.config.lora, shape))
 
 

@@ -106,9 +106,8 @@ def write_model_card(folder: Path, card: ModelCard, exported: ExportedConfig) ->
     text = TEMPLATES.get_template("model_card.txt").render(
         card=card,
         exported=exported,
-        asked=format_percent(card.asked),
-        removed=_removed,
-        perplexity=_perplexity,
+        percent=format_percent,
+        perplexity=format_perplexity,
         others=TITLES[card.pruned.kinds[-1]],
         architecture=architecture_name(exported.config, card.pruned),
         layers="\n".join(_layer_rows(card.pruned)),
@@ -181,14 +180,6 @@ def write_model_index(card_file: Path, name: str, run: Path, results: Sequence[P
         before, heading, after = card.text.partition(LOAD_HEADING)
         card.text = f"{before.rstrip()}\n\n{answers_section(answered)}{heading}{after}"
     card.save(card_file)
-
-
-def _removed(dense: int, pruned: int) -> str:
-    return f"{dense:,} | {pruned:,} | {1 - pruned / dense:.2%}"
-
-
-def _perplexity(value: float | None) -> str:
-    return "not measured" if value is None else format_perplexity(value)
 
 
 def _layer_rows(shape: ModelShape) -> list[str]:
