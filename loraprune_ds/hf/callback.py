@@ -26,6 +26,7 @@ from loraprune_ds.files import remove_folder
 from loraprune_ds.hf.checkpoint import FOLDER, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.hf.live import check_arguments, check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
+from loraprune_ds.pruning.prunable_model import is_sharded
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
@@ -53,7 +54,6 @@ class LoraPruneCallback(TrainerCallback):
         self._checkpoint: PruningCheckpoint | None = None
         self._tokenizer: Any = None
         self._output_dir = "."
-        self._save_total_limit: int | None = None
         self._guard: RemovableHandle | None = None
         self._ds_config: dict[str, Any] | None = None
         self._stand_in: tempfile.TemporaryDirectory[str] | None = None  # of a checkpoint, for the Trainer
@@ -154,8 +154,8 @@ class LoraPruneCallback(TrainerCallback):
         if checkpoint and checkpoint.is_foreign:
             _advance(more["lr_scheduler"], checkpoint.state.adam["step"])
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
-        self._save_total_limit = args.__dict__.pop(LIMIT, args.save_total_limit)  # a failed training may have left it
-        args.__dict__[LIMIT], args.save_total_limit = self._save_total_limit, None
+        args.__dict__.setdefault(LIMIT, args.save_total_limit)  # a failed training may have left it
+        args.save_total_limit = None
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.pruning.begin_step()
@@ -182,7 +182,7 @@ class LoraPruneCallback(TrainerCallback):
         self.pruning.save(folder)
         if args.should_save:
             spared = state.best_model_checkpoint or str(folder)  # otherwise the newest, in case files have no times
-            rotate_checkpoints(str(args.output_dir), self._save_total_limit, spared, use_mtime=True)
+            rotate_checkpoints(str(args.output_dir), args.__dict__[LIMIT], spared, use_mtime=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Writes the results and detaches from the engine. The model can still be saved."""
@@ -195,7 +195,7 @@ class LoraPruneCallback(TrainerCallback):
 
     def _refuse_load(self, module: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
         own = dict(module.named_parameters())
-        in_engine = all(hasattr(parameter, "ds_id") for parameter in own.values())
+        in_engine = all(map(is_sharded, own.values()))
         of_smaller = any(tensor.shape != own[name].shape for name, tensor in state.items() if name in own)
         if (in_engine or of_smaller) and self._checkpoint is None:
             raise UserError(f"a checkpoint is loaded, but pruning does not resume from it: {RESUME}")

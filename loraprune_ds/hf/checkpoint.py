@@ -23,7 +23,6 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import SCHEDULER_NAME
 
 from loraprune_ds.checkpoint import layout
-from loraprune_ds.checkpoint.layout import STATE_FILE
 from loraprune_ds.checkpoint.load import keep_from_lists, open_refits, read_flat, restore_pruner
 from loraprune_ds.checkpoint.save import Staging, write_tensors
 from loraprune_ds.config import PruneConfig
@@ -130,7 +129,7 @@ def write_pruning(folder: Path, state: PruningState, pruner: Pruner, history: Hi
     state = replace(state, adam=adam and describe_adam(adam))
     with Staging(pruner.model.comm, folder / FOLDER, "pruning") as staging:
         if pruner.model.rank == 0:
-            staging.write(STATE_FILE, lambda path: path.write_text(json_text(state)))
+            staging.write(layout.STATE_FILE, lambda path: path.write_text(json_text(state)))
             staging.write(METRICS_FILE, lambda path: write_history(path, history))
         write_tensors(staging, pruner, adam)
         fail_point("save.pruning_written")
@@ -211,13 +210,11 @@ def _check_foreign(checkpoint: Path, state: PruningState, model: PeftModel, *, z
 
 
 def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState:
-    path = folder / FOLDER / STATE_FILE
+    path = folder / FOLDER / layout.STATE_FILE
     state = layout.read_record(path, PruningState)
     state = replace(state, prune=layout.recorded_config({"output_dir": str(folder), "prune": state.prune}, path).prune)
-    defaults, saved = asdict(PruneConfig()), asdict(state.prune)
-    different = [  # settings with their default value come from the checkpoint
-        key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])
-    ]
+    defaults, saved = asdict(PruneConfig()), asdict(state.prune)  # a default value leaves the choice to the checkpoint
+    different = [key for key, value in asdict(config).items() if value not in (defaults[key], saved[key])]
     require(not different, f"{folder} was saved with other settings: {', '.join(different)}")
     layout.verify(folder / FOLDER, part=comm.rank, parts=comm.world_size)
     return state

@@ -3,19 +3,17 @@
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
 from loraprune_ds.errors import require
-from loraprune_ds.hf.live import live_shape
+from loraprune_ds.hf.live import find_peft_model, live_shape
 from loraprune_ds.local.model import LocalModel, check_optimizer
 from loraprune_ds.pruning.prunable_model import PrunableModel
 
 
-def find_engine(
-    model: nn.Module, peft_model: PeftModel, optimizer: Any, ds_config: dict[str, Any] | None
-) -> PrunableModel:
+def find_engine(model: nn.Module, optimizer: Any, ds_config: dict[str, Any] | None) -> PrunableModel:
     """Connects the pruner with the weights and the optimizer of a training. Raises UserError if they cannot be cut."""
+    peft_model = find_peft_model(model)
     ds_config = ds_config or getattr(model, "config", None)  # of DeepSpeed's engine. PEFT's has another type
     inner = unwrapped(optimizer)
     if isinstance(ds_config, dict) or is_deepspeed(inner):
@@ -31,11 +29,8 @@ def find_engine(
     devices = sorted({str(parameter.device) for parameter in peft_model.parameters()})
     require(len(devices) == 1, f"the model is spread over {', '.join(devices)}; load it onto one device, or use ZeRO-3")
     halves = {p.dtype for n, p in peft_model.named_parameters() if ".lora_" in n and p.requires_grad} - {torch.float32}
-    require(
-        not halves,
-        f"LoRA is in {', '.join(map(str, halves))} without ZeRO-3's fp32 copies, so small updates would be lost; "
-        "call get_peft_model with autocast_adapter_dtype=True",
-    )
+    lost = f"LoRA is in {', '.join(map(str, halves))} without ZeRO-3's fp32 copies, so small updates would be lost"
+    require(not halves, f"{lost}; call get_peft_model with autocast_adapter_dtype=True")
     check_optimizer(inner)
     return LocalModel(peft_model, live_shape(peft_model), inner, getattr(optimizer, "scaler", None))
 

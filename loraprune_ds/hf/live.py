@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import UserError, require
+from loraprune_ds.errors import require
 from loraprune_ds.model.adapters import ADAPTER, base_parameter, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.base import Family
@@ -26,7 +26,7 @@ from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import LayerCounts, LayerSpec
 from loraprune_ds.model.read_shape import read_model, shape_from_config
 from loraprune_ds.model.shape import ModelShape
-from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape
+from loraprune_ds.pruning.prunable_model import full_shape, is_sharded
 from loraprune_ds.pruning.step import Pruner
 
 
@@ -50,7 +50,7 @@ def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UserError: the model is already sharded.
     """
-    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    sharded = any(map(is_sharded, model.parameters()))
     require(not sharded, "unshare_bias: the model is sharded; load it before you make TrainingArguments")
     shape, made = read_model(model.config.to_dict() | _tied(model), type(model).__name__)
     tensors = model.state_dict()
@@ -65,8 +65,7 @@ def find_peft_model(model: nn.Module) -> PeftModel:
     inner: Any = model
     while not isinstance(inner, PeftModel) and hasattr(inner, "module"):
         inner = inner.module
-    if not isinstance(inner, PeftModel):
-        raise UserError(f"pruning needs a PEFT model with LoRA; this is a {type(inner).__name__}")
+    require(isinstance(inner, PeftModel), f"pruning needs a PEFT model with LoRA; this is a {type(inner).__name__}")
     return inner
 
 
@@ -170,13 +169,10 @@ def check_one_dtype(model: nn.Module) -> None:
 
     PEFT makes LoRA fp32 by default, but not `modules_to_save`.
     """
-    born_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
-    require(
-        not born_sharded or len(dtypes) < 2,
-        f"trained weights are in {' and '.join(dtypes)}, but ZeRO-3 needs one dtype for its buffer; "
-        "call get_peft_model with autocast_adapter_dtype=False",
-    )
+    several = f"trained weights are in {' and '.join(dtypes)}, but ZeRO-3 needs one dtype for its buffer"
+    fits = len(dtypes) < 2 or not any(map(is_sharded, model.parameters()))
+    require(fits, f"{several}; call get_peft_model with autocast_adapter_dtype=False")
 
 
 def check_model(model: PeftModel) -> None:
@@ -223,11 +219,10 @@ def _check_others(model: PeftModel, shape: ModelShape) -> None:
     cut_along = tuple(f".{name.rpartition('.')[0]}" for name in others)
     for name, module in model.named_modules():
         name = name.removeprefix("base_model.model.")
-        require(
-            not isinstance(module, BaseTunerLayer) or id(module) in pruned,
-            f"{name} has LoRA, which an export would lose: only linears of the decoder layers may have it. Use "
-            "target_modules=linear_names(model), and modules_to_save for other modules",
-        )
+        exported = not isinstance(module, BaseTunerLayer) or id(module) in pruned
+        where = f"{name} has LoRA, which an export would lose: only linears of the decoder layers may have it"
+        advice = "Use target_modules=linear_names(model), and modules_to_save for other modules"
+        require(exported, f"{where}. {advice}")
         if not isinstance(module, AuxiliaryTrainingWrapper):
             continue
         require(isinstance(module, ModulesToSaveWrapper), f"{name}: trainable_token_indices are not supported")
@@ -246,15 +241,15 @@ class ForwardWatch:
         active: an optimizer step is open.
     """
 
-    def __init__(self, peft_model: PeftModel, model: PrunableModel, pruner: Pruner) -> None:
+    def __init__(self, pruner: Pruner) -> None:
         self.active = False
         self._pruner = pruner
-        self._tokens = torch.zeros((), dtype=torch.int64, device=model.device)
-        self._recording = ExitStack()
-        self._layer_lists = model.shape.family.layer_lists
-        self._hooks = ExitStack()
+        self._tokens = torch.zeros((), dtype=torch.int64, device=pruner.model.device)
+        self._recording, self._hooks = ExitStack(), ExitStack()
+        self._layer_lists = pruner.model.shape.family.layer_lists
+        base = cast(PeftModel, pruner.model.module).get_base_model()
         for layers in self._layer_lists:
-            module = peft_model.get_base_model().get_submodule(layers.path.rpartition(".")[0])
+            module = base.get_submodule(layers.path.rpartition(".")[0])
             self._hooks.enter_context(module.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._hooks.enter_context(module.register_forward_hook(self._end, always_call=True))
 

@@ -79,7 +79,7 @@ class Pruning:
             require(saved.seed == seed, f"the checkpoint's seed is {saved.seed}, not {seed}")
         self.peft_model = peft_model = find_peft_model(model)
         check_model(peft_model)
-        self.model = find_engine(model, peft_model, optimizer, ds_config)
+        self.model = find_engine(model, optimizer, ds_config)
         if checkpoint and checkpoint.is_foreign:
             checkpoint.restore_lora(self.model)
         dense = checkpoint.dense if checkpoint else self.model.shape
@@ -91,7 +91,7 @@ class Pruning:
         history, is_first = checkpoint.restore(self.pruner) if checkpoint else records.History(), self.model.rank == 0
         self.recorder = records.Recorder(history, sinks if is_first else ())
         self._scorer = PruningSteps(self.model, self.pruner, "float16" if self.model.skips_updates else self.dtype)
-        self._forward = ForwardWatch(peft_model, self.model, self.pruner)
+        self._forward = ForwardWatch(self.pruner)
         self._recording = ExitStack()
         self._began = 0.0
         self._update: tuple[float, RankNumbers] | None = None  # learning rate and rank numbers of the open step
@@ -130,26 +130,25 @@ class Pruning:
         self._recording.close()
         self._forward.active, self._update = False, None
         self.step = step
-        self.recorder.write(
-            records.StepRecord(
-                step=step,
-                loss=loss,
-                learning_rate=learning_rate,
-                grad_norm=None if skipped else self.model.gradient_norm(),
-                sparsity=self.reached,
-                tokens=tokens,
-                seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                weight_bytes=self._scorer.weight_bytes,
-                resident_bytes=numbers.resident_bytes,
-                skipped=skipped,
-            )
+        record = records.StepRecord(
+            step=step,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=None if skipped else self.model.gradient_norm(),
+            sparsity=self.reached,
+            tokens=tokens,
+            seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            weight_bytes=self._scorer.weight_bytes,
+            resident_bytes=numbers.resident_bytes,
+            skipped=skipped,
         )
+        self.recorder.write(record)
         if (cut := self._scorer.cut(step)) is None:
             return None
-        record = records.record_cut(cut, self._scorer)
-        self.recorder.write(record)
-        return record
+        cut_record = records.record_cut(cut, self._scorer)
+        self.recorder.write(cut_record)
+        return cut_record
 
     def save(self, folder: str | Path) -> None:
         """Completes a trainer's checkpoint for `cut_to_checkpoint`. Collective. RunError if a rank cannot write."""

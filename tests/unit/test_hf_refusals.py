@@ -154,7 +154,7 @@ def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
     args, state = cast(Any, SimpleNamespace(output_dir="unused")), TrainerState()
     begin(args, state, CONTROL, model=model)  # DeepSpeed casts what is not born sharded
     for parameter in model.parameters():
-        cast(Any, parameter).ds_id = 0
+        cast(Any, parameter).ds_tensor = None
     must_name("bfloat16 float32 autocast_adapter_dtype=False", begin, args, state, CONTROL, model=model)
     model.requires_grad_(False)
     begin(args, state, CONTROL, model=model)
