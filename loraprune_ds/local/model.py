@@ -83,12 +83,10 @@ class LocalModel(PrunableModel):
         """Cuts in place. The optimizer and the trainer keep their parameters."""
         with _without_reducer(self._ddp):
             for layer, spec, layer_keep in zip(self.layers, self.shape.layers, keep, strict=True):
-                cuts = list(parameter_cuts(layer, spec, layer_keep))
-                for parameter, kept in cuts:
+                for parameter, kept in parameter_cuts(layer, spec, layer_keep):
                     if not is_sharded(parameter):  # a base may be, before DeepSpeed has an engine
                         self._select(parameter, kept)
-                if cuts:
-                    set_sizes(layer, spec.resized(layer_keep.counts))
+                set_sizes(layer, spec.resized(layer_keep.counts))
                 fail_point("cut.layer")
             self.shape = self.shape.after(keep)
         return 0
@@ -209,7 +207,6 @@ def check_optimizer(optimizer: Any) -> None:
         require(hasattr(holder, name), f"torch {torch.__version__} lacks {name}; install one of pyproject.toml")
     kind = type(optimizer)
     known = isinstance(optimizer, torch.optim.Optimizer) and kind.__module__.startswith("torch.optim")
-    require(
-        known and kind.__name__ not in OTHER_STATE,
-        f"the optimizer state of {kind.__module__}.{kind.__name__} cannot be cut along with LoRA; use torch's AdamW",
-    )
+    state = f"the optimizer state of {kind.__module__}.{kind.__name__}"
+    can_be_cut = known and kind.__name__ not in OTHER_STATE
+    require(can_be_cut, f"{state} cannot be cut along with LoRA; use torch's AdamW")

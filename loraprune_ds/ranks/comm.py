@@ -134,10 +134,9 @@ class Communicator:
             error = caught
         except OSError as caught:
             error = UserError(one_line(caught))
-        failed = [(rank, e) for rank, e in enumerate(self.gather_objects(error)) if e is not None]
-        if failed:
-            rank, first = failed[0]
-            raise first if rank == 0 else type(first)(f"rank {rank}: {first}")
+        for rank, first in enumerate(self.gather_objects(error)):
+            if first is not None:
+                raise first if rank == 0 else type(first)(f"rank {rank}: {first}")
         return cast(T, result)
 
     def on_rank_0(self, action: Callable[[], T]) -> T | None:

@@ -82,13 +82,6 @@ class AxisCut:
         row_is_kept = torch.searchsorted(self.keep, row, right=True) - rows
         return rows * self.columns + column * row_is_kept
 
-    def borders(self, world_size: int) -> tuple[Tensor, Tensor]:
-        """Returns the borders of the old and of the new shards, counted in kept elements: (world_size + 1,) each."""
-        old_numel, new_numel = math.prod(self.shape), math.prod(self.new_shape)
-        ranks = torch.arange(world_size + 1)
-        old = self.kept_before((ranks * partition_numel(old_numel, world_size)).clamp(max=old_numel))
-        return old, (ranks * partition_numel(new_numel, world_size)).clamp(max=new_numel)
-
 
 class ReshardPlan:
     """Holds the elements that one rank sends to and receives from each rank in a cut, itself included, in rank order.
@@ -97,10 +90,13 @@ class ReshardPlan:
     """
 
     def __init__(self, cut: AxisCut, world_size: int, rank: int) -> None:
-        old, new = cut.borders(world_size)
+        old_numel, new_numel, ranks = math.prod(cut.shape), math.prod(cut.new_shape), torch.arange(world_size + 1)
         self.cut = cut
-        self.owned = owned_range(math.prod(cut.shape), world_size, rank)  # before the cut
-        self.new_partition = partition_numel(math.prod(cut.new_shape), world_size)  # padding included
+        self.owned = owned_range(old_numel, world_size, rank)  # before the cut
+        self.new_partition = partition_numel(new_numel, world_size)  # padding included
+        # The borders of the old and of the new shards, counted in kept elements: (world_size + 1,) each.
+        old = cut.kept_before((ranks * partition_numel(old_numel, world_size)).clamp(max=old_numel))
+        new = (ranks * self.new_partition).clamp(max=new_numel)
         self.send = _nonzero(overlap(old[rank], old[rank + 1], new[:-1], new[1:]))
         self.receive = _nonzero(overlap(new[rank], new[rank + 1], old[:-1], old[1:]))
         self._keep = cut.keep  # on the device of the last shard

@@ -24,8 +24,6 @@ def cut_layer(layer: nn.Module, spec: LayerSpec, keep: LayerKeep, state: Optimiz
     """Keeps the groups in `keep` of a layer. `spec` is from before the cut. Collective."""
     # New shards of the optimizer state go into the old slots. `ShardedState.rebuild` shortens these later.
     cuts = shard_cuts(layer, spec, keep, comm)
-    if not cuts:
-        return
     carried = [(p, plan, key) for p, plan in cuts if p.requires_grad for key in state.keys()]
     state_shards = reshard([(state.shard(p, key).to(comm.device), plan) for p, plan, key in carried], comm)
     cut_parameters(cuts, comm)

@@ -148,7 +148,8 @@ def build_training_engine(
 ) -> ShardedEngine:
     """Builds the sharded model with LoRA, AdamW and the learning-rate schedule, ready to train. Collective."""
     with redirect_stdout(StringIO()):
-        base = _sharded_base(pretrained, config.model.attn_implementation, config.model.dtype, ds_config)
+        base = build_for_losses(pretrained, config.model.attn_implementation)
+        shard_at_birth(base, pretrained.weights, ds_config, DTYPES[config.model.dtype])
         peft_model, optimizer, schedule = build_lora(base, pretrained.shape, config, cycles)
         _gather_as_one(peft_model, pretrained.shape)
         for layers in pretrained.shape.layer_lists:
@@ -163,7 +164,8 @@ def build_inference_engine(
 ) -> Any:
     """Builds the sharded model without an optimizer. Without `head` it returns `final_hidden`. Collective."""
     with redirect_stdout(StringIO()):
-        model = _sharded_base(pretrained, attn_implementation, dtype, ds_config, head=head)
+        model = build_for_losses(pretrained, attn_implementation, head=head)
+        shard_at_birth(model, pretrained.weights, ds_config, DTYPES[dtype])
         _gather_as_one(model, pretrained.shape)
         engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
     decide_releases(cast(Any, engine.optimizer).get_param_coordinator())
@@ -174,13 +176,3 @@ def build_inference_engine(
 def _gather_as_one(model: nn.Module, shape: ModelShape) -> None:
     for module in chain.from_iterable(leaf_modules(layer, shape) for layer in decoder_layers(model)):
         set_z3_leaf_module(module, True)  # ZeRO-3's hooks then run once, not at every module inside
-
-
-def _sharded_base(
-    pretrained: PretrainedModel, attn_implementation: str, dtype: Dtype, ds_config: dict[str, Any], *, head: bool = True
-) -> Any:
-    comm = Communicator()
-    model = build_for_losses(pretrained, attn_implementation, head=head)
-    # One rank alone may find a weight that int8 cannot hold.
-    comm.all_or_raise(lambda: shard_at_birth(model, pretrained.weights, ds_config, DTYPES[dtype], comm))
-    return model

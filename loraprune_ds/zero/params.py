@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus, free_param
-from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus as ShardStatus
+from deepspeed.runtime.zero.partition_parameters import Init, PartitionedParamStatus, ZeroParamStatus, free_param
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
@@ -19,10 +18,8 @@ from loraprune_ds.ranks.flat import overlap, owned_range, pad, partition_numel
 from loraprune_ds.zero.device import accelerator, settle_shards
 
 
-def shard_at_birth(
-    model: nn.Module, weights: ModelWeights, ds_config: dict[str, Any], dtype: torch.dtype, comm: Communicator
-) -> None:
-    """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads only its own shards from disk.
+def shard_at_birth(model: nn.Module, weights: ModelWeights, ds_config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Replaces every meta parameter by a ZeRO-3 parameter. Each rank reads only its own shards from disk. Collective.
 
     Buffers go to the device, because DeepSpeed leaves them on the host, and each forward pass would wait for a copy.
     """
@@ -31,13 +28,15 @@ def shard_at_birth(
     init = Init(config_dict_or_path=ds_config, enabled=True, zero_param_parallel_group=node_group)
     with init:  # from now on autograd keeps no view of a gathered weight
         pass
+    comm = Communicator()
 
     def read(name: str, like: Tensor) -> nn.Parameter:
         start, end = owned_range(like.numel(), comm.world_size, comm.rank)
         shard = weights.read_stored(name, start, end, dtype)
         return _zero_parameter(init, like.shape, pad(shard, partition_numel(like.numel(), comm.world_size)))
 
-    replace_parameters(model, read, init.local_device)
+    # One rank alone may find a weight that int8 cannot hold.
+    comm.all_or_raise(lambda: replace_parameters(model, read, init.local_device))
     settle_shards()  # orders the shards that were read before the first gather, of a teacher or an evaluation, too
 
 
@@ -76,7 +75,7 @@ def _install(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> 
     assert not state.ds_active_sub_modules, "a parameter in use cannot change its shape"
     tensor: Any = shard
     tensor.ds_numel = shard.numel()
-    tensor.status = ShardStatus.AVAILABLE
+    tensor.status = PartitionedParamStatus.AVAILABLE
     tensor.final_location = None
     state.ds_tensor = tensor
     state.ds_shape = torch.Size(shape)

@@ -159,9 +159,8 @@ class ShardedModel(PrunableModel):
         offload = self.zero_optimizer.parameter_offload
         for parameter in self.module.parameters():  # smaller weights may replace others among the persistent ones
             cast(Any, parameter).ds_persist = False
-        persistent = offload.mark_persistent_parameters(
-            offload.param_numel_persistence_threshold, offload.model_persistence_threshold
-        )
+        thresholds = offload.param_numel_persistence_threshold, offload.model_persistence_threshold
+        persistent = offload.mark_persistent_parameters(*thresholds)
         offload.persistent_parameters = self.zero_optimizer.persistent_parameters = persistent
         self._releases.sizes_changed()
 

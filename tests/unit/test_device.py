@@ -99,7 +99,7 @@ def test_buffers_go_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     model[0].register_buffer("inv_freq", torch.ones(4), persistent=False)
     model[0].register_buffer("none", None)
     unused: Any = None  # there is no parameter
-    shard_at_birth(model, unused, {}, torch.bfloat16, unused)
+    shard_at_birth(model, unused, {}, torch.bfloat16)
     assert model[0].inv_freq.is_meta
     assert "inv_freq" not in model.state_dict()
     assert model[0].none is None
