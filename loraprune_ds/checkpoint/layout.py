@@ -43,11 +43,6 @@ class CheckpointMismatch(UserError):
     """An undamaged checkpoint that this start cannot use. A run from step 0 would remove it at its first save."""
 
 
-def check_format(version: object, path: Path) -> None:
-    if version != FORMAT:
-        raise CheckpointMismatch(f"{path} has format {version}, {_reader(version)}; this version reads format {FORMAT}")
-
-
 def recorded_config(raw: dict[str, Any], path: Path) -> RunConfig:
     """Reads the config in `path`. Raises CheckpointMismatch if another version with other settings wrote it."""
     try:
@@ -167,7 +162,9 @@ def read_record(path: Path, kind: type[T]) -> T:
     """
     with _damage_in_one_line(path):
         text = path.read_text(encoding="utf-8")
-        check_format(int(json.loads(text).get("format", 4)), path)
+        if (version := int(json.loads(text).get("format", 4))) != FORMAT:
+            reads = f"{_reader(version)}; this version reads format {FORMAT}"
+            raise CheckpointMismatch(f"{path} has format {version}, {reads}")
         return TypeAdapter(kind).validate_json(text, strict=True)
 
 

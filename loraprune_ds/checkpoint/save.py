@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from loraprune_ds import files
 from loraprune_ds.checkpoint import layout
@@ -91,20 +91,19 @@ def write_tensors(staging: Staging, pruner: Pruner, adam: OptimizerState | None,
 
     Each layer is written by its owner, which has its input moments. `folder` gets the tensors that only a resume needs.
     """
-    model, lora = pruner.model, pruner.model.lora_parameters()
+    model = pruner.model
     for layers in owner_rounds(len(model.layers), model.world_size):
         if adam is not None:
-            _write_lora(staging, adam, {i: lora[i] for i in layers}, model, folder)
+            _write_lora(staging, adam, model, layers, folder)
         _write_refits(staging, pruner, layers)
         fail_point("save.layer")
     _write_pruner(staging, pruner, folder)
 
 
-def _write_lora(
-    staging: Staging, adam: OptimizerState, lora: dict[int, dict[str, nn.Parameter]], model: PrunableModel, folder: str
-) -> None:
+def _write_lora(staging: Staging, adam: OptimizerState, model: PrunableModel, layers: range, folder: str) -> None:
     """Writes LoRA's fp32 masters and Adam's moments of a round of layers, each on its owner. Collective."""
-    collected = {i: adam.collect(parameters, model.owner(i), model.comm) for i, parameters in lora.items()}
+    lora = model.lora_parameters()
+    collected = {i: adam.collect(lora[i], model.owner(i), model.comm) for i in layers}
     for layer, (masters, moments) in collected.items():  # both empty but on the owner
         _write_layer(staging, "lora", layer, masters)
         _write_layer(staging, f"{folder}adam", layer, moments)

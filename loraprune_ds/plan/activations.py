@@ -73,12 +73,10 @@ def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: Plann
 
 
 @cache
-def _saved(
-    source: str, shape: ModelShape, index: int, batch: PlannedBatch, config: ModelConfig, lora: LoraConfig
-) -> int:
+def _saved(text: str, shape: ModelShape, index: int, batch: PlannedBatch, config: ModelConfig, lora: LoraConfig) -> int:
     """Counts the storages that a layer saves, including its input, excluding the shared rotary angles."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
-    causal_lm: Any = build_on_meta(json.loads(source), "eager" if batch.eager else FUSED)
+    causal_lm: Any = build_on_meta(json.loads(text), "eager" if batch.eager else FUSED)
     shrink_on_meta(causal_lm, shape)
     if config.frozen == "int8":
         store_as_int8(causal_lm, shape)

@@ -1,8 +1,7 @@
 """The machines of a plan. This module imports fast, so bad arguments are reported before DeepSpeed is imported."""
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from loraprune_ds.errors import require
@@ -17,7 +16,7 @@ MOST_GPUS = 1 << 20  # no cluster is larger, so the number must be a typing erro
 
 
 def _option(default: float | None, meaning: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": meaning})
+    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True)

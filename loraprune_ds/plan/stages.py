@@ -105,11 +105,11 @@ def split_state(request: Request, shape: ModelShape, *, measures: bool = False) 
     if blocks:
         host["pinned_rounding"] = sum((1 << (block - 1).bit_length()) - block for block in blocks)
     if measures and (linears := request.measured(shape)):
-        terms["input_moments"] = max(moment_bytes(shape, linears, request.world_size))
+        terms["input_moments"] = max(moment_bytes(linears, request.world_size))
     return terms, host
 
 
-def moment_bytes(shape: ModelShape, linears: Iterable[tuple[int, TensorSpec]], world_size: int) -> list[int]:
+def moment_bytes(linears: Iterable[tuple[int, TensorSpec]], world_size: int) -> list[int]:
     """Returns the bytes of these linears' fp32 input moments on each rank, which has those of its own layers."""
     of_ranks = [0] * world_size
     for i, linear in linears:

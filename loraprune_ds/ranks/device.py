@@ -14,14 +14,10 @@ from loraprune_ds.config import Dtype
 # Dense bf16 and fp16 matrix products, from NVIDIA's data sheets. The first entry contained in a card's name is used.
 PEAK_TERAFLOPS = {
     "B200": 2250,
-    "GH200": 989,
-    "H200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
-    "H100": 989,
-    "H800": 989,
-    "A100": 312,
-    "A800": 312,
+    **dict.fromkeys(("H100", "H200", "H800"), 989),  # also a GH200
+    **dict.fromkeys(("A100", "A800"), 312),
     "L40S": 362,
     "RTX 4090": 165,
 }

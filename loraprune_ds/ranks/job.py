@@ -93,12 +93,10 @@ def several_ranks(environment: Mapping[str, str]) -> bool:
 def check_local_rank(environment: Mapping[str, str], devices: int) -> None:
     """Checks that this rank sees its device. DeepSpeed takes the one with the number LOCAL_RANK."""
     rank, local_rank = environment["RANK"], environment["LOCAL_RANK"]
-    require(
-        int(local_rank) < devices,
-        f"rank {rank} has LOCAL_RANK {local_rank} and sees {devices} accelerator{'s' * (devices != 1)}; start no more "
-        "ranks on a node than it has, and let each see all of them (srun: --gpus-per-node and --gpu-bind=none, not "
-        "--gpus-per-task)",
-    )
+    sees = f"rank {rank} has LOCAL_RANK {local_rank} and sees {devices} accelerator{'s' * (devices != 1)}"
+    advice = "start no more ranks on a node than it has, and let each see all of them"
+    options = "srun: --gpus-per-node and --gpu-bind=none, not --gpus-per-task"
+    require(int(local_rank) < devices, f"{sees}; {advice} ({options})")
 
 
 def collective_timeout(environment: Mapping[str, str]) -> timedelta:

@@ -86,7 +86,7 @@ def test_refit_is_the_dense_least_squares_solution(ranks: RankPool, job: Job, wo
         wanted = inputs[:, kept].T @ inputs[:, kept]
         assert (moment - wanted).abs().max() < TOLERANCE * wanted.abs().max(), name
     shape = open_pretrained(job.folder).shape
-    planned = moment_bytes(shape, measured_linears(shape, OPEN), world_size)
+    planned = moment_bytes(measured_linears(shape, OPEN), world_size)
     for rank, other in enumerate(results):  # each layer's moments on one rank
         assert other["moment_bytes"] == planned[rank]
         assert {int(name[0]) for name in other["owned"]} == {i for i in OPEN if i % world_size == rank}
@@ -110,7 +110,7 @@ def test_a_mixture_refits_its_heads_alone(ranks: RankPool, tmp_path: Path) -> No
             assert own_error(inputs, layer, after, kept) < 0.99 * own_error(inputs, layer, layer, kept), name
         assert (inputs is None) == torch.equal(layer["base_layer"], after["base_layer"])
     shape = open_pretrained(mixture.folder).shape
-    planned = moment_bytes(shape, measured_linears(shape, OPEN), 2)
+    planned = moment_bytes(measured_linears(shape, OPEN), 2)
     assert [other["moment_bytes"] for other in results] == planned
     assert math.isfinite(result["next_loss"])
 
