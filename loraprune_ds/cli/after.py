@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError, UserError
-from loraprune_ds.evaluate.settings import GYM, TaskSettings
+from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, GYM, TaskSettings, read_prompts
 from loraprune_ds.files import read_json, write_json, write_text
 from loraprune_ds.report.pictures import draw_shelf
 from loraprune_ds.report.records import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE, SHELF_PICTURE
@@ -45,7 +45,6 @@ def check_prompts(
     """Checks that template, positions and vocabulary of the model accept the shipped prompts."""
     if ANSWERS in config.evaluate.after:
         from loraprune_ds.evaluate.answers import encode_prompts
-        from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, read_prompts
 
         prompts, limits = read_prompts(DEFAULT_PROMPTS), (config.model.path, positions, vocab_size)
         encode_prompts(prompts, tokenizer, limits, "evaluate.after")

@@ -36,6 +36,7 @@ from loraprune_ds.cli.run import join_ranks
 from loraprune_ds.config import Dtype
 from loraprune_ds.errors import leave, leave_on_error, require, run_command
 from loraprune_ds.evaluate import settings
+from loraprune_ds.evaluate.result import answers_page, make_result, result_table
 from loraprune_ds.files import json_text, read_text, write_text
 from loraprune_ds.ranks import job
 
@@ -89,8 +90,6 @@ def show(arguments: argparse.Namespace) -> None:
     os.dup2(2, 1)  # other prints, also from C, go to stderr
     result = measure(arguments)
     if os.environ.get("RANK", "0") == "0":
-        from loraprune_ds.evaluate.result import answers_page, result_table
-
         text = json_text(result, indent=2) if arguments.json else result_table(result)
         with stdout:
             stdout.write(text)
@@ -123,7 +122,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from loraprune_ds.evaluate.evaluation import evaluate
     from loraprune_ds.evaluate.models import find_model
-    from loraprune_ds.evaluate.result import make_result
     from loraprune_ds.evaluate.tasks import check_tasks
     from loraprune_ds.ranks.comm import stop_ranks
     from loraprune_ds.ranks.device import device_name

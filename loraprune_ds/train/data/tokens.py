@@ -3,7 +3,7 @@
 import json
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -82,17 +82,6 @@ def collect_rows(rows: Iterable[TokenizedRow], window: int, max_samples: int | N
         if len(starts) - 1 == max_samples:
             break
     return Samples({"input_ids": _tensor(ids), "labels": _tensor(labels)}, _tensor(starts), window, left_out, first)
-
-
-def mask_outside(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> list[int]:
-    """Returns labels: the ids of tokens that overlap a span of characters, IGNORE_INDEX for the others.
-
-    Args:
-        offsets: the half-open range of characters of each token.
-    """
-    begins, ends = np.reshape(offsets, (-1, 2)).T
-    learnt = [(begins < end) & (begin < ends) for begin, end in spans]
-    return np.where(np.any(learnt, axis=0), ids, IGNORE_INDEX).tolist()
 
 
 def tokenize_instructions(
@@ -203,7 +192,9 @@ class ChatTemplate:
             texts, spans = map(list, zip(*batch, strict=True))
             encoded: Any = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             for ids, offsets, learnt in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True):
-                yield ids, mask_outside(ids, offsets, learnt)
+                begins, ends = np.reshape(offsets, (-1, 2)).T  # of the characters of each token, half open
+                inside = [(begins < end) & (begin < ends) for begin, end in learnt]
+                yield ids, np.where(np.any(inside, axis=0), ids, IGNORE_INDEX).tolist()
 
     def render(self, chat: Chat) -> str:
         """Returns the text of a conversation."""
