@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from pydantic_core import from_json
 
@@ -16,9 +16,6 @@ from loraprune_ds.errors import UserError, first_line, require
 from loraprune_ds.files import file_identity, open_text, read_text
 from loraprune_ds.model.sources import EMBEDDED, HUB_ERRORS, embedded_text
 from loraprune_ds.train.data.tokens import chat_fields
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 HALF = re.compile(r"\\ud[89a-f]", re.IGNORECASE)  # half of a surrogate pair, or a lone surrogate
 TextRow = Mapping[str, Any]
@@ -38,7 +35,7 @@ def read_rows(source: DataSource) -> TextRows:
         return [{source.text_field: document} for document in embedded_text()]
     files = files_of(source)
     if files is None:
-        return cast(TextRows, _load_dataset(source))
+        return _load_dataset(source)
     rows = [row for file in files for row in _read_rows_of_file(file, source)]
     _read_fields(source, {field for row in rows for field in row})
     return rows
@@ -142,10 +139,8 @@ def _ask_hub(function: str, source: DataSource, **more: str) -> Any:
         raise UserError(f"{source.section}.path: {unavailable}") from None
 
 
-def _load_dataset(source: DataSource) -> "Dataset":
-    from datasets import Dataset
-
+def _load_dataset(source: DataSource) -> Any:
+    """Loads a split as a `datasets.Dataset` of the columns that are read."""
     dataset = _ask_hub("load_dataset", source, split=source.split)
-    assert isinstance(dataset, Dataset)
     require(len(dataset) > 0, f"{source.section}.path: {source.path} has no rows in split {source.split}")
     return dataset.select_columns(_read_fields(source, set(dataset.column_names)))
