@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterable
-from functools import cache
 from itertools import cycle
 from typing import Any, NamedTuple
 
@@ -280,11 +279,9 @@ def kinds(family: str) -> list[str]:
     return list(dict.fromkeys(run.kind for mark in marks(family) if mark.lora for run in mark.runs))
 
 
-@cache
 def norms_are_wide(family: str) -> bool:
     """Returns whether its norms run over all heads, which a cut may take."""
-    widths = [run.width for mark in marks(family) if mark.name == "self_attn.k_norm.weight" for run in mark.runs]
-    return "heads" not in FAMILIES[family].fixed and any(width > 1 for width in widths)
+    return FAMILIES[family].wide_norms and "heads" not in FAMILIES[family].fixed
 
 
 def families(*in_ci: str, of: Iterable[str] = TINY) -> list[Any]:

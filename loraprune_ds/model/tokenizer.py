@@ -46,8 +46,7 @@ class Starts(NamedTuple):
 
 
 def text_starts(tokenizer: PreTrainedTokenizerBase, family: Family, config: dict[str, Any]) -> Starts:
-    bos = tokenizer.bos_token_id if family.windows_begin_with_bos else None
-    assert bos is None or isinstance(bos, int)
+    bos: Any = tokenizer.bos_token_id if family.windows_begin_with_bos else None
     return Starts(bos, target_start(config) if family.has_encoder else None)
 
 

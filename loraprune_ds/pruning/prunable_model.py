@@ -130,14 +130,9 @@ class PrunableModel(ABC):
         for linear_id in linear_ids:
             grouped.setdefault((linear_id.layer // self.world_size, linear_id.name), []).append(linear_id)
         for ids_of_round in grouped.values():
-            collected: dict[LinearId, CollectedLinear] = {}
-            for linear_id in ids_of_round:
-                linear = self.collect_linear(linear_id)
-                if linear is not None:
-                    collected[linear_id] = linear
-                del linear  # only `collected` keeps it, until the results of the round exist
+            collected = {each: self.collect_linear(each) for each in ids_of_round}
             results = self.comm.all_or_raise(
-                lambda collected=collected: {each: compute(each, linear) for each, linear in collected.items()}
+                lambda collected=collected: {each: compute(each, x) for each, x in collected.items() if x is not None}
             )
             collected.clear()
             for linear_id in ids_of_round:

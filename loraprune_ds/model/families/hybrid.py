@@ -23,7 +23,7 @@ class Delta(Family):
             *attention(c, gated=True),
             rows(f"{NET}.in_proj_qkv", keys, keys, values),
             rows(f"{NET}.in_proj_z", values),
-            rows(f"{NET}.in_proj_qkvz", keys._replace(width=2 * (keys.width + values.width))),  # by key head
+            rows(f"{NET}.in_proj_qkvz", keys._replace(width=2 * (keys.width + values.width))),  # each key head together
             columns(f"{NET}.out_proj", values),
             *(TensorSpec(f"{NET}.in_proj_{x}.weight", (each,)) for x in "ab"),
             TensorSpec(f"{NET}.in_proj_ba.weight", (each._replace(width=2 * each.width),)),

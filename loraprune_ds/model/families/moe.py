@@ -25,7 +25,7 @@ class Moe(Family):
     chosen: str = "num_experts_per_tok"  # how many a token chooses
     best_of_group: int = 0  # if > 0 the router first chooses `topk_group` of `n_group` groups, by so many of each
     dense_fields: tuple[str, ...] = ()  # they say which layers have no experts
-    correction_in_files: str | None = None  # the name there, if it differs
+    correction_in_files: str | None = None  # the name of the router's correction there, if it differs
 
     has_experts = True
     optional: ClassVar[bool] = False  # some models of the family have none
