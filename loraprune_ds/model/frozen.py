@@ -190,16 +190,16 @@ class Int8:
         return decoded.float()
 
     def _quantise(self, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        hidden = 1 - self.axis
-        largest = torch.cat([part.abs().amax(hidden + 1) for part in _blocks(weight, hidden)], hidden)
-        if not torch.isfinite(largest).all():
-            raise NotFinite
-        limits = torch.finfo(dtype)
-        scale = (largest / LARGEST).to(dtype).clamp_(min=limits.tiny * limits.eps)  # the smallest above 0
-        values = weight.clone()
-        for part, scales in _with_scales(values, scale, hidden):
-            part.div_(scales.float())
-        return values.round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale
+        hidden, limits = 1 - self.axis, torch.finfo(dtype)
+        values, scales = torch.empty_like(weight, dtype=torch.int8), list[Tensor]()
+        for part, out in zip(_blocks(weight, hidden), _blocks(values, hidden), strict=True):
+            largest = part.abs().amax(hidden + 1)
+            if not torch.isfinite(largest).all():
+                raise NotFinite
+            scale = (largest / LARGEST).to(dtype).clamp_(min=limits.tiny * limits.eps)  # the smallest above 0
+            out.copy_((part / scale.unsqueeze(hidden + 1).float()).round_().clamp_(-LARGEST, LARGEST))
+            scales.append(scale)
+        return values, torch.cat(scales, hidden)
 
 
 StorageFormat = Dense | Int8
@@ -208,9 +208,11 @@ DENSE = Dense()
 
 def dequantise(weight: Tensor, scale: Tensor, axis: int) -> Tensor:
     """Returns weight * scale in the dtype of `scale`. int8 is exact in that dtype, so each product is rounded once."""
-    product = weight.to(scale.dtype)
-    for part, scales in _with_scales(product, scale, 1 - axis):
-        part.mul_(scales)
+    product, hidden, first = weight.to(scale.dtype), 1 - axis, 0
+    for part in _blocks(product, hidden):
+        count = part.shape[hidden]
+        part.mul_(scale.narrow(hidden, first, count).unsqueeze(hidden + 1))
+        first += count
     return product
 
 
@@ -222,14 +224,6 @@ def _blocks(matrix: Tensor, hidden: int) -> Iterator[Tensor]:
         yield matrix.narrow(hidden, 0, full).unflatten(hidden, (-1, BLOCK))
     if full < size:
         yield matrix.narrow(hidden, full, size - full).unflatten(hidden, (1, -1))
-
-
-def _with_scales(matrix: Tensor, scale: Tensor, hidden: int) -> Iterator[tuple[Tensor, Tensor]]:
-    first = 0
-    for part in _blocks(matrix, hidden):
-        count = part.shape[hidden]
-        yield part, scale.narrow(hidden, first, count).unsqueeze(hidden + 1)
-        first += count
 
 
 class FrozenLinear(nn.Linear):
