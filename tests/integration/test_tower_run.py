@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from loraprune_ds.config_file import config_from_dict, read_config
@@ -14,17 +13,13 @@ from loraprune_ds.errors import UserError
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import write_json
 from loraprune_ds.model.pretrained import open_pretrained
-from tests.integration.resuming import config_for, metrics, run_here, write_run
+from tests.integration.resuming import config_for, metrics, read_tensors, run_here, write_run
 from tests.multimodal import load_whole, multimodal
 from tests.ranks import RankFailure, RankPool
 from tests.unit.test_mtp import add_head
 
 STEPS = 6
 PROCESSOR = "preprocessor_config.json"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
 
 
 def write_whole(folder: Path, outer: str) -> tuple[Path, PreTrainedModel]:
@@ -57,7 +52,7 @@ def test_a_run_keeps_the_tower(ranks: RankPool, tmp_path: Path) -> None:
 
     unfinished = tmp_path / "unfinished"
     export(replace(find_source(out / "checkpoints" / f"step-{STEPS}"), mtp=source), "hf", unfinished)
-    found, wanted = weights(unfinished), weights(out / "model")
+    found, wanted = read_tensors(unfinished), read_tensors(out / "model")
     assert {name for name in found if not name.startswith("mtp.")} == wanted.keys()
     assert found["mtp.layers.0.mlp.up_proj.weight"].shape == (left[0]["channels"], 60)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -5,9 +5,10 @@ import json
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig, MistralConfig
 
 from loraprune_ds.model.classes import config_object
-from loraprune_ds.model.exported_config import export_config
+from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.family import FAMILIES
 from loraprune_ds.model.read_shape import shape_from_config
 from tests.families import CAUSAL, EQUAL, SIZES, layers_with, tiny_config
@@ -69,9 +70,13 @@ def published(family: str, **rope: Any) -> dict[str, Any]:
     return {k: value for k, value in source(family).items() if k not in OLD_NAMES | {"rope_parameters"}} | rope
 
 
-def export(config: dict[str, Any], counts: list[tuple[int, int]]) -> dict[str, Any]:
+def exported(config: dict[str, Any], counts: list[tuple[int, int]]) -> ExportedConfig:
     dense = shape_from_config(config, "source")
-    return export_config(config, dense.resized(layers_with(dense, *counts)), "bfloat16").config
+    return export_config(config, dense.resized(layers_with(dense, *counts)), "bfloat16")
+
+
+def export(config: dict[str, Any], counts: list[tuple[int, int]]) -> dict[str, Any]:
+    return exported(config, counts).config
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def test_only_counts_change(family: str, counts: list[tuple[int, int]]) -> None:
     assert changed <= COUNTS | ABOUT_FILES | OLD_NAMES | {"first_k_dense_replace"}
     assert not given.keys() & (changed - COUNTS - ABOUT_FILES)  # those are only added
     assert found["head_dim" if family in CAUSAL else "d_kv"] == shape_from_config(given, family).head_dim
-    assert found["dtype"] == "bfloat16"
+    assert found["dtype"] == found["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("rope", [{}, {"rope_theta": 5000.0}, {"rope_theta": 5000.0, "rope_scaling": None}], ids=str)
@@ -162,3 +167,79 @@ def test_head_size_that_the_class_would_compute(family: str, counts: list[tuple[
     found = export({key: value for key, value in source(family).items() if key != "head_dim"}, counts)
     head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
     assert found["head_dim"] == shape_from_config(found, "exported").head_dim == head_dim
+
+
+# A Llama whose heads do not divide hidden_size becomes a Mistral. So fields are written that their defaults would hide
+
+STOCK, STAND_IN = UNIFORM, [(4, 13), (4, 13)]  # 6 query heads divide 60, 8 do not
+LLAMA3 = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def without(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "mlp_bias"])
+def test_a_llama_with_a_bias_becomes_no_mistral(bias: str) -> None:
+    stand_in, pruned = (exported(source("llama", **{bias: x}), STAND_IN) for x in (False, True))
+    assert (stand_in.config["model_type"], stand_in.modelling_file, stand_in.renamed) == ("mistral", None, True)
+    assert (pruned.config["model_type"], pruned.renamed) == ("pruned_llama", True)
+    assert not exported(source("llama"), STOCK).renamed
+
+
+def test_global_sizes_are_those_of_the_widest_layer() -> None:
+    config = export(source("llama"), [(1, 13), (3, 2)])
+    own = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 2}
+    assert {key: config[key] for key in own} == own | {"intermediate_size": 13}
+    assert config["per_layer_config"]["1"] == own
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_pruned_export_can_be_pruned_again(family: str) -> None:
+    once = export(source(family), PER_LAYER)
+    twice = export(once, [(2, 13), (1, 1)])
+    assert twice["model_type"] == once["model_type"] == f"pruned_{family}"
+    assert twice["per_layer_config"]["0"]["num_key_value_heads"] == 2
+    uniform = export(once, [(1, 1)] * 2)
+    assert uniform["model_type"] == family
+    assert not {"per_layer_config", "auto_map"} & uniform.keys()
+    assert uniform.get("sliding_window") == source(family).get("sliding_window")
+
+
+def test_fields_of_the_source_s_files_leave() -> None:
+    stale = {"quantization_config": {"bits": 4}, "_name_or_path": "somewhere", "auto_map": {"AutoConfig": "x.Y"}}
+    assert not stale.keys() & export(source("llama") | stale, STOCK).keys()
+
+
+def test_sliding_window() -> None:
+    llama, mistral = source("llama"), source("mistral")
+    assert export(mistral | {"sliding_window": None}, PER_LAYER)["sliding_window"] is None
+    assert export(without(mistral, "sliding_window"), STOCK)["sliding_window"] == MistralConfig().sliding_window
+    assert export(llama, STAND_IN)["sliding_window"] is None  # a Llama in Mistral's class has none
+    assert "sliding_window" not in export(llama, STOCK)
+
+
+def test_silent_defaults_of_a_llama_are_written() -> None:
+    silent = ("max_position_embeddings", "num_key_value_heads", "tie_word_embeddings")
+    config = export(without(source("llama"), *silent), [(7, 13)] * 2)  # MHA now: 10 heads cut to 7
+    assert config["model_type"] == "mistral"
+    assert [config[key] for key in silent] == [LlamaConfig().max_position_embeddings, 7, False]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_theta": 5000.0, "rope_scaling": {"rope_type": "llama3"} | LLAMA3},
+        {"rope_parameters": {"rope_theta": 5000.0, "rope_type": "llama3"} | LLAMA3},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    ],
+)
+@pytest.mark.parametrize("counts", [STOCK, STAND_IN])
+def test_rotary_settings_of_a_llama_in_both_words(rope: dict[str, Any], counts: list[tuple[int, int]]) -> None:
+    given = published("llama", **rope)
+    found, expected = export(given, counts), rope_parameters(given)
+    assert rope_parameters(found) == expected
+    assert found["rope_theta"] == expected.pop("rope_theta")
+    assert found["rope_scaling"] == (None if expected["rope_type"] == "default" else expected)
