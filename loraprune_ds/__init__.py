@@ -1,6 +1,6 @@
 """LoRA-guided structured pruning of language models on DeepSpeed ZeRO-3.
 
-from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, linear_names, open_result, unshare_bias
+from loraprune_ds import LoraPruneCallback, PruneConfig, Pruning, drop_layers, linear_names, open_result, unshare_bias
 
 A name is imported when it is first used. The package itself imports neither torch nor DeepSpeed.
 """
@@ -14,13 +14,15 @@ if TYPE_CHECKING:  # for editors and type checkers
     from loraprune_ds.hf.callback import LoraPruneCallback
     from loraprune_ds.hf.live import linear_names, unshare_bias
     from loraprune_ds.hf.pruning import Pruning
+    from loraprune_ds.model.fewer_layers import drop_layers
 
 __version__ = "0.1.0"
-__all__ = ["LoraPruneCallback", "PruneConfig", "Pruning", "linear_names", "open_result", "unshare_bias"]
+__all__ = ["LoraPruneCallback", "PruneConfig", "Pruning", "drop_layers", "linear_names", "open_result", "unshare_bias"]
 _MODULES = {
     "LoraPruneCallback": "hf.callback",
     "PruneConfig": "config",
     "Pruning": "hf.pruning",
+    "drop_layers": "model.fewer_layers",
     "linear_names": "hf.live",
     "open_result": "evaluate.models",
     "unshare_bias": "hf.live",

@@ -16,6 +16,7 @@ PAGE = Path(__file__).parents[1] / "launch" / "configs" / "README.md"
 # Rarely worth a change: their rows come last, below a row that says so.
 ADVANCED = {
     *(f"prune.{key}" for key in ("normalize", "moving_average", "warmup_fraction", "cooldown_fraction", "head_ratio")),
+    "prune.depth_ratio",
     *(f"prune.{key}" for key in ("protected_first", "protected_last", "compensate_steps", "compensate_decay")),
     *(f"train.{key}" for key in ("adam_epsilon", "max_grad_norm", "distill_temperature", "deterministic")),
     "evaluate.batch_size",
@@ -89,7 +90,7 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 def in_words(default: Any) -> str:
     if default is None:
         return "null"
-    return str(default).lower() if isinstance(default, bool) else str(default)
+    return str(default).lower() if isinstance(default, bool) else str([] if default == () else default)
 
 
 def with_tables(page: str) -> str:

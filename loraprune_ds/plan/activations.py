@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loraprune_ds.config import LoraConfig, ModelConfig
 from loraprune_ds.model.adapters import add_lora, base_parameter, differentiate_input
 from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta, store_as_int8
+from loraprune_ds.model.fewer_layers import config_of_layers
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.logits import chunk_size
 from loraprune_ds.model.shape import ModelShape
@@ -59,17 +60,11 @@ def mlp_width(shape: ModelShape, layer: int) -> int:
 
 def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: PlannedBatch) -> int:
     """Returns the bytes that autograd keeps for a layer without checkpointing."""
-    source, family, depth = request.source, shape.family, len(shape.layers)
-    chosen, fields = family.around(shape.config, index)
-    lists = {key: x for key, x in source.items() if isinstance(x, list) and len(x) == depth and type(x[0]) is not float}
-    few = source | {key: [value[i] for i in chosen] for key, value in lists.items()}
-    of_few = shape.only(chosen)
-    few |= {layers.count: len(x) for layers, x in zip(family.layer_lists, of_few.layer_lists, strict=True)} | fields
-    few.pop(family.per_layer, None)
-    few |= family.dense_layers([n for n, i in enumerate(chosen) if not shape.counts[i].get("experts")], len(chosen))
-    if types := getattr(shape.config, "layer_types", None):
-        few["layer_types"] = [types[i] for i in chosen]
-    return _saved(json.dumps(few), of_few, chosen.index(index), batch, request.config.model, request.config.lora)
+    chosen, fields = shape.family.around(shape.config, index)
+    few = config_of_layers(request.source, shape, chosen) | fields
+    few.pop(shape.family.per_layer, None)
+    config = request.config
+    return _saved(json.dumps(few), shape.only(chosen), chosen.index(index), batch, config.model, config.lora)
 
 
 @cache

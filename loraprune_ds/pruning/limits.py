@@ -5,9 +5,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import Any
 
-from loraprune_ds.config import PruneConfig
+from loraprune_ds.config import PruneConfig, RunConfig
 from loraprune_ds.errors import UserError, require
+from loraprune_ds.model.fewer_layers import droppable
 from loraprune_ds.model.groups import QUERY_HEADS, Kind, LayerCounts
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.units import format_percent
@@ -20,10 +22,24 @@ class Limits:
     """Holds the limits on the counts of each layer, however much a run removes."""
 
     dense: ModelShape
+    all_layers: ModelShape  # `dense` with the dropped layers. Ratios are fractions of it
     floor: tuple[LayerCounts, ...]  # fewest groups that each layer keeps. A protected layer keeps all
     open_layers: list[int]  # layers that are not protected
     multiples: Mapping[Kind, int]  # kept counts are multiples of these, unless they are dense counts
     uniform: bool  # all open layers keep equal counts
+
+    @cached_property
+    def dropped(self) -> int:
+        """The linear parameters of the dropped layers."""
+        return self.all_layers.linear_numel() - self.dense.linear_numel()
+
+    def leaving(self, ratio: float) -> float:
+        """Counts the linear parameters that groups lose until this ratio is gone."""
+        return ratio * self.all_layers.linear_numel() - self.dropped
+
+    def gone(self, shape: ModelShape) -> float:
+        """Returns the ratio that is gone from a shape."""
+        return 1 - shape.linear_numel() / self.all_layers.linear_numel()
 
     def chunks(self, layer: int, kind: Kind, count: int) -> list[int]:
         """Returns the groups of each chunk from `count` down to the floor."""
@@ -90,12 +106,39 @@ class Budget:
     shares: Mapping[Kind, float]  # each kind's fraction of the removed parameters
 
 
-def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
-    """Makes the limits of a run. Raises UserError if settings conflict, or do not fit the model."""
-    count, protected = len(dense.layers), set[int]()
+def protected_layers(config: PruneConfig, dense: ModelShape) -> set[int]:
+    protected = set[int]()
     for layers in dense.layer_lists:
         first = -(-len(layers) // 10) if config.protected_first is None else config.protected_first
         protected |= {*layers[:first], *layers[max(0, len(layers) - config.protected_last) :]}
+    return protected
+
+
+def layers_to_drop(
+    config: RunConfig, all_layers: ModelShape, tower: dict[str, Any] | None
+) -> tuple[tuple[int, ...], list[int]]:
+    """Returns the layers that a run drops, and those that it may drop.
+
+    Until `prune.depth_ratio` has chosen, the first that may be dropped stand for the others.
+
+    Args:
+        tower: config.json of the multimodal model, if its tower stays.
+    """
+    given, ratio, count = config.model.drop_layers, config.prune.depth_ratio, len(all_layers.layers)
+    if not given and not ratio:
+        return (), []
+    key = f"model.drop_layers {[*given]}" if given else f"prune.depth_ratio {ratio}"
+    require(config.model.adapter is None, f"{key}: model.adapter has all layers; merge it into the model first")
+    protected = protected_layers(config.prune, all_layers)
+    may = [i for i in droppable(all_layers, key, tower) if i not in protected]
+    fits = {*given} <= {*may} if given else 0 < round(ratio * count) < len(may)
+    require(fits, f"{key}: of {count} layers {len(may)} may be dropped{f', from {may[0]} to {may[-1]}' if may else ''}")
+    return tuple(sorted({*given}) or may[: round(ratio * count)]), may
+
+
+def make_limits(config: PruneConfig, dense: ModelShape, all_layers: ModelShape | None = None) -> Limits:
+    """Makes the limits of a run. Raises UserError if settings conflict, or do not fit the model."""
+    count, protected = len(dense.layers), protected_layers(config, dense)
     if len(protected) == count:
         raise UserError(f"prune.protected_first and prune.protected_last protect all {count} layers")
     multiples = _multiples(config, dense, protected)
@@ -107,8 +150,9 @@ def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
         few = {kind: min(least[kind] * dense.times(i, kind), n) for kind, n in layer.items() if kind not in fixed}
         floor.append(LayerCounts(layer | few))
     open_layers = [i for i in range(count) if i not in protected]
-    limits = Limits(dense, tuple(floor), open_layers, multiples, uniform=config.ranking == "uniform")
-    if limits.uniform and limits.with_equal(limits.bounds[1], dense).counts != dense.counts:
+    uniform = config.ranking == "uniform"
+    limits = Limits(dense, all_layers or dense, tuple(floor), open_layers, multiples, uniform)
+    if uniform and limits.with_equal(limits.bounds[1], dense).counts != dense.counts:
         raise UserError("prune.ranking: uniform needs equal layers, but the layers of this model differ; use global")
     return limits
 
@@ -148,7 +192,7 @@ def make_budget(config: PruneConfig, limits: Limits, ratio: float) -> Budget:
     require(not {"heads", QUERY_HEADS}.isdisjoint(dense.kinds) or head_ratio == 0, keeps)
     heads, most_heads = (sum(x[kind] for kind in coarse) for x in (numel, limits.removable))  # of delta nets, too
     others, most_others = max(1, numel[fine]), limits.removable[fine]
-    leaving, of_heads = max(1, ratio * dense.linear_numel()), head_ratio * heads
+    leaving, of_heads = max(1, limits.leaving(ratio)), head_ratio * heads
     half_a_step = sum(limits.equal_numel[kind] * limits.multiples[kind] for kind in coarse) / 2  # only full heads go
     if of_heads > most_heads + half_a_step:
         raise UserError(f"prune.head_ratio {head_ratio}: at most {most_heads / heads:.1%} of the heads may leave")
@@ -174,21 +218,23 @@ def reachable(config: PruneConfig, limits: Limits) -> tuple[float, float]:
 def check_reachable(config: PruneConfig, limits: Limits, ratio: float) -> None:
     """Raises UserError if the ratio is out of reach. The message names the largest ratio."""
     *coarse, fine = limits.dense.kinds
-    (_, most), numel = reachable(config, limits), limits.dense.linear_numel()
+    _, most = reachable(config, limits)
+    key, numel = f"prune.{'sizes' if config.sizes else 'ratio'} {ratio}", limits.all_layers.linear_numel()
+    require(limits.leaving(ratio) > 0, f"{key} is not above the {limits.gone(limits.dense):.1%} in the dropped layers")
     # The largest ratio may be missed: `global` by a group, `uniform` by half a multiple of channels per layer.
     near = max(map(limits.step_numel, coarse), default=0)
     if limits.uniform:
         least, widest = (counts[fine] for counts in limits.bounds)
         near = min(limits.step_numel(fine), (widest - least) * limits.equal_numel[fine]) / 2
-    if most == 0 or ratio * numel > most + near:
-        largest = math.floor(1e4 * most / numel) / 1e4
+    if most == 0 or limits.leaving(ratio) > most + near:
+        largest = math.floor(1e4 * (most + limits.dropped) / numel) / 1e4
         cause = f"with the protected layers and minimum widths at most {largest} can leave"
-        raise UserError(f"prune.{'sizes' if config.sizes else 'ratio'} {ratio} is out of reach: {cause}")
+        raise UserError(f"{key} is out of reach: {cause}")
 
 
 def shortfall(limits: Limits, asked: float, reached: float) -> str | None:
     """Says how far a run ends below the ratio that it was asked for. None within the largest step of its ranking."""
-    if (asked - reached) * limits.dense.linear_numel() <= max(map(limits.step_numel, limits.dense.kinds)):
+    if (asked - reached) * limits.all_layers.linear_numel() <= max(map(limits.step_numel, limits.dense.kinds)):
         return None
     ends, asks = format_percent(reached), format_percent(asked)
     return f"the run ends with {ends} of the linear parameters removed; its last cut was to reach {asks}"

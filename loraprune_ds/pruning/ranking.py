@@ -44,7 +44,7 @@ def uniform_goal(limits: Limits, budget: Budget, bounds: Bounds | None = None) -
         bounds: bounds of the counts, narrower than those of `limits`.
     """
     (*coarse, fine), dense, bounds = limits.dense.kinds, limits.bounds[1], bounds or limits.bounds
-    wanted = budget.ratio * limits.dense.linear_numel()  # parameters that leave
+    wanted = limits.leaving(budget.ratio)  # parameters that leave
     numel = {kind: max(1, part) for kind, part in limits.equal_numel.items()}
     share = {kind: dense[kind] - wanted * budget.shares[kind] / numel[kind] for kind in coarse}
     multiple = limits.multiples[fine]
@@ -91,7 +91,7 @@ def rank_global(scores: list[LayerScores], current: ModelShape, limits: Limits, 
     Heads give their share of the ratio, channels the rest. The total ends within one group (or multiple) of the
     ratio, or half a multiple of channels beyond, because channels that replaced a head do not come back.
     """
-    removal, numel = _Removal(scores, current, limits), round(budget.ratio * limits.dense.linear_numel())
+    removal, numel = _Removal(scores, current, limits), round(limits.leaving(budget.ratio))
     *coarse, fine = current.kinds
     for kind in coarse:
         removal.take(kind, round(numel * budget.shares[kind]) + removal.gone_beside(kind))

@@ -66,7 +66,7 @@ class Section:
         fine = limits.dense.kinds[-1]
         if not limits.uniform and limits.multiples[fine] == 1:
             return steps
-        chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
+        chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.all_layers.linear_numel()
         always = set[int]() if limits.uniform else {self.end}
         widths = pairwise(self.counts(step) or round(self.target(step) / chunk) for step in (self.start, *steps))
         return [step for step, (old, new) in zip(steps, widths, strict=True) if old != new or step in always]
@@ -146,7 +146,7 @@ def plan_pruning(
     Raises:
         UserError: a size has no step left to cut, or none that changes a width.
     """
-    sections, shared, before, first = list[Section](), 0, 0.0, 0
+    sections, shared, before, first = list[Section](), 0, limits.gone(limits.dense), 0
     for size in sizes:
         until = round(steps * size.budget.ratio / sizes[-1].budget.ratio)
         own, shared = until - shared, until

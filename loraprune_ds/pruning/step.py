@@ -146,7 +146,7 @@ class Pruner:
 
     def reached(self) -> float:
         """Returns the fraction of the dense decoder-layer linear parameters that is gone."""
-        return 1 - self.model.shape.linear_numel() / self.limits.dense.linear_numel()
+        return self.limits.gone(self.model.shape)
 
     def _average(self, step: int, scored: bool) -> list[LayerScores]:
         scores = self.average.on_host()

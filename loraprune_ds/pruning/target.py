@@ -24,10 +24,13 @@ class Size:
     bounds: Bounds | None = None  # `uniform`: the equal counts at its end and at its start
 
 
-def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> tuple[PruneConfig, Limits, list[Size]]:
+def resolve(
+    config: PruneConfig, dense: ModelShape, all_layers: ModelShape | None = None, *, tower: bool = False
+) -> tuple[PruneConfig, Limits, list[Size]]:
     """Fills in `prune.ranking` and `prune.compensate`, and decides the limits and the sizes of a run.
 
     Args:
+        all_layers: `dense` with the dropped layers, if any.
         tower: True if the result has the tower of a multimodal model.
 
     Raises:
@@ -37,7 +40,7 @@ def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> t
     equal = dense.family.equal_layers
     if config.ranking is None:
         config = replace(config, ranking="uniform" if tower or equal else "global")
-    limits = make_limits(config, dense)
+    limits = make_limits(config, dense, all_layers)
     sizes = make_sizes(config, limits)
     final = final_shape(limits, sizes)
     fits = not equal or (final is not None and final.is_uniform)
@@ -62,7 +65,7 @@ def make_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
     last = _last_budget(config, limits)
     check_reachable(config, limits, last.ratio)
     bounds: Bounds | None = (uniform_goal(limits, last), limits.bounds[1]) if limits.uniform else None
-    names, sizes, before = config.sizes, list[Size](), 0.0
+    names, sizes, before = config.sizes, list[Size](), limits.gone(limits.dense)
     if names is None:
         return [Size(None, 0, last, bounds)]
     for place in sorted(range(len(names)), key=lambda i: _ratio_of(config, limits, names[i], last)):
@@ -111,10 +114,10 @@ def _find_ratio(
     `uniform` ends at or below the target, within one step of its widths. `global` ends within one group of the target.
     """
     key = "prune.sizes" if config.sizes else "prune.target"
-    amount, numel = read_amount(asked, key), limits.dense.linear_numel()
+    amount, numel = read_amount(asked, key), limits.all_layers.linear_numel()
     size = measure(config, limits.dense, amount)
     if size <= amount.value:
-        raise UserError(f"{key} {asked} removes nothing from the dense model, which has {amount.format(size)}")
+        raise UserError(f"{key} {asked} removes nothing from a model of {amount.format(size)}")
 
     def size_at(ratio: float) -> float:
         budget = Budget(ratio, last.shares) if last else make_budget(config, limits, ratio)
@@ -122,7 +125,7 @@ def _find_ratio(
             return measure(config, limits.with_equal(uniform_goal(limits, budget, bounds), limits.dense), amount)
         return _size_of_global(config, limits, budget, amount)
 
-    least, most = (gone / numel for gone in reachable(config, limits))
+    least, most = ((gone + limits.dropped) / numel for gone in reachable(config, limits))
     narrowest = size_at(most) if most > 0 else size
     if narrowest > amount.value:
         keeps = f"protected layers and minimum widths at least {amount.format(narrowest)} stay"
@@ -131,7 +134,7 @@ def _find_ratio(
     while high - low > 0.5 / numel:  # `high` fits
         middle = (low + high) / 2
         low, high = (middle, high) if size_at(middle) > amount.value else (low, middle)
-    if least and high - least < 1 / numel:
+    if config.head_ratio and high - least < 1 / numel:
         raise UserError(f"prune.head_ratio {config.head_ratio} alone removes more than {key} {asked} asks for")
     return high
 
@@ -145,7 +148,7 @@ def _size_of_global(config: PruneConfig, limits: Limits, budget: Budget, amount:
         layers = list(dense.counts)
         layers[index] = LayerCounts({**layers[index], kind: layers[index][kind] - 1})
         of_a_group = dense_size - measure(config, dense.resized(layers), amount)
-        size -= of_a_group * (budget.ratio * dense.linear_numel()) * share / dense.group_numel[kind]
+        size -= of_a_group * limits.leaving(budget.ratio) * share / dense.group_numel[kind]
     return size
 
 

@@ -126,11 +126,15 @@ class OutputFolder:
                 config_file.touch(exist_ok=False)
             remove_leftovers(self.path)
             remove_leftovers(self.path / layout.CHECKPOINTS_FOLDER)
-            write_text(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
+            self.write_config(config)
         except FileExistsError:
             raise UserError(f"output_dir {self.path}: another start has just taken it; {CHOOSE}") from None
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be written: {error.strerror}") from None
+
+    def write_config(self, config: RunConfig) -> None:
+        """Writes config.yaml."""
+        write_text(self.path / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
     def check_shared(self, comm: "Communicator") -> None:
         """Checks that all ranks see the folder that rank 0 made. The error names a rank that does not. Collective."""

@@ -26,6 +26,7 @@ from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import MTP, check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, text_starts
+from loraprune_ds.pruning.limits import layers_to_drop
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.comm import Communicator
@@ -46,6 +47,7 @@ class Prepared:
     """Holds the checked input of a run."""
 
     config: RunConfig
+    dense: PretrainedModel  # with all layers
     pretrained: PretrainedModel
     samples: Samples
     order: SampleOrder
@@ -106,14 +108,18 @@ def _prepare(
     check_tokenizer: CheckTokenizer,
 ) -> Prepared:
     model, train = config.model, config.train
-    pretrained = open_for_pruning(locate_model(model), model, packing=config.data.packing, query_heads=query_heads)
+    reopen = partial(open_for_pruning, locate_model(model), packing=config.data.packing, query_heads=query_heads)
+    dense = pretrained = reopen(replace(model, drop_layers=()))
+    dropped, _ = layers_to_drop(config, dense.shape, dense.tower and dense.tower.config)
+    if dropped:
+        pretrained = reopen(replace(model, drop_layers=dropped))
     shape = pretrained.shape
     if model.adapter:
         check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
     ds_config = resolve_ds_config(config, shape, world_size, ranks_per_node)
     tower = pretrained.tower
     # Its errors come before the data, which may take long to read.
-    prune, limits, sizes = resolve(config.prune, shape, tower=tower is not None)
+    prune, limits, sizes = resolve(config.prune, shape, dense.shape, tower=tower is not None)
     if tower:
         check_tower(tower.config, final_shape(limits, sizes), str(pretrained.folder))
         check_processor(pretrained.folder)
@@ -139,6 +145,7 @@ def _prepare(
     digests = loaded.samples.digest(), loaded.held_out_digest(), source_digest(pretrained.folder)
     return Prepared(
         config=config,
+        dense=dense,
         pretrained=pretrained,
         samples=loaded.samples,
         order=order,
@@ -163,7 +170,7 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 
 def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     """Yields lines about the model, the ranks and the cuts of a run, and what a user may not expect."""
-    config, dense, pruning = prepared.config, prepared.pretrained.shape, prepared.pruning
+    config, dense, pruning = prepared.config, prepared.dense.shape, prepared.pruning
     where = "in one process" if config.deepspeed is None else f"on {world_size} rank{'s' * (world_size > 1)}"
     count, dtype = format_count(dense.total_numel()), describe_dtype(config.model)
     yield f"{model_name(config.model)}: {count} parameters, {dtype}, {where} ({device_name()})"

@@ -8,6 +8,7 @@ measure   reads that folder back, writes the report, and names the folder model/
 import errno
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from loraprune_ds.errors import RankError, UserError, fail_point
 from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.export.model_card import card_of_step, write_model_card
 from loraprune_ds.files import flush, remove_folder, staging_of
+from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.limits import shortfall
 from loraprune_ds.ranks.comm import Communicator
@@ -25,6 +27,7 @@ from loraprune_ds.ranks.device import fast_half_products
 from loraprune_ds.report import records
 from loraprune_ds.report.report import Outcome, write_results
 from loraprune_ds.train.checkpoints import RunContext, check_data, find_checkpoint
+from loraprune_ds.train.depth import drop_layers
 from loraprune_ds.train.output import OutputFolder, RunStatus
 from loraprune_ds.train.prepare import CheckTokenizer, Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder
@@ -69,6 +72,9 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     with _open_context(prepared, checkpoint, comm) as context:
         for line in (*warnings, *describe_run(prepared, comm.world_size)):
             context.recorder.show(line)
+        if prepared.pretrained is not prepared.dense and not checkpoint:
+            context = drop_layers(context)
+            comm.on_rank_0(partial(output.write_config, context.config))
         finished = _train(context) and export_models(context)
         error = measure_model(context) if finished else None
         context.check_owner()
@@ -178,7 +184,7 @@ def measure_model(context: RunContext) -> str | None:
     config, pruning, folder, recorder = context.config, context.prepared.pruning, context.folder, context.recorder
     checkpoint = _open_step(context, pruning.steps)
     assert checkpoint is not None, "the model was exported from it"
-    exported, target, dense = folder / EXPORTED, folder / records.MODEL_FOLDER, pruning.limits.dense
+    exported, target, dense = folder / EXPORTED, folder / records.MODEL_FOLDER, pruning.limits.all_layers
     # An earlier start may have been killed right after it had named the folder.
     is_named = context.comm.gather_objects(target.exists())[0]
     model = target if is_named else exported
@@ -188,12 +194,14 @@ def measure_model(context: RunContext) -> str | None:
         if context.comm.rank == 0:  # the next start makes it again
             remove_folder(model)
         raise
+    kept, dropped = iter(keep_from_lists(checkpoint.state.kept, dense.kinds)), config.model.drop_layers
+    nothing = LayerKeep(dict.fromkeys(dense.kinds, torch.arange(0)))
     outcome = Outcome(
         config=config.to_dict(),
         history=recorder.history,
         schedule=pruning,
         pruned=checkpoint.shape,
-        kept_of_dense=keep_from_lists(checkpoint.state.kept, dense.kinds),
+        kept_of_dense=[nothing if i in dropped else next(kept) for i in range(len(dense.layers))],
         resumed_from=checkpoint.state.resumed_from,
         accelerator=checkpoint.state.accelerator,
         peak_bytes=checkpoint.state.peak_bytes,
@@ -211,7 +219,7 @@ def measure_model(context: RunContext) -> str | None:
     context.check_owner()  # if this process stood still, another one has renamed the folder by now
     if not is_named:
         context.comm.on_rank_0(name)
-    return shortfall(pruning.limits, pruning.ratio, 1 - checkpoint.shape.linear_numel() / dense.linear_numel())
+    return shortfall(pruning.limits, pruning.ratio, pruning.limits.gone(checkpoint.shape))
 
 
 def _read_back(folder: Path, context: RunContext) -> records.EvaluationRecord:

@@ -86,6 +86,7 @@ class Family:
     per_layer: ClassVar[str] = "per_layer_config"  # the field of a pruned export with the sizes of each layer
     # A kind, and another whose counts equal it in each layer of a stock class.
     as_many: ClassVar[Mapping[Kind, Kind]] = {}
+    keeps_layers: ClassVar[str | None] = None  # why no layer may be dropped
     shared_bias: ClassVar[str | None] = None  # a tensor that files have once for all layers of an encoder or decoder
     has_experts: ClassVar[bool] = False
     # The sizes that must stand in config.json, because the class would make them up.

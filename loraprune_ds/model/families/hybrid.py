@@ -104,6 +104,7 @@ class Gemma4(Moe):
     """
 
     optional = True
+    keeps_layers = "its last layers read keys and values of others, and its embedding has a part for each layer"
 
     def layer(self, c: Any, i: int) -> Marks:
         names, run = (("experts.gate_up_proj",), ("experts.down_proj",)), self.run(c)

@@ -134,6 +134,8 @@ class GraniteMoe(Moe):
 
 
 class GptOss(Moe):
+    keeps_layers = "vLLM gives every other layer a window, by its number"
+
     def layer(self, c: Any, i: int) -> Marks:
         path, run = "mlp.experts", self.run(c)
         names = (f"{path}.gate_up_proj",), (f"{path}.down_proj",)
@@ -181,6 +183,8 @@ class Mistral4(Latent):
 
 class SparseAttention(Latent):
     """An indexer chooses the tokens that a query reads. It learns nothing from the loss, so it has no LoRA."""
+
+    keeps_layers = "layers may read the tokens that an earlier one has chosen"
 
     def mixer(self, c: Any) -> Marks:
         indexer = (TensorSpec(f"self_attn.indexer.{x}.weight") for x in ("wq_b", "wk", "weights_proj"))

@@ -18,6 +18,7 @@ class Umt5(Family):
     layer_lists = (LayerList("encoder.block", "num_layers"), LayerList("decoder.block", "num_decoder_layers"))
     in_memory: ClassVar[Mapping[str, Any]] = {"dropout_rate": 0.0}  # else results depend on the number of ranks
     per_layer = "layer_sizes"
+    keeps_layers = "encoder and decoder are not compared"
     as_many: ClassVar[Mapping[Kind, Kind]] = {"cross_heads": "heads"}
     required = ("d_model", "vocab_size", "num_heads", "d_ff")
 
