@@ -124,16 +124,17 @@ def layers_to_drop(
     Args:
         tower: config.json of the multimodal model, if its tower stays.
     """
-    given, ratio, count = config.model.drop_layers, config.prune.depth_ratio, len(all_layers.layers)
+    given, ratio = config.model.drop_layers, config.prune.depth_ratio
     if not given and not ratio:
         return (), []
-    key = f"model.drop_layers {[*given]}" if given else f"prune.depth_ratio {ratio}"
+    count = round(ratio * len(all_layers.layers))
+    key = f"model.drop_layers {[*given]}" if given else f"prune.depth_ratio {ratio}, {count} layers"
     require(config.model.adapter is None, f"{key}: model.adapter has all layers; merge it into the model first")
     protected = protected_layers(config.prune, all_layers)
     may = [i for i in droppable(all_layers, key, tower) if i not in protected]
-    fits = {*given} <= {*may} if given else 0 < round(ratio * count) < len(may)
-    require(fits, f"{key}: of {count} layers {len(may)} may be dropped{f', from {may[0]} to {may[-1]}' if may else ''}")
-    return tuple(sorted({*given}) or may[: round(ratio * count)]), may
+    fits = {*given} <= {*may} if given else 0 < count < len(may)
+    require(fits, f"{key}: some of layers {may[0]} to {may[-1]} may be dropped" if may else f"{key}: no layer may be")
+    return tuple(sorted({*given}) or may[:count]), may
 
 
 def make_limits(config: PruneConfig, dense: ModelShape, all_layers: ModelShape | None = None) -> Limits:
