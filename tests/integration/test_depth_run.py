@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraprune_ds.config import RunConfig
@@ -27,21 +27,29 @@ TOLERANCE = 1e-5  # as in test_resume.py
 
 
 @torch.no_grad()
-def least_influential(config: RunConfig, count: int) -> list[int]:
-    """Returns the layers that turn the hidden states least, from transformers' own record. The last is protected."""
+def least_influential(config: RunConfig, count: int) -> tuple[list[int], float]:
+    """Returns the layers that turn the hidden states least, from transformers' own record, and the loss of step 1.
+
+    The last layer is protected. The teacher has all layers.
+    """
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32).eval()
     tokenizer, dropped = AutoTokenizer.from_pretrained(config.model.path), list[int]()
     loaded = load_samples(config.data, tokenizer, minimum=1, vocab_size=model.config.vocab_size, starts=Starts())
     order = SampleOrder(loaded.epoch_length, config.train.global_batch_size, config.seed, loaded.epoch, None)
     batches = [order.batch(step) for step in range(-(-SAMPLES // config.train.global_batch_size))]
     ids = torch.cat([loaded.samples.inputs(batch)["input_ids"] for batch in batches])
+    inputs = ids[: config.train.global_batch_size]
+    before = model(inputs).logits[:, :-1].flatten(0, 1)
     for _ in range(count):
         states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
         changes = [1 - cosine_similarity(a, b, dim=-1).mean() for a, b in pairwise(states)]
         allowed = [i for i in range(1, LAYERS - 1) if i not in dropped]
         dropped.append(min(allowed, key=lambda i: float(changes[i])))
         model.model.layers[dropped[-1]].forward = lambda hidden, *args, **settings: hidden
-    return sorted(dropped)
+    after, weight, t = model(inputs).logits[:, :-1].flatten(0, 1), config.train.distill_weight, 2.0
+    pairs = (after / t).log_softmax(-1), (before / t).log_softmax(-1)
+    own, taught = cross_entropy(after, inputs[:, 1:].flatten()), kl_div(*pairs, reduction="batchmean", log_target=True)
+    return sorted(dropped), float((1 - weight) * own + weight * t**2 * taught)
 
 
 def test_a_run_without_two_layers(ranks: RankPool, tmp_path: Path) -> None:
@@ -56,9 +64,10 @@ def test_a_run_without_two_layers(ranks: RankPool, tmp_path: Path) -> None:
 
     found, expected = contents(tmp_path / "out", STEPS), contents(tmp_path / "straight", STEPS)
     assert found.kept == expected.kept
-    dropped = least_influential(straight, 2)
+    dropped, loss = least_influential(straight, 2)
     assert [*resolved.model.drop_layers] == dropped
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "straight"), abs=TOLERANCE)
+    assert losses(tmp_path / "out")[0] == pytest.approx(loss, rel=TOLERANCE)
     steps, cut = resuming.metrics(tmp_path / "out", "step"), resuming.metrics(tmp_path / "out", "cut")[-1]
     params = json.loads((tmp_path / "out" / "report.json").read_text())["params"]
     assert steps[0]["sparsity"] == pytest.approx(2 / LAYERS)
