@@ -87,6 +87,16 @@ def test_all_that_the_tokens_depend_on_makes_them_again(tmp_path: Path) -> None:
     assert not reads(path)
 
 
+def test_a_damaged_file_is_named(tmp_path: Path, cache: Path) -> None:
+    path = write_json(tmp_path / "data.jsonl", documents(40))
+    load(path)
+    (file,) = cache.glob("*/samples.pt")
+    content = file.read_bytes()
+    for place in (0, content.index(b"Samples"), len(content) - 30):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        must_name(f"data.path {file.parent} delete", load, path)
+
+
 def test_data_that_cannot_be_used_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
     path = write_json(tmp_path / "data.jsonl", documents(40))
     must_name("data.text_field 'body'", load, path, text_field="body")

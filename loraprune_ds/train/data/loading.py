@@ -11,6 +11,7 @@ from itertools import repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, TypeVar
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -125,10 +126,17 @@ def cached(
     try:
         if not folder.exists():
             make_once(folder, save)
+    except (OSError, RuntimeError) as error:  # torch raises the second for a full disk
+        raise UserError(f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}") from None
+    try:
+        with ZipFile(folder / SAMPLES_FILE) as file:  # checks sums, but not of the tensors
+            for name in (name for name in file.namelist() if "/data/" not in name):
+                file.read(name)
         with torch.serialization.safe_globals([LoadedData, Samples]):
             return torch.load(folder / SAMPLES_FILE, mmap=True)  # its memory is shared by all ranks of a node
-    except (OSError, RuntimeError) as error:  # torch raises the second for a damaged file
-        raise UserError(f"the tokens of data.path cannot be kept in {folder}: {one_line(error)}") from None
+    except (OSError, RuntimeError, BadZipFile, ValueError, EOFError) as error:
+        damaged = f"the tokens of data.path in {folder} are damaged; delete the folder to make them again"
+        raise UserError(f"{damaged}: {one_line(error)}") from None
 
 
 def _digest(config: DataConfig, tokenizer: PreTrainedTokenizerBase, starts: Starts) -> str:
