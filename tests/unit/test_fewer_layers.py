@@ -1,9 +1,11 @@
 """Drops whole layers, of every family: on disk and in memory it equals a model whose dropped layers do nothing."""
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from loraprune_ds.config import ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.classes import decoder_layers
@@ -18,6 +20,9 @@ from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.plan.request import build_request, changed
 from loraprune_ds.pruning.limits import layers_to_drop
 from loraprune_ds.pruning.target import resolve
+from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.train.data.samples import SampleOrder, Samples
+from loraprune_ds.train.depth import choose_layers
 from tests.families import SIZES, TINY, tiny_config, tiny_model
 from tests.family_cuts import difference, logits, reopened
 from tests.published import sizes_of
@@ -115,3 +120,23 @@ def test_a_ratio_counts_the_dropped_layers() -> None:
     count = LLAMA.total_numel() // 2
     *_, (size,) = resolve(PruneConfig(ratio=None, target=str(count)), request.shape, LLAMA)
     assert size.budget.ratio * LLAMA.linear_numel() == pytest.approx(count, rel=2e-3)  # the rest are norms
+
+
+def test_a_layer_is_chosen_without_those_before_it() -> None:
+    """Layer 1 only makes the states larger, so it turns nothing, and layer 2 little. Without it 2 turns more than 3."""
+    model, lines = tiny_model("llama", num_hidden_layers=5), list[str]()
+    acts = {
+        1: lambda x: 50 * x,
+        2: lambda x: x + 8 * x.roll(1, -1) / x.norm(dim=-1, keepdim=True),
+        3: lambda x: x + 0.1 * x.roll(1, -1),
+        4: lambda x: x + x.roll(1, -1),
+    }
+    for i, act in acts.items():
+        decoder_layers(model)[i].forward = lambda hidden_states, act=act, **_: act(hidden_states)
+    samples = Samples.of_windows(torch.arange(3, 67).view(8, 8).int())
+    dense = SimpleNamespace(shape=shape_from_config(model.config.to_dict(), "llama"), tower=None)
+    prepared = SimpleNamespace(samples=samples, order=SampleOrder(8, 8, 0), dense=dense)
+    context = SimpleNamespace(prepared=prepared, comm=Communicator(), recorder=SimpleNamespace(show=lines.append))
+    context.config = run({}, {"depth_ratio": 0.4})
+    assert choose_layers(cast(Any, context), model) == (1, 3)
+    assert [line.split(",")[0] for line in lines] == ["drops layer 1", "drops layer 3"]
