@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -140,3 +141,6 @@ def test_a_layer_is_chosen_without_those_before_it() -> None:
     context.config = run({}, {"depth_ratio": 0.4})
     assert choose_layers(cast(Any, context), model) == (1, 3)
     assert [line.split(",")[0] for line in lines] == ["drops layer 1", "drops layer 3"]
+    of_others = torch.tensor([0.0, 1e3, 0.0, 0.0, 0.0])  # which layer 1 turns
+    with patch.object(context.comm, "all_reduce", lambda sums: sums + of_others):
+        assert choose_layers(cast(Any, context), model) == (2, 3)
