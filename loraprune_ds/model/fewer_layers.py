@@ -65,10 +65,11 @@ def drop_layers(model: PreTrainedModel, layers: Collection[int]) -> None:
     """Drops decoder layers of a model in memory, in place. Call it before its trainer is made, also before a resume.
 
     Raises:
-        UserError: the family needs all its layers, or there is no such layer. Layer 0 stays.
+        UserError: the family needs all its layers, or there is no such layer. Layer 0 stays. The model has a tower.
     """
-    config, stack = model.config.to_dict(), decoder_layers(model)
-    shape = shape_from_config(config, type(model).__name__)
+    config, where = model.config.to_dict(), type(model).__name__
+    require("text_config" not in config, f"drop_layers: a {where} has a tower; load its text part alone")
+    shape, stack = shape_from_config(config, where), decoder_layers(model)
     may = droppable(shape, "drop_layers")
     bad = sorted({*layers} - {*may})
     require(not bad, f"drop_layers: {bad} are not among layers {may[0]} to {may[-1]}, which may be dropped")

@@ -95,6 +95,15 @@ def test_a_family_that_needs_its_layers_says_so(family: str) -> None:
     must_name(f"prune.depth_ratio 0.5 {family}", layers_to_drop, run({}, {"depth_ratio": 0.5}), shape_of(family), None)
 
 
+def test_a_model_in_memory_is_refused_unchanged() -> None:
+    model = tiny_model("llama")
+    must_name("drop_layers [0, 7]", drop_layers, model, (0, 7))
+    must_name("drop_layers gpt_oss", drop_layers, tiny_model("gpt_oss"), (1,))
+    assert len(decoder_layers(model)) == model.config.num_hidden_layers
+    tower = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: {"text_config": {}}))
+    must_name("drop_layers tower", drop_layers, tower, (1,))
+
+
 def test_a_tower_feeds_the_first_layers_of_a_qwen3_vl() -> None:
     tower = {"model_type": "qwen3_vl", "vision_config": {"deepstack_visual_indexes": [5, 11, 17]}}
     assert droppable(LLAMA, "", tower) == range(3, 8)
