@@ -122,7 +122,7 @@ class RunState:
 
     step: int
     totals: RunTotals
-    kept: list[list[list[int]]]  # kept groups by layer and kind, as indices into the dense model
+    kept: list[list[list[int]]]  # kept groups by layer and kind, as indices into the dense model without dropped layers
     source: str  # folder of the dense model. Weights that no refit changed are its slices
     config: dict[str, Any]
     data: RunData

@@ -56,7 +56,7 @@ def names_without_layers(names: Mapping[str, str], path: str, dropped: Collectio
         if match := re.match(rf"{re.escape(path)}\.(\d+)\.", name):
             if (number := int(match[1])) in dropped:
                 continue
-            name = f"{path}.{number - sum(i < number for i in dropped)}.{name[match.end() :]}"
+            name = f"{path}.{number - sum(i < number for i in {*dropped})}.{name[match.end() :]}"
         left[name] = in_file
     return left
 
@@ -72,7 +72,7 @@ def drop_layers(model: PreTrainedModel, layers: Collection[int]) -> None:
     shape, stack = shape_from_config(config, where), decoder_layers(model)
     may = droppable(shape, "drop_layers")
     bad = sorted({*layers} - {*may})
-    require(not bad, f"drop_layers: {bad} are not among layers {may[0]} to {may[-1]}, which may be dropped")
+    require(not bad, f"drop_layers: {bad} are not among layers {may.start} to {may.stop - 1}, which may be dropped")
     for key, value in without_layers(config, shape, layers).items():
         setattr(model.config, key, value)
     for i in sorted({*layers}, reverse=True):

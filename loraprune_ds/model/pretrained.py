@@ -254,7 +254,8 @@ def open_pretrained(folder: Path, *, query_heads: bool = True, dropped: Collecti
     beyond = (MTP, ERNIE_MTP, *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
     names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
     weights = check_weights(folder, headers, names, shape)
-    return PretrainedModel(folder, config, modules, weights, tower, all_layers or shape)
+    all_layers = replace(all_layers, outer=shape.outer) if all_layers else shape  # the head may be tied
+    return PretrainedModel(folder, config, modules, weights, tower, all_layers)
 
 
 def open_for_pruning(

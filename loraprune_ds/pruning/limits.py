@@ -133,7 +133,8 @@ def layers_to_drop(
     protected = protected_layers(config.prune, all_layers)
     may = [i for i in droppable(all_layers, key, tower) if i not in protected]
     fits = {*given} <= {*may} if given else 0 < count < len(may)
-    require(fits, f"{key}: some of layers {may[0]} to {may[-1]} may be dropped" if may else f"{key}: no layer may be")
+    allowed = f"1 to {len(may) - 1} of layers {may[0]} to {may[-1]}" if len(may) > 1 else "no layer"
+    require(fits, f"{key}: {allowed} may be dropped")
     return tuple(sorted({*given}) or may[:count]), may
 
 
@@ -185,6 +186,8 @@ def make_budget(config: PruneConfig, limits: Limits, ratio: float) -> Budget:
     """
     dense, head_ratio, numel = limits.dense, config.head_ratio, limits.numel(limits.dense.counts)
     *coarse, fine = dense.kinds
+    dropped = f"prune.ratio {ratio} is not above the {limits.gone(dense):.1%} in the dropped layers"
+    require(limits.leaving(ratio) > 0, dropped)
     if head_ratio is None:
         if dense.mixture:  # such models have few heads, which stay
             numel |= dict.fromkeys(coarse, 0)
@@ -221,7 +224,6 @@ def check_reachable(config: PruneConfig, limits: Limits, ratio: float) -> None:
     *coarse, fine = limits.dense.kinds
     _, most = reachable(config, limits)
     key, numel = f"prune.{'sizes' if config.sizes else 'ratio'} {ratio}", limits.all_layers.linear_numel()
-    require(limits.leaving(ratio) > 0, f"{key} is not above the {limits.gone(limits.dense):.1%} in the dropped layers")
     # The largest ratio may be missed: `global` by a group, `uniform` by half a multiple of channels per layer.
     near = max(map(limits.step_numel, coarse), default=0)
     if limits.uniform:

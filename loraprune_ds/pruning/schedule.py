@@ -68,8 +68,9 @@ class Section:
             return steps
         chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.all_layers.linear_numel()
         always = set[int]() if limits.uniform else {self.end}
-        widths = pairwise(self.counts(step) or round(self.target(step) / chunk) for step in (self.start, *steps))
-        return [step for step, (old, new) in zip(steps, widths, strict=True) if old != new or step in always]
+        dropped = limits.gone(limits.dense)
+        widths = [self.counts(step) or round((self.target(step) - dropped) / chunk) for step in (self.start, *steps)]
+        return [step for step, (old, new) in zip(steps, pairwise(widths), strict=True) if old != new or step in always]
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,10 @@ def plan_pruning(
     Raises:
         UserError: a size has no step left to cut, or none that changes a width.
     """
-    sections, shared, before, first = list[Section](), 0, limits.gone(limits.dense), 0
+    dropped = limits.gone(limits.dense)
+    sections, shared, before, first = list[Section](), 0, dropped, 0
     for size in sizes:
-        until = round(steps * size.budget.ratio / sizes[-1].budget.ratio)
+        until = round(steps * (size.budget.ratio - dropped) / (sizes[-1].budget.ratio - dropped))
         own, shared = until - shared, until
         # The small term keeps 0.29 of 100 steps from being 28.999999999999996.
         start = first + math.floor(config.warmup_fraction * own + 1e-6)

@@ -1,5 +1,6 @@
 """Drops whole layers before the first step: those that change the hidden states of the dense model least."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from loraprune_ds.errors import RunError
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.pruning.limits import layers_to_drop
 from loraprune_ds.ranks.device import to_device
@@ -30,7 +32,7 @@ def drop_layers(context: RunContext) -> RunContext:
     if dropped == config.model.drop_layers:
         return context
     chosen = replace(config, model=replace(config.model, drop_layers=dropped))
-    return replace(context, prepared=prepare(chosen, context.comm))
+    return replace(context, prepared=prepare(chosen, context.comm, prepared.data.commits))
 
 
 @torch.no_grad()
@@ -62,6 +64,8 @@ def choose_layers(context: RunContext, engine: Any) -> tuple[int, ...]:
                 mask = None if inside is None else to_device(inside)
                 engine(**{name: to_device(tensor) for name, tensor in samples.inputs(indices).items()})
         influence = comm.all_reduce(sums.clone()).tolist()
+        if not all(map(math.isfinite, influence)):
+            raise RunError("prune.depth_ratio: hidden states of the dense model are not finite")
         dropped.append(min({*may} - {*dropped}, key=lambda i: (influence[i], i)))
         context.recorder.show(f"drops layer {dropped[-1]}, which changes the hidden states least")
     for hook in hooks:

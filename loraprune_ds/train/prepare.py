@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraprune_ds.checkpoint.layout import RunData, RunState
+from loraprune_ds.checkpoint.layout import RunData
 from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import require
@@ -59,18 +59,22 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig, comm: Communicator, earlier: RunState | None = None, check_tokenizer: CheckTokenizer = None
+    config: RunConfig,
+    comm: Communicator,
+    commits: dict[str, str] | None = None,
+    query_heads: bool = True,
+    check_tokenizer: CheckTokenizer = None,
 ) -> Prepared:
     """Checks the whole input on every rank. All ranks raise the same UserError. Collective.
 
     Args:
-        earlier: the newest state of the run that goes on.
+        commits: of the data sets of the hub, where a run goes on. None: the newest.
+        query_heads: as in `open_pretrained`.
         check_tokenizer: a further check, before the data is read.
     """
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
-    before, query_heads = (earlier.data.commits, earlier.query_heads) if earlier else (None, True)
     # From rank 0, since the hub may change from rank to rank.
-    found = comm.gather_objects(comm.on_rank_0(lambda: before or resolve_commits(config.data)))[0]
+    found = comm.gather_objects(comm.on_rank_0(lambda: commits or resolve_commits(config.data)))[0]
     own = partial(_prepare, config, found or {}, query_heads, comm.world_size, comm.ranks_per_node(), check_tokenizer)
     # One rank per node downloads, converts and tokenises. The others find the results in the node's caches.
     with comm.patient() as waiting:

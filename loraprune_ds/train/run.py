@@ -50,7 +50,9 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     config = output.config
     resumes = output.start == "resume"  # every rank reads this before rank 0 makes the folder
     torch.use_deterministic_algorithms(config.train.deterministic)
-    prepared = prepare(config, comm, output.continued, check_tokenizer)
+    earlier = output.continued
+    query_heads = earlier is None or earlier.query_heads
+    prepared = prepare(config, comm, earlier and earlier.data.commits, query_heads, check_tokenizer)
     warnings: list[str] = []
     checkpoint = find_checkpoint(output, comm, prepared.pretrained, warnings) if resumes else None
     if checkpoint:
@@ -74,6 +76,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
             context.recorder.show(line)
         if prepared.pretrained is not prepared.dense and not checkpoint:
             context = drop_layers(context)
+            context.check_owner()
             comm.on_rank_0(partial(output.write_config, context.config))
         finished = _train(context) and export_models(context)
         error = measure_model(context) if finished else None
@@ -194,14 +197,15 @@ def measure_model(context: RunContext) -> str | None:
         if context.comm.rank == 0:  # the next start makes it again
             remove_folder(model)
         raise
-    kept, dropped = iter(keep_from_lists(checkpoint.state.kept, dense.kinds)), config.model.drop_layers
+    # All layers of a kind may be dropped.
+    kept, dropped = iter(keep_from_lists(checkpoint.state.kept, pruning.limits.dense.kinds)), config.model.drop_layers
     nothing = LayerKeep(dict.fromkeys(dense.kinds, torch.arange(0)))
     outcome = Outcome(
         config=config.to_dict(),
         history=recorder.history,
         schedule=pruning,
         pruned=checkpoint.shape,
-        kept_of_dense=[nothing if i in dropped else next(kept) for i in range(len(dense.layers))],
+        kept_of_dense=[LayerKeep(nothing | ({} if i in dropped else next(kept))) for i in range(len(dense.layers))],
         resumed_from=checkpoint.state.resumed_from,
         accelerator=checkpoint.state.accelerator,
         peak_bytes=checkpoint.state.peak_bytes,

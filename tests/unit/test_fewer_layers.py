@@ -1,5 +1,6 @@
 """Drops whole layers, of every family: on disk and in memory it equals a model whose dropped layers do nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,6 +21,7 @@ from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.plan.plan import make_plan
 from loraprune_ds.plan.request import build_request, changed
 from loraprune_ds.pruning.limits import layers_to_drop
+from loraprune_ds.pruning.schedule import plan_pruning
 from loraprune_ds.pruning.target import resolve
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.data.samples import SampleOrder, Samples
@@ -64,6 +66,15 @@ def test_dropped_layers_do_nothing(family: str, tmp_path: Path) -> None:
     assert difference(logits(in_memory), expected) < TOLERANCE
     in_memory.save_pretrained(tmp_path / "saved")
     assert open_pretrained(tmp_path / "saved").shape.layers == left.shape.layers
+
+
+def test_a_layer_named_twice_and_a_head_that_is_the_embedding(tmp_path: Path) -> None:
+    model = tiny_model("llama", num_hidden_layers=4, tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True  # as many files say that have a head of their own
+    model.save_pretrained(tmp_path)
+    left = open_pretrained(tmp_path, dropped=(2, 2))
+    assert left.all_layers == open_pretrained(tmp_path).shape
+    assert left.shape.layers == left.all_layers.layers[:3]
 
 
 def run(model: dict[str, Any], prune: dict[str, Any]) -> RunConfig:
@@ -124,8 +135,11 @@ def test_a_ratio_counts_the_dropped_layers() -> None:
     assert changed(request, train={"micro_batch_size": 1}).shape == request.shape
     below = PruneConfig(ratio=0.2)
     must_name("prune.ratio 0.2 25.0%", resolve, below, request.shape, LLAMA)
+    must_name("prune.ratio 0.2 25.0%", resolve, replace(below, head_ratio=0.1), request.shape, LLAMA)
     smaller = resolve(PruneConfig(ratio=None, sizes=["0.3", "0.4"]), request.shape, LLAMA)[2]
     assert [size.budget.ratio for size in smaller] == [0.3, 0.4]
+    sections = plan_pruning(PruneConfig(), request.pruning.limits, smaller, 1000).sections
+    assert [section.recovery for section in sections] == [333, 1000]  # the sizes remove 5 and 10 %
     must_name("prune.sizes 0.25", resolve, PruneConfig(ratio=None, sizes=["0.25", "0.4"]), request.shape, LLAMA)
     count = LLAMA.total_numel() // 2
     *_, (size,) = resolve(PruneConfig(ratio=None, target=str(count)), request.shape, LLAMA)
