@@ -17,7 +17,7 @@ from loraprune_ds.train.data.loading import load_samples
 from loraprune_ds.train.data.samples import SampleOrder
 from loraprune_ds.train.depth import SAMPLES
 from tests.integration import resuming
-from tests.integration.resuming import config_for, contents, losses, read_tensors, run_here, write_run
+from tests.integration.resuming import config_for, contents, losses, read_tensors, run_here, write_family, write_run
 from tests.oracle.models import make_tiny_llama
 from tests.ranks import RankPool
 
@@ -87,3 +87,17 @@ def test_a_run_without_two_layers(ranks: RankPool, tmp_path: Path) -> None:
     )
     assert not info["missing_keys"]
     assert len(pruned.model.layers) == LAYERS - 2
+
+
+def test_a_run_without_any_layer_of_one_kind(ranks: RankPool, tmp_path: Path) -> None:
+    """A Qwen3.5 has delta nets, and loses all its attention."""
+    path = write_run(tmp_path, train={"steps": 3}, prune={"prune_every": 1, "ratio": 0.6}, checkpoint={"every": None})
+    layers = {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    model = write_family(tmp_path, "qwen3_5_text", **layers)
+    ranks.run(1, run_here, config_for(path, tmp_path / "out", model, "model.drop_layers=[1,3]", "deepspeed=null"))
+    kept = json.loads((tmp_path / "out" / "kept_groups.json").read_text())["layers"]
+    assert [[len(layer[kind]) > 0 for kind in ("heads", "delta", "channels")] for layer in kept] == [
+        [False, True, True],
+        [False, False, False],
+    ] * 2
+    assert [layer["heads_dense"] for layer in kept] == [0, 5, 0, 5]
