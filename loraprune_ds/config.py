@@ -108,7 +108,7 @@ class ModelConfig:
     adapter: str | None = None  # folder of a PEFT LoRA adapter to start from
     text_only: bool = False  # export the text part of a multimodal model as its text class, without the tower
     # list of layers to drop before the first step. Empty: `prune.depth_ratio` chooses them
-    drop_layers: tuple[CountOr0, ...] = ()
+    drop_layers: list[CountOr0] = field(default_factory=list)
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -90,7 +90,7 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 def in_words(default: Any) -> str:
     if default is None:
         return "null"
-    return str(default).lower() if isinstance(default, bool) else str([] if default == () else default)
+    return str(default).lower() if isinstance(default, bool) else str(default)
 
 
 def with_tables(page: str) -> str:

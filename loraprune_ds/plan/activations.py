@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from loraprune_ds.config import LoraConfig, ModelConfig
+from loraprune_ds.config import Dtype, LoraConfig
 from loraprune_ds.model.adapters import add_lora, base_parameter, differentiate_input
 from loraprune_ds.model.classes import build_on_meta, decoder_layers, shrink_on_meta, store_as_int8
 from loraprune_ds.model.fewer_layers import config_of_layers
@@ -63,21 +63,23 @@ def saved_in_layer(request: Request, shape: ModelShape, index: int, batch: Plann
     chosen, fields = shape.family.around(shape.config, index)
     few = config_of_layers(request.source, shape, chosen) | fields
     few.pop(shape.family.per_layer, None)
-    config = request.config
-    return _saved(json.dumps(few), shape.only(chosen), chosen.index(index), batch, config.model, config.lora)
+    stored, lora = (request.config.model.dtype, request.int8), request.config.lora
+    return _saved(json.dumps(few), shape.only(chosen), chosen.index(index), batch, *stored, lora)
 
 
 @cache
-def _saved(text: str, shape: ModelShape, index: int, batch: PlannedBatch, config: ModelConfig, lora: LoraConfig) -> int:
+def _saved(
+    text: str, shape: ModelShape, index: int, batch: PlannedBatch, dtype: Dtype, int8: bool, lora: LoraConfig
+) -> int:
     """Counts the storages that a layer saves, including its input, excluding the shared rotary angles."""
     ALL_ATTENTION_FUNCTIONS.register(FUSED, _fused_attention)
     causal_lm: Any = build_on_meta(json.loads(text), "eager" if batch.eager else FUSED)
     shrink_on_meta(causal_lm, shape)
-    if config.frozen == "int8":
+    if int8:
         store_as_int8(causal_lm, shape)
     with torch.device("meta"):
         model = add_lora(causal_lm, shape, lora, seed=0)
-    model.to(device="meta", dtype=DTYPES[config.dtype]).train()
+    model.to(device="meta", dtype=DTYPES[dtype]).train()
     for of_layer, spec in zip(decoder_layers(model), shape.layers, strict=True):
         for parameter in (base_parameter(of_layer, x.name) for x in spec.tensors if x.keep_fp32):
             parameter.data = parameter.float()

@@ -116,7 +116,7 @@ def protected_layers(config: PruneConfig, dense: ModelShape) -> set[int]:
 
 def layers_to_drop(
     config: RunConfig, all_layers: ModelShape, tower: dict[str, Any] | None
-) -> tuple[tuple[int, ...], list[int]]:
+) -> tuple[list[int], list[int]]:
     """Returns the layers that a run drops, and those that it may drop.
 
     Until `prune.depth_ratio` has chosen, the first that may be dropped stand for the others.
@@ -126,16 +126,16 @@ def layers_to_drop(
     """
     given, ratio = config.model.drop_layers, config.prune.depth_ratio
     if not given and not ratio:
-        return (), []
+        return [], []
     count = round(ratio * len(all_layers.layers))
-    key = f"model.drop_layers {[*given]}" if given else f"prune.depth_ratio {ratio}, {count} layers"
+    key = f"model.drop_layers {given}" if given else f"prune.depth_ratio {ratio}, {count} layers"
     require(config.model.adapter is None, f"{key}: model.adapter has all layers; merge it into the model first")
     protected = protected_layers(config.prune, all_layers)
     may = [i for i in droppable(all_layers, key, tower) if i not in protected]
     fits = {*given} <= {*may} if given else 0 < count < len(may)
     allowed = f"1 to {len(may) - 1} of layers {may[0]} to {may[-1]}" if len(may) > 1 else "no layer"
     require(fits, f"{key}: {allowed} may be dropped")
-    return tuple(sorted({*given}) or may[:count]), may
+    return sorted({*given}) or may[:count], may
 
 
 def make_limits(config: PruneConfig, dense: ModelShape, all_layers: ModelShape | None = None) -> Limits:

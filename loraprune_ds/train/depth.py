@@ -36,7 +36,7 @@ def drop_layers(context: RunContext) -> RunContext:
 
 
 @torch.no_grad()
-def choose_layers(context: RunContext, engine: Any) -> tuple[int, ...]:
+def choose_layers(context: RunContext, engine: Any) -> list[int]:
     """Chooses the layers with the least block influence, one after another, each without those before. Collective.
 
     Block influence is the mean of 1 − cos(h_in, h_out) over all tokens (ShortGPT, Men et al., arXiv 2403.03853,
@@ -70,4 +70,4 @@ def choose_layers(context: RunContext, engine: Any) -> tuple[int, ...]:
         context.recorder.show(f"drops layer {dropped[-1]}, which changes the hidden states least")
     for hook in hooks:
         hook.remove()
-    return tuple(sorted(dropped))
+    return sorted(dropped)

@@ -113,7 +113,7 @@ def _prepare(
 ) -> Prepared:
     model, train = config.model, config.train
     reopen = partial(open_for_pruning, locate_model(model), packing=config.data.packing, query_heads=query_heads)
-    dense = pretrained = reopen(replace(model, drop_layers=()))
+    dense = pretrained = reopen(replace(model, drop_layers=[]))
     dropped, _ = layers_to_drop(config, dense.shape, dense.tower and dense.tower.config)
     if dropped:
         pretrained = reopen(replace(model, drop_layers=dropped))

@@ -89,9 +89,9 @@ def shape_of(family: str) -> ModelShape:
 @pytest.mark.parametrize(
     ("model", "prune", "names"),
     [
-        ({"drop_layers": (0,)}, {}, "model.drop_layers [0]"),
-        ({"drop_layers": (8,)}, {}, "model.drop_layers [8]"),
-        ({"drop_layers": (7,)}, {"protected_last": 1}, "model.drop_layers [7]"),
+        ({"drop_layers": [0]}, {}, "model.drop_layers [0]"),
+        ({"drop_layers": [8]}, {}, "model.drop_layers [8]"),
+        ({"drop_layers": [7]}, {"protected_last": 1}, "model.drop_layers [7]"),
         ({}, {"depth_ratio": 0.01}, "prune.depth_ratio 0.01"),
         ({}, {"depth_ratio": 0.9}, "prune.depth_ratio 0.9"),
         ({"adapter": "somewhere"}, {"depth_ratio": 0.25}, "prune.depth_ratio 0.25 model.adapter"),
@@ -124,7 +124,7 @@ def test_a_tower_feeds_the_first_layers_of_a_qwen3_vl() -> None:
 def test_a_ratio_counts_the_dropped_layers() -> None:
     config = run({}, {"depth_ratio": 0.25, "ratio": 0.5, "channel_multiple": 1})
     request = build_request("llama", SOURCE, LLAMA, config, Cluster(1, 2))
-    assert layers_to_drop(config, LLAMA, None) == ((1, 2), [1, 2, 3, 4, 5, 6, 7])
+    assert layers_to_drop(config, LLAMA, None) == ([1, 2], [1, 2, 3, 4, 5, 6, 7])
     assert len(request.shape.layers) == 6
     assert request.pruning.target(0) == 0.25
     final = request.shape_at(request.pruning.steps)
@@ -162,8 +162,8 @@ def test_a_layer_is_chosen_without_those_before_it() -> None:
     prepared = SimpleNamespace(samples=samples, order=SampleOrder(8, 8, 0), dense=dense)
     context = SimpleNamespace(prepared=prepared, comm=Communicator(), recorder=SimpleNamespace(show=lines.append))
     context.config = run({}, {"depth_ratio": 0.4})
-    assert choose_layers(cast(Any, context), model) == (1, 3)
+    assert choose_layers(cast(Any, context), model) == [1, 3]
     assert [line.split(",")[0] for line in lines] == ["drops layer 1", "drops layer 3"]
     of_others = torch.tensor([0.0, 1e3, 0.0, 0.0, 0.0])  # which layer 1 turns
     with patch.object(context.comm, "all_reduce", lambda sums: sums + of_others):
-        assert choose_layers(cast(Any, context), model) == (2, 3)
+        assert choose_layers(cast(Any, context), model) == [2, 3]
