@@ -182,6 +182,8 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     ratio = format_percent(pruning.ratio)
     yield f"{steps}, {len(pruning.cut_steps)} cuts to {ratio} of the decoder layers' linear parameters"
     yield config.recipe
+    if dropped := config.model.drop_layers:
+        yield f"without layers {', '.join(map(str, dropped))} of {len(dense.layers)}"
     if ends := pruning.ends():
         sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
         yield f"keeps a checkpoint of each size, and exports all at the end: {sizes}"
