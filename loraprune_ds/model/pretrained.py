@@ -238,7 +238,8 @@ def open_pretrained(folder: Path, *, query_heads: bool = True, dropped: Collecti
         names = {layout.name_in_class(name): name for name in headers if name.startswith(layout)}
         others = {name: file for name, (_, _, file) in headers.items() if not name.startswith((*layout, MTP))}
         tower = Tower(full, layout, others)
-    names = names_without_layers(names, family.layer_lists[0].path, dropped)
+    if dropped:
+        names = names_without_layers(names, family.layer_lists[0].path, dropped)
     check_depth(config, family, names, where)
     shape, modules = read_model(config, where)
     embedding = shape.outer[0].name
