@@ -1,6 +1,7 @@
-"""Resumes and exports the steps in tests/format7, which every later commit must read.
+"""Resumes and exports what is in tests/format7, which every later commit must read.
 
-A run on one rank wrote them. It was killed in its seventh step. `expected.json` has what it came to when it went on.
+Each folder of `steps` is named after the commit that wrote it: a run on one rank, killed in its seventh step, and a
+checkpoint of the callback after six steps. `expected.json` has what both came to when they went on.
 """
 
 import contextlib
@@ -18,18 +19,22 @@ from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
-from tests.integration import resuming
+from tests.hf.trainers import fresh_accelerate
+from tests.integration import kept_trainer, resuming
 from tests.integration.launching import ROOT
 from tests.ranks import RankPool
 
 KEPT = ROOT / "tests" / f"format{FORMAT}"
 EXPECTED = read_json(KEPT / "expected.json")
 TOLERANCE = 1e-4  # of losses, on another processor
+RUNS = sorted(path.parent.name for path in KEPT.glob("steps/*/run"))
+TRAINERS = sorted(path.parent.name for path in KEPT.glob("steps/*/trainer"))
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(KEPT, tmp_path / "kept")
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: str) -> Path:
+    shutil.copytree(KEPT, tmp_path / "kept", ignore=shutil.ignore_patterns("steps"))
+    shutil.copytree(KEPT / "steps" / commit, tmp_path / "kept", dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path / "kept")  # its paths are relative
     return tmp_path / "kept"
 
@@ -41,6 +46,7 @@ def resume_in(folder: Path) -> bool:
         return run(OutputFolder(read_config("config.yaml", []), "auto"), comm)
 
 
+@pytest.mark.parametrize("commit", RUNS)
 def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(ranks: RankPool, folder: Path) -> None:
     assert ranks.run(2, resume_in, folder) == [True, True]
     out = folder / "run"
@@ -51,6 +57,17 @@ def test_a_step_goes_on_with_another_number_of_ranks_to_the_same_end(ranks: Rank
     assert {row["folder"]: row["parameters"] for row in report["shelf"]} == EXPECTED["sizes"]
 
 
+@pytest.mark.parametrize("commit", TRAINERS)
+def test_a_callbacks_checkpoint_goes_on(folder: Path) -> None:
+    with fresh_accelerate():
+        trainer, pruning = kept_trainer.train(folder, folder / "trainer")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-2:] == pytest.approx(EXPECTED["trainer"]["losses"], abs=TOLERANCE)
+    kept = [[layer[kind].tolist() for kind in ("heads", "channels")] for layer in pruning.pruning.pruner.kept_of_dense]
+    assert kept == EXPECTED["trainer"]["kept_groups"]
+
+
+@pytest.mark.parametrize("commit", RUNS)
 @pytest.mark.parametrize("form", ["hf", "adapter"])
 def test_the_step_of_a_size_is_exported(folder: Path, tmp_path: Path, form: str) -> None:
     step, model = folder / "run/checkpoints/step-4", tmp_path / "model"
