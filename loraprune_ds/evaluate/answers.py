@@ -145,6 +145,14 @@ def write_answers(
     return made
 
 
+@torch.no_grad()
+def write_greedily(writer: Writer, settings: AnswerSettings, batch_size: int = AT_ONCE) -> Answers:
+    """Returns the greedy answers of one model alone, as `write_answers` does."""
+    how = {"max_new_tokens": settings.max_new_tokens, "do_sample": False}
+    written = _write(writer, how, settings.seed, batch_size, lambda rounds, _: rounds)
+    return _summarise(writer, written, None, settings)
+
+
 def _write(writer: Writer, how: dict[str, Any], seed: int, batch_size: int, progress: Progress) -> list[Ids]:
     torch.manual_seed(seed)
     starts = progress(range(0, len(writer.prompts), batch_size), "answers")

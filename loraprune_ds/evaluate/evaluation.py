@@ -46,6 +46,11 @@ class PreparedModel:
     batches: Sequence[Labelled]  # of the text
     prompts: list[list[int]]  # ids of --answers
 
+    def load(self, device: torch.device) -> Writer:
+        """Loads the model, which can then write answers to the prompts."""
+        model = load_model(self.source, self.dtype, device)
+        return Writer(model, self.tokenizer, self.prompts, self.starts.target)
+
 
 @dataclass(frozen=True)
 class Macs:
@@ -206,10 +211,9 @@ def _measure(
     if settings.sharded and prepared.batches:
         perplexity = _measure_sharded(prepared, comm, progress)
     elif prepared.batches or settings.tasks or is_kept:
-        model = comm.all_or_raise(lambda: load_model(source, prepared.dtype, comm.device))
-        writer = Writer(model, prepared.tokenizer, prepared.prompts, prepared.starts.target)
+        writer = comm.all_or_raise(lambda: prepared.load(comm.device))
         if prepared.batches:
-            perplexity = measure_perplexity(losses_of(model), prepared.batches, comm, progress)
+            perplexity = measure_perplexity(losses_of(writer.model), prepared.batches, comm, progress)
         if settings.tasks:
             tasks = run_tasks(settings.tasks, writer, settings.actual_batch_size, comm)
     dense = dense or source.dense_parameters

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from loraprune_ds.evaluate.answers import encode_prompts, measure_closeness, repetition, write_answers
+from launch.quickstart_answers import shown_lines
+from loraprune_ds.evaluate.answers import (
+    Answer,
+    encode_prompts,
+    measure_closeness,
+    repetition,
+    write_answers,
+    write_greedily,
+)
 from loraprune_ds.evaluate.evaluation import prepare_models
 from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.result import answers_page
@@ -163,6 +171,31 @@ def test_sampling_follows_from_the_seed_and_needs_no_dense_model(settings: Answe
     assert first == second
     assert first.sampled.texts != first.greedy.texts
     assert first.sampled.dense_perplexity is None
+
+
+def test_a_model_alone_writes_the_same_greedy_answers(settings: AnswerSettings, folders: list[Path]) -> None:
+    writer = load(folders[0], settings)
+    (made,) = write_answers([writer], settings, batch_size=4)
+    assert write_greedily(writer, settings, batch_size=4) == made.greedy
+
+
+def test_the_quickstart_shows_the_first_prompt_of_each_kind_and_counts_all(
+    settings: AnswerSettings, folders: list[Path]
+) -> None:
+    made = write_greedily(load(folders[0], settings), settings)
+    dense, pruned = (
+        replace(made, ended=ended, texts=[Answer(f"{name} {i}", tokens, False, 0.0, False) for i in range(6)])
+        for name, ended, tokens in (("dense", 1.0, NEW - 1), ("pruned", 0.5, NEW))
+    )
+    words = [line.split() for line in "\n".join(shown_lines(settings, dense, pruned)).splitlines() if line]
+    assert words[1:5] == [
+        [">", "even:", "a"],
+        ["dense", "0", "pruned", "0", "..."],  # at the limit
+        [">", "odd:", "Which", "colour?"],
+        ["dense", "1", "pruned", "1", "..."],
+    ]
+    assert [row[0] for row in words[7:]] == ["all", "even", "odd"]
+    assert words[7][1:6] == ["100.0", "%", "->", "50.0", "%"]
 
 
 def test_an_answer_of_spaces_or_special_tokens_is_empty(

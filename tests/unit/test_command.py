@@ -258,3 +258,9 @@ def test_answers_stand_side_by_side() -> None:
     assert rows[2].startswith("and one")
     assert " ".join(row[quickstart_answers.WIDTH :].strip() for row in rows) == right
     assert max(map(len, rows)) <= 2 * quickstart_answers.WIDTH + 2
+
+
+def test_an_answer_without_an_end_is_cut_to_a_few_rows() -> None:
+    rows = quickstart_answers.side_by_side("short", "sleep " * 300).split("\n")
+    assert len(rows) == quickstart_answers.ROWS
+    assert rows[-1].strip() == "..."
