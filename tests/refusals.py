@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,6 +38,19 @@ def edit_tensors(act: Callable[[dict[str, Tensor]], object], name: str = "model.
         save_file(tensors, folder / name, {"format": "pt"})
 
     return spoil
+
+
+def merge_into(name: str) -> Spoil:
+    """Merges a small LoRA of rank 2 into a linear."""
+
+    def merge(tensors: dict[str, Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        rows, columns = tensors[name].shape
+        b = torch.randn(rows, 2, generator=generator)
+        a = torch.randn(2, columns, generator=generator)
+        tensors[name] += (1e-4 * b @ a).to(tensors[name].dtype)
+
+    return edit_tensors(merge)
 
 
 def flip_bit(path: Path, at: float = 0.5) -> None:

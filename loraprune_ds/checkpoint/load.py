@@ -14,7 +14,7 @@ from torch import Tensor
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.layout import CheckpointMismatch, RunState, recorded_config
 from loraprune_ds.config import RunConfig
-from loraprune_ds.errors import UserError
+from loraprune_ds.errors import UserError, one_line
 from loraprune_ds.model.exported_config import ExportedConfig, export_config
 from loraprune_ds.model.frozen import DTYPES
 from loraprune_ds.model.groups import Kind, LayerKeep
@@ -23,10 +23,12 @@ from loraprune_ds.model.pretrained import ModelWeights, PretrainedModel, open_fo
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import Tower
-from loraprune_ds.model.weight_files import read_header, weight_file_names
+from loraprune_ds.model.weight_files import read_header, read_samples, weight_file_names
 from loraprune_ds.pruning.layer_scores import LayerScores
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.ranks.comm import Communicator
+
+SAMPLES = "samples:"  # begins a digest. The first steps of format 7 have another kind, without a mark
 
 
 @dataclass(frozen=True)
@@ -137,16 +139,31 @@ def _find_source(folder: Path, state: RunState, config: RunConfig) -> Path:
     try:
         source = Path(state.source)
         source = source if source.is_dir() else locate_model(config.model)
-        is_same = source_digest(source) == state.data.source
+        digest = source_digest if state.data.source.startswith(SAMPLES) else _digest_of_beginnings
+        is_same = digest(source) == state.data.source
     except (UserError, OSError) as error:
-        raise CheckpointMismatch(f"the source model of {folder} cannot be read: {error}") from None
+        raise CheckpointMismatch(f"the source model of {folder} cannot be read: {one_line(error)}") from None
     if not is_same:
         raise CheckpointMismatch(f"{source} is not the source model of {folder}: its tensors differ")
     return source
 
 
 def source_digest(folder: Path) -> str:
-    """Identifies a source model by its config, and by names, sizes and first MiB of its weight files."""
+    """Identifies a source model by its config, and by names, headers and samples of its weight files.
+
+    A merged LoRA, more tuning or another quantization changes nearly all bytes of a tensor, so samples show it. They
+    miss a change of a few rows, for example of single tokens in the embedding.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in (folder / name for name in sorted(weight_file_names(folder))):
+        digest.update(path.name.encode())
+        for part in read_samples(path):
+            digest.update(part)
+    return SAMPLES + digest.hexdigest()
+
+
+def _digest_of_beginnings(folder: Path) -> str:
+    """Identifies a source model like the first steps of format 7: by the first MiB of each weight file."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in (folder / name for name in sorted(weight_file_names(folder))):
         with path.open("rb") as file:

@@ -1,9 +1,12 @@
 """The files of a model's folder: safetensors with their headers and index, tokenizer, processors and documents."""
 
+import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -22,6 +25,10 @@ SAVE_AGAIN = (
     "AutoModelForCausalLM.from_pretrained(folder, dtype='auto').save_pretrained(other_folder), "
     "for a T5 AutoModelForSeq2SeqLM"
 )
+# Digests in checkpoints depend on these two.
+SAMPLE = 16 << 10  # bytes
+PER_SAMPLE = 16 << 20  # bytes of a tensor
+SAMPLERS = 16  # threads. On a network file system each sample may take a millisecond
 Headers = dict[str, tuple[tuple[int, ...], str, Path]]  # tensor name -> (shape, dtype, file)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tekken.json", TOKENIZER_CONFIG)
@@ -57,6 +64,27 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             return {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+def read_samples(path: Path) -> Iterator[bytes]:
+    """Yields the header of a safetensors file, then 16 KiB of every 16 MiB of each tensor, at fixed places."""
+    read_header(path)  # checks the file
+    with path.open("rb") as file, ThreadPoolExecutor(SAMPLERS) as pool:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        yield header
+        begin, entries = file.tell(), json.loads(header)
+        spans = sorted(entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__")
+        samples = [(size, begin + start) for span in spans for size, start in _samples(*span)]
+        yield from pool.map(lambda sample: os.pread(file.fileno(), *sample), samples)
+
+
+def _samples(first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Splits the bytes [first, last) into equal parts. Yields size and start of the middle of each."""
+    count = max(1, -(-(last - first) // PER_SAMPLE))
+    bounds = [first + (last - first) * i // count for i in range(count + 1)]
+    for start, end in pairwise(bounds):
+        size = min(SAMPLE, end - start)
+        yield size, start + (end - start - size) // 2
 
 
 def have_equal_values(name: str, other: str, headers: Headers) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from loraprune_ds.checkpoint.layout import FORMAT
+from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config_file import read_config
 from loraprune_ds.export.formats import export, find_source
 from loraprune_ds.files import read_json
@@ -23,6 +24,7 @@ from tests.hf.trainers import fresh_accelerate
 from tests.integration import kept_trainer, resuming
 from tests.integration.launching import ROOT
 from tests.ranks import RankPool
+from tests.refusals import flip_bit, must_name
 
 KEPT = ROOT / "tests" / f"format{FORMAT}"
 EXPECTED = read_json(KEPT / "expected.json")
@@ -65,6 +67,16 @@ def test_a_callbacks_checkpoint_goes_on(folder: Path) -> None:
     assert losses[-2:] == pytest.approx(EXPECTED["trainer"]["losses"], abs=TOLERANCE)
     kept = [[layer[kind].tolist() for kind in ("heads", "channels")] for layer in pruning.pruning.pruner.kept_of_dense]
     assert kept == EXPECTED["trainer"]["kept_groups"]
+
+
+@pytest.mark.parametrize("commit", ["3483bfff"])
+def test_a_step_knows_its_source_again(folder: Path, tmp_path: Path) -> None:
+    """By the first MiB of its files. Later steps record `source_digest`, which may not change either."""
+    source, step = folder / "source", folder / "run/checkpoints/step-4"
+    assert source_digest(source) == EXPECTED["source_digest"]
+    assert read_json(step / "state.json")["data"]["source"] != EXPECTED["source_digest"]
+    flip_bit(source / "model.safetensors")
+    must_name("source step-4", export, find_source(step), "hf", tmp_path / "model")
 
 
 @pytest.mark.parametrize("commit", RUNS)

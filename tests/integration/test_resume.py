@@ -21,7 +21,7 @@ from tests.integration import resuming
 from tests.integration.launching import read_json
 from tests.integration.resuming import CUTS, STEPS, assert_bitwise, assert_same_run, contents, metrics, read_state
 from tests.ranks import RankPool
-from tests.refusals import flip_bit, refused
+from tests.refusals import flip_bit, merge_into, refused
 
 TOLERANCE = 1e-5
 NO_SAVES, REFIT = "checkpoint.every=null", "prune.compensate=least_squares"
@@ -284,7 +284,7 @@ def test_a_source_that_has_changed_stops_the_export_until_it_is_back(again: Agai
     weights = next(source.glob("*.safetensors"))
     shutil.copy(weights, moved)
     try:
-        flip_bit(weights)
+        merge_into("model.layers.2.mlp.down_proj.weight")(source)
         before = again.files()
         for line in again.ranks.run(2, refused, resuming.run_here, again.config(), "auto"):
             assert f"{source} is not the source model of" in line

@@ -4,24 +4,34 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from loraprune_ds import files
 from loraprune_ds.checkpoint import layout, save
+from loraprune_ds.checkpoint.load import open_checkpoint, source_digest
 from loraprune_ds.checkpoint.save import drop_old
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import begin_folder, json_text, make_once, publish_folder, remove_folder
-from tests.refusals import edit, flip_bit, must_name, refused
+from loraprune_ds.model import weight_files
+from loraprune_ds.model.weight_files import read_samples
+from loraprune_ds.ranks.comm import Communicator
+from tests.oracle.models import make_tiny_llama
+from tests.refusals import Spoil, edit, edit_tensors, flip_bit, merge_into, must_name, refused
 
 
-def make_state(step: int) -> layout.RunState:
-    return layout.RunState(
+def make_state(step: int, **changes: Any) -> layout.RunState:
+    state = layout.RunState(
         step=step,
         totals=layout.RunTotals(1536 * step, 22.5, None),
         kept=[[[0, 2], [1, 3, 4]]],
@@ -33,12 +43,13 @@ def make_state(step: int) -> layout.RunState:
         accelerator="cpu",
         peak_bytes=[1, 2],
     )
+    return replace(state, **changes)
 
 
-def make_step(root: Path, step: int) -> Path:
+def make_step(root: Path, step: int, **changes: Any) -> Path:
     target = layout.step_folder(root, step)
     staging = begin_folder(target)
-    (staging / layout.STATE_FILE).write_text(json_text(make_state(step)))
+    (staging / layout.STATE_FILE).write_text(json_text(make_state(step, **changes)))
     layout.write_manifest(staging, {layout.STATE_FILE: layout.seal(staging / layout.STATE_FILE)})
     (staging / layout.RESUME_FOLDER).mkdir()
     publish_folder(target)
@@ -174,6 +185,50 @@ def test_the_state_is_read_or_refused_in_one_line(tmp_path: Path, content: bytes
     assert layout.read_record(file, layout.RunState) == make_state(7)
     file.write_bytes(content)
     must_name(f"{file} {words}", layout.read_record, file, layout.RunState)
+
+
+# The source of a step
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Makes a model whose head and embedding come first in its file, and fill more than a MiB."""
+    return make_tiny_llama(tmp_path_factory.mktemp("large"), vocab=20_000, ffn=20_000, dtype="bfloat16")
+
+
+def set_value(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"][0] += 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        merge_into("model.layers.1.mlp.down_proj.weight"),
+        merge_into("model.layers.1.self_attn.k_proj.weight"),
+        edit_tensors(set_value),
+        edit("config.json", rope_theta=7.0),
+    ],
+)
+def test_a_source_that_changed_in_place_is_refused(tmp_path: Path, large: Path, change: Spoil) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(large, source)
+    data = replace(make_state(1).data, source=source_digest(source))
+    config = {"output_dir": str(tmp_path)}
+    step = make_step(tmp_path, 1, source=str(source), data=data, config=config)
+    open_checkpoint(step, Communicator(), dense=Mock())
+    change(source)
+    must_name(f"{source} source {step}", open_checkpoint, step, Communicator(), dense=Mock())
+
+
+def test_samples_are_at_fixed_places_in_every_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_files, "PER_SAMPLE", 50)
+    monkeypatch.setattr(weight_files, "SAMPLE", 8)
+    path = tmp_path / "model.safetensors"
+    sizes = {"large": 100, "none": 0, "small": 3}
+    save_file({name: torch.arange(size, dtype=torch.uint8) for name, size in sizes.items()}, path, {"format": "pt"})
+    header, *samples = read_samples(path)
+    assert [*json.loads(header)] == ["__metadata__", *sizes]
+    assert [[*sample] for sample in samples] == [[*range(21, 29)], [*range(71, 79)], [], [0, 1, 2]]
 
 
 def test_device_memory_is_given_back_before_the_ranks_gather(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
