@@ -3,6 +3,7 @@
 And fail-points, at which a test can kill a rank.
 """
 
+import errno
 import os
 import sys
 import textwrap
@@ -14,6 +15,9 @@ from types import TracebackType
 from typing import NoReturn
 
 GRACE = 5.0  # seconds that the other ranks stay after an error
+ONLY_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors that no read meets
+OF_DISK = (*ONLY_WRITES, errno.EIO, errno.ESTALE)  # and those of a disk that fails
+MAKE_ROOM = "free space or repair access, then start again, a run with --resume auto"
 FAULT = os.environ.get("LORAPRUNE_FAULT")
 _passed: Counter[str] = Counter()
 
@@ -53,7 +57,22 @@ def require(ok: bool, message: str) -> None:
 
 def one_line(error: BaseException) -> str:
     """Returns the message of an error without line breaks, or its type if it has none."""
+    if isinstance(error, OSError) and error.strerror:  # str() would begin with "[Errno 2]"
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def blame(error: OSError, message: str) -> UserError:
+    """Returns a RunError with this message if a disk is full or fails. Otherwise input is at fault."""
+    return RunError(f"{message}; {MAKE_ROOM}") if error.errno in OF_DISK else UserError(message)
+
+
+def failed_read(error: OSError) -> UserError:
+    """Describes an error of an action that reads input. Libraries also write caches and temporary files."""
+    if not error.strerror:  # from a library, which says what it did
+        return UserError(one_line(error))
+    verb = "written" if error.errno in ONLY_WRITES else "read"
+    return blame(error, f"{error.filename or 'a file'} cannot be {verb}: {error.strerror}")
 
 
 def first_line(error: BaseException) -> str:

@@ -13,10 +13,23 @@ from typing import Any, TextIO
 from uuid import uuid4
 
 from pydantic_core import to_jsonable_python
+from safetensors import SafetensorError
 
-from loraprune_ds.errors import UserError, fail_point, one_line, require
+from loraprune_ds.errors import MAKE_ROOM, RunError, UserError, fail_point, one_line, require
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from a file system without locks, such as some Lustre
+
+
+@contextlib.contextmanager
+def writes_into(path: Path, kind: type[RunError] = RunError) -> Iterator[None]:
+    """Reports a failed write of a file or folder, for example on a full disk, in one line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise kind(f"{error.filename or path} cannot be written: {reason}; {MAKE_ROOM}") from None
+    except SafetensorError as error:  # its own error, without an errno
+        raise kind(f"{path} cannot be written: {one_line(error)}; {MAKE_ROOM}") from None
 
 
 def flush(path: Path) -> None:

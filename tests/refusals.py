@@ -1,7 +1,9 @@
 """What a user reads when something is refused, and what spoils a folder so that it is."""
 
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,17 @@ def flip_bit(path: Path, at: float = 0.5) -> None:
     content = bytearray(path.read_bytes())
     content[int(at * len(content))] ^= 1
     path.write_bytes(content)
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """Lets no file of this process grow, so each write fails like one on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def refused(act: Callable[..., object], *given: Any, **settings: Any) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import RunError, UserError
 from loraprune_ds.evaluate.settings import DEFAULT_PROMPTS, GYM, TaskSettings, read_prompts
-from loraprune_ds.files import read_json, write_json, write_text
+from loraprune_ds.files import read_json, write_json, write_text, writes_into
 from loraprune_ds.report.pictures import draw_shelf
 from loraprune_ds.report.records import ANSWERS_PAGE, EVALUATION_FILE, REPORT_FILE, SHELF_PICTURE
 
@@ -69,15 +69,16 @@ def measure_after(config: RunConfig, folder: Path, say: Callable[[str], object])
     say(f"measuring {', '.join(names)} of the exported and the dense model")
     page = ["--page", str(folder / ANSWERS_PAGE)] if ANSWERS in names else []
     text = _evaluate(folder, [str(folder), *page, *options])
-    write_text(folder / EVALUATION_FILE, text)
     after: dict[str, Any] = {"asked": names} | _measured(text)
     for row in shelf:  # the last one is the run's model
         closeness = (row.get("after", after)["answers"] or {}).get("closeness")
         row["agreement"] = closeness and closeness["agreement"]
     report |= {"after": after} | ({"shelf": shelf} if shelf else {})
-    write_json(folder / REPORT_FILE, report)
-    if shelf:
-        draw_shelf(folder / SHELF_PICTURE, shelf, report["perplexity"]["dense"])
+    with writes_into(folder):
+        write_text(folder / EVALUATION_FILE, text)
+        write_json(folder / REPORT_FILE, report)
+        if shelf:
+            draw_shelf(folder / SHELF_PICTURE, shelf, report["perplexity"]["dense"])
 
 
 def _evaluate(folder: Path, arguments: list[str]) -> str:

@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns the exit code: 0, or 2 for unusable input."""
+    """Returns the exit code: 0, 1 if a result cannot be written, or 2 for unusable input."""
     job.adopt_srun_ranks()
     return run_command(lambda: write(parse_arguments()))
 

@@ -37,7 +37,7 @@ from loraprune_ds.config import Dtype
 from loraprune_ds.errors import leave, leave_on_error, require, run_command
 from loraprune_ds.evaluate import settings
 from loraprune_ds.evaluate.result import answers_page, make_result, result_table
-from loraprune_ds.files import json_text, read_text, write_text
+from loraprune_ds.files import json_text, read_text, write_text, writes_into
 from loraprune_ds.ranks import job
 
 ROUND = fields(settings.SpeedSettings)  # one option each
@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Returns the exit code: 0, or 2 for unusable input."""
+    """Returns the exit code: 0, 1 if a result cannot be written, or 2 for unusable input."""
     job.adopt_srun_ranks()
     return run_command(lambda: show(parse_arguments()), agreed=False)  # lm-eval can fail on one rank alone
 
@@ -91,10 +91,11 @@ def show(arguments: argparse.Namespace) -> None:
     result = measure(arguments)
     if os.environ.get("RANK", "0") == "0":
         text = json_text(result, indent=2) if arguments.json else result_table(result)
-        with stdout:
+        with writes_into(Path("standard output")), stdout:
             stdout.write(text)
         if arguments.page:
-            write_text(arguments.page, answers_page(result))
+            with writes_into(arguments.page):
+                write_text(arguments.page, answers_page(result))
             print(f"page: {arguments.page}", file=sys.stderr)
 
 

@@ -257,7 +257,7 @@ def collect(options: Namespace, ranks: Communicator) -> Selection:
     tokenizer = ranks.all_or_raise(lambda: load_tokenizer(source.tokenizer_folder))
     drawer, selection = Drawer(options, source, tokenizer, ranks), Selection(options)
     settings, journal = ranks.all_or_raise(lambda: drawer.settings), options.out.with_suffix(".draws.jsonl")
-    earlier = ranks.on_rank_0(lambda: _open_journal(journal, options.out, settings))
+    earlier = ranks.write_on_rank_0(journal, lambda: _open_journal(journal, options.out, settings))
     for draw in ranks.gather_objects(earlier)[0] or []:
         selection.add(draw)
     total, unit = (options.tokens, " tokens") if options.tokens else (len(options.prompts.prompts), " prompts")
@@ -269,12 +269,12 @@ def collect(options: Namespace, ranks: Communicator) -> Selection:
             with fast_half_products("" if settings["engine"] == "vllm" else settings["dtype"]):  # vLLM has its own
                 shares = ranks.gather_objects(ranks.all_or_raise(partial(drawer.draw, numbers)))
             draws = sorted(chain(*shares), key=lambda draw: draw.number)
-            ranks.on_rank_0(partial(_append, journal, draws))
+            ranks.write_on_rank_0(journal, partial(_append, journal, draws))
             for draw in draws:
                 selection.add(draw)
             progress.set_postfix_str(f"{len(selection.draws):,} draws, {len(selection.kept):,} kept", refresh=False)
             progress.update(selection.done - progress.n)
-    ranks.on_rank_0(lambda: _write(selection, options.out, settings))
+    ranks.write_on_rank_0(options.out, lambda: _write(selection, options.out, settings))
     return selection
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, open_checkpoint
 from loraprune_ds.config import LoraConfig
-from loraprune_ds.errors import RunError, UserError, one_line, require
+from loraprune_ds.errors import RunError, UserError, blame, one_line, require
 from loraprune_ds.export.gguf import write_gguf
 from loraprune_ds.export.gguf_architecture import architecture_name
 from loraprune_ds.export.gguf_tensors import Precision
@@ -121,8 +121,10 @@ def export(source: ExportSource, name: str, out: Path) -> list[str]:
             publish(out)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    except (OSError, SafetensorError, RunError) as error:  # a full disk, or a checkpoint that its run has just removed
-        raise UserError(f"{out} cannot be made: {one_line(error)}") from None
+    except OSError as error:  # also of a checkpoint that its run has just removed
+        raise blame(error, f"{out} cannot be made: {one_line(error)}") from None
+    except (SafetensorError, RunError) as error:
+        raise RunError(f"{out} cannot be made: {one_line(error)}") from None
     return remarks
 
 

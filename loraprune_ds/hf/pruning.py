@@ -183,7 +183,7 @@ class Pruning:
         if self.step not in sizes:
             return
         target = Path(folder) / records.export_folder(sizes, self.step)
-        self.model.comm.on_rank_0(lambda: remove_folder(target) if target.exists() else None)
+        self.model.comm.write_on_rank_0(target, lambda: remove_folder(target) if target.exists() else None)
         self.save_model(target, tokenizer)
 
     def save_base(self, folder: str | Path, adapter: str | Path | None = None, tokenizer: Any = None) -> None:
@@ -200,7 +200,7 @@ class Pruning:
         self._export(Path(folder), tokenizer, merge=False)
         if path is not None:
             named = {**(described or {}), "base_model_name_or_path": str(folder)}
-            comm.on_rank_0(lambda: write_json(path, named))
+            comm.write_on_rank_0(path, lambda: write_json(path, named))
 
     def write_results(self, folder: str | Path, settings: dict[str, Any] | None = None) -> None:
         """Writes report, kept groups, metrics and pictures. `settings` also go into the report. Collective."""
@@ -225,7 +225,7 @@ class Pruning:
             records.write_history(folder / records.METRICS_FILE, history)
             self.recorder.show_pictures(write_results(folder, outcome))
 
-        comm.on_rank_0(write)
+        comm.write_on_rank_0(folder, write)
 
     def close(self) -> None:
         """Detaches from the model and its optimizer. Warns if not all cuts were made."""
@@ -269,13 +269,13 @@ class Pruning:
             steps=self.step,
             perplexity_data="not measured",
         )
-        comm.on_rank_0(lambda: begin(folder))
+        comm.write_on_rank_0(folder, lambda: begin(folder))
         with tempfile.TemporaryDirectory() as path:
             dense = Path(path)  # has the files of the dense model next to its weights
-            comm.on_rank_0(lambda: self._save_settings(dense, source, tokenizer))
+            comm.write_on_rank_0(dense, lambda: self._save_settings(dense, source, tokenizer))
             live = LiveModel(self.model, export_config(source, pruned, self.dtype), dense, self.dtype)
             write_model(live, staging_of(folder), card, comm, merge=merge)
-        comm.on_rank_0(lambda: publish(folder))
+        comm.write_on_rank_0(folder, lambda: publish(folder))
 
     def _save_settings(self, dense: Path, config: dict[str, Any], tokenizer: Any) -> None:
         base: Any = self.peft_model.get_base_model()

@@ -14,10 +14,10 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
-from loraprune_ds.errors import RunError, UserError, one_line
+from loraprune_ds.errors import UserError, failed_read
+from loraprune_ds.files import writes_into
 from loraprune_ds.ranks.device import current_device
 from loraprune_ds.ranks.flat import pad
 
@@ -125,7 +125,8 @@ class Communicator:
         it in the next collective.
 
         Raises:
-            UserError: raised by `action`, or in place of its OSError. The error of another rank names that rank.
+            UserError: raised by `action`, or in place of its OSError, which counts as an error of input unless the
+                disk is full or fails. The error of another rank names that rank.
         """
         result, error = None, None
         try:
@@ -133,7 +134,7 @@ class Communicator:
         except UserError as caught:
             error = caught
         except OSError as caught:
-            error = UserError(one_line(caught))
+            error = failed_read(caught)
         for rank, first in enumerate(self.gather_objects(error)):
             if first is not None:
                 raise first if rank == 0 else type(first)(f"rank {rank}: {first}")
@@ -142,6 +143,15 @@ class Communicator:
     def on_rank_0(self, action: Callable[[], T]) -> T | None:
         """Runs `action` on rank 0 alone and waits for it. Returns None elsewhere. Raises like `all_or_raise`."""
         return self.all_or_raise(lambda: action() if self.rank == 0 else None)
+
+    def write_on_rank_0(self, path: Path, write: Callable[[], T]) -> T | None:
+        """Writes a file or folder like `on_rank_0`. Raises RunError on all ranks if it cannot be written."""
+
+        def write_or_fail() -> T:
+            with writes_into(path):
+                return write()
+
+        return self.on_rank_0(write_or_fail)
 
     def ranks_per_node(self) -> int:
         """Counts the ranks on the node with the most ranks. Collective."""
@@ -191,11 +201,10 @@ class LocalWrites:
         if self._error is not None:
             return
         try:
-            write()
+            with writes_into(self._folder):
+                write()
         except UserError as error:
             self._error = error
-        except (OSError, SafetensorError) as error:
-            self._error = RunError(f"{self._folder} cannot be written: {one_line(error)}")
 
     def do_on_rank_0(self, write: Callable[[], object]) -> None:
         """Makes a write on rank 0 alone. Then raises like `agree`. Collective."""

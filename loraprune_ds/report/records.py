@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 from pydantic import BeforeValidator, TypeAdapter
 
-from loraprune_ds.errors import UserError, require
-from loraprune_ds.files import json_text, write_text
+from loraprune_ds.errors import RankError, UserError, require
+from loraprune_ds.files import json_text, write_text, writes_into
 from loraprune_ds.units import format_bytes, format_duration, format_percent
 
 if TYPE_CHECKING:  # reading records needs neither torch nor DeepSpeed
@@ -168,14 +168,17 @@ class MetricsLog(Sink):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        with writes_into(path, RankError):
+            self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        self._file.write(_line(record))
-        self._file.flush()
+        with writes_into(self.path, RankError):
+            self._file.write(_line(record))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with writes_into(self.path, RankError):
+            self._file.close()
 
 
 def write_history(path: Path, history: History) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from loraprune_ds.config_file import dotted_values
 from loraprune_ds.errors import RankError, first_line, require
+from loraprune_ds.files import writes_into
 from loraprune_ds.report.records import CutRecord, EvaluationRecord, Record, Sink, StepRecord
 
 PROJECT = "loraprune_ds"
@@ -56,12 +57,15 @@ class TensorBoardLog(Sink):
         from torch.utils.tensorboard import SummaryWriter  # takes half a second, so only runs that use it import it
 
         purge_step = None if resumed_from is None else resumed_from + 1
-        self._writer, self._curves = SummaryWriter(str(folder), purge_step=purge_step), curves
+        self._folder, self._curves = folder, curves
+        with writes_into(folder, RankError):
+            self._writer = SummaryWriter(str(folder), purge_step=purge_step)
 
     def write(self, record: Record) -> None:
-        for tag, value in self._curves(record).items():
-            self._writer.add_scalar(tag, value, record.step)
-        self._writer.flush()
+        with writes_into(self._folder, RankError):
+            for tag, value in self._curves(record).items():
+                self._writer.add_scalar(tag, value, record.step)
+            self._writer.flush()
 
     def picture(self, path: Path) -> None:
         from matplotlib.image import imread
@@ -69,7 +73,8 @@ class TensorBoardLog(Sink):
         self._writer.add_image(path.stem, imread(path), dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        with writes_into(self._folder, RankError):
+            self._writer.close()
 
 
 class Wandb:

@@ -15,7 +15,7 @@ from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.pretrained import PretrainedModel
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.training import TrainingEngine
-from loraprune_ds.ranks.comm import Communicator, LocalWrites
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.device import device_name, peak_bytes
 from loraprune_ds.report.records import METRICS_FILE
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder, RunStatus
@@ -151,9 +151,9 @@ def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner,
         moment_tokens=pruner.moment_tokens,
     )
     context.check_owner()
-    if model.comm.rank == 0:  # a checkpoint must not outlive the records of the steps before it
-        flush(context.folder / METRICS_FILE)
+    # A checkpoint must not outlive the records of the steps before it.
+    model.comm.write_on_rank_0(context.folder, lambda: flush(context.folder / METRICS_FILE))
     save_step(pruner, engine.optimizer_state, root, state, resume)
     context.check_owner()
     keep_last, sizes = config.checkpoint.keep_last, prepared.pruning.ends()
-    LocalWrites(model.comm, root).do_on_rank_0(lambda: drop_old(root, step, keep_last, sizes))
+    model.comm.write_on_rank_0(root, lambda: drop_old(root, step, keep_last, sizes))

@@ -15,8 +15,8 @@ import yaml
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import RunConfig
 from loraprune_ds.config_file import config_from_dict, differences, merge
-from loraprune_ds.errors import RankError, RunError, UserError, is_shared, one_line, require
-from loraprune_ds.files import remove_leftovers, write_text
+from loraprune_ds.errors import RankError, RunError, UserError, blame, is_shared, one_line, require
+from loraprune_ds.files import remove_leftovers, write_text, writes_into
 
 if TYPE_CHECKING:
     from loraprune_ds.ranks.comm import Communicator
@@ -118,7 +118,7 @@ class OutputFolder:
             return "fresh"
 
     def create(self, config: RunConfig) -> None:
-        """Makes the folder and writes the run's `config` into it. UserError if it cannot be written."""
+        """Makes the folder and writes the run's `config` into it. UserError if it cannot be made."""
         config_file, is_new = self.path / CONFIG_FILE, self.start == "fresh"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ class OutputFolder:
         except FileExistsError:
             raise UserError(f"output_dir {self.path}: another start has just taken it; {CHOOSE}") from None
         except OSError as error:
-            raise UserError(f"output_dir {self.path} cannot be written: {error.strerror}") from None
+            raise blame(error, f"output_dir {self.path} cannot be written: {error.strerror}") from None
 
     def write_config(self, config: RunConfig) -> None:
         """Writes config.yaml."""
@@ -147,7 +147,7 @@ class OutputFolder:
                 require(time.monotonic() <= deadline, unseen)
                 time.sleep(0.1)
 
-        comm.on_rank_0(token.touch)
+        comm.write_on_rank_0(self.path, token.touch)
         try:
             comm.all_or_raise(wait)
         finally:
@@ -248,7 +248,7 @@ class RunStatus:
         recorded = self._recorded()
         # Otherwise another rank wrote its error first.
         if recorded is None or (recorded.mark == self.mark and recorded.state == "running"):
-            with suppress(OSError):  # a full disk must not hide the error
+            with suppress(RankError):  # a full disk must not hide the error
                 self._write("failed", self._line(error))
 
     def _line(self, error: BaseException) -> str:
@@ -258,7 +258,9 @@ class RunStatus:
         return f"rank {self._rank}: {last}" if self._ranks > 1 else last
 
     def _write(self, state: layout.State, error: str | None = None) -> None:
-        layout.write_status(self.folder, layout.Status(state, self.step, self.steps, error=error, mark=self.mark))
+        status = layout.Status(state, self.step, self.steps, error=error, mark=self.mark)
+        with writes_into(self.folder, RankError):
+            layout.write_status(self.folder, status)
 
     def _recorded(self) -> layout.Status | None:
         with suppress(UserError):

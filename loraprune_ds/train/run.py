@@ -5,7 +5,6 @@ export    model-SIZE/ of each size, and the run's own model in the hidden folder
 measure   reads that folder back, writes the report, and names the folder model/
 """
 
-import errno
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
@@ -15,7 +14,7 @@ import torch
 
 from loraprune_ds.checkpoint.layout import CHECKPOINTS_FOLDER, step_folder
 from loraprune_ds.checkpoint.load import TrainingCheckpoint, keep_from_lists, open_checkpoint
-from loraprune_ds.errors import RankError, UserError, fail_point
+from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.export.model_card import card_of_step, write_model_card
 from loraprune_ds.files import flush, remove_folder, staging_of
@@ -69,7 +68,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
         sizes = prepared.pruning.ends()
         warnings.extend(drop_later_models(output.path, sizes, prepared.pruning.steps, first))
 
-    comm.on_rank_0(open_output)
+    comm.write_on_rank_0(output.path, open_output)
     output.check_shared(comm)
     with _open_context(prepared, checkpoint, comm) as context:
         for line in (*warnings, *describe_run(prepared, comm.world_size)):
@@ -77,7 +76,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
         if prepared.pretrained is not prepared.dense and not checkpoint:
             context = drop_layers(context)
             context.check_owner()
-            comm.on_rank_0(partial(output.write_config, context.config))
+            comm.write_on_rank_0(output.path, partial(output.write_config, context.config))
         finished = _train(context) and export_models(context)
         error = measure_model(context) if finished else None
         context.check_owner()
@@ -98,20 +97,8 @@ def _open_context(
         RunStatus(folder, steps, first=first or 0, mark=mark, rank=comm.rank, ranks=comm.world_size) as status,
         closing(RunRecorder(config, steps, first, active=is_rank_0)) as recorder,
         closing(RequestListener(folder, watches_files=is_rank_0)) as requests,
-        _full_disk_in_one_line(folder),
     ):
         yield RunContext(prepared, checkpoint, comm, requests, recorder, status)
-
-
-@contextmanager
-def _full_disk_in_one_line(folder: Path) -> Iterator[None]:
-    """Turns a full disk into one line instead of a traceback."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RankError(f"{error.filename or folder} cannot be written: {error.strerror}") from None
 
 
 def _train(context: RunContext) -> bool:
@@ -166,7 +153,7 @@ def _export(context: RunContext, checkpoint: TrainingCheckpoint, target: Path) -
     """Writes the model of a step. Collective."""
     comm, mark = context.comm, context.status.mark
     context.recorder.show(f"writing {'the merged model' if target.name == EXPORTED else f'{target.name}/'}")
-    comm.on_rank_0(lambda: begin(target, mark))
+    comm.write_on_rank_0(context.folder, lambda: begin(target, mark))
     windows = sum(len(ids) for ids, _ in context.prepared.held_out)
     write_model(checkpoint, staging_of(target, mark), card_of_step(checkpoint, windows), comm)
     context.check_owner()
@@ -176,7 +163,7 @@ def _export(context: RunContext, checkpoint: TrainingCheckpoint, target: Path) -
         publish(target, mark)
         fail_point("export.after_rename")
 
-    comm.on_rank_0(name)
+    comm.write_on_rank_0(context.folder, name)
 
 
 def measure_model(context: RunContext) -> str | None:
@@ -185,16 +172,17 @@ def measure_model(context: RunContext) -> str | None:
     Returns how far the run ends below its ratio, if it does.
     """
     config, pruning, folder, recorder = context.config, context.prepared.pruning, context.folder, context.recorder
+    comm = context.comm
     checkpoint = _open_step(context, pruning.steps)
     assert checkpoint is not None, "the model was exported from it"
     exported, target, dense = folder / EXPORTED, folder / records.MODEL_FOLDER, pruning.limits.all_layers
     # An earlier start may have been killed right after it had named the folder.
-    is_named = context.comm.gather_objects(target.exists())[0]
+    is_named = comm.gather_objects(target.exists())[0]
     model = target if is_named else exported
     try:
         measured = _read_back(model, context)
     except UserError:
-        if context.comm.rank == 0:  # the next start makes it again
+        if comm.rank == 0:  # the next start makes it again
             remove_folder(model)
         raise
     # All layers of a kind may be dropped.
@@ -219,10 +207,10 @@ def measure_model(context: RunContext) -> str | None:
         flush(folder)
         fail_point("finish.after_rename")
 
-    context.comm.on_rank_0(lambda: recorder.show_pictures(write_results(folder, outcome)))
+    comm.write_on_rank_0(folder, lambda: recorder.show_pictures(write_results(folder, outcome)))
     context.check_owner()  # if this process stood still, another one has renamed the folder by now
     if not is_named:
-        context.comm.on_rank_0(name)
+        comm.write_on_rank_0(folder, name)
     return shortfall(pruning.limits, pruning.ratio, pruning.limits.gone(checkpoint.shape))
 
 

@@ -27,6 +27,7 @@ from loraprune_ds.model import read_shape
 from loraprune_ds.model.classes import build_on_meta
 from loraprune_ds.model.pretrained import open_for_pruning
 from loraprune_ds.ranks.comm import Communicator
+from loraprune_ds.train import run as run_module
 from loraprune_ds.train.checkpoints import RunContext, find_checkpoint
 from loraprune_ds.train.output import OutputFolder
 from loraprune_ds.train.run import run
@@ -34,6 +35,7 @@ from loraprune_ds.train.stop import NOTHING, STOP, RequestListener
 from tests.families import is_seq2seq, tiny_model
 from tests.oracle.models import make_tiny_llama
 from tests.paper import PAPER
+from tests.refusals import full_disk
 
 STEPS = 20
 CUTS = [7, 12, 17]  # nothing is left to go at 18, where the last would be due
@@ -142,6 +144,19 @@ def run_on_full_disk(config: RunConfig, resume: str, full_rank: int, name: str) 
     full = patch("loraprune_ds.model.weight_files.save_file", save_file_if_room)
     with full, pytest.raises(UserError) as caught:
         run_here(config, resume)
+    return str(caught.value), caught.value.exit_code
+
+
+def run_without_room_for(config: RunConfig, writer: str) -> tuple[str, int]:
+    """Goes on like `run_here`, but finds the disk full when train/run.py calls `writer`. Returns the run's error."""
+    write = getattr(run_module, writer)
+
+    def write_on_full_disk(*given: Any) -> Any:
+        with full_disk():
+            return write(*given)
+
+    with patch.object(run_module, writer, write_on_full_disk), pytest.raises(UserError) as caught:
+        run_here(config, "auto")
     return str(caught.value), caught.value.exit_code
 
 

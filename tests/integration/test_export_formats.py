@@ -157,7 +157,7 @@ def test_bad_input_is_one_line(run: Path, unfinished: Path, tmp_path: Path) -> N
     with pytest.MonkeyPatch.context() as patch:
         no_room = Mock(side_effect=SafetensorError("Error while serializing: No space left on device"))
         patch.setattr("loraprune_ds.model.weight_files.write_weight_file", no_room)
-        assert_refused(export(unfinished, "--out", out), str(out), "No space left")
+        assert_refused(export(unfinished, "--out", out), str(out), "No space left", code=1)
     assert_refused(export(run / "model", "--format", "adapter", "--out", out), "model", "LoRA")
     assert_refused(export(run, "--out", unfinished), str(unfinished))
     assert_refused(export(run, "--mtp", tmp_path / "no", "--out", out), f"--mtp: folder {tmp_path}/no")

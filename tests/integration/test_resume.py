@@ -226,6 +226,20 @@ def test_a_rank_without_room_loses_nothing_older(again: Again, refitted: Path, r
     assert again.find(config)[0].step == 13
 
 
+def test_results_without_room_are_made_by_the_next_start(again: Again) -> None:
+    out = again.killed_after(STEPS)
+    for writer in ("write_model", "write_results", "write_model_card"):  # in their order
+        for line, code in again.ranks.run(2, resuming.run_without_room_for, again.config(), writer):
+            assert str(out) in line
+            assert "cannot be written: " in line
+            assert "File too large" in line
+            assert "\n" not in line
+            assert code == 1
+        assert again.status()["state"] == "failed"
+    assert again.run(again.config(), "auto") == [True, True]
+    assert_same_run(out, again.straight, STEPS)
+
+
 def test_from_another_folder_with_its_records_and_frozen_weights(again: Again, refitted: Path) -> None:
     """Checks that the new folder gets its own copy of the weights."""
     before = sorted(refitted.rglob("*"))

@@ -106,9 +106,11 @@ def test_a_resumed_pruner_knows_its_scores_since_the_last_cut(monkeypatch: pytes
 
 def test_all_ranks_hear_of_an_adapter_that_cannot_name_its_base(tmp_path: Path) -> None:
     training = Mock()
-    on_rank_0 = training.model.comm.on_rank_0 = Mock(side_effect=[{"r": 4}, UserError("no space")])
+    comm = training.model.comm
+    comm.on_rank_0 = Mock(return_value={"r": 4})
+    comm.write_on_rank_0 = Mock(side_effect=UserError("no space"))
     must_name("space", Pruning.save_base, training, tmp_path / "base", tmp_path)
-    on_rank_0.call_args.args[0]()
+    comm.write_on_rank_0.call_args.args[1]()
     named = {"r": 4, "base_model_name_or_path": str(tmp_path / "base")}
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == named
 
