@@ -26,6 +26,7 @@ from loraprune_ds.files import remove_folder
 from loraprune_ds.hf.checkpoint import FOLDER, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.hf.live import check_arguments, check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
+from loraprune_ds.hf.trainer_files import TrainerFiles
 from loraprune_ds.pruning.prunable_model import is_sharded
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
@@ -87,10 +88,12 @@ class LoraPruneCallback(TrainerCallback):
             The newest complete checkpoint, for `resume_from_checkpoint`. None before the first one.
 
         Raises:
-            UserError: the checkpoint is damaged, belongs to another model or config, or needs the engine that saved it.
+            UserError: the checkpoint is damaged or incomplete, belongs to another model or config, or needs the engine
+                that saved it.
         """
         folder = Path(folder or self._output_dir)
-        checkpoint = self._checkpoint = cut_to_checkpoint(model, folder, self.config, Communicator())
+        files = TrainerFiles(self._ds_config)
+        checkpoint = self._checkpoint = cut_to_checkpoint(model, folder, self.config, Communicator(), files)
         if checkpoint is None:
             return None
         self.config = checkpoint.state.prune

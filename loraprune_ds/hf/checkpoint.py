@@ -29,12 +29,14 @@ from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, fail_point, require
 from loraprune_ds.files import json_text
 from loraprune_ds.hf.live import find_peft_model, live_shape
+from loraprune_ds.hf.trainer_files import TRAINER_STATE, TrainerFiles
 from loraprune_ds.local.model import LocalModel
-from loraprune_ds.model.adapters import base_parameter
+from loraprune_ds.model.adapters import ADAPTER, base_parameter, name_in_file
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
 from loraprune_ds.model.pretrained import ModelWeights
 from loraprune_ds.model.shape import ModelShape
+from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS, read_header
 from loraprune_ds.pruning.prunable_model import PrunableModel, full_shape, held, is_sharded
 from loraprune_ds.pruning.step import Pruner
 from loraprune_ds.pruning.training import OptimizerState
@@ -43,7 +45,6 @@ from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.report.records import METRICS_FILE, History, read_history, write_history
 
 FOLDER = "pruning"
-TRAINER_STATE = "trainer_state.json"  # the last file that a Trainer writes
 OF_ENGINE = ("global_step", "latest", "optimizer", "scheduler")  # begin the names of files that need the same engine
 
 
@@ -137,17 +138,22 @@ def write_pruning(folder: Path, state: PruningState, pruner: Pruner, history: Hi
 
 
 def cut_to_checkpoint(
-    model: nn.Module, folder: Path, config: PruneConfig, comm: Communicator
+    model: nn.Module, folder: Path, config: PruneConfig, comm: Communicator, files: TrainerFiles | None = None
 ) -> PruningCheckpoint | None:
     """Cuts a dense PEFT model to match a checkpoint, before its training begins. None without a checkpoint. Collective.
 
     Arguments and errors are those of `LoraPruneCallback.resume`. The weights may already be sharded.
+
+    Args:
+        files: of transformers' Trainer. None for a loop that loads LoRA and its optimizer itself.
     """
     checkpoint = comm.all_or_raise(lambda: _find(folder))
     if checkpoint is None:
         return None
     peft_model = find_peft_model(model)
     state = comm.all_or_raise(lambda: _read(checkpoint, config, comm))
+    if files is not None:
+        comm.all_or_raise(lambda: files.check_readable(checkpoint))
     sharded = any(map(is_sharded, peft_model.parameters()))
     zero = sharded or is_deepspeed_zero3_enabled()
     ranks = comm.world_size if zero else state.world_size
@@ -158,6 +164,7 @@ def cut_to_checkpoint(
         setattr(cast(Any, peft_model.get_base_model()).config, QUERY_HEADS_LEAVE, False)  # `live_shape` reads it
     dense = live_shape(peft_model)
     require(group_counts(dense) == state.dense, f"{checkpoint} belongs to another model: its layers have other sizes")
+    comm.all_or_raise(lambda: _check_lora_ranks(checkpoint, peft_model, dense, zero=zero))
     keep = keep_from_lists(state.kept, dense.kinds)
     if sharded:
         from loraprune_ds.zero.external_engine import cut_shards
@@ -207,6 +214,37 @@ def _check_foreign(checkpoint: Path, state: PruningState, model: PeftModel, *, z
     require(not others, f"{saved}, and goes on only so while {others and others[0]} trains")
     halves = zero and any(parameter.dtype == torch.float16 for parameter in model.parameters())
     require(not halves, f"{saved}, and has no loss scale for ZeRO-3 in fp16")
+
+
+def _check_lora_ranks(checkpoint: Path, model: PeftModel, shape: ModelShape, *, zero: bool) -> None:
+    """Refuses a model whose LoRA has other ranks than that in the checkpoint."""
+    in_model = {
+        name.replace(f".{ADAPTER}.", "."): full_shape(parameter)[0]
+        for name, parameter in model.named_parameters()
+        if f".lora_A.{ADAPTER}." in name
+    }
+    for path, ranks in _saved_ranks(checkpoint, shape, zero=zero).items():
+        for name in filter(ranks.__contains__, in_model):
+            linear = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            require(
+                ranks[name] == in_model[name],
+                f"{path}: LoRA on {linear} has rank {ranks[name]}, but the model's has {in_model[name]}; "
+                "make the model with the same ranks",
+            )
+
+
+def _saved_ranks(checkpoint: Path, shape: ModelShape, *, zero: bool) -> dict[Path, dict[str, int]]:
+    """Reads the rank of each LoRA factor A, named as in an adapter. On ZeRO-3 nothing reads the adapter itself."""
+    paths = [] if zero else [checkpoint / ADAPTER_WEIGHTS]
+    headers = {path: read_header(path) for path in paths if path.is_file()}
+    for layer in range(len(shape.layers)):
+        path = checkpoint / FOLDER / layout.layer_file("lora", layer)
+        if path.is_file():
+            headers[path] = {name_in_file(shape, layer, name): entry for name, entry in read_header(path).items()}
+    return {
+        path: {name: sizes[0] for name, (sizes, _) in header.items() if name.endswith(".lora_A.weight")}
+        for path, header in headers.items()
+    }
 
 
 def _read(folder: Path, config: PruneConfig, comm: Communicator) -> PruningState:

@@ -34,10 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, hidden=32, ffn=48, layers=3, vocab=97)
 
 
-def make_model(folder: Path) -> Any:
+def make_model(folder: Path, r: int = 4) -> Any:
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return get_peft_model(base, LoraConfig(r=4, target_modules=linear_names(base), init_lora_weights=False))
+    return get_peft_model(base, LoraConfig(r=r, target_modules=linear_names(base), init_lora_weights=False))
 
 
 def train(
