@@ -3,6 +3,7 @@
 trainer = SFTTrainer(..., callbacks=[LoraPruneCallback(PruneConfig(ratio=0.3))])
 """
 
+import logging
 import math
 import os
 import sys
@@ -23,7 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import remove_folder
-from loraprune_ds.hf.checkpoint import FOLDER, PruningCheckpoint, cut_to_checkpoint
+from loraprune_ds.hf.checkpoint import COMPLETE, FOLDER, PruningCheckpoint, cut_to_checkpoint
 from loraprune_ds.hf.live import check_arguments, check_one_dtype
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.hf.trainer_files import TrainerFiles
@@ -32,6 +33,7 @@ from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.report.records import CutRecord, Record, Sink, cut_line
 from loraprune_ds.report.reporters import SERVICES, ModuleLog, TensorBoardLog, scalars
 
+log = logging.getLogger(__name__)
 REPORTED = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "max_grad_norm")
 LIMIT = "_save_total_limit"  # key in the Trainer's arguments for the user's value during a training
 TRAINERS_OWN = ("train/loss", "train/learning_rate", "train/grad_norm")  # the Trainer logs these
@@ -56,7 +58,7 @@ class LoraPruneCallback(TrainerCallback):
         self._tokenizer: Any = None
         self._output_dir = "."
         self._guard: RemovableHandle | None = None
-        self._ds_config: dict[str, Any] | None = None
+        self._files = TrainerFiles()
         self._stand_in: tempfile.TemporaryDirectory[str] | None = None  # of a checkpoint, for the Trainer
 
     @property
@@ -91,18 +93,22 @@ class LoraPruneCallback(TrainerCallback):
             UserError: the checkpoint is damaged or incomplete, belongs to another model or config, or needs the engine
                 that saved it.
         """
+        comm = Communicator()
+        files = self._files
         folder = Path(folder or self._output_dir)
-        files = TrainerFiles(self._ds_config)
-        checkpoint = self._checkpoint = cut_to_checkpoint(model, folder, self.config, Communicator(), files)
+        checkpoint = self._checkpoint = cut_to_checkpoint(model, folder, self.config, comm, files)
         if checkpoint is None:
             return None
         self.config = checkpoint.state.prune
-        if not (checkpoint.is_foreign and self._ds_config):
+        lost = files.lost(checkpoint.folder, comm.world_size)
+        if lost and comm.rank == 0:
+            log.warning("%s cannot bring back %s", checkpoint.folder, " and ".join(lost))
+        if not (checkpoint.restores_optimizer and files.ds_config):
             return str(checkpoint.folder)
-        own = " and ".join(sorted(self._ds_config.keys() & {"optimizer", "scheduler"}))
+        own = " and ".join(files.of_deepspeed)
         require(not own, f"{checkpoint.folder} goes on here only without {own} in the DeepSpeed config")
         self._stand_in = tempfile.TemporaryDirectory()
-        checkpoint.write_stand_in(Path(self._stand_in.name), Communicator())
+        checkpoint.write_stand_in(Path(self._stand_in.name), comm)
         return self._stand_in.name
 
     def save_model(self, folder: str | Path) -> None:
@@ -120,7 +126,8 @@ class LoraPruneCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Refuses what DeepSpeed would fail on without a reason, such as a checkpoint loaded without `resume`."""
         self._output_dir = str(args.output_dir)
-        self._ds_config = ds_config = _ds_config(args)
+        ds_config = _ds_config(args)
+        self._files = TrainerFiles(ds_config, bool(args.fp16))
         if ds_config is not None:
             from loraprune_ds.zero.ds_config import check_reshardable  # DeepSpeed, once it is needed
 
@@ -154,7 +161,7 @@ class LoraPruneCallback(TrainerCallback):
             ds_config=_ds_config(args),
             sinks=find_reporters(report_to, str(args.output_dir), resumed_from) if is_first else (),
         )
-        if checkpoint and checkpoint.is_foreign:
+        if checkpoint and checkpoint.restores_optimizer:
             _advance(more["lr_scheduler"], checkpoint.state.adam["step"])
         # The Trainer would remove old checkpoints before `on_save` has completed the new one.
         args.__dict__.setdefault(LIMIT, args.save_total_limit)  # a failed training may have left it
@@ -211,7 +218,7 @@ def _ds_config(args: TrainingArguments) -> dict[str, Any] | None:
 
 def _advance(schedule: Any, updates: int) -> None:
     """Advances a new schedule. The saved one may have other parameter groups, since DeepSpeed removes empty ones."""
-    require(isinstance(schedule, LambdaLR), f"{type(schedule).__name__} cannot go on on another engine or other ranks")
+    require(isinstance(schedule, LambdaLR), f"{type(schedule).__name__} needs its own saved state; {COMPLETE}")
     schedule.last_epoch = updates - 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the new optimizer has made no update

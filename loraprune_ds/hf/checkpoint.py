@@ -45,6 +45,7 @@ from loraprune_ds.ranks.flat import owned_range
 from loraprune_ds.report.records import METRICS_FILE, History, read_history, write_history
 
 FOLDER = "pruning"
+COMPLETE = "resume from a complete checkpoint, on the engine and the ranks that saved it"
 OF_ENGINE = ("global_step", "latest", "optimizer", "scheduler")  # begin the names of files that need the same engine
 
 
@@ -75,13 +76,14 @@ class PruningCheckpoint:
 
     Attributes:
         dense: the shape before any cut.
-        is_foreign: another engine, or another number of ZeRO-3's ranks, has saved it.
+        restores_optimizer: the trainer cannot load LoRA and its optimizer, so they come from `pruning/`. Either another
+            engine, or another number of ZeRO-3's ranks, has saved the checkpoint, or files are missing.
     """
 
     folder: Path
     state: PruningState
     dense: ModelShape
-    is_foreign: bool = False
+    restores_optimizer: bool = False
 
     def restore(self, pruner: Pruner) -> History:
         """Restores the pruner of a model that has been cut. Returns the records so far."""
@@ -90,7 +92,7 @@ class PruningCheckpoint:
         return read_history(folder / METRICS_FILE)
 
     def restore_lora(self, model: PrunableModel) -> None:
-        """Restores LoRA and Adam's state, which a trainer cannot read from the files of another engine. Collective."""
+        """Restores LoRA and Adam's state, which the trainer could not load. Collective."""
         adam, folder = plain_adam(model), self.folder / FOLDER
         if adam is None:
             raise UserError(f"{self.folder} was saved by Adam; {type(model.optimizer).__name__} cannot go on from it")
@@ -99,7 +101,7 @@ class PruningCheckpoint:
     def write_stand_in(self, folder: Path, comm: Communicator) -> None:
         """Fills a folder, on each rank its own, from which transformers' Trainer goes on with ZeRO-3.
 
-        Its DeepSpeed would need the files of its own ranks, and reads them before a callback can help.
+        Its DeepSpeed needs files of its own ranks, and reads them before a callback can help.
         """
         from loraprune_ds.zero.external_engine import write_stand_in
 
@@ -152,14 +154,12 @@ def cut_to_checkpoint(
         return None
     peft_model = find_peft_model(model)
     state = comm.all_or_raise(lambda: _read(checkpoint, config, comm))
-    if files is not None:
-        comm.all_or_raise(lambda: files.check_readable(checkpoint))
     sharded = any(map(is_sharded, peft_model.parameters()))
     zero = sharded or is_deepspeed_zero3_enabled()
-    ranks = comm.world_size if zero else state.world_size
-    is_foreign = (state.zero, state.world_size) != (zero, ranks)
-    if is_foreign:
-        _check_foreign(checkpoint, state, peft_model, zero=zero)
+    obstacle = comm.all_or_raise(lambda: _obstacle(checkpoint, state, files, comm, zero=zero))
+    obstacle = next(filter(None, comm.gather_objects(obstacle)), None)  # all ranks must load the same way
+    if obstacle is not None:
+        _check_restorable(f"{checkpoint} {obstacle}", state, peft_model, zero=zero)
     if not state.query_heads:
         setattr(cast(Any, peft_model.get_base_model()).config, QUERY_HEADS_LEAVE, False)  # `live_shape` reads it
     dense = live_shape(peft_model)
@@ -172,7 +172,7 @@ def cut_to_checkpoint(
         cut_shards(peft_model, dense, keep, comm)
     LocalModel(peft_model, dense).cut(keep)
     _overwrite(peft_model, open_refits(dense.after(keep), checkpoint / FOLDER), comm)
-    return PruningCheckpoint(checkpoint, state, dense, is_foreign)
+    return PruningCheckpoint(checkpoint, state, dense, restores_optimizer=obstacle is not None)
 
 
 def group_counts(shape: ModelShape) -> list[list[int]]:
@@ -205,15 +205,28 @@ def _find(folder: Path) -> Path | None:
     return None
 
 
-def _check_foreign(checkpoint: Path, state: PruningState, model: PeftModel, *, zero: bool) -> None:
-    """Refuses a checkpoint of another engine, or of other ranks, that cannot go on in this one."""
-    saved = f"{checkpoint} was saved {f'on ZeRO-3 by {state.world_size} ranks' if state.zero else 'without ZeRO-3'}"
-    require(state.adam is not None, f"{saved}, without a state of torch's Adam, and goes on only so")
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    others = [name for name in trained if ".lora_" not in name]
-    require(not others, f"{saved}, and goes on only so while {others and others[0]} trains")
+def _obstacle(
+    checkpoint: Path, state: PruningState, files: TrainerFiles | None, comm: Communicator, *, zero: bool
+) -> str | None:
+    """Says why this rank's trainer cannot load LoRA and its optimizer itself, if it cannot."""
+    if files is not None:
+        files.check_readable(checkpoint)
+    if state.zero != zero or (zero and state.world_size != comm.world_size):
+        return f"was saved on ZeRO-3 by {state.world_size} ranks" if state.zero else "was saved without ZeRO-3"
+    lacking = [] if files is None else files.lacks_state(checkpoint, comm.rank)
+    return f"has no {' and no '.join(lacking)}" if lacking else None
+
+
+def _check_restorable(obstacle: str, state: PruningState, model: PeftModel, *, zero: bool) -> None:
+    """Refuses a checkpoint whose folder `pruning/` has too little to go on from."""
+    require(state.adam is not None, f"{obstacle}, and {FOLDER}/ has no state of torch's Adam; {COMPLETE}")
+    for name, parameter in model.named_parameters():
+        require(
+            ".lora_" in name or not parameter.requires_grad,
+            f"{obstacle}, and {FOLDER}/ has Adam's state of LoRA, but not of {name}; {COMPLETE}",
+        )
     halves = zero and any(parameter.dtype == torch.float16 for parameter in model.parameters())
-    require(not halves, f"{saved}, and has no loss scale for ZeRO-3 in fp16")
+    require(not halves, f"{obstacle}, and {FOLDER}/ has no loss scale for ZeRO-3 in fp16; {COMPLETE}")
 
 
 def _check_lora_ranks(checkpoint: Path, model: PeftModel, shape: ModelShape, *, zero: bool) -> None:

@@ -80,7 +80,7 @@ class Pruning:
         self.peft_model = peft_model = find_peft_model(model)
         check_model(peft_model)
         self.model = find_engine(model, optimizer, ds_config)
-        if checkpoint and checkpoint.is_foreign:
+        if checkpoint and checkpoint.restores_optimizer:
             checkpoint.restore_lora(self.model)
         require(not config.depth_ratio, "prune.depth_ratio: call drop_layers(model, layers) before the trainer is made")
         dense = checkpoint.dense if checkpoint else self.model.shape

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
+
 from loraprune_ds.errors import require
 from loraprune_ds.model.weight_files import ADAPTER_WEIGHTS
 
@@ -16,9 +18,16 @@ class TrainerFiles:
 
     Attributes:
         ds_config: DeepSpeed's JSON, if it trains.
+        fp16: a loss scaler of torch trains along, if DeepSpeed does not.
     """
 
     ds_config: dict[str, Any] | None = None
+    fp16: bool = False
+
+    @property
+    def of_deepspeed(self) -> list[str]:
+        """Names the sections by which DeepSpeed makes the optimizer or the schedule. It then saves both itself."""
+        return sorted({"optimizer", "scheduler"} & (self.ds_config or {}).keys())
 
     def check_readable(self, folder: Path) -> None:
         """Raises UserError if the Trainer could not load a checkpoint at all. DeepSpeed has LoRA in its own files."""
@@ -26,3 +35,23 @@ class TrainerFiles:
         for name in needed:
             path = folder / name
             require(path.is_file(), f"{path} is missing, and the Trainer needs it; resume from another checkpoint")
+
+    def lacks_state(self, folder: Path, rank: int) -> list[str]:
+        """Names the missing files of the optimizer and its schedule. Without one of them the Trainer loads none."""
+        lacking = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not (folder / name).is_file()]
+        if not self.ds_config:
+            return lacking
+        from loraprune_ds.zero.external_engine import can_load
+
+        schedule = [name for name in lacking if name == SCHEDULER_NAME and not self.of_deepspeed]
+        return schedule if can_load(folder, rank) else ["complete global_step*", *schedule]
+
+    def lost(self, folder: Path, ranks: int) -> list[str]:
+        """Says what no other file can bring back. Names the file of the first rank that has none."""
+        names = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+        missing = [name for name in names if not (folder / name).is_file()]
+        lost = [f"the random numbers of dropout (no {missing[0]})"] if missing else []
+        has_scaler = self.fp16 and not self.ds_config
+        if has_scaler and not (folder / SCALER_NAME).is_file():
+            lost.append(f"the loss scale of fp16 (no {SCALER_NAME})")
+        return lost

@@ -22,6 +22,7 @@ from loraprune_ds.zero.private import check_private_attributes
 from loraprune_ds.zero.sharded import ShardedModel
 
 ADAM = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")  # their only state with a shape is exp_avg and exp_avg_sq
+LATEST = "latest"  # names the folder of the newest state
 log = logging.getLogger(__name__)
 
 
@@ -47,15 +48,30 @@ def share_model(module: nn.Module, zero: Any, shape: ModelShape) -> ShardedModel
     return ShardedModel(module, zero, shape, zero.empty_partition_cache)
 
 
+def can_load(folder: Path, rank: int) -> bool:
+    """Tells whether a checkpoint has the files that DeepSpeed loads on this rank."""
+    latest = folder / LATEST
+    if not latest.is_file():
+        return False
+    tag = folder / latest.read_text().strip()
+    return all(any(tag.glob(f"*{_own(rank)}_{kind}_states.pt")) for kind in ("model", "optim"))
+
+
+def _own(rank: int) -> str:
+    """Returns what the names of a rank's files have in common."""
+    return f"zero_pp_rank_{rank}_mp_rank_00"
+
+
 def write_stand_in(folder: Path, step: int, groups: list[dict[str, Any]], comm: Communicator) -> None:
     """Writes this rank's files of a checkpoint that DeepSpeed loads without a change of weights or moments.
 
     Args:
         groups: Adam's, without parameters. DeepSpeed takes their numbers.
     """
-    tag, own = folder / f"global_step{step}", f"zero_pp_rank_{comm.rank}_mp_rank_00"
+    tag = folder / f"global_step{step}"
+    own = _own(comm.rank)
     tag.mkdir()
-    (folder / "latest").write_text(tag.name)
+    (folder / LATEST).write_text(tag.name)
     counts = {"global_steps": step, "skipped_steps": 0, "dp_world_size": comm.world_size, "mp_world_size": 1}
     torch.save({"module": {}} | counts, tag / f"{own}_model_states.pt")
     adam = {"state": {}, "param_groups": [group | {"params": [i]} for i, group in enumerate(groups)]}

@@ -1,7 +1,9 @@
 """The callback without DeepSpeed: one process equals DDP's ranks and ZeRO-3, a resume changes no bit."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +43,21 @@ def test_a_resume_across_a_cut_changes_no_bit_and_needs_no_second_rank(
     checkpoint = str(on_two.out / "checkpoint-2")
     again, _ = ranks.run(1, train_with_callback, job, tmp_path / "fewer", WITHOUT, checkpoint)[0]
     assert_same_course(again, alone.rows[2:], cuts=2)
+
+
+def test_a_checkpoint_without_files_of_its_optimizer_goes_on_from_the_folder_of_pruning(
+    ranks: RankPool, job: Job, tmp_path: Path
+) -> None:
+    falling: dict[str, Any] = {"lr_scheduler_type": "linear"} | WITHOUT
+    straight = Run(*ranks.run(1, train_with_callback, job, tmp_path, SAVES | falling)[0], tmp_path)
+    assert len({row["rate"] for row in straight.rows}) == len(job.batches)
+    lost = ["optimizer.pt"], ["scheduler.pt"], ["optimizer.pt", "scheduler.pt", "rng_state.pth"]  # as save_only_model
+    for n, names in enumerate(lost):
+        run = replace(straight, out=tmp_path / f"{n}")
+        checkpoint = shutil.copytree(tmp_path / "checkpoint-4", run.out / "checkpoint-4")
+        for name in names:
+            (checkpoint / name).unlink()
+        resume_and_compare(ranks, job, run, tmp_path / f"on-{n}", 4, ranks=1, **falling)
 
 
 def test_a_checkpoint_goes_on_on_another_engine_and_other_ranks(ranks: RankPool, job: Job, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def course(rows: list[dict[str, Any]]) -> list[Any]:
-    return [(row["loss"], row["norm"], row["tokens"], row["kept"]) for row in rows]
+    return [(row["loss"], row["norm"], row["rate"], row["tokens"], row["kept"]) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,17 @@ def resume_and_compare(
     assert course(again) == course(run.rows[step:])
     assert run.rows[step - 1]["kept"] != run.rows[-1]["kept"]
     assert_equal_tensors(resumed, run.weights)
+
+
+def test_a_checkpoint_of_the_model_alone_goes_on_without_deepspeed_s_files(
+    ranks: RankPool, job: Job, tmp_path: Path
+) -> None:
+    job = replace(job, batches=job.batches[:5])  # cuts after 2 and 4
+    falling: dict[str, Any] = {"lr_scheduler_type": "linear"}
+    saves = falling | {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
+    run = Run(*ranks.run(2, train_with_callback, job, tmp_path / "a", saves)[0], tmp_path / "a")
+    assert not list(run.out.glob("checkpoint-3/global_step*"))
+    resume_and_compare(ranks, job, run, tmp_path / "b", 3, **falling)
 
 
 @pytest.mark.parametrize(

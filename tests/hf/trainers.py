@@ -134,7 +134,7 @@ class BesideReference(InOrder):
 
 
 class Watch(TrainerCallback):
-    """Remembers each step's loss, gradient norm, gathered elements, and the groups that are left after it."""
+    """Remembers each step's loss, gradient norm, rate, gathered elements, and the groups that are left after it."""
 
     def __init__(self, callback: LoraPruneCallback) -> None:
         self.callback, self.rows = callback, list[dict[str, Any]]()
@@ -153,7 +153,7 @@ class Watch(TrainerCallback):
 
     def on_log(self, *_: Any, logs: dict[str, Any] | None = None, **__: Any) -> None:
         if logs and "loss" in logs:
-            self.rows[-1] |= {"loss": logs["loss"], "norm": logs["grad_norm"]}
+            self.rows[-1] |= {"loss": logs["loss"], "norm": logs["grad_norm"], "rate": logs["learning_rate"]}
 
 
 def arguments(job: Job, out: Path, **more: Any) -> TrainingArguments:

@@ -1,7 +1,7 @@
 """The callback's checkpoints, its view of a foreign training, and the update, until it lets go."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -50,21 +50,35 @@ def test_a_checkpoint_that_does_not_fit_is_named(tmp_path: Path, changes: dict[s
 
 
 @pytest.mark.parametrize(
+    ("zero", "world_size", "names"),
+    [(True, 2, ""), (True, 3, "ZeRO-3 3 ranks"), (False, 2, "without ZeRO-3"), (False, 1, "without ZeRO-3")],
+)
+def test_another_engine_or_other_ranks_of_zero_3_cannot_load_an_optimizer(
+    tmp_path: Path, zero: bool, world_size: int, names: str
+) -> None:
+    state = PruningState(**STATE | {"prune": CONFIG, "zero": zero, "world_size": world_size})
+    obstacle = checkpoint._obstacle(tmp_path, state, None, COMM, zero=True)
+    assert (obstacle is None) == (names == "")
+    assert all(name in (obstacle or "") for name in names.split())
+    local = checkpoint._obstacle(tmp_path, replace(state, zero=False), None, COMM, zero=False)
+    assert local is None  # each rank of DDP has the whole optimizer
+
+
+@pytest.mark.parametrize(
     ("changes", "trained", "names"),
     [
-        ({"adam": None}, {"lora_A.weight": torch.float32}, "2 ranks ZeRO-3"),  # of SGD
+        ({"adam": None}, {"lora_A.weight": torch.float32}, "torch's Adam"),  # of SGD
         ({}, {"lora_A.weight": torch.float32, "lm_head.weight": torch.float32}, "lm_head.weight"),
         ({}, {"lora_A.weight": torch.float16}, "fp16"),
-        ({"zero": False}, {"lora_A.weight": torch.float16}, "without ZeRO-3 fp16"),
     ],
 )
-def test_a_checkpoint_that_cannot_change_its_engine_is_named(
+def test_a_checkpoint_whose_optimizer_cannot_be_restored_is_named(
     tmp_path: Path, changes: dict[str, Any], trained: dict[str, torch.dtype], names: str
 ) -> None:
     state = PruningState(**STATE | {"adam": {}, "prune": CONFIG} | changes)
     parameters = [(f"layer.{name}", torch.nn.Parameter(torch.zeros(1, dtype=dtype))) for name, dtype in trained.items()]
     model = Mock(named_parameters=lambda: parameters, parameters=lambda: dict(parameters).values())
-    must_name(f"{tmp_path} {names}", checkpoint._check_foreign, tmp_path, state, model, zero=True)
+    must_name(f"optimizer.pt {names}", checkpoint._check_restorable, "has no optimizer.pt", state, model, zero=True)
 
 
 def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:

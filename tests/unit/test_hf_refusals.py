@@ -151,7 +151,7 @@ def test_fp32_lora_beside_a_module_that_trains_in_bf16_is_refused() -> None:
     lora: dict[str, Any] = {"target_modules": ALL, "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
     model = get_peft_model(base().bfloat16(), LoraConfig(r=2, **lora))
     begin = LoraPruneCallback(PruneConfig()).on_init_end
-    args, state = cast(Any, SimpleNamespace(output_dir="unused")), TrainerState()
+    args, state = cast(Any, SimpleNamespace(output_dir="unused", fp16=False)), TrainerState()
     begin(args, state, CONTROL, model=model)  # DeepSpeed casts what is not born sharded
     for parameter in model.parameters():
         cast(Any, parameter).ds_tensor = None

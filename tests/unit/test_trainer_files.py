@@ -1,13 +1,15 @@
 """Checkpoints that lack files of the Trainer, or hold other LoRA, go on from `pruning/`, or one line says why not."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from torch.optim import AdamW
+import torch
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from loraprune_ds.config import PruneConfig
-from loraprune_ds.hf.callback import LoraPruneCallback
+from loraprune_ds.hf.callback import LoraPruneCallback, _advance
 from loraprune_ds.hf.checkpoint import cut_to_checkpoint
 from loraprune_ds.hf.pruning import Pruning
 from loraprune_ds.hf.trainer_files import TrainerFiles
@@ -17,14 +19,57 @@ from tests.refusals import must_name, remove
 from tests.unit.test_local import make_model
 
 PRUNE = PruneConfig(ratio=0.3, channel_multiple=1)
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, OPTIMIZER, SCHEDULE = "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"
+TAG, OWN = "global_step2", "zero_pp_rank_1_mp_rank_00"
+OF_RANK_1 = [f"{TAG}/{OWN}_model_states.pt", f"{TAG}/bf16_{OWN}_optim_states.pt"]
 ZERO: dict[str, Any] = {"zero_optimization": {"stage": 3}}
+LACKS_ZERO = ["complete global_step*"]
 
 
 def touch(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).touch()
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "lacking"),
+    [
+        (None, [OPTIMIZER, SCHEDULE], []),
+        (None, [OPTIMIZER], [SCHEDULE]),
+        (None, [SCHEDULE], [OPTIMIZER]),
+        (ZERO, [SCHEDULE, "latest", *OF_RANK_1], []),
+        (ZERO, ["latest", *OF_RANK_1], [SCHEDULE]),
+        (ZERO | {"optimizer": {}}, ["latest", *OF_RANK_1], []),  # DeepSpeed's files have the schedule, too
+        (ZERO, [SCHEDULE, "latest", *OF_RANK_1[:1]], LACKS_ZERO),
+        (ZERO, [SCHEDULE, *OF_RANK_1], LACKS_ZERO),
+        (ZERO, [OPTIMIZER], [*LACKS_ZERO, SCHEDULE]),
+    ],
+)
+def test_files_without_which_no_optimizer_is_loaded_are_named(
+    tmp_path: Path, config: dict[str, Any] | None, names: list[str], lacking: list[str]
+) -> None:
+    touch(tmp_path, *names)
+    if "latest" in names:
+        (tmp_path / "latest").write_text(TAG)
+    assert TrainerFiles(config).lacks_state(tmp_path, rank=1) == lacking
+
+
+@pytest.mark.parametrize(
+    ("files", "ranks", "names", "lost"),
+    [
+        (TrainerFiles(), 1, (), ["rng_state.pth"]),
+        (TrainerFiles(fp16=True), 2, ("rng_state_0.pth",), ["rng_state_1.pth", "scaler.pt"]),
+        (TrainerFiles(ZERO, fp16=True), 1, ("rng_state.pth",), []),
+        (TrainerFiles(fp16=True), 1, ("rng_state.pth", "scaler.pt"), []),
+    ],
+)
+def test_what_cannot_come_back_is_named(
+    tmp_path: Path, files: TrainerFiles, ranks: int, names: tuple[str, ...], lost: list[str]
+) -> None:
+    touch(tmp_path, *names)
+    for name, line in zip(lost, files.lost(tmp_path, ranks), strict=True):
+        assert name in line
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +94,26 @@ def resume(model: Any, folder: Path) -> LoraPruneCallback:
     return callback
 
 
+def test_a_checkpoint_without_an_optimizer_is_restored_and_says_what_is_lost(
+    dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save(dense, tmp_path)
+    assert cast(Any, resume(make_model(dense), folder)._checkpoint).restores_optimizer
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert all(name in warning for name in (str(folder), "rng_state.pth"))
+    touch(folder, OPTIMIZER, SCHEDULE, "rng_state.pth")
+    caplog.clear()
+    assert not cast(Any, resume(make_model(dense), folder)._checkpoint).restores_optimizer
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("make", "missing", "r", "names"),
     [
         (AdamW, ADAPTER, 4, ADAPTER),
         (AdamW, "trainer_state.json", 4, "trainer_state.json"),
         (AdamW, None, 2, f"{ADAPTER} layers.0. _proj 4 2"),
+        (SGD, None, 4, f"{OPTIMIZER} {SCHEDULE} Adam"),
     ],
 )
 def test_a_checkpoint_that_cannot_go_on_is_one_line(
@@ -72,3 +131,8 @@ def test_on_zero_3_no_adapter_is_read_but_the_ranks_in_the_folder_of_pruning_cou
     TrainerFiles(ZERO).check_readable(folder)
     model = make_model(dense, r=2)
     must_name("lora-00000.safetensors layers.0. 4 2", cut_to_checkpoint, model, folder, PRUNE, Communicator())
+
+
+def test_a_schedule_that_cannot_be_computed_is_named() -> None:
+    optimizer = AdamW([torch.nn.Parameter(torch.zeros(1))])
+    must_name("ReduceLROnPlateau", _advance, ReduceLROnPlateau(optimizer), 2)
