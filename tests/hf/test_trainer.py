@@ -78,11 +78,15 @@ def test_the_callback_cuts_as_our_own_trainer(ranks: RankPool, job: Job, plain: 
 
 
 def test_a_hybrid_is_cut_as_by_our_own_trainer(ranks: RankPool, engine: dict[str, Any], tmp_path: Path) -> None:
-    """Up to three steps after the last cut. A delta net amplifies rounding, so later losses share fewer digits."""
+    """A delta net amplifies rounding, sooner or later by the CPU: after the last cut five digits agree."""
     prune = PRUNE | {"protected_first": 0, "protected_last": 0}
     job, _ = family_job(tmp_path, "qwen3_5_text", prune, steps=callback_run.STEPS, max_grad_norm=0.5)
     rows = ranks.run(2, train_with_callback, job, tmp_path / "out", engine)[0][0]
-    assert_same_course(rows[:8], ranks.run(2, train_alone, job)[0][:8], cuts=2)
+    own = ranks.run(2, train_alone, job)[0]
+    assert_same_course(rows[:5], own[:5], cuts=2)
+    assert [row["kept"] for row in rows[:8]] == [row["kept"] for row in own[:8]]
+    for key in ("loss", "norm"):  # 2.3e-6 with AVX-512, below 1e-6 with AVX2
+        assert [row[key] for row in rows[5:8]] == pytest.approx([row[key] for row in own[5:8]], rel=1e-5)
 
 
 def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(
@@ -99,7 +103,8 @@ def test_an_encoder_decoder_is_cut_in_a_seq2seq_trainer_as_by_our_own(
     own = ranks.run(2, train_alone, job)[0]
     for theirs, ours in zip(rows, own, strict=True):
         ours["tokens"] = theirs["tokens"]  # a row of our own has a start, and the last token
-    same, cuts = (3, 1) if engine else (5, 3)  # rounding adds up: the next norm has five digits in common
+    # Rounding adds up: a later norm has five digits in common. With AVX-512 it is that of step 5, with AVX2 of step 6.
+    same, cuts = (3, 1) if engine else (4, 2)
     assert_same_course(rows[:same], own[:same], cuts=cuts)
     assert [row["kept"] for row in rows] == [row["kept"] for row in own]
     assert rows[5]["loss"] == pytest.approx(own[5]["loss"], rel=1e-6)
