@@ -107,8 +107,6 @@ class ModelConfig:
     attn_implementation: str = "sdpa"
     adapter: str | None = None  # folder of a PEFT LoRA adapter to start from
     text_only: bool = False  # export the text part of a multimodal model as its text class, without the tower
-    # list of layers to drop before the first step. Empty: `prune.depth_ratio` chooses them
-    drop_layers: list[CountOr0] = field(default_factory=list)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -206,7 +204,6 @@ class PruneConfig:
     # fraction of heads, also of delta nets, to remove in layers that are cut. Channels make up the rest. None: the same
     # fraction of all
     head_ratio: FractionOr0 | None = None
-    depth_ratio: FractionOr0 = 0.0  # fraction of the layers to drop before the first step. They count in `ratio`
     criterion: Criterion = "fisher"  # how a group is scored
     # `global` ranks over all layers. `uniform` keeps equal counts in all layers. None: `uniform` where a tower stays,
     # otherwise `global`

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -18,6 +18,21 @@ SHIPPED = Path(__file__).parent / "shipped"  # has launch/configs/ and ds_config
 RUN = TypeAdapter(RunConfig)
 SECTIONS: dict[Any, Any] = {f.name: f.type for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(f.type)}
 SHARED_KEYS = [f.name for f in dataclasses.fields(SourceKeys) if f.name != "path"]  # of `data` and a mixture's entries
+
+
+class Removed(NamedTuple):
+    """Describes a setting of earlier commits. Files of runs and callbacks have it, which must stay readable."""
+
+    default: Any  # this value changed nothing, so it is left out
+    reader: str  # the last commit that reads another value
+    instead: str  # what a user does now
+
+
+DROP_BEFORE = "drop layers before the run, as launch/examples/drop_layers.py does"
+REMOVED = {
+    "model.drop_layers": Removed([], "6ec3512a", DROP_BEFORE),
+    "prune.depth_ratio": Removed(0.0, "6ec3512a", DROP_BEFORE),
+}
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -76,6 +91,24 @@ def config_from_dict(raw: dict[str, Any]) -> RunConfig:
         raise UserError(_describe(error)) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"the config may hold only keys, lists and plain values: {error}") from None
+
+
+def without_removed(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config that an earlier commit saved, without the keys in `REMOVED`.
+
+    Raises UserError if one has another value than its default. The line names the commit that reads it.
+    """
+    left = dict(saved)
+    for dotted, removed in REMOVED.items():
+        section, key = dotted.split(".")
+        values = left.get(section)
+        if isinstance(values, dict) and key in values:
+            require(
+                values[key] == removed.default,
+                f"{dotted} is {values[key]}; go on with commit {removed.reader}, the last that reads it",
+            )
+            left[section] = {name: value for name, value in values.items() if name != key}
+    return left
 
 
 def differences(old: RunConfig, new: RunConfig, ignored: Sequence[str]) -> list[str]:
@@ -139,6 +172,8 @@ def _describe(error: ValidationError) -> str:
     path = [part for part in first["loc"] if part not in (ONE, LIST)]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
     match first["type"]:
+        case "unexpected_keyword_argument" if key in REMOVED:
+            return f"unknown key {key}; {REMOVED[key].instead}"
         case "unexpected_keyword_argument":
             section = MixtureEntry if len(path) > 2 else SECTIONS[path[0]] if len(path) == 2 else RunConfig
             return f"unknown key {key}; known keys there: {', '.join(f.name for f in dataclasses.fields(section))}"

@@ -16,7 +16,6 @@ PAGE = Path(__file__).parents[1] / "launch" / "configs" / "README.md"
 # Rarely worth a change: their rows come last, below a row that says so.
 ADVANCED = {
     *(f"prune.{key}" for key in ("normalize", "moving_average", "warmup_fraction", "cooldown_fraction", "head_ratio")),
-    "prune.depth_ratio",
     *(f"prune.{key}" for key in ("protected_first", "protected_last", "compensate_steps", "compensate_decay")),
     *(f"train.{key}" for key in ("adam_epsilon", "max_grad_norm", "distill_temperature", "deterministic")),
     "evaluate.batch_size",

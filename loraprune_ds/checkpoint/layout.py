@@ -17,7 +17,7 @@ from uuid import uuid4
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import config_from_dict
+from loraprune_ds.config_file import config_from_dict, without_removed
 from loraprune_ds.errors import UserError, one_line, require
 from loraprune_ds.files import flush, write_json
 
@@ -46,9 +46,9 @@ class CheckpointMismatch(UserError):
 def recorded_config(raw: dict[str, Any], path: Path) -> RunConfig:
     """Reads the config in `path`. Raises CheckpointMismatch if another version with other settings wrote it."""
     try:
-        return config_from_dict(raw)
+        return config_from_dict(without_removed(raw))
     except UserError as error:
-        raise CheckpointMismatch(f"{path} has format {FORMAT} of other settings, {_reader(FORMAT)}: {error}") from None
+        raise CheckpointMismatch(f"{path} has format {FORMAT} with settings of another version: {error}") from None
 
 
 def _reader(version: object) -> str:
@@ -122,7 +122,7 @@ class RunState:
 
     step: int
     totals: RunTotals
-    kept: list[list[list[int]]]  # kept groups by layer and kind, as indices into the dense model without dropped layers
+    kept: list[list[list[int]]]  # kept groups by layer and kind, as indices into the dense model
     source: str  # folder of the dense model. Weights that no refit changed are its slices
     config: dict[str, Any]
     data: RunData

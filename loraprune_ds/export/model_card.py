@@ -82,7 +82,7 @@ def card_of_step(step: TrainingCheckpoint, windows: int | None = None, perplexit
     count = "" if windows is None else f"{windows} "
     return ModelCard(
         base_model=model_name(config.model),
-        dense=step.dense.all_layers,
+        dense=step.dense.shape,
         pruned=step.shape,
         prune=config.prune,
         asked=state.asked,

@@ -82,7 +82,6 @@ class Pruning:
         self.model = find_engine(model, optimizer, ds_config)
         if checkpoint and checkpoint.restores_optimizer:
             checkpoint.restore_lora(self.model)
-        require(not config.depth_ratio, "prune.depth_ratio: call drop_layers(model, layers) before the trainer is made")
         dense = checkpoint.dense if checkpoint else self.model.shape
         self.pruner = Pruner(self.model, plan_pruning(*resolve(config, dense), steps), seed)
         self.dtype: Dtype = base_dtype(peft_model, dense)  # of the frozen weights

@@ -4,7 +4,7 @@ Weights are checked by the headers of their files, and read in parts, so that no
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,10 +19,9 @@ from loraprune_ds.config import ModelConfig
 from loraprune_ds.errors import UserError
 from loraprune_ds.files import read_json
 from loraprune_ds.model.families.blocks import QUERY_HEADS_LEAVE
-from loraprune_ds.model.fewer_layers import names_without_layers, without_layers
 from loraprune_ds.model.frozen import DENSE, READ_CHUNK, SCALE, WEIGHT, Int8, NotFinite, Pieces, StoredTensor, fill
 from loraprune_ds.model.groups import LayerKeep, Slice, TensorSpec
-from loraprune_ds.model.read_shape import check_depth, check_family, read_family, read_model, shape_from_config
+from loraprune_ds.model.read_shape import check_depth, check_family, read_family, read_model
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import MTP, MULTIMODAL, Tower, find_layout, text_config
 from loraprune_ds.model.weight_files import Headers, have_equal_values, read_headers
@@ -199,37 +198,31 @@ class PretrainedModel:
         modules: on the meta device, as in the config. Engines copy them.
         weights: of these modules, or of the smaller ones after cuts.
         tower: the rest of a multimodal model. None if the export has no place for it.
-        all_layers: the shape with the dropped layers.
     """
 
     folder: Path
     config: dict[str, Any]
     modules: PreTrainedModel
     weights: ModelWeights
-    tower: Tower | None
-    all_layers: ModelShape
+    tower: Tower | None = None
 
     @property
     def shape(self) -> ModelShape:
         return self.weights.shape
 
 
-def open_pretrained(folder: Path, *, query_heads: bool = True, dropped: Collection[int] = ()) -> PretrainedModel:
+def open_pretrained(folder: Path, *, query_heads: bool = True) -> PretrainedModel:
     """Reads config.json and the headers of all weight files. Takes the text part of a multimodal model.
 
     Args:
         query_heads: single ones leave, where a model has one or two key-value heads.
-        dropped: layers that the model lacks. The others count from 0.
 
     Raises:
         UserError: the model is not supported. A file is missing, surplus or damaged. A tensor is missing, surplus or
             quantized, or its shape contradicts config.json.
     """
     where = str(folder)
-    full, all_layers = read_json(folder / "config.json"), None
-    if dropped:
-        all_layers = shape_from_config(full, where)
-        full = without_layers(full, all_layers, dropped)
+    full = read_json(folder / "config.json")
     config = text_config(full, where) | ({} if query_heads else {QUERY_HEADS_LEAVE: False})
     family, headers = read_family(config, where), read_headers(folder)
     names, tower = {family.layout.name_in_class(name): name for name in headers}, None
@@ -238,8 +231,6 @@ def open_pretrained(folder: Path, *, query_heads: bool = True, dropped: Collecti
         names = {layout.name_in_class(name): name for name in headers if name.startswith(layout)}
         others = {name: file for name, (_, _, file) in headers.items() if not name.startswith((*layout, MTP))}
         tower = Tower(full, layout, others)
-    if dropped:
-        names = names_without_layers(names, family.layer_lists[0].path, dropped)
     check_depth(config, family, names, where)
     shape, modules = read_model(config, where)
     embedding = shape.outer[0].name
@@ -255,15 +246,14 @@ def open_pretrained(folder: Path, *, query_heads: bool = True, dropped: Collecti
     beyond = (MTP, ERNIE_MTP, *(f"model.layers.{len(shape.layers) + i}." for i in range(extra)))
     names = {name: in_file for name, in_file in names.items() if not name.startswith(beyond)}
     weights = check_weights(folder, headers, names, shape)
-    all_layers = replace(all_layers, outer=shape.outer) if all_layers else shape  # the head may be tied
-    return PretrainedModel(folder, config, modules, weights, tower, all_layers)
+    return PretrainedModel(folder, config, modules, weights, tower)
 
 
 def open_for_pruning(
     folder: Path, model: ModelConfig, *, packing: bool = False, query_heads: bool = True
 ) -> PretrainedModel:
     """Opens the model of a run like `open_pretrained`, and checks that the run can use it."""
-    pretrained = open_pretrained(folder, query_heads=query_heads, dropped=model.drop_layers)
+    pretrained = open_pretrained(folder, query_heads=query_heads)
     check_family(pretrained.shape.family, pretrained.config, str(folder), model.dtype, packing=packing)
     weights = replace(pretrained.weights, int8=model.frozen == "int8")
     return replace(pretrained, weights=weights, tower=None if model.text_only else pretrained.tower)

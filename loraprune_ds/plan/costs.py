@@ -74,12 +74,11 @@ def cut_cost(request: Request, before: ModelShape, after: ModelShape) -> Cost:
 def all_steps(request: Request, final: ModelShape) -> Total:
     """Adds up all steps. Costs fall linearly with the parameters from the dense to the final shape."""
     prune, schedule, total = request.config.prune, request.pruning, Total(0, 0, 0)
-    dropped = schedule.limits.gone(request.shape)
     kinds: list[StepKind] = [(False, False), (False, True), (True, False), (True, True)]
     known = {kind: [step_cost(request, x, kind).total for x in (request.shape, final)] for kind in kinds}
     for n in range(1, request.pruning.steps + 1):
         measures = prune.compensate != "none" and schedule.precedes_cut(n, prune.compensate_steps)
-        gone = (schedule.target(n - 1) - dropped) / (schedule.ratio - dropped)
+        gone = schedule.target(n - 1) / schedule.ratio
         first, last = known[schedule.is_scored(n), measures]
         total = Total(*(t + x * (1 - gone) + y * gone for t, x, y in zip(total, first, last, strict=True)))
     return total
@@ -119,5 +118,5 @@ def _flops_per_token(request: Request, shape: ModelShape, kind: StepKind) -> flo
     if kind[1]:
         per_token += sum(2 * numel_sent(x.matrix[1]) for _, x in request.measured(shape))
     if request.taught:
-        per_token += 2 * active_numel(request.all_layers) + 2 * attention_product(request.all_layers, window) / part
+        per_token += 2 * active_numel(request.shape) + 2 * attention_product(request.shape, window) / part
     return per_token / len(shape.layer_lists)  # a token passes either the encoder or the decoder

@@ -158,10 +158,10 @@ def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, s
 def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
     """Returns bytes, seconds and counts. `server_gib` adds a server with that memory for weights and KV cache."""
     request, cluster, prune = plan.request, plan.request.cluster, plan.request.config.prune
-    served = [("dense", request.all_layers), ("pruned", plan.final)] if server_gib else []
+    served = [("dense", request.shape), ("pruned", plan.final)] if server_gib else []
     return {
         "model": request.model,
-        "parameters": request.all_layers.total_numel(),
+        "parameters": request.shape.total_numel(),
         "parameters_after": plan.final.total_numel(),
         "fits": plan.fits,
         "world_size": request.world_size,
@@ -176,7 +176,7 @@ def plan_json(plan: Plan, server_gib: float | None = None) -> dict[str, Any]:
         "steps": request.pruning.steps,
         "cuts": len(request.pruning.cut_steps),
         "ratio": request.pruning.ratio,
-        "target": describe_target(prune, request.all_layers, plan.final),
+        "target": describe_target(prune, request.shape, plan.final),
         "sizes": [
             {"size": size, "step": step, "parameters": request.shape_at(step).total_numel()}
             for step, size in request.pruning.ends().items()

@@ -11,7 +11,6 @@ from loraprune_ds.config_file import SHIPPED, apply_override, config_from_dict, 
 from loraprune_ds.errors import require
 from loraprune_ds.model.classes import attn_implementation
 from loraprune_ds.model.families.base import Attention
-from loraprune_ds.model.fewer_layers import without_layers
 from loraprune_ds.model.frozen import DTYPES, StoredTensor
 from loraprune_ds.model.groups import LayerCounts, TensorSpec
 from loraprune_ds.model.read_shape import LLAMA_SIZES, check_family, read_model_config, shape_from_config
@@ -19,7 +18,6 @@ from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.model.text_part import MULTIMODAL, check_tower, text_config
 from loraprune_ds.plan.cluster import Cluster
 from loraprune_ds.pruning.compensate import measured_linears
-from loraprune_ds.pruning.limits import layers_to_drop
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.flat import partition_numel
@@ -60,9 +58,7 @@ class Request:
     """Describes a run on a cluster."""
 
     model: str
-    whole: dict[str, Any]  # config.json with all layers, or its text part
-    all_layers: ModelShape
-    source: dict[str, Any]  # config.json without the dropped layers, or its text part
+    source: dict[str, Any]  # config.json, or its text part
     shape: ModelShape
     config: RunConfig
     cluster: Cluster
@@ -116,7 +112,7 @@ class Request:
         """Lists the frozen tensors of the teacher, which has no head. None without distillation."""
         if not self.config.train.distill_weight:
             return []
-        stored = self.all_layers.stored(self.element_size, int8=self.int8)
+        stored = self.shape.stored(self.element_size, int8=self.int8)
         return [tensor for name, tensor in stored.items() if name != "lm_head.weight"]
 
     def shard_numel(self, sizes: Iterable[int]) -> int:
@@ -177,8 +173,8 @@ def make_request(
 
 def build_request(
     name: str,
-    whole: dict[str, Any],
-    all_layers: ModelShape,
+    source: dict[str, Any],
+    shape: ModelShape,
     config: RunConfig,
     cluster: Cluster,
     *,
@@ -186,13 +182,8 @@ def build_request(
 ) -> Request:
     """Builds the request for a known shape. Raises UserError if the run config does not fit model or ranks."""
     train = config.train
-    tower, left, shape = whole.get("model_type") in MULTIMODAL and not config.model.text_only, whole, all_layers
-    dropped, _ = layers_to_drop(config, all_layers, whole if tower else None)
-    if dropped:
-        left = without_layers(whole, all_layers, dropped)
-        shape = shape_from_config(left, name)
-    source = text_config(left, name)
-    check_family(shape.family, source, name, config.model.dtype, packing=config.data.packing)
+    text = text_config(source, name)
+    check_family(shape.family, text, name, config.model.dtype, packing=config.data.packing)
     train.gradient_accumulation_steps(cluster.world_size)
     few = f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}"
     require(samples is None or samples >= train.global_batch_size, few)
@@ -200,9 +191,10 @@ def build_request(
         samples = config.data.max_samples
     of_epochs = samples and steps_for_epochs(train.epochs or 1, samples, train.global_batch_size)
     steps = train.steps or of_epochs or ASSUMED_STEPS
-    prune, limits, sizes = resolve(config.prune, shape, all_layers, tower=tower)
+    tower = source.get("model_type") in MULTIMODAL and not config.model.text_only
+    prune, limits, sizes = resolve(config.prune, shape, tower=tower)
     if tower:
-        check_tower(left, final_shape(limits, sizes), name)
+        check_tower(source, final_shape(limits, sizes), name)
     config = replace(config, prune=prune)
     pruning = plan_pruning(prune, limits, sizes, steps, config.recovery)
     if train.steps or of_epochs:  # an assumed number of steps refuses nothing
@@ -213,8 +205,7 @@ def build_request(
     size = ZeroSettings(**ds_config["zero_optimization"]).zero_hpz_partition_size
     bad = f"{config.deepspeed}: zero_optimization.{HPZ} is {size}, whose groups take parts of nodes of {per_node} GPUs"
     require(size % per_node == 0 or per_node % size == 0, bad)
-    whole = text_config(whole, name)
-    return Request(name, whole, all_layers, source, shape, config, cluster, pruning, ds_config, samples)
+    return Request(name, text, shape, config, cluster, pruning, ds_config, samples)
 
 
 def changed(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Request:
@@ -224,7 +215,7 @@ def changed(request: Request, cluster: Cluster | None = None, **sections: dict[s
     """
     zero, where = sections.pop("deepspeed", {}), cluster or request.cluster
     config = config_from_dict(merge(request.config.to_dict(), sections))
-    new = build_request(request.model, request.whole, request.all_layers, config, where, samples=request.samples)
+    new = build_request(request.model, request.source, request.shape, config, where, samples=request.samples)
     kept = {key: value for key, value in request.ds_config["zero_optimization"].items() if key != HPZ}
     new.ds_config["zero_optimization"].update(kept | zero)
     return new

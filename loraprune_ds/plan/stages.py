@@ -44,9 +44,6 @@ def plan_stages(request: Request, after: ModelShape, final: ModelShape) -> list[
     """Plans the memory of the run. The first cut is the largest; `after` is the shape after it."""
     dense, cut = training_stage("dense", request, request.shape), _cut(request, request.shape, after)
     stages = [dense, cut, training_stage("after the last cut", request, final, scores=False)]
-    if request.shape is not request.all_layers:  # a run measures these before it drops some
-        weights = {"weights": request.shard_bytes(request.stored(request.all_layers))}
-        stages.insert(0, Stage("all layers", weights, {"evaluation": _evaluation(request, request.all_layers)}, {}))
     if request.int8:  # the export is not int8. It is evaluated after the run's model was freed
         stock = changed(request, model={"frozen": None})
         shape = stock.shape_at(stock.pruning.steps)
@@ -71,7 +68,7 @@ def training_stage(name: str, request: Request, shape: ModelShape, *, scores: bo
     if request.taught:
         batch = request.batch(request.config.train.micro_batch_size, request.config.data.window)
         targets = batch.tokens * request.shape.hidden_size * request.element_size
-        dense_pass = _forward_pass(request, request.all_layers, batch, prefetches=True)
+        dense_pass = _forward_pass(request, request.shape, batch, prefetches=True)
         passes["teacher's pass"] = dense_pass | {"targets": targets}
     copies = {"second_copy_of_lora": request.second_copies(factors)}
     phases = {phase: terms | copies for phase, terms in passes.items()}

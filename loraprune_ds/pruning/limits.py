@@ -5,11 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any
 
-from loraprune_ds.config import PruneConfig, RunConfig
+from loraprune_ds.config import PruneConfig
 from loraprune_ds.errors import UserError, require
-from loraprune_ds.model.fewer_layers import droppable
 from loraprune_ds.model.groups import QUERY_HEADS, Kind, LayerCounts
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.units import format_percent
@@ -22,24 +20,18 @@ class Limits:
     """Holds the limits on the counts of each layer, however much a run removes."""
 
     dense: ModelShape
-    all_layers: ModelShape  # `dense` with the dropped layers. Ratios are fractions of it
     floor: tuple[LayerCounts, ...]  # fewest groups that each layer keeps. A protected layer keeps all
     open_layers: list[int]  # layers that are not protected
     multiples: Mapping[Kind, int]  # kept counts are multiples of these, unless they are dense counts
     uniform: bool  # all open layers keep equal counts
 
-    @cached_property
-    def dropped(self) -> int:
-        """The linear parameters of the dropped layers."""
-        return self.all_layers.linear_numel() - self.dense.linear_numel()
-
     def leaving(self, ratio: float) -> float:
-        """Counts the linear parameters that groups lose until this ratio is gone."""
-        return ratio * self.all_layers.linear_numel() - self.dropped
+        """Counts the linear parameters that leave until this ratio is gone."""
+        return ratio * self.dense.linear_numel()
 
     def gone(self, shape: ModelShape) -> float:
         """Returns the ratio that is gone from a shape."""
-        return 1 - shape.linear_numel() / self.all_layers.linear_numel()
+        return 1 - shape.linear_numel() / self.dense.linear_numel()
 
     def chunks(self, layer: int, kind: Kind, count: int) -> list[int]:
         """Returns the groups of each chunk from `count` down to the floor."""
@@ -114,31 +106,7 @@ def protected_layers(config: PruneConfig, dense: ModelShape) -> set[int]:
     return protected
 
 
-def layers_to_drop(
-    config: RunConfig, all_layers: ModelShape, tower: dict[str, Any] | None
-) -> tuple[list[int], list[int]]:
-    """Returns the layers that a run drops, and those that it may drop.
-
-    Until `prune.depth_ratio` has chosen, the first that may be dropped stand for the others.
-
-    Args:
-        tower: config.json of the multimodal model, if its tower stays.
-    """
-    given, ratio = config.model.drop_layers, config.prune.depth_ratio
-    if not given and not ratio:
-        return [], []
-    count = round(ratio * len(all_layers.layers))
-    key = f"model.drop_layers {given}" if given else f"prune.depth_ratio {ratio}, {count} layers"
-    require(config.model.adapter is None, f"{key}: model.adapter has all layers; merge it into the model first")
-    protected = protected_layers(config.prune, all_layers)
-    may = [i for i in droppable(all_layers, key, tower) if i not in protected]
-    fits = {*given} <= {*may} if given else 0 < count < len(may)
-    allowed = f"1 to {len(may) - 1} of layers {may[0]} to {may[-1]}" if len(may) > 1 else "no layer"
-    require(fits, f"{key}: {allowed} may be dropped")
-    return sorted({*given}) or may[:count], may
-
-
-def make_limits(config: PruneConfig, dense: ModelShape, all_layers: ModelShape | None = None) -> Limits:
+def make_limits(config: PruneConfig, dense: ModelShape) -> Limits:
     """Makes the limits of a run. Raises UserError if settings conflict, or do not fit the model."""
     count, protected = len(dense.layers), protected_layers(config, dense)
     if len(protected) == count:
@@ -153,7 +121,7 @@ def make_limits(config: PruneConfig, dense: ModelShape, all_layers: ModelShape |
         floor.append(LayerCounts(layer | few))
     open_layers = [i for i in range(count) if i not in protected]
     uniform = config.ranking == "uniform"
-    limits = Limits(dense, all_layers or dense, tuple(floor), open_layers, multiples, uniform)
+    limits = Limits(dense, tuple(floor), open_layers, multiples, uniform)
     if uniform and limits.with_equal(limits.bounds[1], dense).counts != dense.counts:
         raise UserError("prune.ranking: uniform needs equal layers, but the layers of this model differ; use global")
     return limits
@@ -186,8 +154,6 @@ def make_budget(config: PruneConfig, limits: Limits, ratio: float) -> Budget:
     """
     dense, head_ratio, numel = limits.dense, config.head_ratio, limits.numel(limits.dense.counts)
     *coarse, fine = dense.kinds
-    dropped = f"prune.ratio {ratio} is not above the {limits.gone(dense):.1%} in the dropped layers"
-    require(limits.leaving(ratio) > 0, dropped)
     if head_ratio is None:
         if dense.mixture:  # such models have few heads, which stay
             numel |= dict.fromkeys(coarse, 0)
@@ -223,21 +189,21 @@ def check_reachable(config: PruneConfig, limits: Limits, ratio: float) -> None:
     """Raises UserError if the ratio is out of reach. The message names the largest ratio."""
     *coarse, fine = limits.dense.kinds
     _, most = reachable(config, limits)
-    key, numel = f"prune.{'sizes' if config.sizes else 'ratio'} {ratio}", limits.all_layers.linear_numel()
+    key, numel = f"prune.{'sizes' if config.sizes else 'ratio'} {ratio}", limits.dense.linear_numel()
     # The largest ratio may be missed: `global` by a group, `uniform` by half a multiple of channels per layer.
     near = max(map(limits.step_numel, coarse), default=0)
     if limits.uniform:
         least, widest = (counts[fine] for counts in limits.bounds)
         near = min(limits.step_numel(fine), (widest - least) * limits.equal_numel[fine]) / 2
     if most == 0 or limits.leaving(ratio) > most + near:
-        largest = math.floor(1e4 * (most + limits.dropped) / numel) / 1e4
+        largest = math.floor(1e4 * most / numel) / 1e4
         cause = f"with the protected layers and minimum widths at most {largest} can leave"
         raise UserError(f"{key} is out of reach: {cause}")
 
 
 def shortfall(limits: Limits, asked: float, reached: float) -> str | None:
     """Says how far a run ends below the ratio that it was asked for. None within the largest step of its ranking."""
-    if (asked - reached) * limits.all_layers.linear_numel() <= max(map(limits.step_numel, limits.dense.kinds)):
+    if (asked - reached) * limits.dense.linear_numel() <= max(map(limits.step_numel, limits.dense.kinds)):
         return None
     ends, asks = format_percent(reached), format_percent(asked)
     return f"the run ends with {ends} of the linear parameters removed; its last cut was to reach {asks}"

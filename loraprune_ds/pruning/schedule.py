@@ -66,11 +66,10 @@ class Section:
         fine = limits.dense.kinds[-1]
         if not limits.uniform and limits.multiples[fine] == 1:
             return steps
-        chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.all_layers.linear_numel()
+        chunk = len(limits.open_layers) * limits.step_numel(fine) / limits.dense.linear_numel()
         always = set[int]() if limits.uniform else {self.end}
-        dropped = limits.gone(limits.dense)
-        widths = [self.counts(step) or round((self.target(step) - dropped) / chunk) for step in (self.start, *steps)]
-        return [step for step, (old, new) in zip(steps, pairwise(widths), strict=True) if old != new or step in always]
+        widths = pairwise(self.counts(step) or round(self.target(step) / chunk) for step in (self.start, *steps))
+        return [step for step, (old, new) in zip(steps, widths, strict=True) if old != new or step in always]
 
 
 @dataclass(frozen=True)
@@ -147,10 +146,9 @@ def plan_pruning(
     Raises:
         UserError: a size has no step left to cut, or none that changes a width.
     """
-    dropped = limits.gone(limits.dense)
-    sections, shared, before, first = list[Section](), 0, dropped, 0
+    sections, shared, before, first = list[Section](), 0, 0.0, 0
     for size in sizes:
-        until = round(steps * (size.budget.ratio - dropped) / (sizes[-1].budget.ratio - dropped))
+        until = round(steps * size.budget.ratio / sizes[-1].budget.ratio)
         own, shared = until - shared, until
         # The small term keeps 0.29 of 100 steps from being 28.999999999999996.
         start = first + math.floor(config.warmup_fraction * own + 1e-6)

@@ -24,13 +24,10 @@ class Size:
     bounds: Bounds | None = None  # `uniform`: the equal counts at its end and at its start
 
 
-def resolve(
-    config: PruneConfig, dense: ModelShape, all_layers: ModelShape | None = None, *, tower: bool = False
-) -> tuple[PruneConfig, Limits, list[Size]]:
+def resolve(config: PruneConfig, dense: ModelShape, *, tower: bool = False) -> tuple[PruneConfig, Limits, list[Size]]:
     """Fills in `prune.ranking` and `prune.compensate`, and decides the limits and the sizes of a run.
 
     Args:
-        all_layers: `dense` with the dropped layers, if any.
         tower: True if the result has the tower of a multimodal model.
 
     Raises:
@@ -40,7 +37,7 @@ def resolve(
     equal = dense.family.equal_layers
     if config.ranking is None:
         config = replace(config, ranking="uniform" if tower or equal else "global")
-    limits = make_limits(config, dense, all_layers)
+    limits = make_limits(config, dense)
     sizes = make_sizes(config, limits)
     final = final_shape(limits, sizes)
     fits = not equal or (final is not None and final.is_uniform)
@@ -65,7 +62,7 @@ def make_sizes(config: PruneConfig, limits: Limits) -> list[Size]:
     last = _last_budget(config, limits)
     check_reachable(config, limits, last.ratio)
     bounds: Bounds | None = (uniform_goal(limits, last), limits.bounds[1]) if limits.uniform else None
-    names, sizes, before = config.sizes, list[Size](), limits.gone(limits.dense)
+    names, sizes, before = config.sizes, list[Size](), 0.0
     if names is None:
         return [Size(None, 0, last, bounds)]
     for place in sorted(range(len(names)), key=lambda i: _ratio_of(config, limits, names[i], last)):
@@ -114,7 +111,7 @@ def _find_ratio(
     `uniform` ends at or below the target, within one step of its widths. `global` ends within one group of the target.
     """
     key = "prune.sizes" if config.sizes else "prune.target"
-    amount, numel = read_amount(asked, key), limits.all_layers.linear_numel()
+    amount, numel = read_amount(asked, key), limits.dense.linear_numel()
     size = measure(config, limits.dense, amount)
     if size <= amount.value:
         raise UserError(f"{key} {asked} removes nothing from a model of {amount.format(size)}")
@@ -125,7 +122,7 @@ def _find_ratio(
             return measure(config, limits.with_equal(uniform_goal(limits, budget, bounds), limits.dense), amount)
         return _size_of_global(config, limits, budget, amount)
 
-    least, most = ((gone + limits.dropped) / numel for gone in reachable(config, limits))
+    least, most = (gone / numel for gone in reachable(config, limits))
     narrowest = size_at(most) if most > 0 else size
     if narrowest > amount.value:
         keeps = f"protected layers and minimum widths at least {amount.format(narrowest)} stay"

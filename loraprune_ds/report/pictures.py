@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loraprune_ds.report.records import EvaluationName, EvaluationRecord, History, StepRecord
+from loraprune_ds.report.records import CutRecord, EvaluationName, EvaluationRecord, History, StepRecord
 from loraprune_ds.units import format_percent, format_perplexity
 
 if TYPE_CHECKING:  # they take a second to import, which only pictures need
@@ -184,7 +184,7 @@ def draw_training(path: Path, history: History) -> None:
         for axes in (loss, weights, memory):
             axes.set_xlabel("step")
         if measured:
-            labels = _draw_perplexity(figure.add_subplot(grid[0, 1]), history, measured)
+            labels = _draw_perplexity(figure.add_subplot(grid[0, 1]), history.cuts, measured)
             label_points(figure, labels, color=VERMILION, in_layout=False)
 
 
@@ -200,10 +200,9 @@ def _draw_loss(axes: "Axes", steps: Sequence[StepRecord], measured: Sequence[Eva
     axes.margins(y=0.08)
 
 
-def _draw_perplexity(axes: "Axes", history: History, measured: Sequence[EvaluationRecord]) -> list[Label]:
+def _draw_perplexity(axes: "Axes", cuts: Sequence[CutRecord], measured: Sequence[EvaluationRecord]) -> list[Label]:
     """Draws held-out perplexity over the removed fraction, in the order of measurement. Returns the points' labels."""
-    gone = [(0, 0.0), *((s.step, s.sparsity) for s in history.steps), *((c.step, c.reached) for c in history.cuts)]
-    removed = [100 * [part for step, part in gone if step <= e.step][-1] for e in measured]  # cuts come last
+    removed = [100 * max((c.reached for c in cuts if c.step <= e.step), default=0.0) for e in measured]
     values = [e.perplexity for e in measured]
     axes.plot(removed, values, color=VERMILION, lw=1.2, marker="o", markersize=5)
     scale_perplexity(axes, values)

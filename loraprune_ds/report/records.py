@@ -75,7 +75,7 @@ class CutRecord:
 
 def record_cut(cut: "Cut", steps: "PruningSteps") -> CutRecord:
     """Makes the record of the cut that `steps` has just made."""
-    dense, pruned = steps.pruner.limits.all_layers, steps.model.shape
+    dense, pruned = steps.pruner.limits.dense, steps.model.shape
     return CutRecord(
         step=cut.step,
         target=cut.target,

@@ -18,7 +18,6 @@ from loraprune_ds.errors import fail_point
 from loraprune_ds.files import write_json, write_text
 from loraprune_ds.model.groups import QUERY_HEADS, LayerCounts, LayerKeep
 from loraprune_ds.model.shape import ModelShape, cached_numel
-from loraprune_ds.pruning.limits import Limits
 from loraprune_ds.pruning.schedule import Schedule
 from loraprune_ds.pruning.target import describe_target
 from loraprune_ds.report import records
@@ -48,7 +47,7 @@ class Outcome:
 def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     """Writes report, kept groups and pictures, and returns the pictures."""
     pictures = [folder / records.TRAINING_PICTURE, folder / records.KEPT_GROUPS_PICTURE]
-    dense, ends = outcome.schedule.limits.all_layers, outcome.schedule.ends()
+    dense, ends = outcome.schedule.limits.dense, outcome.schedule.ends()
     write_kept_groups(folder, outcome.kept_of_dense, dense)
     # The last size is the run's own model.
     made = {n: size for n, size in ends.items() if n == max(ends) or (folder / records.export_folder(ends, n)).is_dir()}
@@ -65,8 +64,7 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
 
 def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
     """Makes the content of report.json. `sizes`: last step -> name of each of `prune.sizes` that was exported."""
-    limits, pruned, resumed_from = outcome.schedule.limits, outcome.pruned, outcome.resumed_from
-    dense = limits.all_layers
+    dense, pruned, resumed_from = outcome.schedule.limits.dense, outcome.pruned, outcome.resumed_from
     history, steps, cuts = outcome.history, outcome.history.steps, outcome.history.cuts
     steps_before = [s for s in steps if not cuts or s.step <= cuts[0].step]
     steps_after = [s for s in steps if cuts and s.step > cuts[-1].step]
@@ -81,7 +79,7 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
             "linear_asked_fraction": outcome.schedule.ratio,
         },
         "target": describe_target(outcome.schedule.config, dense, pruned),
-        "shelf": [*_shelf(limits, history, sizes)],
+        "shelf": [*_shelf(dense, history, sizes)],
         "serving": _serving(pruned),
         "perplexity": {name: history.perplexity(name) for name in ("dense", "after_last_cut", "pruned")},
         "world_size": len(outcome.peak_bytes),
@@ -103,11 +101,11 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
     }
 
 
-def _shelf(limits: Limits, history: records.History, sizes: dict[int, str]) -> Iterator[dict[str, Any]]:
+def _shelf(dense: ModelShape, history: records.History, sizes: dict[int, str]) -> Iterator[dict[str, Any]]:
     """Yields a row per size, in order. KV bytes are per token, in 16 bits."""
     for step, size in sizes.items():
         cuts = [cut for cut in history.cuts if cut.step <= step]
-        shape = dense = limits.dense  # there is no cut if no group could leave
+        shape = dense  # there is no cut if no group could leave
         if cuts:
             layers = zip(*(getattr(cuts[-1], kind) for kind in dense.kinds), strict=True)
             shape = dense.resized([LayerCounts(zip(dense.kinds, counts, strict=True)) for counts in layers])
@@ -119,7 +117,7 @@ def _shelf(limits: Limits, history: records.History, sizes: dict[int, str]) -> I
             "step": step,
             "tokens": sum(s.tokens for s in history.steps if s.step <= step),
             "parameters": shape.total_numel(),
-            "removed_fraction": 1 - shape.total_numel() / limits.all_layers.total_numel(),
+            "removed_fraction": 1 - shape.total_numel() / dense.total_numel(),
             "kv_bytes_per_token": 2 * cached_numel(shape),
             "perplexity": measured[-1].perplexity if measured else None,
         }

@@ -14,7 +14,7 @@ import yaml
 
 from loraprune_ds.checkpoint import layout
 from loraprune_ds.config import RunConfig
-from loraprune_ds.config_file import config_from_dict, differences, merge
+from loraprune_ds.config_file import config_from_dict, differences, merge, without_removed
 from loraprune_ds.errors import RankError, RunError, UserError, blame, is_shared, one_line, require
 from loraprune_ds.files import remove_leftovers, write_text, writes_into
 
@@ -79,7 +79,7 @@ class OutputFolder:
             if saved is None:  # a crash may have lost the file, but every checkpoint holds the config
                 saved = next((run.newest_state.config for run in earlier if run.newest_state), {})
         try:
-            config = config_from_dict(merge(saved, given))
+            config = config_from_dict(merge(without_removed(saved), given))
         except UserError:  # settings that do not fit belong to another run, which `start` refuses
             config = config_from_dict(given)
         self.config = replace(config, output_dir=os.path.expanduser(config.output_dir))
@@ -126,15 +126,11 @@ class OutputFolder:
                 config_file.touch(exist_ok=False)
             remove_leftovers(self.path)
             remove_leftovers(self.path / layout.CHECKPOINTS_FOLDER)
-            self.write_config(config)
+            write_text(config_file, yaml.safe_dump(config.to_dict(), sort_keys=False))
         except FileExistsError:
             raise UserError(f"output_dir {self.path}: another start has just taken it; {CHOOSE}") from None
         except OSError as error:
             raise blame(error, f"output_dir {self.path} cannot be written: {error.strerror}") from None
-
-    def write_config(self, config: RunConfig) -> None:
-        """Writes config.yaml."""
-        write_text(self.path / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
 
     def check_shared(self, comm: "Communicator") -> None:
         """Checks that all ranks see the folder that rank 0 made. The error names a rank that does not. Collective."""

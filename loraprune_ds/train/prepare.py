@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from loraprune_ds.checkpoint.layout import RunData
+from loraprune_ds.checkpoint.layout import RunData, RunState
 from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config import RunConfig
 from loraprune_ds.errors import require
@@ -26,7 +26,6 @@ from loraprune_ds.model.sources import locate_model
 from loraprune_ds.model.text_part import MTP, check_processor, check_tower
 from loraprune_ds.model.token_loss import build_for_losses
 from loraprune_ds.model.tokenizer import load_tokenizer, text_starts
-from loraprune_ds.pruning.limits import layers_to_drop
 from loraprune_ds.pruning.schedule import Schedule, plan_pruning, steps_for_epochs
 from loraprune_ds.pruning.target import final_shape, resolve
 from loraprune_ds.ranks.comm import Communicator
@@ -47,7 +46,6 @@ class Prepared:
     """Holds the checked input of a run."""
 
     config: RunConfig
-    dense: PretrainedModel  # with all layers
     pretrained: PretrainedModel
     samples: Samples
     order: SampleOrder
@@ -59,20 +57,17 @@ class Prepared:
 
 
 def prepare(
-    config: RunConfig,
-    comm: Communicator,
-    commits: dict[str, str] | None = None,
-    query_heads: bool = True,
-    check_tokenizer: CheckTokenizer = None,
+    config: RunConfig, comm: Communicator, earlier: RunState | None = None, check_tokenizer: CheckTokenizer = None
 ) -> Prepared:
     """Checks the whole input on every rank. All ranks raise the same UserError. Collective.
 
     Args:
-        commits: of the data sets of the hub, where a run goes on. None: the newest.
-        query_heads: as in `open_pretrained`.
+        earlier: the newest state of the run that goes on.
         check_tokenizer: a further check, before the data is read.
     """
     comm.all_or_raise(lambda: _check_before_download(config, comm.world_size))
+    commits = earlier.data.commits if earlier else None
+    query_heads = earlier is None or earlier.query_heads
     # From rank 0, since the hub may change from rank to rank.
     found = comm.gather_objects(comm.on_rank_0(lambda: commits or resolve_commits(config.data)))[0]
     own = partial(_prepare, config, found or {}, query_heads, comm.world_size, comm.ranks_per_node(), check_tokenizer)
@@ -112,18 +107,14 @@ def _prepare(
     check_tokenizer: CheckTokenizer,
 ) -> Prepared:
     model, train = config.model, config.train
-    reopen = partial(open_for_pruning, locate_model(model), packing=config.data.packing, query_heads=query_heads)
-    dense = pretrained = reopen(replace(model, drop_layers=[]))
-    dropped, _ = layers_to_drop(config, dense.shape, dense.tower and dense.tower.config)
-    if dropped:
-        pretrained = reopen(replace(model, drop_layers=dropped))
+    pretrained = open_for_pruning(locate_model(model), model, packing=config.data.packing, query_heads=query_heads)
     shape = pretrained.shape
     if model.adapter:
         check_adapter(Path(model.adapter).expanduser(), config.lora, shape)
     ds_config = resolve_ds_config(config, shape, world_size, ranks_per_node)
     tower = pretrained.tower
     # Its errors come before the data, which may take long to read.
-    prune, limits, sizes = resolve(config.prune, shape, dense.shape, tower=tower is not None)
+    prune, limits, sizes = resolve(config.prune, shape, tower=tower is not None)
     if tower:
         check_tower(tower.config, final_shape(limits, sizes), str(pretrained.folder))
         check_processor(pretrained.folder)
@@ -149,7 +140,6 @@ def _prepare(
     digests = loaded.samples.digest(), loaded.held_out_digest(), source_digest(pretrained.folder)
     return Prepared(
         config=config,
-        dense=dense,
         pretrained=pretrained,
         samples=loaded.samples,
         order=order,
@@ -174,7 +164,7 @@ def _check_model(config: RunConfig, pretrained: PretrainedModel) -> None:
 
 def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     """Yields lines about the model, the ranks and the cuts of a run, and what a user may not expect."""
-    config, dense, pruning = prepared.config, prepared.dense.shape, prepared.pruning
+    config, dense, pruning = prepared.config, prepared.pretrained.shape, prepared.pruning
     where = "in one process" if config.deepspeed is None else f"on {world_size} rank{'s' * (world_size > 1)}"
     count, dtype = format_count(dense.total_numel()), describe_dtype(config.model)
     yield f"{model_name(config.model)}: {count} parameters, {dtype}, {where} ({device_name()})"
@@ -182,8 +172,6 @@ def describe_run(prepared: Prepared, world_size: int) -> Iterator[str]:
     ratio = format_percent(pruning.ratio)
     yield f"{steps}, {len(pruning.cut_steps)} cuts to {ratio} of the decoder layers' linear parameters"
     yield config.recipe
-    if dropped := config.model.drop_layers:
-        yield f"without layers {', '.join(map(str, dropped))} of {len(dense.layers)}"
     if ends := pruning.ends():
         sizes = ", ".join(f"{size} at step {step}" for step, size in ends.items())
         yield f"keeps a checkpoint of each size, and exports all at the end: {sizes}"

@@ -7,7 +7,6 @@ measure   reads that folder back, writes the report, and names the folder model/
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ from loraprune_ds.errors import UserError, fail_point
 from loraprune_ds.export.huggingface import begin, publish, write_model
 from loraprune_ds.export.model_card import card_of_step, write_model_card
 from loraprune_ds.files import flush, remove_folder, staging_of
-from loraprune_ds.model.groups import LayerKeep
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.pruning.limits import shortfall
 from loraprune_ds.ranks.comm import Communicator
@@ -26,7 +24,6 @@ from loraprune_ds.ranks.device import fast_half_products
 from loraprune_ds.report import records
 from loraprune_ds.report.report import Outcome, write_results
 from loraprune_ds.train.checkpoints import RunContext, check_data, find_checkpoint
-from loraprune_ds.train.depth import drop_layers
 from loraprune_ds.train.output import OutputFolder, RunStatus
 from loraprune_ds.train.prepare import CheckTokenizer, Prepared, describe_run, prepare
 from loraprune_ds.train.recorder import RunRecorder
@@ -49,9 +46,7 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     config = output.config
     resumes = output.start == "resume"  # every rank reads this before rank 0 makes the folder
     torch.use_deterministic_algorithms(config.train.deterministic)
-    earlier = output.continued
-    query_heads = earlier is None or earlier.query_heads
-    prepared = prepare(config, comm, earlier and earlier.data.commits, query_heads, check_tokenizer)
+    prepared = prepare(config, comm, output.continued, check_tokenizer)
     warnings: list[str] = []
     checkpoint = find_checkpoint(output, comm, prepared.pretrained, warnings) if resumes else None
     if checkpoint:
@@ -73,10 +68,6 @@ def run(output: OutputFolder, comm: Communicator, check_tokenizer: CheckTokenize
     with _open_context(prepared, checkpoint, comm) as context:
         for line in (*warnings, *describe_run(prepared, comm.world_size)):
             context.recorder.show(line)
-        if prepared.pretrained is not prepared.dense and not checkpoint:
-            context = drop_layers(context)
-            context.check_owner()
-            comm.write_on_rank_0(output.path, partial(output.write_config, context.config))
         finished = _train(context) and export_models(context)
         error = measure_model(context) if finished else None
         context.check_owner()
@@ -175,7 +166,7 @@ def measure_model(context: RunContext) -> str | None:
     comm = context.comm
     checkpoint = _open_step(context, pruning.steps)
     assert checkpoint is not None, "the model was exported from it"
-    exported, target, dense = folder / EXPORTED, folder / records.MODEL_FOLDER, pruning.limits.all_layers
+    exported, target, dense = folder / EXPORTED, folder / records.MODEL_FOLDER, pruning.limits.dense
     # An earlier start may have been killed right after it had named the folder.
     is_named = comm.gather_objects(target.exists())[0]
     model = target if is_named else exported
@@ -185,15 +176,12 @@ def measure_model(context: RunContext) -> str | None:
         if comm.rank == 0:  # the next start makes it again
             remove_folder(model)
         raise
-    # All layers of a kind may be dropped.
-    kept, dropped = iter(keep_from_lists(checkpoint.state.kept, pruning.limits.dense.kinds)), config.model.drop_layers
-    nothing = LayerKeep(dict.fromkeys(dense.kinds, torch.arange(0)))
     outcome = Outcome(
         config=config.to_dict(),
         history=recorder.history,
         schedule=pruning,
         pruned=checkpoint.shape,
-        kept_of_dense=[LayerKeep(nothing | ({} if i in dropped else next(kept))) for i in range(len(dense.layers))],
+        kept_of_dense=keep_from_lists(checkpoint.state.kept, dense.kinds),
         resumed_from=checkpoint.state.resumed_from,
         accelerator=checkpoint.state.accelerator,
         peak_bytes=checkpoint.state.peak_bytes,

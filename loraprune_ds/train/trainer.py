@@ -125,7 +125,7 @@ def train(context: RunContext) -> bool:
     prepared, recorder, schedule = context.prepared, context.recorder, context.prepared.pruning
     trainer = _build_trainer(context)
     engine, every = trainer.engine, context.config.checkpoint.every or schedule.steps
-    if not context.checkpoint and not context.config.model.drop_layers:  # else depth.py has measured it
+    if not context.checkpoint:
         evaluate(context, engine.infer, 0, "dense")
     for step in range(context.status.step + 1, schedule.steps + 1):
         recorder.write(trainer.step(step))
@@ -150,7 +150,7 @@ def _build_trainer(context: RunContext) -> Trainer:
     engine, teacher = build_engine(prepared, checkpoint), None
     if config.train.distill_weight:
         stored = config.model.attn_implementation, config.model.dtype, prepared.ds_config
-        teacher = prepared.engines.build_inference_engine(prepared.dense, *stored, head=False)
+        teacher = prepared.engines.build_inference_engine(prepared.pretrained, *stored, head=False)
     pruner = Pruner(engine.model, prepared.pruning, config.seed)
     if checkpoint:
         checkpoint.restore_pruner(pruner)

@@ -122,7 +122,6 @@ def _settings() -> list[Setting]:
         _recipe("15", LIGHT),
         _recipe("30", "prune.ratio=0.3"),
         _recipe("half", HALF),
-        _recipe("depth-2-first", UNIFORM, "prune.depth_ratio=0.067"),  # 2 of 30 layers
         _recipe("gqa", model="gqa"),
         _recipe("409600", UNTUNED_RATE, budget=LONG),
     ]
@@ -189,7 +188,7 @@ def _paper() -> list[Setting]:
 SETTINGS = {setting.name: setting for setting in _settings()}
 # Rows whose settings are gone. Their published figures stay.
 GONE = ("gradient", "all-three", "all-three-409600", "all-three-light", "gqa-all-three", "gqa-all-three-stock")
-GONE += ("recipe-depth-2", "recipe-depth-3", "recipe-depth-5", "two-four", "dense-tuned")
+GONE += ("recipe-depth-2", "recipe-depth-2-first", "recipe-depth-3", "recipe-depth-5", "two-four", "dense-tuned")
 GONE += ("gqa-both", "gqa-both-30")
 GROUPS = tuple(dict.fromkeys(setting.group for setting in SETTINGS.values()))
 

@@ -1,19 +1,22 @@
 """The scripts of launch/examples: results on two ranks load and agree with the live model; refusals are one line."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from loraprune_ds.files import write_json
+from loraprune_ds.files import read_json, write_json
 from tests.hf.results import check_results
 from tests.hf.trainers import run_example
+from tests.integration import resuming
 from tests.integration.bad_input import assert_refused
 from tests.integration.launching import ROOT, run_to_end
 from tests.oracle.models import make_tiny_llama
 from tests.ranks import RankPool
+from tests.refusals import edit_tensors
 
 SCRIPTS = {
     "sft.py": ("text",),
@@ -53,6 +56,26 @@ def test_an_example_prunes_and_what_it_writes_agrees(ranks: RankPool, model: Pat
     live = ranks.run(2, run_example, script, [str(model), data, *options], ids)[0]
     check_results(model, out, ids, live, has_adapter=not own_loop)
     assert own_loop or list((out / "runs/pruning").iterdir())
+
+
+def test_layers_that_do_least_are_dropped_and_a_run_prunes_the_rest(
+    ranks: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Layers 2 and 3 of five add little to the hidden states."""
+    run = resuming.write_run(tmp_path, train={"steps": 2}, prune={"prune_every": 1}, checkpoint={"every": None})
+    make_tiny_llama(tmp_path / "dense", heads=8, kv_heads=4, hidden=64, ffn=93, layers=5)
+    idle = [f"model.layers.{i}.{name}.weight" for i in (2, 3) for name in ("self_attn.o_proj", "mlp.down_proj")]
+    edit_tensors(lambda tensors: [tensors[name].mul_(0.01) for name in idle])(tmp_path / "dense")
+    arguments = [str(tmp_path / name) for name in ("dense", "text.txt", "smaller")]
+    monkeypatch.setattr(sys, "argv", ["drop_layers.py", *arguments, "2"])
+    runpy.run_path(str(ROOT / "launch/examples/drop_layers.py"), run_name="__main__")
+    assert sorted(capsys.readouterr().out.split("\n")) == ["", "drops layer 2", "drops layer 3"]
+    dense, smaller = (resuming.read_tensors(tmp_path / name) for name in ("dense", "smaller"))
+    expected = {name: dense[name.replace("layers.2.", "layers.4.")] for name in smaller}
+    resuming.assert_equal_tensors(smaller, expected)
+    settings = f"model.path={tmp_path / 'smaller'}", "deepspeed=null"
+    assert ranks.run(1, resuming.run_here, resuming.config_for(run, tmp_path / "out", *settings)) == [True]
+    assert len(read_json(tmp_path / "out/kept_groups.json")["layers"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from loraprune_ds.checkpoint.layout import FORMAT
+from loraprune_ds.checkpoint.layout import FORMAT, MANIFEST, STATE_FILE, seal, write_manifest
 from loraprune_ds.checkpoint.load import source_digest
 from loraprune_ds.config_file import read_config
 from loraprune_ds.export.formats import export, find_source
-from loraprune_ds.files import read_json
+from loraprune_ds.files import read_json, write_json
 from loraprune_ds.model.pretrained import open_pretrained
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.output import OutputFolder
@@ -87,3 +87,13 @@ def test_the_step_of_a_size_is_exported(folder: Path, tmp_path: Path, form: str)
     export(find_source(step), form, model)
     exported = open_pretrained(model / "base" if form == "adapter" else model)
     assert exported.shape.total_numel() == EXPECTED["sizes"]["model-0.2"]
+
+
+@pytest.mark.parametrize("commit", ["2bcadf3c"])
+def test_a_step_without_some_layers_names_the_commit_that_reads_it(folder: Path, tmp_path: Path) -> None:
+    step = folder / "run/checkpoints/step-4"
+    state = read_json(step / STATE_FILE)
+    state["config"]["model"]["drop_layers"] = [1]
+    write_json(step / STATE_FILE, state)
+    write_manifest(step, read_json(step / MANIFEST)["files"] | {STATE_FILE: seal(step / STATE_FILE)})
+    must_name(f"{STATE_FILE} model.drop_layers [1] 6ec3512a", export, find_source(step), "hf", tmp_path / "model")

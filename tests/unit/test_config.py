@@ -102,6 +102,12 @@ def test_an_unknown_key_lists_the_known_ones(tmp_path: Path) -> None:
     must_name(str(tmp_path), read_config, tmp_path)  # a folder
 
 
+@pytest.mark.parametrize("setting", ["model.drop_layers=[]", "prune.depth_ratio=0.1"])
+def test_a_removed_key_says_what_to_do_instead(tmp_path: Path, setting: str) -> None:
+    """Also at its default, which only files of earlier runs may have."""
+    must_name(f"{setting.partition('=')[0]} launch/examples/drop_layers.py", load, tmp_path, BASE, setting)
+
+
 # --set
 
 

@@ -222,6 +222,6 @@ def test_what_llama_cpp_cannot_do_is_refused(
 def test_no_gguf_of_other_families(family: str, tmp_path: Path) -> None:
     config = tiny_config(family).to_dict()
     shape, modules = read_model(config, family)
-    pretrained = PretrainedModel(tmp_path, config, modules, ModelWeights(shape, {}, {}, {}), None, shape)
+    pretrained = PretrainedModel(tmp_path, config, modules, ModelWeights(shape, {}, {}, {}))
     must_name(family, write_gguf, pretrained, tmp_path / "model.gguf", "f16", family)
     assert not list(tmp_path.iterdir())

@@ -40,6 +40,7 @@ def saved(folder: Path, **changes: Any) -> Path:
         ({"prune": asdict(PruneConfig(ratio=0.3))}, "ratio"),
         ({"prune": {"ratio": 0.4}}, "channel_multiple"),
         ({"prune": {"ratio": 0.4, "score_every": 2}}, "prune.score_every"),
+        ({"prune": asdict(CONFIG) | {"depth_ratio": 0.1}}, "prune.depth_ratio 0.1 6ec3512a"),
         ({"format": layout.FORMAT - 1}, f"format {layout.FORMAT - 1}"),
         ({"surplus": 1}, "state.json"),
     ],
@@ -82,7 +83,7 @@ def test_a_checkpoint_whose_optimizer_cannot_be_restored_is_named(
 
 
 def test_what_is_not_given_comes_from_the_checkpoint(tmp_path: Path) -> None:
-    path = saved(tmp_path)
+    path = saved(tmp_path, prune=asdict(CONFIG) | {"depth_ratio": 0.0})  # of an earlier commit
     for given in (PruneConfig(), PruneConfig(ratio=0.4), CONFIG):
         assert checkpoint._read(tmp_path, given, COMM).prune == CONFIG
     path.write_text(path.read_text() + "\n")

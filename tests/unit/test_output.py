@@ -62,15 +62,18 @@ def of_another_seed(config: RunConfig, state: layout.State = "stopped") -> None:
     leave(dataclasses.replace(config, seed=5), state)
 
 
-def of_an_earlier_commit(config: RunConfig, state: layout.State = "stopped") -> None:
+def of_an_earlier_commit(
+    config: RunConfig, state: layout.State = "stopped", section: str = "prune", setting: str = "score_every: 1"
+) -> None:
     """Leaves a run with a setting that has gone since."""
     leave(config, state)
     path = Path(config.output_dir) / "config.yaml"
-    path.write_text(path.read_text().replace("prune:\n", "prune:\n  score_every: 1\n"))
+    path.write_text(path.read_text().replace(f"{section}:\n", f"{section}:\n  {setting}\n"))
 
 
 Make = Callable[[RunConfig], object]
 FOREIGN = partial(hold, name="thesis.tex")
+WITH_A_MODEL_KEY = partial(of_an_earlier_commit, state="finished", section="model")
 OF_ANOTHER_TOOL = partial(hold, name="config.yaml", text="on: push\njobs: {1: a}\n")  # keys that are no strings
 CASES: list[tuple[Make, str | None, str]] = [
     (lambda config: None, None, "fresh"),
@@ -94,6 +97,10 @@ CASES: list[tuple[Make, str | None, str]] = [
     (of_an_earlier_commit, "auto", "prune.score_every"),
     (of_an_earlier_commit, "auto", f"format {layout.FORMAT}"),
     (partial(of_an_earlier_commit, state="finished"), None, f"format {layout.FORMAT}"),
+    (partial(of_an_earlier_commit, setting="depth_ratio: 0.0"), "auto", "resume"),
+    (partial(of_an_earlier_commit, setting="depth_ratio: 0.1"), "auto", "config.yaml prune.depth_ratio 0.1 6ec3512a"),
+    (partial(WITH_A_MODEL_KEY, setting="drop_layers: []"), None, "finished"),
+    (partial(WITH_A_MODEL_KEY, setting="drop_layers: [3]"), None, "model.drop_layers [3] 6ec3512a"),
 ]
 
 
@@ -153,7 +160,9 @@ def save_state(folder: Path, **changes: Any) -> None:
 def test_a_config_that_a_crash_has_lost_is_in_the_checkpoint(config: RunConfig) -> None:
     saved = dataclasses.replace(config, prune=PruneConfig(ratio=0.3))
     hit_by_a_power_cut(saved)
-    save_state(Path(config.output_dir), config=saved.to_dict())
+    raw = saved.to_dict()
+    raw["prune"]["depth_ratio"] = 0.0  # of an earlier commit
+    save_state(Path(config.output_dir), config=raw)
     going_on, fresh = (OutputFolder({"output_dir": config.output_dir}, resume) for resume in ("auto", None))
     assert (going_on.config, fresh.continued) == (saved, None)
     assert going_on.continued is not None

@@ -59,7 +59,7 @@ class RandomWeights(ModelWeights):
 def open_random(folder: Path, _: ModelConfig) -> PretrainedModel:
     config = read_model_config(str(folder))
     shape, modules = read_model(config, str(folder))
-    return PretrainedModel(folder, config, modules, RandomWeights(shape, {}, {}, {}), None, shape)
+    return PretrainedModel(folder, config, modules, RandomWeights(shape, {}, {}, {}))
 
 
 def make_trainer(
