@@ -203,7 +203,9 @@ class Selection:
     kept: list[Draw] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)  # the reasons
     tokens: int = 0  # of the kept rows, with their prompts
-    _seen: Counter[str | frozenset[str]] = field(default_factory=Counter)
+    _words: set[frozenset[str]] = field(default_factory=set)  # the telling ones of each kept message
+    _openings: Counter[str] = field(default_factory=Counter)  # the first words of kept messages
+    _declined: int = 0  # kept answers that decline
 
     @property
     def done(self) -> int:
@@ -220,16 +222,23 @@ class Selection:
             self.tokens += draw.prompt_tokens + draw.answer_tokens
 
     def _fault(self, draw: Draw) -> str | None:
+        """Returns the first rule that a draw breaks. A draw that breaks none counts for the next ones."""
         message = draw.messages[-1]["content"] if draw.messages else draw.answer
-        words = re.findall(r"\w+", message.lower())
-        rare = frozenset(word for word in words if len(word) > 3 or word.isdigit())
-        alike, declined = (max(FREE, share * len(self.kept)) for share in (ALIKE, DECLINED))
-        limits = [(rare, 1, "message: near-duplicate"), (" ".join(words[:3]), alike, "message: common opening")]
-        limits = [] if self.options.prompts else limits  # which may be alike
-        limits += [("", declined, "answer: declines")] if DECLINES.search(draw.answer[:160]) else []
-        fault = next((reason for mark, most, reason in limits if self._seen[mark] >= most), None)
-        self._seen.update(mark for mark, _, _ in limits if not fault)
-        return fault
+        words = re.findall(r"\w+", message.lower()) or [message]
+        telling = frozenset(word for word in words if len(word) > 3 or word.isdigit()) or frozenset(words)
+        opening = " ".join(words[:3])
+        declines = bool(DECLINES.search(draw.answer[:160]))
+        if not self.options.prompts:  # which may be alike
+            if telling in self._words:
+                return "message: near-duplicate"
+            if self._openings[opening] >= max(FREE, ALIKE * len(self.kept)):
+                return "message: common opening"
+        if declines and self._declined >= max(FREE, DECLINED * len(self.kept)):
+            return "answer: declines"
+        self._words.add(telling)
+        self._openings[opening] += 1
+        self._declined += declines
+        return None
 
     def summary(self) -> Iterator[str]:
         """Yields a table of the kinds with means of the kept answers, the reasons of refusal, and examples."""

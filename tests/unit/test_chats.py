@@ -203,6 +203,18 @@ def test_near_duplicates_common_openings_and_declining_answers_are_capped(option
         assert refusals(of_user, others, answer)[-1] == "answer: declines"
 
 
+@pytest.mark.parametrize(
+    "messages", [("How are you?", "Who am I?", "You: how are"), ("😀 !!! ???", "!!! 😀", "😀 !!! ???")]
+)
+def test_messages_of_short_words_or_none_are_compared_whole(messages: tuple[str, ...], options: Namespace) -> None:
+    assert refusals(options, messages) == [None, None, "message: near-duplicate"]
+
+
+def test_a_message_without_words_takes_no_room_of_answers_that_decline(options: Namespace) -> None:
+    messages = ["!!! ???", *(f"word{i} is what" for i in range(FREE))]
+    assert refusals(options, messages, "I'm sorry.") == [None] * FREE + ["answer: declines"]
+
+
 # The command
 
 
