@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         "--max-new-tokens", type=at_least(1), default=512, metavar="N", help="per answer (default: 512)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=at_least(1), default=64, metavar="N", help="of transformers (default: 64)")
+    parser.add_argument("--batch-size", type=at_least(1), default=64, metavar="N", help="of texts (default: 64)")
     parser.add_argument("--engine", choices=("vllm", "transformers"), help="default: vllm if it is installed")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # set by the launcher
     options = parser.parse_args()

@@ -1,17 +1,15 @@
 """Models by the name a user gives: a folder, a hub id, a PEFT adapter or a run. And what they write."""
 
-import importlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.logits_process import LogitsProcessorList
 
@@ -31,8 +29,6 @@ from loraprune_ds.report import records
 
 Ids = list[int]
 EXPORT_FIRST = "make a model from it with launch/export.py --format hf"
-CHUNK = 48  # tokens after which finished texts leave their batch, and others take their place
-NUCLEUS = 512  # likeliest tokens, of which `top_p` takes some. A sort of all would take longer than the model
 
 
 @dataclass(frozen=True)
@@ -199,43 +195,3 @@ class Writer:
         generate: Any = model.generate  # a decorator hides its type
         for row in generate(input_ids=ids, attention_mask=mask, logits_processor=choose)[:, width:].tolist():
             yield row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
-
-    def sample(self, batch_size: int, prompts: Sequence[Ids], seeds: Sequence[int], how: GenerationConfig) -> list[Ids]:
-        """Samples in batches of similar length. A text follows from its own seed, in any batch."""
-        most: Any = how.max_new_tokens
-        drawn = [torch.rand(most + CHUNK, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        written, unfinished = [list[int]() for _ in prompts], list(range(len(prompts)))
-        while unfinished:
-            batch = sorted(unfinished, key=lambda i: len(prompts[i]) + len(written[i]))[:batch_size]
-            texts = [[*prompts[i], *written[i]] for i in batch]
-            numbers = torch.stack([drawn[i][len(written[i]) :][:CHUNK] for i in batch]).to(self.model.device)
-            choose = LogitsProcessorList([partial(leave_one, how, numbers, len(texts[-1]))])
-            new = min(CHUNK, most - min(len(written[i]) for i in batch))
-            for i, ids in zip(batch, self.write(texts, choose, max_new_tokens=new, do_sample=False), strict=True):
-                ended = next((k + 1 for k, token in enumerate(ids) if token in how.eos_token_id), None)
-                written[i] = (written[i] + ids[:ended])[:most]
-                if ended or len(written[i]) == most:
-                    unfinished.remove(i)
-        return written
-
-
-def leave_one(how: GenerationConfig, numbers: Tensor, width: int, ids: Tensor, scores: Tensor) -> Tensor:
-    """Leaves one token in each row of `scores`: where a number falls in the cumulative probabilities of the nucleus.
-
-    `numbers` (rows, tokens) in [0, 1) are for the tokens after the first `width` ids.
-    """
-    top = scores.topk(min(NUCLEUS, scores.shape[1]))
-    p = (top.values / how.temperature).softmax(1)
-    p = torch.where(p.cumsum(1) - p < how.top_p, p, 0.0).cumsum(1)
-    number = numbers[:, ids.shape[1] - width, None]
-    at = torch.searchsorted(p, number * p[:, -1:], right=True).clamp(max=p.shape[1] - 1)
-    return torch.full_like(scores, -torch.inf).scatter(1, top.indices.gather(1, at), 0.0)
-
-
-def sample_by_vllm(engine: Any, prompts: Sequence[Ids], seeds: Sequence[int], how: GenerationConfig) -> list[Ids]:
-    """Samples by `engine`, an LLM of vLLM."""
-    given = {"temperature": how.temperature, "top_p": how.top_p, "max_tokens": how.max_new_tokens}
-    given |= {"stop_token_ids": how.eos_token_id, "ignore_eos": True}
-    settings = [importlib.import_module("vllm").SamplingParams(**given, seed=seed) for seed in seeds]
-    asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    return [list(made.outputs[0].token_ids) for made in engine.generate(asked, settings, use_tqdm=False)]

@@ -1,11 +1,16 @@
 """`launch/chats.py` as a user starts it: ranks share the draws, and the chats are tuned on."""
 
+from argparse import Namespace
 from pathlib import Path
 
 from loraprune_ds.config import DataSource
+from loraprune_ds.evaluate.chats import collect
+from loraprune_ds.evaluate.draws import Draw
+from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.train.data.sources import read_rows
 from loraprune_ds.train.data.tokens import read_chat
 from tests.integration.launching import ROOT, fork_ranks
+from tests.ranks import RankPool
 from tests.unit.test_chats import make_chat_model
 
 CHATS = ROOT / "launch" / "chats.py"
@@ -32,3 +37,17 @@ def test_two_ranks_write_the_chats_of_one(tmp_path: Path) -> None:
     assert kind.split()[:3] == ["sum", "15", str(len(rows))]
     assert last.startswith(f"{len(rows)} rows of ")
     assert outputs[0].count("\nassistant: ") == min(10, len(rows))
+
+
+def kept(options: Namespace) -> list[Draw]:
+    return collect(options, Communicator()).kept
+
+
+def test_ranks_stop_at_the_row_where_one_stops(ranks: RankPool, tmp_path: Path) -> None:
+    model = make_chat_model(tmp_path / "model")
+    asked = {"tokens": 300, "max_new_tokens": 40, "batch_size": 2, "prompts": None, "text": None}
+    options = Namespace(model=str(model), seed=0, engine="transformers", **asked)
+    expected = kept(Namespace(**vars(options), out=tmp_path / "one.jsonl"))
+    assert ranks.run(2, kept, Namespace(**vars(options), out=tmp_path / "two.jsonl")) == [expected] * 2
+    assert (tmp_path / "one.jsonl").read_text() == (tmp_path / "two.jsonl").read_text()
+    assert len(expected) > 1

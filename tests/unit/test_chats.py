@@ -9,17 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from loraprune_ds.cli.chats import parse_arguments
-from loraprune_ds.evaluate import chats, models
-from loraprune_ds.evaluate.chats import FREE, Draw, Drawer, Selection, collect
-from loraprune_ds.evaluate.models import Ids, Writer, find_model, leave_one, load_model, sample_by_vllm
+from loraprune_ds.errors import RunError
+from loraprune_ds.evaluate import chats, draws, sampling
+from loraprune_ds.evaluate.chats import FREE, Selection, collect
+from loraprune_ds.evaluate.draws import BATCHES, Draw, Drawer
+from loraprune_ds.evaluate.models import Ids, Writer, find_model, load_model
+from loraprune_ds.evaluate.sampling import Sampling, Text, Tick, extend, extend_by_vllm, leave_one
 from loraprune_ds.evaluate.settings import EvaluationText, read_prompts
 from loraprune_ds.ranks.comm import Communicator
 from tests.oracle.models import make_tiny_llama
@@ -27,7 +30,7 @@ from tests.refusals import must_name
 
 BOS, END = 1, 2
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}<s>assistant: "
-HOW: Any = GenerationConfig(max_new_tokens=11, temperature=0.8, top_p=0.9, do_sample=True, eos_token_id=[END])
+HOW = Sampling(max_new_tokens=11, temperature=0.8, top_p=0.9, eos_token_id=[END])
 
 
 def make_chat_model(folder: Path) -> Path:
@@ -46,8 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def options(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
-    monkeypatch.setattr(chats, "ROUND", 8)
+def options(folder: Path, tmp_path: Path) -> Namespace:
     given = {"max_new_tokens": 30, "seed": 0, "batch_size": 4, "engine": "transformers"}
     return Namespace(model=str(folder), out=tmp_path / "chats.jsonl", tokens=300, prompts=None, text=None, **given)
 
@@ -63,8 +65,7 @@ def test_numbers_that_cover_the_unit_interval_give_the_nucleus_in_its_proportion
     scores = torch.tensor([2.0, -1.0, 1.0, 0.0, -9.0])
     count = 10_000
     numbers = (torch.arange(count) + 0.5)[:, None] / count
-    how = GenerationConfig(temperature=0.5, top_p=0.9, do_sample=True)
-    kept = leave_one(how, numbers, 3, torch.zeros(count, 3, dtype=torch.int64), scores.expand(count, -1))
+    kept = leave_one(torch.tensor([[0.5, 0.9]]).expand(count, -1), numbers, scores.expand(count, -1))
     assert (kept > -math.inf).sum(1).eq(1).all()
     shares = kept.argmax(1).bincount(minlength=5) / count
     p = (scores.double() / 0.5).softmax(0)  # 0.86, 0.12 and less: the second passes 0.9
@@ -85,14 +86,19 @@ def by_hand(model: Any, prompt: Ids, seed: int) -> Ids:
 
 
 def test_a_text_follows_from_its_seed_in_any_batch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "CHUNK", 4)
+    monkeypatch.setattr(sampling, "CHUNK", 4)
     model: Any = load_model(find_model(str(folder)), "float32", torch.device("cpu"))
     writer = Writer(model, AutoTokenizer.from_pretrained(folder))
     prompts = [[BOS, *range(5, 5 + n)] for n in (3, 9, 1, 4, 20, 2, 2)]
     expected = [by_hand(model, prompt, seed) for seed, prompt in enumerate(prompts)]
     assert {len(ids) == HOW.max_new_tokens for ids in expected} == {True, False}
     for batch_size in (1, 3, 7):
-        assert writer.sample(batch_size, prompts, range(7), HOW) == expected
+        texts = [Text(prompt, seed, HOW) for seed, prompt in enumerate(prompts)]
+        written = list[int]()
+        while unfinished := [text for text in texts if not text.ended]:
+            extend(writer, batch_size, unfinished, written.append)
+        assert [text.ids for text in texts] == expected
+        assert sum(written) == sum(map(len, expected))
 
 
 def test_vllm_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +109,9 @@ def test_vllm_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(7, END))]) for _ in prompts]
 
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=dict))
-    assert sample_by_vllm(SimpleNamespace(generate=generate), [[1, 2], [3]], [8, 9], HOW) == [[7, END]] * 2
+    texts = [Text([1, 2], 8, HOW), Text([3], 9, HOW)]
+    extend_by_vllm(SimpleNamespace(generate=generate), texts, Mock())
+    assert [(text.ids, text.ended) for text in texts] == [([7, END], True)] * 2
     common = {"temperature": 0.8, "top_p": 0.9, "max_tokens": 11, "stop_token_ids": [END], "ignore_eos": True}
     expected = [({"prompt_token_ids": ids}, common | {"seed": seed}) for ids, seed in (([1, 2], 8), ([3], 9))]
     assert asked == expected
@@ -121,17 +129,24 @@ def drawer_of(options: Namespace, *texts: str) -> tuple[Drawer, list[str]]:
     drawer, read = Drawer(options, find_model(options.model), tokenizer, Communicator()), list[str]()
     left = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
-    def sample(prompts: Sequence[Ids], seeds: Sequence[int], how: GenerationConfig) -> list[Ids]:
-        read.extend(map(str, map(tokenizer.decode, prompts)))
-        return [left.pop(0) for _ in prompts]
+    def extend(texts: Sequence[Text], tick: Tick) -> None:
+        for text in texts:
+            read.append(str(tokenizer.decode(text.prompt)))
+            text.add(left.pop(0))
+            text.ended = True
 
-    drawer.sample = sample
+    drawer.extend = extend
     return drawer, read
+
+
+def drawn(drawer: Drawer, *numbers: int) -> list[Draw]:
+    """Makes draws whose messages and answers end at once."""
+    return [*drawer.draw(numbers), *drawer.draw([])]
 
 
 def test_a_message_continues_the_template_and_its_answer_reads_it(options: Namespace) -> None:
     drawer, read = drawer_of(options, *[" he do, then</s>"] * 4)
-    plain, code = drawer.draw([0, 1])
+    plain, code = drawn(drawer, 0, 1)
     assert [plain.kind, code.kind] == ["chat", "code"]
     opening = read[1].removeprefix("<s>user: ")
     assert read[0] == "<s>user: "
@@ -158,7 +173,8 @@ def test_a_message_continues_the_template_and_its_answer_reads_it(options: Names
     ],
 )
 def test_a_draw_is_refused_for_a_reason(message: str, answer: str, refused: str | None, options: Namespace) -> None:
-    (draw,) = drawer_of(options, message, *filter(None, [answer]))[0].draw([0])
+    drawer, _ = drawer_of(options, message, *filter(None, [answer]))
+    (draw,) = drawn(drawer, 0)
     assert draw.refused == refused
     assert (draw.prompt_tokens > 0) == bool(answer)
 
@@ -166,15 +182,17 @@ def test_a_draw_is_refused_for_a_reason(message: str, answer: str, refused: str 
 def test_a_template_is_asked_not_to_think_and_must_mark_the_end_of_a_message(options: Namespace) -> None:
     drawer, read = drawer_of(options, "Why is it?</s>", "So.</s>")
     drawer.tokenizer.chat_template = TEMPLATE + "{% if enable_thinking is false %}<unk>{% endif %}"
-    drawer.draw([0])
+    drawn(drawer, 0)
     assert read[1].endswith("assistant: <unk>")
+    drawer, _ = drawer_of(options)
     drawer.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     must_name(f"{options.model} --prompts", drawer.draw, [0])
 
 
 def test_a_text_continues_a_line_and_may_stop_anywhere(options: Namespace) -> None:
     options.text = EvaluationText("text.txt", None, "The sun is warm here and there")
-    (draw,) = drawer_of(options, "in spring")[0].draw([0])
+    drawer, _ = drawer_of(options, "in spring")
+    (draw,) = drawn(drawer, 0)
     assert (draw.answer, draw.messages, draw.refused) == ("The sun is warm in spring", [], None)
 
 
@@ -223,31 +241,89 @@ def run(options: Namespace) -> str:
     return options.out.read_text()
 
 
+def journal_of(options: Namespace) -> Path:
+    return options.out.with_suffix(".draws.jsonl")
+
+
 def test_a_killed_command_goes_on_where_it_was(
     options: Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(changed(options, out=tmp_path / "whole.jsonl"))
+    journal = journal_of(options)
     with monkeypatch.context() as patch:
-        patch.setattr(chats.tqdm, "update", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(chats, "_append", Mock(wraps=chats._append, side_effect=[DEFAULT, KeyboardInterrupt]))
         with pytest.raises(KeyboardInterrupt):
             run(options)
-    journal = tmp_path / "chats.draws.jsonl"
-    assert len(journal.read_text().splitlines()) == 9
+    assert 1 < len(journal.read_text().splitlines()) < 1 + options.batch_size  # not yet the first few
     with journal.open("a") as file:
         file.write('{"number": 9, "kin')
     assert not options.out.exists()
     assert run(options) == expected
-    assert journal.read_bytes() == (tmp_path / "whole.draws.jsonl").read_bytes()
     rows = [json.loads(line) for line in expected.splitlines()]
     settings = json.loads((tmp_path / "chats.settings.json").read_text())
     assert (settings["rows"], settings["engine"]) == (len(rows), "transformers")
     assert settings["draws"] == len(rows) + sum(settings["refused"].values())
     assert all(row.keys() == {"prompt", "completion"} for row in rows)
-    monkeypatch.setattr(chats, "load_model", None)  # a finished command needs no model
+    first, *lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([first, *lines[::-2], ""]))  # in any order
+    assert run(options) == expected
+    assert sorted(journal.read_text().splitlines()) == sorted([first, *lines])
+    monkeypatch.setattr(draws, "load_model", None)  # a finished command needs no model
     assert run(options) == expected
     must_name("chats.draws.jsonl seed", run, changed(options, seed=1))
     journal.unlink()
     must_name("--out chats.jsonl", run, options)
+
+
+def test_a_command_stops_at_the_row_that_completes_its_tokens(options: Namespace) -> None:
+    selection = collect(options, Communicator())
+    last = selection.kept[-1]
+    assert last == selection.draws[-1]
+    assert selection.tokens - last.prompt_tokens - last.answer_tokens < options.tokens <= selection.tokens
+    _, *lines = journal_of(options).read_text().splitlines()
+    assert len(lines) < len(selection.draws) + BATCHES * options.batch_size
+
+
+def test_each_token_is_a_sign_of_life(options: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(chats.tqdm, "set_postfix_str", lambda _, text, refresh: shown.append(text))
+    run(changed(options, tokens=1))
+    begun = [text for text in shown if text.endswith(" tokens written, 4 in work, 0 of 0 draws kept")]
+    assert begun[0].startswith("4 ")
+    assert len(set(begun)) > 10
+
+
+def test_a_damaged_line_of_the_journal_is_named(options: Namespace) -> None:
+    run(changed(options, tokens=1))
+    journal = journal_of(options)
+    first, *lines = journal.read_bytes().splitlines(keepends=True)
+    damages: list[tuple[int, list[bytes]]] = [
+        (1, []),
+        (1, [first[:-9]]),
+        (1, [b"[1]\n", *lines]),
+        (1, [b"".join([first, *lines]).decode().encode("utf-16")]),
+        (2, [first, "{é}\n".encode("latin-1"), *lines]),
+        (3, [first, lines[0], lines[1][:30] + b"\n", *lines[2:]]),
+        (3, [first, lines[0], b'{"prompt": "a", "completion": "b"}\n', *lines]),
+        (3, [first, lines[0], lines[1].replace(b'"messages": [', b'"messages": ["a", '), *lines]),
+    ]
+    for line, content in damages:
+        journal.write_bytes(b"".join(content))
+        must_name(f"{journal} line {line} --out", run, options)
+
+
+@pytest.mark.parametrize("name", ["chats.draws.jsonl", "chats.jsonl"])
+def test_a_full_disk_names_the_file(name: str, options: Namespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = Path.open
+
+    def full(path: Path, mode: str = "r", *given: Any, **settings: Any) -> Any:
+        if name in path.name and mode in ("a", "w"):
+            raise OSError(28, "No space left on device")
+        return usual(path, mode, *given, **settings)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RunError, match=rf"/{name} .*No space left on device.*again"):
+        run(changed(options, tokens=1))
 
 
 def test_prompts_of_a_user_are_answered_once(options: Namespace, tmp_path: Path) -> None:
@@ -258,8 +334,9 @@ def test_prompts_of_a_user_are_answered_once(options: Namespace, tmp_path: Path)
     rows = [json.loads(line)["prompt"] for line in run(of_user).splitlines()]
     assert rows
     assert all(prompt in ("Why?", turns) for prompt in rows)
-    _, *draws = map(json.loads, (tmp_path / "chats.draws.jsonl").read_text().splitlines())
-    assert [draw["messages"] for draw in draws] == [[{"role": "user", "content": "Why?"}], turns] * 6
+    _, *made = map(json.loads, journal_of(of_user).read_text().splitlines())
+    made.sort(key=lambda draw: draw["number"])
+    assert [draw["messages"] for draw in made] == [[{"role": "user", "content": "Why?"}], turns] * 6
     path.write_text(json.dumps({"prompt": "x" * 600}))
     long = changed(of_user, prompts=read_prompts(str(path), "--prompts"), out=tmp_path / "b.jsonl")
     must_name("--prompts prompts.jsonl 1", run, long)

@@ -1,0 +1,236 @@
+"""Draws of chats or texts: what a model writes as the user, then its answer, and what is wrong with either.
+
+As in Magpie (Xu et al., arXiv 2406.08464), a model that reads its template up to the user's turn writes the user's
+message, then its answer. A model left alone writes little code, extraction or arithmetic, so half of the messages begin
+with an opening of such a kind. A model without a template writes plain texts.
+"""
+
+import importlib
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from hashlib import sha256
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from loraprune_ds.errors import require
+from loraprune_ds.evaluate.answers import encode_prompts, repetition
+from loraprune_ds.evaluate.evaluation import choose_dtype
+from loraprune_ds.evaluate.models import Ids, ModelSource, Writer, end_ids, load_model
+from loraprune_ds.evaluate.sampling import Sampling, Text, Tick, extend, extend_by_vllm
+from loraprune_ds.evaluate.settings import AnswerSettings, Message, Prompt
+from loraprune_ds.files import read_json
+from loraprune_ds.model.families.base import PRUNED
+from loraprune_ds.model.tokenizer import rendering, token_ids
+from loraprune_ds.ranks.comm import Communicator
+
+DATA = read_json(Path(__file__).with_name("chats.json"))
+KINDS, OPENINGS = DATA["kinds"], DATA["openings"]  # the kinds of the draws, in turn
+MESSAGE = {"max_new_tokens": 96, "temperature": 0.8, "top_p": 0.95}  # the sampling of messages
+ANSWER = {"temperature": 0.7, "top_p": 0.95}  # of answers and texts
+PREFIX = 16  # tokens of a line that a plain text continues
+FEWEST_WORDS, MOST_REPETITION = 3, 0.2
+BATCHES = 4  # of texts that a rank has in work, so that each batch has texts of similar length
+MARK = "\u2042USER\u2042"
+Part = Literal["message", "answer", "text"]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A conversation and its answer, or a text without a conversation. `refused` says what is wrong with it."""
+
+    number: int
+    kind: str | None
+    messages: list[Message]
+    answer: str = ""
+    prompt_tokens: int = 0  # with the template
+    answer_tokens: int = 0  # without the end
+    repetition: float = 0.0
+    refused: str | None = None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The row of `data.format` chat or text."""
+        prompt = self.messages if len(self.messages) != 1 else self.messages[0]["content"]
+        return {"prompt": prompt, "completion": self.answer} if prompt else {"text": self.answer}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A part of a draw that is being written."""
+
+    part: Part
+    draw: Draw  # without this part. Before a message, its answer is the opening
+    text: Text
+
+
+@dataclass
+class Drawer:
+    """Makes draws. A draw follows from the seed and its number, apart from rounding in other batches."""
+
+    options: Namespace  # of cli/chats.py
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    ranks: Communicator
+    in_work: list[Turn] = field(default_factory=list)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What decides the draws. Raises UserError if the model cannot make them."""
+        options, folder, shape = self.options, self.source.pretrained.folder, self.source.pretrained.shape
+        require(not shape.family.has_encoder, f"{options.model} has an encoder, which writes no chats")
+        templated = bool(self.tokenizer.chat_template)
+        if options.prompts:  # a row that does not fit is named before the first is answered
+            require(templated, f"{options.model} has no chat template, which --prompts needs")
+            self._encode(options.prompts, "--prompts")
+        stock = not (self.source.adapter or shape.model_type.startswith(PRUNED))
+        fits = find_spec("vllm") is not None and stock and self.ranks.world_size == 1
+        require(fits or options.engine != "vllm", "--engine vllm needs that package, a stock model and one process")
+        return {
+            "model": options.model,
+            "seed": options.seed,
+            "engine": options.engine or ("vllm" if fits else "transformers"),
+            "max_new_tokens": options.max_new_tokens,
+            **ANSWER,
+            "message": MESSAGE,
+            "prompts": options.prompts and options.prompts.sha256,
+            "text": options.text and options.text.sha256,
+            "chats": templated and not options.text,
+            "revision": folder.name if folder.parent.name == "snapshots" else None,  # in the hub's cache
+            "dtype": choose_dtype(self.source, None),
+        }
+
+    @cached_property
+    def extend(self) -> Callable[[Sequence[Text], Tick], None]:
+        """Writes some tokens after each text. Loads the model first."""
+        folder, dtype = self.source.pretrained.folder, self.settings["dtype"]
+        if self.settings["engine"] == "vllm":
+            return partial(extend_by_vllm, importlib.import_module("vllm").LLM(str(folder), dtype=dtype))
+        model = load_model(self.source, dtype, self.ranks.device)
+        return partial(extend, Writer(model, self.tokenizer), self.options.batch_size)
+
+    def draw(self, numbers: Iterable[int], tick: Tick = lambda _: None) -> list[Draw]:
+        """Writes some tokens of each draw in work. Returns the draws that have ended.
+
+        Args:
+            numbers: draws to begin in this order, as far as there is room, unless they are in work.
+        """
+        begun = {turn.draw.number for turn in self.in_work}
+        room = BATCHES * self.options.batch_size - len(begun)
+        missing = (number for number in numbers if number not in begun)
+        self.in_work += [self._begin(number) for number in islice(missing, room)]
+        self.extend([turn.text for turn in self.in_work], tick)
+        ended = [turn for turn in self.in_work if turn.text.ended]
+        self.in_work = [turn for turn in self.in_work if not turn.text.ended]
+        draws = list[Draw]()
+        for turn in ended:
+            draw = self._read(turn)
+            if turn.part == "message" and not draw.refused:
+                self.in_work.append(self._answer(draw))
+            else:
+                draws.append(draw)
+        return draws
+
+    def _begin(self, number: int) -> Turn:
+        """Begins a draw: the answer to the user's prompt, a plain text, or a message."""
+        if self.options.prompts:
+            prompt = self.options.prompts.prompts[number]
+            return self._answer(Draw(number, prompt.kind, prompt.messages))
+        if not self.settings["chats"]:
+            return self._turn("text", Draw(number, "text", []), self._prefix(number))
+        kind = KINDS[number % len(KINDS)]
+        opening = self._choose(OPENINGS[kind], number)
+        before, end = self._user_turn
+        (ids,) = token_ids([opening], self.tokenizer, special=False)
+        return self._turn("message", Draw(number, kind, [], opening), before + ids, end)
+
+    def _answer(self, draw: Draw) -> Turn:
+        prompts = (Prompt(draw.number, draw.messages),)
+        (ids,) = self._encode(AnswerSettings("draws", "", prompts, self.options.max_new_tokens), "chats")
+        return self._turn("answer", draw, ids)
+
+    def _turn(self, part: Part, draw: Draw, prompt: Ids, *ends: int) -> Turn:
+        how: Any = MESSAGE if part == "message" else {"max_new_tokens": self.options.max_new_tokens, **ANSWER}
+        sampling = Sampling(**how, eos_token_id=[*self._ends, *ends])
+        return Turn(part, draw, Text(prompt, self._hash(draw.number, part), sampling))
+
+    @cached_property
+    def _user_turn(self) -> tuple[Ids, int]:
+        """The ids before the user's message in the template, and the special token after it."""
+        path, chat = self.options.model, [{"role": "user", "content": MARK}]
+        with rendering("chats", path, chat):
+            text = str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        before, after = token_ids(list(text.partition(MARK)[::2]), self.tokenizer, special=False)
+        no_end = f"the chat template of {path} ends no message with a special token; give --prompts FILE"
+        require(bool(self._special & {*after[:1]}), no_end)
+        return before, after[0]
+
+    def _encode(self, settings: AnswerSettings, option: str) -> list[Ids]:
+        """Returns the ids of prompts, without thinking where the template has that."""
+        config, vocab_size = self.source.pretrained.config, self.source.pretrained.shape.vocab_size
+        limits = self.options.model, config.get("max_position_embeddings"), vocab_size
+        return encode_prompts(settings, self.tokenizer, limits, option, enable_thinking=False)
+
+    def _prefix(self, number: int) -> Ids:
+        """Returns the first ids of a line of the user's text, or BOS or EOS without a text."""
+        line = self._choose(self._lines, number)
+        (ids,) = token_ids([line], self.tokenizer, special=bool(self.options.text))
+        no_start = f"the tokenizer of {self.options.model} has no token that begins a text; give --text FILE"
+        require(bool(ids), no_start)
+        return ids[:PREFIX]
+
+    @cached_property
+    def _lines(self) -> list[str]:
+        if not self.options.text:
+            return [str(self.tokenizer.bos_token or self.tokenizer.eos_token or "")]
+        return [line for line in self.options.text.text.splitlines() if line.strip()]
+
+    def _read(self, turn: Turn) -> Draw:
+        """Returns the draw with the text of this turn, and says what is wrong with it."""
+        draw, ids = turn.draw, turn.text.ids
+        ended = ids[-1] in turn.text.how.eos_token_id
+        words = ids[:-1] if ended else ids
+        plain = turn.part == "text"  # all of which is learnt
+        whole = turn.text.prompt + words if plain else words
+        text = draw.answer + str(self.tokenizer.decode(whole, skip_special_tokens=True))
+        faults = {
+            "special token": bool(self._special & {*words}),
+            "unfinished": not ended and not plain,  # which may stop anywhere
+            "empty": not str(self.tokenizer.decode(words)).strip(),
+            "repetition": repetition(words) > MOST_REPETITION,
+            "short": turn.part == "message" and len(text.split()) < FEWEST_WORDS,
+        }
+        refused = next((f"{turn.part}: {fault}" for fault, found in faults.items() if found), None)
+        if turn.part == "message":
+            message = {"role": "user", "content": text.strip()}
+            return replace(draw, messages=[message], answer="", refused=refused)
+        return replace(
+            draw,
+            answer=text.strip(),
+            prompt_tokens=0 if plain else len(turn.text.prompt),
+            answer_tokens=len(whole),
+            repetition=repetition(whole),
+            refused=refused,
+        )
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        """The ids that end a text, named by the model's settings or by its tokenizer."""
+        own, config = self.source.pretrained.folder / "generation_config.json", self.source.pretrained.config
+        return end_ids((read_json(own) if own.is_file() else config).get("eos_token_id"), self.tokenizer)
+
+    @cached_property
+    def _special(self) -> set[int]:
+        return {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+
+    def _choose(self, texts: Sequence[str], number: int) -> str:
+        return texts[self._hash(number, "opening") % len(texts)]
+
+    def _hash(self, number: int, name: str) -> int:
+        """Returns a seed of 32 bits. A CPU's generator ignores more."""
+        return int.from_bytes(sha256(f"{self.options.seed}/{number}/{name}".encode()).digest()[:4], "big")
