@@ -219,9 +219,8 @@ def _append(journal: Path, draws: Sequence[Draw]) -> None:
 def _write(selection: Selection, out: Path, settings: dict[str, Any]) -> None:
     counts = {"rows": len(selection.kept), "tokens": selection.tokens, "draws": len(selection.draws)}
     refused = {"refused": dict(selection.refused.most_common())}
-    with _writing(out):
-        write_text(out, _lines(*(draw.row for draw in selection.kept)))
-        write_json(out.with_suffix(".settings.json"), settings | counts | refused)
+    write_text(out, _lines(*(draw.row for draw in selection.kept)))
+    write_json(out.with_suffix(".settings.json"), settings | counts | refused)
 
 
 def _lines(*rows: object) -> str:
