@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Any
 
 from loraprune_ds.config_file import merge
@@ -88,12 +88,19 @@ def make_plan(request: Request) -> Plan:
 
 
 def suggestions(plan: Plan) -> list[dict[str, Any]]:
-    """Plans each change that saves memory, then all changes together, then more GPUs."""
-    request, changes = plan.request, _changes(plan.request)
-    plans = [(change, setting, make_plan(changed(request, **values))) for change, setting, values in changes]
-    if len(changes) > 1:
-        together = reduce(merge, (values for *_, values in changes))
-        plans.append(("all of the above", "", make_plan(changed(request, **together))))
+    """Plans each change that saves memory, then all together, then more GPUs.
+
+    Leaves out what a run would refuse.
+    """
+    request = plan.request
+    plans = list[tuple[str, str, Plan]]()
+    together = dict[str, Any]()
+    for change, setting, values in _changes(request):
+        if saving := _try_plan(request, **values):
+            plans.append((change, setting, saving))
+            together = merge(together, values)
+    if len(plans) > 1 and (saving := _try_plan(request, **together)):
+        plans.append(("all of the above", "", saving))
     smallest, reason = search(request, request.cluster, MOST_NODES)
     if not reason:
         where = smallest.request.cluster
@@ -128,7 +135,16 @@ def largest_micro_batch(plan: Plan) -> int | None:
     """Finds the largest `train.micro_batch_size` that fits. It has the fewest passes per step."""
     batch = plan.request.config.train.global_batch_size // plan.request.world_size
     sizes = (size for size in range(batch, 0, -1) if batch % size == 0)
-    return next((n for n in sizes if make_plan(changed(plan.request, train={"micro_batch_size": n})).fits), None)
+    tried = ((size, _try_plan(plan.request, train={"micro_batch_size": size})) for size in sizes)
+    return next((size for size, larger in tried if larger and larger.fits), None)
+
+
+def _try_plan(request: Request, cluster: Cluster | None = None, **sections: dict[str, Any]) -> Plan | None:
+    """Plans a changed run. Returns None if such a run would be refused."""
+    try:
+        return make_plan(changed(request, cluster, **sections))
+    except UserError:
+        return None
 
 
 def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, str]:
@@ -142,11 +158,10 @@ def search(request: Request, largest: Cluster, most_nodes: int) -> tuple[Plan, s
     for nodes, gpus in sizes:
         if passes % (nodes * gpus) != 0:
             continue
-        try:
-            smaller = changed(request, replace(largest, nodes=nodes, gpus_per_node=gpus))
-        except UserError:
+        smaller = _try_plan(request, replace(largest, nodes=nodes, gpus_per_node=gpus))
+        if smaller is None:
             continue  # hpZ cannot split such a node
-        plan = make_plan(smaller)
+        plan = smaller
         if plan.fits:
             return plan, ""
     gpus = f"{most_nodes} x {most} GPUs of {largest.gpu_memory:g} GiB"

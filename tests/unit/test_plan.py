@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loraprune_ds.config import DataConfig, PruneConfig, RunConfig, TrainConfig
+from loraprune_ds.config import DataConfig, ModelConfig, PruneConfig, RunConfig, TrainConfig
 from loraprune_ds.model.read_shape import shape_from_config
 from loraprune_ds.model.shape import ModelShape
 from loraprune_ds.plan.activations import logits
@@ -170,6 +170,28 @@ def test_the_largest_micro_batch_that_fits_is_proposed() -> None:
     between = make_plan(request(tight(4, (needs[4] + needs[8]) / 2e6), micro_batch_size=1))
     assert largest_micro_batch(between) == 4
     assert largest_micro_batch(make_plan(request(tight(4, 1)))) is None
+
+
+def test_a_change_that_the_deepspeed_json_refuses_is_no_suggestion(tmp_path: Path) -> None:
+    settings = json.loads(Path("ds_configs/zero3.json").read_text())
+    settings["zero_optimization"]["stage3_use_all_reduce_for_fetch_params"] = True  # of weights of one dtype
+    (tmp_path / "one_dtype.json").write_text(json.dumps(settings))
+    cluster = tight(2, 40)
+    plain = request(cluster, micro_batch_size=4).config
+    config = replace(plain, deepspeed=str(tmp_path / "one_dtype.json"))
+    plan = make_plan(build_request("small", SOURCE, SMALL, config, cluster))
+    changes = {x["change"] for x in suggestions(plan)}
+    assert changes >= {"one sample at a time", "activation checkpointing", "all of the above"}
+    assert "int8 weights" not in changes
+
+
+def test_a_micro_batch_that_the_config_refuses_is_not_proposed() -> None:
+    """Flash attention packs samples only one at a time."""
+    plain = request(Cluster(1, 2), micro_batch_size=1).config
+    data = DataConfig(format="chat", packing=True, window=64)
+    flash = replace(plain, data=data, model=ModelConfig(attn_implementation="flash_attention_2"))
+    plan = make_plan(build_request("small", SOURCE, SMALL, flash, Cluster(1, 2)))
+    assert largest_micro_batch(plan) == 1
 
 
 def test_a_refit_costs_memory_traffic_and_disk() -> None:
