@@ -172,8 +172,6 @@ class DataConfig(SourceKeys):
     def __post_init__(self) -> None:
         require(self.path != [] and all(source.path for source in self.sources), "data.path, or a path in it, is empty")
         require_one(self.held_out, self.held_out_fraction, "data.held_out and data.held_out_fraction")
-        packs = self.packing and self.only_text
-        require(not packs, "data.packing has no effect without data.format instruction or chat")
         entries = [] if isinstance(self.path, str) else self.path
         for i, entry in enumerate(entries):
             other = f"data.path[0] has {'a' if entry.weight is None else 'no'} weight; give all entries one, or none"
@@ -182,6 +180,11 @@ class DataConfig(SourceKeys):
     @property
     def only_text(self) -> bool:
         return {source.format for source in self.sources} == {"text"}
+
+    @property
+    def packs_rows(self) -> bool:
+        """True if rows share windows. Text fills its windows in any case."""
+        return self.packing and not self.only_text
 
     @property
     def sources(self) -> list[DataSource]:
@@ -343,8 +346,11 @@ class RunConfig:
             only_sharded = f"model.{key} {value} needs DeepSpeed's ZeRO-3, but deepspeed is null"
             require(self.deepspeed is not None or getattr(self.model, key) != value, only_sharded)
         attention = self.model.attn_implementation
-        packs = self.data.packing and attention.startswith("flash_attention") and self.train.micro_batch_size > 1
-        require(not packs, f"data.packing with model.attn_implementation {attention} needs train.micro_batch_size 1")
+        packs_several = self.data.packs_rows and self.train.micro_batch_size > 1
+        require(
+            not (packs_several and attention.startswith("flash_attention")),
+            f"data.packing with model.attn_implementation {attention} needs train.micro_batch_size 1",
+        )
         models, numbers = self.prune.models, len(self.recovery)
         differ = f"train.recovery_steps has {numbers} numbers for {models} of prune.sizes; give one number for all"
         require(numbers == models, differ)

@@ -183,7 +183,7 @@ def build_request(
     """Builds the request for a known shape. Raises UserError if the run config does not fit model or ranks."""
     train = config.train
     text = text_config(source, name)
-    check_family(shape.family, text, name, config.model.dtype, packing=config.data.packing)
+    check_family(shape.family, text, name, config.model.dtype, packing=config.data.packs_rows)
     train.gradient_accumulation_steps(cluster.world_size)
     few = f"--samples {samples} is less than train.global_batch_size {train.global_batch_size}"
     require(samples is None or samples >= train.global_batch_size, few)

@@ -107,7 +107,7 @@ def _prepare(
     check_tokenizer: CheckTokenizer,
 ) -> Prepared:
     model, train = config.model, config.train
-    pretrained = open_for_pruning(locate_model(model), model, packing=config.data.packing, query_heads=query_heads)
+    pretrained = open_for_pruning(locate_model(model), model, packing=config.data.packs_rows, query_heads=query_heads)
     shape = pretrained.shape
     if model.adapter:
         check_adapter(Path(model.adapter).expanduser(), config.lora, shape)

@@ -79,7 +79,7 @@ def write_family(folder: Path, family: str, **changes: Any) -> str:
         config, lines = folder / "config.yaml", (folder / "text.txt").read_text().splitlines()
         rows = [json.dumps({"source": line[: 5 + i % 4], "target": line[4::-1]}) for i, line in enumerate(lines)]
         (folder / "pairs.jsonl").write_text("\n".join(rows))
-        data = {"path": str(folder / "pairs.jsonl"), "format": "seq2seq"}
+        data = {"path": str(folder / "pairs.jsonl"), "format": "seq2seq", "packing": False}
         settings = yaml.safe_load(config.read_text())
         config.write_text(yaml.safe_dump(settings | {"data": settings["data"] | data}))
     return f"model.path={source}"

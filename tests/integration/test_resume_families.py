@@ -20,6 +20,7 @@ TOLERANCE = 1e-5
 STEPS, STOP, WINDOW = 8, 5, 24
 SECTIONS = {
     "lora": {"lora_dropout": 0.0},
+    "data": {"packing": True},  # which text ignores. Not all families can pack
     "prune": {"prune_every": 3, "ratio": 0.25},  # no more of a helium can go
     "train": {"steps": STEPS},
     "evaluate": {"window": WINDOW},

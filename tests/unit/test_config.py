@@ -81,10 +81,21 @@ def test_a_file_takes_the_place_of_the_part_that_is_held_out(tmp_path: Path) -> 
     assert load(tmp_path, "output_dir: out\ndata: {held_out: text.txt}\n").data.held_out_fraction is None
 
 
-@pytest.mark.parametrize("setting", ["data.packing=true", "prune.target_context=3", "prune.target_weight_bits=3"])
+@pytest.mark.parametrize("setting", ["prune.target_context=3", "prune.target_weight_bits=3"])
 def test_a_setting_that_nothing_reads_is_named(tmp_path: Path, setting: str) -> None:
     must_name(setting.partition("=")[0], load, tmp_path, BASE, setting)
-    load(tmp_path, BASE, setting, "data.format=chat", "prune.target=24GiB")
+    load(tmp_path, BASE, setting, "prune.target=24GiB")
+
+
+MIXED = "[my.txt, {path: my.jsonl, format: chat}]"
+
+
+@pytest.mark.parametrize(("path", "packs"), [("my.txt", False), (MIXED, True)])
+def test_packing_does_nothing_where_all_data_is_text(path: str, packs: bool) -> None:
+    """The quickstart packs its chats. A user's own text is the second thing to try."""
+    raw = read_config("launch/configs/quickstart.yaml", [f"data.path={path}"])
+    data = config_from_dict(raw).data
+    assert (data.packing, data.packs_rows) == (True, packs)
 
 
 # Keys and files

@@ -15,6 +15,7 @@ from loraprune_ds.plan.cluster import GIB, Cluster
 from loraprune_ds.plan.plan import Plan, largest_micro_batch, make_plan, notes, search, suggestions
 from loraprune_ds.plan.request import Request, build_request, changed
 from loraprune_ds.plan.stages import Stage, gathered_weights
+from tests.families import tiny_config
 from tests.paper import PAPER
 from tests.published import sizes_of
 from tests.refusals import must_name
@@ -192,6 +193,16 @@ def test_a_micro_batch_that_the_config_refuses_is_not_proposed() -> None:
     flash = replace(plain, data=data, model=ModelConfig(attn_implementation="flash_attention_2"))
     plan = make_plan(build_request("small", SOURCE, SMALL, flash, Cluster(1, 2)))
     assert largest_micro_batch(plan) == 1
+
+
+def test_only_rows_that_are_packed_need_a_family_that_packs() -> None:
+    source = tiny_config("lfm2").to_dict()
+    given = "lfm2", source, shape_from_config(source, "lfm2")
+    prune = PruneConfig(ratio=0.3, channel_multiple=1)
+    text = replace(request(Cluster(1, 2)).config, prune=prune, data=DataConfig(packing=True))
+    build_request(*given, text, Cluster(1, 2))
+    chats = replace(text, data=replace(text.data, format="chat"))
+    must_name("data.packing lfm2", build_request, *given, chats, Cluster(1, 2))
 
 
 def test_a_refit_costs_memory_traffic_and_disk() -> None:
