@@ -120,7 +120,9 @@ def _add_text_ends(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, folde
     """Writes whether BOS and EOS surround every text. A probe shows that, because the settings have many forms."""
     plain = tokenizer(PROBE, add_special_tokens=False).input_ids
     complete = tokenizer(PROBE).input_ids
-    start = next(i for i in range(len(complete)) if complete[i : i + len(plain)] == plain)
+    start = next((i for i in range(len(complete)) if complete[i : i + len(plain)] == plain), None)
+    if start is None:
+        raise UserError(f"{folder}: special tokens change how its tokenizer reads a text; {FORMATS_LEFT}")
     before, after = complete[:start], complete[start + len(plain) :]
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
         raise UserError(f"{folder}: its tokenizer puts more than one BOS and EOS around a text; {FORMATS_LEFT}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loraprune_ds.export.gguf_tokenizer import EXTRA_SPACES, LAST_SPACE, NOT_COMPOSED, add_tokenizer, read_vocabulary
 from loraprune_ds.export.huggingface import copy_tokenizer
@@ -237,3 +237,17 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(make: Any, change: Any, nam
         change(fast)
         path.write_text(json.dumps(fast))
     must_name(f"{folder} {names}", keys_of, folder, VOCAB if change else 300)
+
+
+def test_a_tokenizer_whose_special_tokens_change_the_text_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = byte_level_tokenizer(tmp_path / "tokenizer", VOCAB)
+    tokenize = PreTrainedTokenizerFast.__call__
+
+    def change(self: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = True) -> Any:
+        text = text.upper() if add_special_tokens else text
+        return tokenize(self, text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", change)
+    must_name(f"{folder} special tokens hf, adapter", keys_of, folder)
