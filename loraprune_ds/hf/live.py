@@ -268,8 +268,7 @@ class ForwardWatch:
         inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
         mask, size = kwargs.get("attention_mask"), inputs.shape[:2]
         if mask is None and "encoder_hidden_states" in kwargs:  # a target, whose last token predicts nothing
-            own: Any = decoder.config
-            mask = ~torch.isin(inputs, torch.tensor([own.pad_token_id, own.eos_token_id], device=inputs.device))
+            mask = ~torch.isin(inputs, inputs.new_tensor(_padding_and_ends(decoder.config)))
             mask[:, 0] = True  # the start token has the id of padding
         if isinstance(mask, Tensor) and mask.shape == size:  # (samples, window), False at padding
             mask = mask.bool()
@@ -281,3 +280,9 @@ class ForwardWatch:
 
     def _end(self, decoder: nn.Module, args: Any, output: Any) -> None:
         self._recording.close()
+
+
+def _padding_and_ends(config: Any) -> list[int]:
+    """Lists the ids of padding and of a text's ends. A config may lack them, or name several ends."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return [index for index in (config.pad_token_id, *ends) if index is not None]

@@ -2,11 +2,14 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from loraprune_ds.config import DataConfig
@@ -14,6 +17,7 @@ from loraprune_ds.evaluate.answers import encode_prompts, write_answers
 from loraprune_ds.evaluate.evaluation import CACHE, measure_speed
 from loraprune_ds.evaluate.models import Writer
 from loraprune_ds.evaluate.settings import SpeedSettings, read_prompts
+from loraprune_ds.hf.live import ForwardWatch, base_shape, linear_names
 from loraprune_ds.model.perplexity import measure_perplexity, split_batches
 from loraprune_ds.model.token_loss import IGNORE_INDEX, with_token_losses
 from loraprune_ds.model.tokenizer import Starts, tokenize_pairs
@@ -193,3 +197,22 @@ def test_speed_reads_with_both_caches() -> None:
     model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
     measure_speed([model], SpeedSettings(prompt=7, generated=2, rounds=1))
     assert calls == [(1, 0, 0), (1, 1, 7), (1, 2, 7)] * 2
+
+
+@pytest.mark.parametrize(
+    ("pad", "eos", "counted"),
+    [(0, 2, 3), (0, [2, 3], 2), (0, None, 4), (None, 2, 5), (None, [2, 3], 4), (None, None, 6)],
+)
+def test_a_trainer_s_targets_count_without_padding_and_ends(
+    pad: int | None, eos: int | list[int] | None, counted: int
+) -> None:
+    model: Any = tiny_model("umt5")
+    model = get_peft_model(model, LoraConfig(target_modules=linear_names(model)))
+    model.get_base_model().decoder.config.update({"pad_token_id": pad, "eos_token_id": eos})
+    live = SimpleNamespace(module=model, device=torch.device("cpu"), shape=base_shape(model))
+    pruner: Any = SimpleNamespace(model=live, record_forward=lambda *masks: nullcontext())
+    watch = ForwardWatch(pruner)
+    watch.active = True
+    targets = torch.tensor([[START, 9, 3, 2, 0, 0]])
+    model.train()(input_ids=torch.tensor([[7, 8]]), decoder_input_ids=targets)
+    assert watch.take_tokens() == 2 + counted  # the source has no mask
