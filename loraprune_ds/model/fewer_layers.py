@@ -19,6 +19,8 @@ def config_of_layers(config: dict[str, Any], shape: ModelShape, layers: Sequence
     # Lists of tokens or factors may be as long by chance.
     by_layer = {key: x for key, x in lists.items() if "layer" in key or not ("token" in key or type(x[0]) is float)}
     few = config | {key: [x[i] for i in layers] for key, x in by_layer.items()}
+    letters = {key: config[key] for key in family.layer_letters if len(config.get(key) or "") == count}
+    few |= {key: "".join(x[i] for i in layers) for key, x in letters.items()}
     of_lists = zip(family.layer_lists, shape.only(layers).layer_lists, strict=True)
     few |= {names.count: len(left) for names, left in of_lists}
     few |= family.dense_layers([n for n, i in enumerate(layers) if not shape.counts[i].get("experts")], len(layers))

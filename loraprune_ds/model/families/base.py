@@ -84,6 +84,7 @@ class Family:
     layout: ClassVar[Layout] = Layout()
     in_memory: ClassVar[Mapping[str, Any]] = {}  # fields of config.json that its modules have otherwise in memory
     per_layer: ClassVar[str] = "per_layer_config"  # the field of a pruned export with the sizes of each layer
+    layer_letters: ClassVar[tuple[str, ...]] = ()  # fields with a text of one letter per layer
     # A kind, and another whose counts equal it in each layer of a stock class.
     as_many: ClassVar[Mapping[Kind, Kind]] = {}
     keeps_layers: ClassVar[str | None] = None  # why no layer may be dropped

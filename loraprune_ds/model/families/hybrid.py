@@ -68,6 +68,7 @@ class NemotronH(Moe):
 
     optional = True
     layout: ClassVar[Layout] = Layout("backbone.")
+    layer_letters = ("hybrid_override_pattern",)
 
     def layer(self, c: Any, i: int) -> Marks:
         run, inputs = self.run(c), c.moe_latent_size or c.hidden_size
