@@ -83,7 +83,7 @@ def read_model(config: dict[str, Any], where: str) -> tuple[ModelShape, PreTrain
 
 
 def check_depth(config: dict[str, Any], family: Family, names: Collection[str], where: str) -> None:
-    """Checks that the files hold the last layer that config.json counts. To build a million layers takes a minute."""
+    """Checks that the files hold the last layer that config.json counts, before any is built."""
     for layers in family.layer_lists:
         count = config.get(layers.count)
         if isinstance(count, int) and count > 0:

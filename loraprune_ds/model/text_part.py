@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from loraprune_ds.errors import UserError
 from loraprune_ds.model.classes import config_class, config_object, refused_in_one_line
+from loraprune_ds.model.count_limits import check_counts
 from loraprune_ds.model.experts import stack_experts
 from loraprune_ds.model.exported_config import multimodal_config
 from loraprune_ds.model.families.base import Layout
@@ -81,10 +82,13 @@ def in_files(tensors: Mapping[str, Tensor], shape: ModelShape, tower: Tower | No
 
 def text_config(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Returns the config of a text model, or of a multimodal model's text part, with all sizes of the family."""
+    check_counts(config, where)
     text = _text_part(config, where) if config.get("model_type") in MULTIMODAL else config
     family = FAMILIES.get(family_name(str(text.get("model_type"))))
     with refused_in_one_line(where):
-        return family.explicit(text) if family else text
+        text = family.explicit(text) if family else text
+    check_counts(text, where)  # again, because some families count the layers of a list
+    return text
 
 
 def _text_part(config: dict[str, Any], where: str) -> dict[str, Any]:

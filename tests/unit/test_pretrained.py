@@ -123,7 +123,7 @@ DAMAGE: list[tuple[bool, Spoil, str]] = [  # of one file, or of two and their in
     *((False, truncate(SINGLE, left), SINGLE) for left in (0, 3, 100, -1)),
     (False, lambda folder: (folder / SINGLE).write_bytes(random.Random(0).randbytes(5000)), SINGLE),
     (*change_tensors(lambda x: x.pop(WEIGHT)), WEIGHT),
-    (False, edit("config.json", num_hidden_layers=10**6), "model.layers.999999. num_hidden_layers 1000000"),
+    (False, edit("config.json", num_hidden_layers=1000), "model.layers.999. num_hidden_layers 1000"),
     (False, edit("config.json", attention_bias=True), "model.layers.0.self_attn.q_proj.bias"),
     (*change_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].t().contiguous()})), f"{SINGLE} {WEIGHT} [48, 37] [37, 48]"),
     (*change_tensors(lambda x: x.update({WEIGHT: x[WEIGHT].to(torch.int8)})), f"{SINGLE} {WEIGHT} I8"),

@@ -69,6 +69,25 @@ def test_what_cannot_be_is_refused(config: dict[str, Any], names: str) -> None:
     must_name(f"somewhere {names}", read, config)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "key"),
+    [
+        ("llama", {"num_hidden_layers": 2000}, "num_hidden_layers 2000"),
+        ("t5", {"num_decoder_layers": 2000}, "num_decoder_layers 2000"),
+        ("nemotron_h", {"hybrid_override_pattern": 2000 * "M"}, "num_hidden_layers 2000"),
+        ("glm4_moe", {"num_nextn_predict_layers": 2000}, "num_nextn_predict_layers 2000"),
+        ("qwen3_moe", {"num_experts": 10_000}, "num_experts 10000"),
+        ("llama", {"vision_config": {"depth": 2000}}, "depth 2000"),
+    ],
+)
+def test_more_layers_or_experts_than_any_model_has_are_refused(family: str, changes: dict[str, Any], key: str) -> None:
+    """Each would be built before a plan or run says anything. A million layers take minutes."""
+    config = tiny_config(family).to_dict()
+    if "hybrid_override_pattern" in changes:
+        del config["layers_block_type"]
+    must_name(f"somewhere config.json {key}", read, config | changes)
+
+
 @pytest.mark.parametrize("shape", [SMOLLM2, LLAMA_7B, make_shape([(3, 7), (2, 9)], head_dim=5, queries_per_group=4)])
 def test_a_group_is_what_leaves_with_it(shape: ModelShape) -> None:
     dense = shape.linear_numel()
