@@ -132,12 +132,14 @@ def join_ranks(*, sharded: bool, verbose: bool = False) -> "Communicator":
         job.silence_libraries()
     try:
         import loraprune_ds.train.run  # noqa: F401  # reports a missing package before other ranks wait
+        from loraprune_ds.ranks.device import limit_kernels
         from loraprune_ds.train.prepare import find_engines
 
         engines = find_engines(sharded)
     except ImportError as error:  # or DeepSpeed lacks a private module
         versions = "install the versions that pyproject.toml names, as launch/quickstart.sh does"
         raise UserError(f"{error}; {versions}") from None
+    limit_kernels()
     return engines.start_ranks()
 
 
@@ -227,14 +229,14 @@ def _answer_lines(report: dict[str, Any]) -> Iterable[str]:
 
 
 def _cost_rows(report: dict[str, Any]) -> Iterable[SummaryRow]:
-    seconds, cuts, resident = report["seconds_per_step"], report["prune_steps"], report["resident_bytes"]
+    seconds, cuts = report["seconds_per_step"], report["prune_steps"]
+    peak = report.get("step_peak_bytes", {})  # an earlier version's report lacks it
     before = max(cuts[0]["weight_bytes_before"]) if cuts else None
     after = max(cuts[-1]["weight_bytes_after"]) if cuts else None
-    used, still_used = (max(resident[key]) if resident[key] else None for key in ("before", "after"))
     for name, first, last, written, compared in (
         ("time per step", seconds["before"], seconds["after"], format_duration, _speed_up),
         ("weights per rank", before, after, format_bytes, format_change),
-        ("memory in use per rank", used, still_used, format_bytes, format_change),
+        ("peak memory of a step", peak.get("before"), peak.get("after"), format_bytes, format_change),
     ):
         cells = ("-" if value is None else written(value) for value in (first, last))
         yield (name, *cells, compared(first, last) if first and last else "")

@@ -47,6 +47,7 @@ from loraprune_ds.pruning.layer_scores import LayerScores, random_scores
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.ranking import rank_global, rank_uniform
 from loraprune_ds.pruning.schedule import Schedule
+from loraprune_ds.ranks.device import storage_bytes
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,10 @@ class Pruner:
     def moment_tokens(self) -> float:
         """The tokens that the input moments are sums over."""
         return 0.0 if self.moments is None else self.moments.tokens
+
+    def moment_bytes(self) -> int:
+        """Returns the memory of the input moments on this rank."""
+        return 0 if self.moments is None else storage_bytes(self.moments.sums.values())
 
     def reached(self) -> float:
         """Returns the fraction of the dense decoder-layer linear parameters that is gone."""

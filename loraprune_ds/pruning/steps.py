@@ -12,7 +12,7 @@ from loraprune_ds.config import Dtype
 from loraprune_ds.errors import RunError
 from loraprune_ds.pruning.prunable_model import PrunableModel
 from loraprune_ds.pruning.step import Cut, Pruner
-from loraprune_ds.ranks.device import reserved_bytes, resident_bytes, to_device
+from loraprune_ds.ranks.device import StepPeak, reserved_bytes, resident_bytes, to_device, trim_heap
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class RankNumbers:
     gradient_sums: list[float]
     resident_bytes: list[int]
     reserved_bytes: list[int]
+    peak_bytes: list[int]  # of this step, without a refit's moments. 0 if a rank has not measured it
     requests: list[int]  # to stop or save (stop.py)
 
 
@@ -33,6 +34,7 @@ class PruningSteps:
         self.weight_bytes = self.weight_bytes_before = model.weight_bytes()  # (world_size,), before the last cut
         self.model, self.pruner = model, pruner
         self._dtype: Dtype = dtype
+        self.peak = StepPeak()  # of a trainer that begins it at each step
         self.scored = False  # whether the last step's gradients were finite
 
     def exchange(self, own: Tensor, request: int = 0) -> RankNumbers:
@@ -43,7 +45,8 @@ class PruningSteps:
             request: to stop or save (stop.py).
         """
         on_device = torch.stack([own, self.model.gradient_sum().to(own)])
-        on_host = torch.tensor([resident_bytes(), reserved_bytes(), request], dtype=torch.float64)
+        peak = max(0, self.peak.of_step() - self.pruner.moment_bytes())
+        on_host = torch.tensor([resident_bytes(), reserved_bytes(), peak, request], dtype=torch.float64)
         gathered = self.model.comm.all_gather(torch.cat([on_device, to_device(on_host)]))
         own_numbers, gradient_sums, *counts = cast(list[list[float]], cast(Any, gathered).T.tolist())
         return RankNumbers(own_numbers, gradient_sums, *([int(x) for x in row] for row in counts))
@@ -59,6 +62,7 @@ class PruningSteps:
         cut = self.pruner.cut(step, scored=self.scored)
         if cut is not None:
             self.weight_bytes_before, self.weight_bytes = self.weight_bytes, self.model.weight_bytes()
+            trim_heap()
         return cut
 
     def _find_bad_layers(self, numbers: RankNumbers) -> list[int | None]:

@@ -1,8 +1,10 @@
 """The device of this rank: its name, its memory, and half-precision products on a CPU."""
 
+import ctypes
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,10 @@ PEAK_TERAFLOPS = {
     "L40S": 362,
     "RTX 4090": 165,
 }
+# On a CPU oneDNN compiles a kernel for each shape of a bf16 product, in 3 ms and half a megabyte. Every cut brings new
+# shapes. 512 are those of a step of 40 layers with different widths. With less room than a step needs, each step would
+# compile again. torch's own cache saves no time beside oneDNN's. (tests/benchmarks/kernel_caches.py)
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512", "LRU_CACHE_CAPACITY": "32"}
 HALF = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
 
@@ -56,6 +62,19 @@ def empty_cache() -> None:
         torch.get_device_module().empty_cache()
 
 
+def limit_kernels() -> None:
+    """Limits the compiled kernels that a CPU rank keeps, unless the user has. Must run before its first product."""
+    if is_cpu():
+        for name, capacity in KERNEL_CACHES.items():
+            os.environ.setdefault(name, capacity)
+
+
+def trim_heap() -> None:
+    """Returns the unused heap of a CPU rank to the system. glibc would keep what lies between used blocks."""
+    if is_cpu() and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # other C libraries lack it
+        trim(0)
+
+
 def resident_bytes() -> int:
     """Returns the allocated device memory, or the anonymous and shared pages of a CPU process."""
     return _process_bytes("RssAnon", "RssShmem") if is_cpu() else int(torch.get_device_module().memory_allocated())
@@ -67,8 +86,44 @@ def reserved_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Returns the peak memory of this rank: of the device allocator, or the resident peak of a CPU process."""
+    """Returns this rank's peak since `reset_peak`: of the device allocator, or the resident peak of a CPU process."""
     return _process_bytes("VmHWM") if is_cpu() else int(torch.get_device_module().max_memory_allocated())
+
+
+def reset_peak() -> bool:
+    """Begins a new peak. Returns False if the system cannot, as in some sandboxes."""
+    if not is_cpu():
+        torch.get_device_module().reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # only resets VmHWM
+    except OSError:
+        return False
+    return True
+
+
+class StepPeak:
+    """Measures the peak memory of each step.
+
+    Only for processes of our own: whoever else reads the peak of the process then sees that of the last step.
+    """
+
+    def __init__(self) -> None:
+        self._earlier = 0
+        self._measures = False
+
+    def begin(self) -> None:
+        self._earlier = self.of_process()
+        self._measures = reset_peak()
+
+    def of_step(self) -> int:
+        """Returns the peak since `begin`, without mapped files. 0 if it was not measured."""
+        if not self._measures:
+            return 0
+        return peak_bytes() - (_process_bytes("RssFile") if is_cpu() else 0)
+
+    def of_process(self) -> int:
+        return max(self._earlier, peak_bytes())
 
 
 def _process_bytes(*keys: str) -> int:

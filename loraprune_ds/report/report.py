@@ -90,6 +90,10 @@ def make_report(outcome: Outcome, sizes: dict[int, str]) -> dict[str, Any]:
             "after": _seconds_per_step(steps_after, resumed_from),
         },
         "resident_bytes": {"before": before and before.resident_bytes, "after": after and after.resident_bytes},
+        "step_peak_bytes": {
+            "before": _step_peak(_without_refit(steps_before, outcome.schedule), resumed_from),
+            "after": _step_peak(steps_after, resumed_from),
+        },
         "reserved_bytes": steps[-1].reserved_bytes if steps else [],
         "mfu": {"before": before and before.mfu, "after": after and after.mfu},
         "peak_memory_bytes": outcome.peak_bytes,
@@ -135,11 +139,28 @@ def _serving(pruned: ModelShape) -> dict[str, list[int]]:
     }
 
 
+def _without_refit(steps: Sequence[records.StepRecord], schedule: Schedule) -> Sequence[records.StepRecord]:
+    """Leaves out steps that record inputs for a refit, which takes memory. If all do, all stay."""
+    prune = schedule.config
+    plain = [s for s in steps if not schedule.precedes_cut(s.step, prune.compensate_steps)]
+    return steps if prune.compensate == "none" else plain or steps
+
+
+def _step_peak(steps: Sequence[records.StepRecord], resumed_from: Sequence[int]) -> int | None:
+    """Returns the median peak of the fullest rank, excluding the first step of every process."""
+    peaks = [max(s.peak_bytes) for s in _after_warm_up(steps, resumed_from) if s.peak_bytes and all(s.peak_bytes)]
+    return int(statistics.median(peaks)) if peaks else None
+
+
 def _seconds_per_step(steps: Sequence[records.StepRecord], resumed_from: Sequence[int]) -> float | None:
     """Returns the median, excluding skipped steps and the first step of every process."""
-    warm_up = {1, *(step + 1 for step in resumed_from)}
-    times = [s.seconds for s in steps if s.step not in warm_up and not s.skipped]
+    times = [s.seconds for s in _after_warm_up(steps, resumed_from) if not s.skipped]
     return statistics.median(times) if times else None
+
+
+def _after_warm_up(steps: Sequence[records.StepRecord], resumed_from: Sequence[int]) -> list[records.StepRecord]:
+    warm_up = {1, *(step + 1 for step in resumed_from)}
+    return [s for s in steps if s.step not in warm_up]
 
 
 def write_kept_groups(folder: Path, kept_of_dense: Sequence[LayerKeep], dense: ModelShape) -> None:

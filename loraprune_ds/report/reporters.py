@@ -37,7 +37,7 @@ def scalars(record: Record) -> dict[str, float]:
                 "speed/mfu": record.mfu,
                 "train/grad_norm": record.grad_norm,
             }
-            for name in ("weight_bytes", "resident_bytes", "reserved_bytes"):
+            for name in ("weight_bytes", "resident_bytes", "peak_bytes", "reserved_bytes"):
                 values: list[int] = getattr(record, name)
                 ranks = {f"rank_{rank}": value for rank, value in enumerate(values)}
                 shown = ranks if len(values) <= MOST_CURVES else {"min": min(values), "max": max(values)}

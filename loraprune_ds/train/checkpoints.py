@@ -13,10 +13,10 @@ from loraprune_ds.errors import UserError, require
 from loraprune_ds.files import flush
 from loraprune_ds.model.groups import QUERY_HEADS
 from loraprune_ds.model.pretrained import PretrainedModel
-from loraprune_ds.pruning.step import Pruner
+from loraprune_ds.pruning.steps import PruningSteps
 from loraprune_ds.pruning.training import TrainingEngine
 from loraprune_ds.ranks.comm import Communicator
-from loraprune_ds.ranks.device import device_name, peak_bytes
+from loraprune_ds.ranks.device import device_name
 from loraprune_ds.report.records import METRICS_FILE
 from loraprune_ds.train.output import MAY_DIFFER, OutputFolder, RunStatus
 from loraprune_ds.train.prepare import Prepared
@@ -123,10 +123,10 @@ def build_engine(prepared: Prepared, checkpoint: TrainingCheckpoint | None) -> T
     return engine
 
 
-def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner, step: int) -> None:
+def save_checkpoint(context: RunContext, engine: TrainingEngine, steps: PruningSteps, step: int) -> None:
     """Publishes `step-{step}`, then removes files that no later start needs. Collective."""
     root, config, prepared = context.folder / layout.CHECKPOINTS_FOLDER, context.config, context.prepared
-    model, history = engine.model, context.recorder.history
+    model, pruner, history = engine.model, steps.pruner, context.recorder.history
     earlier = context.checkpoint and context.checkpoint.state
     here = [e.perplexity for e in history.evaluations if e.step == step and e.name != "dense"]
     state = layout.RunState(
@@ -141,7 +141,7 @@ def save_checkpoint(context: RunContext, engine: TrainingEngine, pruner: Pruner,
         asked=prepared.pruning.section(step).ratio,
         resumed_from=[*earlier.resumed_from, earlier.step] if earlier else [],
         accelerator=device_name(),
-        peak_bytes=model.comm.gather_objects(peak_bytes()),
+        peak_bytes=model.comm.gather_objects(steps.peak.of_process()),
     )
     resume = layout.ResumeState(
         adam_step=engine.optimizer_state.adam_step,

@@ -48,6 +48,7 @@ class Trainer:
     def step(self, step: int) -> StepRecord:
         """Makes an optimizer step, counted from 1: forward and backward passes, scores, update."""
         began = time.perf_counter()
+        self.pruning_steps.peak.begin()
         batch = self.order.batch(step - 1)
         texts, supervised = self.samples.text_lengths(batch), self.samples.count_supervised(batch)
         tokens = sum(texts)
@@ -73,6 +74,7 @@ class Trainer:
             weight_bytes=self.pruning_steps.weight_bytes,
             resident_bytes=numbers.resident_bytes,
             skipped=skipped,
+            peak_bytes=numbers.peak_bytes,
             reserved_bytes=[] if is_cpu() else numbers.reserved_bytes,
             mfu=self._peak_flops and flops / seconds / self._peak_flops / self.model.world_size,
         )
@@ -134,7 +136,7 @@ def train(context: RunContext) -> bool:
         if name := _evaluation_after(step, schedule, context.config.evaluate.every):
             evaluate(context, engine.infer, step, name)
         if trainer.requested != NOTHING or step % every == 0 or step == schedule.section(step).last:
-            save_checkpoint(context, engine, trainer.pruner, step)
+            save_checkpoint(context, engine, trainer.pruning_steps, step)
         context.status.update(step)
         if context.honour(trainer.requested):
             return False

@@ -96,6 +96,6 @@ def start_on_card(rank: int, world_size: int, folder: Path) -> None:
         "ByteTensor": property(lambda _: functools.partial(made, dtype=torch.uint8)),
     }
     device.is_cpu, device.current_device = lambda: False, lambda: CARD
-    device.resident_bytes = device.reserved_bytes = device.peak_bytes = lambda: 0
+    device.resident_bytes = device.reserved_bytes = device.peak_bytes = device.reset_peak = lambda: 0
     set_accelerator(type("VirtualCard", (CPU_Accelerator,), answers)())
     start_deepspeed(rank, world_size, folder)
