@@ -234,11 +234,15 @@ def _draw_bytes(axes: "Axes", title: str, steps: list[int], per_rank: list[list[
     axes.set(title=title, ylabel=unit, ylim=(0, 1.08 * max([*top, 1 / scale])))
 
 
-def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None) -> None:
-    """Draws perplexity and agreement over parameters, with the dense perplexity. `shelf` is report.json's."""
+def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None) -> bool:
+    """Draws perplexity and agreement over parameters, with the dense perplexity. `shelf` is report.json's.
+
+    Returns:
+        Whether there is a picture. Without a perplexity there is nothing to draw.
+    """
     points = [(row["parameters"] / 1e6, row["perplexity"], row) for row in shelf if row["perplexity"]]
     if not points:
-        return
+        return False
     with picture(path, (7, 4)) as figure:
         axes = figure.subplots()
         x, y, _ = zip(*points, strict=True)
@@ -250,6 +254,7 @@ def draw_shelf(path: Path, shelf: Sequence[dict[str, Any]], dense: float | None)
         axes.margins(x=0.3, y=0.25)
         axes.set(title="Sizes of one run", xlabel="parameters, millions", ylabel="perplexity, held-out text")
         label_points(figure, [(axes, _describe_size(row), (x, y)) for x, y, row in points], color=TEXT)
+    return True
 
 
 def _describe_size(row: dict[str, Any]) -> str:

@@ -56,9 +56,9 @@ def write_results(folder: Path, outcome: Outcome) -> list[Path]:
     fail_point("finish.reported")
     draw_training(pictures[0], outcome.history)
     draw_kept_groups(pictures[1], dense, outcome.kept_of_dense)
-    if shelf := report["shelf"]:
-        pictures.append(folder / records.SHELF_PICTURE)
-        draw_shelf(pictures[-1], shelf, report["perplexity"]["dense"])
+    shelf = folder / records.SHELF_PICTURE
+    if draw_shelf(shelf, report["shelf"], report["perplexity"]["dense"]):
+        pictures.append(shelf)
     return pictures
 
 

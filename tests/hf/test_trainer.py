@@ -134,7 +134,7 @@ def test_a_resume_goes_on_from_refitted_weights_and_moments(
     """The first of two sizes is done at step 4, and the next start need not make it again."""
     sizes = {"ratio": None, "sizes": ["0.4", "0.25"]}
     job = replace(job, prune=REFIT | sizes, batches=job.batches[:6])  # cuts after 2, 3, 5 and 6
-    saves = {"save_strategy": "steps", "save_steps": 4} | engine
+    saves = {"save_strategy": "steps", "save_steps": 4, "report_to": "tensorboard"} | engine
     run = Run(*ranks.run(2, train_with_callback, job, tmp_path / "a", saves)[0], tmp_path / "a")
     resume_and_compare(ranks, job, run, tmp_path / "b", 4, **engine)
     sizes = [open_pretrained(tmp_path / name).shape.total_numel() for name in ("a/model-0.25", "a/model", "b/model")]

@@ -19,7 +19,7 @@ from loraprune_ds.pruning.schedule import Schedule, plan_pruning
 from loraprune_ds.pruning.target import resolve
 from loraprune_ds.report.pictures import draw_kept_groups, draw_training
 from loraprune_ds.report.records import EvaluationRecord, History
-from loraprune_ds.report.report import RESULTS, Outcome, commit, make_report, write_kept_groups
+from loraprune_ds.report.report import RESULTS, Outcome, commit, make_report, write_kept_groups, write_results
 from tests.unit.run_records import DENSE, PRUNED, cut_record, small_run, step_record
 from tests.unit.shapes_and_scores import keep_of, make_shape
 
@@ -156,6 +156,17 @@ def test_the_later_evaluation_of_a_name_counts_and_infinity_is_valid_json(tmp_pa
     evaluations = [EvaluationRecord(0, "dense", math.inf, 1, 1), *found]
     write_json(tmp_path / "report.json", report_of(History(evaluations=evaluations)))
     assert read_json(tmp_path / "report.json")["perplexity"] == {"dense": None, "after_last_cut": None, "pruned": 74.0}
+
+
+def test_a_picture_is_listed_if_it_was_drawn(tmp_path: Path) -> None:
+    """A Trainer with `prune.sizes` measures no perplexity, so it has no picture of them."""
+    schedule = plan_pruning(*resolve(PruneConfig(sizes=["0.375", "0.2"], channel_multiple=1), DENSE), 10)
+    kept = keep_of([([0, 1, 2, 3], [0, 5]), ([2], [95]), ([1, 3], [7])])
+    for measured, evaluations in enumerate(([], small_run().evaluations)):
+        folder, history = tmp_path / f"{measured}", replace(small_run(), evaluations=evaluations)
+        pictures = write_results(folder, Outcome({"seed": 0}, history, schedule, PRUNED, kept, [], "cpu", [1]))
+        assert sorted(pictures) == sorted(folder.glob("*.png"))
+        assert len(pictures) == 2 + measured
 
 
 def test_kept_groups_are_indices_into_the_dense_model_and_stable(tmp_path: Path) -> None:
