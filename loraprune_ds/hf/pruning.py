@@ -4,7 +4,6 @@
     for batch in batches:
         pruning.begin_step()
         ...                     forward and backward passes, the optimizer's update
-        del loss, outputs       a live graph keeps the sizes from before a cut
         pruning.end_step()
 
 Scores are computed right before the update, from averaged gradients before clipping.
@@ -114,7 +113,7 @@ class Pruning:
         self._recording.enter_context(self.pruner.record_step(step))
 
     def end_step(self, loss: float = math.nan) -> records.CutRecord | None:
-        """Ends an optimizer step after its update, and cuts the model if a cut is due. No loss graph may be alive.
+        """Ends an optimizer step after its update, and cuts the model if a cut is due.
 
         Raises:
             UserError: the optimizer made no update since `begin_step`.

@@ -18,7 +18,14 @@ from loraprune_ds.errors import fail_point, require
 from loraprune_ds.model.adapters import set_sizes
 from loraprune_ds.model.groups import LayerKeep, Slice
 from loraprune_ds.model.shape import LinearId, ModelShape
-from loraprune_ds.pruning.prunable_model import LoraFactors, OwnedShard, PrunableModel, is_sharded, parameter_cuts
+from loraprune_ds.pruning.prunable_model import (
+    LoraFactors,
+    OwnedShard,
+    PrunableModel,
+    is_sharded,
+    parameter_cuts,
+    replace_data,
+)
 from loraprune_ds.pruning.training import OptimizerState
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import owned_range
@@ -98,7 +105,7 @@ class LocalModel(PrunableModel):
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[key] = value.index_select(kept.axis, indices)
         parameter.grad = None
-        parameter.data = parameter.data.index_select(kept.axis, indices)
+        replace_data(parameter, parameter.data.index_select(kept.axis, indices))
 
     # Checkpoints and exports
 

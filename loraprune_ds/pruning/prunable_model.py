@@ -155,7 +155,7 @@ class PrunableModel(ABC):
     def cut(self, keep: list[LayerKeep]) -> int:
         """Removes all other groups from weights, biases, LoRA, masters and moments. Returns the bytes sent in all.
 
-        No loss graph may be alive, because autograd keeps the old shapes.
+        The graph of an earlier loss may be alive, but its backward pass must be over.
         """
 
     # Checkpoints and exports
@@ -258,6 +258,17 @@ def held(parameter: nn.Parameter) -> Tensor:
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
     """Returns the shape of the full parameter, sharded or not."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def replace_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Gives a parameter data of another shape, also while the graph of an old loss is alive.
+
+    Autograd keeps the node that takes a parameter's gradients as long as a graph has it, with the shape it began with.
+    """
+    # A change of the dtype makes torch forget the node. A change of the shape does not.
+    other = torch.float32 if data.dtype == torch.bfloat16 else torch.bfloat16
+    parameter.data = data.new_empty(0, dtype=other)
+    parameter.data = data
 
 
 def parameter_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep) -> Iterator[tuple[nn.Parameter, Slice]]:

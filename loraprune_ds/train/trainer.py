@@ -99,7 +99,7 @@ class Trainer:
             # Gradients are averaged over the ranks.
             engine.backward(loss * (world_size / supervised), last=number == micro_batches[-1][0])
             fail_point("backward")
-            del loss  # a live graph would keep the shapes from before a cut
+            del loss  # frees its graph before the next micro-batch
         return total
 
     def _inputs(self, indices: Tensor) -> tuple[dict[str, Any], Sequence[Tensor | None]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loraprune_ds.model.frozen import Int8, Matrix
 from loraprune_ds.model.pretrained import ModelWeights, replace_parameters
+from loraprune_ds.pruning.prunable_model import replace_data
 from loraprune_ds.ranks.comm import Communicator
 from loraprune_ds.ranks.flat import overlap, owned_range, pad, partition_numel
 from loraprune_ds.zero.device import accelerator, settle_shards
@@ -82,7 +83,7 @@ def _install(parameter: nn.Parameter, shard: Tensor, shape: tuple[int, ...]) -> 
     state.ds_numel = math.prod(shape)
     state.ds_numel_aligned = shard.numel() * dist.get_world_size(state.ds_process_group)
     state.ds_secondary_tensor = None
-    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    replace_data(parameter, torch.empty(0, dtype=parameter.dtype, device=parameter.device))
 
 
 def free_shards(module: nn.Module) -> None:

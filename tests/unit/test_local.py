@@ -53,7 +53,8 @@ def train(
         pruning.begin_step()
         share = math.inf if step == at.get("overflow") else 1 / parts
         for part in ids.chunk(parts):
-            scaler.scale(model(input_ids=part, labels=part).loss * share).backward()
+            loss = scaler.scale(model(input_ids=part, labels=part).loss * share)  # its graph lives on during a cut
+            loss.backward()
         if at.get("clip"):
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(trained, 1e-3)
