@@ -233,6 +233,7 @@ class Pruning:
             log.warning("training stopped at step %d, before the last cut at step %d: %s", self.step, end, removed)
         self._detach()
         self._forward.close()
+        self.pruner.detach()
         self.recorder.close()
 
     def _score(self) -> None:

@@ -80,6 +80,9 @@ class InputMoments:
     holds its sums. In the forward pass every rank computes its part for one linear at a time, and the owner adds it
     immediately. A rank holds at most 4·n²·(ceil(layers / world_size) + 1/2) bytes for n = intermediate_size, and the
     sums of o_proj.
+
+    Attributes:
+        detach: removes the hooks from the model.
     """
 
     def __init__(self, model: PrunableModel, layers: Sequence[int], decay: float) -> None:
@@ -92,7 +95,7 @@ class InputMoments:
         self._masks: tuple[Tensor | None, ...] | None = None  # of the micro-batch that is recorded
         linears = measured_linears(model.shape, layers)
         self._first = next((LinearId(i, linear.linear) for i, linear in linears), None)
-        hook_inputs(model, linears, self._record)
+        self.detach = hook_inputs(model, linears, self._record)
 
     @contextmanager
     def record_step(self) -> Generator[None]:

@@ -127,6 +127,9 @@ class MaskGradients:
 
     L is the mean loss over the global batch. Tokens are summed one by one, so the number of ranks and accumulation make
     no difference. A padded position adds nothing, because its gradient is zero.
+
+    Attributes:
+        detach: removes the hooks from the model.
     """
 
     def __init__(self, model: PrunableModel) -> None:
@@ -134,7 +137,7 @@ class MaskGradients:
         self._active = False
         self._squares: dict[LinearId, Tensor] = {}
         self._runs = {LinearId(i, linear.linear): linear.runs[0] for i, linear in self.linears}  # no cut changes widths
-        hook_inputs(model, self.linears, self._tap)
+        self.detach = hook_inputs(model, self.linears, self._tap)
 
     @contextmanager
     def record(self) -> Generator[None]:

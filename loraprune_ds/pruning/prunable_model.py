@@ -5,6 +5,7 @@ There are two engines: zero/sharded.py on the ranks of ZeRO-3, and local/model.p
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
@@ -285,12 +286,16 @@ def parameter_cuts(layer: nn.Module, spec: LayerSpec, keep: LayerKeep) -> Iterat
 
 def hook_inputs(
     model: PrunableModel, linears: Iterable[tuple[int, TensorSpec]], see: Callable[..., Tensor | None]
-) -> None:
+) -> Callable[[], None]:
     """Calls `see` in every forward pass with each linear and its input, and uses the input that it returns, if any.
 
     The input is (batch, window, in_features). That of a stack of experts is (tokens, in_features), in the order of the
     experts, and `see` also gets the tokens of each.
+
+    Returns:
+        An undo, which removes the hooks.
     """
+    hooks = ExitStack()
 
     def hook(linear_id: LinearId, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed = see(linear_id, *inputs)
@@ -298,4 +303,5 @@ def hook_inputs(
 
     for i, linear in linears:
         module = lora_linear(model.layers[i], linear.linear)
-        module.register_forward_pre_hook(partial(hook, LinearId(i, linear.linear)))
+        hooks.enter_context(module.register_forward_pre_hook(partial(hook, LinearId(i, linear.linear))))
+    return hooks.close

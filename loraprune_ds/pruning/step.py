@@ -140,6 +140,12 @@ class Pruner:
         self.kept_of_dense = [kept.select(k) for kept, k in zip(self.kept_of_dense, keep, strict=True)]
         return Cut(step, target, self.reached(), keep, sent, time.perf_counter() - began)
 
+    def detach(self) -> None:
+        """Removes the hooks from the model. Nothing is recorded afterwards."""
+        for recorder in (self.moments, self.recorder):
+            if recorder is not None:
+                recorder.detach()
+
     @property
     def moment_tokens(self) -> float:
         """The tokens that the input moments are sums over."""

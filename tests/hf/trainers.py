@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, SequentialSampler
@@ -211,6 +212,21 @@ def make_trainer(job: Job, args: TrainingArguments, *callbacks: TrainerCallback,
     return kind(model=load_model(job, setup), args=args, train_dataset=rows, eval_dataset=rows, callbacks=[*callbacks])
 
 
+def hooked(model: nn.Module) -> list[str]:
+    """Names the modules that have a hook of this package."""
+
+    def module_of(hook: Any) -> str:
+        inner = getattr(hook, "func", None) or getattr(hook, "hook", hook)  # of functools' and torch's wrappers
+        return inner.__module__
+
+    names: list[str] = []
+    for name, module in model.named_modules():
+        kinds = [value for key, value in vars(module).items() if key.endswith("_hooks") and isinstance(value, dict)]
+        hooks = [hook for kind in kinds for hook in kind.values()]
+        names += [name for hook in hooks if module_of(hook).startswith("loraprune_ds")]
+    return names
+
+
 def stop_early(job: Job, out: Path) -> list[str]:
     """Makes fewer steps than the schedule is made for, with gradients in the model's dtype. Returns the warnings."""
     messages: list[str] = []
@@ -256,6 +272,7 @@ def train_with_callback(
         args = arguments(job, out, **more, **setup.arguments())  # the model is born sharded then
         trainer = make_trainer(job, args, callback, watch, setup=setup)
         trainer.train(resume_from_checkpoint=checkpoint and callback.resume(trainer.model, checkpoint))
+        assert not hooked(cast(Any, trainer.model))
         if setup.whole:
             callback.save_model(out / "model")
             callback.save_base(out / "base")

@@ -1,9 +1,11 @@
 """Pruning in a plain loop without DeepSpeed: what a trainer does to gradients after a backward changes no score."""
 
+import io
 import math
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,11 +45,11 @@ def make_model(folder: Path, r: int = 4) -> Any:
 def train(
     model: Any, make: Make = optim.SGD, lr: float = 0.0, scale: float = 0.0, parts: int = 1, **at: Any
 ) -> tuple[Rows, Any, list[StepRecord]]:
-    """Trains on the same batches. At a rate of 0 only cuts change weights. `at`: `criterion` and more."""
+    """Trains on the same batches. At a rate of 0 only cuts change weights. `at`: settings of pruning, and more."""
     optimizer = make(trained := [p for p in model.parameters() if p.requires_grad], lr=lr)
     scaler: Any = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale > 0)
     cast(Any, optimizer).scaler = scaler
-    prune = replace(PRUNE, criterion=at.get("criterion", "lora"))
+    prune = replace(PRUNE, **{key: value for key, value in at.items() if key in PruneConfig.__dataclass_fields__})
     pruning, rows = Pruning(model.train(), optimizer, prune, STEPS), Rows()
     for step, (ids, _) in enumerate(make_batches(steps=STEPS, samples=4, tokens=8, vocab=97, seed=3), 1):
         pruning.begin_step()
@@ -130,6 +132,28 @@ def test_calls_out_of_order_are_refused_until_pruning_has_ended(folder: Path) ->
     must_name("begin_step end_step", optimizer.step)
     pruning.close()
     optimizer.step()
+
+
+def hooks(model: nn.Module) -> list[Any]:
+    """Returns every dictionary of hooks on a model."""
+    found = ((name, vars(module)) for name, module in model.named_modules())
+    return [(name, key, copy(value)) for name, state in found for key, value in state.items() if "hooks" in key]
+
+
+@pytest.mark.parametrize("more", [{}, {"criterion": "fisher", "compensate": "least_squares"}], ids=["lora", "fisher"])
+def test_nothing_of_pruning_stays_on_a_model_so_it_can_be_saved_and_pruned_again(
+    folder: Path, more: dict[str, Any]
+) -> None:
+    model = make_model(folder)
+    before = hooks(model)
+    first, optimizer, _ = train(model, **more)
+    assert hooks(model) == before
+    assert not cast(Any, optimizer)._optimizer_step_pre_hooks
+    torch.save(model, io.BytesIO())
+    sizes = [len(groups) for groups in first[-1][1]]
+    second, *_ = train(model, ratio=0.05, **more)
+    assert [len(scores) for scores in second[0][0]] == sizes
+    assert sum(map(len, second[-1][1])) < sum(sizes)
 
 
 @pytest.mark.parametrize("make", [optim.AdamW, optim.Adagrad, optim.NAdam, lambda p, lr: optim.SGD(p, lr, 0.9)])
