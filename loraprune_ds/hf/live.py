@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DynamoBackend
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from loraprune_ds.config import Dtype
-from loraprune_ds.errors import require
+from loraprune_ds.errors import UserError, require
 from loraprune_ds.model.adapters import ADAPTER, base_parameter, last_names, lora_weights
 from loraprune_ds.model.classes import decoder_layers
 from loraprune_ds.model.families.base import Family
@@ -61,7 +63,8 @@ def unshare_bias(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def find_peft_model(model: nn.Module) -> PeftModel:
-    """Finds the PEFT model inside an engine. Raises UserError if there is none."""
+    """Finds the PEFT model inside an engine. Raises UserError if there is none, or a part is compiled."""
+    check_not_compiled(model)
     inner: Any = model
     while not isinstance(inner, PeftModel) and hasattr(inner, "module"):
         inner = inner.module
@@ -120,6 +123,7 @@ def base_dtype(model: PeftModel, shape: ModelShape) -> Dtype:
 log = logging.getLogger(__name__)
 
 Refused = Callable[[Any], bool]
+COMPILED = "compiled code keeps the sizes from before a cut"
 KEEPS_HEADS = "such a cache keeps the dense number of heads"
 GROWING_CACHES = (None, "dynamic", "offloaded", "quantized")  # others have the dense sizes of a config
 # (argument of a Trainer or a part of one, whether its value is refused, reason). A Trainer may lack an argument.
@@ -128,7 +132,7 @@ ARGUMENTS: tuple[tuple[str, Refused, str], ...] = (
     ("auto_find_batch_size", bool, "a second attempt would begin with a pruned model"),
     ("fsdp", bool, "FSDP's flat shards cannot be cut; use DDP, or DeepSpeed ZeRO-3"),
     ("n_gpu", lambda count: (count or 0) > 1, "DataParallel copies the model in each pass; start a process per GPU"),
-    ("torch_compile", bool, "compiled code keeps the sizes from before a cut"),
+    ("torch_compile", bool, COMPILED),
     ("use_vllm", bool, "vLLM holds the dense model and cannot load smaller weights; generate with transformers"),
     ("use_transformers_continuous_batching", bool, "its cache has the dense number of heads"),
     ("cache_implementation", lambda value: value not in GROWING_CACHES, KEEPS_HEADS),
@@ -175,6 +179,34 @@ def check_one_dtype(model: nn.Module) -> None:
     require(fits, f"{several}; call get_peft_model with autocast_adapter_dtype=False")
 
 
+def check_accelerate() -> None:
+    """Raises UserError if accelerate compiles every model that it prepares, by its settings or environment."""
+    plugin = AcceleratorState().dynamo_plugin if is_initialized() else None
+    backend = DynamoBackend.NO if plugin is None else plugin.backend
+    require(
+        backend == DynamoBackend.NO,
+        f"accelerate compiles the model by its dynamo backend {backend.value}, and {COMPILED}; "
+        "leave it out of ACCELERATE_DYNAMO_BACKEND, accelerate's config and Accelerator",
+    )
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Raises UserError if torch.compile has compiled a module in place, or wraps it."""
+    names = (name or type(module).__name__ for name, module in model.named_modules() if _is_compiled(module))
+    name = next(names, None)
+    require(name is None, f"{name} is compiled by torch.compile, and {COMPILED}; train without torch.compile")
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    optimized: Any = torch._dynamo.OptimizedModule
+    return isinstance(module, optimized) or module._compiled_call_impl is not None
+
+
+@torch.compiler.disable  # torch takes an error in compiled code for code that it cannot compile
+def _refuse_compiled() -> None:
+    raise UserError(f"the forward pass is compiled by torch.compile, and {COMPILED}; train without torch.compile")
+
+
 def check_model(model: PeftModel) -> None:
     """Checks that a live model has the LoRA that the criterion needs, and that the rest allows a cut.
 
@@ -185,9 +217,6 @@ def check_model(model: PeftModel) -> None:
     refuse_mixture(family, shape.model_type)
     shared = f"the layers of a {shape.model_type} share one bias, so their heads cannot differ"
     require(family.shared_bias is None, f"{shared}; pass unshare_bias(model) to get_peft_model")
-    optimized: Any = torch._dynamo.OptimizedModule
-    compiled = any(isinstance(m, optimized) or m._compiled_call_impl is not None for m in model.modules())
-    require(not compiled, "a model compiled by torch.compile keeps the sizes from before a cut")
     base = cast(Any, model.get_base_model())
     for name, value in family.changed_in_memory(base.config).items():
         log.warning("%s=%s of the model makes scores random, and dependent on the ranks; set it to 0", name, value)
@@ -265,6 +294,8 @@ class ForwardWatch:
     def _begin(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not (self.active and decoder.training and torch.is_grad_enabled()):
             return
+        if torch.compiler.is_compiling():  # no module shows that code around the model is compiled
+            _refuse_compiled()  # pyright: ignore[reportCallIssue]
         inputs = next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None)
         mask, size = kwargs.get("attention_mask"), inputs.shape[:2]
         if mask is None and "encoder_hidden_states" in kwargs:  # a target, whose last token predicts nothing

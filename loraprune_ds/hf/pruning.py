@@ -28,7 +28,16 @@ from loraprune_ds.files import read_json, remove_folder, remove_leftovers, stagi
 from loraprune_ds.hf.checkpoint import PruningCheckpoint, PruningState, group_counts, write_pruning
 from loraprune_ds.hf.engines import find_engine
 from loraprune_ds.hf.layers import LiveModel
-from loraprune_ds.hf.live import ForwardWatch, base_config, base_dtype, check_model, find_peft_model, model_name
+from loraprune_ds.hf.live import (
+    ForwardWatch,
+    base_config,
+    base_dtype,
+    check_accelerate,
+    check_model,
+    check_not_compiled,
+    find_peft_model,
+    model_name,
+)
 from loraprune_ds.local.model import LocalModel
 from loraprune_ds.model.adapters import ADAPTER_FILE
 from loraprune_ds.model.exported_config import export_config
@@ -76,6 +85,7 @@ class Pruning:
         if saved:  # with others the training would make other cuts
             require(saved.steps == steps, f"the checkpoint's schedule has {saved.steps} steps, not {steps}")
             require(saved.seed == seed, f"the checkpoint's seed is {saved.seed}, not {seed}")
+        check_accelerate()
         self.peft_model = peft_model = find_peft_model(model)
         check_model(peft_model)
         self.model = find_engine(model, optimizer, ds_config)
@@ -109,6 +119,7 @@ class Pruning:
         """Begins an optimizer step, before its first forward pass. Raises UserError inside a step."""
         step = self.step + 1
         require(not self._forward.active, f"begin_step was called twice in step {step}, without end_step between")
+        check_not_compiled(self.peft_model)  # it may be by now
         self._forward.active, self._update, self._began = True, None, time.perf_counter()
         self._recording.enter_context(self.pruner.record_step(step))
 

@@ -237,6 +237,13 @@ def test_a_deepspeed_config_that_cannot_work_is_one_line(
         assert "\n" not in line
 
 
+def test_compilation_by_accelerate_is_named_on_each_engine(
+    ranks: RankPool, job: Job, engine: dict[str, Any], tmp_path: Path
+) -> None:
+    for line in ranks.run(2, trainers.refusal_of_compilation, job, tmp_path, engine):
+        assert "ACCELERATE_DYNAMO_BACKEND" in line
+
+
 def test_a_resume_that_forgets_the_callback_is_refused(
     ranks: RankPool, job: Job, engine: dict[str, Any], plain: Run, tmp_path: Path
 ) -> None:

@@ -309,6 +309,13 @@ def refusal(job: Job, out: Path, setup: Setup, section: str, settings: dict[str,
         return refused(lambda: make_trainer(job, arguments(job, out, deepspeed=config), callback, setup=setup).train())
 
 
+def refusal_of_compilation(job: Job, out: Path, more: dict[str, Any]) -> str:
+    """Begins a training whose model accelerate compiles. Returns the error."""
+    with fresh_accelerate(), patch.dict(os.environ, {"ACCELERATE_DYNAMO_BACKEND": "eager"}):
+        callback = LoraPruneCallback(PruneConfig(**job.prune))
+        return refused(make_trainer(job, arguments(job, out, **more), callback).train)
+
+
 def cut_a_save_short(job: Job, out: Path, more: dict[str, Any], step: int) -> None:
     """Trains until the Trainer has written `checkpoint-{step}` and the callback writes its part."""
     save = Pruning.save

@@ -180,6 +180,52 @@ def test_a_training_that_cannot_be_cut_is_named(
     must_name(names, Pruning, wrap(model), make(list(model.parameters()), lr=0.1), PRUNE, STEPS)
 
 
+def layer(model: Any) -> Any:
+    return model.get_base_model().model.layers[1]
+
+
+compiled: Callable[[Any], Any] = partial(torch.compile, backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (compiled, "OptimizedModule"),
+        (lambda model: compiled(nn.DataParallel(model)), "OptimizedModule"),
+        (lambda model: nn.DataParallel(compiled(model)), "module"),
+        (lambda model: layer(model).compile(backend="eager") or model, "layers.1"),
+    ],
+    ids=["the model", "around a wrapper", "inside a wrapper", "a layer"],
+)
+def test_what_torch_compile_has_compiled_is_named(folder: Path, wrap: Callable[[Any], Any], name: str) -> None:
+    model = make_model(folder)
+    must_name(f"{name} torch.compile", Pruning, wrap(model), optim.SGD(model.parameters(), lr=0.1), PRUNE, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda model: model.compile(backend="eager") or model, "PeftModel"),
+        (lambda model: layer(model).compile(backend="eager") or model, "layers.1"),
+        (compiled, "forward pass"),
+        (lambda model: compiled(lambda **batch: model(**batch)), "forward pass"),
+    ],
+    ids=["the model in place", "a layer", "the model", "a function around it"],
+)
+def test_what_is_compiled_later_is_refused_in_the_first_step(
+    folder: Path, wrap: Callable[[Any], Any], name: str
+) -> None:
+    model = make_model(folder).train()
+    pruning = Pruning(model, optim.SGD(model.parameters(), lr=0.1), PRUNE, STEPS)
+    model = wrap(model)
+
+    def begin() -> None:
+        pruning.begin_step()
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+
+    must_name(f"{name} torch.compile", begin)
+
+
 WITHOUT_DEEPSPEED = """
 import json, sys
 sys.modules["deepspeed"] = None  # makes an import fail
